@@ -1,0 +1,13 @@
+"""The two ways a case ends without a number, and the error a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input. The message names the option, the value and the mend; the plugin turns it into a usage error."""
+
+
+class CaseSkipped(Exception):
+    """The case cannot run here: a missing dependency, device or artefact. The message is the reason."""
+
+
+class CaseInvalid(Exception):
+    """The case breaks a rule or produced a number that cannot be true. The message names the rule."""
