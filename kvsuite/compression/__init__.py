@@ -1,0 +1,69 @@
+"""Cache policies by name. A new policy is one new file, one line here and one line in the test matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UserError
+from .base import CacheView, Policy, Positions, Schedule
+from .fix_size_l2 import FixSizeL2
+from .l2_compress import L2Compress
+from .recent_only import RecentOnly
+from .streaming_llm import StreamingLLM
+
+_POLICIES: dict[str, type[Policy]] = {}
+
+# the originals' methods that kvsuite does not run, and what does the job
+REPLACEMENTS = {
+    "head_aware": "kvpress:DuoAttention or kvpress:AdaKV",
+    "h2o_l2": "fix_size_l2 (or kvpress:ObservedAttention for attention-based heavy hitters)",
+    "snapkv_lite": "kvpress:SnapKV",
+    "pyramid_kv": "kvpress:PyramidKV",
+    "adaptive_l2": "fix_size_l2",
+}
+
+
+def register_policy(policy: type[Policy]) -> type[Policy]:
+    """Make ``policy`` known under its name; a taken name is an error."""
+    if _POLICIES.setdefault(policy.name, policy) is not policy:
+        raise ValueError(f"policy {policy.name!r} is already registered")
+    return policy
+
+
+def list_policies() -> list[str]:
+    """Names of the registered policies, sorted."""
+    return sorted(_POLICIES)
+
+
+def get_policy(name: str, **parameters: Any) -> Policy:
+    """Build the policy ``name``.
+
+    Raises
+    ------
+    UserError
+        For an unknown name (listing the known ones) or bad parameters.
+    """
+    if name in REPLACEMENTS:
+        raise UserError(f"--kv-method={name}: not part of kvsuite; use {REPLACEMENTS[name]}")
+    if name not in _POLICIES:
+        raise UserError(f"--kv-method={name}: unknown policy; known: {', '.join(list_policies())}, kvpress:<Name>")
+    return _POLICIES[name](**parameters)
+
+
+for _policy in (RecentOnly, StreamingLLM, L2Compress, FixSizeL2):
+    register_policy(_policy)
+
+__all__ = [
+    "REPLACEMENTS",
+    "CacheView",
+    "FixSizeL2",
+    "L2Compress",
+    "Policy",
+    "Positions",
+    "RecentOnly",
+    "Schedule",
+    "StreamingLLM",
+    "get_policy",
+    "list_policies",
+    "register_policy",
+]

@@ -1,0 +1,148 @@
+"""Policy: which cached positions of a layer stay. It knows nothing of engines."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Positions = Literal["original", "cache"]
+_INTERVAL = re.compile(r"interval=([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What a policy may look at: the stored tokens of one layer, or of several layers of equal length stacked in front.
+
+    Parameters
+    ----------
+    positions
+        Logical position of every stored token, int64, ``[n]`` or ``[..., heads, n]``. Not necessarily ascending: an engine
+        may keep tokens in any slot order.
+    newest
+        Logical position of the youngest stored token.
+    scores
+        What `Policy.token_score` gave for every stored token, float32 ``[..., heads, n]``; ``None`` where the policy has none.
+    layer
+        Layer index, or int64 indices shaped like the leading dimensions of ``scores`` up to the heads.
+    heads
+        Head index of every row of ``scores``, int64, broadcastable to its shape without the last dimension.
+    step
+        Number of tokens seen so far: the seedable part of a random choice.
+    """
+
+    positions: Tensor
+    newest: int
+    scores: Tensor | None = None
+    layer: Tensor | int = 0
+    heads: Tensor | int = 0
+    step: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of stored tokens."""
+        return int(self.positions.shape[-1])
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a policy is applied: ``every_token``, ``single_shot`` (the first time it removes anything) or ``interval=n``."""
+
+    name: str = "every_token"
+
+    def __post_init__(self) -> None:
+        if self.name not in ("every_token", "single_shot") and not _INTERVAL.fullmatch(self.name):
+            raise UserError(
+                f"--kv-l2-mode={self.name}: unknown schedule; use every_token, single_shot or interval=N with N >= 1"
+            )
+
+    def due(self, *, step: int, done: bool) -> bool:
+        """Whether the policy acts after ``step`` tokens were seen; ``done`` says that it already removed something."""
+        if self.name == "single_shot":
+            return not done
+        interval = _INTERVAL.fullmatch(self.name)
+        return interval is None or step % int(interval[1]) == 0
+
+    @property
+    def label(self) -> str:
+        """Short form for names: ``interval16``."""
+        return self.name.replace("=", "")
+
+
+class Policy(ABC):
+    """Decides which stored tokens stay.
+
+    Parameters
+    ----------
+    positions
+        ``original``: keys keep their rotation and logical positions go on. ``cache``: keys are re-rotated to their place in
+        the cache (StreamingLLM, arXiv 2309.17453, section 3.2).
+    skip_layers
+        Layers that are never compressed.
+    """
+
+    name: ClassVar[str]
+    #: one decision serves every head, made from positions alone
+    shared_across_heads: ClassVar[bool] = True
+    frees_memory: ClassVar[bool] = True
+
+    def __init__(self, *, positions: Positions = "original", skip_layers: Iterable[int] = ()) -> None:
+        if positions not in ("original", "cache"):
+            raise UserError(f"--kv-positions={positions}: unknown position handling; use original or cache")
+        self.positions = positions
+        self.skip_layers = frozenset(skip_layers)
+        if any(layer < 0 for layer in self.skip_layers):
+            raise UserError(f"--kv-skip-layers={sorted(self.skip_layers)}: layers count from 0")
+        self.schedule = Schedule()
+
+    @abstractmethod
+    def size_after(self, length: int) -> int:
+        """How many of ``length`` stored tokens stay when the policy acts: the same for every head, known beforehand."""
+
+    @abstractmethod
+    def keep(self, view: CacheView) -> Tensor:
+        """Indices of the tokens that stay, in time order.
+
+        Returns
+        -------
+        Tensor
+            int64, ``[size_after(n)]`` where `shared_across_heads`, else ``[..., heads, size_after(n)]``.
+        """
+
+    def victim(self, view: CacheView) -> Tensor:
+        """Index of the one token that goes where exactly one has to, ``[]`` or ``[..., heads]``: the complement of `keep`."""
+        import torch
+
+        mask = torch.ones_like(view.positions if view.scores is None else view.scores, dtype=torch.int8)
+        return mask.scatter(-1, self.keep(view), 0).argmax(-1)
+
+    def token_score(self, keys: Tensor) -> Tensor | None:
+        """Score of new tokens from their keys ``[batch, heads, q, head_dim]``: float32 ``[batch, heads, q]``, or ``None``."""
+        return None
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """The policy's own parameters as JSON types; part of a case's identity."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All parameters, as `get_policy` takes them: the own ones, position handling, skipped layers."""
+        return self.parameters() | {"positions": self.positions, "skip_layers": sorted(self.skip_layers)}
+
+
+def require_size(option: str, value: int, minimum: int = 1) -> int:
+    """Refuse a size that is not a whole number of at least ``minimum``: a slice from -0 keeps everything."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise UserError(f"{option}={value}: must be a whole number of at least {minimum}")
+    return value
+
+
+def time_order(view: CacheView) -> Tensor:
+    """Slots of the view from the oldest to the youngest token, int64, shaped like ``view.positions``."""
+    return view.positions.argsort(dim=-1, stable=True)

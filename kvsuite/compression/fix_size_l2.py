@@ -1,0 +1,82 @@
+"""Fixed-size cache: protect recent tokens, choose among the older ones by key norm or at random."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import UserError
+from .base import CacheView, require_size
+from .ranked import RankedPolicy
+from .ratio import protected_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STRATEGIES = ("keep_low", "keep_high", "random")
+_MASK = (1 << 62) - 1
+
+
+class FixSizeL2(RankedPolicy):
+    """Keep ``size`` tokens: the last ``int(size * keep_ratio)`` always, the others from the older zone by ``strategy``.
+
+    Parameters
+    ----------
+    size
+        Tokens kept at most, at least 1.
+    keep_ratio
+        Fraction of ``size`` that is *protected* (recent), in [0, 1]; 1 is `RecentOnly`.
+    strategy
+        ``keep_low`` (lowest key norm stays), ``keep_high`` or ``random``.
+    seed
+        Seed of ``random``: the choice depends on seed, layer, head, step and position, on nothing else.
+    """
+
+    name: ClassVar[str] = "fix_size_l2"
+
+    def __init__(
+        self, *, size: int = 1024, keep_ratio: float = 0.0, strategy: str = "keep_low", seed: int = 0, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        self.size = require_size("--kv-fix-kv-sizes", size)
+        if strategy not in STRATEGIES:
+            raise UserError(f"--kv-strategies={strategy}: unknown strategy; use {', '.join(STRATEGIES)}")
+        if not 0 <= keep_ratio <= 1:
+            raise UserError(f"--kv-keep-ratios={keep_ratio}: the protected fraction must lie in [0, 1]")
+        self.keep_ratio = keep_ratio
+        self.strategy = strategy
+        self.seed = seed
+        self.protected = protected_count(size, keep_ratio)
+
+    def size_after(self, length: int) -> int:
+        return min(length, self.size)
+
+    def priority(self, view: CacheView) -> Tensor:
+        assert view.scores is not None
+        if self.strategy == "random":
+            score = self._random(view)
+        else:
+            score = -view.scores if self.strategy == "keep_low" else view.scores
+        # the last `protected` logical positions are never evicted, so position alone tells them
+        return score.masked_fill(view.positions > view.newest - self.protected, float("inf"))
+
+    def _random(self, view: CacheView) -> Tensor:
+        """Uniform float32 in [0, 1) from a counter: the finaliser of SplitMix64 (Steele et al., 2014) on 62-bit words."""
+        import torch
+
+        assert view.scores is not None
+        layer = torch.as_tensor(view.layer, device=view.positions.device)
+        heads = torch.as_tensor(view.heads, device=view.positions.device)
+        stream = _mix(_mix(_mix(layer + 0x9E37) ^ (heads + 0x79B9)) ^ (view.step + self.seed * 0x7F4A7C15))
+        word = _mix(stream.unsqueeze(-1) ^ _mix(view.positions))
+        return ((word & 0xFFFFFF).float() / float(1 << 24)).expand(view.scores.shape)
+
+    def parameters(self) -> dict[str, Any]:
+        seed = {"seed": self.seed} if self.strategy == "random" else {}
+        return {"size": self.size, "keep_ratio": self.keep_ratio, "strategy": self.strategy, **seed}
+
+
+def _mix(word: Tensor) -> Tensor:
+    # int64 multiplication wraps the same way on every device; the mask keeps the shifts logical
+    word = ((word ^ ((word & _MASK) >> 30)) * -0x40A7B892E31B1A47) & _MASK
+    word = ((word ^ (word >> 27)) * -0x6B2FB644ECCEEE15) & _MASK
+    return word ^ (word >> 31)

@@ -1,0 +1,51 @@
+"""L2 compression by ratio: keep the keys of lowest norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .base import CacheView, Schedule, require_size
+from .ranked import RankedPolicy
+from .ratio import keep_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class L2Compress(RankedPolicy):
+    """Keep ``ceil(keep_ratio * length)`` keys of lowest L2 norm per head once more than ``prune_after`` are stored.
+
+    Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression" (arXiv 2406.11430). Applied after
+    every token it is a bounded cache, not a ratio: its length saws between ``ceil(keep_ratio * (prune_after + 1))`` and
+    ``prune_after``. Hence the mode is part of every label.
+
+    Parameters
+    ----------
+    keep_ratio
+        Fraction kept, in (0, 1].
+    prune_after
+        Lengths up to this one are left alone.
+    mode
+        ``single_shot`` (the paper), ``every_token`` (the original program) or ``interval=N``.
+    """
+
+    name: ClassVar[str] = "l2_compress"
+
+    def __init__(
+        self, *, keep_ratio: float = 1.0, prune_after: int = 1000, mode: str = "single_shot", **common: Any
+    ) -> None:
+        super().__init__(**common)
+        keep_count(1, keep_ratio)
+        self.keep_ratio = keep_ratio
+        self.prune_after = require_size("--kv-prune-after", prune_after, minimum=0)
+        self.schedule = Schedule(mode)
+
+    def size_after(self, length: int) -> int:
+        return length if length <= self.prune_after else keep_count(length, self.keep_ratio)
+
+    def priority(self, view: CacheView) -> Tensor:
+        assert view.scores is not None
+        return -view.scores
+
+    def parameters(self) -> dict[str, Any]:
+        return {"keep_ratio": self.keep_ratio, "prune_after": self.prune_after, "mode": self.schedule.name}
