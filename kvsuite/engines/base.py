@@ -1,0 +1,102 @@
+"""Engine: one runtime under test. Session: one loaded engine, which says what it really applied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..case import Case
+from ..meters.clock import Clock
+from ..meters.memory import Phase, Reading
+from ..meters.quality import TokenScores
+from ..meters.timing import RequestTimes
+
+
+@dataclass
+class MemoryPass:
+    """What the instrumented pass of a case found; it is never timed."""
+
+    prefill: Phase
+    decode: Phase
+    resident: Reading
+    driver: Reading
+    kv_bytes_prefill: int
+    kv_bytes_decode: int
+    kv_bytes_allocated: int
+    lengths_prefill: list[int]
+    lengths_decode: list[int]
+    compress_s: float | None = None
+    evict_s: float | None = None
+    effective: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+class Session(ABC):
+    """One loaded engine. The vocabulary of a case goes in, stamps, losses and bytes come out.
+
+    Attributes
+    ----------
+    effective
+        What the runtime really applied: dtype, attention, threads, decode step, …
+    inert
+        Requested axes that do not reach the runtime, each with the reason.
+    partition
+        Requested and realised SM partition.
+    model
+        Facts of the loaded model: label, kind, revision, parameters, notes.
+    """
+
+    def __init__(self) -> None:
+        self.effective: dict[str, Any] = {}
+        self.inert: dict[str, str] = {}
+        self.partition: dict[str, Any] = {"requested": None, "realised": None}
+        self.model: dict[str, Any] = {}
+
+    @abstractmethod
+    def prepare(self, case: Case) -> None:
+        """Make ready what ``case`` needs (policy, method); called before any other method.
+
+        Raises
+        ------
+        UserError, CaseSkipped, CaseInvalid
+            If the case cannot run on this session.
+        """
+
+    @abstractmethod
+    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
+        """Prefill ``prompt``, then decode exactly ``new_tokens`` greedily, stamping ``clock``."""
+
+    @abstractmethod
+    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
+        """Run the shape of `generate` once with the memory meters on."""
+
+    @abstractmethod
+    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
+        """Teacher-forced losses of ``tokens`` through the case's cache by ``protocol``."""
+
+    @abstractmethod
+    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
+        """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End of the case: drop what it held."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class Engine(ABC):
+    """One runtime, by name."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unavailable(self, device: str) -> str | None:
+        """Why this engine cannot use ``device`` here, with the install line or the mend; ``None`` if it can."""
+
+    @abstractmethod
+    def load(self, case: Case, **options: Any) -> Session:
+        """Load the model of ``case``."""

@@ -1,0 +1,243 @@
+"""A transformers cache that applies any policy, on preallocated slots or by copying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..compression.base import Policy
+from .cache_store import CopyStore, RingStore, Store, gather
+from .layer_group import LayerGroup
+from .rotary import Rotary
+
+Implementation = Literal["ring", "copy"]
+OnInterval = Callable[[bool], None]
+
+
+class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of an `EvictionCache`; the signatures serve transformers 5.2 to 5.23."""
+
+    is_sliding = False
+
+    def __init__(self, cache: EvictionCache, store: Store) -> None:
+        # the base class would assign `keys`, which is a property here
+        self.is_initialized = True
+        self._cache = cache
+        self.store = store
+        self.group: LayerGroup
+        self.index = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """Stored keys ``[batch, kv_heads, n, head_dim]`` (unrotated where the policy's positions are ``cache``)."""
+        self.group.settle()
+        return self.store.view(self.group.slots)[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Stored values ``[batch, kv_heads, n, head_dim]``."""
+        self.group.settle()
+        return self.store.view(self.group.slots)[1]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        return None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new tokens; return the keys and values that attention sees: all stored ones and the new ones."""
+        cache, group = self._cache, self.group
+        tokens = key_states.shape[2]
+        if cache.incoming != tokens:
+            raise RuntimeError("call EvictionCache.begin(tokens) before the forward pass")
+        own = key_states
+        if group.ranked:
+            assert cache.rotary is not None
+            own = cache.rotary.unrotate(key_states, cache.incoming_positions[0])
+        if tokens > 1 and group.slots == 0:
+            if cache.on_interval:
+                cache.on_interval(True)
+            keep = group.enter_prompt(self.index, key_states)
+            if keep is not None:
+                self.store.load(gather(own, keep), gather(value_states, keep))
+            if cache.on_interval:
+                cache.on_interval(False)
+            if keep is None:
+                self.store.append(own, value_states, 0, None)
+            return key_states, value_states
+        keys, values = self.store.append(own, value_states, group.slots, group.hole_of(self.index))
+        group.score(self.index, key_states)
+        if group.ranked:
+            assert cache.rotary is not None
+            places = group.places(self.index, cache.newest_place, keys.shape[2])
+            keys = cache.rotary.rotate(keys, places)
+        return keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens seen, not stored: default positions are the true ones."""
+        return self._cache.seen
+
+    def get_mask_sizes(self, query: int | Tensor, *args: Any) -> tuple[int, int]:
+        """Length of keys and offset of the first: every stored key counts as past."""
+        tokens = query if isinstance(query, int) else query.shape[0]
+        return self.group.length + tokens, self._cache.seen - self.group.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.group.reset()
+
+
+class EvictionCache(Cache):  # type: ignore[misc]
+    """Cache of one request batch. Every forward pass stands between `begin` and `commit`.
+
+    Parameters
+    ----------
+    layers
+        Number of layers.
+    policy
+        What stays; ``None`` is the full cache. Layers in ``policy.skip_layers`` keep everything.
+    batch, kv_heads
+        Leading dimensions.
+    device
+        Device of the cache.
+    capacity
+        Tokens to reserve for a compressed layer and for an uncompressed one.
+    implementation
+        ``ring`` (preallocated slots) or ``copy`` (the original's concatenation).
+    rotary
+        Needed where the policy's positions are ``cache``.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        policy: Policy | None,
+        batch: int,
+        kv_heads: int,
+        device: torch.device,
+        capacity: tuple[int, int] = (0, 0),
+        implementation: Implementation = "ring",
+        rotary: Rotary | None = None,
+    ) -> None:
+        treated = [] if policy is None else [i for i in range(layers) if i not in policy.skip_layers]
+        kept = [i for i in range(layers) if i not in treated]
+
+        def store(layer: int) -> Store:
+            reserve = capacity[0] if layer in treated else capacity[1]
+            return CopyStore() if implementation == "copy" else RingStore(reserve)
+
+        self.rotary = rotary
+        self.seen = 0
+        self.incoming = 0
+        self.incoming_positions = torch.empty(1, 0, dtype=torch.int64)
+        self.newest_place = 0
+        self.on_interval: OnInterval | None = None
+        self._device = device
+        members = [EvictionLayer(self, store(i)) for i in range(layers)]
+        self.groups = []
+        shape: Any = {"batch": batch, "kv_heads": kv_heads, "device": device}
+        for group_policy, indices in ((policy, treated), (None, kept)):
+            if indices:
+                stores = [members[i].store for i in indices]
+                room = 0 if group_policy is None else capacity[0]
+                self._join(LayerGroup(group_policy, indices, stores, **shape, capacity=room), members)
+        super().__init__(layers=members)
+        if rotary is not None:
+            rotary.table(max(capacity) + 1)
+
+    def _join(self, group: LayerGroup, members: list[EvictionLayer]) -> None:
+        self.groups.append(group)
+        for index, layer in enumerate(group.layers):
+            members[layer].group, members[layer].index = group, index
+
+    @property
+    def uses_cache_positions(self) -> bool:
+        """Whether queries are placed in the cache instead of in the text."""
+        return any(group.ranked for group in self.groups)
+
+    def begin(self, tokens: int) -> Tensor:
+        """Prepare for a forward pass over ``tokens`` new tokens and return their position ids, int64 ``[1, tokens]``."""
+        if self.incoming:
+            raise RuntimeError("begin() called twice without commit()")
+        self.incoming = tokens
+        for group in self.groups:
+            group.begin(tokens, self.seen)
+        start = max(group.length for group in self.groups) if self.uses_cache_positions else self.seen
+        self.newest_place = start + tokens - 1
+        if self.uses_cache_positions and self.rotary is not None:
+            self.rotary.table(start + tokens)
+        self.incoming_positions = torch.arange(start, start + tokens, device=self._device)[None]
+        return self.incoming_positions
+
+    def commit(self) -> None:
+        """Count the new tokens and evict: afterwards every layer holds what its policy leaves."""
+        self.seen += self.incoming
+        self.incoming = 0
+        if self.on_interval:
+            self.on_interval(True)
+        for group in self.groups:
+            group.commit(self.seen)
+        if self.on_interval:
+            self.on_interval(False)
+
+    def adopt(self, compressed: Sequence[Any], seen: int) -> None:
+        """Take over a prompt's cache that something else compressed, and empty it.
+
+        Parameters
+        ----------
+        compressed
+            A layer each, with ``keys`` and ``values`` ``[batch, kv_heads, n, head_dim]``; ``n`` may differ between layers.
+        seen
+            Tokens of the prompt before compression.
+        """
+        self.seen = seen
+        self.groups = []
+        for index, (layer, source) in enumerate(zip(self.layers, compressed, strict=True)):
+            keys, values = source.keys, source.values
+            layer.store.load(keys, values)
+            group = LayerGroup(
+                None, [index], [layer.store], batch=keys.shape[0], kv_heads=keys.shape[1], device=self._device
+            )
+            group.slots = keys.shape[2]
+            self._join(group, self.layers)
+            # layer by layer, so that only one of them exists twice
+            source.keys = source.values = None
+
+    def lengths(self) -> list[int]:
+        """Stored tokens of every layer."""
+        return [layer.group.length for layer in self.layers]
+
+    def kv_bytes(self) -> tuple[int, int]:
+        """Bytes of the distinct live storages, and the part of them that is planned headroom or a hole."""
+        storages: dict[int, int] = {}
+        headroom = 0
+        for layer in self.layers:
+            for tensor in layer.store.tensors():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            headroom += layer.store.headroom(layer.group.length)
+        return sum(storages.values()), headroom
+
+    def host_state(self) -> list[Any]:
+        """Host side of the bookkeeping, to return to after captured steps were replayed."""
+        return [self.seen, *(group.host_state() for group in self.groups)]
+
+    def restore(self, state: list[Any]) -> None:
+        """Return to a `host_state`."""
+        self.seen = state[0]
+        for group, own in zip(self.groups, state[1:], strict=True):
+            group.restore(own)
+
+    def reset(self) -> None:
+        """Forget all tokens; buffers stay where they are, so that captured steps remain valid."""
+        self.seen = 0
+        self.incoming = 0
+        for group in self.groups:
+            group.reset()

@@ -1,0 +1,99 @@
+"""The instrumented pass of the `hf` engine: memory by phase, bytes of the cache, time of compression. Never timed itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..meters.clock import Clock, clock_for
+from ..meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
+from .base import MemoryPass
+from .cache import EvictionCache
+
+if TYPE_CHECKING:
+    from .hf import AnyCache, HfSession
+
+
+class IntervalClock:
+    """Adds up the intervals between pairs of calls, ``(True)`` at a begin and ``(False)`` at an end."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._marks = 0
+        clock.start()
+
+    def __call__(self, begin: bool) -> None:
+        if begin != (self._marks % 2 == 0):
+            raise RuntimeError("intervals must not nest")
+        self._marks += 1
+        self._clock.mark()
+
+    def total(self) -> float:
+        """Seconds inside intervals."""
+        if not self._marks:
+            return 0.0
+        stamps = self._clock.seconds()
+        return sum(end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True))
+
+
+def measure_memory(session: HfSession, ids: Tensor, new_tokens: int) -> MemoryPass:
+    """Prefill and decode once with every memory meter on.
+
+    The decode steps are eager also where the timed ones are captured, so a graph's private pool is in no number.
+    """
+    allocator = AllocatorMeter(session.device)
+    allocator.settle()
+    method = session.method
+    with (
+        torch.inference_mode(),
+        DriverMeter(session.device).peak() as driver,
+        resident_set_peak() as resident,
+        session._pressed(),
+    ):
+        compress = IntervalClock(clock_for(session.device))
+        with allocator.phase() as prefill:
+            cache: AnyCache = session._new_cache(ids.shape[1], new_tokens)
+            if isinstance(cache, EvictionCache):
+                cache.on_interval = compress if method.policy else None
+                token = session._prefill(ids, cache)
+            elif method.press:
+                with method.press.timed(compress):
+                    token = session._prefill(ids, cache)
+        compress_s = compress.total()
+        live, lengths = _live_bytes(cache), cache.lengths()
+        with allocator.phase() as decode:
+            token, cache = session._adopt(token, cache, new_tokens)
+            evict = IntervalClock(clock_for(session.device))
+            if isinstance(cache, EvictionCache) and method.policy:
+                cache.on_interval = evict
+            for _ in range(new_tokens - 1):
+                token = session._step(token, cache)
+        evict_s = evict.total() / max(new_tokens - 1, 1)
+        allocated, headroom = cache.kv_bytes()
+    result = MemoryPass(
+        prefill=prefill,
+        decode=decode,
+        resident=resident,
+        driver=driver,
+        kv_bytes_prefill=live,
+        kv_bytes_decode=allocated - headroom,
+        kv_bytes_allocated=allocated,
+        lengths_prefill=lengths,
+        lengths_decode=cache.lengths(),
+        compress_s=compress_s if method.policy or method.press else None,
+        evict_s=evict_s if method.policy else None,
+    )
+    counted = session.decoder.kv_bytes(result.lengths_decode)
+    if counted != result.kv_bytes_decode:
+        result.warnings.append(
+            f"the cache's storages hold {result.kv_bytes_decode} bytes, its tokens {counted}: something is kept alive"
+        )
+    session._drop_cache()
+    return result
+
+
+def _live_bytes(cache: AnyCache) -> int:
+    allocated, headroom = cache.kv_bytes()
+    return allocated - headroom

@@ -1,0 +1,69 @@
+"""What a case does to the cache on the `hf` engine: nothing, a policy, or a press."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..case import Case
+from ..compression import get_policy
+from ..compression.base import Policy
+from ..compression.ratio import removed_from_keep
+from ..errors import CaseInvalid
+
+if TYPE_CHECKING:
+    from ..compression.kvpress import KvpressMethod
+
+
+@dataclass
+class Method:
+    """Exactly one of ``policy`` and ``press``, or neither for the full cache."""
+
+    policy: Policy | None = None
+    press: KvpressMethod | None = None
+
+    @property
+    def frees_memory(self) -> bool:
+        """Whether what the method removes is given back."""
+        return self.press.info.frees_memory if self.press else True
+
+    @property
+    def ratio_requested(self) -> float | None:
+        """Fraction removed that a ratio-based method was asked for; a size-based one was asked for none."""
+        if self.press:
+            return self.press.requested_removed_ratio
+        keep = getattr(self.policy, "keep_ratio", None) if self.policy and self.policy.name == "l2_compress" else None
+        return None if keep is None else removed_from_keep(keep)
+
+    @property
+    def eager_only(self) -> str | None:
+        """Why a decode step of this method cannot be captured, ``None`` if it can."""
+        if self.press and not self.press.info.frees_memory:
+            return "the press masks keys inside a patched attention function"
+        if self.press and "decode" in self.press.info.compresses:
+            return "the press changes the cache's length while decoding"
+        return None
+
+
+def method_for(case: Case, *, layers: int) -> Method:
+    """Build the method of ``case``, a new object for every case.
+
+    Raises
+    ------
+    UserError
+        For unknown names or parameters.
+    CaseInvalid
+        If a skipped layer does not exist.
+    """
+    parameters: dict[str, Any] = dict(case.policy_params)
+    if case.policy is None:
+        return Method()
+    if case.policy.startswith("kvpress:"):
+        from ..compression.kvpress import KvpressMethod
+
+        return Method(press=KvpressMethod.create(case.policy, **parameters))
+    policy = get_policy(case.policy, **parameters)
+    beyond = [layer for layer in policy.skip_layers if layer >= layers]
+    if beyond:
+        raise CaseInvalid(f"skip_layers {sorted(beyond)}: the model has layers 0 to {layers - 1}")
+    return Method(policy=policy)

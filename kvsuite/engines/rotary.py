@@ -1,0 +1,90 @@
+"""Re-rotation of cached keys: what ``positions="cache"`` needs from a transformers model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CaseInvalid
+
+_CHANGING_ROPE = ("dynamic", "longrope")
+
+
+class Rotary:
+    """Rotates keys to any positions with the model's own rotary embedding, in float32.
+
+    Parameters
+    ----------
+    model
+        A transformers decoder with one rotary embedding for all layers.
+
+    Raises
+    ------
+    CaseInvalid
+        If the model's positions are not rotary, depend on the length, or do not compose as rotations do.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        embeddings = [m for name, m in model.named_modules() if name.endswith("rotary_emb") and hasattr(m, "inv_freq")]
+        attention = next((m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "head_dim")), None)
+        attention = attention or next((m for m in model.modules() if hasattr(m, "layer_idx")), None)
+        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None) if attention else None
+        if len(embeddings) != 1 or apply is None:
+            raise CaseInvalid("positions=cache needs a model with one rotary embedding; use --kv-positions=original")
+        self._embedding: Any = embeddings[0]
+        rope_type = getattr(self._embedding, "rope_type", "default")
+        if rope_type in _CHANGING_ROPE:
+            raise CaseInvalid(
+                f"positions=cache: rope_type {rope_type!r} changes its frequencies with the length; "
+                "use --kv-positions=original"
+            )
+        self._apply: Any = apply
+        self._scale = float(getattr(self._embedding, "attention_scaling", 1.0))
+        self._cos = self._sin = torch.empty(0)
+        self._check()
+
+    def table(self, length: int) -> None:
+        """Make the cosines and sines of positions ``0 .. length - 1`` ready, so that a captured step only indexes them."""
+        if self._cos.shape[0] >= length:
+            return
+        device = self._embedding.inv_freq.device
+        size = max(length, 2 * self._cos.shape[0], 64)
+        probe = torch.empty(1, dtype=torch.float32, device=device)
+        cos, sin = self._embedding(probe, torch.arange(size, device=device)[None])
+        self._cos, self._sin = cos[0].float(), sin[0].float()
+
+    def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Rotate unrotated ``keys`` ``[batch, heads, n, head_dim]`` to ``positions`` ``[n]`` or ``[batch, heads, n]``."""
+        return self._turn(keys, positions, direction=1).to(keys.dtype)
+
+    def unrotate(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Undo `rotate`; also undoes the model's own rotation (and its attention scaling) at ``positions``."""
+        return (self._turn(keys, positions, direction=-1) / self._scale**2).to(keys.dtype)
+
+    def _turn(self, keys: Tensor, positions: Tensor, direction: int) -> Tensor:
+        batch, heads, n, dim = keys.shape
+        cos, sin = self._cos[positions], self._sin[positions] * direction
+        if positions.dim() == 1:
+            cos, sin = cos[None], sin[None]
+            flat = keys.float()
+        else:
+            # one row a head: the model's function shares positions between heads
+            cos, sin = (t.expand(batch, heads, n, t.shape[-1]).reshape(batch * heads, n, -1) for t in (cos, sin))
+            flat = keys.float().reshape(batch * heads, 1, n, dim)
+        turned: Tensor = self._apply(flat, flat, cos, sin)[1]
+        return turned.reshape(keys.shape)
+
+    def _check(self) -> None:
+        self.table(16)
+        device = self._cos.device
+        width = self._cos.shape[-1]
+        key = torch.linspace(-1, 1, width, device=device).reshape(1, 1, 1, width)
+        at = [torch.tensor([p], device=device) for p in (3, 8, 5)]
+        same_gap = (self.rotate(key, at[0]) * self.rotate(key, at[1])).sum()
+        from_zero = (self.rotate(key, at[0] - 3) * self.rotate(key, at[2])).sum()
+        back = self.unrotate(self.rotate(key, at[1]), at[1])
+        if not (torch.allclose(same_gap, from_zero, rtol=1e-4, atol=1e-4) and torch.allclose(back, key, atol=1e-4)):
+            raise CaseInvalid("positions=cache: this model's rotary embedding is not a rotation; use --kv-positions=original")

@@ -1,0 +1,36 @@
+"""CPU threads: a short probe with the real model chooses, the record says."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def choose_threads(step: Callable[[], object], *, budget_s: float = 2.0) -> int:
+    """Set torch to the thread count that runs ``step`` fastest and return it.
+
+    Candidates are one thread, half and all of the usable cores: which wins depends on the machine's load at the time.
+    Candidates take turns, so that a passing load does not decide; the fastest single run of each counts.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    candidates = sorted({1, max(1, cores // 2), cores})
+    if len(candidates) == 1:
+        torch.set_num_threads(candidates[0])
+        return candidates[0]
+    best = dict.fromkeys(candidates, float("inf"))
+    step()
+    deadline = time.perf_counter() + budget_s
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        for threads in candidates:
+            torch.set_num_threads(threads)
+            begin = time.perf_counter()
+            step()
+            best[threads] = min(best[threads], time.perf_counter() - begin)
+        rounds += 1
+    chosen = min(best, key=lambda threads: best[threads])
+    torch.set_num_threads(chosen)
+    return chosen
