@@ -24,7 +24,8 @@ class Record:
 
     ``metrics`` maps a metric name to the entry that `kvsuite.metrics.MetricRegistry.value` builds; ``memory`` holds the three
     columns predicted, reported (by the engine) and measured, in bytes; ``effective`` is what the runtime really applied,
-    ``inert`` the requested axes that do not reach it, each with its reason.
+    ``inert`` the requested axes that do not reach it, each with its reason. ``order_index`` is the place in which the case
+    ran, ``case_index`` its place in the suite's space.
     """
 
     case: Case
@@ -44,6 +45,8 @@ class Record:
     rounds: int = 0
     warmup: int = 0
     order_index: int = 0
+    order_seed: int = 0
+    case_index: int = 0
     seed: int = 0
     started_utc: str = ""
     duration_s: float | None = None

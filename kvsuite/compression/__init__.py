@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UserError
+from kvsuite.errors import UserError
+
 from .base import CacheView, Policy, Positions, Schedule
 from .fix_size_l2 import FixSizeL2
 from .l2_compress import L2Compress

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..errors import UserError
+from kvsuite.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ class RankedPolicy(Policy):
 
     def token_score(self, keys: Tensor) -> Tensor:
         """L2 norm of each key in float32; a rotation leaves it unchanged, so it may be taken before or after RoPE."""
-        return keys.float().norm(dim=-1)
+        return keys.float().square().sum(dim=-1).sqrt()
 
     def keep(self, view: CacheView) -> Tensor:
         order = time_order(view)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import UserError
+from kvsuite.errors import UserError
+
 from .base import CacheView, Policy, require_size, time_order
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..case import Case
-from ..meters.clock import Clock
-from ..meters.memory import Phase, Reading
-from ..meters.quality import TokenScores
-from ..meters.timing import RequestTimes
+from kvsuite.case import Case
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.memory import Phase, Reading
+from kvsuite.meters.quality import TokenScores
+from kvsuite.meters.timing import RequestTimes
 
 
 @dataclass
@@ -64,6 +64,52 @@ class Session(ABC):
             If the case cannot run on this session.
         """
 
+    @property
+    @abstractmethod
+    def device(self) -> Any:
+        """The ``torch.device`` the session runs on."""
+
+    @property
+    @abstractmethod
+    def dtype_name(self) -> str:
+        """The dtype the model really computes in."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, ``None`` for a dummy model."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Token ids lie in ``[0, vocab_size)``."""
+
+    @property
+    @abstractmethod
+    def bandwidth(self) -> float:
+        """Measured copy bandwidth of the device in bytes a second, read plus written."""
+
+    @abstractmethod
+    def full_kv_bytes(self, tokens: int) -> int:
+        """Bytes of the full cache of ``tokens`` tokens."""
+
+    @abstractmethod
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+        """Predicted cache bytes of the prepared case at the end of decode, ``None`` where only the method knows."""
+
+    @property
+    @abstractmethod
+    def ratio_requested(self) -> float | None:
+        """Fraction removed that the prepared case asks for, ``None`` where it asks for sizes."""
+
+    @abstractmethod
+    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
+        """Run the timed shape once, untimed."""
+
+    def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
+        """Make ready what only the timed rounds need (captured decode steps)."""
+        return None
+
     @abstractmethod
     def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
         """Prefill ``prompt``, then decode exactly ``new_tokens`` greedily, stamping ``clock``."""
@@ -79,6 +125,10 @@ class Session(ABC):
     @abstractmethod
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+
+    @abstractmethod
+    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy output of the prepared case: ``new_tokens`` token ids."""
 
     @abstractmethod
     def finish(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..compression.base import Policy
+from kvsuite.compression.base import Policy
+
 from .cache_store import CopyStore, RingStore, Store, gather
 from .layer_group import LayerGroup
 from .rotary import Rotary
@@ -141,7 +142,7 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self.on_interval: OnInterval | None = None
         self._device = device
         members = [EvictionLayer(self, store(i)) for i in range(layers)]
-        self.groups = []
+        self.groups: list[LayerGroup] = []
         shape: Any = {"batch": batch, "kv_heads": kv_heads, "device": device}
         for group_policy, indices in ((policy, treated), (None, kept)):
             if indices:

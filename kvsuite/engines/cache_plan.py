@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..compression.base import Policy
+from kvsuite.compression.base import Policy
 
 
 @dataclass(frozen=True)

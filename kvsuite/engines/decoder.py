@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compression.base import Policy
+from kvsuite.compression.base import Policy
+
 from .cache import EvictionCache, Implementation
 from .cache_plan import kv_bytes
 from .rotary import Rotary

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..meters.clock import Clock
+from kvsuite.meters.clock import Clock
+
 from .cache import EvictionCache
 
 Step = Callable[[Tensor, Any], Tensor]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..case import Case
-from ..errors import CaseInvalid
-from ..meters.bandwidth import copy_bandwidth
-from ..meters.clock import Clock
-from ..meters.quality import TokenScores
-from ..meters.timing import RequestTimes
-from ..models.load import LoadedModel, load_model
-from ..models.resolve import resolve_model
+from kvsuite.case import Case
+from kvsuite.errors import CaseInvalid
+from kvsuite.meters.bandwidth import copy_bandwidth
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.quality import TokenScores
+from kvsuite.meters.timing import RequestTimes
+from kvsuite.models.load import LoadedModel, load_model
+from kvsuite.models.resolve import resolve_model
+
 from .base import Engine, MemoryPass, Session
 from .cache import EvictionCache, Implementation
 from .cache_plan import CachePlan, plan
@@ -29,6 +30,9 @@ from .method import Method, method_for
 from .press_cache import PressCache
 from .rotary import Rotary
 from .threads import choose_threads
+
+if TYPE_CHECKING:
+    from kvsuite.compression.kvpress_session import KvpressSession
 
 AnyCache = EvictionCache | PressCache
 _TORCH_DEVICES = ("cpu", "cuda", "mps")
@@ -50,7 +54,9 @@ class HfEngine(Engine):
                     "build (make bench TORCH_INDEX=https://download.pytorch.org/whl/cu130) or use --kv-device=cpu"
                 )
             if int(index or 0) >= torch.cuda.device_count():
-                return f"engine hf cannot use {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+                return (
+                    f"engine hf cannot use {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+                )
         if kind == "mps" and not torch.backends.mps.is_available():
             return f"engine hf cannot use {device}: this torch has no MPS; use --kv-device=cpu"
         return None
@@ -92,13 +98,19 @@ class HfSession(Session):
         super().__init__()
         spec = resolve_model(case.model, cache_dir=cache_dir)
         self._loaded: LoadedModel = load_model(
-            spec, device=case.device, dtype=case.dtype, seed=seed, attn_implementation=attention, cache_dir=cache_dir
+            spec,
+            device=case.device,
+            dtype=None if case.dtype == "checkpoint" else case.dtype,
+            seed=seed,
+            attn_implementation=attention,
+            cache_dir=cache_dir,
         )
         self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
-        self.device = self._loaded.device
         self._decode_step = decode_step
         self._implementation: Implementation = implementation
         self._method = Method()
+        self._press: KvpressSession | None = None
+        self._seed = seed
         self._rotary: Rotary | None = None
         self._captured: dict[tuple[int, int], CapturedDecode] = {}
         self._cache: tuple[tuple[int, int], EvictionCache] | None = None
@@ -125,6 +137,11 @@ class HfSession(Session):
             "threads": threads if case.device_kind == "cpu" else None,
         }
         self._bandwidth: float | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype the model really computes in."""
+        return str(self._facts["dtype"])
 
     @property
     def tokenizer(self) -> Any:
@@ -187,6 +204,17 @@ class HfSession(Session):
         skipped = self._method.policy.skip_layers if self._method.policy else range(self.decoder.layers)
         tokens = [plans[1 if layer in skipped else 0].final for layer in range(self.decoder.layers)]
         return self.decoder.kv_bytes(tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
+
+    @property
+    def ratio_requested(self) -> float | None:
+        return self._method.ratio_requested
 
     @property
     def method(self) -> Method:
@@ -266,8 +294,6 @@ class HfSession(Session):
 
     def finish(self) -> None:
         self._drop_cache()
-        if self._method.press:
-            self._method.press.cleanup(self._loaded.model)
         self._method = Method()
 
     def close(self) -> None:
@@ -302,17 +328,22 @@ class HfSession(Session):
 
     @contextlib.contextmanager
     def _pressed(self) -> Iterator[None]:
+        """The case's press on the model, a new one every time; nothing for a policy."""
         if self._method.press is None:
             yield
-        else:
-            with self._method.press.session(self._loaded.model):
+            return
+        with self._method.press.session(self._loaded.model, tokenizer=self.tokenizer, seed=self._seed) as press:
+            self._press = press
+            try:
                 yield
+            finally:
+                self._press = None
 
     def _forward(self, ids: Tensor, cache: AnyCache) -> Tensor:
         """Prefill: logits of the last position ``[1, 1, vocab]``."""
-        if self._method.press is None:
+        if self._press is None:
             return self.decoder.forward(ids, cache)
-        with self._method.press.prefill(self._loaded.model, ids):
+        with self._press.prefill():
             return self.decoder.forward(ids, cache)
 
     def _prefill(self, ids: Tensor, cache: AnyCache) -> Tensor:
@@ -322,13 +353,13 @@ class HfSession(Session):
         """Move what a prefill press left into preallocated slots, so that every method decodes on the same cache."""
         if isinstance(cache, EvictionCache) or self._method.eager_only:
             return token, cache
-        lengths = cache.lengths()
+        assert self._press is not None
         key = (cache.seen, new_tokens)
         if self._cache is None or self._cache[0] != key:
-            room = max(lengths) + new_tokens - 1
+            room = max(cache.lengths()) + new_tokens - 1
             self._cache = (key, self.decoder.new_cache(None, (0, room), "ring", None))
         target = self._cache[1]
-        target.adopt(cache.layers, cache.seen)
+        target.adopt(cache.layers, self._press.first_decode_position(cache, cache.seen))
         return token, target
 
     def _step(self, token: Tensor, cache: AnyCache) -> Tensor:
@@ -353,5 +384,3 @@ class HfSession(Session):
             return threads
         step: Callable[[], object] = self.decoder.probe_step
         return choose_threads(step)
-
-

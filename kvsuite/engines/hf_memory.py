@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..meters.clock import Clock, clock_for
-from ..meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
+from kvsuite.meters.clock import Clock, clock_for
+from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
+
 from .base import MemoryPass
 from .cache import EvictionCache
 
@@ -58,8 +59,9 @@ def measure_memory(session: HfSession, ids: Tensor, new_tokens: int) -> MemoryPa
             if isinstance(cache, EvictionCache):
                 cache.on_interval = compress if method.policy else None
                 token = session._prefill(ids, cache)
-            elif method.press:
-                with method.press.timed(compress):
+            else:
+                assert session._press is not None
+                with session._press.timed(compress):
                     token = session._prefill(ids, cache)
         compress_s = compress.total()
         live, lengths = _live_bytes(cache), cache.lengths()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..meters.quality import TokenScores
+from kvsuite.meters.quality import TokenScores
+
 from .decoder import Decoder
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compression.base import CacheView, Policy
+from kvsuite.compression.base import CacheView, Policy
+
 from .cache_store import Hole, Store
 
 
@@ -210,7 +211,9 @@ class LayerGroup:
             if self.per_head or book is not self._scores:
                 picked = book[..., : self.slots]
                 index_ = keep.to(book.device)
-                book[..., :kept] = picked.gather(-1, index_ if index_.dim() == book.dim() else index_.expand(*book.shape[:-1], kept))
+                book[..., :kept] = picked.gather(
+                    -1, index_ if index_.dim() == book.dim() else index_.expand(*book.shape[:-1], kept)
+                )
         if ordered:
             self._ranks[..., :kept] = torch.arange(kept, device=self._device)
         self.slots = kept

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..case import Case
-from ..compression import get_policy
-from ..compression.base import Policy
-from ..compression.ratio import removed_from_keep
-from ..errors import CaseInvalid
+from kvsuite.case import Case
+from kvsuite.compression import get_policy
+from kvsuite.compression.base import Policy
+from kvsuite.compression.ratio import removed_from_keep
+from kvsuite.errors import CaseInvalid
 
 if TYPE_CHECKING:
-    from ..compression.kvpress import KvpressMethod
+    from kvsuite.compression.kvpress import KvpressMethod
 
 
 @dataclass
@@ -59,7 +59,7 @@ def method_for(case: Case, *, layers: int) -> Method:
     if case.policy is None:
         return Method()
     if case.policy.startswith("kvpress:"):
-        from ..compression.kvpress import KvpressMethod
+        from kvsuite.compression.kvpress import KvpressMethod
 
         return Method(press=KvpressMethod.create(case.policy, **parameters))
     policy = get_policy(case.policy, **parameters)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CaseInvalid
+from kvsuite.errors import CaseInvalid
 
 _CHANGING_ROPE = ("dynamic", "longrope")
 
@@ -87,4 +87,6 @@ class Rotary:
         from_zero = (self.rotate(key, at[0] - 3) * self.rotate(key, at[2])).sum()
         back = self.unrotate(self.rotate(key, at[1]), at[1])
         if not (torch.allclose(same_gap, from_zero, rtol=1e-4, atol=1e-4) and torch.allclose(back, key, atol=1e-4)):
-            raise CaseInvalid("positions=cache: this model's rotary embedding is not a rotation; use --kv-positions=original")
+            raise CaseInvalid(
+                "positions=cache: this model's rotary embedding is not a rotation; use --kv-positions=original"
+            )

@@ -1,7 +1,8 @@
-"""Formulas from time stamps to metrics (docs/metrics.md); pure functions, so that a scripted clock checks them exactly."""
+"""Formulas from time stamps to metrics (docs/metrics.md), pure, so that a scripted clock checks them exactly."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ class RequestTimes:
     def itl_s(self) -> list[float]:
         """Raw gaps between chunks; the TTFT is never among them."""
         times = [time for time, _ in self.chunks]
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,36 @@
+"""``python -m kvsuite``: work with the records of a run, without pytest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+
+from . import __version__
+from .commands import report
+from .errors import UserError
+
+USAGE_ERROR = 4  # pytest's exit code for the same thing
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; bad input is one line on stderr and exit code 4."""
+    parser = argparse.ArgumentParser(prog="python -m kvsuite", description="Work with the records of a kvsuite run.")
+    parser.add_argument("--version", action="version", version=f"kvsuite {__version__}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    report.add_parser(subparsers)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ± still gets its numbers
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

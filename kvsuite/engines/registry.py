@@ -1,0 +1,68 @@
+"""Engines by name, and the loaded session that cases of one model share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvsuite.case import Case
+from kvsuite.errors import CaseSkipped, UserError
+
+from .base import Engine, Session
+
+ENGINES = ("hf",)
+
+
+def get_engine(name: str) -> Engine:
+    """Build engine ``name``; imports its runtime only then."""
+    if name == "hf":
+        try:
+            from .hf import HfEngine
+        except ImportError as error:
+            raise CaseSkipped(f"engine hf: {error}; pip install kvsuite") from error
+
+        return HfEngine()
+    raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(ENGINES)}")
+
+
+class SessionPool:
+    """Keeps one session alive: consecutive cases of one model, device and dtype share it.
+
+    Parameters
+    ----------
+    options
+        Passed to `Engine.load`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._key: tuple[Any, ...] | None = None
+        self._session: Session | None = None
+
+    def get(self, case: Case) -> Session:
+        """Session for ``case``, loaded if need be.
+
+        Raises
+        ------
+        CaseSkipped
+            If the engine cannot use the device here.
+        """
+        key = (case.engine, case.model, case.quantization, case.device, case.dtype)
+        if self._session is None or self._key != key:
+            self.close()
+            engine = get_engine(case.engine)
+            reason = engine.unavailable(case.device)
+            if reason:
+                raise CaseSkipped(reason)
+            self._session, self._key = engine.load(case, **self._options), key
+        return self._session
+
+    @property
+    def current(self) -> Session | None:
+        """The session that is up."""
+        return self._session
+
+    def close(self) -> None:
+        """Close the session, if there is one."""
+        if self._session is not None:
+            self._session.close()
+        self._session = self._key = None

@@ -1,0 +1,314 @@
+"""From a `ModelSpec` to a model on its device: real weights, or random ones of a real architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvsuite.case import canonical_json
+from kvsuite.errors import UserError
+
+from .resolve import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
+_CANONICAL = ("float32", "float16", "bfloat16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+# text whose ids differ between tokenizers that share a vocabulary but cut text in another way
+_PROBE = "In 1969, Neil\u00a0Armstrong didn't say:\n\n  'x = 3.14159'  naïve 北京 🙂\r\n"
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to run.
+
+    Parameters
+    ----------
+    model
+        The transformers model, in ``eval`` mode, gradients off.
+    tokenizer
+        ``None`` for dummies and for folders without one.
+    spec
+        What was asked for; a hub model's ``revision`` is filled in.
+    text_config
+        The configuration of the language model, also for a multimodal one.
+    device, dtype
+        Where the weights are, and their dtype.
+    weights_bytes
+        Sum of the distinct parameter and buffer storages, in bytes: tied weights count once.
+    parameters
+        Number of distinct parameters.
+    trained_length
+        Positions the configuration promises, ``None`` if it does not say.
+    load_s
+        Seconds from the call to the model on its device.
+    notes
+        What a reader of a result must know.
+    tokenizer_hash
+        SHA-256 over the vocabulary and the ids of a fixed text; the same on every transformers version.
+    """
+
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    spec: ModelSpec
+    text_config: Any = field(repr=False)
+    device: torch.device
+    dtype: torch.dtype
+    weights_bytes: int
+    parameters: int
+    trained_length: int | None
+    load_s: float
+    notes: list[str] = field(default_factory=list)
+    tokenizer_hash: str | None = None
+
+
+def parse_dtype(name: str) -> str:
+    """Return the canonical name of a dtype: ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises
+    ------
+    UserError
+        If the name is not known.
+    """
+    canonical = _DTYPES.get(name.lower(), name.lower())
+    if canonical not in _CANONICAL:
+        raise UserError(f"--kv-dtype={name}: unknown dtype; choose float32, float16 or bfloat16 (fp32, fp16, bf16)")
+    return canonical
+
+
+def load_model(
+    spec: ModelSpec,
+    *,
+    device: str,
+    dtype: str | None,
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+    cache_dir: Path | None = None,
+) -> LoadedModel:
+    """Load a model, or make a dummy of it.
+
+    Parameters
+    ----------
+    spec
+        From `kvsuite.models.resolve_model`.
+    device
+        Torch device, for example ``"cpu"`` or ``"cuda:0"``.
+    dtype
+        Name of the compute dtype; ``None`` means float32 on the CPU, and elsewhere the checkpoint's own dtype
+        (bfloat16 for dummies, float16 for quantised GGUF weights, which have none).
+    seed
+        Of a dummy's random weights: the same seed gives the same weights on the same kind of device. The global random
+        state is left as it was.
+    attn_implementation
+        As transformers names it.
+    cache_dir
+        Where the default model is converted to; the folder named by ``spec`` if left out.
+
+    Raises
+    ------
+    UserError
+        If the device, the dtype or the checkpoint cannot be used.
+    """
+    if spec.kind == "mlc":
+        raise UserError(f"--kv-model={spec.request}: MLC weights run on the mlc engine only; give --kv-engine=mlc")
+    wanted = None if dtype is None else parse_dtype(dtype)
+    target = _usable_device(device, wanted)
+    if wanted is None and target.type == "cpu":
+        wanted = "float32"
+    notes = list(spec.notes)
+    started = time.perf_counter()
+    with _no_progress_bars():
+        if spec.kind == "dummy":
+            model, tokenizer = _dummy(spec, target, wanted or "bfloat16", seed, attn_implementation), None
+        elif spec.kind == "gguf":
+            model, tokenizer = _gguf(spec, wanted, attn_implementation, notes)
+            model = model.to(target)
+        else:
+            model, tokenizer = _pretrained(spec, target, wanted, attn_implementation, cache_dir, notes)
+    model = model.eval().requires_grad_(False)
+    load_s = time.perf_counter() - started
+
+    commit = getattr(model.config, "_commit_hash", None)
+    if spec.kind == "hub" and commit:
+        spec = replace(spec, revision=commit)
+    text_config = model.config.get_text_config()
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        text_config=text_config,
+        device=target,
+        dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+        weights_bytes=sum(storages.values()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained_length=getattr(text_config, "max_position_embeddings", None),
+        load_s=load_s,
+        notes=notes,
+        tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return ``sha256:<hex>`` over the vocabulary and the ids of a fixed text."""
+    ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
+    text = canonical_json({"vocabulary": tokenizer.get_vocab(), "probe": list(ids)})
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _usable_device(device: str, dtype: str | None) -> torch.device:
+    import torch
+
+    try:
+        target = torch.device(device)
+        # also answers whether this device computes in that dtype at all
+        probe = torch.ones(2, 2, device=target, dtype=getattr(torch, dtype or "float32"))
+        torch.softmax(probe @ probe, dim=-1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"--kv-device={device}{f' --kv-dtype={dtype}' if dtype else ''}: this torch cannot use it ({reason}); "
+            "give a device that it can use, cpu for example"
+        ) from error
+    if str(target) == "cuda":
+        target = torch.device("cuda", torch.cuda.current_device())
+    return target
+
+
+def _dummy(spec: ModelSpec, device: torch.device, dtype: str, seed: int, attn_implementation: str) -> Any:
+    import torch
+
+    from .presets import build_config
+
+    config = build_config(spec.source)
+    # a device context makes the weights where they stay: no copy in float32, none on the CPU
+    with _seeded(device, seed), torch.device(device):
+        return _auto_class(config).from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
+
+
+def _gguf(spec: ModelSpec, dtype: str | None, attn_implementation: str, notes: list[str]) -> tuple[Any, Any]:
+    from .gguf import gguf_model, gguf_tokenizer, read_fields
+
+    path = Path(spec.source)
+    fields = read_fields(path)
+    if dtype is None:
+        dtype = "float16"
+        notes.append("GGUF weights computed in float16; --kv-dtype chooses another dtype")
+    notes.append("GGUF weights dequantised on loading; memory is that of the dense model")
+    with _user_errors(spec):
+        return gguf_model(path, dtype=dtype, attn_implementation=attn_implementation), gguf_tokenizer(path, fields)
+
+
+def _pretrained(
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: str | None,
+    attn_implementation: str,
+    cache_dir: Path | None,
+    notes: list[str],
+) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig
+
+    from .hub import require_hub
+    from .smollm2 import smollm2_folder
+
+    source, local = spec.source, True
+    if spec.kind == "smollm2":
+        source = str(smollm2_folder(cache_dir or Path(spec.source).parent))
+    elif spec.kind == "hub":
+        local = not require_hub("--kv-model", spec.request, repo_id=spec.source)
+    common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    with _user_errors(spec):
+        config = AutoConfig.from_pretrained(source, **common)
+        model, info = _auto_class(config).from_pretrained(
+            source,
+            dtype="auto" if dtype is None else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+            **common,
+        )
+        tokenizer = _tokenizer(spec, source, common, notes)
+    # transformers fills absent weights with random numbers and only logs it
+    if missing := sorted(info["missing_keys"]) or sorted(str(key) for key in info["mismatched_keys"]):
+        raise UserError(
+            f"--kv-model={spec.request}: the checkpoint lacks {len(missing)} weight(s), {missing[0]} first; "
+            "give a complete checkpoint"
+        )
+    if unexpected := sorted(info["unexpected_keys"]):
+        notes.append(f"{len(unexpected)} weight(s) of the checkpoint are not used, {unexpected[0]} first")
+    return model, tokenizer
+
+
+def _tokenizer(spec: ModelSpec, source: str, common: dict[str, Any], notes: list[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    if spec.kind == "local" and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        notes.append("the folder holds no tokenizer, so no text can be scored")
+        return None
+    return AutoTokenizer.from_pretrained(source, **common)
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    multimodal = getattr(config, "vision_config", None) is not None
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
+@contextmanager
+def _user_errors(spec: ModelSpec) -> Iterator[None]:
+    """Turn the many ways in which a checkpoint can be bad into one line; what the device does stays as it is."""
+    import torch
+
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--kv-model={spec.request}: cannot be loaded ({type(error).__name__}: {_first_line(error)}); "
+            "check the checkpoint or give another model"
+        ) from error
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    import torch
+
+    # only the generators in use are seeded: torch.manual_seed would reseed every GPU, and restore none
+    cuda = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,212 @@
+"""The pytest plugin: wiring between pytest's hooks and kvsuite. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import __version__, hookspec
+from .errors import UserError
+from .fixtures import kv_case, kv_options, kv_run, kv_runner
+from .metrics import BUILTIN, Metric
+from .options import add_options, resolve_options
+from .reporter import Reporter
+from .spaces.registry import cases_of
+from .state import CASES, MEASURED, OPTIONS, ORDER_SEED, REPORTER, RUNNER, is_worker, worker_input
+
+__all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
+
+_MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(hookspec)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    try:
+        options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
+        if options.given:
+            # only what was asked for is checked: a run without kvsuite cases pays nothing
+            _check(options)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+    config.stash[OPTIONS] = options
+    config.stash[CASES] = {}
+    config.stash[ORDER_SEED] = worker_input(config).get("kv_order_seed", time.time_ns() % 2**31)
+    if not is_worker(config):
+        config.stash[REPORTER] = Reporter(config, options)
+
+
+def _check(options: Any) -> None:
+    cases_of("compression", options)
+    if "model" in options.given:
+        from .models.resolve import resolve_model
+
+        resolve_model(options.model, cache_dir=Path(options.cache_dir) if options.cache_dir else None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    # every worker must collect the same order
+    node.workerinput["kv_order_seed"] = node.config.stash[ORDER_SEED]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"kvsuite: {__version__}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("kv_suite")
+    if marker is None or "kv_case" not in metafunc.fixturenames:
+        return
+    try:
+        cases = cases_of(marker.args[0], metafunc.config.stash[OPTIONS])
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+    metafunc.config.stash[CASES].update({case.id: case for case in cases})
+    ids = [case.id for case in cases]
+    # strings, so that pytest-benchmark can store and compare the parameter
+    metafunc.parametrize("kv_case", ids, ids=ids, indirect=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    ours = [index for index, item in enumerate(items) if _is_case(item)]
+    if not ours:
+        return
+    # no method always runs first: the order is rotated by a seed that the records carry
+    shift = config.stash[ORDER_SEED] % len(ours)
+    rotated = ours[shift:] + ours[:shift]
+    for index, item in zip(ours, [items[i] for i in rotated], strict=True):
+        items[index] = item
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is not None:
+        reporter.total = len(ours)
+        if not config.option.collectonly:
+            try:
+                reporter.check_folder()
+            except UserError as error:
+                raise pytest.UsageError(f"kvsuite: {error}") from error
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    cases = [config.stash[CASES][item.callspec.params["kv_case"]] for item in items if _is_case(item)]  # type: ignore[attr-defined]
+    if not cases:
+        return []
+    first = cases[0]
+    order = config.stash[ORDER_SEED]
+    return [
+        f"kvsuite: {len(cases)} cases on {first.device} ({first.engine}, {first.model}), order seed {order}, "
+        f"reports under {config.stash[OPTIONS].report_dir}/"
+    ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    measured = item.stash.get(MEASURED, None)
+    if measured is not None and report.when == "call":
+        environment = item.config.stash[RUNNER].environment
+        from .case import digest
+
+        measured.record.env = digest(environment)
+        measured.record.order_seed = item.config.stash[ORDER_SEED]
+        # an attribute of the report travels through xdist and stays out of the JUnit XML
+        report.kvsuite = {  # type: ignore[attr-defined]
+            "record": measured.record.to_dict(),
+            "tokens": measured.tokens,
+            "environment": environment,
+        }
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    payload = getattr(report, "kvsuite", None)
+    if payload is not None and _reporter is not None:
+        _reporter.add(payload)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # pytest_runtest_logreport is told no config
+    global _reporter
+    _reporter = session.config.stash.get(REPORTER, None)
+
+
+_reporter: Reporter | None = None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.stash.get(REPORTER, None)
+    if reporter is None:
+        return
+    reporter.finish()
+    if (reporter.nothing_ran or reporter.failure) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is None or not reporter.rows:
+        return
+    from .reporting.tables import comparison_table
+
+    terminalreporter.section("kvsuite")
+    terminalreporter.write_line(comparison_table(reporter.rows))
+    for warning in sorted({f"{row['case']['name']}: {text}" for row in reporter.rows for text in row["warnings"]}):
+        terminalreporter.write_line(f"warning: {warning}")
+    if reporter.folder is not None:
+        terminalreporter.write_line(f"records and figures: {reporter.folder}")
+    if reporter.failure:
+        terminalreporter.write_line(f"error: {reporter.failure}", red=True)
+    if reporter.nothing_ran:
+        terminalreporter.write_line(f"error: no selected case could run: {reporter.nothing_ran}", red=True)
+
+
+# our own metrics and figures come in through the hooks that everybody uses
+
+
+def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
+    return BUILTIN
+
+
+def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
+    if not any(row["suite"] == "compression" for row in rows):
+        return []
+    from .reporting.figures.compression import draw_benchmark_comparison
+
+    return draw_benchmark_comparison(run, rows, folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is not None and reporter.rows:
+        output_json["kvsuite"] = {"schema": "kvsuite.report/1", "run": reporter.run, "records": reporter.rows}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    runner = config.stash.get(RUNNER, None)
+    if runner is not None:
+        gpu = runner.environment.get("gpu", {})
+        # what changes from run to run would make every machine a new one
+        machine_info["gpu"] = {
+            key: gpu.get(key) for key in ("name", "driver", "sm_count", "memory_bytes", "torch_cuda")
+        }
+
+
+def _is_case(item: pytest.Item) -> bool:
+    return "kv_case" in getattr(getattr(item, "callspec", None), "params", {})

@@ -1,0 +1,74 @@
+"""Progress of a run: which case, which phase, how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+Write = Callable[[str], None]
+
+
+class Progress:
+    """Prints one line when a case ends, and one every ``every_s`` seconds inside a long phase.
+
+    Parameters
+    ----------
+    write
+        Takes one line without a line end.
+    total
+        Number of cases.
+    every_s
+        Least seconds between two lines inside a phase.
+    now
+        Clock in seconds.
+    """
+
+    def __init__(
+        self, write: Write, total: int, *, every_s: float = 10.0, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._total = total
+        self._every = every_s
+        self._now = now
+        self._begin = now()
+        self._last = self._begin
+        self._event = self._begin
+        self._phase = ("", self._begin)
+        self._done = 0
+        self._name = ""
+
+    def case(self, name: str) -> None:
+        """A case begins."""
+        self._name = name
+
+    def phase(self, phase: str, done: int, of: int) -> None:
+        """Inside the running case ``done`` of ``of`` steps of ``phase`` are over."""
+        now, begun = self._now(), self._event
+        self._event = now
+        if phase != self._phase[0]:
+            # the phase began when the last event before it was over
+            self._phase = (phase, begun)
+        if now - self._last < self._every or done >= of:
+            return
+        self._last = now
+        left = (now - self._phase[1]) / max(done, 1) * (of - done)
+        self._write(
+            f"  [{self._done + 1}/{self._total}] {self._name}: {phase} {done}/{of}, about {duration(left)} left in this phase"
+        )
+
+    def finished(self, summary: str) -> None:
+        """The running case ended."""
+        now = self._now()
+        self._last = self._event = now
+        self._done += 1
+        elapsed = now - self._begin
+        left = elapsed / self._done * (self._total - self._done)
+        eta = f"ETA {duration(left)}" if self._done < self._total else "done"
+        self._write(f"  [{self._done}/{self._total}] {self._name}: {summary} · {duration(elapsed)} elapsed, {eta}")
+
+
+def duration(seconds: float) -> str:
+    """``75.4`` becomes ``1:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

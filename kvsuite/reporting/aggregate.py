@@ -1,0 +1,135 @@
+"""What the table, the figure and the original's files all need to know about rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvsuite.errors import UserError
+from kvsuite.metrics import ALIASES
+from kvsuite.record import metric_value
+
+Row = Mapping[str, Any]
+
+COMPRESSION = "compression"
+GIB = 1024**3
+MIB = 1024**2
+
+
+def in_space_order(rows: Sequence[Row]) -> list[Row]:
+    """Sort rows into the order of their suite's space; they ran in a rotated one."""
+    return sorted(rows, key=lambda row: (row["suite"], row.get("case_index", 0)))
+
+
+def suite_rows(rows: Sequence[Row], suite: str) -> list[Row]:
+    """Rows of one suite, in run order.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    selected = [row for row in rows if row["suite"] == suite]
+    if not selected:
+        raise UserError(f"no {suite} case among the {len(rows)} records; run benchmarks/test_{suite}.py first")
+    return selected
+
+
+def by_name(rows: Sequence[Row]) -> dict[str, Row]:
+    """Rows by the label that tables and figures show, in run order.
+
+    The label is the case's name. Where several rows share it (two engines, say) it is the bracket of the pytest id,
+    and the whole id where even that is shared: two cases never become one series.
+    """
+    names = [str(row["case"]["name"]) for row in rows]
+    brackets = [str(row["id"]).partition("[")[2].removesuffix("]") or str(row["id"]) for row in rows]
+    labels: dict[str, Row] = {}
+    for row, name, bracket in zip(rows, names, brackets, strict=True):
+        label = name if names.count(name) == 1 else bracket if brackets.count(bracket) == 1 else str(row["id"])
+        labels[label] = row
+    return labels
+
+
+def entry(row: Row, metric: str) -> Mapping[str, Any]:
+    """The record's entry of a metric by name or alias; empty where the record has none."""
+    found: Mapping[str, Any] = row["metrics"].get(ALIASES.get(metric, metric)) or {}
+    return found
+
+
+def value(row: Row, metric: str) -> float | None:
+    """Headline value of a metric of a finished case; a case that failed has no numbers to show."""
+    return metric_value(dict(row), metric) if row["status"] == "ok" else None
+
+
+def ci_half_width(row: Row, metric: str) -> float | None:
+    """Half the 95 % interval of the mean, in the metric's unit; ``None`` below two samples."""
+    interval = entry(row, metric).get("ci95")
+    return None if interval is None else (interval[1] - interval[0]) / 2
+
+
+def missing_reason(row: Row, metric: str) -> str:
+    """Why a finished case has no value of ``metric``."""
+    reason = entry(row, metric).get("reason")
+    if reason:
+        return str(reason)
+    return "random weights" if row["model"].get("kind") == "dummy" and metric in _QUALITY else "not in the record"
+
+
+_QUALITY = frozenset({"perplexity", "perplexity_se", "next_token_acc", "ppl_ratio", "ppl_ratio_se"})
+
+
+def failure(row: Row, width: int = 160) -> str:
+    """One line that says how a case without numbers ended: its status and its reason."""
+    error = row.get("error") or {}
+    text = row.get("reason") or ": ".join(str(error[key]) for key in ("type", "message") if error.get(key))
+    text = " ".join(str(text).split())
+    line = f"{row['status']}: {text}" if text else str(row["status"])
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def is_baseline(row: Row) -> bool:
+    """Whether the case is the full cache that the others are compared with."""
+    case = row["case"]
+    return case["policy"] is None and case["params"].get("group", case["name"]) == "baseline"
+
+
+def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The baseline of the same engine, model, weights, dtype and kind of device, finished or not."""
+    return next((other for other in rows if is_baseline(other) and _setting(other) == _setting(row)), None)
+
+
+def change(new: float | None, base: float | None) -> float | None:
+    """``new / base - 1``, ``None`` where either is missing or the base is 0."""
+    return None if new is None or not base else new / base - 1
+
+
+def paired(labelled: Mapping[str, Row]) -> dict[str, Row]:
+    """Move each ``recent_only`` control in front of the first method of the same cache size."""
+    order = list(labelled)
+    for control in [name for name in order if _is_control(labelled[name])]:
+        size = _size(labelled[control])
+        partners = [name for name in order if not _is_control(labelled[name]) and _size(labelled[name]) == size]
+        if size is not None and partners:
+            order.remove(control)
+            order.insert(order.index(partners[0]), control)
+    return {name: labelled[name] for name in order}
+
+
+def _is_control(row: Row) -> bool:
+    return str(row["case"]["name"]).startswith("recent_only")
+
+
+def _size(row: Row) -> int | None:
+    budget = row["case"]["params"].get("budget")
+    if budget is not None:
+        return int(budget)
+    # recent_only_256, streaming_256, fix256_keep_low_kr0.5
+    found = re.match(r"(?:recent_only_|streaming_|fix)(\d+)", str(row["case"]["name"]))
+    return int(found[1]) if found else None
+
+
+def _setting(row: Row) -> tuple[str, ...]:
+    case = row["case"]
+    device = str(case["device"]).partition(":")[0]
+    return (device, *(str(case[axis]) for axis in ("engine", "model", "quantization", "dtype")))

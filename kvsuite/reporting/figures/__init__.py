@@ -1,0 +1,1 @@
+"""Figures drawn from record rows; matplotlib is imported where a figure is drawn."""

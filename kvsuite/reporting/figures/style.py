@@ -1,0 +1,61 @@
+"""How kvsuite's figures look: colours, fonts, number formats, and how they become bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GREY, GREEN, RED, BLUE = "#808080", "#2ecc71", "#e74c3c", "#3498db"
+
+_RC = {
+    "svg.fonttype": "none",  # text stays text: searchable, editable
+    "svg.hashsalt": "kvsuite",  # the same ids in every run
+    "text.parse_math": False,  # a `$` in a name is a `$`
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 10,
+    "font.size": 10,
+}
+
+
+def colour(name: str) -> str:
+    """Colour of a case by its name: grey baseline, green streaming, red recent_only, blue everything else."""
+    if name == "baseline":
+        return GREY
+    if "streaming" in name:
+        return GREEN
+    return RED if "recent_only" in name else BLUE
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw in the house style whatever the user's matplotlibrc says, and leave the process as it was."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _RC]):
+        yield
+
+
+def fixed(number: float, decimals: int) -> str:
+    """Format with so many decimals, with more where they would print a small number as 0."""
+    text = f"{number:.{decimals}f}"
+    return f"{number:.1g}" if number and not float(text) else text
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """Render to ``"png"`` (300 dpi) or ``"svg"``, tight, the same bytes for the same figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # the canvas of this figure only; the backend of the user's process stays what it is
+    FigureCanvasAgg(figure)
+    undated = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    buffer = BytesIO()
+    with house_style():
+        figure.savefig(buffer, format=kind, dpi=300, bbox_inches="tight", metadata=undated)
+    return buffer.getvalue()

@@ -1,0 +1,57 @@
+"""Files that are whole or not there: atomic writes, strict JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvsuite.errors import UserError
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part: temporary file, fsync, rename.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary: str | None = None
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); give a folder that can be written (--kv-report-dir, --out)"
+        ) from error
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse strict JSON: ``ValueError`` for NaN and the infinities, which Python would accept."""
+    return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files in ``folder`` survive a power loss."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""``report.json`` and the other files that are derived from records."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsuite.errors import UserError
+from kvsuite.record import REPORT_SCHEMA, STATUSES, check_schema
+
+from .aggregate import COMPRESSION, Row, in_space_order
+from .files import parse_json, write_atomic
+from .store import REPORT_FILE
+from .validate import validate
+
+
+def assemble_report(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Build the report of a run.
+
+    Parameters
+    ----------
+    run
+        The run line; its ``environment`` moves to the report's top level.
+    rows
+        Record rows in run order, unknown fields included.
+
+    Returns
+    -------
+    dict
+        ``schema, run, environment, counts`` (by status), ``records``; valid against ``report.schema.json``.
+
+    Raises
+    ------
+    UserError
+        Naming the field that is missing or wrong.
+    """
+    counts = Counter(row.get("status") for row in rows)
+    report = {
+        "schema": REPORT_SCHEMA,
+        "run": {key: item for key, item in run.items() if key != "environment"},
+        "environment": run.get("environment"),
+        "counts": {status: counts[status] for status in STATUSES},
+        "records": [dict(row) for row in rows],
+    }
+    validate("report", report, f"report of run {run.get('run_id')!r}")
+    return report
+
+
+def write_report(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> Path:
+    """Validate and write ``report.json``.
+
+    Raises
+    ------
+    UserError
+        If the report is not valid, or the folder holds a ``report.json`` of another schema or another run.
+    """
+    path = folder / REPORT_FILE
+    write_atomic(path, _report_text(path, run, rows))
+    return path
+
+
+def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> list[Path]:
+    """Write everything derived from a run: the report and, for the compression suite, results, table and figures.
+
+    Nothing is written before everything is built, so a damaged run leaves older files alone. Rows come out in the order of
+    the suite's space, whatever order they ran in. ``figures=False`` leaves the drawing to the caller.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    UserError
+        As `write_report`.
+    """
+    rows = in_space_order(rows)
+    files: dict[str, str | bytes] = {REPORT_FILE: _report_text(folder / REPORT_FILE, run, rows)}
+    if any(row["suite"] == COMPRESSION for row in rows):
+        from .original import results_json
+        from .tables import comparison_table
+
+        files["results.json"] = _json_text(results_json(run, rows), "results.json")
+        files["table.txt"] = comparison_table(rows)
+        if figures:
+            from .figures.compression import render_benchmark_comparison
+
+            files |= render_benchmark_comparison(run, rows)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _report_text(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    report = assemble_report(run, rows)
+    if path.exists():
+        report = _keep_unknown_fields(path, report)
+    return _json_text(report, str(path))
+
+
+def _keep_unknown_fields(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    try:
+        old = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is there but cannot be read as a report ({error}); move it away first") from error
+    check_schema(old.get("schema") if isinstance(old, dict) else None, REPORT_SCHEMA, str(path))
+    old_run, new_run = old.get("run", {}).get("run_id"), report["run"]["run_id"]
+    if old_run != new_run:
+        raise UserError(f"{path}: belongs to run {old_run!r}, not to {new_run!r}; give another folder with --out")
+    return report | {key: item for key, item in old.items() if key not in report}
+
+
+def _json_text(document: Mapping[str, Any], where: str) -> str:
+    try:
+        return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"{where}: holds NaN or an infinity ({error}); write null with a reason instead") from error

@@ -1,0 +1,275 @@
+"""The run folder and its truth: one fsynced JSONL, first line the run, then one record a line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvsuite import __version__
+from kvsuite.case import digest, id_token
+from kvsuite.errors import UserError
+from kvsuite.record import RECORD_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, check_schema
+
+from .files import parse_json, sync_folder, write_atomic
+from .validate import validate
+
+__all__ = ["RECORDS_FILE", "REPORT_FILE", "RecordStore", "create_run_folder", "read_records", "write_atomic"]
+
+RECORDS_FILE = "records.jsonl"
+REPORT_FILE = "report.json"
+
+_NAME_LIMIT = 80  # of each part: a file name may have 255 bytes
+
+
+def create_run_folder(base: Path, *, method: str, model: str, started: datetime) -> Path:
+    """Create a new ``{method}_{model}_{YYYYmmdd_HHMMSS}`` folder under ``base``; an existing one is never used again.
+
+    Parameters
+    ----------
+    base
+        Folder that holds the runs; created if missing.
+    method
+        Suite or method; lower-cased, anything but letters, digits and ``_`` becomes ``_``.
+    model
+        Model as the user named it; its last path component is kept.
+    started
+        Start of the run.
+
+    Returns
+    -------
+    Path
+        The new folder. Where the name is taken it ends in ``_2``, ``_3``, ...
+
+    Raises
+    ------
+    UserError
+        If ``base`` cannot be made or written.
+    """
+    method = re.sub(r"[^a-z0-9_]+", "_", method.lower())[:_NAME_LIMIT].strip("_") or "run"
+    model = id_token(re.split(r"[/\\]+", model.rstrip("/\\"))[-1])[:_NAME_LIMIT] or "model"
+    name = f"{method}_{model}_{started:%Y%m%d_%H%M%S}"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for count in itertools.count(1):
+            folder = base / (name if count == 1 else f"{name}_{count}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise UserError(
+            f"--kv-report-dir={base}: cannot create a run folder there ({error.strerror or error}); "
+            "give a folder that can be written"
+        ) from error
+    raise AssertionError("unreachable: count() does not end")
+
+
+class RecordStore:
+    """Writer of one run's ``records.jsonl``. What ``append`` has returned from is on the disk."""
+
+    def __init__(self, folder: Path, fd: int) -> None:
+        self.folder = folder
+        self.path = folder / RECORDS_FILE
+        self._fd: int | None = fd
+
+    @classmethod
+    def create(cls, folder: Path, run: Mapping[str, Any]) -> RecordStore:
+        """Start the JSONL of a run.
+
+        Parameters
+        ----------
+        folder
+            An existing folder without a ``records.jsonl``.
+        run
+            ``run_id, method, model, started_utc, command, options, environment, seed``; the schema, the kvsuite version
+            and ``env`` (sha256 of the environment) are added. Other fields are kept.
+
+        Raises
+        ------
+        UserError
+            If the file exists or cannot be written, or the run line breaks ``run.schema.json``.
+        """
+        line = {
+            "schema": RUN_SCHEMA,
+            "kvsuite_version": __version__,
+            "env": digest(run.get("environment")),
+            **run,
+        }
+        path = folder / RECORDS_FILE
+        validate("run", line, str(path))
+        data = _line(line, "run")
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"cannot start {path} ({error.strerror}); give another folder with --kv-report-dir"
+            ) from error
+        store = cls(folder, fd)
+        store._write(data)
+        sync_folder(folder)
+        return store
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one record row as one line and wait until it is on the disk.
+
+        Raises
+        ------
+        UserError
+            If the schema is not the record's or the disk refuses the line.
+        ValueError
+            If the row holds NaN or an infinity, or the store is closed.
+        """
+        check_schema(row.get("schema"), RECORD_SCHEMA, f"record {row.get('id')!r}")
+        self._write(_line(row, str(row.get("id"))))
+
+    def write_sidecar(self, row_id: str, table: Mapping[str, Sequence[Any]]) -> str:
+        """Write raw per-token data beside the records.
+
+        Parameters
+        ----------
+        row_id
+            Id of the record that names the file.
+        table
+            Columns by name, all of one length.
+
+        Returns
+        -------
+        str
+            Path relative to the run folder, for ``Record.sidecar``.
+        """
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        # the digest keeps two ids apart that become the same file name
+        name = f"{id_token(row_id)[-_NAME_LIMIT:]}-{digest(row_id).removeprefix('sha256:')[:8]}.parquet"
+        path = self.folder / "tokens" / name
+        buffer = pa.BufferOutputStream()
+        parquet.write_table(pa.table({key: pa.array(column) for key, column in table.items()}), buffer)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, buffer.getvalue().to_pybytes())
+        return f"tokens/{name}"
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> RecordStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, data: bytes) -> None:
+        if self._fd is None:
+            raise ValueError(f"{self.path} is closed")
+        before = os.fstat(self._fd).st_size
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError as error:
+            # half a line would make one damaged line of the next record
+            with suppress(OSError):
+                os.ftruncate(self._fd, before)
+            raise UserError(f"cannot write {self.path} ({error.strerror}); make room on that disk") from error
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """Read a run back.
+
+    Parameters
+    ----------
+    path
+        A run folder, its ``records.jsonl`` or a ``report.json``.
+
+    Returns
+    -------
+    run
+        The run line, ``environment`` included.
+    rows
+        The record rows in run order; of rows with one id the last counts, in the first one's place.
+    notes
+        What was left out, in words.
+
+    Raises
+    ------
+    UserError
+        If the path is missing, damaged before its last line, or of another schema.
+    """
+    if path.is_dir():
+        found = [path / name for name in (RECORDS_FILE, REPORT_FILE) if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: no {RECORDS_FILE} and no {REPORT_FILE} in it; give the folder of a kvsuite run")
+        path = found[0]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a run folder, a {RECORDS_FILE} or a {REPORT_FILE}"
+        ) from error
+    notes: list[str] = []
+    if path.suffix == ".json":
+        run, rows = _read_report(path, data)
+    else:
+        run, rows = _read_lines(path, data, notes)
+    by_id: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        row_id = str(row.get("id"))
+        if row_id in by_id:
+            notes.append(f"{path}: {row_id} is there twice; the last one counts")
+        by_id[row_id] = row
+    return run, list(by_id.values()), notes
+
+
+def _line(row: Mapping[str, Any], name: str) -> bytes:
+    try:
+        return json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    except ValueError as error:
+        raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
+
+
+def _read_report(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        report = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); redraw it from its {RECORDS_FILE}") from error
+    check_schema(report.get("schema") if isinstance(report, dict) else None, REPORT_SCHEMA, str(path))
+    validate("report", report, str(path))
+    return report["run"] | {"environment": report["environment"]}, report["records"]
+
+
+def _read_lines(path: Path, data: bytes, notes: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    parsed: list[dict[str, Any]] = []
+    for place, (number, line) in enumerate(lines):
+        try:
+            row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            # only the line that was being written when the process ended has no newline
+            if place == len(lines) - 1 and place > 0 and not data.endswith(b"\n"):
+                notes.append(f"{path}: line {number} is cut off and was left out: the run ended while writing it")
+                break
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}); restore it, or delete the line and run its case again"
+            ) from error
+        check_schema(row.get("schema"), RUN_SCHEMA if place == 0 else RECORD_SCHEMA, f"{path}: line {number}")
+        parsed.append(row)
+    if not parsed:
+        raise UserError(f"{path}: empty, not even the run line is there; run the benchmark again")
+    return parsed[0], parsed[1:]

@@ -1,0 +1,32 @@
+"""What the plugin keeps between hooks, in ``config.stash``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from .case import Case
+from .options import Options
+
+if TYPE_CHECKING:
+    from .measurement import CaseRunner, Measured
+    from .reporter import Reporter
+
+OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
+CASES: pytest.StashKey[dict[str, Case]] = pytest.StashKey()
+ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
+RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
+REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
+MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is an xdist worker: its records are written by the controller."""
+    return hasattr(config, "workerinput")
+
+
+def worker_input(config: pytest.Config) -> dict[str, Any]:
+    """What the controller told this worker, ``{}`` elsewhere."""
+    found: dict[str, Any] = getattr(config, "workerinput", {})
+    return found

@@ -1,0 +1,108 @@
+"""Texts and prompts of a run, tokenised once for every session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsuite.case import digest
+from kvsuite.errors import UserError
+from kvsuite.meters.quality import TokenScores
+
+from .corpus import Corpus, load_corpus
+from .prompts import make_prompts
+
+# the original used only texts of more than 10,000 characters of this corpus
+_MIN_CHARS = {"pg19": 10_000}
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """Token windows to score, and where they come from."""
+
+    tokens: tuple[list[int], ...]
+    hashes: tuple[str, ...]
+    revision: str
+    facts: dict[str, Any]
+
+
+@dataclass
+class TextSource:
+    """Loads each corpus once, tokenises each text once, scores each full-cache reference once."""
+
+    _corpora: dict[tuple[str, int], Corpus] = field(default_factory=dict)
+    _tokens: dict[tuple[Any, ...], list[list[int]]] = field(default_factory=dict)
+    _references: dict[tuple[Any, ...], TokenScores] = field(default_factory=dict)
+    _session: Any = None
+
+    def scored(self, session: Any, workload: Mapping[str, Any], *, tokens: int) -> ScoredTexts:
+        """The first ``tokens`` tokens of each of the workload's texts.
+
+        Raises
+        ------
+        UserError
+            If a text is shorter.
+        """
+        corpus = self._corpus(workload)
+        texts = []
+        for index, ids in enumerate(self._tokenised(session, corpus)):
+            if len(ids) < tokens:
+                raise UserError(
+                    f"--kv-max-tokens: text {index + 1} of corpus {corpus.name} has {len(ids)} tokens, {tokens} are "
+                    "needed; lower --kv-max-tokens (or --kv-prompt-tokens) or give a longer --kv-corpus"
+                )
+            texts.append(ids[:tokens])
+        hashes = tuple(digest(ids) for ids in texts)
+        facts = {
+            "name": corpus.name,
+            "source": corpus.source,
+            "revision": corpus.revision,
+            "text_hash": corpus.text_hash,
+            "tokens_hash": digest(list(hashes)),
+            "join_rule": corpus.join_rule,
+            "texts": len(texts),
+            "bos": "as the tokenizer adds it",
+            "notes": list(corpus.notes),
+        }
+        return ScoredTexts(tuple(texts), hashes, digest(list(hashes)), facts)
+
+    def reference(self, session: Any, tokens: list[int], first: int) -> TokenScores:
+        """Full-cache losses of ``tokens[first:]``, the same for every case of the session."""
+        self._follow(session)
+        key = (digest(tokens), first)
+        if key not in self._references:
+            self._references[key] = session.score_reference(tokens, first)
+        return self._references[key]
+
+    def prompts(self, session: Any, workload: Mapping[str, Any], *, count: int, seed: int) -> list[list[int]]:
+        """Different prompts of the workload's length: windows of its texts, random tokens where there is no tokenizer."""
+        pool = None
+        if session.tokenizer is not None:
+            pool = [token for ids in self._tokenised(session, self._corpus(workload)) for token in ids]
+        return make_prompts(
+            count=count,
+            length=int(workload["prompt_tokens"]),
+            vocab_size=session.vocab_size,
+            seed=seed,
+            token_pool=pool,
+        )
+
+    def _corpus(self, workload: Mapping[str, Any]) -> Corpus:
+        key = (str(workload["corpus"]), int(workload["num_samples"]))
+        if key not in self._corpora:
+            self._corpora[key] = load_corpus(key[0], num_texts=key[1], min_chars=_MIN_CHARS.get(key[0], 0))
+        return self._corpora[key]
+
+    def _tokenised(self, session: Any, corpus: Corpus) -> list[list[int]]:
+        self._follow(session)
+        key = (corpus.text_hash, len(corpus.texts))
+        if key not in self._tokens:
+            self._tokens[key] = [list(session.tokenizer(text, verbose=False)["input_ids"]) for text in corpus.texts]
+        return self._tokens[key]
+
+    def _follow(self, session: Any) -> None:
+        if session is not self._session:
+            self._session = session
+            self._tokens.clear()
+            self._references.clear()

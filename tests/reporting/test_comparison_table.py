@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kvsuite.errors import UserError
+from kvsuite.reporting.aggregate import baseline_for, by_name, paired
+from kvsuite.reporting.tables import comparison_table
+
+GIB = 1024**3
+
+
+def published(row, name, ttft, tpot, throughput, perplexity, accuracy, **more):
+    """A row whose headline numbers are the given ones, from published or sample tables."""
+    tokens = 10_000
+    built = row(
+        name,
+        tpots=(tpot,),
+        throughput=throughput,
+        texts=((tokens * math.log(perplexity), tokens, round(tokens * accuracy)),),
+        **more,
+    )
+    built["metrics"]["ttft_s"]["value"] = ttft
+    return built
+
+
+def test_layout_is_the_originals(row):
+    base = published(row, "baseline", 0.0123, 0.0045, 156.78, 42.35, 0.3567, peak_vram=int(5.23 * GIB) + 1,
+                     cache=(2000.0, 2000.0, 2000.0), ratio=(1.0, 0.0), kv_bytes=5 * 2**20)  # fmt: skip
+    lines = comparison_table([base]).splitlines()
+    assert lines[0][:100] == (
+        f"{'Method':<25} {'TTFT(s)':>10} {'TPOT(s)':>10} {'Thruput':>10} {'PPL':>10} {'Acc':>10} {'VRAM(GB)':>10} "
+        f"{'Cache':>8}"
+    )
+    assert lines[0][100:].split() == ["TPOT±", "PPL±", "PPL/full", "KV", "MiB"]
+    assert lines[1] == "-" * len(lines[0])
+    assert lines[2][:100] == (
+        "baseline                      0.0123     0.0045     156.78      42.35     35.67%       5.23     2000"
+    )
+    assert lines[2][100:].split() == ["n/a", "0.85", "1.0000±0.0000", "5.00"]
+    assert lines[3] == "=" * len(lines[0])
+
+
+def test_published_changes(row):
+    text = comparison_table(
+        [
+            published(row, "baseline", 0.0251, 0.0122, 81.36, 15.48, 0.4777, kv_bytes=655_032_320),
+            published(row, "streaming_512", 0.0087, 0.0102, 96.73, 15.92, 0.4757, kv_bytes=198_225_920),
+        ]
+    )
+    (line,) = [line for line in text.partition("Change against baseline")[2].splitlines() if "streaming_512" in line]
+    assert line.split() == ["streaming_512", "+18.9%", "+16.4%", "+2.8%", "-0.4%", "-69.7%"]
+
+
+def test_no_change_has_no_negative_zero(row):
+    text = comparison_table([row("baseline"), row("streaming_32")])
+    assert text.rstrip().count("+0.0%") == 5
+    assert "-0.0%" not in text
+
+
+def test_spread_columns(row):
+    # t(0.975, 2) = 4.303; std of 10, 11, 12 is 1: half width 4.303 / sqrt(3) = 2.484 of 11
+    cells = comparison_table([row(tpots=(0.010, 0.011, 0.012), ratio=(1.0284, 0.0011))]).splitlines()[2].split()
+    assert cells[8] == "22.6%"
+    assert cells[10] == "1.0284±0.0022"
+
+
+def test_missing_values_have_one_footnote_each(rows):
+    text = comparison_table(rows)
+    assert text.count("not measured on cpu") == 1
+    assert "VRAM: not measured on cpu" in text.splitlines()
+    for line in text.splitlines()[2:7]:
+        assert line[:100].split()[6] == "n/a"
+    assert "0.00 " not in text
+
+
+def test_partial_footnotes_name_their_cases(row):
+    text = comparison_table([row("baseline", ratio=None), row("streaming_32", tpots=(0.01,))])
+    assert "PPL/full: not asked for (baseline)" in text.splitlines()
+    assert "TPOT±: needs at least 2 rounds (streaming_32)" in text.splitlines()
+
+
+def test_failed_case_prints_its_reason_instead_of_numbers(row):
+    error = {"type": "OutOfMemoryError", "message": "tried to\n allocate 20 MiB", "traceback": ""}
+    text = comparison_table(
+        [
+            row("baseline"),
+            row("streaming_32", status="oom", error=error),
+            row("kvpress_knorm", status="skipped", reason="pip install --no-deps kvpress"),
+        ]
+    )
+    lines = text.splitlines()
+    assert lines[3].split(maxsplit=1) == ["streaming_32", "oom: OutOfMemoryError: tried to allocate 20 MiB"]
+    assert lines[4].split(maxsplit=1) == ["kvpress_knorm", "skipped: pip install --no-deps kvpress"]
+    assert "Change against baseline: none" in text
+
+
+def test_without_a_finished_baseline_no_change_is_printed(row):
+    assert "the run has no baseline" in comparison_table([row()])
+    failed = comparison_table([row("baseline", status="oom"), row()])
+    assert "Change against baseline: none" in failed
+
+
+def test_long_names_keep_the_columns(row):
+    name = "fix512_keep_low_kr0.5_positions_cache_skip_layers_0-1"
+    lines = comparison_table([row("baseline"), row(name)]).splitlines()
+    assert {len(line) for line in (*lines[:3], lines[3])} == {len(lines[0])}
+    assert lines[0].index("TTFT(s)") > len(name)
+
+
+def test_warnings_are_printed(row):
+    warned = row("streaming_32", warnings=["past the trained length"])
+    assert "warning: past the trained length (streaming_32)" in comparison_table([row("baseline"), warned]).splitlines()
+
+
+def test_empty_selection_is_refused():
+    with pytest.raises(UserError, match="no compression case"):
+        comparison_table([])
+
+
+def test_labels_never_merge_two_cases(row):
+    assert list(by_name([row("a"), row("b")])) == ["a", "b"]
+    assert list(by_name([row("a"), row("a", engine="nano"), row("b")])) == ["hf-a", "nano-a", "b"]
+    other = row("a") | {"id": "elsewhere/test_x.py::t[hf-a]"}
+    assert len(by_name([row("a"), other])) == 2
+
+
+def test_baseline_is_the_one_of_the_same_setting(row):
+    rows = [row("baseline", engine="nano"), row("baseline"), row("streaming_32")]
+    assert baseline_for(rows[2], rows) is rows[1]
+    rows[2]["case"]["dtype"] = "float16"
+    assert baseline_for(rows[2], rows) is None
+
+
+def test_controls_stand_beside_their_partners(row):
+    names = ["baseline", "recent_only_256", "recent_only_512", "recent_only_7", "streaming_256", "fix512_kr0.5"]
+    order = paired(by_name([row(name) for name in names]))
+    assert list(order) == [
+        "baseline", "recent_only_7", "recent_only_256", "streaming_256", "recent_only_512", "fix512_kr0.5"
+    ]  # fmt: skip
