@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
         record: Record = measured.record
         cases: list[str] = [*config.stash[CASES]]
         record.case_index = cases.index(case.id) if case.id in cases else 0
+        record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
         if "benchmark" in request.node.funcargs:
             request.node.funcargs["benchmark"].extra_info.update(headline(record))
@@ -101,14 +103,13 @@ def _rounds_of(request: pytest.FixtureRequest) -> Any:
     from .measurement import plain_rounds
 
     config = request.config
-    if not config.pluginmanager.hasplugin("benchmark") or config.getoption("benchmark_disable", default=False):
+    absent = not config.pluginmanager.hasplugin("benchmark") or config.getoption("benchmark_disable", default=False)
+    # pytest-benchmark switches itself off under xdist, and an unused fixture of its would warn
+    if absent or is_worker(config):
         return plain_rounds
 
     def through_benchmark(round_: Callable[[], None], rounds: int) -> None:
         benchmark = request.getfixturevalue("benchmark")
-        if benchmark.disabled:
-            plain_rounds(round_, rounds)
-            return
         benchmark.pedantic(round_, rounds=rounds, iterations=1, warmup_rounds=0)
 
     return through_benchmark

@@ -134,7 +134,7 @@ class Session(ABC):
     def finish(self) -> None:
         """End of the case: drop what it held."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give everything back."""
 
 
