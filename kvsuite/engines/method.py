@@ -36,6 +36,11 @@ class Method:
         return None if keep is None else removed_from_keep(keep)
 
     @property
+    def acts_in_decode(self) -> bool:
+        """Whether the method may change the cache between generated tokens."""
+        return self.policy is not None or (self.press is not None and "decode" in self.press.info.compresses)
+
+    @property
     def eager_only(self) -> str | None:
         """Why a decode step of this method cannot be captured, ``None`` if it can."""
         if self.press and not self.press.info.frees_memory:
