@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from .case import Case
+from .case import Case, canonical_json
+from .devices import resolve_device
 from .errors import UserError
 from .options import Options
 from .record import Record
-from .state import CASES, MEASURED, OPTIONS, REPORTER, RUNNER, is_worker
+from .state import CASES, MEASURED, OPTIONS, REPORTER, RUNNER, USAGE_ERROR, is_worker
 
 _HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes")
 
@@ -27,6 +28,8 @@ def kv_options(pytestconfig: pytest.Config) -> Options:
 @pytest.fixture
 def kv_case(request: pytest.FixtureRequest) -> Case:
     """The case of this test; parametrised by the ``kv_suite`` marker."""
+    if not hasattr(request, "param"):
+        raise UserError(f"{request.node.nodeid}: kv_case needs the marker @pytest.mark.kv_suite('compression')")
     return request.config.stash[CASES][request.param]
 
 
@@ -42,8 +45,9 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
     for metrics in pytestconfig.hook.pytest_kvsuite_metrics(config=pytestconfig):
         for metric in metrics:
             registry.add(metric)
-    environment = host_facts() | {"gpu": gpu_facts(next(iter(pytestconfig.stash[CASES].values())).device)}
+    environment = host_facts() | {"gpu": gpu_facts(resolve_device(kv_options.device))}
     pytestconfig.hook.pytest_kvsuite_update_env(config=pytestconfig, environment=environment)
+    _require_json(environment, "pytest_kvsuite_update_env")
     sessions = SessionPool(
         seed=kv_options.seed,
         threads=kv_options.threads,
@@ -59,9 +63,15 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
 @pytest.fixture
 def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], Record]:
     """Measure a case: returns its record, skips where it cannot run, fails where it failed. The record is kept either way."""
-    config = request.config
+    config, stash = request.config, request.node.stash
+    # left by an earlier try of the same test
+    for key in (MEASURED, USAGE_ERROR):
+        if key in stash:
+            del stash[key]
 
     def run(case: Case) -> Record:
+        if MEASURED in stash:
+            raise UserError(f"{request.node.nodeid}: kv_run measures one case per test; parametrize the test instead")
         reporter = config.stash.get(REPORTER, None)
         progress = None if reporter is None or is_worker(config) else reporter.phases(case)
         try:
@@ -72,18 +82,19 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
                 run_rounds=_rounds_of(request),
                 progress=progress,
             )
+            record: Record = measured.record
+            cases: list[str] = [*config.stash[CASES]]
+            record.case_index = cases.index(case.id) if case.id in cases else 0
+            record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+            config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
+            _require_json(record.to_dict(), "pytest_kvsuite_update_record")
         except UserError as error:
-            if is_worker(config):
-                pytest.fail(f"kvsuite: {error}", pytrace=False)
-            pytest.exit(f"kvsuite: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
-        request.node.stash[MEASURED] = measured
-        record: Record = measured.record
-        cases: list[str] = [*config.stash[CASES]]
-        record.case_index = cases.index(case.id) if case.id in cases else 0
-        record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-        config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
-        if "benchmark" in request.node.funcargs:
-            request.node.funcargs["benchmark"].extra_info.update(headline(record))
+            if not is_worker(config):
+                pytest.exit(f"kvsuite: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+            stash[USAGE_ERROR] = str(error)
+            pytest.fail(f"kvsuite: {error}", pytrace=False)
+        stash[MEASURED] = measured
+        rounds.extra_info.update(headline(record))
         if record.status in ("skipped", "invalid"):
             pytest.skip(f"{record.status}: {record.reason}")
         if record.status != "ok":

@@ -253,6 +253,9 @@ class _Work:
             rounds.append(RoundTimes([times], clock.name))
             self.progress("timed rounds", len(rounds), options.rounds)
 
+        reason = session.effective.get("decode_step_reason")
+        if reason and options.decode_step == "auto":
+            record.warnings.append(f"decode steps ran uncaptured: {reason}")
         self.run_rounds(one_round, options.rounds)
         self._timing(rounds)
         self._first_step(session, prompts[0][:1], clock)

@@ -10,8 +10,8 @@ from typing import Any
 
 from .errors import UserError
 
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu|vulkan|metal|rocm|opencl)(:\d+)?|auto")
-DEVICES = "cpu, cuda[:N], mps, xpu, vulkan[:N], metal[:N], rocm[:N], opencl[:N], auto"
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?")
+DEVICES = "cpu, cuda[:N], mps, xpu[:N], vulkan[:N], metal[:N], rocm[:N], opencl[:N], auto"
 
 
 @dataclass(frozen=True)
@@ -243,16 +243,17 @@ def resolve_options(raw: Callable[[str], str | None], ini: Callable[[str], str |
             raise UserError(f"--kv-{name}: {mend}")
     given = {}
     for dest in _BY_DEST:
-        for text in (raw(dest), os.environ.get(dest.upper()), ini(dest)):
-            if text not in (None, ""):
-                given[dest] = str(text)
-                break
+        typed = raw(dest)
+        # an empty variable or ini line is not set, an empty value on the command line is a mistake
+        text = (os.environ.get(dest.upper()) or ini(dest)) if typed is None else typed
+        if text or typed is not None:
+            given[dest] = str(text)
     preset = _parse(_BY_DEST["kv_preset"], given.get("kv_preset", "kvsuite"))
     values: dict[str, Any] = {}
     for dest, option in _BY_DEST.items():
         default = option.original if preset == "original" and option.original is not None else option.default
         text = given.get(dest, default)
-        values[dest.removeprefix("kv_")] = _parse(option, text) if text else None
+        values[dest.removeprefix("kv_")] = _parse(option, text) if text or dest in given else None
     return Options(values, frozenset(dest.removeprefix("kv_") for dest in given))
 
 
@@ -271,8 +272,10 @@ def _parse(option: Option, text: str) -> Any:
         raise
     except ValueError as error:
         detail = str(error)
-        if "invalid literal" in detail or "could not convert" in detail:
+        if "could not convert" in detail:
             detail = "not a number"
+        elif "invalid literal" in detail:
+            detail = "not a whole number"
         raise UserError(f"--kv-{option.name}={text}: {detail}; {_mend(option)}") from error
 
 

@@ -15,8 +15,19 @@ from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
 from .options import add_options, resolve_options
 from .reporter import Reporter
-from .spaces.registry import cases_of
-from .state import CASES, MEASURED, OPTIONS, ORDER_SEED, REPORTER, RUNNER, is_worker, worker_input
+from .spaces.registry import SPACES, cases_of
+from .state import (
+    CASES,
+    MEASURED,
+    OPTIONS,
+    ORDER_SEED,
+    REPORTER,
+    RUNNER,
+    SAVED_GPUS,
+    USAGE_ERROR,
+    is_worker,
+    worker_input,
+)
 
 __all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
 
@@ -44,8 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[OPTIONS] = options
     config.stash[CASES] = {}
     config.stash[ORDER_SEED] = worker_input(config).get("kv_order_seed", time.time_ns() % 2**31)
+    config.stash[SAVED_GPUS] = []
     if not is_worker(config):
-        config.stash[REPORTER] = Reporter(config, options)
+        reporter = config.stash[REPORTER] = Reporter(config, options)
+        # a plugin of its own, because pytest_runtest_logreport is told no config
+        config.pluginmanager.register(reporter, "kvsuite-reporter")
 
 
 def _check(options: Any) -> None:
@@ -54,6 +68,10 @@ def _check(options: Any) -> None:
         from .models.resolve import resolve_model
 
         resolve_model(options.model, cache_dir=Path(options.cache_dir) if options.cache_dir else None)
+    if "corpus" in options.given:
+        from .workloads.corpus import check_corpus
+
+        check_corpus(options.corpus)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,6 +89,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None or "kv_case" not in metafunc.fixturenames:
         return
     try:
+        if len(marker.args) != 1:
+            raise UserError(f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')")
         cases = cases_of(marker.args[0], metafunc.config.stash[OPTIONS])
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
@@ -80,8 +100,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("kv_case", ids, ids=ids, indirect=True)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
+    # --benchmark-only and --benchmark-skip look for the name of a fixture that kv_run asks for only when rounds are timed
+    names = [item.fixturenames for item in items if _is_case(item)]  # type: ignore[attr-defined]
+    lacking = [one for one in names if "benchmark" not in one]
+    for one in lacking:
+        one.append("benchmark")
+    try:
+        yield
+    finally:
+        for one in lacking:
+            one.remove("benchmark")
+    _rotate(config, items)
+
+
+def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
     ours = [index for index, item in enumerate(items) if _is_case(item)]
     if not ours:
         return
@@ -90,19 +124,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     rotated = ours[shift:] + ours[:shift]
     for index, item in zip(ours, [items[i] for i in rotated], strict=True):
         items[index] = item
+    _expect(config, len(ours))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    # the controller of xdist collects nothing itself
+    options = node.config.stash[OPTIONS]
+    known = {case.id for suite in SPACES for case in cases_of(suite, options)}
+    total = sum(node_id.rpartition("[")[2].removesuffix("]") in known for node_id in ids)
+    if total:
+        _expect(node.config, total)
+
+
+def _expect(config: pytest.Config, total: int) -> None:
     reporter = config.stash.get(REPORTER, None)
-    if reporter is not None:
-        reporter.total = len(ours)
-        if not config.option.collectonly:
-            try:
-                reporter.check_folder()
-            except UserError as error:
-                raise pytest.UsageError(f"kvsuite: {error}") from error
+    if reporter is None:
+        return
+    reporter.total = total
+    if not config.option.collectonly:
+        try:
+            reporter.check_folder()
+        except UserError as error:
+            raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     cases = [config.stash[CASES][item.callspec.params["kv_case"]] for item in items if _is_case(item)]  # type: ignore[attr-defined]
-    if not cases:
+    if not cases or config.getoption("verbose") < 0:
         return []
     first = cases[0]
     order = config.stash[ORDER_SEED]
@@ -130,22 +179,9 @@ def pytest_runtest_makereport(
             "tokens": measured.tokens,
             "environment": environment,
         }
+    if USAGE_ERROR in item.stash:
+        report.kvsuite_usage_error = item.stash[USAGE_ERROR]  # type: ignore[attr-defined]
     return report
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    payload = getattr(report, "kvsuite", None)
-    if payload is not None and _reporter is not None:
-        _reporter.add(payload)
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    # pytest_runtest_logreport is told no config
-    global _reporter
-    _reporter = session.config.stash.get(REPORTER, None)
-
-
-_reporter: Reporter | None = None
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -169,6 +205,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"warning: {warning}")
     if reporter.folder is not None:
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
+    for note in _other_gpus(config):
+        terminalreporter.write_line(note, yellow=True)
     if reporter.failure:
         terminalreporter.write_line(f"error: {reporter.failure}", red=True)
     if reporter.nothing_ran:
@@ -199,13 +237,38 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    gpu = _gpu(config)
+    if gpu:
+        machine_info["gpu"] = gpu
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> Generator[None]:
+    # pytest-benchmark compares while pytest starts, before anything may touch a GPU: ours is compared at the end
+    saved = compared_benchmark["machine_info"].get("gpu")
+    if saved is None or "gpu" in machine_info:
+        return (yield)
+    config.stash[SAVED_GPUS].append(saved)
+    machine_info["gpu"] = saved
+    try:
+        return (yield)
+    finally:
+        del machine_info["gpu"]
+
+
+def _gpu(config: pytest.Config) -> dict[str, Any]:
+    """What a GPU is; what changes from run to run would make every machine a new one."""
     runner = config.stash.get(RUNNER, None)
-    if runner is not None:
-        gpu = runner.environment.get("gpu", {})
-        # what changes from run to run would make every machine a new one
-        machine_info["gpu"] = {
-            key: gpu.get(key) for key in ("name", "driver", "sm_count", "memory_bytes", "torch_cuda")
-        }
+    gpu = {} if runner is None else runner.environment.get("gpu", {})
+    return gpu and {key: gpu.get(key) for key in ("name", "driver", "sm_count", "memory_bytes", "torch_cuda")}
+
+
+def _other_gpus(config: pytest.Config) -> list[str]:
+    here = _gpu(config)
+    others = [saved for saved in config.stash[SAVED_GPUS] if saved != here]
+    return [f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}" for saved in others]
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -72,13 +72,28 @@ class Reporter:
         progress.case(case.name)
         return progress.phase
 
+    # first, so that what ends the run is told once and not as a failed test as well
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a report carries, from this process or from a worker of xdist."""
+        usage_error = getattr(report, "kvsuite_usage_error", None)
+        payload = getattr(report, "kvsuite", None)
+        try:
+            if payload is not None:
+                self.add(payload)
+        except UserError as error:
+            usage_error = str(error)
+        if usage_error is not None:
+            pytest.exit(f"kvsuite: {usage_error}", returncode=pytest.ExitCode.USAGE_ERROR)
+
     def add(self, payload: dict[str, Any]) -> None:
         """Write one case's row (and its raw tokens) and say so."""
         from .reporting.store import RecordStore, create_run_folder, read_records
 
         row = payload["record"]
         if self._store is None:
-            method = RUN_NAMES[row["suite"]](self._options)
+            name_run = RUN_NAMES.get(row["suite"])
+            method = name_run(self._options) if name_run else row["suite"]
             label = row["model"].get("label") or row["case"]["model"]
             folder = create_run_folder(
                 Path(self._options.report_dir), method=method, model=label, started=self._started
@@ -113,15 +128,16 @@ class Reporter:
         self._store.close()
         self.rows = [dict(row) for row in in_space_order(self.rows)]
         hook = self._config.hook
-        hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
         try:
+            hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(self._store.folder, self.run, self.rows, figures=False)
             for paths in hook.pytest_kvsuite_figures(
                 config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
             ):
                 self.files += list(paths)
-        except (UserError, OSError) as error:
-            self.failure = f"{error}; the records are safe in {self._store.path}, redraw with python -m kvsuite report"
+        except Exception as error:  # hooks of users are among what may fail
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.failure = f"{what}; the records are safe in {self._store.path}, redraw with python -m kvsuite report"
 
     @property
     def nothing_ran(self) -> str | None:

@@ -19,6 +19,10 @@ ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
 RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
 REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
 MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
+#: why the run cannot go on, found by a worker of xdist
+USAGE_ERROR: pytest.StashKey[str] = pytest.StashKey()
+#: GPUs of the files that --benchmark-compare named
+SAVED_GPUS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 
 
 def is_worker(config: pytest.Config) -> bool:

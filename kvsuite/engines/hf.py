@@ -19,6 +19,7 @@ from kvsuite.meters.timing import RequestTimes
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
 
+from .attention import register_grouped_attention
 from .base import Engine, MemoryPass, Session
 from .cache import EvictionCache, Implementation
 from .cache_plan import CachePlan, plan
@@ -93,9 +94,9 @@ class HfSession(Session):
         decode_step: str = "auto",
         implementation: Implementation = "ring",
         cache_dir: Path | None = None,
-        attention: str = "sdpa",
     ) -> None:
         super().__init__()
+        attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
         spec = resolve_model(case.model, cache_dir=cache_dir)
         self._loaded: LoadedModel = load_model(
             spec,

@@ -9,12 +9,13 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
 from kvsuite.compression.kvpress import find_press
-from kvsuite.compression.streaming_llm import StreamingLLM
 from kvsuite.devices import resolve_device
 from kvsuite.errors import UserError
 from kvsuite.options import Options
 
 PRESS_PREFIX = "kvpress:"
+# the policies whose sizes and ratios have options of their own
+_SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,12 @@ def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
     for total in controls:
         yield group(f"recent_only_{total}", "recent_only", "recent_only", total, window=total)
     for total in streaming:
-        StreamingLLM.of_total(total, start_size=options.start_size)
         recent = total - options.start_size
+        if options.start_size > recent:
+            raise UserError(
+                f"--kv-start-size={options.start_size}: more sinks than recent tokens (--kv-recent-sizes={recent}); "
+                "lower --kv-start-size or raise --kv-recent-sizes"
+            )
         yield group(
             f"streaming_{total}", "streaming", "streaming_llm", total, start_size=options.start_size, recent_size=recent
         )
@@ -141,6 +146,10 @@ def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
             mode = {"prune_after": options.prune_after, "mode": options.l2_mode}
             label = options.l2_mode.replace("=", "")
             yield group(f"l2_kr={ratio}_{label}", "l2", "l2_compress", None, keep_ratio=ratio, **mode)
+    for name in methods:
+        if name not in _SWEPT and not name.startswith(PRESS_PREFIX):
+            # registered by a user: one group with its own defaults
+            yield group(name, "policy", name)
 
 
 def _presses(options: Options, method: str) -> Iterator[Group]:
