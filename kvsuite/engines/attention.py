@@ -33,5 +33,13 @@ def register_grouped_attention() -> str:
         return mixed.transpose(1, 2), None
 
     AttentionInterface.register(GROUPED, grouped)
-    AttentionMaskInterface.register(GROUPED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    sdpa_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        # transformers makes a mask for a single token too while a CUDA graph is being captured, of layer 0's length
+        tokens = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]
+        made: Tensor | None = None if tokens == 1 else sdpa_mask(*args, **kwargs)
+        return made
+
+    AttentionMaskInterface.register(GROUPED, mask)
     return GROUPED
