@@ -22,10 +22,16 @@ def register_grouped_attention() -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     def grouped(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if query.shape[2] != 1 or attention_mask is not None:
-            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
             return output, None
         mixed = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, scale=kwargs.get("scaling"), enable_gqa=key.shape[1] != query.shape[1]

@@ -38,6 +38,12 @@ class Store(ABC):
         """Bytes set aside beyond the first ``slots``."""
 
 
+def refuse_while_capturing(what: str) -> None:
+    """Guard of everything that may move: a captured step would go on with the old place."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} must not move while a step is captured: reserve it beforehand")
+
+
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
     """Pick tokens ``index`` (``[k]`` for all heads, or ``[batch, heads, k]``) of ``tensor`` ``[batch, heads, n, dim]``."""
     if index.dim() == 1:
@@ -64,6 +70,7 @@ class RingStore(Store):
             self._capacity = max(self._capacity, slots)
             self._keys, self._values = (t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in (keys, values))
         elif slots > self._keys.shape[2]:
+            refuse_while_capturing("a cache buffer")
             self._capacity = max(2 * self._capacity, slots)
             grown = [t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in (self._keys, self._values)]
             for new, old in zip(grown, (self._keys, self._values), strict=True):

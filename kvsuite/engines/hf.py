@@ -138,6 +138,8 @@ class HfSession(Session):
             "threads": threads if case.device_kind == "cpu" else None,
         }
         self._bandwidth: float | None = None
+        #: output of the last `generate`
+        self.last_tokens: list[int] = []
 
     @property
     def dtype_name(self) -> str:
@@ -263,14 +265,15 @@ class HfSession(Session):
             token = logits[:, -1].argmax(-1, keepdim=True)
             token, cache = self._adopt(token, cache, new_tokens)
             clock.mark()
+            output = [token]
             if captured:
-                captured.run(token, clock)
+                output.append(captured.run(token, clock))
             else:
                 for _ in range(new_tokens - 1):
-                    token = self._step(token, cache)
+                    output.append(self._step(output[-1], cache))
                     clock.mark()
             prefill_end, *tokens = clock.seconds()
-        self.lengths = cache.lengths()
+        self.last_tokens = _token_list(output)
         return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in tokens], prefill_end=prefill_end)
 
     def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
@@ -281,7 +284,7 @@ class HfSession(Session):
             output = [token]
             for _ in range(new_tokens - 1):
                 output.append(self._step(output[-1], cache))
-        return [int(t) for t in torch.cat(output, dim=1)[0].tolist()]
+        return _token_list(output)
 
     def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
         self._drop_cache()
@@ -385,3 +388,8 @@ class HfSession(Session):
             return threads
         step: Callable[[], object] = self.decoder.probe_step
         return choose_threads(step)
+
+
+def _token_list(output: list[Tensor]) -> list[int]:
+    """Token ids of ``[1, n]`` pieces, in order."""
+    return [int(token) for token in torch.cat(output, dim=1)[0].tolist()]

@@ -112,7 +112,9 @@ def _check_ratio(session: HfSession, live: int, prompt_tokens: int) -> None:
         return
     removed = 1 - live / session.full_kv_bytes(prompt_tokens)
     if abs(removed - asked) > _RATIO_TOLERANCE:
-        raise CaseInvalid(f"{press.name} was asked to remove {asked:.3f} of the prompt's cache and removed {removed:.3f}")
+        raise CaseInvalid(
+            f"{press.name} was asked to remove {asked:.3f} of the prompt's cache and removed {removed:.3f}"
+        )
 
 
 def _live_bytes(cache: AnyCache) -> int:

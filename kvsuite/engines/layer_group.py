@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
 
-from .cache_store import Hole, Store
+from .cache_store import Hole, Store, refuse_while_capturing
 
 
 class LayerGroup:
@@ -79,7 +79,8 @@ class LayerGroup:
         self._incoming = tokens
         if self.policy is None or (tokens > 1 and self.slots == 0):
             return  # a prompt is entered by `enter_prompt`, layer by layer
-        self._grow(self.slots + tokens)
+        # a token that reuses a slot needs no room, and tables that moved would leave a captured step with the old ones
+        self._grow(self.slots + (tokens if self.hole is None else 0))
         at: slice | Hole = slice(self.slots, self.slots + tokens) if self.hole is None else self.hole
         positions = torch.arange(seen, seen + tokens, device=self._positions.device)
         ranks = torch.arange(self.length, self.length + tokens, device=self._device)
@@ -222,6 +223,7 @@ class LayerGroup:
         have = self._positions.shape[-1]
         if slots <= have:
             return
+        refuse_while_capturing("the bookkeeping")
         size = max(slots, 2 * have)
         for name in ("_positions", "_ranks", "_scores"):
             old = getattr(self, name)

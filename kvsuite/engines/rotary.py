@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kvsuite.errors import CaseInvalid
 
+from .cache_store import refuse_while_capturing
+
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
@@ -50,6 +52,7 @@ class Rotary:
         """Make the cosines and sines of positions ``0 .. length - 1`` ready, so that a captured step only indexes them."""
         if self._cos.shape[0] >= length:
             return
+        refuse_while_capturing("the table of rotations")
         device = self._embedding.inv_freq.device
         size = max(length, 2 * self._cos.shape[0], 64)
         probe = torch.empty(1, dtype=torch.float32, device=device)
