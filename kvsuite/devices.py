@@ -8,6 +8,8 @@ import platform
 import re
 from pathlib import Path
 
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
+
 
 def resolve_device(request: str) -> str:
     """Resolve ``auto`` to the best device that the installed torch is built for; a bare ``cuda`` is ``cuda:0``.
@@ -21,7 +23,7 @@ def resolve_device(request: str) -> str:
 
 
 def _best() -> str:
-    if _torch_build_has_cuda() and any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvidiactl")):
+    if _torch_build_has_cuda() and any(Path(file).exists() for file in DRIVER_FILES):
         # an empty list hides every GPU
         return "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") else "cuda:0"
     if platform.system() == "Darwin" and platform.machine() == "arm64":

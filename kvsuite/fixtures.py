@@ -74,12 +74,13 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
             raise UserError(f"{request.node.nodeid}: kv_run measures one case per test; parametrize the test instead")
         reporter = config.stash.get(REPORTER, None)
         progress = None if reporter is None or is_worker(config) else reporter.phases(case)
+        rounds = _Rounds(request)
         try:
             measured = kv_runner.run(
                 case,
                 request.node.nodeid,
                 order_index=_order_index(request),
-                run_rounds=_rounds_of(request),
+                run_rounds=rounds,
                 progress=progress,
             )
             record: Record = measured.record
@@ -109,21 +110,34 @@ def _order_index(request: pytest.FixtureRequest) -> int:
     return next((i for i, item in enumerate(request.session.items) if item is request.node), 0)
 
 
-def _rounds_of(request: pytest.FixtureRequest) -> Any:
-    """Timed rounds through pytest-benchmark where it is active, so that its files and tables hold them too."""
-    from .measurement import plain_rounds
+class _Rounds:
+    """Timed rounds: through pytest-benchmark where it is active, so that its files and tables hold them too."""
 
-    config = request.config
-    absent = not config.pluginmanager.hasplugin("benchmark") or config.getoption("benchmark_disable", default=False)
-    # pytest-benchmark switches itself off under xdist, and an unused fixture of its would warn
-    if absent or is_worker(config):
-        return plain_rounds
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self.extra_info: dict[str, Any] = {}
 
-    def through_benchmark(round_: Callable[[], None], rounds: int) -> None:
-        benchmark = request.getfixturevalue("benchmark")
+    def __call__(self, round_: Callable[[], None], rounds: int) -> None:
+        from .measurement import plain_rounds
+
+        session = self._request.config.pluginmanager.get_plugin("pytest-benchmark")
+        # it switches itself off under xdist; its fixture warns where it is asked for and not used
+        if session is None or session.disabled:
+            plain_rounds(round_, rounds)
+            return
+        benchmark = self._request.getfixturevalue("benchmark")
+        self.extra_info = benchmark.extra_info
         benchmark.pedantic(round_, rounds=rounds, iterations=1, warmup_rounds=0)
 
-    return through_benchmark
+
+def _require_json(facts: dict[str, Any], hook: str) -> None:
+    # what cannot be written would take the rows of the other cases with it
+    try:
+        canonical_json(facts)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{hook}: a hook of yours added what JSON cannot hold ({error}); add numbers, texts, lists"
+        ) from error
 
 
 def headline(record: Record) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class CaseRunner:
                 "type": type(error).__name__,
                 "message": str(error),
                 "phase": work.phase,
-                "traceback": traceback.format_exc().splitlines()[-_TRACEBACK_LINES:],
+                "traceback": "\n".join(traceback.format_exc().splitlines()[-_TRACEBACK_LINES:]),
             }
         finally:
             work.finish()

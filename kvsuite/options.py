@@ -111,6 +111,12 @@ def _dtype(text: str) -> str | None:
     return None if text == "auto" else parse_dtype(text)
 
 
+def _schedule(text: str) -> str:
+    from .compression.base import Schedule
+
+    return Schedule(text).name
+
+
 def _text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
@@ -133,7 +139,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("keep-ratios", _list(_ratio), "0.8,0.5,0.3", "Fractions in (0, 1]: kept by l2_compress and presses, protected as "
            "recent by fix_size_l2."),
     Option("prune-after", _int(0), "100", "l2_compress leaves caches up to this many tokens alone."),
-    Option("l2-mode", _text, "single_shot", "When l2_compress acts: single_shot (the paper), every_token (the original "
+    Option("l2-mode", _schedule, "single_shot", "When l2_compress acts: single_shot (the paper), every_token (the original "
            "program) or interval=N.", original="every_token"),
     Option("fix-kv-sizes", _list(_int(1)), "32,64,128", "Cache sizes of fix_size_l2, in tokens.", original="256,512"),
     Option("strategies", _list(_choice("keep_low", "keep_high", "random")), "keep_low",
@@ -198,12 +204,13 @@ def add_options(parser: Any) -> None:
             {"action": "store_const", "const": "true"} if option.name in _FLAGS else {"metavar": "VALUE"}
         )
         group.addoption(*names, dest=option.dest, default=None, help=note.replace("%", "%%"), **flag)
-        parser.addini(option.dest, f"ini twin of {names[0]}", default=None)
-    for name in REJECTED:
+        parser.addini(option.dest, f"ini twin of {names[0]}; as an environment variable {option.dest.upper()}", default=None)
+    for name, mend in REJECTED.items():
         spellings = [f"--kv-{name}", f"--kv_{name.replace('-', '_')}"]
         group.addoption(
-            *spellings, dest=f"kv_rejected_{name}", default=None, nargs="?", const="", help="(not supported)"
-        )
+            *spellings, dest=f"kv_rejected_{name}", default=None, nargs="?", const="", metavar="VALUE",
+            help=f"Refused: {mend}.",
+        )  # fmt: skip
 
 
 class Options:
@@ -280,7 +287,7 @@ def _parse(option: Option, text: str) -> Any:
 
 
 def _mend(option: Option) -> str:
-    return f"for example --kv-{option.name}={option.original or option.default or 'PATH'}"
+    return f"for example --kv-{option.name}={option.default or 'PATH'}"
 
 
 def names(options: Iterable[Option] = OPTIONS) -> list[str]:

@@ -15,6 +15,7 @@ from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
 from .options import add_options, resolve_options
 from .reporter import Reporter
+from .spaces.compression import unread_options
 from .spaces.registry import SPACES, cases_of
 from .state import (
     CASES,
@@ -90,7 +91,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     try:
         if len(marker.args) != 1:
-            raise UserError(f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')")
+            raise UserError(
+                f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')"
+            )
         cases = cases_of(marker.args[0], metafunc.config.stash[OPTIONS])
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
@@ -103,10 +106,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     # --benchmark-only and --benchmark-skip look for the name of a fixture that kv_run asks for only when rounds are timed
-    names = [item.fixturenames for item in items if _is_case(item)]  # type: ignore[attr-defined]
-    lacking = [one for one in names if "benchmark" not in one]
-    for one in lacking:
-        one.append("benchmark")
+    asked = any(config.getoption(name, default=False) for name in ("benchmark_only", "benchmark_skip"))
+    lacking: list[list[str]] = []
+    for item in items if asked else []:
+        # the list is shared by the cases of one test
+        if _is_case(item) and "benchmark" not in item.fixturenames:  # type: ignore[attr-defined]
+            item.fixturenames.append("benchmark")  # type: ignore[attr-defined]
+            lacking.append(item.fixturenames)  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -139,14 +145,12 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
 
 def _expect(config: pytest.Config, total: int) -> None:
     reporter = config.stash.get(REPORTER, None)
-    if reporter is None:
+    if reporter is None or config.option.collectonly:
         return
-    reporter.total = total
-    if not config.option.collectonly:
-        try:
-            reporter.check_folder()
-        except UserError as error:
-            raise pytest.UsageError(f"kvsuite: {error}") from error
+    try:
+        reporter.expect(total)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -201,8 +205,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
     terminalreporter.section("kvsuite")
     terminalreporter.write_line(comparison_table(reporter.rows))
-    for warning in sorted({f"{row['case']['name']}: {text}" for row in reporter.rows for text in row["warnings"]}):
-        terminalreporter.write_line(f"warning: {warning}")
+    for option in unread_options(config.stash[OPTIONS]):
+        terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
     for note in _other_gpus(config):
@@ -268,7 +272,10 @@ def _gpu(config: pytest.Config) -> dict[str, Any]:
 def _other_gpus(config: pytest.Config) -> list[str]:
     here = _gpu(config)
     others = [saved for saved in config.stash[SAVED_GPUS] if saved != here]
-    return [f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}" for saved in others]
+    return [
+        f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}"
+        for saved in others
+    ]
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -35,8 +35,7 @@ class Reporter:
         self._options = options
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
-        self._progress: Progress | None = None
-        self.total = 0
+        self._progress = Progress(self._write, 1)
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
@@ -47,14 +46,15 @@ class Reporter:
         """The run's folder, ``None`` before the first record."""
         return None if self._store is None else self._store.folder
 
-    def check_folder(self) -> None:
-        """Find out before anything is measured whether the report folder can be written.
+    def expect(self, total: int) -> None:
+        """``total`` cases were collected: find out before anything is measured whether the report folder can be written.
 
         Raises
         ------
         UserError
             Naming ``--kv-report-dir`` and the mend.
         """
+        self._progress = Progress(self._write, total)
         base = Path(self._options.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -68,9 +68,8 @@ class Reporter:
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
-        progress = self._lines()
-        progress.case(case.name)
-        return progress.phase
+        self._progress.case(case.name)
+        return self._progress.phase
 
     # first, so that what ends the run is told once and not as a failed test as well
     @pytest.hookimpl(tryfirst=True)
@@ -114,9 +113,8 @@ class Reporter:
             row["sidecar"] = self._store.write_sidecar(row["id"], payload["tokens"])
         self._store.append(row)
         self.rows.append(row)
-        progress = self._lines()
-        progress.case(row["case"]["name"])
-        progress.finished(_summary(row))
+        self._progress.case(row["case"]["name"])
+        self._progress.finished(_summary(row))
 
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
@@ -145,11 +143,6 @@ class Reporter:
         if not self.rows or any(row["status"] not in ("skipped", "invalid") for row in self.rows):
             return None
         return str(self.rows[0]["reason"])
-
-    def _lines(self) -> Progress:
-        if self._progress is None:
-            self._progress = Progress(self._write, max(self.total, 1))
-        return self._progress
 
     def _write(self, line: str) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")

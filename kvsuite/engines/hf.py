@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,21 +20,14 @@ from kvsuite.models.resolve import resolve_model
 
 from .attention import register_grouped_attention
 from .base import Engine, MemoryPass, Session
-from .cache import EvictionCache, Implementation
-from .cache_plan import CachePlan, plan
+from .cache import Implementation
 from .decoder import Decoder
-from .graph import CapturedDecode
+from .flow import Flow
 from .hf_memory import measure_memory
 from .hf_scoring import score_reference, score_tokens
 from .method import Method, method_for
-from .press_cache import PressCache
-from .rotary import Rotary
 from .threads import choose_threads
 
-if TYPE_CHECKING:
-    from kvsuite.compression.kvpress_session import KvpressSession
-
-AnyCache = EvictionCache | PressCache
 _TORCH_DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -52,7 +44,7 @@ class HfEngine(Engine):
             if not torch.cuda.is_available():
                 return (
                     f"engine hf cannot use {device}: this torch {torch.__version__} sees no CUDA device; install a CUDA "
-                    "build (make bench TORCH_INDEX=https://download.pytorch.org/whl/cu130) or use --kv-device=cpu"
+                    "build of torch (make bench TORCH_INDEX=<wheel index of a CUDA build>) or use --kv-device=cpu"
                 )
             if int(index or 0) >= torch.cuda.device_count():
                 return (
@@ -109,13 +101,9 @@ class HfSession(Session):
         self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
         self._decode_step = decode_step
         self._implementation: Implementation = implementation
-        self._method = Method()
-        self._press: KvpressSession | None = None
         self._seed = seed
-        self._rotary: Rotary | None = None
-        self._captured: dict[tuple[int, int], CapturedDecode] = {}
-        self._cache: tuple[tuple[int, int], EvictionCache] | None = None
         self._base_attention = attention
+        self._flow = self._new_flow(Method())
         self.model = {
             "label": spec.label,
             "kind": spec.kind,
@@ -143,25 +131,40 @@ class HfSession(Session):
 
     @property
     def dtype_name(self) -> str:
-        """The dtype the model really computes in."""
         return str(self._facts["dtype"])
 
     @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, ``None`` for a dummy model."""
         return self._loaded.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding that prompts may use."""
         return int(self._loaded.text_config.vocab_size)
 
     @property
     def bandwidth(self) -> float:
-        """Measured copy bandwidth of the device in bytes a second, read plus written; measured once."""
         if self._bandwidth is None:
             self._bandwidth = copy_bandwidth(self.device)
         return self._bandwidth
+
+    @property
+    def ratio_requested(self) -> float | None:
+        return self._flow.method.ratio_requested
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
+
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+        plans = self._flow.plan(prompt_tokens, new_tokens - 1)
+        if plans is None:
+            return None
+        policy, layers = self._flow.method.policy, range(self.decoder.layers)
+        skipped = policy.skip_layers if policy else layers
+        return self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
 
     def prepare(self, case: Case) -> None:
         self.finish()
@@ -172,222 +175,111 @@ class HfSession(Session):
             )
         if case.partition is not None:
             raise CaseInvalid("SM partitions need the serving runtime; engine hf runs on the whole device")
-        self._method = method_for(case, layers=self.decoder.layers)
-        press, policy = self._method.press, self._method.policy
+        method = method_for(case, layers=self.decoder.layers)
+        press, policy = method.press, method.policy
         if press:
             press.supports_layout(self._loaded.model)
         attention = "eager" if press and press.info.attention == "eager" else self._base_attention
         self.decoder.set_attention(attention)
-        self._rotary = Rotary(self._loaded.model) if policy and policy.positions == "cache" else None
-        reason = self._eager_reason()
+        self._flow = self._new_flow(method)
+        reason = self._eager_reason(method)
         if reason and self._decode_step == "graph":
             raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
         self.effective = self._facts | {
             "attention": attention,
             "decode_step": "eager" if reason else "cuda_graph",
-            "implementation": self._implementation if not press else "press",
+            "implementation": "press" if press else self._implementation,
             "positions": policy.positions if policy else press.info.positions if press else "original",
             "skip_layers": sorted(policy.skip_layers) if policy else [],
-            "frees_memory": self._method.frees_memory,
+            "frees_memory": method.frees_memory,
         }
         if reason and self.device.type == "cuda":
             self.effective["decode_step_reason"] = reason
 
-    def plan(self, prompt_tokens: int, new_tokens: int) -> tuple[CachePlan, CachePlan] | None:
-        """Stored tokens of a compressed and of an uncompressed layer; ``None`` where only a press knows."""
-        if self._method.press:
-            return None
-        return plan(self._method.policy, prompt_tokens, new_tokens - 1), plan(None, prompt_tokens, new_tokens - 1)
-
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
-        """Predicted bytes of keys and values at the end of decode, from the policy's sizes alone."""
-        plans = self.plan(prompt_tokens, new_tokens)
-        if plans is None:
-            return None
-        skipped = self._method.policy.skip_layers if self._method.policy else range(self.decoder.layers)
-        tokens = [plans[1 if layer in skipped else 0].final for layer in range(self.decoder.layers)]
-        return self.decoder.kv_bytes(tokens)
-
-    @property
-    def device(self) -> torch.device:
-        return self._loaded.device
-
-    def full_kv_bytes(self, tokens: int) -> int:
-        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
-
-    @property
-    def ratio_requested(self) -> float | None:
-        return self._method.ratio_requested
-
-    @property
-    def method(self) -> Method:
-        """What the prepared case does to the cache."""
-        return self._method
-
     def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """Run the timed shape once, untimed, without captured steps."""
-        cache = self._new_cache(len(prompt), new_tokens)
-        with torch.inference_mode(), self._pressed():
-            token = self._prefill(self._ids(prompt), cache)
-            token, cache = self._adopt(token, cache, new_tokens)
-            for _ in range(new_tokens - 1):
-                token = self._step(token, cache)
+        self.generate_tokens(prompt, new_tokens)
 
     def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """Capture the decode steps of this shape where the case's effective decode step is ``cuda_graph``."""
-        key = (len(prompt), new_tokens)
-        if self.effective["decode_step"] != "cuda_graph" or key in self._captured or new_tokens < 2:
+        if self.effective["decode_step"] != "cuda_graph":
             return
-        with torch.inference_mode():
-            cache = self._persistent_cache(key)
-            with self._pressed():
-                token = self._prefill(self._ids(prompt), cache)
-                token, cache = self._adopt(token, cache, new_tokens)
-            assert isinstance(cache, EvictionCache)
-            try:
-                self._captured[key] = CapturedDecode(self._step, cache, token, new_tokens - 1)
-            except RuntimeError as error:
-                if self._decode_step == "graph":
-                    raise CaseInvalid(f"--kv-decode-step=graph: the step cannot be captured: {error}") from error
-                self.effective |= {"decode_step": "eager", "decode_step_reason": f"not capturable: {error}"}
-                self._cache = None
+        try:
+            self._flow.capture(prompt, new_tokens - 1)
+        except RuntimeError as error:
+            if self._decode_step == "graph":
+                raise CaseInvalid(f"--kv-decode-step=graph: the step cannot be captured: {error}") from error
+            self.effective |= {"decode_step": "eager", "decode_step_reason": f"not capturable: {error}"}
+            self._flow.drop_cache()
 
     def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        key = (len(prompt), new_tokens)
-        captured = self._captured.get(key)
+        flow, steps = self._flow, new_tokens - 1
+        captured = flow.captured(len(prompt), steps)
         # a press is built before the clock starts: it is part of loading, not of the request
-        with torch.inference_mode(), self._pressed():
-            ids = self._ids(prompt)
-            cache = self._persistent_cache(key)
+        with torch.inference_mode(), flow.pressed():
+            ids = flow.ids(prompt)
+            cache = flow.persistent_cache(len(prompt), steps)
             clock.start()
-            logits = self._forward(ids, cache)
+            logits = flow.forward_prompt(ids, cache)
             clock.mark()
             token = logits[:, -1].argmax(-1, keepdim=True)
-            token, cache = self._adopt(token, cache, new_tokens)
+            cache = flow.settle(cache, steps)
             clock.mark()
             output = [token]
             if captured:
                 output.append(captured.run(token, clock))
             else:
-                for _ in range(new_tokens - 1):
-                    output.append(self._step(output[-1], cache))
+                for _ in range(steps):
+                    output.append(flow.step(output[-1], cache))
                     clock.mark()
-            prefill_end, *tokens = clock.seconds()
+            prefill_end, *times = clock.seconds()
         self.last_tokens = _token_list(output)
-        return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in tokens], prefill_end=prefill_end)
+        return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
 
     def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy output of the prepared case: ``new_tokens`` token ids, eager steps."""
-        cache = self._new_cache(len(prompt), new_tokens)
-        with torch.inference_mode(), self._pressed():
-            token, cache = self._adopt(self._prefill(self._ids(prompt), cache), cache, new_tokens)
-            output = [token]
-            for _ in range(new_tokens - 1):
-                output.append(self._step(output[-1], cache))
+        flow, steps = self._flow, new_tokens - 1
+        with torch.inference_mode(), flow.pressed():
+            cache = flow.new_cache(len(prompt), steps)
+            output = [flow.prefill(flow.ids(prompt), cache)]
+            cache = flow.settle(cache, steps)
+            for _ in range(steps):
+                output.append(flow.step(output[-1], cache))
         return _token_list(output)
 
     def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
-        self._drop_cache()
-        return measure_memory(self, self._ids(prompt), new_tokens)
+        return measure_memory(self._flow, self._flow.ids(prompt), new_tokens)
 
     def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
-        return score_tokens(self, tokens, protocol, prefix, progress)
+        return score_tokens(self._flow, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         return score_reference(self.decoder, tokens, first)
 
     def finish(self) -> None:
-        self._drop_cache()
-        self._method = Method()
+        self._flow.drop_cache()
+        self._flow = self._new_flow(Method())
 
     def close(self) -> None:
         self.finish()
-        del self._loaded, self.decoder
+        del self._loaded, self.decoder, self._flow
 
-    # what the passes share; hf_memory and hf_scoring are the other halves of this class's work
+    def _new_flow(self, method: Method) -> Flow:
+        return Flow(
+            self.decoder, method, implementation=self._implementation, tokenizer=self.tokenizer, seed=self._seed
+        )
 
-    def _new_cache(self, prompt_tokens: int, new_tokens: int) -> AnyCache:
-        if self._method.press:
-            return PressCache(self.decoder.layers, self.device)
-        return self._eviction_cache(prompt_tokens, new_tokens)
-
-    def _eviction_cache(self, prompt_tokens: int, new_tokens: int) -> EvictionCache:
-        plans = self.plan(prompt_tokens, new_tokens)
-        capacity = (plans[0].capacity, plans[1].capacity) if plans else (0, 0)
-        return self.decoder.new_cache(self._method.policy, capacity, self._implementation, self._rotary)
-
-    def _persistent_cache(self, key: tuple[int, int]) -> AnyCache:
-        """The cache of the timed rounds: its buffers stay, as a serving pool's do."""
-        if self._method.press:
-            return PressCache(self.decoder.layers, self.device)
-        if self._cache is None or self._cache[0] != key:
-            self._drop_cache()
-            self._cache = (key, self._eviction_cache(*key))
-        self._cache[1].reset()
-        return self._cache[1]
-
-    def _drop_cache(self) -> None:
-        self._captured.clear()
-        self._cache = None
-
-    @contextlib.contextmanager
-    def _pressed(self) -> Iterator[None]:
-        """The case's press on the model, a new one every time; nothing for a policy."""
-        if self._method.press is None:
-            yield
-            return
-        with self._method.press.session(self._loaded.model, tokenizer=self.tokenizer, seed=self._seed) as press:
-            self._press = press
-            try:
-                yield
-            finally:
-                self._press = None
-
-    def _forward(self, ids: Tensor, cache: AnyCache) -> Tensor:
-        """Prefill: logits of the last position ``[1, 1, vocab]``."""
-        if self._press is None:
-            return self.decoder.forward(ids, cache)
-        with self._press.prefill():
-            return self.decoder.forward(ids, cache)
-
-    def _prefill(self, ids: Tensor, cache: AnyCache) -> Tensor:
-        return self._forward(ids, cache)[:, -1].argmax(-1, keepdim=True)
-
-    def _adopt(self, token: Tensor, cache: AnyCache, new_tokens: int) -> tuple[Tensor, AnyCache]:
-        """Move what a prefill press left into preallocated slots, so that every method decodes on the same cache."""
-        if isinstance(cache, EvictionCache) or self._method.eager_only:
-            return token, cache
-        assert self._press is not None
-        key = (cache.seen, new_tokens)
-        if self._cache is None or self._cache[0] != key:
-            room = max(cache.lengths()) + new_tokens - 1
-            self._cache = (key, self.decoder.new_cache(None, (0, room), "ring", None))
-        target = self._cache[1]
-        target.adopt(cache.layers, self._press.first_decode_position(cache, cache.seen))
-        return token, target
-
-    def _step(self, token: Tensor, cache: AnyCache) -> Tensor:
-        """One decode step: the following token ``[1, 1]``; waits for nothing."""
-        return self.decoder.forward(token, cache)[:, -1].argmax(-1, keepdim=True)
-
-    def _ids(self, tokens: Sequence[int]) -> Tensor:
-        return torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
-
-    def _eager_reason(self) -> str | None:
+    def _eager_reason(self, method: Method) -> str | None:
         if self.device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if self._decode_step == "eager":
             return "--kv-decode-step=eager"
         if self._implementation == "copy":
             return "a copying cache moves at every step"
-        return self._method.eager_only
+        return method.eager_only
 
     def _set_threads(self, threads: int | None) -> int:
         if threads is not None:
             torch.set_num_threads(threads)
             return threads
-        step: Callable[[], object] = self.decoder.probe_step
-        return choose_threads(step)
+        return choose_threads(self.decoder.probe_step)
 
 
 def _token_list(output: list[Tensor]) -> list[int]:

@@ -16,7 +16,7 @@ from .base import MemoryPass
 from .cache import EvictionCache
 
 if TYPE_CHECKING:
-    from .hf import AnyCache, HfSession
+    from .flow import AnyCache, Flow
 
 # chunked presses keep whole chunks: 0.52 was seen where 0.5 was asked of 512 tokens
 _RATIO_TOLERANCE = 0.05
@@ -44,42 +44,43 @@ class IntervalClock:
         return sum(end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True))
 
 
-def measure_memory(session: HfSession, ids: Tensor, new_tokens: int) -> MemoryPass:
+def measure_memory(flow: Flow, ids: Tensor, new_tokens: int) -> MemoryPass:
     """Prefill and decode once with every memory meter on.
 
     The decode steps are eager also where the timed ones are captured, so a graph's private pool is in no number.
     """
-    allocator = AllocatorMeter(session.device)
+    flow.drop_cache()
+    allocator = AllocatorMeter(flow.device)
     allocator.settle()
-    method = session.method
+    method = flow.method
     with (
         torch.inference_mode(),
-        DriverMeter(session.device).peak() as driver,
+        DriverMeter(flow.device).peak() as driver,
         resident_set_peak() as resident,
-        session._pressed(),
+        flow.pressed(),
     ):
-        compress = IntervalClock(clock_for(session.device))
+        compress = IntervalClock(clock_for(flow.device))
         with allocator.phase() as prefill:
-            cache: AnyCache = session._new_cache(ids.shape[1], new_tokens)
+            cache: AnyCache = flow.new_cache(ids.shape[1], new_tokens - 1)
             if isinstance(cache, EvictionCache):
                 cache.on_interval = compress if method.policy else None
-                token = session._prefill(ids, cache)
+                token = flow.prefill(ids, cache)
             else:
-                assert session._press is not None
-                with session._press.timed(compress):
-                    token = session._prefill(ids, cache)
+                assert flow.press is not None
+                with flow.press.timed(compress):
+                    token = flow.prefill(ids, cache)
         compress_s = compress.total()
         live, lengths = _live_bytes(cache), cache.lengths()
         with allocator.phase() as decode:
-            token, cache = session._adopt(token, cache, new_tokens)
-            evict = IntervalClock(clock_for(session.device))
+            cache = flow.settle(cache, new_tokens - 1)
+            evict = IntervalClock(clock_for(flow.device))
             with contextlib.ExitStack() as timed:
                 if isinstance(cache, EvictionCache) and method.policy:
                     cache.on_interval = evict
-                elif session._press is not None and method.acts_in_decode:
-                    timed.enter_context(session._press.timed(evict))
+                elif flow.press is not None and method.acts_in_decode:
+                    timed.enter_context(flow.press.timed(evict))
                 for _ in range(new_tokens - 1):
-                    token = session._step(token, cache)
+                    token = flow.step(token, cache)
         evict_s = evict.total() / max(new_tokens - 1, 1)
         allocated, headroom = cache.kv_bytes()
     result = MemoryPass(
@@ -95,22 +96,22 @@ def measure_memory(session: HfSession, ids: Tensor, new_tokens: int) -> MemoryPa
         compress_s=compress_s if method.policy or method.press else None,
         evict_s=evict_s if method.acts_in_decode else None,
     )
-    counted = session.decoder.kv_bytes(result.lengths_decode)
+    counted = flow.decoder.kv_bytes(result.lengths_decode)
     if counted != result.kv_bytes_decode:
         result.warnings.append(
             f"the cache's storages hold {result.kv_bytes_decode} bytes, its tokens {counted}: something is kept alive"
         )
-    session._drop_cache()
-    _check_ratio(session, live, ids.shape[1])
+    flow.drop_cache()
+    _check_ratio(flow, live, ids.shape[1])
     return result
 
 
-def _check_ratio(session: HfSession, live: int, prompt_tokens: int) -> None:
+def _check_ratio(flow: Flow, live: int, prompt_tokens: int) -> None:
     """A press that silently did nothing (prefilled in chunks, say) must not pass for one that compressed."""
-    press, asked = session.method.press, session.ratio_requested
+    press, asked = flow.method.press, flow.method.ratio_requested
     if press is None or asked is None or not press.info.frees_memory or "decode" in press.info.compresses:
         return
-    removed = 1 - live / session.full_kv_bytes(prompt_tokens)
+    removed = 1 - live / flow.decoder.kv_bytes([prompt_tokens] * flow.decoder.layers)
     if abs(removed - asked) > _RATIO_TOLERANCE:
         raise CaseInvalid(
             f"{press.name} was asked to remove {asked:.3f} of the prompt's cache and removed {removed:.3f}"

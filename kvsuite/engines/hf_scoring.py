@@ -13,7 +13,7 @@ from kvsuite.meters.quality import TokenScores
 from .decoder import Decoder
 
 if TYPE_CHECKING:
-    from .hf import HfSession
+    from .flow import Flow
 
 PROTOCOLS = ("streaming-decode", "prefix-continuation")
 Progress = Callable[[int, int], None]
@@ -21,7 +21,7 @@ _ROWS = 256
 
 
 def score_tokens(
-    session: HfSession, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
+    flow: Flow, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
 ) -> TokenScores:
     """Score ``tokens`` one forward a token (docs/protocols.md).
 
@@ -39,23 +39,24 @@ def score_tokens(
         Called with tokens done and in all.
     """
     start = prefix if protocol == "prefix-continuation" else 0
-    targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=session.device)
-    ids = session._ids(tokens)
-    nll = torch.empty(len(targets), dtype=torch.float32, device=session.device)
-    hits = torch.empty(len(targets), dtype=torch.bool, device=session.device)
+    targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=flow.device)
+    ids = flow.ids(tokens)
+    nll = torch.empty(len(targets), dtype=torch.float32, device=flow.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=flow.device)
     steps = len(targets)
-    cache = session._new_cache(max(start, 1), steps + 1)
-    with torch.inference_mode(), session._pressed():
+    with torch.inference_mode(), flow.pressed():
+        # streaming-decode feeds its first token as a step: one more than there are targets after it
+        cache = flow.new_cache(max(start, 1), steps)
         if start:
-            token = session._prefill(ids[:, :start], cache)
-            _, cache = session._adopt(token, cache, steps + 1)
+            flow.prefill(ids[:, :start], cache)
+            cache = flow.settle(cache, steps)
         for step in range(steps):
             at = start + step
-            logits = session.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
+            logits = flow.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
             _score_rows(logits, targets[step : step + 1], nll[step : step + 1], hits[step : step + 1])
             if progress and (step % 16 == 15 or step == steps - 1):
                 progress(step + 1, steps)
-    session._drop_cache()
+    flow.drop_cache()
     return TokenScores(
         targets=[int(t) for t in tokens[start + 1 :]],
         positions=list(range(start + 1, len(tokens))),

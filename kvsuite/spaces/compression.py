@@ -9,6 +9,7 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
 from kvsuite.compression.kvpress import find_press
+from kvsuite.compression.kvpress_table import PRESSES
 from kvsuite.devices import resolve_device
 from kvsuite.errors import UserError
 from kvsuite.options import Options
@@ -16,6 +17,16 @@ from kvsuite.options import Options
 PRESS_PREFIX = "kvpress:"
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
+# options that only some methods read
+_READERS = {
+    "keep_ratios": ("l2_compress", "fix_size_l2", PRESS_PREFIX),
+    "prune_after": ("l2_compress",),
+    "l2_mode": ("l2_compress",),
+    "fix_kv_sizes": ("fix_size_l2",),
+    "strategies": ("fix_size_l2",),
+    "start_size": ("streaming_llm", "recent_only"),
+    "recent_sizes": ("streaming_llm", "recent_only"),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,19 @@ def method_name(options: Options) -> str:
     if options.compare_all or len(options.method) > 1:
         return "compare_all"
     return str(options.method[0]).replace(":", "_").lower()
+
+
+def unread_options(options: Options) -> list[str]:
+    """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
+    if options.compare_all:
+        unread = {"method", "keep_ratios", "strategies"} & options.given
+    else:
+        unread = {
+            name
+            for name in _READERS.keys() & options.given
+            if not any(m.startswith(_READERS[name]) for m in options.method)
+        }
+    return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]
 
 
 def _groups(options: Options) -> Iterator[Group]:
@@ -179,9 +203,13 @@ def _methods(options: Options) -> list[str]:
         if method in REPLACEMENTS:
             raise UserError(f"--kv-method={method}: not part of kvsuite; use {REPLACEMENTS[method]}")
         if method.startswith(PRESS_PREFIX):
-            find_press(method)
+            try:
+                find_press(method)
+            except UserError as error:
+                raise UserError(f"--kv-method={method}: {error}") from error
         elif method not in list_policies():
+            press = {name.lower(): f"; did you mean {PRESS_PREFIX}{name}?" for name in PRESSES}.get(method.lower(), "")
             raise UserError(
-                f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>"
+                f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{press}"
             )
     return list(options.method)

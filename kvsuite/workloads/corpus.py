@@ -22,6 +22,7 @@ _HUB = {
     "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1/{split}-*.parquet"),
     "pg19": ("emozilla/pg19", "data/{split}-*.parquet"),
 }
+_NAMES = ("default", "pydoc", *_HUB)
 _SPLITS = ("train", "validation", "test")
 _WHOLE = "each file is one text"
 _ROWS = "each row is one text; the first rows that are long enough"
@@ -56,6 +57,20 @@ class Corpus:
     text_hash: str
     join_rule: str
     notes: tuple[str, ...] = ()
+
+
+def check_corpus(request: str) -> None:
+    """Find out what can be known about a request without reading it or asking the hub.
+
+    Raises
+    ------
+    UserError
+        If it is neither a known name nor an existing path.
+    """
+    if request not in _NAMES and not Path(request).expanduser().exists():
+        raise UserError(
+            f"{_OPTION}={request}: no such corpus or file; check the path, or choose one of {', '.join(_NAMES)}"
+        )
 
 
 def load_corpus(request: str, *, num_texts: int, min_chars: int = 0, split: str = "test") -> Corpus:
@@ -105,10 +120,8 @@ def load_corpus(request: str, *, num_texts: int, min_chars: int = 0, split: str 
         if request == "wikitext103" and split != "train":
             notes = (f"the {split} split of wikitext103 is the same text as that of wikitext2",)
     else:
+        check_corpus(request)
         path = Path(request).expanduser()
-        if not path.exists():
-            known = ", ".join(["default", "pydoc", *_HUB])
-            raise UserError(f"{_OPTION}={request}: no such corpus or file; check the path, or choose one of {known}")
         candidates = text_rows(path, option=f"{_OPTION}={request}", split=split)
         join_rule = _WHOLE if path.suffix.lower() in {".txt", ".raw"} else _ROWS
         name, source = path.name, str(path)

@@ -62,7 +62,6 @@ def test_the_policies_of_the_matrix_change_the_logits(kind: str) -> None:
         for positions in ("original", "cache"):
             logits = feed(kind, line.build(positions=positions), ids, chunks_of(1, TOKENS)).logits
             assert (logits - baseline).abs().max() > 0.1, (line.id, positions)
-            assert torch.equal(logits[:12], baseline[:12]) or positions == "cache"
 
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])
