@@ -204,7 +204,9 @@ def add_options(parser: Any) -> None:
             {"action": "store_const", "const": "true"} if option.name in _FLAGS else {"metavar": "VALUE"}
         )
         group.addoption(*names, dest=option.dest, default=None, help=note.replace("%", "%%"), **flag)
-        parser.addini(option.dest, f"ini twin of {names[0]}; as an environment variable {option.dest.upper()}", default=None)
+        parser.addini(
+            option.dest, f"ini twin of {names[0]}; as an environment variable {option.dest.upper()}", default=None
+        )
     for name, mend in REJECTED.items():
         spellings = [f"--kv-{name}", f"--kv_{name.replace('-', '_')}"]
         group.addoption(
