@@ -10,7 +10,8 @@ from .case import Case
 from .options import Options
 
 if TYPE_CHECKING:
-    from .measurement import CaseRunner, Measured
+    from .measurement import CaseRunner
+    from .passes import Measured
     from .reporter import Reporter
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
