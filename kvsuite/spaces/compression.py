@@ -17,6 +17,8 @@ from kvsuite.options import Options
 PRESS_PREFIX = "kvpress:"
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
+# order of the original's compare_all
+_CROSS_SECTION = ("l2", "fix_size", "streaming")
 # options that only some methods read
 _READERS = {
     "keep_ratios": ("l2_compress", "fix_size_l2", PRESS_PREFIX),
@@ -119,7 +121,10 @@ def _groups(options: Options) -> Iterator[Group]:
         yield Group("baseline", "baseline")
     handlings = ("original", "cache") if options.positions == "both" else (options.positions,)
     for positions in handlings:
-        yield from _policy_groups(options, positions)
+        groups = list(_policy_groups(options, positions))
+        if options.compare_all:
+            groups.sort(key=lambda group: _CROSS_SECTION.index(group.kind))
+        yield from groups
     for method in _methods(options):
         if method.startswith(PRESS_PREFIX):
             yield from _presses(options, method)

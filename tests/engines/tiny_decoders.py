@@ -72,7 +72,8 @@ class Fed:
             return torch.arange(group.length)
         group.settle()
         positions = group._positions[..., : group.slots]
-        return (positions[group.layers.index(layer)] if group.per_head else positions).sort(-1).values
+        own: Tensor = positions[group.layers.index(layer)] if group.per_head else positions
+        return own.sort(-1).values
 
 
 @torch.no_grad()
@@ -131,7 +132,8 @@ class Reference:
         AttentionInterface.register("reference", self)
         ends = torch.tensor(self.chunks).cumsum(0) - 1
         with torch.no_grad():
-            return model(kind, "reference")(input_ids=ids, use_cache=False).logits[:, ends].transpose(0, 1)
+            logits: Tensor = model(kind, "reference")(input_ids=ids, use_cache=False).logits
+        return logits[:, ends].transpose(0, 1)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
