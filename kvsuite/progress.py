@@ -60,6 +60,7 @@ class Progress:
         """The running case ended."""
         now = self._now()
         self._last = self._event = now
+        self._phase = ("", now)
         self._done += 1
         elapsed = now - self._begin
         left = elapsed / self._done * (self._total - self._done)

@@ -70,9 +70,6 @@ def test_the_rest_of_a_phase_is_counted_from_its_own_start(now: Now, lines: list
     assert lines[-1].endswith("timed rounds 3/5, about 0:40 left in this phase")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="finished() keeps the last phase's name: an equal first phase of the next case goes on"
-)
 def test_the_next_case_begins_its_own_phases(now: Now, lines: list[str]) -> None:
     progress = Progress(lines.append, 2, now=now)
     for name in ("hf-a", "hf-b"):

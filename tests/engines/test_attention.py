@@ -35,5 +35,3 @@ def test_no_mask_is_made_for_a_single_token() -> None:
     mask = ALL_MASK_ATTENTION_FUNCTIONS[GROUPED]
     assert mask(batch_size=1, q_length=1, kv_length=9, q_offset=8) is None
     assert mask(batch_size=1, cache_position=torch.tensor([8]), kv_length=9) is None
-    several = mask(batch_size=1, q_length=3, kv_length=9, q_offset=6, allow_is_causal_skip=False)
-    assert several.shape[-2:] == (3, 9)

@@ -42,7 +42,9 @@ def model(kind: str, attention: str = "sdpa") -> Any:
         wide = common | {"hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
         if kind == "neox":
             rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
-            return GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=128, rope_parameters=rope, **wide)).eval()
+            # rotary_pct is what transformers 5.2 reads
+            config = GPTNeoXConfig(intermediate_size=128, rope_parameters=rope, rotary_pct=0.5, **wide)
+            return GPTNeoXForCausalLM(config).eval()
         config = LlamaConfig(intermediate_size=128, num_key_value_heads=2, head_dim=HEAD_DIM, **wide)
         return LlamaForCausalLM(config).eval()
 
