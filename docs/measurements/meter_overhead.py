@@ -38,7 +38,9 @@ class Sparse(Clock):
         return [prefill, first, *([last] * (self._last - 2))]
 
 
-def main(model: str = "smollm2", device: str = "auto", prompt: str = "192", new: str = "64", rounds: str = "15") -> None:
+def main(
+    model: str = "smollm2", device: str = "auto", prompt: str = "192", new: str = "64", rounds: str = "15"
+) -> None:
     options = default_options(model=model, device=device, prompt_tokens=prompt, max_new_tokens=new)
     case = compression_cases(options)[0]
     session = SessionPool(seed=0, threads=None).get(case)
@@ -56,9 +58,11 @@ def main(model: str = "smollm2", device: str = "auto", prompt: str = "192", new:
                 samples[arm].append(tpot)
     on, off = median(samples["on"]), median(samples["off"])
     ratios = sorted(a / b - 1 for a, b in zip(samples["on"], samples["off"], strict=True))
-    print(f"{model} on {session.device}, {session.effective['decode_step']} steps, prompt {prompt}, {new} tokens, {rounds} pairs")
+    steps = session.effective["decode_step"]
+    print(f"{model} on {session.device}, {steps} steps, prompt {prompt}, {new} tokens, {rounds} pairs")
     print(f"TPOT on {on * 1e3:.4f} ms, off {off * 1e3:.4f} ms, ratio of medians {on / off - 1:+.3%}")
-    print(f"paired difference: median {median(ratios):+.3%}, quartiles {ratios[len(ratios) // 4]:+.3%} {ratios[-len(ratios) // 4]:+.3%}")
+    low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
+    print(f"paired difference: median {median(ratios):+.3%}, quartiles {low:+.3%} {high:+.3%}")
 
 
 if __name__ == "__main__":
