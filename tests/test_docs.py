@@ -235,7 +235,8 @@ def test_commands_collect_cases(command: str, project: pytest.Pytester, monkeypa
     here = {"/models/my-model": str(project.path / "my-model"), "/texts/book.txt": str(project.path / "book.txt")}
     for example, real in here.items():
         arguments = [argument.replace(example, real) for argument in arguments]
-    result = project.runpytest_inprocess(*arguments, "--collect-only", "-q", "-p", "no:cacheprovider")
+    arguments += [flag for flag in ("--collect-only", "-q") if flag not in arguments]
+    result = project.runpytest_inprocess(*arguments, "-p", "no:cacheprovider")
     assert result.ret == 0, result.stderr.str()
     assert any("::test_compression[hf-" in line for line in result.outlines)
 
@@ -338,14 +339,14 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def test_rooms_import_what_the_design_says() -> None:
-    design = [
-        cells for cells in tables(text("design.md")) if len(cells) == 2 and (ROOT / "kvsuite" / cells[0]).is_dir()
-    ]
+    # the other table, of what is in each room, ends their names in a slash
+    pairs = [cells for cells in tables(text("design.md")) if len(cells) == 2 and not cells[0].endswith("/")]
+    design = [cells for cells in pairs if (ROOT / "kvsuite" / cells[0]).is_dir()]
     assert len(design) >= 7
     for room, imports in design:
         allowed = set() if imports.startswith("nothing") else set(imports.split(", "))
         found = set().union(*(imported_rooms(path) for path in (ROOT / "kvsuite" / room).rglob("*.py")))
-        assert found - {room} - VOCABULARY == allowed, room
+        assert found - {room} - VOCABULARY <= allowed, room
 
 
 def test_nothing_imports_the_plugin() -> None:
