@@ -196,7 +196,8 @@ class MetricRegistry:
         entry["value"] = median(values)
         if isinstance(samples, Sequence):
             entry |= summarise(values)
-        return entry | facts
+        # a reason explains a missing value, and there is none missing
+        return entry | {name: fact for name, fact in facts.items() if name != "reason"}
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:

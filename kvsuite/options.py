@@ -176,7 +176,7 @@ OPTIONS: tuple[Option, ...] = (
 _BY_DEST = {option.dest: option for option in OPTIONS}
 
 # options of the originals that have no counterpart, and what does the job
-_PRESS_INSTEAD = "head_aware is not part of kvsuite; use --kv-method=kvpress:AdaKV or kvpress:DuoAttention"
+_PRESS_INSTEAD = "head_aware is not part of kvsuite; use --kv-method=kvpress:AdaKV"
 _SIBLING = (
     "not part of kvsuite; use --kv-method=kvpress:SnapKV, kvpress:PyramidKV or fix_size_l2 with --kv-fix-kv-sizes"
 )

@@ -18,7 +18,7 @@ _POLICIES: dict[str, type[Policy]] = {}
 
 # the originals' methods that kvsuite does not run, and what does the job
 REPLACEMENTS = {
-    "head_aware": "kvpress:DuoAttention or kvpress:AdaKV",
+    "head_aware": "kvpress:AdaKV",
     "h2o_l2": "fix_size_l2 (or kvpress:ObservedAttention for attention-based heavy hitters)",
     "snapkv_lite": "kvpress:SnapKV",
     "pyramid_kv": "kvpress:PyramidKV",

@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 import torch
 
+_CLEAR = 1.1
+
 
 def choose_threads(step: Callable[[], object], *, budget_s: float = 2.0) -> int:
     """Set torch to the thread count that runs ``step`` fastest and return it.
 
     Candidates are one thread, half and all of the usable cores: which wins depends on the machine's load at the time.
-    Candidates take turns, so that a passing load does not decide; the fastest single run of each counts.
+    Candidates take turns, so that a passing load does not decide; the fastest single run of each counts, and fewer threads
+    are taken unless more are at least a tenth faster.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     candidates = sorted({1, max(1, cores // 2), cores})
@@ -31,6 +34,8 @@ def choose_threads(step: Callable[[], object], *, budget_s: float = 2.0) -> int:
             step()
             best[threads] = min(best[threads], time.perf_counter() - begin)
         rounds += 1
-    chosen = min(best, key=lambda threads: best[threads])
+    # more threads lose much when another process comes, so they have to win clearly
+    limit = _CLEAR * min(best.values())
+    chosen = min(threads for threads, seconds in best.items() if seconds <= limit)
     torch.set_num_threads(chosen)
     return chosen

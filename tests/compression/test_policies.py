@@ -94,8 +94,8 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_registry() -> None:
-    assert list_policies() == ["fix_size_l2", "l2_compress", "recent_only", "streaming_llm"]
-    with pytest.raises(UserError, match=r"nosuch: unknown policy; known: fix_size_l2, l2_compress, recent_only"):
+    assert {"fix_size_l2", "l2_compress", "recent_only", "streaming_llm"} <= set(list_policies())
+    with pytest.raises(UserError, match=r"nosuch: unknown policy; known: .*fix_size_l2, l2_compress"):
         get_policy("nosuch")
     for name, instead in REPLACEMENTS.items():
         with pytest.raises(UserError) as caught:

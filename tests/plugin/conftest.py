@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 from pytest_runs import TINY, Run, copy_benchmarks, run_pytest
 
+
+@pytest.fixture(autouse=True)
+def not_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pytest that runs inside this one must not take this one's xdist worker for its own."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 # what a user's own conftest.py may hold: two policies that fail, and every hook
 USER_CONFTEST = """
 from kvsuite.compression import RecentOnly, register_policy

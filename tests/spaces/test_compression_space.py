@@ -198,7 +198,7 @@ def test_workload_is_what_the_options_say() -> None:
         ({"method": "nope"}, "--kv-method=nope: unknown method; known: .*recent_only, streaming_llm, kvpress:<Name>$"),
         ({"method": "SnapKV"}, r"did you mean kvpress:SnapKV\?$"),
         ({"method": "kvpress:nope"}, "--kv-method=kvpress:nope: unknown press"),
-        ({"method": "head_aware"}, "--kv-method=head_aware: not part of kvsuite; use kvpress:DuoAttention or kvpress:AdaKV"),
+        ({"method": "head_aware"}, "--kv-method=head_aware: not part of kvsuite; use kvpress:AdaKV"),
         ({"method": "h2o_l2"}, "--kv-method=h2o_l2: not part of kvsuite; use fix_size_l2"),
         ({"method": "snapkv_lite"}, "--kv-method=snapkv_lite: not part of kvsuite; use kvpress:SnapKV"),
         ({"method": "pyramid_kv"}, "--kv-method=pyramid_kv: not part of kvsuite; use kvpress:PyramidKV"),
