@@ -1,0 +1,1 @@
+"""Weight formats by their MLC and Hugging Face names, applied to a loaded transformers model."""

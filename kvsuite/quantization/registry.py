@@ -1,0 +1,102 @@
+"""The weight formats by name. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsuite.errors import UserError
+
+from .formats import CAST_FORMATS, GROUP_FORMATS
+
+NONE = "none"
+FAKE = "fake_q3"
+_GROUP_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A weight format.
+
+    Parameters
+    ----------
+    name
+        What ``--kv-quantization`` takes.
+    description
+        What it does, in a few words.
+    quality_only
+        Whether its memory and speed mean nothing, because the weights stay dense.
+    compute_dtype
+        The dtype it prescribes, ``None`` if it computes in that of the loaded model.
+    """
+
+    name: str
+    description: str
+    quality_only: bool = False
+    compute_dtype: str | None = None
+
+
+def _group(name: str) -> Quantization:
+    spec = GROUP_FORMATS[name]
+    layout = "input x output" if spec.transposed else "output x input"
+    ends = "" if spec.ends else ", embeddings and final layer left alone"
+    text = f"MLC group format: {spec.bits} bits, groups of {spec.group}, {layout}{ends}"
+    return Quantization(name, text, compute_dtype=spec.dtype)
+
+
+QUANTIZATIONS: dict[str, Quantization] = {
+    item.name: item
+    for item in (
+        Quantization(NONE, "weights as loaded"),
+        Quantization(FAKE, "3-bit rounding in groups of 40, kept dense", quality_only=True),
+        Quantization("4bit", "bitsandbytes nf4 with double quantisation, final layer left alone"),
+        Quantization("8bit", "bitsandbytes int8, final layer left alone"),
+        *(Quantization(name, f"no quantisation, {dtype}", compute_dtype=dtype) for name, dtype in CAST_FORMATS.items()),
+        *(_group(name) for name in GROUP_FORMATS),
+    )
+}
+_LABELS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def quantization(name: str) -> Quantization:
+    """Look a format up.
+
+    Raises
+    ------
+    UserError
+        If the name is not known.
+    """
+    try:
+        return QUANTIZATIONS[name]
+    except KeyError:
+        raise UserError(
+            f"--kv-quantization={name}: unknown weight format; choose from {', '.join(QUANTIZATIONS)}"
+        ) from None
+
+
+def label(name: str, dtype: str) -> str:
+    """What tables and figures show: the name, or the loaded dtype (``fp32``, ``bf16``, ``fp16``) for ``none``."""
+    return _LABELS.get(dtype, dtype) if quantization(name).name == NONE else name
+
+
+def unavailable(name: str, device: str) -> str | None:
+    """Why a format cannot run on ``device`` here, ``None`` if it can.
+
+    Raises
+    ------
+    UserError
+        If the name is not known.
+    """
+    import importlib.util
+
+    quantization(name)
+    kind = device.partition(":")[0]
+    if name in ("4bit", "8bit"):
+        from .bitsandbytes import unavailable as bitsandbytes_unavailable
+
+        return bitsandbytes_unavailable(name, device)
+    if name in GROUP_FORMATS:
+        if kind not in _GROUP_DEVICES:
+            return f"{name} runs on {' and '.join(_GROUP_DEVICES)}, not on {device}; use none or q0f16"
+        if kind == "cuda" and importlib.util.find_spec("triton") is None:
+            return f"{name} on {device} needs triton, which is not installed; run: pip install triton"
+    return None
