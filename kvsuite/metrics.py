@@ -210,6 +210,8 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
         "median": median(values),
         "min": min(values),
         "max": max(values),
+        "p90": percentile(values, 0.90),
+        "p99": percentile(values, 0.99),
         "std": None,
         "cv": None,
         "se": None,

@@ -103,6 +103,12 @@ def test_defect_16_repeats_have_a_spread() -> None:
     assert found["ci95"][1] - found["mean"] == pytest.approx(4.303 * found["se"], rel=1e-3)
 
 
+def test_percentiles_only_where_samples_reach_them() -> None:
+    found = {n: summarise([float(i) for i in range(n)]) for n in (9, 10, 99, 100)}
+    assert [found[n]["p90"] for n in (9, 10)] == [None, pytest.approx(8.1)]
+    assert [found[n]["p99"] for n in (99, 100)] == [None, pytest.approx(98.01)]
+
+
 def test_one_sample_is_the_sample() -> None:
     found = summarise([3.0])
     assert {found[name] for name in ("mean", "median", "min", "max")} == {3.0}
