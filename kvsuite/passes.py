@@ -57,11 +57,13 @@ class CasePasses:
         record.model = dict(session.model)
         self._key()
         session.prepare(self.case)
+        # a prompt that the corpus cannot give must not be found out after minutes of scoring
+        prompts = self._prompts(session)
         self.phase = "quality"
         self._quality(session)
         self._key()
         self.phase = "memory"
-        self._speed(session)
+        self._speed(session, prompts)
         record.effective = dict(session.effective)
         record.inert = dict(session.inert)
         record.partition = dict(session.partition)
@@ -133,12 +135,14 @@ class CasePasses:
                 "tokens; the compressed cache saw tokens it should predict"
             )
 
-    def _speed(self, session: Session) -> None:
+    def _prompts(self, session: Session) -> list[list[int]]:
+        options = self.runner.options
+        count = options.num_warmup + options.rounds + 1
+        return self.runner.texts.prompts(session, self.case.workload, count=count, seed=options.seed)
+
+    def _speed(self, session: Session, prompts: Sequence[Sequence[int]]) -> None:
         options, workload, record = self.runner.options, self.case.workload, self.record
         length, new_tokens = int(workload["prompt_tokens"]), int(workload["max_new_tokens"])
-        prompts = self.runner.texts.prompts(
-            session, workload, count=options.num_warmup + options.rounds + 1, seed=options.seed
-        )
         for index in range(max(options.num_warmup - 1, 0)):
             self.progress("warm-up", index + 1, options.num_warmup)
             session.warm(prompts[index], new_tokens)
