@@ -86,7 +86,11 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
             record: Record = measured.record
             cases: list[str] = [*config.stash[CASES]]
             record.case_index = cases.index(case.id) if case.id in cases else 0
-            record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+            workers = record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+            if workers > 1 and record.status == "ok":
+                record.warnings.append(
+                    f"timed beside {workers - 1} other xdist worker(s): its times are a shared machine's"
+                )
             config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
             _require_json(record.to_dict(), "pytest_kvsuite_update_record")
         except UserError as error:

@@ -22,6 +22,8 @@ RunRounds = Callable[[Callable[[], None], int], None]
 Phase = Callable[[str, int, int], None]
 # a compressed cache that predicts clearly better than the full one saw the future (docs/protocols.md, the leak guard)
 _LEAK_NATS, _LEAK_SIGMAS = 0.1, 4.0
+# coefficient of variation above which times are shown and not judged
+_MAX_CV = 0.10
 
 
 @dataclass
@@ -65,7 +67,7 @@ class CasePasses:
         self.phase = "memory"
         self._speed(session, prompts)
         record.effective = dict(session.effective)
-        record.inert = dict(session.inert)
+        record.inert |= session.inert
         record.partition = dict(session.partition)
 
     def finish(self) -> None:
@@ -90,6 +92,7 @@ class CasePasses:
         names = ("perplexity", "perplexity_se", "nll_sum", "nll_tokens", "next_token_acc", "perplexity_full", "ppl_ratio",
                  "ppl_ratio_se")  # fmt: skip
         if session.model.get("is_dummy"):
+            self.record.inert["corpus"] = "random weights: nothing is scored, and prompts are random tokens"
             for name in names:
                 self.put(name, None, reason="random weights")
             return
@@ -169,12 +172,26 @@ class CasePasses:
             record.warnings.append(f"decode steps ran uncaptured: {reason}")
         self.run_rounds(one_round, options.rounds)
         self._timing(rounds)
+        self._judge_spread()
         self._first_step(session, prompts[0][:1], clock)
         record.tokens = {"prompt": length, "prefill_computed": length, "generated": new_tokens, "requested": new_tokens}
         if length + new_tokens > (session.model.get("trained_length") or length + new_tokens):
             record.warnings.append(
                 f"{length + new_tokens} positions are more than the trained length {session.model['trained_length']}"
             )
+
+    def _judge_spread(self) -> None:
+        """Say in the record where times cannot be compared: too few rounds, or a spread above `_MAX_CV`."""
+        metrics, warnings = self.record.metrics, self.record.warnings
+        if self.runner.options.rounds < 2:
+            warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
+        for name in ("ttft_s", "tpot_s"):
+            cv = metrics[name].get("cv")
+            if cv is not None and cv > _MAX_CV:
+                warnings.append(
+                    f"unstable: {name} varies by {cv:.0%} between rounds (bound {_MAX_CV:.0%}), so its differences mean "
+                    "nothing; is the machine busy?"
+                )
 
     def _first_step(self, session: Session, prompt: Sequence[int], clock: Clock) -> None:
         try:
@@ -200,6 +217,8 @@ class CasePasses:
     def _memory(self, session: Session, found: MemoryPass, length: int, new_tokens: int) -> None:
         record = self.record
         record.warnings += found.warnings
+        if self.case.policy and found.kv_bytes_decode == session.full_kv_bytes(length + new_tokens - 1):
+            record.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
         planned = session.planned_kv_bytes(length, new_tokens)
         full = session.full_kv_bytes(length)
         self.put("kv_bytes_exact", found.kv_bytes_decode)

@@ -32,6 +32,10 @@ from .state import (
 
 __all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
 
+_LEGEND = (
+    "Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. TPOT±: half the 95 % interval of the mean. "
+    "PPL±: 1 standard error. PPL/full: against the full cache on the same tokens ± 2 standard errors."
+)
 _MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
 
 
@@ -205,6 +209,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
     terminalreporter.section("kvsuite")
     terminalreporter.write_line(comparison_table(reporter.rows))
+    terminalreporter.write_line(_LEGEND)
     for option in unread_options(config.stash[OPTIONS]):
         terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
@@ -225,7 +230,7 @@ def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
-    if not any(row["suite"] == "compression" for row in rows):
+    if not any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
         return []
     from .reporting.figures.compression import draw_benchmark_comparison
 

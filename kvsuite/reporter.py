@@ -93,7 +93,7 @@ class Reporter:
         if self._store is None:
             name_run = RUN_NAMES.get(row["suite"])
             method = name_run(self._options) if name_run else row["suite"]
-            label = row["model"].get("label") or row["case"]["model"]
+            label = row["model"].get("label") or _model_label(row["case"]["model"])
             folder = create_run_folder(
                 Path(self._options.report_dir), method=method, model=label, started=self._started
             )
@@ -173,3 +173,13 @@ def _summary(row: dict[str, Any]) -> str:
         if value is not None:
             parts.append(f"{label} {value * scale:.2f}{unit}")
     return ", ".join(parts)
+
+
+def _model_label(request: str) -> str:
+    """Label of a model that was never loaded: the one it would have had, so that its folders are found together."""
+    from .models.resolve import resolve_model
+
+    try:
+        return resolve_model(request).label
+    except UserError:
+        return request

@@ -9,7 +9,7 @@ from kvsuite.case import Case
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
 from kvsuite.compression.ratio import removed_from_keep
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import UserError
 
 if TYPE_CHECKING:
     from kvsuite.compression.kvpress import KvpressMethod
@@ -56,9 +56,7 @@ def method_for(case: Case, *, layers: int) -> Method:
     Raises
     ------
     UserError
-        For unknown names or parameters.
-    CaseInvalid
-        If a skipped layer does not exist.
+        For unknown names or parameters, or a skipped layer that does not exist.
     """
     parameters: dict[str, Any] = dict(case.policy_params)
     if case.policy is None:
@@ -70,5 +68,8 @@ def method_for(case: Case, *, layers: int) -> Method:
     policy = get_policy(case.policy, **parameters)
     beyond = [layer for layer in policy.skip_layers if layer >= layers]
     if beyond:
-        raise CaseInvalid(f"skip_layers {sorted(beyond)}: the model has layers 0 to {layers - 1}")
+        raise UserError(
+            f"--kv-skip-layers={','.join(map(str, sorted(policy.skip_layers)))}: the model has layers 0 to {layers - 1}; "
+            f"leave out {', '.join(map(str, sorted(beyond)))}"
+        )
     return Method(policy=policy)

@@ -189,7 +189,7 @@ def test_a_graph_on_a_cpu_is_invalid() -> None:
 
 def test_rules_of_a_case() -> None:
     on = session()
-    with pytest.raises(CaseInvalid, match=r"skip_layers \[4, 9\]: the model has layers 0 to 3"):
+    with pytest.raises(UserError, match=r"--kv-skip-layers=.*4,9: the model has layers 0 to 3; leave out 4, 9"):
         on.prepare(streaming(16, skip_layers=[0, 4, 9]))
     with pytest.raises(CaseInvalid, match="SM partitions"):
         on.prepare(case(partition={"sms": 16}))
