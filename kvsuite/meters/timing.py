@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ class RoundTimes:
 
     requests: Sequence[RequestTimes]
     clock: str
-    facts: Mapping[str, object] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float | None]:
         """Every timing metric of the round; ``None`` where it is not defined (n < 2, no prefill stamp).
