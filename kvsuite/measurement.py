@@ -21,6 +21,7 @@ from .metrics import MetricRegistry
 from .options import Options
 from .passes import CasePasses, Measured, Phase, RunRounds
 from .record import Record
+from .spaces.perplexity import dataset_name
 from .workloads.texts import TextSource
 
 _TRACEBACK_LINES = 20
@@ -30,6 +31,10 @@ def plain_rounds(round_: Callable[[], None], rounds: int) -> None:
     """Run the timed rounds where no pytest-benchmark does."""
     for _ in range(rounds):
         round_()
+
+
+def _silent(phase: str, done: int, of: int, note: str = "") -> None:
+    return None
 
 
 @dataclass
@@ -54,6 +59,13 @@ class CaseRunner:
     sessions: SessionPool
     clock: Callable[[Any], Clock] = clock_for
     texts: TextSource = field(default_factory=TextSource)
+    #: data set that a text was scored under first, by everything else that decides its perplexity
+    scored_texts: dict[Any, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.texts.datasets = {dataset_name(request): request for request in options.dataset}
+        self.texts.dataset_path = options.dataset_path
 
     def run(
         self,
@@ -77,7 +89,7 @@ class CaseRunner:
             seed=options.seed, started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         measured = Measured(record)
-        work = CasePasses(self, case, measured, run_rounds, progress or (lambda phase, done, of: None))
+        work = CasePasses(self, case, measured, run_rounds, progress or _silent)
         begin = time.monotonic()
         try:
             work.run()

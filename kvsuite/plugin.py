@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from . import __version__, hookspec
+from .case import Case
 from .errors import UserError
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
 from .options import add_options, resolve_options
 from .reporter import Reporter
 from .spaces.compression import unread_options
-from .spaces.registry import SPACES, cases_of
+from .spaces.registry import SPACES, cases_of, require_measurable
 from .state import (
     CASES,
     MEASURED,
@@ -32,10 +33,6 @@ from .state import (
 
 __all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
 
-_LEGEND = (
-    "Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. TPOT±: half the 95 % interval of the mean. "
-    "PPL±: 1 standard error. PPL/full: against the full cache on the same tokens ± 2 standard errors."
-)
 _MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
 
 
@@ -68,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _check(options: Any) -> None:
-    cases_of("compression", options)
+    for suite in SPACES:
+        cases_of(suite, options)
     if "model" in options.given:
         from .models.resolve import resolve_model
 
@@ -77,6 +75,13 @@ def _check(options: Any) -> None:
         from .workloads.corpus import check_corpus
 
         check_corpus(options.corpus)
+    if {"dataset", "dataset_path"} & options.given:
+        from .workloads.corpus import check_corpus
+
+        option = "--kv-dataset-path" if options.dataset_path else "--kv-dataset"
+        split = None if options.split == "auto" else options.split
+        for request in options.dataset:
+            check_corpus(request, option=option, path=options.dataset_path, split=split)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,39 +131,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [index for index, item in enumerate(items) if _is_case(item)]
-    if not ours:
+    cases = {index: _case(config, item) for index, item in enumerate(items) if _is_case(item)}
+    if not cases:
         return
-    # no method always runs first: the order is rotated by a seed that the records carry
-    shift = config.stash[ORDER_SEED] % len(ours)
-    rotated = ours[shift:] + ours[:shift]
-    for index, item in zip(ours, [items[i] for i in rotated], strict=True):
-        items[index] = item
-    _expect(config, len(ours))
+    # no method always runs first: the order inside a suite is rotated by a seed that the records carry
+    for suite in dict.fromkeys(case.suite for case in cases.values()):
+        ours = [index for index, case in cases.items() if case.suite == suite]
+        shift = config.stash[ORDER_SEED] % len(ours)
+        rotated = ours[shift:] + ours[:shift]
+        for index, item in zip(ours, [items[i] for i in rotated], strict=True):
+            items[index] = item
+    _expect(config, list(cases.values()))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     # the controller of xdist collects nothing itself
     options = node.config.stash[OPTIONS]
-    known = {case.id for suite in SPACES for case in cases_of(suite, options)}
-    total = sum(node_id.rpartition("[")[2].removesuffix("]") in known for node_id in ids)
-    if total:
-        _expect(node.config, total)
+    known = {case.id: case for suite in SPACES for case in cases_of(suite, options)}
+    brackets = [node_id.rpartition("[")[2].removesuffix("]") for node_id in ids]
+    selected = [known[bracket] for bracket in brackets if bracket in known]
+    if selected:
+        _expect(node.config, selected)
 
 
-def _expect(config: pytest.Config, total: int) -> None:
+def _expect(config: pytest.Config, cases: list[Case]) -> None:
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or config.option.collectonly:
         return
     try:
-        reporter.expect(total)
+        require_measurable(cases)
+        reporter.expect(len(cases))
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    cases = [config.stash[CASES][item.callspec.params["kv_case"]] for item in items if _is_case(item)]  # type: ignore[attr-defined]
+    cases = [_case(config, item) for item in items if _is_case(item)]
     if not cases or config.getoption("verbose") < 0:
         return []
     first = cases[0]
@@ -205,12 +214,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or not reporter.rows:
         return
-    from .reporting.tables import comparison_table
+    from .reporting.tables import run_table
 
     terminalreporter.section("kvsuite")
-    terminalreporter.write_line(comparison_table(reporter.rows))
-    terminalreporter.write_line(_LEGEND)
-    for option in unread_options(config.stash[OPTIONS]):
+    terminalreporter.write_line(run_table(reporter.rows))
+    for option in (
+        unread_options(config.stash[OPTIONS]) if any(r["suite"] == "compression" for r in reporter.rows) else ()
+    ):
         terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
@@ -230,11 +240,18 @@ def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
-    if not any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
-        return []
-    from .reporting.figures.compression import draw_benchmark_comparison
+    drawn: list[Path] = []
+    if any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
+        from .reporting.figures.compression import draw_benchmark_comparison
 
-    return draw_benchmark_comparison(run, rows, folder)
+        drawn += draw_benchmark_comparison(run, rows, folder)
+    from .reporting.perplexity_csv import csv_rows
+
+    if results := csv_rows(run, rows):
+        from .reporting.figures.perplexity import draw_perplexity
+
+        drawn += draw_perplexity(results, folder)
+    return drawn
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -281,6 +298,10 @@ def _other_gpus(config: pytest.Config) -> list[str]:
         f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}"
         for saved in others
     ]
+
+
+def _case(config: pytest.Config, item: pytest.Item) -> Case:
+    return config.stash[CASES][item.callspec.params["kv_case"]]  # type: ignore[attr-defined]
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -41,8 +41,8 @@ class Progress:
         """A case begins."""
         self._name = name
 
-    def phase(self, phase: str, done: int, of: int) -> None:
-        """Inside the running case ``done`` of ``of`` steps of ``phase`` are over."""
+    def phase(self, phase: str, done: int, of: int, note: str = "") -> None:
+        """Inside the running case ``done`` of ``of`` steps of ``phase`` are over; ``note`` is a result so far."""
         now, begun = self._now(), self._event
         self._event = now
         if phase != self._phase[0]:
@@ -53,7 +53,8 @@ class Progress:
         self._last = now
         left = (now - self._phase[1]) / max(done, 1) * (of - done)
         self._write(
-            f"  [{self._done + 1}/{self._total}] {self._name}: {phase} {done}/{of}, about {duration(left)} left in this phase"
+            f"  [{self._done + 1}/{self._total}] {self._name}: {phase} {done}/{of}{note}, "
+            f"about {duration(left)} left in this phase"
         )
 
     def finished(self, summary: str) -> None:

@@ -119,6 +119,7 @@ class Reporter:
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
         from .reporting.aggregate import in_space_order
+        from .reporting.perplexity_csv import append_results, csv_rows
         from .reporting.report import write_outputs
 
         if self._store is None:
@@ -129,6 +130,7 @@ class Reporter:
         try:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(self._store.folder, self.run, self.rows, figures=False)
+            self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
             for paths in hook.pytest_kvsuite_figures(
                 config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
             ):

@@ -114,6 +114,12 @@ class SyntheticSession(Session):
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
         return 60
 
+    def score_windows(self, tokens: Any, windows: Any, **rule: Any) -> Any:
+        raise NotImplementedError("the script has no windows")
+
+    def compare_windows(self, reference: Any, tokens: Any, windows: Any, **rule: Any) -> Any:
+        raise NotImplementedError("the script has no windows")
+
     def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
         self._note("warm", tuple(prompt), new_tokens)
 

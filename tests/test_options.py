@@ -35,6 +35,21 @@ OTHER: dict[str, tuple[str, Any]] = {
     "device": ("vulkan:1", "vulkan:1"),
     "dtype": ("bf16", "bfloat16"),
     "engine": ("hf", "hf"),
+    "quantization": ("none,q4f16_1", ("none", "q4f16_1")),
+    "load-in-4bit": ("true", True),
+    "load-in-8bit": ("true", True),
+    "fake-q3bit": ("true", True),
+    "dataset": ("wikitext2,c4", ("wikitext2", "c4")),
+    "dataset-path": ("/texts/wiki.raw", "/texts/wiki.raw"),
+    "split": ("validation", "validation"),
+    "blank-rows": ("drop", "drop"),
+    "ppl-protocol": ("disjoint,llama.cpp-half", ("disjoint", "llama.cpp-half")),
+    "max-length": ("2048", 2048),
+    "stride": ("512", 512),
+    "bos": ("bos_first", "bos_first"),
+    "eval-tokens": ("all", None),
+    "reference": ("none", "none"),
+    "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),
     "method": ("recent_only, kvpress:SnapKV", ("recent_only", "kvpress:SnapKV")),
     "compare-all": ("true", True),
     "no-baseline": ("yes", True),
@@ -186,7 +201,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 
 # names that are looked up later: spaces, models, corpora, the file system
-FREE_TEXT = {"model", "method", "corpus", "report-dir", "cache-dir"}
+FREE_TEXT = {"model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "report-dir", "cache-dir"}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -5,8 +5,8 @@
 Correctness: dequantised tiles equal `dequantize_groups` bit for bit, products equal a float64 product with those weights.
 Speed: every product runs over copies of the weight that together exceed the L2 cache, captured in one CUDA graph, so that
 neither the cache nor the launch from Python shows. Bytes are the packed words and the scales; the share is of what a large
-copy (read plus written) reaches in the same process. torch's float16 product of the same shape is printed beside it. The
-last table tries tile sizes: what `one_row_product` and `few_rows_product` should default to.
+copy (read plus written) reaches in the same process. torch's dense product of the same shape and dtype is printed beside
+it. The last table tries tile sizes: what `best_tile` should choose.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.quantization.bytes import weight_bytes
 from kvsuite.quantization.formats import GROUP_FORMATS
 from kvsuite.quantization.modules import PackedWeight
-from kvsuite.quantization.triton_kernels import FEW_ROWS, dequantize, few_rows_product, group_matmul, one_row_product
+from kvsuite.quantization.triton_kernels import FEW_ROWS, Tile, dequantize, few_rows_product, group_matmul
 
 # rows and columns of Llama-3-8B: query, key, gate, down, final layer
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
@@ -47,13 +47,13 @@ def check(name: str, rows: int, columns: int, device: torch.device) -> None:
         assert torch.equal(dequantize(weight, 7, 40), dense[7:40]), (name, rows, columns, "part")
     bias = torch.randn(rows, device=device, dtype=dense.dtype)
     worst = 0.0
-    for tokens in (1, 2, 16, 33, 64, 65):
+    for tokens in (1, 2, 8, 9, 16, 17, 33, 64, 65):
         x = torch.randn(tokens, columns, device=device, dtype=dense.dtype)
         exact = F.linear(x.double(), dense.double(), bias.double())
         size = exact.square().mean().sqrt().clamp_min(1e-3)
         error = float(((group_matmul(x, weight, bias).double() - exact).abs() / size).max())
         eps = torch.finfo(dense.dtype).eps
-        # a rounding of outputs up to 8 deviations large, and in the row kernel unrounded weights
+        # a rounding of outputs up to 8 deviations large
         assert error < max(8 * eps, 1e-4), (name, rows, columns, tokens, error)
         worst = max(worst, error)
     print(f"{name:8} {rows:6} x {columns:5}  largest error {worst:.1e} of the outputs' root mean square")
@@ -93,13 +93,13 @@ def copies(weight: PackedWeight) -> list[PackedWeight]:
 def time_shape(name: str, rows: int, columns: int, device: torch.device, bandwidth: float, rounds: int) -> None:
     weights = copies(packed(name, rows, columns, device))
     size = weight_bytes(weights[0])
-    dense = [torch.randn(rows, columns, device=device, dtype=torch.float16) for _ in range(max(2, len(weights) // 4))]
+    dtype = weights[0].scales.dtype
+    dense = [torch.randn(rows, columns, device=device, dtype=dtype) for _ in range(max(2, len(weights) // 4))]
     line = f"{name:8} {rows:6} x {columns:5}"
-    for tokens in (1, 4, 16, 64, 2048):
-        x = torch.randn(tokens, columns, device=device, dtype=weights[0].scales.dtype)
-        half = x.half()
+    for tokens in (1, 4, 16, 32, 64, 2048):
+        x = torch.randn(tokens, columns, device=device, dtype=dtype)
         ours = seconds([partial(group_matmul, x, weight, None) for weight in weights], rounds)
-        plain = seconds([partial(F.linear, half, weight) for weight in dense], rounds)
+        plain = seconds([partial(F.linear, x, weight) for weight in dense], rounds)
         share = f" {size / ours / bandwidth:4.0%}" if tokens <= FEW_ROWS else ""
         line += f" | {tokens:4}: {ours * 1e6:8.1f} us{share}, torch {plain * 1e6:8.1f} us"
     print(line, flush=True)
@@ -109,30 +109,27 @@ def sweep(name: str, device: torch.device, bandwidth: float, rounds: int) -> Non
     for rows, columns in SHAPES[:3:2]:
         weights = copies(packed(name, rows, columns, device))
         size = weight_bytes(weights[0])
-        kernels: dict[str, tuple[Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...]]] = {
-            "one row, 1 token": (one_row_product, 1, (4, 8, 16, 32), (64, 128)),
-            "few rows, 16 tokens": (few_rows_product, 16, (32, 64), (32, 64)),
-        }
-        for label, (kernel, tokens, blocks_n, blocks_w) in kernels.items():
+        for tokens in (1, 16, 64):
             x = torch.randn(tokens, columns, device=device, dtype=weights[0].scales.dtype)
             results = []
-            for block_n, block_w, warps in itertools.product(blocks_n, blocks_w, (4, 8)):
-                sizes = {"block_n": block_n, "block_w": block_w, "warps": warps}
+            for (tile_rows, warps), words, stages, programs in itertools.product(
+                ((32, 2), (64, 2), (64, 4), (128, 8)), (16, 32, 64), (2, 3, 4), (2, 4)
+            ):
+                tile = Tile(tile_rows, words, warps, stages, programs)
                 try:
-                    calls = [partial(kernel, x, weight, None, **sizes) for weight in weights]
-                    results.append((seconds(calls, rounds), sizes))
+                    calls = [partial(few_rows_product, x, weight, None, tile) for weight in weights]
+                    results.append((seconds(calls, rounds), tile))
                 except Exception as error:  # a tile that does not fit is an answer too
-                    print(f"{name} {label} {sizes}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+                    print(f"{name} {tokens} {tile}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
             results.sort(key=lambda result: result[0])
-            for taken, sizes in results[:4]:
-                print(
-                    f"{name:8} {rows:6} x {columns:5} {label:20} {taken * 1e6:7.1f} us {size / taken / bandwidth:4.0%} {sizes}"
-                )
+            for taken, tile in results[:3]:
+                share = size / taken / bandwidth
+                print(f"{name:8} {rows:6} x {columns:5} {tokens:3} tokens {taken * 1e6:7.1f} us {share:4.0%} {tile}")
             sys.stdout.flush()
 
 
 @torch.inference_mode()
-def main(device: str = "cuda:0", rounds: str = "9", sweep_formats: str = "q4f16_1,q4f16_0") -> None:
+def main(device: str = "cuda:0", rounds: str = "9", sweep_formats: str = "") -> None:
     target = torch.device(device)
     torch.cuda.set_device(target)
     torch.manual_seed(0)

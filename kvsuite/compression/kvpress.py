@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIX = "kvpress:"
+# presses that multiply values with the output projection's weight matrix instead of calling the module
+_READS_OUTPUT_WEIGHT = frozenset({"CriticalKV", "CriticalAdaKV"})
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class KvpressMethod:
         ------
         CaseSkipped
             If it does not; the message names those it knows.
+        CaseInvalid
+            If the press reads weights that a weight format has packed.
         """
         supported = load_kvpress().SUPPORTED_MODELS
         if not isinstance(model, supported):
@@ -105,6 +109,10 @@ class KvpressMethod:
             raise CaseSkipped(f"kvpress does not know {type(model).__name__}; it knows {names}")
         if self.info.compresses == "exit" and not hasattr(model.model, "layers"):
             raise CaseSkipped(f"{self.name} does not support {type(model).__name__}")
+        projections = [part for path, part in model.named_modules() if path.endswith("o_proj")]
+        weights: list[Any] = [getattr(part, "weight", None) for part in projections]
+        if self.info.name in _READS_OUTPUT_WEIGHT and not all(w is not None and w.is_floating_point() for w in weights):
+            raise CaseInvalid(f"{self.name} reads dense o_proj weights; run it with --kv-quantization=none")
 
     @contextmanager
     def session(self, model: Any, *, tokenizer: Any = None, seed: int = 0) -> Iterator[KvpressSession]:

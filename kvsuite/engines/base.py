@@ -5,13 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
+from kvsuite.workloads.windows import Window
+
+if TYPE_CHECKING:
+    from kvsuite.meters.divergence import TokenDivergence
+
+    from .window_scoring import Progress as WindowProgress
+    from .window_scoring import WindowScores
 
 
 @dataclass
@@ -125,6 +132,37 @@ class Session(ABC):
     @abstractmethod
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+
+    @abstractmethod
+    def score_windows(
+        self,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> WindowScores:
+        """Teacher-forced losses of the targets of ``windows`` (`kvsuite.workloads.windows`), each in its own window."""
+
+    @abstractmethod
+    def compare_windows(
+        self,
+        reference: Session,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> TokenDivergence:
+        """Losses of this session and of ``reference``, another one of this engine, and their divergence, by position.
+
+        Raises
+        ------
+        UserError
+            If the two do not share a vocabulary.
+        """
 
     @abstractmethod
     def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:

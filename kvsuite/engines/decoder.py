@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvsuite.compression.base import Policy
 
@@ -88,16 +88,6 @@ class Decoder:
         """Choose transformers' attention function (``sdpa``, ``eager``)."""
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
-
-    def step_weight_bytes(self) -> int:
-        """Weight bytes that a decode step has to read: all of the language model but an untied embedding table."""
-        language: nn.Module = getattr(self.model.model, "language_model", None) or self.model
-        head = self.model.get_output_embeddings()
-        embedding = self.model.get_input_embeddings().weight
-        weights = {p.data_ptr(): p for module in (language, head) if module is not None for p in module.parameters()}
-        if head is None or head.weight.data_ptr() != embedding.data_ptr():
-            weights.pop(embedding.data_ptr(), None)
-        return sum(p.numel() * p.element_size() for p in weights.values())
 
     def probe_step(self) -> None:
         """A short prefill and a few decode steps: what the thread probe times."""

@@ -1,25 +1,30 @@
-"""The `hf` engine: any transformers decoder on torch, with cache policies and kvpress presses. Reference semantics."""
+"""A session of the `hf` engine: any transformers decoder on torch, with cache policies and presses. Reference semantics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvsuite.case import Case
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.meters.clock import Clock
+from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
+from kvsuite.quantization.apply import apply_quantization
+from kvsuite.quantization.bytes import step_weight_bytes
+from kvsuite.quantization.registry import NONE, unavailable
+from kvsuite.workloads.windows import Window
 
 from .attention import register_grouped_attention
-from .base import Engine, MemoryPass, Session
+from .base import MemoryPass, Session
 from .cache import Implementation
 from .decoder import Decoder
 from .flow import Flow
@@ -27,35 +32,8 @@ from .hf_memory import measure_memory
 from .hf_scoring import score_reference, score_tokens
 from .method import Method, method_for
 from .threads import choose_threads
-
-_TORCH_DEVICES = ("cpu", "cuda", "mps")
-
-
-class HfEngine(Engine):
-    """Loads transformers models."""
-
-    name: ClassVar[str] = "hf"
-
-    def unavailable(self, device: str) -> str | None:
-        kind, _, index = device.partition(":")
-        if kind not in _TORCH_DEVICES:
-            return f"engine hf cannot use {device}: it runs where torch does ({', '.join(_TORCH_DEVICES)})"
-        if kind == "cuda":
-            if not torch.cuda.is_available():
-                return (
-                    f"engine hf cannot use {device}: this torch {torch.__version__} sees no CUDA device; install a CUDA "
-                    "build of torch (make bench TORCH_INDEX=<wheel index of a CUDA build>) or use --kv-device=cpu"
-                )
-            if int(index or 0) >= torch.cuda.device_count():
-                return (
-                    f"engine hf cannot use {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
-                )
-        if kind == "mps" and not torch.backends.mps.is_available():
-            return f"engine hf cannot use {device}: this torch has no MPS; use --kv-device=cpu"
-        return None
-
-    def load(self, case: Case, **options: Any) -> HfSession:
-        return HfSession(case, **options)
+from .window_scoring import Progress as WindowProgress
+from .window_scoring import WindowScores, compare_windows, score_windows
 
 
 class HfSession(Session):
@@ -88,6 +66,9 @@ class HfSession(Session):
         cache_dir: Path | None = None,
     ) -> None:
         super().__init__()
+        weight_format = case.quantization or NONE
+        if reason := unavailable(weight_format, case.device):
+            raise CaseSkipped(reason)
         attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
         spec = resolve_model(case.model, cache_dir=cache_dir)
         self._loaded: LoadedModel = load_model(
@@ -98,6 +79,7 @@ class HfSession(Session):
             attn_implementation=attention,
             cache_dir=cache_dir,
         )
+        quantized = apply_quantization(self._loaded, weight_format)
         self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
         self._decode_step = decode_step
         self._implementation: Implementation = implementation
@@ -108,11 +90,12 @@ class HfSession(Session):
             "label": spec.label,
             "kind": spec.kind,
             "revision": spec.revision,
-            "notes": list(self._loaded.notes),
+            "notes": [*self._loaded.notes, *quantized.notes],
             "parameters": self._loaded.parameters,
             "weights_bytes": self._loaded.weights_bytes,
-            "step_weight_bytes": self.decoder.step_weight_bytes(),
+            "step_weight_bytes": step_weight_bytes(self._loaded.model),
             "trained_length": self._loaded.trained_length,
+            "quantization": quantized.to_dict(),
             "tokenizer_hash": self._loaded.tokenizer_hash,
             "load_s": self._loaded.load_s,
             "is_dummy": spec.is_dummy,
@@ -122,6 +105,7 @@ class HfSession(Session):
         self._facts = {
             "device": str(self.device),
             "dtype": str(self._loaded.dtype).removeprefix("torch."),
+            "weight_format": quantized.format,
             "attention": attention,
             "threads": threads if case.device_kind == "cpu" else None,
         }
@@ -252,6 +236,36 @@ class HfSession(Session):
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         return score_reference(self.decoder, tokens, first)
+
+    def score_windows(
+        self,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> WindowScores:
+        return score_windows(
+            self._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token, progress=progress
+        )
+
+    def compare_windows(
+        self,
+        reference: Session,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> TokenDivergence:
+        if not isinstance(reference, HfSession):
+            raise UserError("--kv-reference: only two models of engine hf can be compared position by position")
+        return compare_windows(
+            self._loaded.model, reference._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token,
+            progress=progress,
+        )  # fmt: skip
 
     def finish(self) -> None:
         self._flow.drop_cache()

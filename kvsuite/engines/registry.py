@@ -16,7 +16,7 @@ def get_engine(name: str) -> Engine:
     """Build engine ``name``; imports its runtime only then."""
     if name == "hf":
         try:
-            from .hf import HfEngine
+            from .hf_engine import HfEngine
         except ImportError as error:
             raise CaseSkipped(f"engine hf: {error}; pip install kvsuite") from error
 
@@ -49,12 +49,22 @@ class SessionPool:
         key = (case.engine, case.model, case.quantization, case.device, case.dtype)
         if self._session is None or self._key != key:
             self.close()
-            engine = get_engine(case.engine)
-            reason = engine.unavailable(case.device)
-            if reason:
-                raise CaseSkipped(reason)
-            self._session, self._key = engine.load(case, **self._options), key
+            self._session, self._key = self.beside(case), key
         return self._session
+
+    def beside(self, case: Case, **overrides: Any) -> Session:
+        """A session of its own for ``case``, which the caller closes: a second model beside the shared one.
+
+        Raises
+        ------
+        CaseSkipped
+            If the engine cannot use the device here.
+        """
+        engine = get_engine(case.engine)
+        reason = engine.unavailable(case.device)
+        if reason:
+            raise CaseSkipped(reason)
+        return engine.load(case, **(self._options | overrides))
 
     @property
     def current(self) -> Session | None:

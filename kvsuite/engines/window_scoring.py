@@ -189,7 +189,11 @@ def _pieces(states: Tensor, rows: int, done: int) -> Iterator[tuple[slice, Tenso
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    """``-log p`` of ``targets`` ``[rows]`` in float32."""
+    wide = logits.float()
+    # cross_entropy adds a row's exponentials up in few lanes on a CPU, where the many small ones are lost: SmolLM2's losses
+    # come out 1.6e-5 nats too low. logsumexp adds pairwise: 1e-8
+    return wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]
 
 
 class _Report:

@@ -90,6 +90,9 @@ def _linear_4bit(bnb_nn: Any, old: nn.Linear) -> Any:
         blocksize=_BLOCK,
         module=new,
     )
+    # on CPUs with bfloat16 products the first forward would lay the weight out anew, in other bytes and another dtype than
+    # the record says, and fail for shapes that are no multiple of its tile
+    new.support_avx512bf16_for_cpu = False
     return new
 
 
@@ -116,25 +119,20 @@ def quantization_state(module: nn.Module) -> Iterator[Tensor]:
     state = getattr(weight, "quant_state", None)
     while state is not None:
         yield from (t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor))
-        state = state.state2
+        state = getattr(state, "state2", None)
     for holder in (weight, getattr(module, "state", None)):
         if isinstance(row_scales := getattr(holder, "SCB", None), Tensor):
             yield row_scales
 
 
 def linear_bytes(name: str, rows: int, columns: int) -> int:
-    """Closed form of one converted ``rows x columns`` weight, without `shared_bytes`.
+    """Closed form of one converted ``rows x columns`` weight.
 
-    4bit: half a byte a value, a byte for the maximum of 64 values, a float32 for 256 of those, and per matrix 16 float32
-    levels and one float32 offset. 8bit: a byte a value and a float32 a row.
+    4bit: half a byte a value, a byte for the maximum of 64 values, a float32 for 256 of those, and per matrix the 16 float32
+    levels, the 256 of the maxima and an offset. 8bit: a byte a value and a float32 a row.
     """
     if name == "8bit":
         return rows * columns + 4 * rows
     values = rows * columns
     blocks = -(-values // _BLOCK)
-    return -(-values // 2) + blocks + 4 * -(-blocks // _OUTER_BLOCK) + 4 * _NF4_LEVELS + 4
-
-
-def shared_bytes(name: str) -> int:
-    """Bytes that all converted weights share: 4bit's 256 levels of its block maxima."""
-    return 4 * _DYNAMIC_LEVELS if name == "4bit" else 0
+    return -(-values // 2) + blocks + 4 * -(-blocks // _OUTER_BLOCK) + 4 * (_NF4_LEVELS + _DYNAMIC_LEVELS + 1)

@@ -24,10 +24,12 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def step_weight_bytes(model: Any) -> int:
-    """Weight bytes that a decode step has to read: all but an embedding table that the final layer does not use."""
+    """Weight bytes that a decode step has to read: of the language model, all but a table that the final layer does not use."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and _storages(table) <= _storages(head)
-    return weight_bytes(model) - (0 if tied else weight_bytes(table))
+    language = getattr(getattr(model, "model", None), "language_model", None)
+    read = model if language is None or head is None else nn.ModuleList([language, head])
+    return weight_bytes(read) - (0 if tied else weight_bytes(table))
 
 
 def predicted_weight_bytes(source: Any, name: str, *, dtype: torch.dtype | None = None) -> int:
@@ -63,7 +65,7 @@ def predicted_weight_bytes(source: Any, name: str, *, dtype: torch.dtype | None 
     if name in bnb.NAMES:
         targets = find_targets(model, ends=False)
         total += sum(bnb.linear_bytes(name, rows, columns) for rows, columns in _shapes(model, targets))
-        return total + bnb.shared_bytes(name) + _dense_bytes(model, targets, None)
+        return total + _dense_bytes(model, targets, None)
     if name in CAST_FORMATS:
         return total + _dense_bytes(model, [], int(getattr(torch, CAST_FORMATS[name]).itemsize))
     if name == FAKE and is_tied(model):

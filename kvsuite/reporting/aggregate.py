@@ -13,6 +13,7 @@ from kvsuite.record import metric_value
 Row = Mapping[str, Any]
 
 COMPRESSION = "compression"
+PERPLEXITY = "perplexity"
 GIB = 1024**3
 MIB = 1024**2
 
@@ -73,6 +74,8 @@ def missing_reason(row: Row, metric: str) -> str:
     reason = entry(row, metric).get("reason")
     if reason:
         return str(reason)
+    if "speed" in row["inert"] and metric not in row["metrics"]:
+        return str(row["inert"]["speed"])
     return "random weights" if row["model"].get("kind") == "dummy" and metric in _QUALITY else "not in the record"
 
 

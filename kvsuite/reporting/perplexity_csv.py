@@ -3,203 +3,132 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvsuite.case import id_token
 from kvsuite.errors import UserError
-from kvsuite.record import metric_value
 
-from .aggregate import Row
 from .files import write_atomic
+from .perplexity_columns import COLUMNS, ORIGINAL_COLUMNS, SCHEMA_VERSION, format_field, header_fault, parse_field
+from .perplexity_rows import csv_row, csv_rows, quantization_tag
 
-ORIGINAL_COLUMNS = (
-    "mlc_model",
-    "hf_model",
-    "device",
-    "max_length",
-    "stride",
-    "split",
-    "load_in_4bit",
-    "load_in_8bit",
-    "fake_q3bit",
-    "ppl",
-)
-COLUMNS = (
-    *ORIGINAL_COLUMNS,
-    "dataset",
-    "text_sha256",
-    "num_tokens",
-    "num_targets",
-    "dtype",
-    "seconds",
-    "nll_mean",
-    "protocol",
-    "perplexity_se",
-    "ppl_original_formula",
-    "bos",
-    "quantization",
-    "run_id",
-    "schema_version",
-)
-SCHEMA_VERSION = 1
+__all__ = [
+    "COLUMNS", "ORIGINAL_COLUMNS", "SCHEMA_VERSION", "append_results", "append_row", "check_results", "csv_name", "csv_row",
+    "csv_rows", "csv_text", "dataset_of", "file_token", "quantization_tag", "read_rows",
+]  # fmt: skip
+
 _SUFFIX = "_ppl_results.csv"
-_INTEGERS = {
-    "max_length",
-    "stride",
-    "load_in_4bit",
-    "load_in_8bit",
-    "fake_q3bit",
-    "num_tokens",
-    "num_targets",
-    "schema_version",
-}
-_FLOATS = {"ppl", "seconds", "nll_mean", "perplexity_se", "ppl_original_formula"}
-_FLAGS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit", "fake_q3": "fake_q3bit"}
+_LOCK = ".ppl_results.lock"
+_LOCK_TIMEOUT_S = 60.0
+_NAME_LIMIT = 80  # a file name may have 255 bytes
 
 
 def csv_name(dataset: str) -> str:
     """File name of a dataset's results: ``wikitext2_ppl_results.csv``."""
-    return dataset + _SUFFIX
+    return file_token(dataset) + _SUFFIX
 
 
-def quantization_tag(row: Mapping[str, Any]) -> str:
-    """What a row's bar is called.
+def file_token(dataset: str) -> str:
+    """A dataset's name as a piece of a file name.
 
-    The row's own ``quantization`` where it has one; else from the original's flags, ``fake_q3`` before ``4bit`` before
-    ``8bit``, and without a flag the row's dtype, for the original's rows ``fp16``.
+    Letters, digits and ``_ . -``. A name that has to be changed for that ends in a digest of it, so that two names never share
+    a file.
     """
-    if row.get("quantization"):
-        return str(row["quantization"])
-    for tag in ("fake_q3", "4bit", "8bit"):
-        if row[_FLAGS[tag]]:
-            return tag
-    return str(row.get("dtype") or "fp16")
+    token = id_token(dataset).lstrip(".")[:_NAME_LIMIT]
+    if token and token == dataset:
+        return token
+    return f"{token or 'dataset'}-{hashlib.sha256(dataset.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def csv_row(record: Row, *, run_id: str) -> dict[str, Any]:
-    """Build a row of `COLUMNS` from the record of a finished perplexity case.
+def check_results(folder: Path, datasets: Iterable[str] | None = None) -> None:
+    """Find out before anything is measured whether rows can be appended to the CSVs in ``folder``.
 
     Parameters
     ----------
-    record
-        A record row of status ``ok``. Read are, of ``case``: model, device, dtype, quantization, ``params.mlc_model``,
-        ``workload`` (max_length, stride, split, protocol, bos); of ``dataset``: name, text_hash; of ``tokens``: ``text``; of
-        ``effective``: device and dtype; the metrics perplexity, perplexity_se, nll_sum, nll_tokens, ``score_s`` and
-        ``ppl_original_formula``.
-    run_id
-        Of the run.
-
-    Raises
-    ------
-    ValueError
-        If the record has no perplexity: a failed case has no row.
-    """
-    ppl = metric_value(dict(record), "perplexity") if record["status"] == "ok" else None
-    if ppl is None:
-        raise ValueError(f"{record['id']}: no perplexity, so no row")
-    case, effective, dataset = record["case"], record["effective"], record["dataset"]
-    workload, quantization = case["workload"], case["quantization"]
-    nll_sum, targets = (metric_value(dict(record), name) for name in ("nll_sum", "nll_tokens"))
-    assert nll_sum is not None
-    assert targets is not None
-    flags = {column: int(quantization == tag) for tag, column in _FLAGS.items()}
-    row = {
-        "mlc_model": case["params"].get("mlc_model"),
-        "hf_model": case["model"],
-        "device": effective.get("device", case["device"]),
-        "max_length": workload["max_length"],
-        "stride": workload["stride"],
-        "split": workload["split"],
-        **{column: flags[column] for column in ORIGINAL_COLUMNS if column in flags},
-        "ppl": ppl,
-        "dataset": dataset["name"],
-        "text_sha256": str(dataset["text_hash"]).removeprefix("sha256:"),
-        "num_tokens": record["tokens"].get("text"),
-        "num_targets": int(targets),
-        "dtype": effective.get("dtype", case["dtype"]),
-        "seconds": metric_value(dict(record), "score_s"),
-        "nll_mean": nll_sum / targets,
-        "protocol": workload["protocol"],
-        "perplexity_se": metric_value(dict(record), "perplexity_se"),
-        "ppl_original_formula": metric_value(dict(record), "ppl_original_formula"),
-        "bos": workload["bos"],
-        "quantization": quantization,
-        "run_id": run_id,
-        "schema_version": SCHEMA_VERSION,
-    }
-    return {column: row[column] for column in COLUMNS}
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row; a new file gets the header. The whole file is replaced by rename, so no reader sees half a row.
-
-    Parameters
-    ----------
-    path
-        The CSV, new or written by this version; its folder exists. One process writes it at a time.
-    row
-        All of `COLUMNS`; ``None`` becomes an empty field.
+    folder
+        May be missing.
+    datasets
+        Names of the data sets whose files will grow; ``None`` for every perplexity CSV in the folder.
 
     Raises
     ------
     UserError
-        If the file has another header, or cannot be read or written.
-    ValueError
-        If the row has other columns.
+        If one of them has another header than `COLUMNS`, or a line that cannot be read.
     """
-    if set(row) != set(COLUMNS):
-        raise ValueError(f"columns differ: {sorted(set(row) ^ set(COLUMNS))}")
-    before = _read(path) if path.exists() else ""
-    if before and _header(before) != list(COLUMNS):
-        raise UserError(
-            f"{path}: its header is not the one that kvsuite writes, so no row is added; "
-            "move the file away or give another folder"
-        )
+    paths = sorted(folder.glob("*" + _SUFFIX)) if datasets is None else [folder / csv_name(name) for name in datasets]
+    for path in paths:
+        if path.exists():
+            _appendable(path)
+
+
+def append_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Append ``rows`` to the ``<dataset>_ppl_results.csv`` files in ``folder``, which gather the results of many runs.
+
+    A row whose ``run_id`` and ``case_key`` are in its file already is left out. No file grows before all of them were checked.
+    Each is written once and replaced by rename, so no reader sees half a row; writers wait for each other at a lock file.
+
+    Parameters
+    ----------
+    folder
+        Exists.
+    rows
+        With all of `COLUMNS`; ``None`` becomes an empty field.
+
+    Returns
+    -------
+    list[Path]
+        The files that grew.
+
+    Raises
+    ------
+    UserError
+        If a file has another header, or cannot be read or written.
+    ValueError
+        If a row has other columns, or a value that `read_rows` would not give back.
+    """
+    added: dict[Path, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        _check_row(row)
+        added.setdefault(folder / csv_name(str(row["dataset"])), []).append(row)
+    return _append(folder, added)
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one row to a file, as `append_results` does."""
+    _check_row(row)
+    _append(path.parent, {path: [row]})
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
+    """``rows`` with all of `COLUMNS` as lines; ``None`` is an empty field."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    if not before:
+    if header:
         writer.writeheader()
-    writer.writerow({column: _text(row[column]) for column in COLUMNS})
-    write_atomic(path, before + ("" if before.endswith("\n") or not before else "\n") + buffer.getvalue())
+    writer.writerows({column: format_field(column, row[column]) for column in COLUMNS} for row in rows)
+    return buffer.getvalue()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the original program's CSV or ours.
+    """Read the original program's CSV or ours, columns in any order.
 
     Returns
     -------
     list[dict[str, Any]]
-        Rows with all of `COLUMNS`, numbers as numbers, ``None`` for what a file does not say. An original's ``dataset`` comes
-        from the file's name.
+        Rows with all of `COLUMNS`, numbers as numbers, ``None`` for what a file does not say. A ``dataset`` that the file does
+        not say comes from its name.
 
     Raises
     ------
     UserError
         Naming the file and the line that cannot be read.
     """
-    text = _read(path)
-    header = _header(text)
-    if header not in (list(ORIGINAL_COLUMNS), list(COLUMNS)):
-        raise UserError(f"{path}: not a perplexity CSV; its first columns must be {', '.join(ORIGINAL_COLUMNS)}")
-    rows = []
-    reader = csv.reader(io.StringIO(text, newline=""))
-    next(reader)
-    for fields in reader:
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            raise UserError(
-                f"{path}: line {reader.line_num} has {len(fields)} fields, {len(header)} are needed; mend it"
-            )
-        try:
-            row = {name: _value(name, field) for name, field in zip(header, fields, strict=True)}
-        except ValueError as error:
-            raise UserError(f"{path}: line {reader.line_num} is not a result ({error}); mend or remove it") from error
-        rows.append(dict.fromkeys(COLUMNS) | {"dataset": dataset_of(path)} | row)
-    return rows
+    return _parse(_read(path), str(path), dataset_of(path))
 
 
 def dataset_of(path: Path) -> str:
@@ -207,28 +136,123 @@ def dataset_of(path: Path) -> str:
     return path.stem.partition(_SUFFIX.removesuffix(".csv"))[0]
 
 
+def _append(folder: Path, added: Mapping[Path, Sequence[Mapping[str, Any]]]) -> list[Path]:
+    if not added:
+        return []
+    with _alone_in(folder):
+        grown = {path: text for path, rows in added.items() if (text := _grown(path, rows))}
+        for path, text in grown.items():
+            write_atomic(path, text)
+    return list(grown)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    # one lock for all files of a folder: they are checked together
+    lock = FileLock(folder / _LOCK, timeout=_LOCK_TIMEOUT_S)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{folder / _LOCK}: another process has held it for {_LOCK_TIMEOUT_S:.0f} s; end that process, or give another "
+            "folder"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder / _LOCK}: cannot be locked ({reason}); give a folder that can be written") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _grown(path: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The file's text with the rows that it lacks, ``None`` if it lacks none."""
+    before, present = _appendable(path) if path.exists() else ("", [])
+    known = {_identity(row) for row in present}
+    new = []
+    for row in rows:
+        identity = _identity(row)
+        if None in identity or identity not in known:
+            new.append(row)
+        known.add(identity)
+    if not new:
+        return None
+    return before + ("" if before.endswith("\n") or not before else "\n") + csv_text(new, header=not before)
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row["run_id"], row["case_key"]
+
+
+def _appendable(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    text = _read(path)
+    if not text:
+        return text, []
+    header = _lines(text, str(path))[0][1]
+    if header != list(COLUMNS):
+        fault = header_fault(header) or "lacks columns, or has them in another order"
+        raise UserError(
+            f"{path}: its header is not the one that kvsuite writes ({fault}), so no row is added; "
+            "move the file away or give another folder"
+        )
+    return text, _parse(text, str(path), dataset_of(path))
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    if set(row) != set(COLUMNS):
+        raise ValueError(f"columns differ: {sorted(set(row) ^ set(COLUMNS))}")
+    # what is written must come back, or a later reader refuses the whole file
+    if not row["dataset"]:
+        raise ValueError("dataset is empty")
+    try:
+        (again,) = _parse(_decoded(csv_text([row]).encode()), "the row", "")
+    except UserError as error:
+        raise ValueError(f"could not be read again: {error}") from error
+    differing = [column for column in COLUMNS if again[column] != row[column]]
+    if differing:
+        raise ValueError(f"cannot be written to a CSV: {', '.join(f'{name}={row[name]!r}' for name in differing)}")
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        return _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{path}: cannot be read ({reason}); give a perplexity CSV") from error
 
 
-def _header(text: str) -> list[str]:
-    return next(csv.reader(io.StringIO(text, newline="")), [])
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _value(name: str, field: str) -> Any:
-    if name in _INTEGERS:
-        return int(field) if field else None
-    if name in _FLOATS and (field or name == "ppl"):
-        number = float(field)
-        if not math.isfinite(number):
-            raise ValueError(f"{name} is {field}")
-        return number
-    return field or None
+def _parse(text: str, where: str, dataset: str) -> list[dict[str, Any]]:
+    (_, header), *lines = _lines(text, where)
+    if fault := header_fault(header):
+        raise UserError(f"{where}: {fault}; mend its header, or give a CSV of kvsuite or of the original program")
+    rows = []
+    for number, fields in lines:
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            raise UserError(f"{where}: line {number} has {len(fields)} fields, {len(header)} are needed; mend it")
+        try:
+            row = {name: parse_field(name, field) for name, field in zip(header, fields, strict=True)}
+        except ValueError as error:
+            raise UserError(f"{where}: line {number} is not a result ({error}); mend or remove it") from error
+        rows.append({column: row.get(column) for column in COLUMNS} | {"dataset": row.get("dataset") or dataset})
+    return rows
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+def _lines(text: str, where: str) -> list[tuple[int, list[str]]]:
+    """The number of its last line and the fields of each row; a header without fields where there is nothing."""
+    # strict: an open quote would swallow the rows that are appended
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [(reader.line_num, fields) for fields in reader] or [(0, [])]
+    except csv.Error as error:
+        raise UserError(
+            f"{where}: line {reader.line_num} cannot be read as CSV ({error}); mend or remove it"
+        ) from error

@@ -11,8 +11,9 @@ from typing import Any
 from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA, STATUSES, check_schema
 
-from .aggregate import COMPRESSION, Row, in_space_order
+from .aggregate import COMPRESSION, PERPLEXITY, Row, in_space_order
 from .files import parse_json, write_atomic
+from .perplexity_csv import csv_name, csv_rows, csv_text
 from .store import REPORT_FILE
 from .validate import validate
 
@@ -63,7 +64,7 @@ def write_report(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> P
 
 
 def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> list[Path]:
-    """Write everything derived from a run: the report and, for the compression suite, results, table and figures.
+    """Write everything derived from a run: the report, and the tables, files and figures of its suites.
 
     Nothing is written before everything is built, so a damaged run leaves older files alone. Rows come out in the order of
     the suite's space, whatever order they ran in. ``figures=False`` leaves the drawing to the caller.
@@ -82,14 +83,24 @@ def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, 
     files: dict[str, str | bytes] = {REPORT_FILE: _report_text(folder / REPORT_FILE, run, rows)}
     if any(row["suite"] == COMPRESSION for row in rows):
         from .original import results_json
-        from .tables import comparison_table
 
         files["results.json"] = _json_text(results_json(run, rows), "results.json")
-        files["table.txt"] = comparison_table(rows)
         if figures:
             from .figures.compression import render_benchmark_comparison
 
             files |= render_benchmark_comparison(run, rows)
+    results = csv_rows(run, rows)
+    if results:
+        for dataset in dict.fromkeys(str(row["dataset"]) for row in results):
+            files[csv_name(dataset)] = csv_text([row for row in results if row["dataset"] == dataset])
+        if figures:
+            from .figures.perplexity import render_perplexity
+
+            files |= render_perplexity(results)
+    if any(row["suite"] in (COMPRESSION, PERPLEXITY) for row in rows):
+        from .tables import run_table
+
+        files["table.txt"] = run_table(rows)
     for name, content in files.items():
         write_atomic(folder / name, content)
     return [folder / name for name in files]

@@ -13,6 +13,9 @@ from kvsuite.compression.kvpress_table import PRESSES
 from kvsuite.devices import resolve_device
 from kvsuite.errors import UserError
 from kvsuite.options import Options
+from kvsuite.quantization.registry import NONE
+
+from .perplexity import dtype_of
 
 PRESS_PREFIX = "kvpress:"
 # the policies whose sizes and ratios have options of their own
@@ -56,7 +59,6 @@ def compression_cases(options: Options) -> list[Case]:
     if twice:
         raise UserError(f"--kv-method: the groups {', '.join(twice)} occur twice; name every size and ratio once")
     device = resolve_device(options.device)
-    dtype = options.dtype or ("float32" if device.partition(":")[0] == "cpu" else "checkpoint")
     workload = {
         "protocol": protocol_of(options, groups),
         "corpus": options.corpus,
@@ -71,14 +73,16 @@ def compression_cases(options: Options) -> list[Case]:
             suite="compression",
             engine="hf" if options.engine == "auto" else options.engine,
             model=options.model,
-            name=group.name,
+            name=group.name if chosen == NONE else f"{group.name}_{chosen}",
             device=device,
-            dtype=dtype,
+            dtype=dtype_of(options, device, chosen),
+            quantization=None if chosen == NONE else chosen,
             policy=group.policy,
             policy_params=group.parameters,
             workload=workload,
             params={"group": group.kind, "budget": group.budget},
         )
+        for chosen in options.quantization or (NONE,)
         for group in groups
     ]
 

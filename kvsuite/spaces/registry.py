@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options import Options
 
 from .compression import compression_cases, method_name
+from .perplexity import perplexity_cases
 
-SPACES: dict[str, Callable[[Options], list[Case]]] = {"compression": compression_cases}
+SPACES: dict[str, Callable[[Options], list[Case]]] = {
+    "compression": compression_cases,
+    "perplexity": perplexity_cases,
+}
 RUN_NAMES: dict[str, Callable[[Options], str]] = {"compression": method_name}
+# suites of which nothing is left without trained weights
+_QUALITY_ALONE = ("perplexity",)
 
 
 def cases_of(suite: str, options: Options) -> list[Case]:
@@ -28,3 +34,18 @@ def cases_of(suite: str, options: Options) -> list[Case]:
     if not cases:
         raise UserError(f"suite {suite}: the options leave no case; drop --kv-no-baseline or name a --kv-method")
     return cases
+
+
+def require_measurable(cases: Sequence[Case]) -> None:
+    """Refuse a selection of which no case can say anything.
+
+    Raises
+    ------
+    UserError
+        If all cases ask for quality alone, of a model with random weights.
+    """
+    if cases and all(case.suite in _QUALITY_ALONE and case.model.startswith("dummy:") for case in cases):
+        raise UserError(
+            f"--kv-model={cases[0].model}: random weights have no perplexity, and nothing else is selected; name a real "
+            "model"
+        )

@@ -7,23 +7,18 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import chain, islice
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 from kvsuite.errors import UserError
 
-from .text_files import SUFFIXES, text_rows
+from .hub_texts import HUB, check_split, hub_rows
+from .text_files import is_plain, text_rows
 
-_OPTION = "--kv-corpus"
-_LOCAL = f"give a local file ({', '.join(SUFFIXES)}), pydoc or default"
-# the test texts as parquet, read without any dataset script; data sets by name, from the hub
-_HUB = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1/{split}-*.parquet"),
-    "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1/{split}-*.parquet"),
-    "pg19": ("emozilla/pg19", "data/{split}-*.parquet"),
-}
-_NAMES = ("default", "pydoc", *_HUB)
-_SPLITS = ("train", "validation", "test")
+NAMES = ("default", "pydoc", *HUB)
+_WIKITEXT = ("wikitext2", "wikitext103")
+_C4_DOCUMENTS = 1100
 _WHOLE = "each file is one text"
 _ROWS = "each row is one text; the first rows that are long enough"
 
@@ -48,6 +43,8 @@ class Corpus:
         How texts were made of rows, articles or files.
     notes
         What a reader of a result must know.
+    split
+        Split of a data set, ``None`` for a text that has none.
     """
 
     name: str
@@ -57,48 +54,88 @@ class Corpus:
     text_hash: str
     join_rule: str
     notes: tuple[str, ...] = ()
+    split: str | None = None
 
 
-def check_corpus(request: str) -> None:
+def check_corpus(
+    request: str, *, option: str = "--kv-corpus", path: str | None = None, split: str | None = None
+) -> None:
     """Find out what can be known about a request without reading it or asking the hub.
+
+    Parameters are those of `load_corpus`.
 
     Raises
     ------
     UserError
-        If it is neither a known name nor an existing path.
+        If it is neither a known name nor an existing path, has no such split, or goes with no ``path``.
     """
-    if request not in _NAMES and not Path(request).expanduser().exists():
+    typed = f"{option}={path or request}"
+    if path and not Path(path).expanduser().exists():
+        raise UserError(f"{typed}: no such file or folder; check the path")
+    is_file = request not in NAMES and Path(request).expanduser().exists()
+    if not path and not is_file and request not in NAMES:
+        raise UserError(f"{typed}: no such corpus or file; check the path, or choose one of {', '.join(NAMES)}")
+    if path and (is_file or request in ("default", "pydoc")):
         raise UserError(
-            f"{_OPTION}={request}: no such corpus or file; check the path, or choose one of {', '.join(_NAMES)}"
+            f"{typed}: cannot stand for {request}, which is a text of its own; name what the file holds, for example "
+            f"--kv-dataset=wikitext2, or give --kv-dataset={path} alone"
         )
+    if split and request in HUB and not path:
+        check_split(request, split, typed=typed)
 
 
-def load_corpus(request: str, *, num_texts: int, min_chars: int = 0, split: str = "test") -> Corpus:
-    """Load a corpus.
+def load_corpus(
+    request: str,
+    *,
+    num_texts: int,
+    min_chars: int = 0,
+    split: str | None = None,
+    option: str = "--kv-corpus",
+    path: str | None = None,
+    drop_blank: bool = False,
+    join: bool = False,
+) -> Corpus:
+    r"""Load a corpus.
 
     Parameters
     ----------
     request
         ``default`` (articles shipped with kvsuite), ``pydoc`` (the language reference inside every CPython), a path
-        (``.txt``, ``.raw``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow``, or a folder made by
-        ``Dataset.save_to_disk``), or ``pg19``, ``wikitext2``, ``wikitext103`` from the hub. Rows hold their text in the
-        column ``text`` or in their only column of strings.
+        (a file with one of `text_files.SUFFIXES`, or a folder made by ``Dataset.save_to_disk``), or ``pg19``,
+        ``wikitext2``, ``wikitext103``, ``c4`` from the hub. Rows hold their text in the column ``text`` or in their
+        only column of strings.
     num_texts
         Number of texts wanted. ``default`` and ``pydoc`` are cut into as many contiguous parts of about equal length,
-        at article boundaries (1: the whole text); WikiText and a text file are one text; of everything else the first
-        ``num_texts`` rows *that qualify* are taken.
+        at article boundaries (1: the whole text); WikiText, C4 and a text file are one text; of everything else the
+        first ``num_texts`` rows *that qualify* are taken.
     min_chars
         A text qualifies if it has at least so many characters; a blank text never does.
     split
-        Split of a data set: ``train``, ``validation`` or ``test``. Files have none.
+        Split of a data set: ``train``, ``validation`` or ``test``; ``None`` is test, or validation of C4, which has no
+        test split. Files have none.
+    option
+        The option to name in messages: the one that gave ``path``, if there is one, else the one that gave ``request``.
+    path
+        Local file or folder that is read instead of the hub, while ``request`` stays the name; any name will do. The
+        rows of a data set known by name are made to texts as if they came from the hub.
+    drop_blank
+        Leave the blank rows of WikiText out, as the original perplexity script did. The rows are joined by ``"\n\n"``;
+        those of a text file under its name are then its lines (otherwise the file is the text). Nothing else has blank
+        rows that count.
+    join
+        Make one text of the rows of a file that is no data set known by name, as of WikiText's.
 
     Raises
     ------
     UserError
         If the corpus is unknown, missing, unreadable, not reachable, or has fewer qualifying texts than asked.
     """
+    typed = f"{option}={path or request}"
     if num_texts < 1:
-        raise UserError(f"{_OPTION}={request}: {num_texts} texts asked; ask for at least 1")
+        raise UserError(f"{typed}: {num_texts} texts asked; ask for at least 1")
+    check_corpus(request, option=option, path=path, split=split)
+    split = split or (HUB[request].usual_split if request in HUB else "test")
+    has_splits = request in HUB or Path(path or request).expanduser().is_dir()
     notes: tuple[str, ...] = ()
     revision: str | None = None
     name = request
@@ -110,29 +147,59 @@ def load_corpus(request: str, *, num_texts: int, min_chars: int = 0, split: str 
     elif request == "pydoc":
         source, revision, join_rule = "pydoc_data.topics", f"python-{platform.python_version()}", _parts_rule(num_texts)
         candidates = contiguous_parts(_pydoc(), num_texts)
-    elif request in _HUB:
-        rows, revision = _hub_rows(request, split)
-        source = f"{_HUB[request][0]}:{split}"
-        if request == "pg19":
-            candidates, join_rule = rows, _ROWS
-        else:
-            candidates, join_rule = [join_rows(rows)], r"all rows, blank ones too, joined by \n\n"
-        if request == "wikitext103" and split != "train":
-            notes = (f"the {split} split of wikitext103 is the same text as that of wikitext2",)
+    elif request in HUB and not path:
+        rows, revision = hub_rows(request, split, typed=typed)
+        source = f"{HUB[request].repo_id}:{HUB[request].place(split)}"
+        candidates, join_rule = _texts_of(request, rows, drop_blank=drop_blank)
     else:
-        check_corpus(request)
-        path = Path(request).expanduser()
-        candidates = text_rows(path, option=f"{_OPTION}={request}", split=split)
-        join_rule = _WHOLE if path.suffix.lower() in {".txt", ".raw"} else _ROWS
-        name, source = path.name, str(path)
-    qualifying = (text for text in map(normalise, candidates) if text.strip() and len(text) >= min_chars)
-    texts = tuple(islice(qualifying, num_texts))
-    if len(texts) < num_texts:
-        raise UserError(
-            f"{_OPTION}={request}: only {len(texts)} text(s) with at least {min_chars} characters, {num_texts} asked; "
-            "ask for fewer or shorter texts, or give another corpus"
-        )
-    return Corpus(name, texts, source, revision, hash_texts(texts), join_rule, notes)
+        file = Path(path or request).expanduser()
+        source = str(file)
+        # the name goes into file names
+        name = Path(request).name if path else file.name
+        candidates = text_rows(file, typed=typed, split=split)
+        if not is_plain(file):
+            rule_of = _WIKITEXT[0] if join and request not in HUB else request
+            candidates, join_rule = _texts_of(rule_of, candidates, drop_blank=drop_blank)
+        elif request in _WIKITEXT and drop_blank:
+            lines = (line for text in candidates for line in StringIO(text, newline="\n"))
+            candidates, join_rule = _texts_of(request, lines, drop_blank=True)
+            join_rule = f"each line is a row; {join_rule}"
+        else:
+            join_rule = _WHOLE
+    if request == "wikitext103" and split != "train":
+        notes = (f"the {split} split of wikitext103 is the same text as that of wikitext2",)
+    texts = _qualifying(candidates, num_texts, min_chars, typed)
+    return Corpus(name, texts, source, revision, hash_texts(texts), join_rule, notes, split if has_splits else None)
+
+
+def _texts_of(name: str, rows: Iterable[str], *, drop_blank: bool) -> tuple[Iterable[str], str]:
+    """Texts that the rows of a data set make, and the rule they are made by."""
+    if name in _WIKITEXT:
+        kept = "non-blank rows" if drop_blank else "all rows, blank ones too,"
+        return [join_rows(rows, drop_blank=drop_blank)], rf"{kept} joined by \n\n"
+    if name == "c4":
+        documents = list(islice(rows, _C4_DOCUMENTS))
+        rule = f"sample: the first {len(documents):,} documents, joined by single spaces, as GPTQ's evaluation does"
+        return [" ".join(documents)], rule
+    return rows, _ROWS
+
+
+def _qualifying(candidates: Iterable[str], num_texts: int, min_chars: int, typed: str) -> tuple[str, ...]:
+    filled = (text for text in map(normalise, candidates) if text.strip())
+    texts: list[str] = []
+    longest = 0
+    for text in filled:
+        longest = max(longest, len(text))
+        if len(text) >= min_chars:
+            texts.append(text)
+        if len(texts) == num_texts:
+            return tuple(texts)
+    if not longest:
+        raise UserError(f"{typed}: there is no text in it, or blanks only; give another corpus")
+    raise UserError(
+        f"{typed}: only {len(texts)} text(s) with at least {min_chars} characters, {num_texts} asked; "
+        "ask for fewer or shorter texts, or give another corpus"
+    )
 
 
 def normalise(text: str) -> str:
@@ -197,29 +264,3 @@ def _pydoc() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
-
-
-def _hub_rows(name: str, split: str) -> tuple[Iterable[str], str]:
-    from huggingface_hub import snapshot_download
-
-    from kvsuite.models.hub import require_hub
-
-    if split not in _SPLITS:
-        raise UserError(f"{_OPTION}={name}: no split {split!r}; choose one of {', '.join(_SPLITS)}")
-    repo_id, pattern = _HUB[name]
-    online = require_hub(_OPTION, name, repo_id=repo_id, repo_type="dataset")
-    pattern = pattern.format(split=split)
-    try:
-        # datasets.load_dataset would fetch every split (11 GB of PG-19), and offline retry for 20 s; this is the same
-        # cache that it downloads to
-        folder = Path(
-            snapshot_download(repo_id, repo_type="dataset", allow_patterns=[pattern], local_files_only=not online)
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{_OPTION}={name}: {repo_id} cannot be downloaded ({reason}); {_LOCAL}") from error
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise UserError(f"{_OPTION}={name}: the local hub cache has no {split} split of {repo_id}; {_LOCAL}")
-    rows = chain.from_iterable(text_rows(file, option=f"{_OPTION}={name}", split=split) for file in files)
-    return rows, folder.name

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kvsuite.errors import UserError
 
-SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".parquet", ".arrow")
+SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
+_PLAIN = (".txt", ".raw")
 
 
-def text_rows(path: Path, *, option: str, split: str) -> Iterator[str]:
+def is_plain(path: Path) -> bool:
+    """Whether a file is one text, and not rows of them."""
+    return not path.is_dir() and _suffix(path) in _PLAIN
+
+
+def text_rows(path: Path, *, typed: str, split: str) -> Iterator[str]:
     """Read the texts of a local file or ``Dataset.save_to_disk`` folder, one by one.
 
     Parameters
@@ -20,8 +29,8 @@ def text_rows(path: Path, *, option: str, split: str) -> Iterator[str]:
     path
         The file or folder; its suffix, one of `SUFFIXES`, decides how it is read. A text file is one text; otherwise
         each row is one, from the column ``text`` or the only column of strings. A missing value reads as an empty text.
-    option
-        Option and value as typed, for messages: ``"--kv-corpus=x.json"``.
+    typed
+        Option and value, for messages: ``"--kv-corpus=x.json"``.
     split
         Split to take from a folder that has several.
 
@@ -31,52 +40,89 @@ def text_rows(path: Path, *, option: str, split: str) -> Iterator[str]:
         If the file is of an unknown kind, cannot be read, or does not say which column holds the text.
     """
     readers: dict[str, Callable[[], Iterable[str]]] = {
-        ".txt": lambda: [_read(path)],
-        ".raw": lambda: [_read(path)],
-        ".jsonl": lambda: _json_rows(option, path),
-        ".json": lambda: _json_rows(option, path),
-        ".parquet": lambda: _parquet_rows(option, path),
-        ".arrow": lambda: _arrow_rows(option, path),
+        **dict.fromkeys(_PLAIN, lambda: [_read(path)]),
+        **dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), lambda: _json_rows(typed, path)),
+        ".parquet": lambda: _parquet_rows(typed, path),
+        ".arrow": lambda: _arrow_rows(typed, path),
     }
-    reader = (lambda: _disk_rows(option, path, split)) if path.is_dir() else readers.get(path.suffix.lower())
+    reader = (lambda: _disk_rows(typed, path, split)) if path.is_dir() else readers.get(_suffix(path))
     if reader is None:
-        raise UserError(f"{option}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{typed}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
     try:
         yield from reader()
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        # errors of decoding, of JSON and of arrow are ValueErrors
+    # errors of decoding, of JSON and most of Arrow are ValueErrors, of a kind that Arrow cannot read RuntimeErrors
+    except (ValueError, OSError, EOFError, zlib.error, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-        raise UserError(f"{option}: cannot be read ({reason}); give an intact file") from error
+        raise UserError(f"{typed}: cannot be read ({reason}); give an intact file") from error
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
 def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8-sig")
 
 
-def _json_rows(option: str, path: Path) -> Iterable[str]:
-    text = _read(path)
-    is_list = text.lstrip().startswith("[")
-    rows: Any = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{option}: rows must be JSON objects with a column text; give such a file")
-    columns = {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
-    column = _text_column(option, list(columns), [name for name, value in columns.items() if isinstance(value, str)])
-    return [row.get(column) or "" for row in rows]
+def _json_rows(typed: str, path: Path) -> Iterator[str]:
+    with _open_lines(path) as lines:
+        yield from _json_texts(typed, _json_objects(typed, lines))
 
 
-def _parquet_rows(option: str, path: Path) -> Iterator[str]:
+def _open_lines(path: Path) -> TextIO:
+    # only \n ends a line: JSON may hold the other characters that Python takes for line ends
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="\n")
+    return path.open(encoding="utf-8-sig", newline="\n")
+
+
+def _json_objects(typed: str, lines: TextIO) -> Iterator[dict[str, Any]]:
+    filled = (line for line in lines if line.strip())
+    first = next(filled, "")
+    is_list = first.lstrip().startswith("[")
+    rows = json.loads(first + lines.read()) if is_list else map(json.loads, chain([first] if first else [], filled))
+    for row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{typed}: rows must be JSON objects with a column text; give such a file")
+        yield row
+
+
+def _json_texts(typed: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+    seen = []
+    for row in rows:
+        seen.append(row)
+        # the first text decides, so that the first rows of a large file do not cost the memory and time of all
+        if isinstance(row.get("text"), str):
+            column = "text"
+            break
+    else:
+        if not seen:
+            return
+        columns = {name: value for row in reversed(seen) for name, value in row.items() if value is not None}
+        column = _text_column(typed, list(columns), [name for name, value in columns.items() if isinstance(value, str)])
+    for row in chain(seen, rows):
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            raise UserError(
+                f"{typed}: a row has {str(value)[:50]!r} in the column {column}; give a file with texts there"
+            )
+        yield value or ""
+
+
+def _parquet_rows(typed: str, path: Path) -> Iterator[str]:
     from pyarrow import parquet
 
     # in batches, so that the first texts of a large file do not cost the memory of all
     with parquet.ParquetFile(path) as file:
-        column = _schema_column(option, file.schema_arrow)
+        column = _schema_column(typed, file.schema_arrow)
         for batch in file.iter_batches(batch_size=64, columns=[column]):
             yield from (value or "" for value in batch.column(0).to_pylist())
 
 
-def _arrow_rows(option: str, path: Path) -> Iterable[str]:
+def _arrow_rows(typed: str, path: Path) -> Iterable[str]:
     import pyarrow as pa
 
     # datasets writes the stream format, most others the file format
@@ -85,37 +131,55 @@ def _arrow_rows(option: str, path: Path) -> Iterable[str]:
             table = pa.ipc.open_stream(stream).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(stream).read_all()
-        values = table.column(_schema_column(option, table.schema)).to_pylist()
-    return [value or "" for value in values]
+        return list(_arrow_texts(table.column(_schema_column(typed, table.schema))))
 
 
-def _disk_rows(option: str, path: Path, split: str) -> Iterable[str]:
+def _disk_rows(typed: str, path: Path, split: str) -> Iterator[str]:
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise UserError(f"{option}: no folder made by Dataset.save_to_disk; give one, or a file")
-    dataset = load_from_disk(str(path))
+        raise UserError(f"{typed}: no folder made by Dataset.save_to_disk; give one, or a file")
+    try:
+        dataset = load_from_disk(str(path))
+    except (LookupError, TypeError, AttributeError) as error:
+        # its own files of facts are JSON that it does not check
+        raise ValueError(f"damaged folder: {error!r}") from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
-            raise UserError(f"{option}: no split {split!r}; the folder has {', '.join(dataset)}")
+            raise UserError(
+                f"{typed}: no split {split!r}; the folder has {', '.join(dataset) or 'none'}; take one of those "
+                "(--kv-split), or give the folder of one split"
+            )
         dataset = dataset[split]
-    column = _schema_column(option, dataset.features.arrow_schema)
-    return [value or "" for value in dataset[column]]
+    column = _schema_column(typed, dataset.features.arrow_schema)
+    # in batches as for Parquet; with a format of its own, because a saved one may hide columns
+    for batch in dataset.with_format("arrow").select_columns([column]).iter(64):
+        yield from _arrow_texts(batch.column(0))
 
 
-def _schema_column(option: str, schema: Any) -> str:
+def _arrow_texts(column: Any) -> Iterator[str]:
+    # Arrow trusts the offsets in a file; those of a damaged one lead outside the memory map
+    column.validate(full=True)
+    yield from (value or "" for value in column.to_pylist())
+
+
+def _schema_column(typed: str, schema: Any) -> str:
     import pyarrow as pa
 
     strings = [item.name for item in schema if pa.types.is_string(item.type) or pa.types.is_large_string(item.type)]
-    return _text_column(option, list(schema.names), strings)
+    return _text_column(typed, list(schema.names), strings)
 
 
-def _text_column(option: str, columns: Sequence[str], strings: Sequence[str]) -> str:
+def _text_column(typed: str, columns: Sequence[str], strings: Sequence[str]) -> str:
     if "text" in strings:
         return "text"
     if len(strings) == 1:
         return strings[0]
+    found = f"the columns are {', '.join(sorted(columns)) or 'none'}"
+    if not strings:
+        raise UserError(
+            f"{typed}: no column text, nor any other column of strings; {found}; give a file that has texts"
+        )
     raise UserError(
-        f"{option}: no column text, and not exactly one column of strings; "
-        f"the columns are {', '.join(sorted(columns)) or 'none'}; rename one of them to text"
+        f"{typed}: no column text, and not exactly one column of strings; {found}; rename one of them to text"
     )

@@ -12,6 +12,7 @@ from kvsuite.meters.quality import TokenScores
 
 from .corpus import Corpus, load_corpus
 from .prompts import make_prompts
+from .windowed import WindowedText, WindowedTexts, WindowRule, prefix_token
 
 # the original used only texts of more than 10,000 characters of this corpus
 _MIN_CHARS = {"pg19": 10_000}
@@ -29,9 +30,20 @@ class ScoredTexts:
 
 @dataclass
 class TextSource:
-    """Loads each corpus once, tokenises each text once, scores each full-cache reference once."""
+    """Loads each corpus once, tokenises each text once, scores each full-cache reference once.
 
-    _corpora: dict[tuple[str, int], Corpus] = field(default_factory=dict)
+    Parameters
+    ----------
+    datasets
+        What to read for a perplexity case's data set, by its name: the same name, or a path.
+    dataset_path
+        Local file that is read for the one data set named.
+    """
+
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    dataset_path: str | None = None
+    _corpora: dict[tuple[str | int | bool, ...], Corpus] = field(default_factory=dict)
+    _windowed: dict[tuple[Any, ...], tuple[WindowedText, ...]] = field(default_factory=dict)
     _tokens: dict[tuple[Any, ...], list[list[int]]] = field(default_factory=dict)
     _references: dict[tuple[Any, ...], TokenScores] = field(default_factory=dict)
     _session: Any = None
@@ -54,18 +66,33 @@ class TextSource:
                 )
             texts.append(ids[:tokens])
         hashes = tuple(digest(ids) for ids in texts)
-        facts = {
-            "name": corpus.name,
-            "source": corpus.source,
-            "revision": corpus.revision,
-            "text_hash": corpus.text_hash,
-            "tokens_hash": digest(list(hashes)),
-            "join_rule": corpus.join_rule,
-            "texts": len(texts),
-            "bos": "as the tokenizer adds it",
-            "notes": list(corpus.notes),
+        revision = digest(list(hashes))
+        facts = _facts(corpus, revision, len(texts)) | {"bos": "as the tokenizer adds it"}
+        return ScoredTexts(tuple(texts), hashes, revision, facts)
+
+    def windowed(self, session: Any, workload: Mapping[str, Any], rule: WindowRule) -> WindowedTexts:
+        """The texts of a perplexity case, tokenised and cut into windows.
+
+        Raises
+        ------
+        UserError
+            If a text cannot be read, or is too short.
+        """
+        corpus = self._dataset(workload)
+        tokenizer = session.tokenizer
+        prefix_rule = rule.resolved(tokenizer)
+        self._follow(session)
+        key = (corpus.text_hash, rule)
+        if key not in self._windowed:
+            self._windowed[key] = tuple(rule.cut(tokenizer, text, prefix_rule) for text in corpus.texts)
+        texts = self._windowed[key]
+        revision = digest([digest(text.tokens) for text in texts])
+        facts = _facts(corpus, revision, len(texts)) | {
+            "bos": prefix_rule,
+            "split": corpus.split,
+            "windows": sum(len(text.windows) for text in texts),
         }
-        return ScoredTexts(tuple(texts), hashes, digest(list(hashes)), facts)
+        return WindowedTexts(texts, prefix_rule, prefix_token(tokenizer), revision, facts)
 
     def reference(self, session: Any, tokens: list[int], first: int) -> TokenScores:
         """Full-cache losses of ``tokens[first:]``, the same for every case of the session."""
@@ -76,9 +103,13 @@ class TextSource:
         return self._references[key]
 
     def prompts(self, session: Any, workload: Mapping[str, Any], *, count: int, seed: int) -> list[list[int]]:
-        """Different prompts of the workload's length: windows of its texts, random tokens where there is no tokenizer."""
+        """Different prompts of the workload's length.
+
+        Windows of the compression suite's texts; random tokens where there is no tokenizer, and in the perplexity suite, whose
+        texts may be shorter than a prompt.
+        """
         pool = None
-        if session.tokenizer is not None:
+        if session.tokenizer is not None and "corpus" in workload:
             pool = [token for ids in self._tokenised(session, self._corpus(workload)) for token in ids]
         return make_prompts(
             count=count,
@@ -94,6 +125,24 @@ class TextSource:
             self._corpora[key] = load_corpus(key[0], num_texts=key[1], min_chars=_MIN_CHARS.get(key[0], 0))
         return self._corpora[key]
 
+    def _dataset(self, workload: Mapping[str, Any]) -> Corpus:
+        name, drop_blank = str(workload["dataset"]), workload["blank_rows"] == "drop"
+        request, path = self.datasets.get(name, name), self.dataset_path
+        split = None if workload["split"] == "auto" else str(workload["split"])
+        key = (request, path or "", split or "", int(workload["num_samples"]), drop_blank)
+        if key not in self._corpora:
+            self._corpora[key] = load_corpus(
+                request,
+                num_texts=int(workload["num_samples"]),
+                min_chars=_MIN_CHARS.get(name, 0),
+                split=split,
+                option="--kv-dataset-path" if path else "--kv-dataset",
+                path=path,
+                drop_blank=drop_blank,
+                join=True,
+            )
+        return self._corpora[key]
+
     def _tokenised(self, session: Any, corpus: Corpus) -> list[list[int]]:
         self._follow(session)
         key = (corpus.text_hash, len(corpus.texts))
@@ -105,4 +154,18 @@ class TextSource:
         if session is not self._session:
             self._session = session
             self._tokens.clear()
+            self._windowed.clear()
             self._references.clear()
+
+
+def _facts(corpus: Corpus, tokens_hash: str, texts: int) -> dict[str, Any]:
+    return {
+        "name": corpus.name,
+        "source": corpus.source,
+        "revision": corpus.revision,
+        "text_hash": corpus.text_hash,
+        "tokens_hash": tokens_hash,
+        "join_rule": corpus.join_rule,
+        "texts": texts,
+        "notes": list(corpus.notes),
+    }

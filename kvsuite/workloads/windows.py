@@ -94,12 +94,14 @@ def plan_windows(
         If the protocol or the rule is unknown, they do not go together, or the text, ``ctx`` or ``stride`` does not fit.
     """
     if protocol not in PROTOCOLS:
-        raise UserError(f"--kv-protocol={protocol}: unknown perplexity protocol; choose one of {', '.join(PROTOCOLS)}")
+        raise UserError(
+            f"--kv-ppl-protocol={protocol}: unknown perplexity protocol; choose one of {', '.join(PROTOCOLS)}"
+        )
     rule = default_prefix(protocol, has_bos=True) if prefix is None else prefix
     if rule not in _RULES[protocol]:
         raise UserError(
             f"--kv-bos={rule}: {protocol} cannot have it; choose one of {', '.join(_RULES[protocol])} "
-            "or another --kv-protocol"
+            "or another --kv-ppl-protocol"
         )
     _check_text(n_tokens)
     if ctx < 3:
@@ -126,7 +128,7 @@ def plan_windows(
 def _check_text(n_tokens: int) -> None:
     if n_tokens < 2:
         found = "the text is empty" if n_tokens < 1 else "the text has one token only"
-        raise UserError(f"--kv-corpus: {found}, and a perplexity needs at least 2; give a longer text")
+        raise UserError(f"--kv-dataset: {found}, and a perplexity needs at least 2; give a longer text")
 
 
 def _strided(n_tokens: int, ctx: int, stride: int, *, own_prefix: bool = False) -> list[Window]:

@@ -144,3 +144,86 @@ def test_drawing_needs_neither_torch_nor_pytest_nor_pyplot(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+SAMPLE = Path(__file__).parents[1] / "data" / "perplexity_original.csv"
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "wikitext2_ppl_results.csv"
+    path.write_bytes(SAMPLE.read_bytes())
+    return path
+
+
+def test_a_perplexity_csv_is_drawn_beside_itself(results):
+    done = kvsuite("report", results)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("3 rows\n")
+    assert names(results.parent) == ["wikitext2_ppl_results.csv", *drawn("wikitext2")]
+
+
+def drawn(dataset):
+    return [f"{dataset}_ppl_vs_quant.png", f"{dataset}_ppl_vs_quant.svg"]
+
+
+@pytest.mark.parametrize(("name", "begin"), [("x.png", b"\x89PNG"), ("y.svg", b"<?xml")])
+def test_the_originals_call_writes_one_file(results, tmp_path, name, begin):
+    picture = tmp_path / "mem_plots" / name
+    done = kvsuite("report", results, "--out", picture)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert picture.read_bytes().startswith(begin)
+    assert names(picture.parent) == [name]
+    assert f"wrote {picture}" in done.stdout
+
+
+def test_a_csv_into_a_folder(results, tmp_path):
+    assert kvsuite("report", results, "--out", tmp_path / "a/b").returncode == 0
+    assert names(tmp_path / "a/b") == drawn("wikitext2")
+
+
+def two_figures(path):
+    from kvsuite.reporting.perplexity_csv import COLUMNS, csv_text, read_rows
+
+    (row, *_) = read_rows(path)
+    path.write_text(csv_text([dict.fromkeys(COLUMNS) | row | {"dataset": name} for name in ("wikitext2", "pg19")]))
+
+
+def no_rows(path):
+    path.write_text(path.read_text().partition("\n")[0] + "\n")
+
+
+def damage_csv(path):
+    path.write_text(path.read_text() + "half a row\n")
+
+
+def as_it_is(path):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "out", "message"),
+    [
+        (two_figures, "x.png", "2 data sets, each with a figure (wikitext2, pg19); give a folder"),
+        (no_rows, "x.png", "no perplexity row to draw"),
+        (no_rows, "folder", "no perplexity row to draw"),
+        (damage_csv, "folder", "line 5 has 1 fields"),
+        (as_it_is, "x.pdf", ".pdf is not drawn; give a folder, a .png or a .svg"),
+    ],
+)
+def test_a_csv_that_cannot_be_drawn_leaves_nothing(results, tmp_path, spoil, out, message):
+    spoil(results)
+    done = kvsuite("report", results, "--out", tmp_path / out)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert names(tmp_path) == [results.name]
+
+
+@pytest.mark.parametrize("out", ["x.png", "x.SVG", "x.pdf"])
+def test_records_are_not_written_into_a_picture(folder, tmp_path, out):
+    done = kvsuite("report", folder, "--out", tmp_path / out)
+    assert done.returncode == 4
+    assert f"--out={tmp_path / out}" in done.stderr
+    assert "give a folder" in done.stderr
+    assert names(tmp_path) == ["run"]

@@ -15,10 +15,12 @@ from policy_matrix import MATRIX, Line
 from transformers import MistralConfig, MistralForCausalLM
 
 from kvsuite.engines.cache import EvictionCache
-from kvsuite.engines.hf import HfEngine, HfSession
+from kvsuite.engines.hf import HfSession
+from kvsuite.engines.hf_engine import HfEngine
 from kvsuite.engines.registry import SessionPool, get_engine
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.meters.clock import PerfCounterClock
+from kvsuite.quantization.bytes import step_weight_bytes
 
 PROMPT = random_tokens(64)
 EVERY_LINE = pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
@@ -255,11 +257,11 @@ def test_a_closed_session_gives_its_weights_back() -> None:
 
 def test_decode_reads_all_weights_but_an_untied_embedding() -> None:
     on = session()
-    parameters = sum(p.numel() * 4 for p in on.decoder.model.parameters())
-    assert on.decoder.step_weight_bytes() == parameters - 512 * 64 * 4
-    tied = HfSession(case(), threads=1).decoder
-    tied.model.lm_head.weight = tied.model.model.embed_tokens.weight
-    assert tied.step_weight_bytes() == parameters - 512 * 64 * 4
+    model = on.decoder.model
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert on.model["step_weight_bytes"] == step_weight_bytes(model) == total - 512 * 64 * 4
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert step_weight_bytes(model) == total - 512 * 64 * 4
 
 
 def test_copy_and_ring_generate_the_same() -> None:

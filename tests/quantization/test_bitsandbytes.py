@@ -36,8 +36,8 @@ def test_group_formats_need_a_device_with_a_kernel():
 
 
 def test_bytes_of_a_matrix():
-    # 64 x 64 values: 2048 bytes, 64 block maxima, one float32 for them, 16 levels, an offset
-    assert linear_bytes("4bit", 64, 64) == 2048 + 64 + 4 + 64 + 4
+    # 64 x 64 values: 2048 bytes, 64 block maxima, one float32 for them, 16 levels, 256 levels of maxima, an offset
+    assert linear_bytes("4bit", 64, 64) == 2048 + 64 + 4 + 64 + 1024 + 4
     assert linear_bytes("8bit", 64, 100) == 6400 + 256
 
 

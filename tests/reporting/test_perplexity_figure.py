@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.figures.perplexity import build_figures, draw_perplexity
+from kvsuite.quantization.registry import QUANTIZATIONS, label
+from kvsuite.reporting.figures.perplexity import COLOURS, build_figures, draw_perplexity
 from kvsuite.reporting.perplexity_csv import COLUMNS, read_rows
 
 SAMPLE = Path(__file__).parents[1] / "data" / "perplexity_original.csv"
@@ -77,7 +78,7 @@ def test_wikitext103_is_never_a_second_result() -> None:
     assert "wikitext103 (test): same text as wikitext2, one result." in caption(figures["wikitext2"])
     alone = build_figures(original("wikitext103"))
     assert list(alone) == ["wikitext103"]
-    assert "Same text as wikitext2" in caption(alone["wikitext103"])
+    assert "wikitext103 (test): same text as wikitext2, not a second result." in caption(alone["wikitext103"])
 
 
 @pytest.mark.parametrize("names", [("wikitext2", "wikitext103"), ("wikitext103", "wikitext2"), ("mine", "copy")])
@@ -171,3 +172,171 @@ def test_files_are_written_and_repeat(tmp_path: Path) -> None:
 def test_nothing_to_draw() -> None:
     with pytest.raises(UserError, match="no perplexity row to draw"):
         build_figures([])
+
+
+def panels(figure: Any) -> dict[str, dict[str, float]]:
+    return {axes.get_title().replace("\n", " "): bars(axes) for axes in figure.axes}
+
+
+def train(dataset: str) -> list[dict[str, Any]]:
+    return [each | {"split": "train"} for each in original(dataset)]
+
+
+def test_two_texts_under_one_name_are_two_panels_of_one_figure() -> None:
+    figures = build_figures(original("wikitext103") + train("wikitext103"))
+    assert list(figures) == ["wikitext103"]
+    found = panels(figures["wikitext103"])
+    assert [len(each) for each in found.values()] == [3, 3]
+    assert [title.rpartition("512 ")[2] for title in found] == ["test split", "train split"]
+    # the claim is for one of the panels
+    assert "wikitext103 (test): same text as wikitext2" in caption(figures["wikitext103"])
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_the_originals_rows_stay_beside_ours(ours_first: bool) -> None:
+    ours, theirs = [row(20.0, dataset="wikitext103", text_sha256="ab" * 32)], original("wikitext103")
+    figures = build_figures(ours + theirs if ours_first else theirs + ours)
+    assert list(figures) == ["wikitext103"]
+    assert sorted(len(each) for each in panels(figures["wikitext103"]).values()) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*original("wikitext2"), row(20.0, dataset="wikitext103", text_sha256="ab" * 32)],
+        [*original("wikitext103"), row(20.0, text_sha256="ab" * 32)],
+        [row(20.0, text_sha256="ab" * 32), *original("wikitext103")],
+    ],
+)
+def test_what_is_published_as_one_text_is_one_figure(rows: list[dict[str, Any]]) -> None:
+    figures = build_figures(rows)
+    assert list(figures) == ["wikitext2"]
+    found = panels(figures["wikitext2"])
+    assert sorted(len(each) for each in found.values()) == [1, 3]
+    assert sum("wikitext103" in title for title in found) == 1
+    assert "wikitext103 (test): published as the text of wikitext2, which the hashes here do not show" in caption(
+        figures["wikitext2"]
+    )
+
+
+def test_the_originals_text_is_known_by_its_hash() -> None:
+    known = "c5b5caea5bd655cb221545a484f2f0f59d35092a17a66840d7b9513d0b99687d"
+    figures = build_figures([*original("wikitext2"), row(20.0, dataset="wikitext103", text_sha256=known)])
+    assert list(figures) == ["wikitext2"]
+    assert "wikitext103 (test): same text as wikitext2, one result." in caption(figures["wikitext2"])
+
+
+def test_no_claim_over_texts_that_are_shown_different() -> None:
+    figures = build_figures([row(20.0), row(30.0, dataset="wikitext103", text_sha256="ab" * 32)])
+    assert list(figures) == ["wikitext2", "wikitext103"]
+    assert not any("same text" in caption(figure) or "published" in caption(figure) for figure in figures.values())
+    # nor where nothing is known of a hashed text
+    (alone,) = build_figures([row(30.0, dataset="wikitext103", text_sha256="ab" * 32)]).values()
+    assert "same text" not in caption(alone)
+
+
+def test_no_row_is_lost_to_another_of_the_same_name() -> None:
+    rows = [
+        row(20.0, dataset=dataset, text_sha256=text, split=split)
+        for dataset in ("wikitext2", "wikitext103", "mine")
+        for text in ("aa", "bb", None)
+        for split in ("test", "train", None)
+    ]
+    texts = {(each["text_sha256"] or (each["dataset"].replace("103", "2"), each["split"])) for each in rows}
+    texts |= {("wikitext103", "train"), ("wikitext103", None)}
+    figures = build_figures(rows)
+    assert sum(len(figure.axes) for figure in figures.values()) == len(texts)
+
+
+def test_two_revisions_of_a_model_are_two_panels() -> None:
+    rows = [
+        row(20.0, model_revision="sha256:" + "1" * 64),
+        row(21.0, model_revision="sha256:" + "2" * 64),
+        row(22.0),
+        row(9.0, hf_model="other", model_revision="sha256:" + "3" * 64),
+    ]
+    found = panels(build_figures(rows)["wikitext2"])
+    assert [list(each.values()) for each in found.values()] == [[20.0], [21.0], [22.0], [9.0]]
+    ends = [title.partition("text c5b5caea")[2].strip() for title in found]
+    assert ends == ["revision 111111111111", "revision 222222222222", "revision not in the file", ""]
+
+
+def test_two_tokenizers_are_two_panels() -> None:
+    found = panels(build_figures([row(20.0, tokenizer_hash="aa"), row(21.0, tokenizer_hash="bb")])["wikitext2"])
+    assert [title.rpartition("caea ")[2] for title in found] == ["tokenizer aa", "tokenizer bb"]
+
+
+def test_texts_without_a_split_show_none() -> None:
+    figure = build_figures([row(20.0, dataset="mine", split=None), row(20.0, dataset="copy", split=None)])["mine"]
+    assert "split" not in figure.axes[0].get_title()
+    assert "copy: same text as mine, one result." in caption(figure)
+
+
+def test_a_device_of_a_row_without_dtype_is_a_bar_of_its_own() -> None:
+    rows = [row(20.0, dtype=None, quantization="fp16"), row(21.0, dtype="fp16", quantization="fp16")]
+    assert bars(build_figures(rows)["wikitext2"].axes[0]) == {"fp16 (dtype not in the file)": 20.0, "fp16": 21.0}
+
+
+def colours_of(formats: list[str]) -> list[str]:
+    figure = build_figures([row(20.0 + at, quantization=name) for at, name in enumerate(formats)])["wikitext2"]
+    return [to_hex(patch.get_facecolor()) for patch in figure.axes[0].containers[0]]
+
+
+def test_every_known_format_has_a_colour_of_its_own() -> None:
+    loaded = [label("none", dtype) for dtype in ("float32", "bfloat16", "float16")]
+    formats = [*loaded, *(name for name in QUANTIZATIONS if name != "none")]
+    assert set(formats) <= set(COLOURS)
+    assert len(formats) >= 12
+    colours = colours_of(formats)
+    assert len(set(colours)) == len(formats)
+    # whatever else is in the figure
+    assert colours_of(formats[::-1]) == colours[::-1]
+    for colour in colours[:3]:
+        assert colour[1:3] == colour[3:5] == colour[5:7]
+    assert colours_of(["float32"])[0] == colours[0]
+
+
+def test_unknown_formats_do_not_share_colours() -> None:
+    colours = colours_of([f"format {index}" for index in range(24)])
+    assert len(set(colours) | set(COLOURS.values())) == 24 + len(set(COLOURS.values()))
+
+
+def test_a_logarithmic_axis_where_a_linear_one_would_hide_bars() -> None:
+    rows = [row(20.0), row(1e6, quantization="fake_q3", hf_model="other")]
+    first, second = build_figures(rows)["wikitext2"].axes
+    assert first.get_yscale() == second.get_yscale() == "log"
+    assert first.get_ylabel() == "PPL (wikitext2), logarithmic axis"
+    assert first.get_ylim()[0] == 1
+    assert first.get_ylim()[1] > 1e6
+    (_, low), (_, high) = (first.transData.transform((0, value)) for value in (1, 20.0))
+    assert high - low > 0.1 * first.bbox.height
+    assert words(second) == ["1e+06"]
+    first.figure.canvas.draw()
+    assert [tick.get_text() for tick in first.get_yticklabels()][1:4] == ["1", "10", "100"]
+
+
+@pytest.mark.parametrize(("ppl", "scale"), [(979.0, "linear"), (1000.0, "log")])
+def test_the_axis_turns_at_fifty_to_one(ppl: float, scale: str) -> None:
+    (axes,) = build_figures([row(20.0), row(ppl, quantization="fake_q3")])["wikitext2"].axes
+    assert axes.get_yscale() == scale
+
+
+def test_the_largest_numbers_are_drawn(tmp_path: Path) -> None:
+    largest = row(1.7e308, quantization="fake_q3", perplexity_se=1.7e308)
+    draw_perplexity([row(1.0, perplexity_se=5.0), largest], tmp_path)
+    (axes,) = build_figures([largest])["wikitext2"].axes
+    assert words(axes) == ["1.7e+308"]
+
+
+def test_file_names_of_data_sets_stay_in_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = ["../up", "a/b", "a_b", "wikitext2"]
+    rows = [row(20.0, dataset=name, text_sha256=str(at)) for at, name in enumerate(names)]
+    paths = draw_perplexity(rows, folder)
+    assert len(set(paths)) == 8
+    assert sorted(folder.iterdir()) == sorted(paths)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert [figure.get_suptitle() for figure in build_figures(rows).values()] == [
+        f"{name} PPL vs quantization" for name in names
+    ]

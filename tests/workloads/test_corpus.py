@@ -1,24 +1,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
-from kvsuite.workloads.corpus import contiguous_parts, hash_texts, join_rows, load_corpus, split_articles
+from kvsuite.workloads.corpus import (
+    check_corpus,
+    contiguous_parts,
+    hash_texts,
+    join_rows,
+    load_corpus,
+    split_articles,
+)
 
-ROOT = Path(__file__).parents[2]
 WIKITEXT = Path("/work/shared/data/wikitext-2-raw/wiki.test.raw")
-ROWS = ["short", "a text that is long enough", "x" * 100, "y" * 200]
+# the text of the original perplexity script
+PUBLISHED = "sha256:c5b5caea5bd655cb221545a484f2f0f59d35092a17a66840d7b9513d0b99687d"
+WriteRows = Callable[..., Path]
 
 
 def test_default_corpus() -> None:
@@ -65,83 +69,6 @@ def test_pydoc_is_real_prose_of_this_python() -> None:
     assert corpus.revision == "python-{}.{}.{}".format(*sys.version_info)
 
 
-def write(folder: Path, kind: str, column: str = "text", rows: list[str] = ROWS) -> Path:
-    import pyarrow as pa
-    from datasets import Dataset, DatasetDict
-    from pyarrow import parquet
-
-    table = pa.table({"id": list(range(len(rows))), column: rows})
-    path = folder / f"corpus.{kind}"
-    if kind == "jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in table.to_pylist()) + "\n", encoding="utf-8")
-    elif kind == "json":
-        path.write_text(json.dumps(table.to_pylist(), indent=1), encoding="utf-8")
-    elif kind == "parquet":
-        parquet.write_table(table, path)
-    elif kind == "arrow":
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-    elif kind == "stream.arrow":
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-    elif kind == "disk":
-        Dataset(table).save_to_disk(path)
-    elif kind == "dict":
-        DatasetDict({"test": Dataset(table)}).save_to_disk(path)
-    return path
-
-
-KINDS = ["jsonl", "json", "parquet", "arrow", "stream.arrow", "disk", "dict"]
-
-
-@pytest.mark.parametrize("column", ["text", "body"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_every_kind_of_file(tmp_path: Path, kind: str, column: str) -> None:
-    path = write(tmp_path, kind, column)
-    corpus = load_corpus(str(path), num_texts=4)
-    assert corpus.texts == tuple(ROWS)
-    assert (corpus.name, corpus.source) == (path.name, str(path))
-    # the first texts that qualify, not the first rows
-    assert load_corpus(str(path), num_texts=2, min_chars=20).texts == (ROWS[1], ROWS[2])
-    assert load_corpus(str(path), num_texts=1, min_chars=200).texts == (ROWS[3],)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_too_few_texts(tmp_path: Path, kind: str) -> None:
-    path = write(tmp_path, kind)
-    with pytest.raises(UserError, match=r"only 2 text\(s\) with at least 50 characters, 3 asked"):
-        load_corpus(str(path), num_texts=3, min_chars=50)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_text_column_must_be_clear(tmp_path: Path, kind: str) -> None:
-    import pyarrow as pa
-    from datasets import Dataset, DatasetDict
-
-    rows: list[dict[str, Any]] = [{"title": "a", "body": "b", "n": 1}]
-    path = tmp_path / f"x.{kind}"
-    if kind in ("jsonl", "json"):
-        path.write_text(json.dumps(rows[0] if kind == "jsonl" else rows))
-    elif kind == "parquet":
-        Dataset.from_list(rows).to_parquet(path)
-    elif kind.endswith("arrow"):
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.Table.from_pylist(rows).schema) as writer:
-            writer.write_table(pa.Table.from_pylist(rows))
-    elif kind == "disk":
-        Dataset.from_list(rows).save_to_disk(path)
-    else:
-        DatasetDict({"test": Dataset.from_list(rows)}).save_to_disk(path)
-    with pytest.raises(UserError, match=r"no column text.*body, n, title.*rename") as caught:
-        load_corpus(str(path), num_texts=1)
-    assert str(caught.value).startswith(f"--kv-corpus={path}")
-
-
-def test_missing_values_never_qualify(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": null}\n{"text": " \\n"}\n{"text": "words"}\n')
-    assert load_corpus(str(path), num_texts=1).texts == ("words",)
-
-
 @pytest.mark.parametrize("suffix", ["txt", "raw"])
 def test_windows_line_ends_and_byte_order_mark(tmp_path: Path, suffix: str) -> None:
     unix, windows = tmp_path / f"unix.{suffix}", tmp_path / f"windows.{suffix}"
@@ -153,8 +80,8 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path: Path, suffix: str) -> N
     assert first.join_rule == "each file is one text"
 
 
-def test_windows_line_ends_in_rows(tmp_path: Path) -> None:
-    path = write(tmp_path, "parquet", rows=["a\r\nb"])
+def test_windows_line_ends_in_rows(tmp_path: Path, write_rows: WriteRows) -> None:
+    path = write_rows(tmp_path, "parquet", ["a\r\nb"])
     assert load_corpus(str(path), num_texts=1).texts == ("a\nb",)
 
 
@@ -171,13 +98,77 @@ def test_join_rows() -> None:
 
 @pytest.mark.skipif(not WIKITEXT.is_file(), reason=f"{WIKITEXT} is not here")
 def test_wikitext_file_is_the_published_text() -> None:
-    """The text of the original perplexity script, known by its length and hash."""
-    corpus = load_corpus(str(WIKITEXT), num_texts=1)
-    rows = [line for line in corpus.texts[0].splitlines(keepends=True) if line.strip()]
-    joined = join_rows(rows, drop_blank=True)
-    assert len(rows) == 2891
-    assert len(joined) == 1_291_402
-    assert hash_texts([joined]) == "sha256:c5b5caea5bd655cb221545a484f2f0f59d35092a17a66840d7b9513d0b99687d"
+    """Under its name, with blank rows dropped, the raw file is the text of the data set; otherwise it is itself."""
+    corpus = load_corpus("wikitext2", path=str(WIKITEXT), num_texts=1, option="--kv-dataset-path", drop_blank=True)
+    assert len(corpus.texts[0]) == 1_291_402
+    assert corpus.text_hash == PUBLISHED
+    assert (corpus.name, corpus.source, corpus.revision) == ("wikitext2", str(WIKITEXT), None)
+    assert corpus.join_rule == r"each line is a row; non-blank rows joined by \n\n"
+    whole = load_corpus("wikitext2", path=str(WIKITEXT), num_texts=1)
+    assert whole.join_rule == "each file is one text"
+    assert whole.texts == (WIKITEXT.read_text(encoding="utf-8").replace("\r\n", "\n"),)
+    # only the name makes rows of lines
+    assert load_corpus(str(WIKITEXT), num_texts=1, drop_blank=True).texts == whole.texts
+
+
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason=f"{WIKITEXT} is not here")
+@pytest.mark.parametrize("kind", ["parquet", "stream.arrow", "dict"])
+def test_wikitext_rows_are_the_published_text(tmp_path: Path, write_rows: WriteRows, kind: str) -> None:
+    """The rows as the hub has them: a blank one before and after each heading, all with their newline."""
+    lines = [line for line in WIKITEXT.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows = [row for line in lines for row in (["", line + "\n", ""] if line.startswith(" =") else [line + "\n"])]
+    assert len(lines) == 2891
+    path = str(write_rows(tmp_path, kind, rows))
+    assert load_corpus("wikitext2", path=path, num_texts=1, drop_blank=True).text_hash == PUBLISHED
+    everything = load_corpus("wikitext2", path=path, num_texts=1)
+    assert everything.texts == ("\n\n".join(rows),)
+    assert everything.text_hash != PUBLISHED
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "disk", "dict", "jsonl", "json.gz"])
+def test_file_that_stands_for_a_data_set_follows_its_rule(tmp_path: Path, write_rows: WriteRows, kind: str) -> None:
+    rows = ["", " = A = \n", "", " words \n"]
+    path = str(write_rows(tmp_path, kind, rows))
+    kept, dropped = (load_corpus("wikitext103", path=path, num_texts=1, drop_blank=drop) for drop in (False, True))
+    assert kept.texts == ("\n\n".join(rows),)
+    assert dropped.texts == (" = A = \n\n\n words \n",)
+    assert kept.join_rule == r"all rows, blank ones too, joined by \n\n"
+    assert dropped.join_rule == r"non-blank rows joined by \n\n"
+    for corpus in (kept, dropped):
+        assert (corpus.name, corpus.source, corpus.revision) == ("wikitext103", path, None)
+        assert "same text as that of wikitext2" in corpus.notes[0]
+    sample = load_corpus("c4", path=path, num_texts=1, split="test")
+    assert sample.texts == ("  = A = \n   words \n",)
+    assert sample.join_rule == "sample: the first 4 documents, joined by single spaces, as GPTQ's evaluation does"
+    for name in ("pg19", "my-books"):
+        books = load_corpus(name, path=path, num_texts=2)
+        assert (books.name, books.texts) == (name, (rows[1], rows[3]))
+        assert books.join_rule.startswith("each row is one text")
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "pg19", "c4", "my-book"])
+def test_text_file_that_stands_for_a_data_set_is_one_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("one\n\ntwo\n")
+    corpus = load_corpus(name, path=str(path), num_texts=1)
+    assert (corpus.name, corpus.texts, corpus.join_rule) == (name, ("one\n\ntwo\n",), "each file is one text")
+    assert load_corpus(f"somebody/{name}", path=str(path), num_texts=1).name == name
+
+
+@given(st.lists(st.text("a \n\u2028\x0c")), st.booleans())
+def test_lines_of_a_wikitext_file_end_at_newlines_only(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], last: bool
+) -> None:
+    rows = [line.replace("\n", "") + "\n" for line in lines] + ["the end"] * last
+    path = tmp_path_factory.mktemp("lines") / "x.raw"
+    path.write_text("".join(rows), encoding="utf-8", newline="\n")
+    expected = "\n\n".join(row for row in rows if row.strip())
+    if expected:
+        corpus = load_corpus("wikitext2", path=str(path), num_texts=1, drop_blank=True)
+        assert corpus.texts == (expected,)
+    else:
+        with pytest.raises(UserError, match="no text in it"):
+            load_corpus("wikitext2", path=str(path), num_texts=1, drop_blank=True)
 
 
 def test_bad_requests(tmp_path: Path) -> None:
@@ -195,109 +186,30 @@ def test_bad_requests(tmp_path: Path) -> None:
         load_corpus(str(unknown), num_texts=1)
     with pytest.raises(UserError, match=r"Dataset\.save_to_disk"):
         load_corpus(str(tmp_path), num_texts=1)
-    with pytest.raises(UserError, match=r"no split 'validation'.*test"):
-        load_corpus(str(write(tmp_path, "dict")), num_texts=1, split="validation")
-    with pytest.raises(UserError, match="no split 'dev'"):
-        load_corpus("wikitext2", num_texts=1, split="dev")
+    with pytest.raises(UserError, match=r"^--kv-dataset=wikitext4: no such corpus or file.*wikitext103, pg19, c4$"):
+        load_corpus("wikitext4", num_texts=1, option="--kv-dataset")
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("x.txt", b"\xff\xfe\x00\xd8"),
-        ("x.jsonl", b'{"text": '),
-        ("x.jsonl", b'"words"\n'),
-        ("x.json", b"[1, 2]"),
-        ("x.parquet", b"no parquet"),
-        ("x.arrow", b"no arrow"),
-    ],
-)
-def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_corpus(str(path), num_texts=1)
-    assert str(caught.value).startswith(f"--kv-corpus={path}: ")
-    assert "give" in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("ask", [load_corpus, check_corpus])
+def test_paths_that_cannot_stand_for_a_name(tmp_path: Path, ask: Callable[..., object]) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("words")
+    more = {"num_texts": 1} if ask is load_corpus else {}
+    for name in ("default", "pydoc", str(path)):
+        with pytest.raises(UserError) as caught:
+            ask(name, option="--kv-dataset-path", path=str(path), **more)
+        assert str(caught.value).startswith(
+            f"--kv-dataset-path={path}: cannot stand for {name}, which is a text of its own"
+        )
+        assert "--kv-dataset=wikitext2" in str(caught.value)
+    with pytest.raises(UserError, match=r"^--kv-dataset-path=nowhere\.raw: no such file or folder; check the path$"):
+        ask("wikitext2", option="--kv-dataset-path", path="nowhere.raw", **more)
+    # no path at all: an option that is not given
+    with pytest.raises(UserError, match=r"^--kv-dataset=nowhere: no such corpus"):
+        ask("nowhere", option="--kv-dataset", path="", **more)
 
 
-def run(code: str, home: Path) -> list[str]:
-    """Run code offline in a fresh interpreter with a hub cache of its own; return the lines it prints."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", "from kvsuite.workloads.corpus import load_corpus\n" + code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("name", ["pg19", "wikitext2", "wikitext103"])
-def test_offline_answer_is_quick_and_names_the_mend(tmp_path: Path, name: str) -> None:
-    code = f"""
-from kvsuite.errors import UserError
-try:
-    load_corpus("{name}", num_texts=1)
-except UserError as error:
-    print(error)
-"""
-    started = time.perf_counter()
-    (message,) = run(code, tmp_path)
-    assert time.perf_counter() - started < 5
-    assert message.startswith(f"--kv-corpus={name}: ")
-    assert ".parquet" in message
-
-
-def hub_dataset(home: Path, repo: str, files: dict[str, list[str]]) -> str:
-    """Lay out a hub cache as huggingface_hub does after a download."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    commit = "89abcdef0123456789abcdef0123456789abcdef"
-    repository = home / "hub" / f"datasets--{repo.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for name, rows in files.items():
-        path = repository / "snapshots" / commit / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(pa.table({"text": rows}), path)
-    return commit
-
-
-def test_named_corpora_come_out_of_the_local_hub_cache(tmp_path: Path) -> None:
-    wiki = ["", " = A = \n", " words \n"]
-    commit = hub_dataset(
-        tmp_path,
-        "Salesforce/wikitext",
-        {
-            "wikitext-2-raw-v1/test-00000-of-00001.parquet": wiki,
-            "wikitext-103-raw-v1/test-00000-of-00001.parquet": wiki,
-        },
-    )
-    hub_dataset(tmp_path, "emozilla/pg19", {"data/test-00000-of-00001-29a571947c0b5ccc.parquet": ROWS})
-    code = """
-import json
-for name, count, least in (("wikitext2", 1, 0), ("wikitext103", 1, 0), ("pg19", 2, 50)):
-    c = load_corpus(name, num_texts=count, min_chars=least)
-    print(json.dumps([c.texts, c.revision, c.notes, c.text_hash, c.source, c.join_rule]))
-"""
-    first, second, books = (json.loads(line) for line in run(code, tmp_path))
-    assert first[0] == ["\n\n = A = \n\n\n words \n"]
-    assert first[1] == commit
-    assert first[2] == []
-    assert second[3] == first[3], "equal text, equal hash"
-    assert "same text" in second[2][0]
-    assert books[0] == ROWS[2:]
-    assert books[4] == "emozilla/pg19:test"
-
-
-def test_split_that_the_local_hub_cache_lacks(tmp_path: Path) -> None:
-    hub_dataset(tmp_path, "emozilla/pg19", {"data/test-00000-of-00001.parquet": ROWS})
-    code = """
-from kvsuite.errors import UserError
-try:
-    load_corpus("pg19", num_texts=1, split="train")
-except UserError as error:
-    print(error)
-"""
-    (message,) = run(code, tmp_path)
-    assert "no train split" in message
+def test_names_that_need_no_path() -> None:
+    for name in ("default", "pydoc", "wikitext2", "wikitext103", "pg19", "c4"):
+        check_corpus(name, option="--kv-dataset")
+    check_corpus("my-book", option="--kv-dataset-path", path=str(Path(__file__)))

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
+import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.files import write_atomic
-from kvsuite.reporting.perplexity_csv import quantization_tag
+from kvsuite.reporting.perplexity_csv import file_token
+from kvsuite.reporting.perplexity_rows import quantization_tag
 
-from .style import GREY, figure_bytes, house_style
+from .perplexity_panels import Chart, CsvRow, build_charts
+from .style import BLUE, GREEN, GREY, RED, figure_bytes, house_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CsvRow = Mapping[str, Any]
-
 _DPI = 200
 _HEIGHT, _ASPECT = 4.0, 1.1
-_AS_LOADED = {"fp16", "float32", "float16", "bfloat16"}
-_COLOURS = ("#3498db", "#e74c3c", "#2ecc71", "#9b59b6", "#f39c12", "#1abc9c", "#34495e", "#d35400")
-# rows without a hash: what is known of these two data sets' texts (both published CSVs agree in every digit)
-_SAME_TEXT = {("wikitext103", "test"): "wikitext2", ("wikitext103", "validation"): "wikitext2"}
+_BARS_A_PANEL = 6
+#: a linear axis would show bars in such a ratio as nothing
+_LOG_RATIO = 50.0
+_LARGEST = 1e100  # drawn, not printed: the axis and its ticks have to be floats
+#: of the weight formats of kvsuite.quantization.registry; greys are as loaded, by dtype
+COLOURS = {
+    "none": GREY,
+    "fp32": GREY,
+    "float32": GREY,
+    "bf16": "#b5b5b5",
+    "bfloat16": "#b5b5b5",
+    "fp16": "#4d4d4d",
+    "float16": "#4d4d4d",
+    "q0f32": "#c8d6e5",
+    "q0f16": "#34495e",
+    "8bit": GREEN,
+    "4bit": BLUE,
+    "fake_q3": RED,
+    "q3f16_1": "#f39c12",
+    "q4f16_0": "#9b59b6",
+    "q4f16_1": "#00a8a8",
+    "q4f16_2": "#fd79a8",
+    "q4f32_1": "#f1e05a",
+}
 
 
 def draw_perplexity(rows: Sequence[CsvRow], folder: Path) -> list[Path]:
-    """Draw into ``folder``: ``<dataset>_ppl_vs_quant.png`` and ``.svg`` for every text.
+    """Draw into ``folder``: ``<dataset>_ppl_vs_quant.png`` and ``.svg`` for every data set.
 
     Raises
     ------
@@ -46,17 +67,29 @@ def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
     """The same files as bytes by name."""
     rendered = {}
     for dataset, figure in build_figures(rows).items():
-        rendered[f"{dataset}_ppl_vs_quant.png"] = _png(figure)
-        rendered[f"{dataset}_ppl_vs_quant.svg"] = figure_bytes(figure, "svg")
+        for kind in ("png", "svg"):
+            rendered[f"{file_token(dataset)}_ppl_vs_quant.{kind}"] = figure_file(figure, kind)
     return rendered
 
 
-def build_figures(rows: Sequence[CsvRow]) -> dict[str, Figure]:
-    """Build one figure for every text, by the name of its data set.
+def figure_file(figure: Figure, kind: str) -> bytes:
+    """A figure as ``"png"`` (200 dpi, as the original's) or ``"svg"``."""
+    if kind != "png":
+        return figure_bytes(figure, kind)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    Rows of two data sets with one text (found by its hash; in the original's CSVs, which have none, the test and validation
-    splits of wikitext103 and wikitext2) are one result, and the figure says so. Of rows with the same model, settings, format,
-    dtype and device the last one counts.
+    FigureCanvasAgg(figure)
+    buffer = BytesIO()
+    with house_style():
+        figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def build_figures(rows: Sequence[CsvRow]) -> dict[str, Figure]:
+    """Build one figure for every data set, by its name.
+
+    Rows of two data sets with one text are one result, and the figure says so; see `build_charts`. Of rows with the same model,
+    text, settings, format, dtype and device the last one counts.
 
     Parameters
     ----------
@@ -70,100 +103,62 @@ def build_figures(rows: Sequence[CsvRow]) -> dict[str, Figure]:
     """
     if not rows:
         raise UserError("no perplexity row to draw; run benchmarks/test_perplexity.py first, or give a CSV with rows")
-    figures: dict[str, Figure] = {}
-    for group in _by_text(rows):
-        names = list(dict.fromkeys(str(row["dataset"]) for row in group))
-        dataset = "wikitext2" if "wikitext2" in names else names[0]
-        figures[dataset] = _figure(dataset, group)
-    return figures
+    return {chart.dataset: _figure(chart) for chart in build_charts(rows)}
 
 
-def _by_text(rows: Sequence[CsvRow]) -> list[list[CsvRow]]:
-    names: dict[str, str] = {}
-    for row in rows:
-        if row["text_sha256"]:
-            known = names.setdefault(row["text_sha256"], str(row["dataset"]))
-            names[row["text_sha256"]] = "wikitext2" if row["dataset"] == "wikitext2" else known
-    groups: dict[str, list[CsvRow]] = {}
-    for row in rows:
-        name = str(row["dataset"])
-        same = names[row["text_sha256"]] if row["text_sha256"] else _SAME_TEXT.get((name, str(row["split"])), name)
-        groups.setdefault(same, []).append(row)
-    return list(groups.values())
-
-
-def _figure(dataset: str, rows: Sequence[CsvRow]) -> Figure:
+def _figure(chart: Chart) -> Figure:
     from matplotlib.figure import Figure
 
-    panels: dict[str, list[CsvRow]] = {}
-    for row in rows:
-        panels.setdefault(_panel_title(row), []).append(row)
-    bars = {title: _bars(group) for title, group in panels.items()}
-    colours = _colours([tag for group in bars.values() for tag in map(quantization_tag, group.values())])
-    width = _HEIGHT * _ASPECT * sum(max(1.0, len(group) / 6) for group in bars.values())
-    top = max(row["ppl"] + (row["perplexity_se"] or 0.0) for group in bars.values() for row in group.values())
+    drawn = [row for panel in chart.panels for row in panel.bars.values()]
+    colours = _colours([quantization_tag(row) for row in drawn])
+    ratios = [max(1.0, len(panel.bars) / _BARS_A_PANEL) for panel in chart.panels]
     with house_style():
-        figure = Figure(figsize=(max(width, 6.0), _HEIGHT + 1.4), layout="constrained")
-        figure.suptitle(f"{dataset} PPL vs quantization", fontweight="bold")
-        grid = figure.subplots(
-            1, len(bars), sharey=True, squeeze=False, width_ratios=[max(1.0, len(group) / 6) for group in bars.values()]
-        )
-        for axes, (title, group) in zip(grid[0], bars.items(), strict=True):
-            _draw(axes, group, colours)
-            axes.set_title(title, fontsize=9, parse_math=False)
-        # the y axis is shared; room for the numbers
-        grid[0][0].set_ylim(0, 1.12 * top)
-        grid[0][0].set_ylabel(f"PPL ({dataset})", parse_math=False)
-        wide = int(16 * figure.get_size_inches()[0])
-        figure.supxlabel("\n".join(textwrap.wrap(_caption(dataset, rows, bars), wide)), fontsize=8)
+        figure = Figure(figsize=(max(_HEIGHT * _ASPECT * sum(ratios), 6.0), _HEIGHT + 1.4), layout="constrained")
+        width = figure.get_size_inches()[0]
+        title = "\n".join(textwrap.wrap(f"{chart.dataset} PPL vs quantization", int(9 * width)))
+        figure.suptitle(title, fontweight="bold")
+        grid = figure.subplots(1, len(chart.panels), sharey=True, squeeze=False, width_ratios=ratios)
+        for axes, panel in zip(grid[0], chart.panels, strict=True):
+            _draw(axes, panel.bars, colours)
+            axes.set_title(panel.title, fontsize=9, parse_math=False)
+        _scale(grid[0][0], chart.dataset, drawn)
+        figure.supxlabel("\n".join(textwrap.wrap(chart.caption, int(16 * width))), fontsize=8)
     return figure
 
 
-def _panel_title(row: CsvRow) -> str:
-    """Model and settings: what must be equal for two bars to compare."""
-    protocol = row["protocol"] or "hf-strided, original program and formula"
-    lines = [
-        str(row["hf_model"]),
-        f"{protocol}, {row['max_length']}/{row['stride']}"
-        if "strided" in protocol
-        else f"{protocol}, {row['max_length']}",
-        ", ".join(
-            part
-            for part in (
-                f"{row['split']} split" if row["split"] else "",
-                f"{row['num_targets']:,} scored tokens" if row["num_targets"] else "",
-                f"prefix rule {row['bos']}" if row["bos"] else "",
-                f"text {row['text_sha256'][:8]}" if row["text_sha256"] else "",
-            )
-            if part
-        ),
-    ]
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, 52))
+def _scale(axes: Axes, dataset: str, drawn: Sequence[CsvRow]) -> None:
+    """Scale the y axis, which all panels share, with room for the numbers."""
+    top = min(max(row["ppl"] + (row["perplexity_se"] or 0.0) for row in drawn), _LARGEST)
+    name = textwrap.shorten(dataset, 40, placeholder="…")
+    if top / min(row["ppl"] for row in drawn) < _LOG_RATIO:
+        axes.set_ylim(0, 1.12 * top)
+        axes.set_ylabel(f"PPL ({name})", parse_math=False)
+        return
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-
-def _bars(rows: Sequence[CsvRow]) -> dict[str, CsvRow]:
-    """The last row of each key, by a label that tells them apart."""
-    last: dict[tuple[str, str, str], CsvRow] = {}
-    for row in rows:
-        last[quantization_tag(row), str(row["dtype"] or ""), str(row["device"]).partition(":")[0]] = row
-    labels = {}
-    for key, row in last.items():
-        others = [other for other in last if other[0] == key[0]]
-        differing = [
-            key[place] for place in (1, 2) if len({other[place] for other in others}) > 1 and key[place] != key[0]
-        ]
-        labels[f"{key[0]} ({', '.join(filter(None, differing))})" if any(differing) else key[0]] = row
-    return labels
+    axes.set_yscale("log")
+    # matplotlib's own labels are formulas, which the house style prints as they stand
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,.0f}" if tick < 1e5 else f"{tick:.0e}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    # of 1, the least there can be: the length of a bar is then the mean loss
+    axes.set_ylim(1, top**1.12)
+    axes.set_ylabel(f"PPL ({name}), logarithmic axis", parse_math=False)
 
 
 def _colours(tags: Sequence[str]) -> dict[str, str]:
-    chosen = [tag for tag in dict.fromkeys(tags) if tag not in _AS_LOADED]
-    return dict.fromkeys(tags, GREY) | {tag: _COLOURS[at % len(_COLOURS)] for at, tag in enumerate(chosen)}
+    unknown = [tag for tag in dict.fromkeys(tags) if tag not in COLOURS]
+    return COLOURS | {tag: _unknown_colour(at) for at, tag in enumerate(unknown)}
+
+
+def _unknown_colour(at: int) -> str:
+    """One of an endless row of colours, paler than the known ones: hues by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb((0.05 + at * 0.618034) % 1.0, 0.4, 0.85 - 0.2 * (at % 2))
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) -> None:
-    heights = [row["ppl"] for row in bars.values()]
-    errors = [row["perplexity_se"] or 0.0 for row in bars.values()]
+    heights = [min(row["ppl"], _LARGEST) for row in bars.values()]
+    errors = [min(row["perplexity_se"] or 0.0, _LARGEST) for row in bars.values()]
     axes.bar(
         range(len(bars)),
         heights,
@@ -181,10 +176,10 @@ def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) ->
             ecolor="black",
             capsize=4,
         )
-    for place, height in enumerate(heights):
+    for place, row in enumerate(bars.values()):
         axes.annotate(
-            f"{height:.2f}",
-            (place, height + errors[place]),
+            f"{row['ppl']:.2f}" if row["ppl"] < 1e5 else f"{row['ppl']:.3g}",
+            (place, heights[place] + errors[place]),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
@@ -195,37 +190,3 @@ def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) ->
     axes.set_xlabel("quantization")
     axes.set_xlim(-0.6, len(bars) - 0.4)
     axes.grid(axis="y", linestyle="--", alpha=0.3)
-
-
-def _caption(dataset: str, rows: Sequence[CsvRow], panels: Mapping[str, Mapping[str, CsvRow]]) -> str:
-    drawn = [row for group in panels.values() for row in group.values()]
-    parts = []
-    same = [
-        f"{name} ({', '.join(splits)})"
-        for name in dict.fromkeys(str(row["dataset"]) for row in rows)
-        if name != dataset and (splits := dict.fromkeys(str(row["split"]) for row in rows if row["dataset"] == name))
-    ]
-    if same:
-        parts.append(f"{', '.join(same)}: same text as {dataset}, one result.")
-    elif any(_SAME_TEXT.get((str(row["dataset"]), str(row["split"])), dataset) != dataset for row in rows):
-        parts.append("Same text as wikitext2, not a second result.")
-    if any(row["perplexity_se"] is not None for row in drawn):
-        parts.append("Whiskers: 1 standard error, a lower bound since losses correlate.")
-    if any(row["perplexity_se"] is None for row in drawn):
-        parts.append("No whisker: no standard error in the file.")
-    if len(drawn) < len(rows):
-        parts.append(f"{len(rows)} rows, the last one of each case drawn.")
-    labels = dict.fromkeys(str(row["mlc_model"]) for row in drawn if row["mlc_model"])
-    if labels:
-        parts.append("MLC models are labels, none was run.")
-    return " ".join(parts)
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = BytesIO()
-    with house_style():
-        figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()

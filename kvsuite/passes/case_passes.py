@@ -1,0 +1,121 @@
+"""One case's passes in their order, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvsuite.case import Case
+from kvsuite.engines.base import Session
+from kvsuite.record import Record
+from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
+
+from .cache_quality import score_through_cache
+from .speed import measure_speed
+from .window_quality import WindowQuality, refuse_before_loading
+
+if TYPE_CHECKING:
+    from kvsuite.measurement import CaseRunner
+
+RunRounds = Callable[[Callable[[], None], int], None]
+
+
+class Phase(Protocol):
+    """Is told how far a phase came."""
+
+    def __call__(self, phase: str, done: int, of: int, note: str = "") -> None: ...
+
+
+@dataclass
+class Measured:
+    """A record, and what belongs beside it: raw per-token rows for the sidecar."""
+
+    record: Record
+    tokens: dict[str, list[Any]] | None = None
+
+
+class CasePasses:
+    """Runs the passes of one case on a runner's session; ``phase`` says how far it came."""
+
+    def __init__(
+        self, runner: CaseRunner, case: Case, measured: Measured, run_rounds: RunRounds, progress: Phase
+    ) -> None:
+        self.runner = runner
+        self.case = case
+        self.measured = measured
+        self.record = measured.record
+        self.run_rounds = run_rounds
+        self.progress = progress
+        self.phase = "load"
+        self.session: Session | None = None
+        self.dataset_revision: str | None = None
+        record = self.record
+        record.case_key = case.key(model_revision=None, dataset_revision=None)
+        record.partition["requested"] = None if case.partition is None else dict(case.partition)
+
+    def run(self) -> None:
+        """Quality, memory, speed; then what needs a second model beside the first."""
+        record = self.record
+        windows = self.case.workload["protocol"] in WINDOW_PROTOCOLS
+        if windows:
+            refuse_before_loading(self.case)
+        session = self.session = self.runner.sessions.get(self.case)
+        record.model = dict(session.model)
+        self._key()
+        session.prepare(self.case)
+        # what only rounds weights computes at the speed and in the memory of the dense model
+        quality_only = bool((session.model.get("quantization") or {}).get("quality_only"))
+        scoring = WindowQuality(self, session) if windows else None
+        # a prompt that the corpus cannot give must not be found out after minutes of scoring
+        prompts = [] if quality_only else self._prompts(session)
+        self.phase = "quality"
+        if scoring:
+            scoring.score(timed=not quality_only)
+        else:
+            score_through_cache(self, session)
+        self._key()
+        if quality_only:
+            record.inert["speed"] = f"{self.case.quantization} is rounded and kept dense: quality only"
+        else:
+            self._weight_format(session)
+            measure_speed(self, session, prompts)
+        record.effective = dict(session.effective)
+        record.inert |= session.inert
+        record.partition = dict(session.partition)
+        if scoring and self.case.params["reference"]:
+            self.phase = "reference"
+            scoring.compare()
+
+    def finish(self) -> None:
+        """End of the case, whatever happened in it."""
+        if self.session is not None:
+            self.record.effective = self.record.effective or dict(self.session.effective)
+            try:
+                self.session.finish()
+            except Exception as error:  # a broken device must not take the finished record with it
+                self.record.warnings.append(f"cleaning up after the case failed: {error}")
+
+    def put(self, name: str, samples: Any, **facts: Any) -> None:
+        """Write metric ``name`` into the record."""
+        self.record.metrics[name] = self.runner.registry.value(name, samples, **facts)
+
+    def _key(self) -> None:
+        model = self.record.model
+        case = self.case
+        if case.dtype == "checkpoint" and self.session is not None:
+            case = replace(case, dtype=self.session.dtype_name)
+        self.record.case_key = case.key(model_revision=model.get("revision"), dataset_revision=self.dataset_revision)
+
+    def _prompts(self, session: Session) -> list[list[int]]:
+        options = self.runner.options
+        count = options.num_warmup + options.rounds + 1
+        return self.runner.texts.prompts(session, self.case.workload, count=count, seed=options.seed)
+
+    def _weight_format(self, session: Session) -> None:
+        facts = session.model.get("quantization")
+        if facts is None:
+            return
+        self.put("mem_predicted_weights_bytes", facts["predicted_weight_bytes"])
+        self.put("bits_per_weight", facts["bits_per_weight"])
+        self.put("bits_per_weight_without_embeddings", facts["bits_per_weight_without_embeddings"])

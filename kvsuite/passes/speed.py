@@ -1,0 +1,142 @@
+"""Memory and speed of a case: warm-up, the instrumented pass, the timed rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvsuite.engines.base import MemoryPass, Session
+from kvsuite.errors import CaseInvalid
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.timing import RoundTimes
+
+if TYPE_CHECKING:
+    from .case_passes import CasePasses
+
+# coefficient of variation above which times are shown and not judged
+_MAX_CV = 0.10
+
+
+def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence[int]]) -> None:
+    """Memory pass and timed rounds of one request; ``prompts`` are one for each warm-up and round, and one more."""
+    options, workload, record = work.runner.options, work.case.workload, work.record
+    work.phase = "memory"
+    length, new_tokens = int(workload["prompt_tokens"]), int(workload["max_new_tokens"])
+    for index in range(max(options.num_warmup - 1, 0)):
+        work.progress("warm-up", index + 1, options.num_warmup)
+        session.warm(prompts[index], new_tokens)
+    _memory(work, session, session.memory_pass(prompts[-1], new_tokens), length, new_tokens)
+    work.phase = "decode"
+    session.capture(prompts[0], new_tokens)
+    clock = work.runner.clock(session.device)
+    if options.num_warmup and session.effective.get("decode_step") == "cuda_graph":
+        session.generate(prompts[-1], new_tokens, clock)
+    rounds: list[RoundTimes] = []
+    waiting = iter(prompts[options.num_warmup :])
+
+    def one_round() -> None:
+        times = session.generate(next(waiting), new_tokens, clock)
+        if times.generated != new_tokens:
+            raise CaseInvalid(f"generated {times.generated} tokens instead of {new_tokens}: no timing is comparable")
+        rounds.append(RoundTimes([times], clock.name))
+        work.progress("timed rounds", len(rounds), options.rounds)
+
+    reason = session.effective.get("decode_step_reason")
+    if reason and options.decode_step == "auto":
+        record.warnings.append(f"decode steps ran uncaptured: {reason}")
+    work.run_rounds(one_round, options.rounds)
+    _timing(work, rounds)
+    _judge_spread(work)
+    _first_step(work, session, prompts[0][:1], clock)
+    record.tokens |= {"prompt": length, "prefill_computed": length, "generated": new_tokens, "requested": new_tokens}
+    if length + new_tokens > (session.model.get("trained_length") or length + new_tokens):
+        record.warnings.append(
+            f"{length + new_tokens} positions are more than the trained length {session.model['trained_length']}"
+        )
+
+
+def _judge_spread(work: CasePasses) -> None:
+    """Say in the record where times cannot be compared: too few rounds, or a spread above `_MAX_CV`."""
+    metrics, warnings = work.record.metrics, work.record.warnings
+    if work.runner.options.rounds < 2:
+        warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
+    for name in ("ttft_s", "tpot_s"):
+        cv = metrics[name].get("cv")
+        if cv is not None and cv > _MAX_CV:
+            warnings.append(
+                f"unstable: {name} varies by {cv:.0%} between rounds (bound {_MAX_CV:.0%}), so its differences mean "
+                "nothing; is the machine busy?"
+            )
+
+
+def _first_step(work: CasePasses, session: Session, prompt: Sequence[int], clock: Clock) -> None:
+    try:
+        steps = [session.generate(prompt, 1, clock).ttft_s for _ in range(work.runner.options.rounds)]
+    except CaseInvalid as invalid:
+        work.put("first_step_s", None, reason=f"a prompt of one token: {invalid}")
+        return
+    work.put("first_step_s", steps, clock=clock.name)
+
+
+def _timing(work: CasePasses, rounds: Sequence[RoundTimes]) -> None:
+    rows = [one.metrics() for one in rounds]
+    clock = rounds[0].clock
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        known = [value for value in values if value is not None]
+        work.put(name, known or None, clock=clock, reason="needs at least two output tokens")
+    gaps = [gap for one in rounds for request in one.requests for gap in request.itl_s]
+    work.put("itl_s", gaps or None, clock=clock, pooled="pooled_tokens", reason="needs at least two output tokens")
+    work.record.samples["rounds"] = [
+        row | {"itl_s": list(one.requests[0].itl_s)} for row, one in zip(rows, rounds, strict=True)
+    ]
+
+
+def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, new_tokens: int) -> None:
+    record = work.record
+    record.warnings += found.warnings
+    if work.case.policy and found.kv_bytes_decode == session.full_kv_bytes(length + new_tokens - 1):
+        record.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
+    planned = session.planned_kv_bytes(length, new_tokens)
+    full = session.full_kv_bytes(length)
+    work.put("kv_bytes_exact", found.kv_bytes_decode)
+    work.put("kv_bytes_exact_prefill", found.kv_bytes_prefill)
+    work.put("mem_predicted_kv_bytes", planned, reason="the press decides how much it keeps")
+    for name, value in (
+        ("cache_tokens_mean", sum(found.lengths_decode) / len(found.lengths_decode)),
+        ("cache_tokens_min", min(found.lengths_decode)),
+        ("cache_tokens_max", max(found.lengths_decode)),
+    ):
+        work.put(name, value)
+    asked = session.ratio_requested
+    work.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
+    work.put("ratio_effective", 1 - found.kv_bytes_prefill / full)
+    work.put("mem_weights_bytes", session.model["weights_bytes"])
+    for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
+        work.put(name, seconds, clock=work.runner.clock(session.device).name, reason="nothing is compressed then")
+    peaks = [found.prefill.peak.value, found.decode.peak.value]
+    known = None if None in peaks else max(p for p in peaks if p is not None)
+    before = found.prefill.before.value
+    reason = found.prefill.peak.reason
+    for name, found_bytes, why in (
+        ("mem_measured_before_bytes", before, reason),
+        ("mem_measured_prefill_peak_bytes", peaks[0], reason),
+        ("mem_measured_decode_peak_bytes", peaks[1], reason),
+        ("mem_measured_peak_bytes", known, reason),
+        ("mem_measured_dynamic_bytes", None if known is None or before is None else known - before, reason),
+        ("mem_measured_reserved_bytes", found.decode.reserved.value, reason),
+        ("mem_measured_driver_bytes", found.driver.value, found.driver.reason),
+        ("mem_measured_rss_peak_bytes", found.resident.value, found.resident.reason),
+    ):
+        work.put(name, found_bytes, **({"reason": why} if found_bytes is None else {}))
+    record.metrics["mem_measured_driver_bytes"] |= found.driver.facts
+    floor = (
+        session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
+    ) / session.bandwidth
+    work.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
+    record.memory["predicted"] = {"kv_bytes": planned, "weights_bytes": session.model["weights_bytes"]}
+    record.memory["measured"] = {
+        "kv_bytes_allocated": found.kv_bytes_allocated,
+        "cache_tokens_per_layer": found.lengths_decode,
+        "cache_tokens_per_layer_prefill": found.lengths_prefill,
+    }

