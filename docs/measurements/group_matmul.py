@@ -100,7 +100,7 @@ def time_shape(name: str, rows: int, columns: int, device: torch.device, bandwid
         x = torch.randn(tokens, columns, device=device, dtype=dtype)
         ours = seconds([partial(group_matmul, x, weight, None) for weight in weights], rounds)
         plain = seconds([partial(F.linear, x, weight) for weight in dense], rounds)
-        share = f" {size / ours / bandwidth:4.0%}" if tokens <= FEW_ROWS else ""
+        share = f" {size / ours / bandwidth:4.0%}" if tokens <= FEW_ROWS[x.element_size()] else ""
         line += f" | {tokens:4}: {ours * 1e6:8.1f} us{share}, torch {plain * 1e6:8.1f} us"
     print(line, flush=True)
 

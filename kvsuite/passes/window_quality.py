@@ -40,7 +40,7 @@ class WindowQuality:
     UserError
         If the text cannot be read or is too short.
     CaseInvalid
-        If the windows are longer than the model was trained for.
+        If the windows are longer than the model was trained for; `score`: if a loss is not finite.
     CaseSkipped
         If another data set of this run has the same text: it is one result.
     """
@@ -80,6 +80,8 @@ class WindowQuality:
         score_s = time.perf_counter() - begin
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
+        self._require_finite(nll)
+        work.runner.scored_texts.setdefault(self._result, workload["dataset"])
         pooled = perplexity(nll)
         facts = {
             "protocol": workload["protocol"],
@@ -186,10 +188,23 @@ class WindowQuality:
         for name in _DIVERGENCE:
             self.work.put(name, None, reason=reason)
 
+    def _require_finite(self, nll: list[float]) -> None:
+        broken = sum(not math.isfinite(x) for x in nll)
+        if broken:
+            raise CaseInvalid(
+                f"{broken} of {len(nll)} losses are not finite: the model overflows in {self.session.dtype_name}; give "
+                "another --kv-dtype or --kv-quantization"
+            )
+
+    @property
+    def _result(self) -> tuple[Case, str]:
+        """Everything that decides the perplexity but the name of the text."""
+        case = self.case
+        return replace(case, name="", workload={**case.workload, "dataset": ""}), self.texts.revision
+
     def _refuse_a_second_result(self) -> None:
-        case, name = self.case, self.case.workload["dataset"]
-        setting = replace(case, name="", workload={**case.workload, "dataset": ""})
-        first = self.work.runner.scored_texts.setdefault((setting, self.texts.revision), name)
+        name = self.case.workload["dataset"]
+        first = self.work.runner.scored_texts.get(self._result, name)
         if first != name:
             raise CaseSkipped(f"the same text as {first}, whose result it is: never two results of one text")
 

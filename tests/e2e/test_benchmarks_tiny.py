@@ -28,7 +28,7 @@ FILES = {
 }
 # sizes that leave and sizes that do not leave room for the 24 tokens of a request
 COMMAND = (
-    "benchmarks", "--kv-model=dummy:tiny", "--kv-device=cpu", "--kv-threads=1", "--kv-prompt-tokens=16",
+    "benchmarks", "-k", "compression", "--kv-model=dummy:tiny", "--kv-device=cpu", "--kv-threads=1", "--kv-prompt-tokens=16",
     "--kv-max-new-tokens=8",
     "--kv-start-size=2", "--kv-recent-sizes=4,100", "--kv-fix-kv-sizes=8", "--kv-keep-ratios=0.5", "--kv-rounds=2",
     "--kv-num-warmup=1", "--kv-method=streaming_llm,fix_size_l2,l2_compress", "--kv-prune-after=4",

@@ -80,9 +80,15 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
     return Run(done.returncode, done.stdout, done.stderr, folder)
 
 
-def copy_benchmarks(folder: Path) -> Path:
-    """What a user of the repository has: ``benchmarks/`` and ``pytest.ini``."""
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+def copy_benchmarks(folder: Path, *suites: str) -> Path:
+    """What a user of the repository has: ``pytest.ini`` and of ``benchmarks/`` these suites, else the compression suite.
+
+    The other suites have no cases of the tiny dummy model that most tests run.
+    """
+    (folder / "benchmarks").mkdir(parents=True)
+    for suite in suites or ("compression",):
+        shutil.copy(ROOT / "benchmarks" / f"test_{suite}.py", folder / "benchmarks")
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", folder / "benchmarks")
     shutil.copy(ROOT / "pytest.ini", folder)
     return folder
 

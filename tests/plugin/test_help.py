@@ -7,6 +7,7 @@ import re
 import pytest
 from pytest_runs import run_pytest
 
+from kvsuite.option_table import FLAGS
 from kvsuite.options import OPTIONS, REJECTED, Option
 
 
@@ -21,7 +22,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_option_is_listed_with_its_default(option: Option, entries: dict[str, str]) -> None:
-    flag = option.name in ("compare-all", "no-baseline", "no-recent-only")
+    flag = option.name in FLAGS
     entry = entries[f"--kv-{option.name}" + ("" if flag else "=VALUE")]
     listed = set(re.findall(r"--kv[-_][\w-]+", entry.partition(option.help)[0]))
     names = [f"--kv-{name}" for name in (option.name, *option.aliases)]

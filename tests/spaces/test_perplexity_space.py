@@ -142,7 +142,9 @@ def test_a_rule_that_the_protocol_cannot_have_is_refused() -> None:
     message = refusal(ppl_protocol="lm-eval-rolling", bos="none")
     assert message.startswith("--kv-bos=none: lm-eval-rolling cannot have it; choose one of bos_first")
     # also where only one of several protocols cannot
-    assert refusal(ppl_protocol="hf-strided,llama.cpp-half", bos="bos_first").startswith("--kv-bos=bos_first: llama.cpp")
+    assert refusal(ppl_protocol="hf-strided,llama.cpp-half", bos="bos_first").startswith(
+        "--kv-bos=bos_first: llama.cpp"
+    )
 
 
 @given(

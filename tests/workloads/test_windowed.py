@@ -50,7 +50,9 @@ def beginning() -> Any:
 
 
 def rule(protocol: str = "hf-strided", **fields: Any) -> WindowRule:
-    return WindowRule(**({"protocol": protocol, "max_length": 16, "stride": 8, "rule": None, "eval_tokens": None} | fields))
+    return WindowRule(
+        **({"protocol": protocol, "max_length": 16, "stride": 8, "rule": None, "eval_tokens": None} | fields)
+    )
 
 
 def ids_of(text: str) -> list[int]:

@@ -1,0 +1,516 @@
+"""Every formula of a perplexity record, exactly, on a synthetic engine whose losses are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from synthetic_session import ENVIRONMENT, OnePool, Script, SyntheticSession
+from tiny_checkpoint import TEXT, byte_tokenizer
+
+from kvsuite.case import Case
+from kvsuite.engines.window_scoring import WindowScores
+from kvsuite.errors import CaseSkipped, UserError
+from kvsuite.measurement import CaseRunner
+from kvsuite.meters.divergence import TokenDivergence
+from kvsuite.meters.quality import TokenScores
+from kvsuite.metrics import MetricRegistry
+from kvsuite.options import default_options
+from kvsuite.passes import Measured
+from kvsuite.record import schema
+from kvsuite.spaces.perplexity import perplexity_cases
+from kvsuite.workloads.windows import plan_windows, target_positions
+
+DIVERGENCE = (
+    "kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
+    "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se",
+)  # fmt: skip
+PACKED = {
+    "format": "q4f16_1", "quality_only": False, "predicted_weight_bytes": 4096, "bits_per_weight": 4.5,
+    "bits_per_weight_without_embeddings": 4.25,
+}  # fmt: skip
+
+
+def loss(position: int) -> float:
+    return 1.0 + position % 3
+
+
+class WindowSession(SyntheticSession):
+    """Scores windows by a function of the position, and remembers what it was asked for."""
+
+    def __init__(self, losses: Callable[[int], float] = loss, *, quantization: Any = None, **facts: Any) -> None:
+        super().__init__(Script())
+        self.losses, self.closed = losses, False
+        self.scored: list[tuple[list[int], list[Any], str, int | None]] = []
+        self.model |= {"quantization": quantization} | facts
+
+    @property
+    def tokenizer(self) -> Any:
+        return byte_tokenizer()
+
+    @property
+    def vocab_size(self) -> int:
+        return 258
+
+    def prepare(self, case: Case) -> None:
+        super().prepare(case)
+        self.effective["threads"] = 3
+
+    def score_windows(
+        self, tokens: Sequence[int], windows: Any, *, prefix: str, prefix_token: int | None, progress: Any = None
+    ) -> WindowScores:
+        self._note("score")
+        self.scored.append((list(tokens), list(windows), prefix, prefix_token))
+        positions = target_positions(windows)
+        nll = [self.losses(p) for p in positions]
+        if progress:
+            progress(len(nll), len(nll), math.fsum(nll) / len(nll))
+        scores = TokenScores([tokens[p] for p in positions], positions, nll, [p % 4 == 0 for p in positions])
+        return WindowScores(scores, 7 * len(windows), 1, {"head": "split"})
+
+    def compare_windows(
+        self, reference: Any, tokens: Any, windows: Any, *, prefix: str, prefix_token: int | None, progress: Any = None
+    ) -> TokenDivergence:
+        self._note("compare")
+        positions = target_positions(windows)
+        ours, theirs = ([each.losses(p) for p in positions] for each in (self, reference))
+        return TokenDivergence(ours, theirs, [0.25 * (p % 5) for p in positions], [p % 2 == 0 for p in positions])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Pool(OnePool):
+    """Has a second session, or a reason why there is none."""
+
+    def __init__(self, session: WindowSession, beside: WindowSession | str | None) -> None:
+        super().__init__(session)
+        self.second, self.asked = beside, []
+
+    def beside(self, case: Case, **overrides: Any) -> Any:
+        self.asked.append((case, overrides))
+        if isinstance(self.second, str):
+            raise CaseSkipped(self.second)
+        return self.second
+
+
+@dataclass
+class Bench:
+    """A runner around synthetic sessions, and the cases of a user's options on a small text."""
+
+    folder: Path
+    session: WindowSession = field(default_factory=WindowSession)
+    beside: WindowSession | str | None = None
+    options: dict[str, str] = field(default_factory=dict)
+    text: str = TEXT
+
+    def __post_init__(self) -> None:
+        path = self.folder / "text.txt"
+        path.write_text(self.text, newline="")
+        small = {
+            "device": "cpu", "dataset": str(path), "max_length": "32", "stride": "16", "rounds": "2", "num_warmup": "1",
+            "prompt_tokens": "8", "max_new_tokens": "4", "quantization": "none",
+        }  # fmt: skip
+        options = default_options(**(small | self.options))
+        self.cases = perplexity_cases(options)
+        self.pool = Pool(self.session, self.beside)
+        self.runner = CaseRunner(
+            options, MetricRegistry(), ENVIRONMENT, self.pool, clock=lambda device: self.session.clock
+        )
+        self.said: list[tuple[Any, ...]] = []
+
+    def run(self, index: int = 0) -> Measured:
+        return self.runner.run(self.cases[index], "tests::case", progress=lambda *call: self.said.append(call))
+
+
+def value(measured: Measured, name: str) -> Any:
+    return measured.record.metrics[name]["value"]
+
+
+N = len(TEXT.encode())
+
+
+def test_perplexity_and_its_error(tmp_path: Path) -> None:
+    measured = Bench(tmp_path).run()
+    record = measured.record
+    assert (record.status, record.reason, record.error) == ("ok", None, None)
+    nll = [loss(p) for p in range(1, N)]
+    mean = statistics.fmean(nll)
+    assert value(measured, "nll_sum") == sum(nll)
+    assert value(measured, "nll_tokens") == N - 1
+    assert value(measured, "perplexity") == pytest.approx(math.exp(mean), rel=1e-12)
+    error = math.exp(mean) * math.sqrt(statistics.pvariance(nll) / (N - 2))
+    assert value(measured, "perplexity_se") == pytest.approx(error, rel=1e-12)
+    assert value(measured, "next_token_acc") == sum(p % 4 == 0 for p in range(1, N)) / (N - 1)
+    for name in ("perplexity", "nll_sum", "next_token_acc"):
+        entry = record.metrics[name]
+        assert {key: entry[key] for key in ("protocol", "max_length", "stride", "bos")} == {
+            "protocol": "hf-strided", "max_length": 32, "stride": 16, "bos": "none",
+        }  # fmt: skip
+
+
+def test_a_constant_loss_is_its_exponential_in_every_form(tmp_path: Path) -> None:
+    measured = Bench(tmp_path, WindowSession(lambda position: math.log(50))).run()
+    assert value(measured, "perplexity") == pytest.approx(50, rel=1e-12)
+    assert value(measured, "ppl_original_formula") == pytest.approx(50, rel=1e-12)
+    assert value(measured, "perplexity_se") == pytest.approx(0, abs=1e-9)
+
+
+def test_the_originals_formula_is_beside_it(tmp_path: Path) -> None:
+    # by hand: 40 tokens, windows add 16, 16, 8 of them, and the first one scores 15
+    measured = Bench(tmp_path, WindowSession(lambda position: position / 10), text=TEXT[:40]).run()
+    windows = [range(1, 16), range(16, 32), range(32, 40)]
+    added = (16, 16, 8)
+    total = sum(statistics.fmean(window) / 10 * tokens for window, tokens in zip(windows, added, strict=True))
+    assert value(measured, "ppl_original_formula") == pytest.approx(math.exp(total / 40), rel=1e-12)
+    assert value(measured, "ppl_original_formula") != pytest.approx(value(measured, "perplexity"), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bos": "bos_first"}, {"ppl_protocol": "lm-eval-rolling"}, {"ppl_protocol": "llama.cpp-half", "bos": "bos_over_first"}],
+    ids=str,
+)  # fmt: skip
+def test_other_protocols_and_rules_have_no_original(options: dict[str, str], tmp_path: Path) -> None:
+    assert "ppl_original_formula" not in Bench(tmp_path, options=options).run().record.metrics
+
+
+def test_a_window_of_one_token_has_no_original(tmp_path: Path) -> None:
+    # disjoint, 33 tokens: the last window holds one token and scores none
+    measured = Bench(tmp_path, options={"ppl_protocol": "disjoint"}, text=TEXT[:33]).run()
+    assert value(measured, "nll_tokens") == 31
+    entry = measured.record.metrics["ppl_original_formula"]
+    assert (entry["value"], entry["reason"]) == (None, "several texts, or a window of one token")
+
+
+def test_words_and_bytes(tmp_path: Path) -> None:
+    measured = Bench(tmp_path, options={"ppl_protocol": "lm-eval-rolling"}).run()
+    total = sum(loss(p) for p in range(N))
+    assert value(measured, "nll_tokens") == N
+    assert value(measured, "word_perplexity") == pytest.approx(math.exp(total / len([*TEXT.split(), ""])))
+    assert value(measured, "byte_perplexity") == pytest.approx(math.exp(total / N))
+    assert value(measured, "bits_per_byte") == pytest.approx(total / N / math.log(2))
+    assert "word_perplexity" not in Bench(tmp_path).run().record.metrics
+
+
+def test_words_of_several_texts_are_not_known(tmp_path: Path) -> None:
+    options = {"ppl_protocol": "lm-eval-rolling", "dataset": "default", "num_samples": "2", "eval_tokens": "40"}
+    measured = Bench(tmp_path, options=options).run()
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert value(measured, name) is None
+        assert measured.record.metrics[name]["reason"].startswith("several texts")
+
+
+def test_texts_are_pooled_by_token(tmp_path: Path) -> None:
+    options = {"dataset": "default", "num_samples": "2", "eval_tokens": "40"}
+    bench = Bench(tmp_path, options=options)
+    measured = bench.run()
+    record = measured.record
+    assert value(measured, "nll_tokens") == 78
+    assert [(each["index"], each["tokens"]) for each in record.samples["texts"]] == [(0, 39), (1, 39)]
+    assert sum(each["nll_sum"] for each in record.samples["texts"]) == value(measured, "nll_sum")
+    assert sum(each["correct"] for each in record.samples["texts"]) == pytest.approx(
+        78 * value(measured, "next_token_acc")
+    )
+    assert measured.tokens is not None
+    assert measured.tokens["text"] == [0] * 39 + [1] * 39
+    assert measured.tokens["position"] == list(range(1, 40)) * 2
+    assert [call[0] for call in bench.said if call[0].startswith("scoring")] == ["scoring text 1/2", "scoring text 2/2"]
+
+
+def test_the_sidecar_holds_every_scored_token(tmp_path: Path) -> None:
+    measured = Bench(tmp_path).run()
+    assert measured.tokens is not None
+    ids = byte_tokenizer()(TEXT)["input_ids"]
+    assert measured.tokens == {
+        "text": [0] * (N - 1),
+        "position": list(range(1, N)),
+        "token": ids[1:],
+        "nll": [loss(p) for p in range(1, N)],
+        "correct": [p % 4 == 0 for p in range(1, N)],
+    }
+
+
+def test_counts_of_tokens(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    record = bench.run().record
+    windows = plan_windows("hf-strided", N, 32, 16)
+    assert {name: record.tokens[name] for name in ("text", "scored", "scored_forward")} == {
+        "text": N, "scored": N - 1, "scored_forward": 7 * len(windows),
+    }  # fmt: skip
+    assert record.effective["scoring"] == {"head": "split"}
+    assert record.dataset is not None
+    assert record.dataset["windows"] == len(windows)
+
+
+def test_windows_and_prefix_reach_the_engine(tmp_path: Path) -> None:
+    plain = Bench(tmp_path, options={"max_length": "16", "stride": "4", "eval_tokens": "30"})
+    plain.run()
+    assert plain.session.scored == [
+        (byte_tokenizer()(TEXT)["input_ids"][:30], plan_windows("hf-strided", 30, 16, 4), "none", 256)
+    ]
+    bench = Bench(tmp_path, options={"bos": "bos_each_window"})
+    bench.run()
+    ((tokens, windows, prefix, token),) = bench.session.scored
+    assert (prefix, token) == ("bos_each_window", 256)
+    assert windows == plan_windows("hf-strided", len(tokens), 32, 16, prefix="bos_each_window")
+
+
+def test_the_scoring_pass_is_timed(tmp_path: Path) -> None:
+    measured = Bench(tmp_path).run()
+    assert value(measured, "score_s") > 0
+    assert value(measured, "score_tok_s") == pytest.approx((N - 1) / value(measured, "score_s"))
+    assert "perf_counter" in measured.record.metrics["score_s"]["clock"]
+
+
+@pytest.mark.parametrize("stride", ["16", "1"])
+def test_a_gpu_is_warmed_up_by_a_window_that_scores(stride: str, tmp_path: Path) -> None:
+    # with stride 1 the first window holds one token
+    bench = Bench(tmp_path, options={"device": "cuda:0", "stride": stride})
+    assert bench.run().record.status == "ok"
+    warm, whole = bench.session.scored
+    (window,) = warm[1]
+    assert window.targets > 0
+    assert len(whole[1]) > 1
+    quality_only = Bench(
+        tmp_path, WindowSession(quantization=PACKED | {"quality_only": True}), options={"device": "cuda:0"}
+    )
+    quality_only.run()
+    assert len(quality_only.session.scored) == 1
+
+
+def test_quality_comes_before_speed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, beside=WindowSession(), options={"quantization": "q4f16_1", "reference": "none"})
+    bench.run()
+    order = [name for name, *_ in bench.session.calls if name in ("score", "memory", "generate", "compare")]
+    assert list(dict.fromkeys(order)) == ["score", "memory", "generate", "compare"]
+    assert order.count("score") == 1
+
+
+def test_prompts_need_no_text(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, text=TEXT[:20], options={"prompt_tokens": "300"})
+    assert bench.run().record.status == "ok"
+    prompts = [call[1] for call in bench.session.called("generate") if call[2] > 1]
+    assert {len(prompt) for prompt in prompts} == {300}
+    assert len(set(prompts)) == 2
+
+
+def test_a_weight_format_has_its_bytes(tmp_path: Path) -> None:
+    measured = Bench(tmp_path, WindowSession(quantization=PACKED)).run()
+    assert value(measured, "mem_predicted_weights_bytes") == 4096
+    assert (value(measured, "bits_per_weight"), value(measured, "bits_per_weight_without_embeddings")) == (4.5, 4.25)
+    assert value(measured, "mem_weights_bytes") == 10_000
+
+
+def test_a_quality_only_format_has_nothing_but_quality(tmp_path: Path) -> None:
+    bench = Bench(
+        tmp_path, WindowSession(quantization=PACKED | {"quality_only": True}), options={"quantization": "fake_q3"}
+    )
+    record = bench.run().record
+    assert record.status == "ok"
+    assert set(record.metrics) == {
+        "perplexity", "perplexity_se", "nll_sum", "nll_tokens", "next_token_acc", "ppl_original_formula",
+    }  # fmt: skip
+    assert record.inert["speed"] == "fake_q3 is rounded and kept dense: quality only"
+    assert not bench.session.called("generate")
+    assert not bench.session.called("memory")
+
+
+def test_divergence_from_the_reference(tmp_path: Path) -> None:
+    beside = WindowSession(lambda position: 1.5)
+    bench = Bench(tmp_path, beside=beside, options={"quantization": "q4f16_1", "reference": "none"})
+    measured = bench.run()
+    positions = range(1, N)
+    kld = [0.25 * (p % 5) for p in positions]
+    ours, theirs = [loss(p) for p in positions], [1.5 for p in positions]
+    change = [math.exp(-a) - math.exp(-b) for a, b in zip(ours, theirs, strict=True)]
+    difference = [a - b for a, b in zip(ours, theirs, strict=True)]
+    ratio = math.exp(statistics.fmean(difference))
+    expected = {
+        "kld": statistics.fmean(kld),
+        "kld_median": statistics.median(kld),
+        "kld_p99": 1.0,
+        "kld_max": 1.0,
+        "same_top1": sum(p % 2 == 0 for p in positions) / (N - 1),
+        "rms_delta_p": math.sqrt(statistics.fmean(x * x for x in change)),
+        "mean_delta_p": statistics.fmean(change),
+        "perplexity_reference": math.exp(1.5),
+        "delta_perplexity": value(measured, "perplexity") - math.exp(1.5),
+        "ppl_ratio_reference": ratio,
+        "ppl_ratio_reference_se": ratio * statistics.stdev(difference) / math.sqrt(N - 1),
+    }
+    assert set(expected) == set(DIVERGENCE)
+    for name, wanted in expected.items():
+        assert value(measured, name) == pytest.approx(wanted, rel=1e-9), name
+        entry = measured.record.metrics[name]
+        assert (entry["reference"], entry["reference_dtype"]) == ("none", "float32")
+    assert beside.closed
+    ((case, overrides),) = bench.pool.asked
+    assert (case.quantization, case.dtype) == (None, "float32")
+    assert overrides == {"threads": 3}, "both models compute on as many threads"
+
+
+def test_few_positions_have_no_percentile(tmp_path: Path) -> None:
+    options = {"quantization": "q4f16_1", "reference": "none", "eval_tokens": "50"}
+    record = Bench(tmp_path, beside=WindowSession(), options=options).run().record
+    assert record.metrics["kld_p99"]["value"] is None
+    assert record.metrics["kld_p99"]["reason"] == "fewer than 100 positions"
+    assert record.metrics["kld_max"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(("chosen", "reference"), [("none", "none"), ("q4f16_1", "q4f16_1")])
+def test_the_reference_does_not_diverge_from_itself(chosen: str, reference: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, options={"quantization": chosen, "reference": reference})
+    record = bench.run().record
+    assert record.status == "ok"
+    for name in DIVERGENCE:
+        assert (record.metrics[name]["value"], record.metrics[name]["reason"]) == (None, "this is the reference")
+    assert bench.pool.asked == []
+
+
+def test_a_reference_that_cannot_run_costs_only_its_metrics(tmp_path: Path) -> None:
+    options = {"quantization": "q4f16_1", "reference": "4bit"}
+    record = Bench(tmp_path, beside="4bit needs bitsandbytes", options=options).run().record
+    assert record.status == "ok"
+    assert record.metrics["kld"]["reason"] == "the reference cannot run: 4bit needs bitsandbytes"
+    assert record.metrics["perplexity"]["value"] is not None
+
+
+def test_without_a_reference_there_is_no_divergence(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    assert not set(DIVERGENCE) & set(bench.run().record.metrics)
+    assert not bench.session.called("compare")
+
+
+def test_a_comparison_that_fails_gives_the_reference_back(tmp_path: Path) -> None:
+    beside = WindowSession()
+    beside.losses = lambda position: 1 / 0
+    bench = Bench(tmp_path, beside=beside, options={"quantization": "q4f16_1", "reference": "none"})
+    record = bench.run().record
+    assert (record.status, record.error["type"], record.error["phase"]) == ("error", "ZeroDivisionError", "reference")
+    assert beside.closed
+
+
+def test_one_token_has_no_error_bar(tmp_path: Path) -> None:
+    options = {"quantization": "q4f16_1", "reference": "none"}
+    record = Bench(tmp_path, beside=WindowSession(), options=options, text="ab").run().record
+    assert record.status == "ok"
+    for name in ("perplexity_se", "ppl_ratio_reference_se"):
+        assert (record.metrics[name]["value"], record.metrics[name]["reason"]) == (None, "one token only")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_no_perplexity(bad: float, tmp_path: Path) -> None:
+    session = WindowSession(lambda position: bad if position in (5, 6) else 1.0)
+    record = Bench(tmp_path, session).run().record
+    assert record.status == "invalid"
+    assert record.reason is not None
+    assert record.reason.startswith(f"2 of {N - 1} losses are not finite: the model overflows in float16")
+    assert record.metrics == {}
+
+
+def test_the_record_is_valid_and_its_key_holds_the_text(tmp_path: Path) -> None:
+    keys = set()
+    for text in (TEXT, TEXT[:100]):
+        bench = Bench(tmp_path, WindowSession(quantization=PACKED), beside=WindowSession(), text=text,
+                      options={"quantization": "q4f16_1", "reference": "none"})  # fmt: skip
+        record = bench.run().record
+        record.env = "sha256:" + "0" * 64
+        jsonschema.validate(json.loads(json.dumps(record.to_dict())), schema("record"))
+        assert record.case_key == bench.cases[0].key(
+            model_revision="sha256:weights", dataset_revision=record.dataset["tokens_hash"]
+        )
+        keys.add(record.case_key)
+    assert len(keys) == 2, "another text is another case"
+
+
+def test_windows_beyond_the_trained_length_are_invalid(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, options={"max_length": "65", "stride": "16"})
+    record = bench.run().record
+    assert (record.status, record.metrics) == ("invalid", {})
+    assert record.reason == "--kv-max-length=65: longer than the 64 tokens that the model was trained for"
+    assert Bench(tmp_path, options={"max_length": "64"}).run().record.status == "ok"
+    # a model that does not say
+    endless = Bench(tmp_path, WindowSession(trained_length=None), options={"max_length": "65"})
+    assert endless.run().record.status == "ok"
+
+
+def test_random_weights_are_skipped_before_anything_is_loaded(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, options={"model": "dummy:tiny"})
+    record = bench.run().record
+    assert record.status == "skipped"
+    assert record.reason == "--kv-model=dummy:tiny: random weights have no perplexity; name a real model"
+    assert bench.session.calls == []
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "there is no text in it, or blanks only"),
+        ("a", {}, "--kv-dataset: the text has one token only"),
+        ("ab" * 20, {"ppl_protocol": "llama.cpp-half"}, "--kv-max-length=32: llama.cpp-half needs a text of at least 64"),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_too_short_ends_the_run(
+    text: str, options: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path, options=options, text=text)
+    with pytest.raises(UserError) as refused:
+        bench.run()
+    assert message in str(refused.value)
+    assert ("finish",) in bench.session.calls, "the session is left clean"
+
+
+def twice(folder: Path, **fields: Any) -> Bench:
+    """The text under a second name."""
+    for name in ("text.txt", "copy.txt"):
+        (folder / name).write_text(TEXT, newline="")
+    return Bench(
+        folder, options={"dataset": f"{folder}/text.txt,{folder}/copy.txt"} | fields.pop("options", {}), **fields
+    )
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_same_text_is_never_two_results(order: tuple[int, int], tmp_path: Path) -> None:
+    bench = twice(tmp_path)
+    first, second = (bench.run(index).record for index in order)
+    assert (first.status, second.status) == ("ok", "skipped")
+    name = bench.cases[order[0]].workload["dataset"]
+    assert second.reason == f"the same text as {name}, whose result it is: never two results of one text"
+    assert second.metrics == {}
+    # nor does a second try of the first become one
+    assert bench.run(order[0]).record.status == "ok"
+
+
+def test_the_same_text_otherwise_is_another_result(tmp_path: Path) -> None:
+    bench = twice(tmp_path, options={"quantization": "none,q4f16_1", "ppl_protocol": "hf-strided,disjoint"})
+    records = [bench.run(index).record for index in range(8)]
+    assert [record.status for record in records] == ["ok"] * 4 + ["skipped"] * 4
+    assert all("the same text as text.txt" in str(record.reason) for record in records[4:])
+
+
+def test_a_text_that_could_not_be_scored_leaves_the_result_to_its_copy(tmp_path: Path) -> None:
+    bench = twice(tmp_path)
+    bench.session.losses = lambda position: math.nan
+    assert bench.run(0).record.status == "invalid"
+    bench.session.losses = loss
+    assert bench.run(1).record.status == "ok"
+    assert bench.run(0).record.status == "skipped"
+
+
+def test_progress_has_the_running_perplexity(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, WindowSession(lambda position: math.log(20)))
+    bench.run()
+    (call,) = [call for call in bench.said if call[0] == "scoring text 1/1"]
+    assert call == ("scoring text 1/1", N - 1, N - 1, ", perplexity so far 20.000")
+    # a mean that no float can hold the exponential of
+    huge = Bench(tmp_path, WindowSession(lambda position: 1e6))
+    assert huge.run().record.status != "ok"
+    assert any("perplexity so far" in call[3] for call in huge.said if len(call) > 3)
