@@ -15,6 +15,7 @@ from typing import Any
 from .case import Case, digest
 from .engines.registry import SessionPool
 from .errors import CaseInvalid, CaseSkipped, UserError
+from .first_texts import FirstTexts
 from .meters.clock import Clock, clock_for
 from .meters.environment import fingerprint
 from .metrics import MetricRegistry
@@ -59,8 +60,7 @@ class CaseRunner:
     sessions: SessionPool
     clock: Callable[[Any], Clock] = clock_for
     texts: TextSource = field(default_factory=TextSource)
-    #: data set that a text was scored under first, by everything else that decides its perplexity
-    scored_texts: dict[Any, str] = field(default_factory=dict)
+    first_texts: FirstTexts = field(default_factory=FirstTexts)
 
     def __post_init__(self) -> None:
         options = self.options

@@ -11,6 +11,7 @@ import pytest
 
 from .case import Case
 from .errors import UserError
+from .first_texts import FirstTexts
 from .options import Options
 from .progress import Progress
 from .record import metric_value
@@ -37,6 +38,7 @@ class Reporter:
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
         self._progress = Progress(self._write, 1)
+        self._first_texts = FirstTexts()
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
@@ -115,7 +117,8 @@ class Reporter:
             }
             self._store = RecordStore.create(folder, facts)
             self.run = read_records(folder)[0]
-        if payload["tokens"]:
+        self._first_texts.demote(row)
+        if payload["tokens"] and row["status"] != "skipped":
             row["sidecar"] = self._store.write_sidecar(row["id"], payload["tokens"])
         self._store.append(row)
         self.rows.append(row)

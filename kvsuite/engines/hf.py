@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from kvsuite.case import Case
-from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
-from kvsuite.models.load import LoadedModel, load_model
-from kvsuite.models.resolve import resolve_model
-from kvsuite.quantization.apply import apply_quantization
-from kvsuite.quantization.bytes import step_weight_bytes
-from kvsuite.quantization.registry import NONE, unavailable
+from kvsuite.models.load import LoadedModel
 from kvsuite.workloads.windows import Window
 
 from .attention import register_grouped_attention
@@ -30,6 +26,7 @@ from .decoder import Decoder
 from .flow import Flow
 from .hf_memory import measure_memory
 from .hf_scoring import score_reference, score_tokens
+from .loading import load_case_model
 from .method import Method, method_for
 from .threads import choose_threads
 from .window_scoring import Progress as WindowProgress
@@ -66,46 +63,22 @@ class HfSession(Session):
         cache_dir: Path | None = None,
     ) -> None:
         super().__init__()
-        weight_format = case.quantization or NONE
-        if reason := unavailable(weight_format, case.device):
-            raise CaseSkipped(reason)
         attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
-        spec = resolve_model(case.model, cache_dir=cache_dir)
-        self._loaded: LoadedModel = load_model(
-            spec,
-            device=case.device,
-            dtype=None if case.dtype == "checkpoint" else case.dtype,
-            seed=seed,
-            attn_implementation=attention,
-            cache_dir=cache_dir,
-        )
-        quantized = apply_quantization(self._loaded, weight_format)
+        made = load_case_model(case, attention=attention, seed=seed, cache_dir=cache_dir)
+        self._loaded: LoadedModel = made.loaded
         self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
         self._decode_step = decode_step
         self._implementation: Implementation = implementation
         self._seed = seed
         self._base_attention = attention
         self._flow = self._new_flow(Method())
-        self.model = {
-            "label": spec.label,
-            "kind": spec.kind,
-            "revision": spec.revision,
-            "notes": [*self._loaded.notes, *quantized.notes],
-            "parameters": self._loaded.parameters,
-            "weights_bytes": self._loaded.weights_bytes,
-            "step_weight_bytes": step_weight_bytes(self._loaded.model),
-            "trained_length": self._loaded.trained_length,
-            "quantization": quantized.to_dict(),
-            "tokenizer_hash": self._loaded.tokenizer_hash,
-            "load_s": self._loaded.load_s,
-            "is_dummy": spec.is_dummy,
-        }
+        self.model = made.facts
         if case.device_kind == "cpu":
             threads = self._set_threads(threads)
         self._facts = {
             "device": str(self.device),
             "dtype": str(self._loaded.dtype).removeprefix("torch."),
-            "weight_format": quantized.format,
+            "weight_format": made.weight_format,
             "attention": attention,
             "threads": threads if case.device_kind == "cpu" else None,
         }

@@ -12,9 +12,9 @@ from torch import Tensor
 from kvsuite.errors import UserError
 from kvsuite.meters.divergence import TokenDivergence, row_divergence
 from kvsuite.meters.quality import TokenScores
+from kvsuite.models.language_head import LanguageHead, token_losses
 from kvsuite.workloads.windows import Window
 
-from .language_head import LanguageHead
 from .window_batches import Batches, Pass, WindowText
 
 #: called with targets done, targets in all, and the mean loss so far in nats
@@ -103,7 +103,7 @@ def score_windows(
             states = _predicting_rows(head, text.inputs(batch, at), batch)
             for part, piece in _pieces(states, rows, done):
                 logits = head.logits(piece)
-                nll[part] = _losses(logits, targets[part])
+                nll[part] = token_losses(logits, targets[part])
                 correct[part] = logits.argmax(-1) == targets[part]
                 # the next piece is made before the name is bound anew: without this, two would be alive
                 del logits
@@ -168,7 +168,10 @@ def compare_windows(
                 logits = heads[0].logits(piece)
                 reference = heads[1].logits(reference_states[part.start - done : part.stop - done])
                 kld[part], same[part] = row_divergence(logits, reference)
-                nll[part], nll_reference[part] = _losses(logits, targets[part]), _losses(reference, targets[part])
+                nll[part], nll_reference[part] = (
+                    token_losses(logits, targets[part]),
+                    token_losses(reference, targets[part]),
+                )
                 del logits, reference
             done += len(states)
             report(done)
@@ -186,14 +189,6 @@ def _pieces(states: Tensor, rows: int, done: int) -> Iterator[tuple[slice, Tenso
     for at in range(0, len(states), rows):
         piece = states[at : at + rows]
         yield slice(done + at, done + at + len(piece)), piece
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """``-log p`` of ``targets`` ``[rows]`` in float32."""
-    wide = logits.float()
-    # cross_entropy adds a row's exponentials up in few lanes on a CPU, where the many small ones are lost: SmolLM2's losses
-    # come out 1.6e-5 nats too low. logsumexp adds pairwise: 1e-8
-    return wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]
 
 
 class _Report:

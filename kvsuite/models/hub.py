@@ -11,7 +11,7 @@ from kvsuite.errors import UserError
 
 _MENDS = {
     "model": "give a local folder, a .gguf file, dummy:<preset> or smollm2, or fetch it on a connected machine first",
-    "dataset": "give a local file (.txt, .jsonl, .parquet, .arrow), pydoc or default",
+    "dataset": "give a local file (.txt, .jsonl, .parquet, .arrow), a local copy with --kv-dataset-path, pydoc or default",
 }
 
 

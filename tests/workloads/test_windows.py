@@ -179,7 +179,7 @@ def test_a_last_window_of_one_token_scores_nothing() -> None:
         (("lm-eval-rolling", 1, 16), "bos_first", "the text has one token only"),
         (("llama.cpp-half", 31, 16), "none", "needs a text of at least 32 tokens, this one has 31"),
         (("disjoint", 100, 2), "none", "--kv-max-length=2"),
-        (("disjoin", 100, 16), "none", "--kv-protocol=disjoin"),
+        (("disjoin", 100, 16), "none", "--kv-ppl-protocol=disjoin: "),
         (("lm-eval-rolling", 100, 16), "none", "--kv-bos=none: lm-eval-rolling cannot have it"),
         (("llama.cpp-half", 100, 16), "bos_first", "--kv-bos=bos_first"),
     ],

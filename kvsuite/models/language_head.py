@@ -34,25 +34,26 @@ class LanguageHead:
         self._output_class: Any = None
         self.split = self._base is not None and self._base is not model and self._halves_agree()
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states ``[batch, tokens, hidden]`` of ``ids`` ``[batch, tokens]``; logits where there is no split.
 
         No cache is made and no mask is passed: every sequence is whole, which lets attention take its causal kernels.
+        ``positions`` ``[batch, tokens]`` are those from 0 on if left out.
         """
-        return self._states(ids) if self.split else self._logits(ids)
+        return self._states(ids, positions) if self.split else self._logits(ids, positions)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[rows, vocab]`` of rows of what `hidden` returned."""
         return self._project(rows) if self.split else rows
 
-    def _states(self, ids: Tensor) -> Tensor:
-        output = self._base(input_ids=ids, use_cache=False)
+    def _states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        output = self._base(input_ids=ids, use_cache=False, **_given(positions))
         self._output_class = type(output)
         states: Tensor = output.last_hidden_state
         return states
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+    def _logits(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, use_cache=False, **_given(positions)).logits
         return logits
 
     def _project(self, rows: Tensor) -> Tensor:
@@ -78,3 +79,15 @@ class LanguageHead:
                 # the base of this architecture is not what a decoder's base is
                 return False
         return whole.shape == halves.shape and torch.allclose(whole, halves, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """``-log p`` of ``targets`` ``[rows]`` in nats, in float32, from ``logits`` ``[rows, vocab]``."""
+    wide = logits.float()
+    # cross_entropy adds a row's exponentials up in few lanes on a CPU, where the many small ones are lost: SmolLM2's losses
+    # come out 1.6e-5 nats too low. logsumexp adds pairwise: 1e-8
+    return wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]
+
+
+def _given(positions: Tensor | None) -> dict[str, Tensor]:
+    return {} if positions is None else {"position_ids": positions}
