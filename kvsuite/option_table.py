@@ -155,7 +155,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("load-in-4bit", _switch, "false", "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation)."),
     Option("load-in-8bit", _switch, "false", "Short for --kv-quantization=8bit (bitsandbytes int8)."),
     Option("fake-q3bit", _switch, "false", "Short for --kv-quantization=fake_q3 (3-bit rounding kept dense)."),
-    Option("engine", _choice("auto", "hf"), "auto", "Runtime under test: hf (transformers)."),
+    Option("engine", _choice("auto", "hf", "nano"), "auto", "Runtime under test: hf (transformers, which auto takes) or nano "
+           "(the paged runtime of kvsuite, on cpu and cuda), e.g. --kv-engine=nano."),
     Option("method", _list(_text), "streaming_llm", "Compression methods, comma separated: streaming_llm, recent_only, "
            "fix_size_l2, l2_compress, kvpress:<Name>, e.g. --kv-method=streaming_llm,kvpress:SnapKV."),
     Option("compare-all", _switch, "false", "Run the originals' cross-section of all methods instead of --kv-method."),

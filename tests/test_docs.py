@@ -304,6 +304,36 @@ def test_the_example_without_pytest_runs(tmp_path: Path) -> None:
     assert all(int(line[2]) > 0 for line in lines)
 
 
+def test_the_runtimes_example_runs(tmp_path: Path) -> None:
+    (example,) = blocks(text("nanovllm.md"), "python")
+    (tmp_path / "example.py").write_text(example)
+    done = run_python(tmp_path, "example.py")
+    assert done.returncode == 0, done.stderr
+    served, drawn, refused, counters = done.stdout.splitlines()
+    assert served == "request-0 finished length 12"
+    assert drawn.startswith("request-1 finished")
+    assert refused.startswith("request-2 failed a prompt of 197 tokens leaves no room for output in max_model_len=128")
+    assert ast.literal_eval(counters)["logical_prompt_tokens"] == 37 + 57
+
+
+def test_the_runtimes_limits_and_their_defaults() -> None:
+    from dataclasses import fields
+
+    from kvsuite.nanovllm.limits import Limits
+
+    documented: dict[str, str] = {}
+    page = text("nanovllm.md").split("## Limits")[1].split("## The way")[0]
+    for names, default, _ in tables(page)[1:]:
+        documented |= dict.fromkeys(names.split(", "), default)
+    words = {True: "on", False: "off"}
+    for field in fields(Limits):
+        found = documented.pop(field.name)
+        if field.name not in ("num_blocks", "pool_bytes", "memory_share"):
+            wanted = "off" if field.default in (None, 0) else words.get(field.default, str(field.default))
+            assert found == wanted, field.name
+    assert not {name for name in documented if not name.startswith("---")}
+
+
 def test_the_example_policy_keeps_what_its_line_says() -> None:
     source, line = blocks(text("compression.md"), "python")[:2]
     namespace: dict[str, Any] = {"__package__": "kvsuite.compression", "__name__": "kvsuite.compression.example"}

@@ -38,6 +38,9 @@ class MemoryPass:
     evict_s: float | None = None
     effective: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    #: further terms in bytes, predicted from formulas and reported by the engine, for an engine that has them
+    predicted: dict[str, int] = field(default_factory=dict)
+    reported: dict[str, int] = field(default_factory=dict)
 
 
 class Session(ABC):

@@ -9,39 +9,18 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import CaseInvalid
-from kvsuite.meters.clock import Clock, clock_for
+from kvsuite.meters.clock import clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
 
 from .base import MemoryPass
 from .cache import EvictionCache
+from .intervals import IntervalClock
 
 if TYPE_CHECKING:
     from .flow import AnyCache, Flow
 
 # chunked presses keep whole chunks: 0.52 was seen where 0.5 was asked of 512 tokens
 _RATIO_TOLERANCE = 0.05
-
-
-class IntervalClock:
-    """Adds up the intervals between pairs of calls, ``(True)`` at a begin and ``(False)`` at an end."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._marks = 0
-        clock.start()
-
-    def __call__(self, begin: bool) -> None:
-        if begin != (self._marks % 2 == 0):
-            raise RuntimeError("intervals must not nest")
-        self._marks += 1
-        self._clock.mark()
-
-    def total(self) -> float:
-        """Seconds inside intervals."""
-        if not self._marks:
-            return 0.0
-        stamps = self._clock.seconds()
-        return sum(end - begin for begin, end in zip(stamps[::2], stamps[1::2], strict=True))
 
 
 def measure_memory(flow: Flow, ids: Tensor, new_tokens: int) -> MemoryPass:

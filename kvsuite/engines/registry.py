@@ -9,7 +9,7 @@ from kvsuite.errors import CaseSkipped, UserError
 
 from .base import Engine, Session
 
-ENGINES = ("hf",)
+ENGINES = ("hf", "nano")
 
 
 def get_engine(name: str) -> Engine:
@@ -21,6 +21,13 @@ def get_engine(name: str) -> Engine:
             raise CaseSkipped(f"engine hf: {error}; pip install kvsuite") from error
 
         return HfEngine()
+    if name == "nano":
+        try:
+            from .nano_engine import NanoEngine
+        except ImportError as error:
+            raise CaseSkipped(f"engine nano: {error}; pip install kvsuite") from error
+
+        return NanoEngine()
     raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(ENGINES)}")
 
 

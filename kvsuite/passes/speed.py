@@ -134,7 +134,12 @@ def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, 
         session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
     ) / session.bandwidth
     work.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
-    record.memory["predicted"] = {"kv_bytes": planned, "weights_bytes": session.model["weights_bytes"]}
+    record.memory["predicted"] = {
+        "kv_bytes": planned,
+        "weights_bytes": session.model["weights_bytes"],
+    } | found.predicted
+    if found.reported:
+        record.memory["reported"] = dict(found.reported)
     record.memory["measured"] = {
         "kv_bytes_allocated": found.kv_bytes_allocated,
         "cache_tokens_per_layer": found.lengths_decode,

@@ -11,7 +11,7 @@ from policy_matrix import MATRIX, Line
 from synthetic_session import ScriptedClock
 
 from kvsuite.engines.cache_store import RingStore
-from kvsuite.engines.hf_memory import IntervalClock
+from kvsuite.engines.intervals import IntervalClock
 from kvsuite.errors import CaseInvalid
 
 PROMPT = random_tokens(64)

@@ -1,0 +1,185 @@
+"""What a transformers decoder hands to its attention function, layer by layer: found out by asking it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvsuite.compression.base import Policy
+from kvsuite.errors import CaseInvalid
+
+from .groups import LayerGroup
+from .limits import Limits
+
+_PROBE = "kvsuite_probe"
+# per-token tensors that transformers passes along to every attention function
+_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}
+# two equal computations of another batch shape differ by rounding; tokens that mix differ by their own size
+_MIXED = 0.2
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention: heads, width, and the model's own sliding window (``None`` if it sees everything)."""
+
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
+    """Feed a token or two and note what every layer passes to its attention.
+
+    Parameters
+    ----------
+    model
+        The transformers model.
+    text_config
+        Configuration of its language part.
+
+    Raises
+    ------
+    CaseInvalid
+        If the model does not use transformers' attention interface, or asks its attention for something that the paged
+        ones do not do, or lets tokens meet outside of attention.
+    """
+    name = type(model).__name__
+    layers: dict[int, AttentionLayer] = {}
+    kinds = getattr(text_config, "layer_types", None) or []
+    configured = getattr(text_config, "sliding_window", None)
+
+    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **asked: Any) -> Any:
+        index: Any = getattr(module, "layer_idx", None)
+        if index is None:
+            raise CaseInvalid(f"{name}: its attention does not say which layer it belongs to; use --kv-engine=hf")
+        kind = kinds[index] if index < len(kinds) else ""
+        window = asked.get("sliding_window") or (configured if "sliding" in kind else None)
+        _refuse_what_is_not_done(name, module, key, value, kind, asked)
+        layers[index] = AttentionLayer(key.shape[1], key.shape[3], None if window is None else int(window))
+        # every token is a sequence of its own here, so it sees its own value and nothing else
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
+
+    with torch.inference_mode(), _AttentionSet(text_config, record):
+        together = _logits(model, [1, 2])
+        alone = _logits(model, [2])
+    expected = int(text_config.num_hidden_layers)
+    if sorted(layers) != list(range(expected)):
+        raise CaseInvalid(
+            f"{name}: {len(layers)} of {expected} layers attend through transformers' attention interface, which is where "
+            "paged attention comes in; use --kv-engine=hf"
+        )
+    if (together[-1] - alone[-1]).norm() > _MIXED * alone[-1].norm():
+        raise CaseInvalid(f"{name}: its tokens meet outside of attention (convolution or state); use --kv-engine=hf")
+    return [layers[index] for index in range(expected)]
+
+
+def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | None) -> list[LayerGroup]:
+    """Sort layers into groups that store the same tokens.
+
+    Raises
+    ------
+    CaseInvalid
+        If a policy and a sliding window, or two sliding windows, would act on the same layers.
+    """
+    own = {layer.window for layer in layers if layer.window is not None and layer.window < limits.max_model_len}
+    if own and limits.sliding_window is not None:
+        raise CaseInvalid(
+            f"sliding_window={limits.sliding_window}: the model has its own sliding window of {max(own)}; leave it out"
+        )
+    if policy is not None and (own or limits.sliding_window is not None):
+        clash = limits.sliding_window or max(own)
+        raise CaseInvalid(
+            f"policy {policy.name}: it would act on top of a sliding window of {clash}; use one or the other"
+        )
+    members: dict[LayerGroup, list[int]] = {}
+    for index, layer in enumerate(layers):
+        window = layer.window if layer.window in own else limits.sliding_window
+        treated = policy is not None and index not in policy.skip_layers
+        key = LayerGroup(
+            layers=(),
+            kv_heads=layer.kv_heads,
+            head_dim=layer.head_dim,
+            window=window,
+            sinks=limits.attention_sinks if window is not None else 0,
+            compressed=treated,
+            places=treated and policy is not None and policy.positions == "cache",
+        )
+        members.setdefault(key, []).append(index)
+    return [
+        LayerGroup(
+            layers=tuple(indices),
+            kv_heads=key.kv_heads,
+            head_dim=key.head_dim,
+            window=key.window,
+            sinks=key.sinks,
+            compressed=key.compressed,
+            places=key.places,
+        )
+        for key, indices in members.items()
+    ]
+
+
+class _AttentionSet:
+    """Language layers attend through a function of ours inside the block, through what they had before behind it."""
+
+    function: Callable[..., Any]
+
+    def __init__(self, text_config: Any, function: Callable[..., Any]) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(_PROBE, _probe)
+        self._config, self._function = text_config, function
+
+    def __enter__(self) -> None:
+        _AttentionSet.function = self._function
+        self._before = set_attention(self._config, _PROBE)
+
+    def __exit__(self, *error: object) -> None:
+        set_attention(self._config, self._before)
+
+
+def _probe(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float = 0.0, **asked: Any
+) -> Any:
+    # always the same object: kvpress wraps all functions that are registered when it is imported, and the wrapped one is
+    # found from then on whatever is registered anew
+    return _AttentionSet.function(module, query, key, value, mask, **asked)
+
+
+def set_attention(text_config: Any, implementation: str) -> str:
+    """Choose the attention function of the layers that read this configuration; return the one they had.
+
+    The language part's own configuration is written: the public setter would change an image encoder's as well.
+    """
+    before: str = text_config._attn_implementation
+    text_config._attn_implementation_internal = implementation
+    return before
+
+
+def _logits(model: Any, tokens: list[int]) -> Tensor:
+    """Logits ``[n, vocab]`` in float32 of tokens that all stand at position 0."""
+    ids = torch.tensor([tokens], device=model.device)
+    found: Tensor = model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False).logits[0]
+    return found.float()
+
+
+def _refuse_what_is_not_done(
+    name: str, module: nn.Module, key: Tensor, value: Tensor, kind: str, asked: dict[str, Any]
+) -> None:
+    reasons = [
+        f"its attention takes {option}"
+        for option, given in asked.items()
+        if (option == "softcap" and given is not None) or (isinstance(given, Tensor) and option not in _HARMLESS)
+    ]
+    if asked.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        reasons.append("its attention is not causal")
+    if "chunked" in kind:
+        reasons.append("it has chunked attention layers")
+    if key.shape[1:] != value.shape[1:]:
+        reasons.append("its keys and values differ in shape")
+    if reasons:
+        raise CaseInvalid(f"{name}: {reasons[0]}, which paged attention does not do; use --kv-engine=hf")

@@ -1,0 +1,226 @@
+"""The tensors of one step. They are laid out in one buffer, so that one copy brings them to the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """What one layer group contributes to a step, as numpy arrays of the host.
+
+    Parameters
+    ----------
+    slots
+        Where each new token's key and value go: ``block * block_size + offset``, int64 ``[T]``.
+    kv_lengths
+        Tokens in the cache after this step, ``[S]``.
+    block_tables
+        ``[S, max_blocks]``; entries behind a sequence's last block are 0, the scratch block.
+    dropped
+        Tokens between the sinks' blocks and the window whose blocks are free again, ``[S]``; zeros without a window.
+    places
+        For groups that rotate keys by place: the rank in time of every stored token of each sequence, int64 ``[n]`` or
+        ``[layers, kv_heads, n]``, ``None`` where the order of the table is that of time. Else empty.
+    """
+
+    slots: Ints
+    kv_lengths: NDArray[np.int64]
+    block_tables: NDArray[np.int32]
+    dropped: NDArray[np.int64]
+    places: Sequence[Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """One layer group's part of a `StepBatch`: tensors on the device, and views of the same numbers on the host.
+
+    All of them hold until the next batch is built.
+    """
+
+    slots: Tensor
+    kv_lengths: Tensor
+    block_tables: Tensor
+    dropped: Tensor
+    kv_lengths_host: Tensor
+    block_tables_host: Tensor
+    dropped_host: Tensor
+    places: Sequence[Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Tokens of several sequences, one behind the other, in one forward pass.
+
+    Parameters
+    ----------
+    ids
+        int64 ``[T]``.
+    positions
+        Position ids that the model gets, int64 ``[T]``.
+    query_start
+        Row of every sequence's first token, and ``T``, int32 ``[S + 1]``.
+    sample_rows
+        Rows whose logits are wanted, int64 ``[R]``.
+    groups
+        Per layer group: int64 slots ``[T]``, int32 KV lengths ``[S]``, block tables ``[S, max_blocks]``.
+    decode_only
+        Whether every sequence has exactly one token.
+    query_start_host
+        ``query_start`` on the host.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    query_start: Tensor
+    sample_rows: Tensor
+    groups: tuple[GroupBatch, ...]
+    decode_only: bool
+    query_start_host: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step, ``T``."""
+        return int(self.ids.shape[0])
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the step, ``S``."""
+        return int(self.query_start_host.shape[0]) - 1
+
+    # the common case of one group, under short names
+    @property
+    def slots(self) -> Tensor:
+        """Slots of the first group."""
+        return self.groups[0].slots
+
+    @property
+    def kv_lengths(self) -> Tensor:
+        """KV lengths of the first group."""
+        return self.groups[0].kv_lengths
+
+    @property
+    def block_tables(self) -> Tensor:
+        """Block tables of the first group."""
+        return self.groups[0].block_tables
+
+    @property
+    def kv_lengths_host(self) -> Tensor:
+        """KV lengths of the first group, on the host."""
+        return self.groups[0].kv_lengths_host
+
+    @property
+    def block_tables_host(self) -> Tensor:
+        """Block tables of the first group, on the host."""
+        return self.groups[0].block_tables_host
+
+
+class BatchBuilder:
+    """Packs the arrays of a step into one reused host buffer (pinned for CUDA) and sends it in one copy to a reused one.
+
+    A batch is overwritten by the next `build`: a step has to be over before the next one is built. Steps of equal shapes
+    get the same tensors with other numbers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._shapes: list[tuple[int, ...]] = []
+        self._total = 0
+        self._host = self._sent = torch.empty(0, dtype=torch.uint8)
+        self._copied: Any = None
+        if device.type == "cuda":
+            event: Any = torch.cuda.Event
+            self._copied = event()
+        self._views: tuple[list[Tensor], list[NDArray[Any]], list[Tensor]] = ([], [], [])
+
+    def build(
+        self,
+        *,
+        ids: Ints,
+        positions: Ints,
+        counts: Ints,
+        sample_rows: Ints,
+        groups: Sequence[GroupInputs],
+    ) -> StepBatch:
+        """Build the batch of sequences that bring ``counts`` ``[S]`` tokens each."""
+        starts = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        wide = [ids, positions, sample_rows, *(group.slots for group in groups)]
+        narrow: list[NDArray[Any]] = [starts]
+        for group in groups:
+            narrow += [group.kv_lengths, group.block_tables, group.dropped]
+        host, device = self._send(wide, narrow)
+        n = len(groups)
+        start_at = 3 + n
+        parts = tuple(
+            GroupBatch(
+                slots=device[3 + i],
+                kv_lengths=device[start_at + 1 + 3 * i],
+                block_tables=device[start_at + 2 + 3 * i],
+                dropped=device[start_at + 3 + 3 * i],
+                kv_lengths_host=host[start_at + 1 + 3 * i],
+                block_tables_host=host[start_at + 2 + 3 * i],
+                dropped_host=host[start_at + 3 + 3 * i],
+                places=group.places,
+            )
+            for i, group in enumerate(groups)
+        )
+        return StepBatch(
+            ids=device[0],
+            positions=device[1],
+            sample_rows=device[2],
+            query_start=device[start_at],
+            groups=parts,
+            decode_only=len(ids) == len(counts),
+            query_start_host=host[start_at],
+        )
+
+    def _send(self, wide: Sequence[Ints], narrow: Sequence[NDArray[Any]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors on the host and on the device: int64 for ``wide``, int32 for ``narrow``."""
+        shapes = [array.shape for array in (*wide, *narrow)]
+        if shapes != self._shapes:
+            self._lay_out(shapes, len(wide))
+        if self._copied is not None:
+            # the step before may be launched and not begun
+            self._copied.synchronize()
+        host, arrays, device = self._views
+        for target, array in zip(arrays, (*wide, *narrow), strict=True):
+            target[...] = array
+        if self._sent is not self._host:
+            self._sent[: self._total].copy_(self._host[: self._total], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        return host, device
+
+    def _lay_out(self, shapes: list[tuple[int, ...]], wide: int) -> None:
+        """Give every array its span, at multiples of 16 bytes: triton compiles a kernel anew for other addresses."""
+        spans: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
+        at = 0
+        for index, shape in enumerate(shapes):
+            dtype = torch.int64 if index < wide else torch.int32
+            size = dtype.itemsize * math.prod(shape)
+            spans.append((at, at + size, dtype, shape))
+            at += -(-size // _ALIGNED) * _ALIGNED
+        if at > self._host.numel():
+            pinned = self._device.type == "cuda"
+            self._host = torch.empty(2 * at, dtype=torch.uint8, pin_memory=pinned)
+            self._sent = self._host
+            if self._device.type != "cpu":
+                self._sent = torch.empty(2 * at, dtype=torch.uint8, device=self._device)
+        host, device = (
+            [raw[start:end].view(dtype).view(shape) for start, end, dtype, shape in spans]
+            for raw in (self._host, self._sent)
+        )
+        self._views = host, [tensor.numpy() for tensor in host], device
+        self._shapes, self._total = shapes, at

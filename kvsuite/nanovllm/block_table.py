@@ -1,0 +1,238 @@
+"""The blocks of every sequence in one layer group, as arrays that are changed in place and never rebuilt."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .block_pool import BlockPool, PoolFullError
+from .groups import LayerGroup
+from .limits import Limits
+
+Copy = tuple[int, int]
+Ints = NDArray[np.int64]
+
+
+class BlockTables:
+    """Blocks, lengths and free space of ``rows`` sequences.
+
+    A sequence's stored tokens are numbered ``0 .. length - 1`` in the order of its table; token ``i`` lies in block
+    ``table[row, i // block_size]``. Before a token is written, `reserve` gives it a place in a block that no other
+    sequence holds and that cannot be found by its tokens.
+
+    Parameters
+    ----------
+    pool
+        Where blocks come from.
+    rows
+        Sequences at most.
+    blocks_per_row
+        Blocks of a sequence at most.
+    window, sinks
+        Sliding window: blocks between the sinks and the window are freed by `expire`.
+    """
+
+    def __init__(
+        self, pool: BlockPool, *, rows: int, blocks_per_row: int, window: int | None = None, sinks: int = 0
+    ) -> None:
+        self.pool = pool
+        self.window = window
+        self.sinks = sinks
+        self._head = -(-sinks // pool.block_size)
+        self.table: NDArray[np.int32] = np.zeros((rows, blocks_per_row), dtype=np.int32)
+        self.blocks: Ints = np.zeros(rows, dtype=np.int64)
+        self.lengths: Ints = np.zeros(rows, dtype=np.int64)
+        self.dropped: Ints = np.zeros(rows, dtype=np.int64)
+        # whether the half-full last block was filled with others looking on: after `fork` and `shrink` it may be held by
+        # another sequence, or be findable
+        self._tail_suspect: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
+
+    def row_blocks(self, row: int) -> list[int]:
+        """Blocks of a sequence in order."""
+        held: list[int] = self.table[row, : self.blocks[row]].tolist()
+        return held
+
+    def missing(self, row: int, tokens: int) -> int:
+        """Blocks that `reserve` would take for ``tokens`` more tokens."""
+        size = self.pool.block_size
+        more = -(-(int(self.lengths[row]) + tokens) // size) - int(self.blocks[row])
+        return max(more, 0) + int(self._copies_tail(row))
+
+    def short(self, rows: Ints) -> Ints:
+        """Those of ``rows`` whose next token needs a block."""
+        full = self.lengths[rows] == self.blocks[rows] * self.pool.block_size
+        lacking: Ints = rows[full | self._tail_suspect[rows]]
+        return lacking
+
+    def reserve(self, row: int, tokens: int) -> list[Copy]:
+        """Make room for ``tokens`` more tokens; return the blocks ``(source, target)`` to copy before they are written.
+
+        Raises
+        ------
+        PoolFullError
+            If the pool lacks blocks; nothing has changed then.
+        """
+        fresh = self.pool.allocate(self.missing(row, tokens))
+        copies: list[Copy] = []
+        if self._tail_suspect[row]:
+            last = int(self.blocks[row]) - 1
+            if self._copies_tail(row):
+                copies.append(self._swap(row, last, fresh.pop()))
+            else:
+                self.pool.forget(int(self.table[row, last]))
+            self._tail_suspect[row] = False
+        self._extend(row, fresh)
+        return copies
+
+    def commit(self, row: int | Ints, tokens: int | Ints) -> None:
+        """Count tokens that were written into reserved room: of one sequence, or of several different ones."""
+        self.lengths[row] += tokens
+
+    def slots(self, row: int, tokens: int) -> Ints:
+        """Slots of the next ``tokens`` tokens, int64 ``[tokens]``; their room is reserved."""
+        size = self.pool.block_size
+        at = np.arange(self.lengths[row], self.lengths[row] + tokens)
+        found: Ints = self.table[row, at // size].astype(np.int64) * size + at % size
+        return found
+
+    def next_slots(self, rows: Ints) -> Ints:
+        """Slot of the next token of each of ``rows``; their room is reserved."""
+        size = self.pool.block_size
+        at = self.lengths[rows]
+        found: Ints = self.table[rows, at // size].astype(np.int64) * size + at % size
+        return found
+
+    def stored_slots(self, row: int) -> Ints:
+        """Slots of all stored tokens in table order, int64 ``[length]``."""
+        size = self.pool.block_size
+        at = np.arange(self.lengths[row])
+        found: Ints = self.table[row, at // size].astype(np.int64) * size + at % size
+        return found
+
+    def adopt(self, row: int, blocks: list[int]) -> None:
+        """Begin an empty sequence with full published blocks of another one."""
+        if self.blocks[row]:
+            raise RuntimeError(f"row {row} holds blocks already")
+        for block in blocks:
+            self.pool.share(block)
+        self._extend(row, blocks)
+        self.lengths[row] = len(blocks) * self.pool.block_size
+
+    def fork(self, row: int, target: int) -> None:
+        """Let the empty row ``target`` hold what ``row`` holds; whoever writes first copies the half-full last block."""
+        if self.blocks[target]:
+            raise RuntimeError(f"row {target} holds blocks already")
+        held = self.row_blocks(row)
+        for block in held:
+            self.pool.share(block)
+        self._extend(target, held)
+        self.lengths[target] = self.lengths[row]
+        self.dropped[target] = self.dropped[row]
+        half = int(self.lengths[row]) < len(held) * self.pool.block_size
+        self._tail_suspect[row] = self._tail_suspect[target] = half
+
+    def own(self, row: int, index: int) -> list[Copy]:
+        """Make the ``index``-th block of a sequence writable: no longer findable, and a copy where others hold it.
+
+        Raises
+        ------
+        PoolFullError
+            If a copy is needed and no block is free.
+        """
+        block = int(self.table[row, index])
+        if self.pool.references(block) == 1:
+            self.pool.forget(block)
+            return []
+        return [self._swap(row, index, self.pool.allocate(1)[0])]
+
+    def replace(self, row: int, length: int) -> None:
+        """Give the blocks back and take others for ``length`` tokens, which the caller has in his hands.
+
+        Raises
+        ------
+        PoolFullError
+            If the pool lacks blocks even with those that come back; nothing has changed then.
+        """
+        held = self.row_blocks(row)
+        count = -(-length // self.pool.block_size)
+        back = sum(self.pool.references(block) == 1 for block in held)
+        if count > self.pool.free + back:
+            raise PoolFullError(f"{count} blocks wanted, {self.pool.free + back} of {self.pool.num_blocks} free")
+        self.release(row)
+        self._extend(row, self.pool.allocate(count))
+        self.lengths[row] = length
+
+    def shrink(self, row: int, length: int) -> None:
+        """Drop the last tokens; blocks that hold none of the others are given back."""
+        keep = -(-length // self.pool.block_size)
+        self.pool.release(self.row_blocks(row)[keep:])
+        self.table[row, keep : self.blocks[row]] = 0
+        self._tail_suspect[row] = length % self.pool.block_size != 0
+        self.blocks[row] = keep
+        self.lengths[row] = length
+
+    def expiring(self, rows: Ints, positions: Ints) -> list[tuple[int, int]]:
+        """Those of ``rows`` with something to `expire` before a token at the position given for each, and that position."""
+        if self.window is None:
+            return []
+        some = self._expired(rows, positions) > 0
+        return list(zip(rows[some].tolist(), positions[some].tolist(), strict=True))
+
+    def expire(self, row: int, position: int) -> int:
+        """Free the blocks that the token at ``position`` and all later ones cannot see; return how many."""
+        gone = 0 if self.window is None else int(self._expired(np.array([row]), np.array([position]))[0])
+        if gone <= 0:
+            return 0
+        size = self.pool.block_size
+        held = self.row_blocks(row)
+        rest = held[: self._head] + held[self._head + gone :]
+        self.pool.release(held[self._head : self._head + gone])
+        self.table[row, : len(rest)] = rest
+        self.table[row, len(rest) : len(held)] = 0
+        self.blocks[row] = len(rest)
+        self.lengths[row] -= gone * size
+        self.dropped[row] += gone * size
+        return gone
+
+    def release(self, row: int) -> None:
+        """Give all blocks back and forget the sequence."""
+        self.pool.release(self.row_blocks(row))
+        self.table[row, : self.blocks[row]] = 0
+        self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
+        self._tail_suspect[row] = False
+
+    def _expired(self, rows: Ints, positions: Ints) -> Ints:
+        assert self.window is not None
+        size = self.pool.block_size
+        visible_from = positions - self.window + 1
+        held_from = self._head * size + self.dropped[rows]
+        # no more than is stored: a short text behind many sinks fills no block beyond theirs
+        gone: Ints = np.minimum((visible_from - held_from) // size, self.lengths[rows] // size - self._head)
+        return gone
+
+    def _copies_tail(self, row: int) -> bool:
+        """Whether the half-full last block has to be copied: the other holder may have left meanwhile."""
+        return bool(self._tail_suspect[row]) and self.pool.references(int(self.table[row, self.blocks[row] - 1])) > 1
+
+    def _extend(self, row: int, blocks: list[int]) -> None:
+        held = int(self.blocks[row])
+        self.table[row, held : held + len(blocks)] = blocks
+        self.blocks[row] = held + len(blocks)
+
+    def _swap(self, row: int, index: int, fresh: int) -> Copy:
+        """Put ``fresh`` in the place of a block that others hold as well."""
+        block = int(self.table[row, index])
+        self.table[row, index] = fresh
+        self.pool.release([block])
+        return block, fresh
+
+
+def tables_for(group: LayerGroup, limits: Limits, num_blocks: int) -> BlockTables:
+    """Empty tables of one layer group over a pool of its own."""
+    return BlockTables(
+        BlockPool(num_blocks, limits.block_size),
+        rows=limits.max_num_seqs,
+        blocks_per_row=limits.blocks_per_sequence,
+        window=group.window,
+        sinks=group.sinks,
+    )

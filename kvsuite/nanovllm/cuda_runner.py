@@ -1,0 +1,289 @@
+"""The runner of a runtime on CUDA: captured decode steps, fused layers, FlashInfer; and what was chosen, and why.
+
+Nothing is replaced in silence: `CudaRunner.facts` says what attends, what is fused and captured, and why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvsuite.errors import UserError
+from kvsuite.models.load import LoadedModel
+
+from .batch import BatchBuilder, GroupInputs, StepBatch
+from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
+from .flashinfer_attention import FlashInferAttention
+from .flashinfer_captured import FEW_PROGRAMS
+from .fused_layers import FusedDecoder, not_fusable
+from .kv_pool import SCRATCH_BLOCK, KVPool
+from .limits import Limits
+from .paged_attention import AttentionBackend, attending
+from .reference_attention import KeyRotation, ReferenceAttention
+from .runner import ModelRunner
+
+# widths that FlashInfer's kernels exist for
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# the captured reference gathers the longest possible sequence for every row of a batch
+_REFERENCE_BYTES = 1 << 30
+# more than `fused_layers` launches with overlap
+_WARM_UP_TOKENS = 2048
+
+
+class CapturableReference(ReferenceAttention):
+    """The exact attention, for captured steps as well: they attend over the longest possible sequence, and mask."""
+
+    def __init__(self, pools: Sequence[KVPool], rotation: KeyRotation | None = None) -> None:
+        super().__init__(pools, rotation)
+        self.pools = list(pools)
+        self.kinds = ["reference" for _ in self.pools]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether every group's decode attention can be captured."""
+        return not any(pool.group.window is not None or pool.group.places for pool in self.pools)
+
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturableReference:
+        """Attention of decode steps of one size over the static tensors of ``batch``."""
+        return CapturableReference(self.pools)
+
+    def prepare(self, lengths: Sequence[Tensor]) -> None:
+        """Nothing: the step reads its lengths itself."""
+
+
+def attention_for(
+    pools: Sequence[KVPool], *, query_heads: int, rotation: KeyRotation | None = None
+) -> tuple[FlashInferAttention | CapturableReference, str]:
+    """The attention for these pools, and why it is that one.
+
+    Raises
+    ------
+    CaseSkipped
+        If FlashInfer is called for and not installed.
+    """
+    keys = pools[0].keys
+    if keys.device.type != "cuda":
+        return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {keys.device.type}"
+    if keys.dtype not in (torch.bfloat16, torch.float16):
+        return CapturableReference(pools, rotation), f"FlashInfer does not compute in {keys.dtype}"
+    odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
+    if odd:
+        return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
+    return FlashInferAttention(pools, query_heads=query_heads, rotation=rotation), ""
+
+
+def cuda_runner(**options: Any) -> Callable[[LoadedModel, Sequence[KVPool], Limits], CudaRunner]:
+    """A runner factory for `Runtime`, with options of `CudaRunner`."""
+    return partial(CudaRunner, **options)
+
+
+class CudaRunner(ModelRunner):
+    """Decode steps from graphs, all others as they come; layers fused where the model allows it.
+
+    On a CPU nothing is captured or tuned, and the reference attends: the same way through the code, for tests.
+
+    Parameters
+    ----------
+    loaded
+        The model. If it can be fused its projections become views of merged weights.
+    pools
+        Keys and values of every layer group.
+    limits
+        Of the runtime.
+    rotation
+        For groups that place their keys in the cache.
+    graphs
+        Whether decode steps are captured.
+    fuse
+        Whether layers are fused.
+    tune
+        Whether every product's tiling is chosen by trying, at batch sizes where that can win. The first time on a machine
+        this compiles some fifty kernels.
+    sizes
+        Batch sizes to capture; a choice up to ``max_num_seqs`` if left out.
+    warm_up
+        Whether prompts are computed in the scratch block, so that the first request waits for no compilation.
+
+    Raises
+    ------
+    CaseSkipped
+        If FlashInfer is called for and not installed.
+    UserError
+        If the captured steps do not fit beside the pool.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        pools: Sequence[KVPool],
+        limits: Limits,
+        *,
+        rotation: KeyRotation | None = None,
+        graphs: bool = True,
+        fuse: bool = True,
+        tune: bool = True,
+        sizes: Iterable[int] | None = None,
+        warm_up: bool = False,
+    ) -> None:
+        config = loaded.text_config
+        attention, self._why_reference = attention_for(
+            pools, query_heads=int(config.num_attention_heads), rotation=rotation
+        )
+        super().__init__(loaded, attention)
+        self.attention = attention
+        self._why_not_fused = self._objection(loaded, pools, fuse)
+        self.decoder: FusedDecoder | None = None
+        self.graphs: DecodeGraphs | None = None
+        self._why_not_captured = ""
+        try:
+            if not self._why_not_fused:
+                self.decoder = FusedDecoder(loaded.model, config, limits.max_model_len + 1)
+            wanted = sorted(set(default_sizes(limits.max_num_seqs) if sizes is None else sizes))
+            if tune and self.decoder is not None and loaded.dtype in (torch.bfloat16, torch.float16):
+                self._tune(self.decoder, wanted)
+            if not graphs:
+                self._why_not_captured = "switched off"
+            elif not attention.capturable:
+                self._why_not_captured = "a sliding window, or keys placed in the cache, go through the reference"
+            else:
+                self._capture(attention, wanted, limits)
+            if warm_up:
+                self._warm_up(pools, limits)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        attention = self.attention
+        if isinstance(attention, FlashInferAttention):
+            attends = ", ".join(dict.fromkeys(attention.effective["attention"]))
+        else:
+            attends = f"reference ({self._why_reference})"
+        found: dict[str, Any] = {"attention": f"paged: {attends}"}
+        captured = self.graphs is not None and self.device.type == "cuda"
+        found["decode_step"] = "cuda_graph" if captured else "eager"
+        if not captured:
+            found["decode_step_reason"] = self._why_not_captured or f"{self.device.type} captures nothing"
+        if self.graphs is not None:
+            found["decode_sizes"] = self.graphs.sizes
+            found["decode_attention"] = self.graphs.kinds
+        if self.decoder is None:
+            return found | {"fused": [], "not_fused": self._why_not_fused}
+        return found | dict(self.decoder.effective)
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run one step and return logits ``[R, vocab]`` of ``batch.sample_rows``, in the model's dtype.
+
+        The result may be overwritten by the next step.
+        """
+        captured = None if self.graphs is None else self.graphs.run(batch)
+        if captured is not None:
+            return captured
+        return self._eager(batch)
+
+    def _eager(self, batch: StepBatch) -> Tensor:
+        if self.decoder is None:
+            return super().run(batch)
+        self.attention.begin(batch)
+        return self.decoder.logits(batch, self.attention)
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``."""
+        if self.decoder is None:
+            return super().hidden(batch)
+        self.attention.begin(batch)
+        return self.decoder.hidden(batch, self.attention)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
+        return super().logits(rows) if self.decoder is None else self.decoder.head(rows)
+
+    def close(self) -> None:
+        """Give the model its own attention back, and the memory of the graphs."""
+        self.graphs = None
+        super().close()
+
+    def _objection(self, loaded: LoadedModel, pools: Sequence[KVPool], fuse: bool) -> str:
+        """Why layers are not fused, empty if they are."""
+        if not fuse:
+            return "switched off"
+        if any(pool.group.places for pool in pools):
+            return "keys placed in the cache are stored unrotated, and the fused write rotates"
+        if loaded.device.type == "cpu" and not _interpreted():
+            return "the kernels need CUDA"
+        return not_fusable(loaded.model, loaded.text_config) or ""
+
+    def _warm_up(self, pools: Sequence[KVPool], limits: Limits) -> None:
+        """Compute prompts of zeros in the scratch block."""
+        if any(pool.group.places for pool in pools):
+            return
+        total = min(_WARM_UP_TOKENS, limits.max_num_batched_tokens)
+        most = min(total, limits.max_model_len)
+        counts = np.array([1, *[most] * (total // most)][: limits.max_num_seqs])
+        ids = np.zeros(counts.sum(), dtype=np.int64)
+        blocks = -(-int(counts.max()) // limits.block_size)
+        part = GroupInputs(
+            slots=ids,
+            kv_lengths=counts,
+            block_tables=np.full((len(counts), blocks), SCRATCH_BLOCK, dtype=np.int32),
+            dropped=np.zeros_like(counts),
+        )
+        batch = BatchBuilder(self.device).build(
+            ids=ids, positions=ids, counts=counts, sample_rows=np.cumsum(counts) - 1, groups=[part] * len(pools)
+        )
+        self._eager(batch)
+
+    def _tune(self, decoder: FusedDecoder, sizes: Sequence[int]) -> None:
+        if self.device.type == "cuda":
+            from .tiling_choice import choose_tilings
+
+            choose_tilings(decoder, sizes)
+
+    def _capture(self, attention: CapturableAttention, sizes: Sequence[int], limits: Limits) -> None:
+        forward = self._plain if self.decoder is None else self.decoder.logits
+        if isinstance(attention, CapturableReference):
+            row = max(pool.block_bytes // len(pool.group.layers) for pool in attention.pools)
+            most = _REFERENCE_BYTES // (row * limits.blocks_per_sequence)
+            sizes = [size for size in sizes if size <= most]
+            if not sizes:
+                self._why_not_captured = "the reference would gather more than 1 GiB a layer"
+                return
+        graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
+        try:
+            graphs.capture()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"max_num_seqs={limits.max_num_seqs}: {self.device} has no room to capture decode steps of up to "
+                f"{max(sizes)} sequences beside the pool; give a smaller memory_share or pool_bytes, or fewer max_num_seqs"
+            ) from error
+        except RuntimeError as error:
+            # our own layers can be captured; whether a model's can is its own affair
+            if self.decoder is not None:
+                raise
+            self._why_not_captured = f"the model cannot be captured: {str(error).splitlines()[0][:200]}"
+            return
+        self.graphs = graphs
+
+    def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
+        """`FusedDecoder.logits` of a model that is not fused."""
+        with torch.inference_mode(), attending(backend):
+            logits: Tensor = self.model(
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=batch.sample_rows,
+            ).logits
+        return logits[0]
+
+
+def _interpreted() -> bool:
+    """Whether triton computes on the CPU, for tests."""
+    import os
+
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,262 @@
+"""Decode steps as CUDA graphs: one graph a batch size, over tensors that stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .batch import GroupBatch, StepBatch
+from .flashinfer_captured import FEW_PROGRAMS
+from .kv_pool import SCRATCH_BLOCK, KVPool
+from .paged_attention import AttentionBackend
+
+Forward = Callable[[StepBatch, AttentionBackend], Tensor]
+
+
+class StaticAttention(AttentionBackend, Protocol):
+    """Decode attention over the static tensors of one batch size."""
+
+    #: what attends, by layer group
+    kinds: list[str]
+
+    def prepare(self, lengths: Sequence[Tensor]) -> None:
+        """Plan a step on the host: KV lengths int32 ``[B]`` of all rows, by layer group."""
+
+
+class CapturableAttention(Protocol):
+    """Attention that can be cut to static tensors."""
+
+    @property
+    def pools(self) -> Sequence[KVPool]:
+        """Keys and values of every layer group."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether all groups can be captured."""
+
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> StaticAttention:
+        """Attention of decode steps over the static tensors of ``batch``."""
+
+
+def default_sizes(most: int) -> list[int]:
+    """Batch sizes that get a graph: finer where a padding row costs a larger share of the step."""
+    sizes = [size for size in (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112) if size < most]
+    return [*sizes, *range(128, most, 32), most]
+
+
+class DecodeGraphs:
+    """Captured decode steps for the batch sizes of ``sizes``; smaller batches are padded to the next one.
+
+    Padding rows are sequences of one token in the scratch block. On a CPU, which captures nothing, the same steps run over
+    the same static tensors one by one: to test everything else.
+
+    Parameters
+    ----------
+    forward
+        ``forward(batch, backend) -> logits [R, vocab]``, the backend having begun the step; it must not wait for the device.
+        `FusedDecoder.logits`, or a transformers model inside `attending`.
+    attention
+        Whose pools the graphs use; all its groups have to be `capturable`.
+    sizes
+        Batch sizes.
+    max_blocks
+        Blocks of the longest sequence.
+    few_programs
+        See `FlashInferAttention.captured`.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        attention: CapturableAttention,
+        sizes: Iterable[int],
+        max_blocks: int,
+        few_programs: int = FEW_PROGRAMS,
+    ) -> None:
+        assert attention.capturable
+        self._forward = forward
+        self._attention = attention
+        self._few_programs = few_programs
+        self.sizes = sorted(set(sizes))
+        self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].keys.device)
+        self._steps: dict[int, _Step] = {}
+        self._memory: Any = None
+
+    @property
+    def kinds(self) -> dict[int, str]:
+        """What attends, by captured size."""
+        return {size: ", ".join(dict.fromkeys(self._steps[size].attention.kinds)) for size in sorted(self._steps)}
+
+    def capture(self) -> None:
+        """Capture all sizes; the largest comes first, the others use its memory."""
+        for size in reversed(self.sizes):
+            self.step(size)
+
+    def step(self, size: int) -> _Step:
+        """The captured step of one of the sizes; captured now if it was not yet."""
+        if size not in self._steps:
+            step = _Step(
+                self._forward, self._attention, _narrowed(self._static, size), self._few_programs, self._memory
+            )
+            self._memory = step.memory
+            self._steps[size] = step
+        return self._steps[size]
+
+    def size_for(self, batch: StepBatch) -> int | None:
+        """Size of the graph that can run this batch, ``None`` if there is none."""
+        if not batch.decode_only or batch.sample_rows.shape[0] != batch.sequences:
+            return None
+        if batch.block_tables.shape[1] > self._static.block_tables.shape[1]:
+            return None
+        return next((size for size in self.sizes if size >= batch.sequences), None)
+
+    def run(self, batch: StepBatch) -> Tensor | None:
+        """Logits ``[S, vocab]`` of a decode step, or ``None`` for a batch that no graph can run.
+
+        They are overwritten by the next step.
+        """
+        size = self.size_for(batch)
+        if size is None:
+            return None
+        step = self.step(size)
+        _fill(step.batch, batch)
+        step.prepare([part.kv_lengths_host for part in batch.groups])
+        step.replay()
+        return step.logits[: batch.sequences]
+
+
+class _Step:
+    """One batch size, captured."""
+
+    def __init__(
+        self, forward: Forward, attention: CapturableAttention, batch: StepBatch, few_programs: int, memory: Any
+    ) -> None:
+        self.batch = batch
+        self.attention = attention.captured(batch, few_programs)
+        self.memory: Any = None
+        self._forward = forward
+        self._graph: Any = None
+        _pad(batch, 0)
+        self.prepare([])
+        with torch.inference_mode():
+            if batch.ids.device.type == "cuda":
+                self._capture(memory)
+            else:
+                self.logits = self._once()
+
+    def _once(self) -> Tensor:
+        self.attention.begin(self.batch)
+        return self._forward(self.batch, self.attention)
+
+    def _capture(self, memory: Any) -> None:
+        # what is compiled or allocated at first use must not be captured
+        side = _stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._once()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=memory):
+            self.logits = self._once()
+        self.memory = self._graph.pool()
+
+    def prepare(self, lengths: list[Tensor]) -> None:
+        """Plan a step of sequences that hold ``lengths[group]`` tokens each, int32 ``[S]`` on the host."""
+        size = self.batch.sequences
+        padded = []
+        for number in range(len(self.batch.groups)):
+            row = torch.ones(size, dtype=torch.int32)
+            if lengths:
+                row[: lengths[number].shape[0]] = lengths[number]
+            padded.append(row)
+        self.attention.prepare(padded)
+
+    def replay(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        with torch.inference_mode():
+            self.logits = self._once()
+
+
+def _stream() -> Any:
+    stream: Any = torch.cuda.Stream
+    return stream()
+
+
+def _static_batch(size: int, groups: int, max_blocks: int, device: torch.device) -> StepBatch:
+    def zeros(*shape: int, dtype: torch.dtype = torch.int32, on: torch.device | str = device) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=on)
+
+    return StepBatch(
+        ids=zeros(size, dtype=torch.int64),
+        positions=zeros(size, dtype=torch.int64),
+        query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
+        sample_rows=torch.arange(size, device=device),
+        groups=tuple(
+            GroupBatch(
+                slots=zeros(size, dtype=torch.int64),
+                kv_lengths=torch.ones(size, dtype=torch.int32, device=device),
+                block_tables=zeros(size, max_blocks),
+                dropped=zeros(size),
+                # the graph reads device tensors alone
+                kv_lengths_host=zeros(0, on="cpu"),
+                block_tables_host=zeros(0, 0, on="cpu"),
+                dropped_host=zeros(0, on="cpu"),
+            )
+            for _ in range(groups)
+        ),
+        decode_only=True,
+        query_start_host=torch.arange(size + 1, dtype=torch.int32),
+    )
+
+
+def _narrowed(batch: StepBatch, size: int) -> StepBatch:
+    """The first ``size`` rows of a static batch."""
+    return StepBatch(
+        ids=batch.ids[:size],
+        positions=batch.positions[:size],
+        query_start=batch.query_start[: size + 1],
+        sample_rows=batch.sample_rows[:size],
+        groups=tuple(
+            GroupBatch(
+                slots=part.slots[:size],
+                kv_lengths=part.kv_lengths[:size],
+                block_tables=part.block_tables[:size],
+                dropped=part.dropped[:size],
+                kv_lengths_host=part.kv_lengths_host,
+                block_tables_host=part.block_tables_host,
+                dropped_host=part.dropped_host,
+            )
+            for part in batch.groups
+        ),
+        decode_only=True,
+        query_start_host=batch.query_start_host[: size + 1],
+    )
+
+
+def _fill(static: StepBatch, batch: StepBatch) -> None:
+    count = batch.sequences
+    static.ids[:count].copy_(batch.ids)
+    static.positions[:count].copy_(batch.positions)
+    for own, given in zip(static.groups, batch.groups, strict=True):
+        own.slots[:count].copy_(given.slots)
+        own.kv_lengths[:count].copy_(given.kv_lengths)
+        own.block_tables[:count, : given.block_tables.shape[1]].copy_(given.block_tables)
+    _pad(static, count)
+
+
+def _pad(static: StepBatch, count: int) -> None:
+    """Turn rows from ``count`` on into padding: what an earlier step left there would be written once more."""
+    if count == static.sequences:
+        return
+    static.ids[count:].zero_()
+    static.positions[count:].zero_()
+    for part in static.groups:
+        part.slots[count:].fill_(SCRATCH_BLOCK)
+        part.kv_lengths[count:].fill_(1)
+        part.block_tables[count:, :1].fill_(SCRATCH_BLOCK)

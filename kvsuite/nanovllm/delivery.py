@@ -1,0 +1,100 @@
+"""From the device to the request: tokens under way, and what their arrival ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+from .counters import Counters
+from .in_flight import TokensInFlight
+from .request import Request, Status
+from .scheduler import Scheduler
+
+
+class End(Protocol):
+    """Ends a request."""
+
+    def __call__(self, request: Request, status: Status, reason: str, error: Exception | None = None) -> None:
+        """Let it be over, with the reason."""
+
+
+class Delivery:
+    """Tokens of one step that are under way to the host, and their arrival.
+
+    Parameters
+    ----------
+    scheduler
+        Takes requests back that get their last token.
+    counters
+        Kept up to date.
+    end
+        Ends a request.
+    """
+
+    def __init__(self, scheduler: Scheduler, counters: Counters, end: End) -> None:
+        self._scheduler = scheduler
+        self._counters = counters
+        self._end = end
+        #: tokens under way
+        self.flight: TokensInFlight | None = None
+        #: seconds that the host waited for tokens
+        self.waited_s = 0.0
+
+    def take_off(self, flight: TokensInFlight) -> None:
+        """Let the tokens of a launched step be under way; who gets its last one needs no blocks any more."""
+        flight.depart()
+        self.flight = flight
+        for request in flight.requests:
+            if request.in_flight and len(request.tokens) >= request.prompt_length + request.most:
+                self._scheduler.remove(request)
+
+    def land(self) -> None:
+        """Wait for the tokens under way, and deliver them.
+
+        Raises
+        ------
+        Exception
+            What the device reported. The requests of that step have failed then.
+        """
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        started = time.perf_counter()
+        try:
+            tokens = flight.wait()
+        except Exception as error:
+            self.fail(flight.requests, error)
+            raise
+        now = time.perf_counter()
+        self.waited_s += now - started
+        for request, token in zip(flight.requests, tokens, strict=True):
+            # a callback, or whoever called between two steps, may have ended it
+            if request.in_flight:
+                self._deliver(request, token, now)
+
+    def fail(self, requests: Iterable[Request], error: Exception) -> None:
+        """End the requests of a step that raised."""
+        for request in requests:
+            self._end(request, Status.FAILED, f"its step failed: {type(error).__name__}: {error}", error)
+
+    def _deliver(self, request: Request, token: int, now: float) -> None:
+        if request.forced is None:
+            request.tokens[-1] = token
+        else:
+            token = request.tokens[-1]
+        request.in_flight = False
+        self._counters.logical_output_tokens += 1
+        request.times.append(now)
+        if request.on_token is not None:
+            try:
+                request.on_token(request, token, now)
+            except Exception as error:
+                self._end(request, Status.FAILED, f"its callback raised {type(error).__name__}: {error}", error)
+                return
+            if request.status.over:
+                return
+        if token in request.stops:
+            self._end(request, Status.FINISHED, "stop")
+        elif len(request.tokens) >= request.prompt_length + request.most:
+            self._end(request, Status.FINISHED, "length")

@@ -1,0 +1,169 @@
+"""Paged attention on CUDA: FlashInfer's kernels, planned on the host once a step, and one of ours, which needs no plan.
+
+Prompts go through FlashInfer, on Hopper through its ``fa3``; single tokens through `split_attention`. Layers with a window,
+or with keys that are placed in the cache, go through the reference. Captured steps: `flashinfer_captured`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvsuite.errors import CaseSkipped
+
+from .batch import StepBatch
+from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, PooledLayers, split
+from .kv_pool import KVPool
+from .reference_attention import KeyRotation, ReferenceAttention
+
+_WORKSPACE_BYTES = 256 << 20
+INSTALL = (
+    "pip install --no-deps flashinfer-python==0.6.1 apache-tvm-ffi==0.1.13.post3 nvidia-cudnn-frontend, "
+    "and pip install einops tabulate ninja"
+)
+
+
+def flashinfer_module() -> Any:
+    """Import FlashInfer.
+
+    Raises
+    ------
+    CaseSkipped
+        If it is not installed.
+    """
+    try:
+        import flashinfer  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ImportError as error:
+        raise CaseSkipped(f"paged attention on CUDA needs FlashInfer ({error}); {INSTALL}") from error
+    return flashinfer
+
+
+class FlashInferAttention(PooledLayers):
+    """Attention of steps of any make-up; `captured` makes one for a graph.
+
+    Parameters
+    ----------
+    pools
+        Keys and values of every layer group, bfloat16 or float16, on CUDA.
+    query_heads
+        Query heads of a layer.
+    rotation
+        For groups that place their keys in the cache.
+    prompt_backend
+        FlashInfer's backend for prompts, ``fa2`` or ``fa3``; ``None`` takes ``fa3`` on Hopper, which alone has it.
+
+    Raises
+    ------
+    CaseSkipped
+        If FlashInfer is not installed.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[KVPool],
+        *,
+        query_heads: int,
+        rotation: KeyRotation | None = None,
+        prompt_backend: str | None = None,
+    ) -> None:
+        super().__init__(pools)
+        self._flashinfer = flashinfer_module()
+        self.query_heads = query_heads
+        device = self.pools[0].keys.device
+        # FlashInfer wants it zeroed at first use
+        self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
+        self._exact = ReferenceAttention(pools, rotation)
+        self._by_reference = [pool.group.window is not None or pool.group.places for pool in self.pools]
+        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        self._prompts = [
+            None if exact else wrapper(self.workspace, "NHD", backend=self.prompt_backend)
+            for exact in self._by_reference
+        ]
+        # single tokens stand in front; what follows them goes through FlashInfer
+        self._singles = 0
+
+    @property
+    def capturable(self) -> bool:
+        """Whether every group's decode attention can be captured."""
+        return not any(self._by_reference)
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """What attends, by group."""
+        return {
+            "attention": [
+                "reference" if exact else f"flashinfer {self.prompt_backend}, single tokens split"
+                for exact in self._by_reference
+            ]
+        }
+
+    def begin(self, batch: StepBatch) -> None:
+        self._batch = batch
+        if any(self._by_reference):
+            self._exact.begin(batch)
+        starts = batch.query_start_host.numpy()
+        longer = np.flatnonzero(np.diff(starts) != 1)
+        self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
+        if singles == batch.sequences:
+            return
+        for wrapper, pool, part in zip(self._prompts, self.pools, batch.groups, strict=True):
+            if wrapper is None:
+                continue
+            lengths = part.kv_lengths_host.numpy()[singles:]
+            used = -(-lengths // pool.block_size)
+            tables = part.block_tables_host.numpy()[singles:]
+            wrapper.plan(
+                torch.from_numpy(starts[singles:] - starts[singles]),
+                torch.from_numpy(_starts(used)),
+                torch.from_numpy(tables[np.arange(tables.shape[1])[None] < used[:, None]]),
+                torch.from_numpy((lengths - (used - 1) * pool.block_size).astype(np.int32)),
+                self.query_heads,
+                pool.group.kv_heads,
+                pool.group.head_dim,
+                pool.block_size,
+                causal=True,
+                q_data_type=pool.keys.dtype,
+                kv_data_type=pool.keys.dtype,
+                non_blocking=False,
+            )
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        number, _, _ = self._where[layer]
+        if self._by_reference[number]:
+            self._exact.write(layer, key, value)
+        else:
+            super().write(layer, key, value)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        number, index, pool = self._where[layer]
+        wrapper = self._prompts[number]
+        if wrapper is None:
+            return self._exact.attend(layer, query, scale)
+        keys, values = pool.layer(index)
+        singles, query = self._singles, query.contiguous()
+        mixed = []
+        if singles:
+            part = self._batch.groups[number]
+            tables, lengths = part.block_tables[:singles], part.kv_lengths[:singles]
+            mixed.append(split(query[:singles], keys, values, tables, lengths, scale, self.processors))
+        if singles < self._batch.sequences:
+            factor = scale * pool.group.head_dim**0.5
+            mixed.append(wrapper.run(query[singles:], (keys, values), q_scale=None if factor == 1 else factor))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
+        """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
+        return CapturedAttention(self, batch, few_programs)
+
+
+def _starts(counts: Any) -> Any:
+    starts = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return starts

@@ -1,0 +1,194 @@
+"""Decode attention over tensors that stay where they are, so that a step can be captured.
+
+Few sequences go through `split_attention`, whose grid depends on shapes alone; many through FlashInfer's ``fa2`` with tensor
+cores, which balances sequences of unequal length but wants a plan from the host before every step (docs/measurements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import StepBatch
+from .kv_pool import KVPool
+
+if TYPE_CHECKING:
+    from .flashinfer_attention import FlashInferAttention
+
+#: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
+FEW_PROGRAMS = 512
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+class PooledLayers:
+    """Where layers keep their tokens; what eager and captured attention have in common."""
+
+    def __init__(self, pools: Sequence[KVPool]) -> None:
+        self.pools = list(pools)
+        self._where = {
+            layer: (number, index, pool)
+            for number, pool in enumerate(self.pools)
+            for index, layer in enumerate(pool.group.layers)
+        }
+        self._batch: StepBatch
+        self._attend: list[Attend] = []
+
+    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values ``[num_blocks, block_size, kv_heads, head_dim]`` of a layer, and the slots of the step's tokens."""
+        number, index, pool = self._where[layer]
+        return (*pool.layer(index), self._batch.groups[number].slots)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        keys, values, slots = self.destination(layer)
+        keys.flatten(0, 1).index_copy_(0, slots, key.to(keys.dtype))
+        values.flatten(0, 1).index_copy_(0, slots, value.to(values.dtype))
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        number, index, pool = self._where[layer]
+        return self._attend[number](query.contiguous(), *pool.layer(index), scale)
+
+
+def split(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    processors: int,
+    pdl: bool = False,
+) -> Tensor:
+    """`split_attention` cut into as many parts as fill a device of ``processors``."""
+    from .split_attention import split_attention, splits_for
+
+    splits = splits_for(query.shape[0], keys.shape[2], processors)
+    return split_attention(query, keys, values, tables, lengths, scale, splits=splits, pdl=pdl)
+
+
+def _event() -> Any:
+    event: Any = torch.cuda.Event
+    return event()
+
+
+class CapturedAttention(PooledLayers):
+    """Decode attention over static tensors. `prepare` goes before every replay.
+
+    Parameters
+    ----------
+    owner
+        Its pools and workspace are used.
+    batch
+        Static tensors of the step.
+    few_programs
+        ``sequences * kv_heads`` up to which keys are cut for our own kernel.
+    """
+
+    def __init__(self, owner: FlashInferAttention, batch: StepBatch, few_programs: int) -> None:
+        super().__init__(owner.pools)
+        self._batch = batch
+        device = owner.workspace.device
+        self._pdl = torch.cuda.get_device_capability(device)[0] >= 9
+        self.kinds: list[str] = []
+        self._plans: list[PlannedDecode | None] = []
+        for number, pool in enumerate(self.pools):
+            few = batch.sequences * pool.group.kv_heads <= few_programs
+            self.kinds.append("split" if few else "flashinfer fa2")
+            if few:
+                self._plans.append(None)
+                self._attend.append(self._split(number, owner.processors))
+            else:
+                plan = PlannedDecode(owner, pool, batch.groups[number].block_tables.shape)
+                self._plans.append(plan)
+                self._attend.append(plan.attend(self._pdl))
+
+    def _split(self, number: int, processors: int) -> Attend:
+        part = self._batch.groups[number]
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+            return split(query, keys, values, part.block_tables, part.kv_lengths, scale, processors, self._pdl)
+
+        return attend
+
+    def prepare(self, lengths: Sequence[Tensor]) -> None:
+        """Plan a step: the group's KV lengths of all rows, padding included, int32 ``[B]`` on the host."""
+        for plan, own in zip(self._plans, lengths, strict=True):
+            if plan is not None:
+                plan.prepare(own)
+
+    def begin(self, batch: StepBatch) -> None:
+        """Part of the captured step: FlashInfer wants the tables one behind the other."""
+        from .fused_kernels import flatten_tables
+
+        for plan, part in zip(self._plans, batch.groups, strict=True):
+            if plan is not None:
+                flatten_tables(part.block_tables, plan.starts, plan.blocks)
+
+
+class PlannedDecode:
+    """FlashInfer's decode of one group and batch size over fixed buffers."""
+
+    def __init__(self, owner: FlashInferAttention, pool: KVPool, table_shape: Sequence[int]) -> None:
+        size, most = table_shape
+        device = owner.workspace.device
+        self._shape = (owner.query_heads, pool.group.kv_heads, pool.group.head_dim, pool.block_size)
+        self._dtype = pool.keys.dtype
+        # starts and fill of the last blocks travel in one copy
+        self._staging = torch.zeros(2 * size + 1, dtype=torch.int32, pin_memory=True)
+        self._sent = torch.zeros(2 * size + 1, dtype=torch.int32, device=device)
+        self.starts, last = self._sent[: size + 1], self._sent[size + 1 :]
+        self.blocks = torch.zeros(size * most, dtype=torch.int32, device=device)
+        self._size = size
+        self._wrapper = owner._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            owner.workspace,
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=self.starts,
+            paged_kv_indices_buffer=self.blocks,
+            paged_kv_last_page_len_buffer=last,
+            backend="fa2",
+        )
+        self._quick = owner._flashinfer.decode.fast_decode_plan
+        self._copied = _event()
+        self._first = True
+        self.prepare(torch.ones(size, dtype=torch.int32))
+
+    def prepare(self, lengths: Tensor) -> None:
+        size, block_size = self._size, self._shape[3]
+        counts = lengths.numpy()
+        used = -(-counts // block_size)
+        # the copies of the plan before this one may wait behind a step; their sources are written again here
+        self._copied.synchronize()
+        staged = self._staging.numpy()
+        staged[0] = 0
+        np.cumsum(used, out=staged[1 : size + 1])
+        staged[size + 1 :] = counts - (used - 1) * block_size
+        self._sent.copy_(self._staging, non_blocking=True)
+        starts, last = self._staging[: size + 1], self._staging[size + 1 :]
+        common = {"q_data_type": self._dtype, "kv_data_type": self._dtype}
+        if self._first:
+            self._wrapper.plan(starts, self.blocks[:0], last, *self._shape, **common)
+            self._first = False
+        else:
+            # leaves out copies that are made above, and a slow maximum
+            self._quick(
+                self._wrapper, starts, self.blocks[:0], last, *self._shape, global_override_indptr_cpu=starts, **common
+            )
+        self._copied.record()
+
+    def attend(self, pdl: bool) -> Attend:
+        head_dim = self._shape[2]
+
+        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+            factor = scale * head_dim**0.5
+            found: Tensor = self._wrapper.run(
+                query, (keys, values), q_scale=None if factor == 1 else factor, enable_pdl=pdl
+            )
+            return found
+
+        return attend

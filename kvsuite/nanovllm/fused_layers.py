@@ -1,0 +1,241 @@
+"""Decoders of the Llama kind in fewer, larger steps than transformers takes, on the same weights.
+
+A layer is nine kernels: norm with the addition before it, one product for queries, keys and values, norm + rotation + write
+into the cache, attention, output product, norm with addition, one product for gate and up, their activation, down product.
+The merged weights are the storage of the model's own parameters, so the model goes on working and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .batch import StepBatch
+from .paged_attention import AttentionBackend
+
+if TYPE_CHECKING:
+    from .row_linear import Tiling
+
+_ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen3Model"}
+# rotary embeddings whose angles depend on the position alone, so that a table can hold them
+_FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
+_FEW_ROWS = 1024
+#: products of a layer, and of the final layer
+PRODUCTS = ("qkv", "output", "gate_up", "down", "final")
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """Weights of a layer: RMS norms, merged projections ``[features, width]``, norms of a head (``None`` without)."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    output: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def not_fusable(model: Any, text_config: Any) -> str | None:
+    """Why a transformers model has to stay as it is, or ``None`` if it can be fused."""
+    decoder = model.get_decoder()
+    if type(decoder).__name__ not in _ARCHITECTURES:
+        return f"{type(decoder).__name__} is not of the Llama kind"
+    try:
+        import triton  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    rotary = getattr(decoder.rotary_emb, "rope_type", "default")
+    if rotary not in _FIXED_ROTARY:
+        return f"rotary embedding {rotary} changes with the length"
+    head_dim = decoder.layers[0].self_attn.head_dim
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"head_dim {head_dim} is not a power of two from 16 on"
+    if text_config.hidden_act != "silu":
+        return f"activation {text_config.hidden_act}"
+    final = model.get_output_embeddings()
+    for name, linear in [("final layer", final), *_projections(decoder)]:
+        # packed weights are other modules, and a bias would need another kernel
+        if type(linear) is not nn.Linear or linear.bias is not None:
+            return f"{name} is not a plain linear layer without bias"
+    return None
+
+
+def _projections(decoder: Any) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"layer {index} {name}", getattr(block, name))
+        for index, layer in enumerate(decoder.layers)
+        for block, names in (
+            (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+            (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+        )
+        for name in names
+    ]
+
+
+def _merge(linears: list[nn.Linear]) -> Tensor:
+    """Put the weights into one tensor ``[sum of features, width]``, of which the layers keep views."""
+    merged = torch.cat([linear.weight.data for linear in linears])
+    at = 0
+    for linear in linears:
+        features = linear.weight.shape[0]
+        linear.weight.data = merged[at : at + features]
+        at += features
+    return merged
+
+
+class FusedDecoder:
+    """A decoder whose layers run fused; made for a model for which `not_fusable` has no objection.
+
+    Parameters
+    ----------
+    model
+        The transformers model. Its projections become views of merged weights.
+    text_config
+        Configuration of its language part.
+    max_positions
+        Positions that the rotary table holds.
+    """
+
+    def __init__(self, model: Any, text_config: Any, max_positions: int) -> None:
+        decoder = model.get_decoder()
+        first = decoder.layers[0].self_attn
+        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._padding = decoder.embed_tokens
+        self._final_norm: Tensor = decoder.norm.weight
+        self._final: Tensor = model.get_output_embeddings().weight
+        self._eps = float(decoder.norm.variance_epsilon)
+        self._scale = float(first.scaling)
+        self._head_dim = int(first.head_dim)
+        self._query_heads = first.q_proj.weight.shape[0] // self._head_dim
+        self._kv_heads = first.k_proj.weight.shape[0] // self._head_dim
+        self.dtype = self._embedding.dtype
+        self.device = self._embedding.device
+        with torch.inference_mode():
+            self._table = _rotary_table(decoder.rotary_emb, max_positions, self._embedding)
+            self.layers = [self._layer(layer) for layer in decoder.layers]
+        # overlapping launches need Hopper
+        self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
+        self.tilings: dict[tuple[str, int], Tiling | None] = {}
+
+    def _layer(self, layer: Any) -> FusedLayer:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm.weight.data, attention.k_norm.weight.data)
+        return FusedLayer(
+            input_norm=layer.input_layernorm.weight.data,
+            qkv=_merge([attention.q_proj, attention.k_proj, attention.v_proj]),
+            head_norms=norms,
+            output=attention.o_proj.weight.data,
+            post_norm=layer.post_attention_layernorm.weight.data,
+            gate_up=_merge([mlp.gate_proj, mlp.up_proj]),
+            down=mlp.down_proj.weight.data,
+        )
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """What was fused, and which of torch's product and our own runs, by number of rows."""
+        own: Mapping[str, str] = {
+            f"{name} <= {rows} rows": "torch" if tiling is None else str(tiling)
+            for (name, rows), tiling in sorted(self.tilings.items())
+        }
+        return {
+            "fused": ["qkv", "gate_up", "add_norm", "head_norm_rotary_write", "silu_mul"],
+            "overlapped_launches": self.pdl,
+            "products": dict(own) or "torch",
+        }
+
+    def weights(self, product: str) -> list[Tensor]:
+        """The weights of one of `PRODUCTS`, one a layer."""
+        return [self._final] if product == "final" else [getattr(layer, product) for layer in self.layers]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but the embedding table, of which it reads a few rows."""
+        products = [weight for product in PRODUCTS for weight in self.weights(product)]
+        norms = [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
+        return sum(tensor.nbytes for tensor in (*products, *norms, self._final_norm))
+
+    def logits(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
+        """Logits ``[R, vocab]`` of ``batch.sample_rows``; the backend has begun the step."""
+        return self.head(self.hidden(batch, backend), pdl=self.pdl and batch.tokens <= _FEW_ROWS)
+
+    def head(self, hidden: Tensor, *, pdl: bool = False) -> Tensor:
+        """Logits ``[n, vocab]`` of rows of `hidden`."""
+        if not hidden.shape[0]:
+            return hidden.new_empty(0, self._final.shape[0])
+        with torch.inference_mode():
+            found = self._product("final", hidden, self._final, pdl)
+            return found[0] if found.shape[0] == 1 else found.sum(0).to(hidden.dtype)
+
+    def hidden(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
+        """What the final layer reads, ``[R, hidden]`` of ``batch.sample_rows``; the backend has begun the step."""
+        from .fused_kernels import add_norm, rotate_store, silu_mul
+        from .row_linear import row_linear
+
+        rows = batch.tokens
+        # where launches are a part of the time
+        pdl = self.pdl and rows <= _FEW_ROWS
+        destination = getattr(backend, "destination", None) or self._apart(rows)
+        with torch.inference_mode():
+            residual = functional.embedding(batch.ids, self._embedding)
+            delta: Tensor | None = None
+            for index, layer in enumerate(self.layers):
+                x = add_norm(delta, residual, layer.input_norm, self._eps, pdl=pdl)
+                qkv = self._product("qkv", x, layer.qkv, pdl)
+                keys, values, slots = destination(index)
+                query = rotate_store(
+                    qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,
+                    query_heads=self._query_heads, pdl=pdl,
+                )  # fmt: skip
+                if not hasattr(backend, "destination"):
+                    backend.write(index, keys[:, 0], values[:, 0])
+                mixed = backend.attend(index, query, self._scale)
+                delta = self._product("output", mixed.reshape(rows, -1), layer.output, pdl)
+                x = add_norm(delta, residual, layer.post_norm, self._eps, pdl=pdl)
+                gated = self._tiling("gate_up", rows)
+                if gated is None:
+                    active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=pdl)
+                else:
+                    active = row_linear(x, layer.gate_up, gated, gated=True, pdl=pdl)[0]
+                delta = self._product("down", active, layer.down, pdl)
+            x = add_norm(delta, residual, self._final_norm, self._eps, pdl=pdl)
+            wanted = batch.sample_rows.shape[0]
+            return x if batch.decode_only and wanted == rows else x[batch.sample_rows]
+
+    def _apart(self, rows: int) -> Any:
+        """Where keys and values go when the backend stores them itself."""
+        shape = (rows, 1, self._kv_heads, self._head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        slots = torch.arange(rows, device=self.device)
+        return lambda layer: (keys, values, slots)
+
+    def _tiling(self, product: str, rows: int) -> Tiling | None:
+        return self.tilings.get((product, rows_bucket(rows)))
+
+    def _product(self, product: str, x: Tensor, weight: Tensor, pdl: bool) -> Tensor:
+        from .row_linear import row_linear
+
+        tiling = self._tiling(product, x.shape[0])
+        return functional.linear(x, weight)[None] if tiling is None else row_linear(x, weight, tiling, pdl=pdl)
+
+
+def rows_bucket(rows: int) -> int:
+    """Rows that one tiling is chosen for: powers of two from 16 on."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def _rotary_table(rotary: Any, positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[positions, head_dim / 2]`` as the model's own module makes them."""
+    places = torch.arange(positions, device=like.device)[None]
+    cosines, sines = rotary(like[:1], places)
+    # both halves of a head turn by the same angles
+    half = cosines.shape[-1] // 2
+    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

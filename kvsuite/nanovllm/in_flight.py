@@ -1,0 +1,72 @@
+"""Tokens that the device has chosen, or will have, and the host has not seen: the next step can be launched without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .request import Request
+
+
+class TokensInFlight:
+    """The tokens of one step on their way to the host.
+
+    From `depart` until it is delivered, a token is a placeholder at the end of ``request.tokens``: a negative number that
+    says in which row of the step it is, which `fill` turns into the token on the device. A request whose output is forced
+    gets its token at once.
+
+    Parameters
+    ----------
+    requests
+        Who gets a token, in the order of the step.
+    tokens
+        int64 ``[R]`` on the device.
+    """
+
+    def __init__(self, requests: Sequence[Request], tokens: Tensor) -> None:
+        self.requests = list(requests)
+        self._tokens = self._host = tokens
+        self._event: Any = None
+        self._plain = all(request.forced is None for request in self.requests)
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            event: Any = torch.cuda.Event
+            self._event = event()
+            self._event.record()
+
+    def depart(self) -> None:
+        """Put placeholders into the requests that still want a token."""
+        for row, request in enumerate(self.requests):
+            if request.status.over:
+                continue
+            forced = request.forced
+            request.tokens.append(-1 - row if forced is None else int(forced[request.output_length]))
+            request.in_flight = True
+
+    def fill(self, ids: Tensor, requests: Sequence[Request], single: bool) -> None:
+        """Replace the placeholders in the next step's token ids, int64 ``[T]``, on the device.
+
+        Parameters
+        ----------
+        ids
+            Changed in place.
+        requests
+            Of the next step.
+        single
+            Whether each of them is fed one token.
+        """
+        if single and self._plain and requests == self.requests:
+            ids.copy_(self._tokens)
+        else:
+            ids.copy_(torch.where(ids < 0, self._tokens[(-1 - ids).clamp_min(0)], ids))
+
+    def wait(self) -> list[int]:
+        """The tokens, as soon as the device has them."""
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[int] = self._host.tolist()
+        return found

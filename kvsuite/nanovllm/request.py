@@ -1,0 +1,143 @@
+"""A request: tokens in, tokens out, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from .sampling import SamplingParameters
+
+OnToken = Callable[["Request", int, float], None]
+
+
+class Status(Enum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    def __init__(self, name: str) -> None:
+        #: whether nothing more will happen to the request; looked up and not computed, since every token asks
+        self.over = name in ("finished", "failed", "cancelled")
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its output.
+
+    Parameters
+    ----------
+    prompt
+        Token ids.
+    sampling
+        How output tokens are chosen, and when it ends.
+    on_token
+        Called with the request, every output token, and the time (`time.perf_counter`, s) at which the host had it. If it
+        raises, this request fails; no other is touched.
+    forced
+        Output tokens that are taken instead of the model's own: to score a text, or to compare runtimes on one.
+    scored
+        Last tokens of the prompt whose final hidden states are wanted (`Runtime.on_rows`) and nothing else: the request
+        is over when its prompt is computed, and has no output.
+    id
+        Chosen by the runtime if left out.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    on_token: OnToken | None = None
+    forced: Sequence[int] | None = None
+    scored: int = 0
+    id: str | None = None
+
+    status: Status = field(default=Status.WAITING, init=False)
+    #: why it failed, or what ended it: ``stop``, ``length``, ``scored``, ``cancelled``
+    reason: str | None = field(default=None, init=False)
+    #: what a callback or a step raised
+    error: Exception | None = field(default=None, init=False)
+    #: prompt and output
+    tokens: list[int] = field(init=False)
+    #: whether the last of `tokens` is on its way: a placeholder until it is delivered
+    in_flight: bool = field(default=False, init=False)
+    #: tokens that the model has been fed and whose keys are, or were, stored: logical, whatever a policy removed
+    computed: int = field(default=0, init=False)
+    #: tokens whose keys were found in the prefix cache when it was first admitted
+    prefix_hits: int = field(default=0, init=False)
+    preemptions: int = field(default=0, init=False)
+    arrived: float = field(default=0.0, init=False)
+    #: `time.perf_counter` of every output token
+    times: list[float] = field(default_factory=list, init=False)
+    #: row of the block tables while it runs
+    row: int = field(default=-1, init=False)
+    #: what `Runtime.compress` did: after how many computed tokens, and which stay, per layer group; replayed on resuming
+    compressions: list[tuple[int, list[Tensor | None]]] = field(default_factory=list, init=False, repr=False)
+    #: whether its blocks no longer hold all of its tokens
+    compressed: bool = field(default=False, init=False)
+    #: output tokens it can get at most, and those that end it; the runtime knows its own limits
+    most: int = field(default=0, init=False)
+    stops: frozenset[int] = field(default=frozenset(), init=False)
+    #: digests of the full blocks of `tokens`, as far as they were needed
+    digests: list[bytes] = field(default_factory=list, init=False, repr=False)
+    #: full blocks whose digest the pools know of
+    published: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        self.prompt_length = len(self.tokens)
+        self.arrived = time.perf_counter()
+
+    @property
+    def output(self) -> list[int]:
+        """Output tokens so far."""
+        return self.tokens[self.prompt_length : len(self.tokens) - self.in_flight]
+
+    @property
+    def pending(self) -> int:
+        """Known tokens that the model has yet to be fed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def output_length(self) -> int:
+        """Number of output tokens so far."""
+        return len(self.tokens) - self.prompt_length
+
+    def branch(self, id: str, sampling: SamplingParameters) -> Request:
+        """A new request that stands where this one does, with blocks yet to be given to it."""
+        child = Request(list(self.prompt), sampling, id=id)
+        child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
+        child.computed, child.published = self.computed, self.published
+        child.compressed, child.compressions = self.compressed, list(self.compressions)
+        return child
+
+    def chunk(self, *, stepwise: bool) -> int:
+        """Tokens that the next step may feed at most.
+
+        Parameters
+        ----------
+        stepwise
+            Whether a policy acts at the end of the prompt and after every further token: known output, too, is then fed
+            token by token when a preempted request is resumed, so that the policy sees what it saw before.
+        """
+        pending = len(self.tokens) - self.computed
+        if stepwise:
+            pending = 1 if self.computed >= self.prompt_length else min(pending, self.prompt_length - self.computed)
+        for at, _ in self.compressions:
+            if at > self.computed:
+                return min(pending, at - self.computed)
+        return pending
+
+    def findable(self, *, stepwise: bool) -> int:
+        """First tokens whose keys may be taken from the prefix cache.
+
+        All but the last, none at or behind a compression, and none whose hidden state is wanted.
+        """
+        tokens = (self.prompt_length if stepwise else len(self.tokens)) - max(self.scored, 1)
+        return min([tokens, *(at - 1 for at, _ in self.compressions)])

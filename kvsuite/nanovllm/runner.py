@@ -1,0 +1,114 @@
+"""Runs a step: tokens of many sequences in one forward pass, logits of the rows that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvsuite.models.language_head import LanguageHead
+from kvsuite.models.load import LoadedModel
+
+from .attention_layers import set_attention
+from .batch import StepBatch
+from .paged_attention import AttentionBackend, attending, register_paged_attention
+from .reference_attention import ReferenceAttention
+
+
+class Runner(Protocol):
+    """Runs the steps of a runtime on a model that belongs to it until `close`."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is really done, for records: ``attention`` and ``decode_step`` at least."""
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run one step and return logits ``[R, vocab]`` of ``batch.sample_rows``; the next step may overwrite them."""
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        """Run one step and return what `logits` makes them from, ``[R, hidden]``; the next step may overwrite it."""
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+
+
+class ModelRunner:
+    """A loaded transformers model that attends through a backend.
+
+    From construction to `close` the model's language layers belong to the runner: their attention needs a step.
+
+    Parameters
+    ----------
+    loaded
+        The model.
+    backend
+        Attention over the pools.
+    """
+
+    def __init__(self, loaded: LoadedModel, backend: AttentionBackend) -> None:
+        self.backend = backend
+        self.model: Any = loaded.model
+        self.device = loaded.device
+        self._config = loaded.text_config
+        self._head: LanguageHead | None = None
+        self._before = set_attention(self._config, register_paged_attention())
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        reference = isinstance(self.backend, ReferenceAttention)
+        return {
+            "attention": f"paged: {'reference' if reference else type(self.backend).__name__}",
+            "decode_step": "eager",
+        }
+
+    def run(self, batch: StepBatch) -> Tensor:
+        """Run one step and return logits ``[R, vocab]`` of ``batch.sample_rows``, in the model's dtype.
+
+        The result may be overwritten by the next step.
+        """
+        wanted = batch.sample_rows.shape[0]
+        # a step in the middle of a prompt wants no logits, and not every final layer takes zero rows
+        rows = batch.sample_rows if wanted else batch.ids.new_zeros(1)
+        self.backend.begin(batch)
+        with torch.inference_mode(), attending(self.backend):
+            logits: Tensor = self.model(
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                logits_to_keep=rows,
+            ).logits
+        return logits[0, :wanted]
+
+    def hidden(self, batch: StepBatch) -> Tensor:
+        """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``.
+
+        Logits ``[R, vocab]`` for models that cannot be split before their final layer.
+        """
+        head = self._language_head()
+        self.backend.begin(batch)
+        with torch.inference_mode(), attending(self.backend):
+            return head.hidden(batch.ids[None], batch.positions[None])[0, batch.sample_rows]
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
+        with torch.inference_mode():
+            return self._language_head().logits(rows)
+
+    def close(self) -> None:
+        """Give the model its own attention back."""
+        set_attention(self._config, self._before)
+
+    def _language_head(self) -> LanguageHead:
+        """Made when it is first asked for: most runtimes score nothing."""
+        if self._head is None:
+            paged = set_attention(self._config, self._before)
+            try:
+                self._head = LanguageHead(self.model)
+            finally:
+                set_attention(self._config, paged)
+        return self._head

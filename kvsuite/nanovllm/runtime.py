@@ -1,0 +1,298 @@
+"""The serving loop: requests in, tokens out, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from kvsuite.compression.base import Policy
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.models.load import LoadedModel
+
+from .admission import model_eos_token_ids, outgrown, problem, settle_ends
+from .attention_layers import attention_layers, group_layers
+from .block_table import tables_for
+from .compression_stage import CompressionStage
+from .counters import Counters
+from .delivery import Delivery
+from .eviction import Eviction
+from .kv_pool import KVPool, blocks_that_fit
+from .limits import Limits
+from .paged_attention import AttentionBackend
+from .reference_attention import KeyRotation, ReferenceAttention
+from .request import Request, Status
+from .runner import ModelRunner, Runner
+from .sampling import SamplingParameters
+from .scheduler import Scheduler, StepPlan
+from .step_inputs import StepInputs
+from .step_work import OnRows, StepWork, still_wanted
+
+BackendFactory = Callable[[Sequence[KVPool]], AttentionBackend]
+RunnerFactory = Callable[[LoadedModel, Sequence[KVPool], Limits], Runner]
+OnLogits = Callable[[Sequence[Request], Tensor], None]
+
+
+class Runtime:
+    """Serves requests on one model. From construction to `close` the model belongs to the runtime.
+
+    Parameters
+    ----------
+    loaded
+        The model, with weights in any format that computes.
+    limits
+        Lengths, sequences, tokens, blocks.
+    policy
+        What stays in the cache: it acts at the end of a prompt and after every further token.
+    rotation
+        Re-rotates keys; needed where the policy's positions are ``cache`` (`kvsuite.engines.rotary.Rotary`).
+    backend
+        Builds the attention over the pools; the exact reference if left out.
+    runner
+        Builds what runs a step, attention included, in the place of ``backend``: captured decode steps, say.
+    overlap
+        Whether a step is launched before the host has seen the tokens of the one before, which are then delivered while the
+        device computes. The tokens are the same; a request that a stop token ends has one more computed, for nothing.
+        Left out: on CUDA.
+    eos_token_ids
+        Tokens that end a text; the model's own if left out.
+
+    Raises
+    ------
+    UserError
+        If the pool does not hold a block, or the device has no room for it.
+    CaseInvalid
+        If the model, or the policy on it, is nothing for paged attention.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        limits: Limits,
+        *,
+        policy: Policy | None = None,
+        rotation: KeyRotation | None = None,
+        backend: BackendFactory | None = None,
+        runner: RunnerFactory | None = None,
+        overlap: bool | None = None,
+        eos_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        self.limits = limits
+        self.policy = policy
+        self.device = loaded.device
+        layers = attention_layers(loaded.model, loaded.text_config)
+        self.groups = group_layers(layers, limits, policy)
+        if any(group.places for group in self.groups):
+            if rotation is None:
+                raise CaseInvalid("positions=cache: the runtime was given nothing to rotate keys with")
+            rotation.table(limits.max_model_len + 1)
+        blocks = blocks_that_fit(limits, self.groups, self.device, loaded.dtype)
+        shape = {"num_blocks": blocks, "block_size": limits.block_size}
+        self.pools = [KVPool(group, **shape, device=self.device, dtype=loaded.dtype) for group in self.groups]
+        self.tables = [tables_for(group, limits, blocks) for group in self.groups]
+        self.scheduler = Scheduler(limits, self.tables, stepwise=policy is not None)
+        if runner is None:
+            made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
+            self.runner: Runner = ModelRunner(loaded, made)
+        else:
+            self.runner = runner(loaded, self.pools, limits)
+        self.counters = Counters()
+        #: sees the logits ``[R, vocab]`` of every step with the requests they belong to
+        self.on_logits: OnLogits | None = None
+        #: sees the last hidden states ``[rows, hidden]`` of scored tokens (`Runner.hidden`); a resumed request's come again
+        self.on_rows: OnRows | None = None
+        self.vocab_size = int(loaded.text_config.vocab_size)
+        evictions = [Eviction(policy, *parts) for parts in zip(self.groups, self.tables, self.pools, strict=True)]
+        inputs = StepInputs(self.groups, self.tables, evictions, self.device)
+        self._work = StepWork(self.runner, inputs, self.pools, self.tables, self.counters)
+        self.compression = CompressionStage(evictions, self.scheduler, self._end)
+        self.scheduler.on_release = self.compression.leave
+        self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
+        self._ids = count()
+        self._requests: dict[str, Request] = {}
+        self._ended: list[Request] = []
+        self._late: list[Request] = []
+        self._delivery = Delivery(self.scheduler, self.counters, self._end)
+        #: whether a step is launched before the tokens of the one before are here
+        self.overlap = self.device.type == "cuda" if overlap is None else overlap
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that sequences can own, in every layer group."""
+        return self.tables[0].pool.num_blocks
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pools, scratch blocks included."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the host waited for tokens so far."""
+        return self._delivery.waited_s
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not over."""
+        return len(self._requests)
+
+    def add(self, request: Request) -> Request:
+        """Queue a request. One that cannot be served is over at once: status ``FAILED``, with the reason."""
+        if request.id is None:
+            request.id = f"request-{next(self._ids)}"
+        if request.status is not Status.WAITING or self._requests.get(request.id) is request:
+            raise UserError(f"request {request.id}: it was added before; make a new one")
+        blocks = self.num_blocks if all(group.window is None for group in self.groups) else None
+        facts: Any = {"vocab_size": self.vocab_size, "taken": self._requests, "has_policy": self.policy is not None}
+        reason = problem(request, self.limits, num_blocks=blocks, **facts)
+        if reason:
+            self._end(request, Status.FAILED, reason)
+            return request
+        self._requests[request.id] = request
+        settle_ends(request, self.limits, self._eos)
+        self.counters.logical_prompt_tokens += request.prompt_length
+        self.scheduler.add(request)
+        return request
+
+    def run(self, requests: Iterable[Request] = ()) -> list[Request]:
+        """Add requests, step until nothing is left to do, and return them."""
+        added = [self.add(request) for request in requests]
+        while self.unfinished:
+            self.step()
+        return added
+
+    def cancel(self, request: Request) -> None:
+        """End a request now; nothing happens to one that is over. Callbacks may call this."""
+        if not request.status.over:
+            self._end(request, Status.CANCELLED, "cancelled")
+
+    def fork(self, request: Request, sampling: SamplingParameters | None = None) -> Request:
+        """A second request that goes on from where a running one stands, sharing its blocks until one of them writes.
+
+        Raises
+        ------
+        UserError
+            If the request does not run, or ``max_num_seqs`` requests run already.
+        """
+        self._settle()
+        if request.row < 0:
+            status = request.status.value
+            raise UserError(f"request {request.id}: status {status}; only a running request can be forked")
+        if request.pending < 1:
+            raise UserError(f"request {request.id}: it is about to get a token; fork it between two steps")
+        if len(self.scheduler.running) == self.limits.max_num_seqs:
+            raise UserError(f"max_num_seqs={self.limits.max_num_seqs}: no room for a fork; raise it")
+        child = request.branch(f"request-{next(self._ids)}", sampling or request.sampling)
+        settle_ends(child, self.limits, self._eos)
+        self._requests[child.id or ""] = child
+        self.scheduler.take_row(child)
+        for table in self.tables:
+            table.fork(request.row, child.row)
+        self.compression.fork(request.row, child.row)
+        self.counters.logical_prompt_tokens += child.prompt_length
+        return child
+
+    def compress(self, request: Request, keep_indices: Sequence[Tensor | None] | Tensor) -> None:
+        """Keep only some of a running request's stored tokens; its logical positions go on.
+
+        Parameters
+        ----------
+        request
+            A running request, between two steps.
+        keep_indices
+            For each layer group which of its stored tokens stay, int64 ``[k]`` or ``[layers, kv_heads, k]`` in time
+            order, ``None`` for all; or one list for all groups.
+
+        Raises
+        ------
+        UserError
+            If the request does not run, a group has a sliding window, or an index is out of range.
+        """
+        self._settle()
+        self.compression.by_hand(request, keep_indices)
+        self._count()
+
+    def step(self) -> list[Request]:
+        """Compute one step and return the requests that it ended.
+
+        Raises
+        ------
+        Exception
+            What the model raised. The requests of that step have failed then, the others can go on.
+        """
+        self._ended, self._late = self._late, []
+        plan = self.scheduler.plan()
+        self._count()
+        for request in plan.misfits:
+            self._end(request, Status.FAILED, outgrown(request, self.limits, self.num_blocks))
+        if not plan.requests:
+            self._delivery.land()
+            return self._ended
+        try:
+            flight, logits = self._work.launch(plan, self._delivery.flight, self.on_rows)
+            self._work.commit(plan)
+            self._delivery.land()
+            if flight is not None and self.on_logits:
+                self.on_logits(*still_wanted(flight, logits))
+        except Exception as error:
+            self._delivery.fail(plan.requests, error)
+            raise
+        self._finish(plan)
+        if flight is not None:
+            self._delivery.take_off(flight)
+        if not self.overlap:
+            self._delivery.land()
+        self._count()
+        return self._ended
+
+    def close(self) -> None:
+        """End all requests and give the model back."""
+        for request in list(self._requests.values()):
+            self.cancel(request)
+        self._delivery.flight = None
+        self.runner.close()
+
+    def _settle(self) -> None:
+        """Let the books be complete between two steps; requests that this ends are returned by the next step."""
+        before, self._ended = self._ended, []
+        self._delivery.land()
+        self._late += self._ended
+        self._ended = before
+
+    def _finish(self, plan: StepPlan) -> None:
+        """Make full blocks findable and compress, now that the tokens in them are known."""
+        size = self.limits.block_size
+        for request, fed in zip(plan.requests, plan.counts, strict=True):
+            if request.status.over:
+                self.counters.discarded_tokens += fed
+            elif request.row >= 0 and request.computed // size > request.published:
+                self.scheduler.publish(request)
+            if request.scored and request.computed == request.prompt_length:
+                self._end(request, Status.FINISHED, "scored")
+        for request in plan.requests if self.compression.active else ():
+            try:
+                self.compression.after_step(request)
+            except Exception as error:
+                self._end(request, Status.FAILED, f"compressing it failed: {type(error).__name__}: {error}", error)
+
+    def _end(self, request: Request, status: Status, reason: str, error: Exception | None = None) -> None:
+        if request.status.over:
+            return
+        if request.in_flight:
+            request.tokens.pop()
+            request.in_flight = False
+        self.scheduler.remove(request)
+        request.status, request.reason, request.error = status, reason, error
+        self._ended.append(request)
+        # a refused request may bear the name of one that still runs
+        if self._requests.get(request.id or "") is request:
+            del self._requests[request.id or ""]
+
+    def _count(self) -> None:
+        """Take over what scheduler and evictions count themselves."""
+        self.counters.preemptions = self.scheduler.preemptions
+        self.counters.prefix_hit_tokens = self.scheduler.prefix_hits
+        self.counters.resumed_hit_tokens = self.scheduler.resumed_hits
+        self.counters.evicted_tokens = self.compression.evicted

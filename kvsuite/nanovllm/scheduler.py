@@ -1,0 +1,299 @@
+"""Who computes what in the next step: decoding sequences first, then chunks of prompts, within one budget of tokens."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .block_pool import ROOT, chain
+from .block_table import BlockTables, Copy
+from .limits import Limits
+from .request import Request, Status
+
+
+@dataclass
+class StepPlan:
+    """What a step computes.
+
+    Parameters
+    ----------
+    requests
+        In the order of the batch.
+    counts
+        Tokens that each of them is fed.
+    copies
+        Per layer group, blocks to copy before anything is written.
+    misfits
+        Requests that the pool cannot hold even alone.
+    """
+
+    requests: list[Request] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    copies: list[list[Copy]] = field(default_factory=list)
+    misfits: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Queues of waiting and running requests over the block tables of all layer groups.
+
+    When the pool is full, the request admitted last gives all its blocks back and later computes its tokens again
+    (those of its blocks that the prefix cache still has excepted).
+
+    Parameters
+    ----------
+    limits
+        Sizes.
+    tables
+        Block tables, one per layer group.
+    stepwise
+        Whether a policy acts after every token (see `Request.chunk`).
+    """
+
+    def __init__(self, limits: Limits, tables: Sequence[BlockTables], *, stepwise: bool) -> None:
+        self._limits = limits
+        self._tables = tables
+        self._stepwise = stepwise
+        #: called with the row of a sequence whose blocks were given back
+        self.on_release: Callable[[int], None] = lambda row: None
+        self._rows = list(range(limits.max_num_seqs))[::-1]
+        self.waiting: deque[Request] = deque()
+        #: in order of admission
+        self.running: list[Request] = []
+        self.preemptions = 0
+        #: tokens that the prefix cache gave to requests admitted first, and to preempted ones that were resumed
+        self.prefix_hits = 0
+        self.resumed_hits = 0
+        self._preempted = False
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out of its queue, and its blocks back."""
+        if request.row >= 0:
+            self.running.remove(request)
+            self._release(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def take_row(self, request: Request) -> None:
+        """Let a request run at once, with no blocks yet.
+
+        Raises
+        ------
+        IndexError
+            If ``max_num_seqs`` requests run already.
+        """
+        request.row = self._rows.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+
+    def preempt_for(self, request: Request) -> bool:
+        """Preempt the request admitted last that is not ``request``; return whether there was one."""
+        for victim in reversed(self.running):
+            if victim is not request:
+                self._preempt(victim)
+                return True
+        return False
+
+    def plan(self) -> StepPlan:
+        """Decide the next step and reserve its blocks. The plan is empty if nothing is left to do."""
+        plan = StepPlan(copies=[[] for _ in self._tables])
+        self._preempted = False
+        budget = self._limits.max_num_batched_tokens
+        while not plan.requests and (self.running or self.waiting):
+            if self._limits.prefill_first:
+                self._feed_prompts(plan, budget)
+                self._admit(plan, budget - sum(plan.counts))
+                if not plan.requests:
+                    self._decode(plan)
+            else:
+                self._decode(plan)
+                self._feed_prompts(plan, budget - sum(plan.counts))
+                self._admit(plan, budget - sum(plan.counts))
+            if not plan.requests and not self._make_progress(plan):
+                break
+        return plan
+
+    def publish(self, request: Request) -> None:
+        """Make the full blocks that steps completed findable by their tokens."""
+        if not self._limits.prefix_caching or request.compressed:
+            return
+        size = self._limits.block_size
+        last = request.prompt_length if self._stepwise else request.computed
+        full = min(request.computed, last) // size
+        if full <= request.published:
+            return
+        self._extend_digests(request, full)
+        for table in self._tables:
+            gone = int(table.dropped[request.row]) // size
+            for index in range(request.published, full):
+                table.pool.publish(int(table.table[request.row, index - gone]), request.digests[index])
+        request.published = full
+
+    def _decode(self, plan: StepPlan) -> None:
+        """Plan one token for every request that has all its earlier ones computed."""
+        if self._stepwise:
+            ready = [r for r in self.running if r.computed >= r.prompt_length or r.computed + 1 == len(r.tokens)]
+        else:
+            ready = [r for r in self.running if r.computed + 1 == len(r.tokens)]
+        if not ready:
+            return
+        rows = np.array([request.row for request in ready])
+        for table in self._tables:
+            if table.window is not None:
+                positions = np.array([request.computed for request in ready])
+                for row, position in table.expiring(rows, positions):
+                    table.expire(row, position)
+        short = [table.short(rows) for table in self._tables]
+        if all(len(lacking) <= table.pool.free for table, lacking in zip(self._tables, short, strict=True)):
+            for table, lacking, copies in zip(self._tables, short, plan.copies, strict=True):
+                for row in lacking.tolist():
+                    copies += table.reserve(row, 1)
+        else:
+            ready = [request for request in ready if self._fit_next(request, plan)]
+        plan.requests += ready
+        plan.counts += [1] * len(ready)
+
+    def _fit_next(self, request: Request, plan: StepPlan) -> bool:
+        """Reserve one token's room, at the cost of requests admitted later; whether the request still runs then."""
+        while request.row >= 0:
+            if self._room(request, 1) >= 1:
+                self._reserve(request, 1, plan)
+                return True
+            if len(self.running) == 1:
+                return False
+            self._preempt(self.running[-1])
+        return False
+
+    def _feed_prompts(self, plan: StepPlan, budget: int) -> None:
+        """Plan chunks of admitted requests that have more than one token to go."""
+        if len(plan.requests) == len(self.running):
+            return
+        planned = set(map(id, plan.requests))
+        for request in self.running:
+            if budget < 1:
+                return
+            if id(request) in planned or (self._limits.prefill_first and request.pending == 1):
+                continue
+            budget -= self._feed(request, plan, budget)
+
+    def _feed(self, request: Request, plan: StepPlan, budget: int) -> int:
+        """Plan a chunk of one request, as much as budget and pool allow; return its tokens."""
+        for table in self._tables:
+            table.expire(request.row, request.computed)
+        count = min(request.chunk(stepwise=self._stepwise), budget)
+        count = min(count, self._room(request, count))
+        if count < 1:
+            return 0
+        self._reserve(request, count, plan)
+        plan.requests.append(request)
+        plan.counts.append(count)
+        return count
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Start waiting requests while budget, rows and blocks last; not in a step that preempted."""
+        while self.waiting and self._rows and budget > 0 and not self._preempted:
+            request = self.waiting[0]
+            found = self._find_prefix(request)
+            if self.running and not self._has_room(request, found):
+                return
+            self.waiting.popleft()
+            self.take_row(request)
+            for table, blocks in zip(self._tables, found, strict=True):
+                table.adopt(request.row, blocks)
+            request.computed = len(found[0]) * self._limits.block_size
+            if request.preemptions:
+                self.resumed_hits += request.computed
+            else:
+                self.prefix_hits += request.computed
+                request.prefix_hits = request.computed
+            request.published = len(found[0])
+            budget -= self._feed(request, plan, budget)
+
+    def _has_room(self, request: Request, found: list[list[int]]) -> bool:
+        """Whether all known tokens of a waiting request would fit: half a prompt helps nobody."""
+        size = self._limits.block_size
+        for table, blocks in zip(self._tables, found, strict=True):
+            tokens = len(request.tokens)
+            if table.window is not None:
+                # what a chunk and the window before it hold at a time, with sinks and a block cut at either end
+                tokens = min(tokens, table.window + table.sinks + self._limits.max_num_batched_tokens + 2 * size)
+            revived = sum(table.pool.references(block) == 0 for block in blocks)
+            if -(-tokens // size) - len(blocks) + revived > table.pool.free:
+                return False
+        return True
+
+    def _make_progress(self, plan: StepPlan) -> bool:
+        """Nobody could be planned: let the last one go, or give up the only one. Whether planning again makes sense."""
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+            # the others now go first, and the one just preempted must not come straight back
+            return True
+        if self.running:
+            request = self.running[0]
+            self.remove(request)
+            plan.misfits.append(request)
+        self._preempted = False
+        return True
+
+    def _room(self, request: Request, wanted: int) -> int:
+        """Tokens, at most ``wanted``, for which every layer group has blocks."""
+        room = wanted
+        for table in self._tables:
+            lacking = table.missing(request.row, room) - table.pool.free
+            if lacking > 0:
+                slack = -(int(table.lengths[request.row]) + room) % self._limits.block_size
+                room -= lacking * self._limits.block_size - slack
+            # a shared last block has to be copied whatever the number of tokens
+            if room > 0 and table.missing(request.row, room) > table.pool.free:
+                return 0
+        return max(room, 0)
+
+    def _reserve(self, request: Request, count: int, plan: StepPlan) -> None:
+        for table, copies in zip(self._tables, plan.copies, strict=True):
+            copies += table.reserve(request.row, count)
+
+    def _find_prefix(self, request: Request) -> list[list[int]]:
+        """Published blocks of the first tokens, per layer group: as many as every group has."""
+        if not self._limits.prefix_caching:
+            return [[] for _ in self._tables]
+        wanted = request.findable(stepwise=self._stepwise) // self._limits.block_size
+        found: list[list[int]] = [[] for _ in self._tables]
+        self._extend_digests(request, wanted)
+        for digest in request.digests[:wanted]:
+            blocks = [table.pool.find(digest) for table in self._tables]
+            if any(block is None for block in blocks):
+                break
+            for held, block in zip(found, blocks, strict=True):
+                assert block is not None
+                held.append(block)
+        return found
+
+    def _extend_digests(self, request: Request, count: int) -> None:
+        size, known = self._limits.block_size, request.digests
+        while len(known) < count:
+            at = len(known) * size
+            known.append(chain(known[-1] if known else ROOT, request.tokens[at : at + size]))
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._release(request)
+        request.status = Status.PREEMPTED
+        request.preemptions += 1
+        self.preemptions += 1
+        self._preempted = True
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        for table in self._tables:
+            table.release(request.row)
+        self.on_release(request.row)
+        self._rows.append(request.row)
+        request.row = -1
+        request.computed = request.published = 0
+        request.compressed = False

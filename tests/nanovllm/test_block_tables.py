@@ -1,0 +1,303 @@
+"""Block pool and block tables against a plain model of what every block holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kvsuite.nanovllm.block_pool import ROOT, BlockPool, PoolFullError, chain
+from kvsuite.nanovllm.block_table import BlockTables
+
+SIZE, BLOCKS, ROWS = 4, 14, 5
+
+
+class Blocks(RuleBasedStateMachine):
+    """Sequences of tokens over a small pool. ``memory`` is what the slots hold, ``texts`` what each sequence must read."""
+
+    window: int | None = None
+    sinks = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(BLOCKS, SIZE)
+        self.tables = BlockTables(self.pool, rows=ROWS, blocks_per_row=BLOCKS, window=self.window, sinks=self.sinks)
+        self.memory: dict[int, int] = {}
+        self.texts: dict[int, list[int]] = {}
+        self.seen: dict[int, int] = {}
+        self.whole: dict[int, list[int]] = {}
+        self.found: dict[bytes, list[int]] = {}
+
+    def rows(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.texts)))
+
+    def write(self, slots: list[int], tokens: list[int]) -> None:
+        for slot, token in zip(slots, tokens, strict=True):
+            block = slot // SIZE
+            assert block != 0
+            assert self.pool.references(block) == 1, "a shared block is written"
+            assert not self.pool.is_published(block), "a findable block is written"
+            self.memory[slot] = token
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        held = {(target, i): self.memory.get(source * SIZE + i) for source, target in pairs for i in range(SIZE)}
+        for (target, i), token in held.items():
+            if token is not None:
+                self.memory[target * SIZE + i] = token
+
+    def append_tokens(self, row: int, tokens: list[int]) -> None:
+        free, missing = self.pool.free, self.tables.missing(row, len(tokens))
+        before = self.tables.row_blocks(row)
+        try:
+            copies = self.tables.reserve(row, len(tokens))
+        except PoolFullError:
+            assert missing > free
+            assert self.tables.row_blocks(row) == before
+            assert self.pool.free == free
+            return
+        assert self.pool.free == free - missing
+        self.copy(copies)
+        self.write(self.tables.slots(row, len(tokens)).tolist(), tokens)
+        self.tables.commit(row, len(tokens))
+        self.texts[row] += tokens
+        if self.whole.get(row) is not None:
+            self.whole[row] += tokens
+        self.seen[row] += len(tokens)
+        self.publish(row)
+
+    def publish(self, row: int) -> None:
+        """Full blocks become findable as soon as there are any, until the sequence is compressed."""
+        whole = self.whole.get(row)
+        if whole is None or self.tables.dropped[row]:
+            return
+        digest = ROOT
+        for index in range(len(whole) // SIZE):
+            tokens = whole[index * SIZE : index * SIZE + SIZE]
+            digest = chain(digest, tokens)
+            self.pool.publish(int(self.tables.table[row, index]), digest)
+            self.found[digest] = tokens
+
+    @precondition(lambda self: len(self.texts) < ROWS)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=11))
+    def add(self, tokens: list[int]) -> None:
+        """A new sequence, which begins with the blocks of an equal text if there are any."""
+        row = next(row for row in range(ROWS) if row not in self.texts)
+        blocks: list[int] = []
+        digest = ROOT
+        for at in range(0, len(tokens) // SIZE * SIZE, SIZE):
+            digest = chain(digest, tokens[at : at + SIZE])
+            block = self.pool.find(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        hit = len(blocks) * SIZE
+        self.tables.adopt(row, blocks)
+        self.texts[row], self.whole[row], self.seen[row] = tokens[:hit], tokens[:hit], hit
+        if tokens[hit:]:
+            self.append_tokens(row, tokens[hit:])
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def append(self, data: st.DataObject, tokens: list[int]) -> None:
+        self.append_tokens(self.rows(data), tokens)
+
+    @precondition(lambda self: self.texts and len(self.texts) < ROWS)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        row = self.rows(data)
+        target = next(other for other in range(ROWS) if other not in self.texts)
+        free = self.pool.free
+        self.tables.fork(row, target)
+        assert self.pool.free == free
+        self.texts[target], self.seen[target] = list(self.texts[row]), self.seen[row]
+        if self.whole.get(row) is not None:
+            self.whole[target] = list(self.whole[row])
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        """Also what preemption does."""
+        row = self.rows(data)
+        mine = [block for block in self.tables.row_blocks(row) if self.pool.references(block) == 1]
+        free = self.pool.free
+        self.tables.release(row)
+        assert self.pool.free == free + len(mine)
+        del self.texts[row], self.seen[row]
+        self.whole.pop(row, None)
+
+    @precondition(lambda self: self.texts and self.window is None)
+    @rule(data=st.data())
+    def compress(self, data: st.DataObject) -> None:
+        row = self.rows(data)
+        text = self.texts[row]
+        if not text:
+            return
+        keep = sorted(data.draw(st.sets(st.sampled_from(range(len(text))), min_size=1)))
+        kept = [self.memory[slot] for slot in self.tables.stored_slots(row)[keep].tolist()]
+        held, free = self.tables.row_blocks(row), self.pool.free
+        try:
+            self.tables.replace(row, len(keep))
+        except PoolFullError:
+            assert (self.tables.row_blocks(row), self.pool.free) == (held, free)
+            return
+        self.write(self.tables.stored_slots(row).tolist(), kept)
+        self.texts[row] = [text[i] for i in keep]
+        self.whole.pop(row, None)
+
+    @precondition(lambda self: self.texts and self.window is None)
+    @rule(data=st.data(), then=st.lists(st.integers(0, 1), max_size=2))
+    def evict_one(self, data: st.DataObject, then: list[int]) -> None:
+        """The last token takes the victim's place; mostly another one follows."""
+        row = self.rows(data)
+        text = self.texts[row]
+        if len(text) < 2:
+            return
+        victim = data.draw(st.integers(0, len(text) - 1))
+        try:
+            self.copy(self.tables.own(row, victim // SIZE))
+        except PoolFullError:
+            return
+        slots = self.tables.stored_slots(row).tolist()
+        self.write([slots[victim]], [self.memory[slots[-1]]])
+        self.tables.shrink(row, len(text) - 1)
+        text[victim] = text[-1]
+        text.pop()
+        self.whole.pop(row, None)
+        if then:
+            self.append_tokens(row, then)
+
+    @precondition(lambda self: self.texts and self.window is not None)
+    @rule(data=st.data())
+    def expire(self, data: st.DataObject) -> None:
+        row = self.rows(data)
+        assert self.window is not None
+        positions = self.positions(row)
+        self.tables.expire(row, self.seen[row])
+        left = set(self.positions(row))
+        visible = {p for p in positions if p < self.sinks or p > self.seen[row] - self.window}
+        assert visible <= left
+        # what is left beside the visible shares a block with a visible one, with a sink, or with a place yet to be filled
+        for p in left - visible:
+            block = range(p // SIZE * SIZE, p // SIZE * SIZE + SIZE)
+            assert any(q in visible or q < self.sinks or q >= self.seen[row] for q in block)
+        at = dict(zip(positions, self.texts[row], strict=True))
+        self.texts[row] = [at[p] for p in self.positions(row)]
+
+    def positions(self, row: int) -> list[int]:
+        head = -(-self.sinks // SIZE) * SIZE
+        stored, gone = int(self.tables.lengths[row]), int(self.tables.dropped[row])
+        return [i if i < head else i + gone for i in range(stored)]
+
+    @invariant()
+    def counts_are_exact(self) -> None:
+        held = [block for row in self.texts for block in self.tables.row_blocks(row)]
+        for block in range(1, BLOCKS + 1):
+            assert self.pool.references(block) == held.count(block)
+        assert self.pool.used == len(set(held))
+        assert self.pool.free == BLOCKS - len(set(held))
+        assert 0 not in held
+        for row in range(ROWS):
+            blocks = self.tables.row_blocks(row)
+            assert len(set(blocks)) == len(blocks)
+            assert not self.tables.table[row, len(blocks) :].any()
+            assert int(self.tables.lengths[row]) <= len(blocks) * SIZE
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self) -> None:
+        for row, text in self.texts.items():
+            assert [self.memory[slot] for slot in self.tables.stored_slots(row).tolist()] == text
+
+    @invariant()
+    def what_is_found_is_what_was_published(self) -> None:
+        present = {digest: self.pool.find(digest) for digest in self.found}
+        for digest, block in present.items():
+            if block is not None:
+                assert [self.memory[block * SIZE + i] for i in range(SIZE)] == self.found[digest]
+        assert self.pool.published == sum(block is not None for block in present.values())
+
+    def teardown(self) -> None:
+        for row in list(self.texts):
+            self.tables.release(row)
+        assert self.pool.free == BLOCKS
+        assert sorted(self.pool.allocate(BLOCKS)) == list(range(1, BLOCKS + 1))
+
+
+class WindowedBlocks(Blocks):
+    window = 6
+    sinks = 3
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestWindowedBlocks = WindowedBlocks.TestCase
+TestWindowedBlocks.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+
+
+def test_a_block_cannot_be_released_twice() -> None:
+    pool = BlockPool(3, SIZE)
+    blocks = pool.allocate(2)
+    pool.release(blocks)
+    with pytest.raises(RuntimeError, match="not in use"):
+        pool.release(blocks)
+    assert pool.free == 3
+
+
+def test_a_free_block_without_content_cannot_be_shared() -> None:
+    with pytest.raises(RuntimeError, match="holds nothing"):
+        BlockPool(3, SIZE).share(1)
+
+
+def test_findable_blocks_are_reused_last_and_the_longest_free_first() -> None:
+    pool = BlockPool(5, SIZE)
+    first, second, third = pool.allocate(3)
+    pool.publish(first, b"first")
+    pool.publish(second, b"second")
+    pool.release([second])
+    pool.release([first, third])
+    assert [pool.allocate(1)[0] for _ in range(5)][-2:] == [second, first]
+    assert pool.find(b"first") is None
+
+
+def test_the_start_of_a_text_outlives_its_end() -> None:
+    pool = BlockPool(3, SIZE)
+    blocks = pool.allocate(3)
+    for number, block in enumerate(blocks):
+        pool.publish(block, bytes([number]))
+    pool.release(blocks)
+    pool.allocate(2)
+    assert pool.find(bytes([0])) == blocks[0]
+
+
+def test_a_digest_names_its_tokens_and_all_before_them() -> None:
+    assert chain(chain(ROOT, [1, 2]), [3, 4]) != chain(chain(ROOT, [1, 5]), [3, 4])
+    assert chain(ROOT, [1, 23]) != chain(ROOT, [12, 3])
+
+
+def test_a_findable_last_block_is_not_written_after_tokens_were_dropped_from_it() -> None:
+    pool = BlockPool(4, SIZE)
+    tables = BlockTables(pool, rows=2, blocks_per_row=4)
+    tables.reserve(0, 2 * SIZE)
+    tables.commit(0, 2 * SIZE)
+    last = tables.row_blocks(0)[-1]
+    pool.publish(last, b"text")
+    tables.shrink(0, 2 * SIZE - 1)
+    assert pool.is_published(last)
+    assert tables.reserve(0, 1) == []
+    assert not pool.is_published(last)
+
+
+def test_a_shared_last_block_is_copied_after_tokens_were_dropped_from_it() -> None:
+    pool = BlockPool(4, SIZE)
+    tables = BlockTables(pool, rows=2, blocks_per_row=4)
+    tables.reserve(0, 2 * SIZE)
+    tables.commit(0, 2 * SIZE)
+    tables.fork(0, 1)
+    shared = tables.row_blocks(0)
+    tables.shrink(0, 2 * SIZE - 1)
+    assert tables.short(np.array([0, 1])).tolist() == [0, 1]
+    [(source, target)] = tables.reserve(0, 1)
+    assert source == shared[1]
+    assert tables.row_blocks(0) == [shared[0], target]
+    assert tables.row_blocks(1) == shared

@@ -1,0 +1,165 @@
+"""Fused decoders against the transformers models they are made from. On CUDA, or with TRITON_INTERPRET=1 on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
+
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
+from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
+from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
+from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
+from kvsuite.nanovllm.reference_attention import ReferenceAttention  # noqa: E402
+from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if INTERPRETED else "cuda"
+BLOCK, LENGTHS = 16, [33, 5, 18]
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
+    "llama3": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)),
+}
+
+
+def _model(name, dtype):
+    torch.manual_seed(1)
+    model = MODELS[name]().eval().requires_grad_(False)
+    for key, weight in model.named_parameters():
+        # norms that do something, and logits that differ
+        weight.data = weight.data + 0.1 * torch.randn_like(weight) if "norm" in key else 4 * weight.data
+    return model.to(DEVICE, dtype)
+
+
+def _pool(model, dtype):
+    group = LayerGroup((0, 1), 2, 64)
+    return KVPool(group, num_blocks=20, block_size=BLOCK, device=torch.device(DEVICE), dtype=dtype)
+
+
+def _batch(tokens, lengths, counts):
+    """The last ``counts`` of ``lengths`` tokens of each sequence."""
+    tables = np.array([[7, 2, 19], [4, 0, 0], [11, 3, 0]], dtype=np.int32)
+    places = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts, strict=True)])
+    rows = np.repeat(np.arange(len(lengths)), counts)
+    group = GroupInputs(
+        slots=tables[rows, places // BLOCK].astype(np.int64) * BLOCK + places % BLOCK,
+        kv_lengths=np.array(lengths),
+        block_tables=tables,
+        dropped=np.zeros(len(lengths), dtype=np.int64),
+    )
+    return BatchBuilder(torch.device(DEVICE)).build(
+        ids=np.array([tokens[row][place] for row, place in zip(rows, places, strict=True)]),
+        positions=places.astype(np.int64),
+        counts=np.array(counts),
+        sample_rows=np.cumsum(counts) - 1,
+        groups=[group],
+    )
+
+
+def _tokens():
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, SHAPE["vocab_size"], n + 1).tolist() for n in LENGTHS]
+
+
+def _expected(model, tokens, extra):
+    with torch.inference_mode():
+        rows = [
+            model(torch.tensor([own[: n + extra]], device=DEVICE), use_cache=False).logits[0, -1]
+            for own, n in zip(tokens, LENGTHS, strict=True)
+        ]
+    return torch.stack(rows)
+
+
+def _error(found, expected):
+    assert torch.isfinite(found).all()
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+TILINGS = [
+    None,
+    Tiling(block_n=32, block_k=32, splits=2, prefetch=1),
+    Tiling(block_n=32, parts=2, block_k=64, prefetch=2),
+]
+
+
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("name", list(MODELS))
+def test_fused_float32_equals_transformers(name, tiling):
+    model = _model(name, torch.float32)
+    tokens = _tokens()
+    prompts, following = _expected(model, tokens, 0), _expected(model, tokens, 1)
+    assert not_fusable(model, model.config) is None
+    decoder = FusedDecoder(model, model.config, 64)
+    attention = ReferenceAttention([_pool(model, torch.float32)])
+    first = _batch(tokens, LENGTHS, LENGTHS)
+    attention.begin(first)
+    assert _error(decoder.logits(first, attention), prompts) < 1e-5
+    if tiling is not None:
+        for product in PRODUCTS:
+            features, width = decoder.weights(product)[0].shape
+            gated = product == "gate_up"
+            if tiling.fits(features // 2 if gated else features, width, gated):
+                decoder.tilings[product, 16] = tiling
+        assert decoder.tilings
+        assert "torch" not in str(decoder.effective["products"])
+    second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
+    attention.begin(second)
+    assert _error(decoder.logits(second, attention), following) < 1e-5
+    # the model shares the merged weights and still works
+    assert torch.equal(_expected(model, tokens, 0), prompts)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_merging_holds_no_weight_twice(name):
+    model = _model(name, torch.float32)
+    before = sum(p.numel() for p in model.parameters())
+    decoder = FusedDecoder(model, model.config, 64)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == 4 * before
+    held = {t.untyped_storage().data_ptr() for product in PRODUCTS for t in decoder.weights(product)}
+    assert held <= set(storages)
+
+
+def test_what_cannot_be_fused_says_why():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    small = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                             intermediate_size=64))  # fmt: skip
+    assert "not of the Llama kind" in (not_fusable(small, small.config) or "")
+    biased = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True))
+    assert "q_proj is not a plain linear layer" in (not_fusable(biased, biased.config) or "")
+    odd = LlamaForCausalLM(LlamaConfig(**SHAPE | {"head_dim": 48}))
+    assert "head_dim 48" in (not_fusable(odd, odd.config) or "")
+    packed = _model("llama3", torch.float32)
+    packed.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    assert "layer 1 up_proj" in (not_fusable(packed, packed.config) or "")
+    moving = LlamaForCausalLM(
+        LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    )
+    assert "dynamic" in (not_fusable(moving, moving.config) or "")

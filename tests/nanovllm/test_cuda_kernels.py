@@ -1,0 +1,171 @@
+"""The fused kernels against torch. On a CUDA device, or with TRITON_INTERPRET=1 on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
+
+from torch.nn import functional  # noqa: E402
+
+from kvsuite.nanovllm import fused_kernels, row_linear, split_attention  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# launch attributes do nothing in the interpreter
+PDL = [False] if INTERPRETED else [False, True]
+
+
+def _random(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def _norm(x, weight, eps):
+    x = x.float()
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(weight.dtype)
+
+
+def _close(found, expected, dtype):
+    assert torch.isfinite(found).all()
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    # the interpreter cuts bfloat16 off where a device rounds
+    assert error < {torch.float32: 3e-6, torch.bfloat16: 2e-2 if INTERPRETED else 4e-3}[dtype]
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "rows", "width"), [(0, 1, 64), (1, 5, 576), (3, 7, 1024)])
+def test_add_norm(parts, rows, width, dtype, pdl):
+    residual, weight = _random(rows, width, dtype=dtype), 1 + 0.1 * _random(width, seed=1, dtype=dtype)
+    delta = _random(parts, rows, width, seed=2, dtype=torch.float32 if parts > 1 else dtype) if parts else None
+    expected = residual.clone() if delta is None else residual + delta.sum(0).to(dtype)
+    found = fused_kernels.add_norm(delta, residual, weight, 1e-5, pdl=pdl)
+    _close(residual, expected, dtype)
+    _close(found, _norm(expected, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("parts", "heads", "kv_heads", "head_dim"), [(1, 8, 2, 32), (2, 9, 3, 64), (4, 32, 8, 128)])
+def test_rotate_store(parts, heads, kv_heads, head_dim, normed, dtype, pdl):
+    rows, blocks, size = 5, 4, 4
+    qkv = _random(parts, rows, (heads + 2 * kv_heads) * head_dim, dtype=torch.float32 if parts > 1 else dtype)
+    positions = torch.tensor([0, 3, 11, 4, 7], device=DEVICE)
+    slots = torch.tensor([5, 4, 15, 9, 8], device=DEVICE)
+    angles = torch.arange(16, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, head_dim // 2, device=DEVICE)
+    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+    norms = (1 + 0.1 * _random(head_dim, seed=1, dtype=dtype), 1 + 0.1 * _random(head_dim, seed=2, dtype=dtype))
+    keys, values = (torch.full((blocks, size, kv_heads, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    found = fused_kernels.rotate_store(
+        qkv,
+        positions,
+        slots,
+        (cosines, sines),
+        norms if normed else None,
+        1e-6,
+        keys,
+        values,
+        query_heads=heads,
+        pdl=pdl,
+    )
+    split = qkv.sum(0).to(dtype).view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    expected = []
+    for x, weight in zip(split[:2], norms, strict=True):
+        if normed:
+            x = _norm(x, weight, 1e-6)
+        cosine, sine = (torch.cat([t, t], -1)[positions][:, None] for t in (cosines, sines))
+        low, high = x.chunk(2, dim=-1)
+        expected.append(x * cosine + torch.cat([-high, low], -1) * sine)
+    _close(found, expected[0], dtype)
+    _close(keys.flatten(0, 1)[slots], expected[1], dtype)
+    _close(values.flatten(0, 1)[slots], split[2], dtype)
+    others = sorted(set(range(blocks * size)) - set(slots.tolist()))
+    assert (keys.flatten(0, 1)[others] == 7).all()
+    assert (values.flatten(0, 1)[others] == 7).all()
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("parts", "width"), [(1, 96), (2, 1536)])
+def test_silu_mul(parts, width, dtype, pdl):
+    gate_up = _random(parts, 3, 2 * width, dtype=torch.float32 if parts > 1 else dtype)
+    gate, up = gate_up.sum(0).to(dtype).chunk(2, dim=-1)
+    _close(fused_kernels.silu_mul(gate_up, dtype, pdl=pdl), functional.silu(gate) * up, dtype)
+
+
+def test_flatten_tables():
+    tables = torch.arange(30, dtype=torch.int32, device=DEVICE).view(3, 10)
+    starts = torch.tensor([0, 4, 5, 15], dtype=torch.int32, device=DEVICE)
+    out = torch.full((20,), -1, dtype=torch.int32, device=DEVICE)
+    fused_kernels.flatten_tables(tables, starts, out)
+    assert out.tolist() == [0, 1, 2, 3, 10, *range(20, 30), *[-1] * 5]
+
+
+TILINGS = [
+    row_linear.Tiling(prefetch=1),
+    row_linear.Tiling(block_n=32, parts=2, splits=2, prefetch=2),
+    row_linear.Tiling(parts=3, warps=8, prefetch=0),
+    row_linear.Tiling(block_n=128, block_k=128, splits=2, warps=8, stages=3, prefetch=2),
+]
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+@pytest.mark.parametrize("tiling", TILINGS, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_row_linear(tiling, rows, gated, pdl):
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    features, width = 208, 512
+    if gated and tiling.splits > 1:
+        assert not tiling.fits(features, width, gated)
+        pytest.skip("a gate needs whole sums")
+    assert tiling.fits(features, width, gated)
+    weight = _random(2 * features if gated else features, width, dtype=dtype)
+    x = _random(rows, width, seed=1, dtype=dtype)
+    found = row_linear.row_linear(x, weight, tiling, gated=gated, pdl=pdl)
+    assert found.shape == (tiling.splits, rows, features)
+    expected = x.double() @ weight.double().T
+    if gated:
+        gate, up = expected.chunk(2, dim=-1)
+        expected = functional.silu(gate) * up
+    _close(found.double().sum(0), expected, dtype)
+
+
+def test_a_tiling_that_leaves_a_rest_does_not_fit():
+    assert not row_linear.Tiling(block_k=128).fits(256, 192, False)
+    assert not row_linear.Tiling(splits=3, prefetch=0).fits(256, 512, False)
+    assert not row_linear.Tiling(block_n=64, parts=3).fits(128, 512, False)
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("splits", [1, 4, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 32), (9, 3, 64), (32, 8, 128)])
+def test_split_attention(heads, kv_heads, head_dim, splits, pdl):
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    size, lengths = 16, [1, 65, 130, 200]
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randperm(60, generator=generator)[: 4 * 13].view(4, 13).to(torch.int32).to(DEVICE)
+    query = _random(4, heads, head_dim, dtype=dtype)
+    keys, values = (_random(60, size, kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (1, 2))
+    found = split_attention.split_attention(
+        query, keys, values, blocks, torch.tensor(lengths, dtype=torch.int32, device=DEVICE), head_dim**-0.5,
+        splits=splits, pdl=pdl,
+    )  # fmt: skip
+    for row, length in enumerate(lengths):
+        table = blocks[row].long()
+        own, its = (tensor[table].flatten(0, 1)[:length].transpose(0, 1)[None].float() for tensor in (keys, values))
+        expected = functional.scaled_dot_product_attention(query[row, :, None][None].float(), own, its, enable_gqa=True)
+        _close(found[row], expected[0, :, 0], dtype)
+
+
+def test_splits_fill_the_device_and_stop_there():
+    assert split_attention.splits_for(1, 8, 132) == 64
+    assert split_attention.splits_for(128, 8, 132) == 1
