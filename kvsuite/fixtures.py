@@ -14,7 +14,7 @@ from .devices import resolve_device
 from .errors import UserError
 from .options import Options
 from .record import Record
-from .state import CASES, MEASURED, OPTIONS, REPORTER, RUNNER, USAGE_ERROR, is_worker
+from .state import CASES, MEASURED, OPTIONS, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
 
 _HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes")
 
@@ -55,7 +55,9 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
         implementation=kv_options.impl,
         cache_dir=None if kv_options.cache_dir is None else Path(kv_options.cache_dir).expanduser(),
     )
-    runner = pytestconfig.stash[RUNNER] = CaseRunner(kv_options, registry, environment, sessions)
+    runner = pytestconfig.stash[RUNNER] = CaseRunner(
+        kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ())
+    )
     yield runner
     sessions.close()
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 from .case import Case, digest
 from .engines.registry import SessionPool
 from .errors import CaseInvalid, CaseSkipped, UserError
-from .first_texts import FirstTexts
 from .meters.clock import Clock, clock_for
 from .meters.environment import fingerprint
 from .metrics import MetricRegistry
@@ -52,6 +51,9 @@ class CaseRunner:
         Facts of the run; the GPU's are added when the first session is up.
     clock
         Makes the clock of a device; a scripted one checks the formulas.
+    planned
+        All cases of the run, in the order of their space: of two that differ only in the name of one text the first is
+        measured, whichever comes first in time and in whichever process.
     """
 
     options: Options
@@ -60,7 +62,7 @@ class CaseRunner:
     sessions: SessionPool
     clock: Callable[[Any], Clock] = clock_for
     texts: TextSource = field(default_factory=TextSource)
-    first_texts: FirstTexts = field(default_factory=FirstTexts)
+    planned: Sequence[Case] = ()
 
     def __post_init__(self) -> None:
         options = self.options

@@ -23,6 +23,7 @@ from .state import (
     MEASURED,
     OPTIONS,
     ORDER_SEED,
+    PLANNED,
     REPORTER,
     RUNNER,
     SAVED_GPUS,
@@ -134,6 +135,7 @@ def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases = {index: _case(config, item) for index, item in enumerate(items) if _is_case(item)}
     if not cases:
         return
+    config.stash[PLANNED] = list(cases.values())
     # no method always runs first: the order inside a suite is rotated by a seed that the records carry
     for suite in dict.fromkeys(case.suite for case in cases.values()):
         ours = [index for index, case in cases.items() if case.suite == suite]
@@ -217,7 +219,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from .reporting.tables import run_table
 
     terminalreporter.section("kvsuite")
-    terminalreporter.write_line(run_table(reporter.rows))
+    terminalreporter.write_line(run_table(reporter.rows, reporter.run.get("cases")))
     for option in (
         unread_options(config.stash[OPTIONS]) if any(r["suite"] == "compression" for r in reporter.rows) else ()
     ):

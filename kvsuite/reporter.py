@@ -11,7 +11,6 @@ import pytest
 
 from .case import Case
 from .errors import UserError
-from .first_texts import FirstTexts
 from .options import Options
 from .progress import Progress
 from .record import metric_value
@@ -37,8 +36,8 @@ class Reporter:
         self._options = options
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
+        self._cases: int | None = None
         self._progress = Progress(self._write, 1)
-        self._first_texts = FirstTexts()
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
@@ -57,6 +56,7 @@ class Reporter:
         UserError
             Naming ``--kv-report-dir`` or the file in the way, and the mend.
         """
+        self._cases = len(cases)
         self._progress = Progress(self._write, len(cases))
         base = Path(self._options.report_dir)
         probe = base / ".kvsuite-probe"
@@ -114,11 +114,11 @@ class Reporter:
                 "options": self._options.to_dict(),
                 "environment": payload["environment"],
                 "seed": self._options.seed,
+                "cases": self._cases,
             }
             self._store = RecordStore.create(folder, facts)
             self.run = read_records(folder)[0]
-        self._first_texts.demote(row)
-        if payload["tokens"] and row["status"] != "skipped":
+        if payload["tokens"]:
             row["sidecar"] = self._store.write_sidecar(row["id"], payload["tokens"])
         self._store.append(row)
         self.rows.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 CASES: pytest.StashKey[dict[str, Case]] = pytest.StashKey()
+#: the selected cases, in the order of their space
+PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
 ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
 RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
 REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()

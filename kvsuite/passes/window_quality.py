@@ -63,7 +63,7 @@ class WindowQuality:
         self.texts: WindowedTexts = work.runner.texts.windowed(session, workload, rule)
         work.record.dataset = self.texts.facts
         work.dataset_revision = self.texts.revision
-        self._refuse_a_second_result()
+        self._refuse_a_second_result(rule)
 
     def score(self, *, timed: bool) -> None:
         """Write perplexity, its error and what goes with it into the record."""
@@ -81,7 +81,6 @@ class WindowQuality:
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
         self._require_finite(nll)
-        work.runner.first_texts.remember(self.case.to_dict(), texts.revision)
         pooled = perplexity(nll)
         facts = {
             "protocol": workload["protocol"],
@@ -196,10 +195,19 @@ class WindowQuality:
                 "another --kv-dtype or --kv-quantization"
             )
 
-    def _refuse_a_second_result(self) -> None:
-        reason = self.work.runner.first_texts.refusal(self.case.to_dict(), self.texts.revision)
-        if reason:
-            raise CaseSkipped(reason)
+    def _refuse_a_second_result(self, rule: WindowRule) -> None:
+        for other in self.work.runner.planned:
+            if other == self.case:
+                return
+            if _but_for_the_text(other) == _but_for_the_text(self.case):
+                texts = self.work.runner.texts.windowed(self.session, other.workload, rule)
+                if texts.revision == self.texts.revision:
+                    name = other.workload["dataset"]
+                    raise CaseSkipped(f"the same text as {name}, whose result it is: never two results of one text")
+
+
+def _but_for_the_text(case: Case) -> Case:
+    return replace(case, name="", workload={**case.workload, "dataset": ""})
 
 
 def refuse_before_loading(case: Case) -> None:

@@ -100,7 +100,7 @@ def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, 
     if any(row["suite"] in (COMPRESSION, PERPLEXITY) for row in rows):
         from .tables import run_table
 
-        files["table.txt"] = run_table(rows)
+        files["table.txt"] = run_table(rows, run.get("cases"))
     for name, content in files.items():
         write_atomic(folder / name, content)
     return [folder / name for name in files]

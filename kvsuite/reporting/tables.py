@@ -125,8 +125,15 @@ def _signed(number: float | None) -> str:
     return MISSING if number is None else f"{round(100 * number, 1) + 0.0:+.1f}%"
 
 
-def run_table(rows: Sequence[Row]) -> str:
+def run_table(rows: Sequence[Row], cases: int | None = None) -> str:
     """The tables of every suite of a run, one below the other, with what their columns mean.
+
+    Parameters
+    ----------
+    rows
+        The run's records.
+    cases
+        How many the run was to have, where that is known: a run without all of them says so.
 
     Raises
     ------
@@ -135,7 +142,9 @@ def run_table(rows: Sequence[Row]) -> str:
     """
     suites = {row["suite"] for row in rows}
     tables = [f"{draw(rows)}\n{legend}\n" for suite, draw, legend in _TABLES if suite in suites]
-    return "\n".join(tables) if tables else comparison_table(rows)
+    if cases is not None and len(rows) < cases:
+        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
+    return "\n".join(tables) if suites & {suite for suite, *_ in _TABLES} else comparison_table(rows)
 
 
 _SPREAD = "TPOT±: half the 95 % interval of the mean. PPL±: 1 standard error."

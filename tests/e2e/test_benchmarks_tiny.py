@@ -153,3 +153,5 @@ def test_ctrl_c_keeps_the_finished_rows_and_draws_them(tmp_path: Path) -> None:
     assert report["run"]["run_id"] == run["run_id"] == folder.name
     assert {path.name for path in folder.iterdir()} == FILES
     assert f"records and figures: {folder}" in "".join(said)
+    assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in (folder / "table.txt").read_text()
+    assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in "".join(said)

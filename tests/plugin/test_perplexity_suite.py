@@ -453,6 +453,8 @@ def assert_one_result(run: Run) -> None:
     found = list(rows(run).values())
     assert sorted(row["status"] for row in found) == ["ok", "skipped"]
     first, second = sorted(found, key=lambda row: row["status"])
+    # whichever ran first: the one that was named first
+    assert first["dataset"]["name"] == "text.txt"
     assert second["reason"] == (
         f"the same text as {first['dataset']['name']}, whose result it is: never two results of one text"
     )
