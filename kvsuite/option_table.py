@@ -27,6 +27,10 @@ class Option:
         One or two sentences with an example.
     original
         Default of the original program under ``--kv-preset=original``, where it differs.
+    aliases
+        Other names.
+    example
+        Value that error messages show, where the default says too little.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Option:
     help: str
     original: str | None = None
     aliases: tuple[str, ...] = ()
+    example: str | None = None
 
     @property
     def dest(self) -> str:
@@ -54,11 +59,13 @@ def _int(minimum: int) -> Callable[[str], int]:
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
-        values = tuple(item(part.strip()) for part in text.split(",") if part.strip())
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        values = tuple(item(part) for part in parts)
         if not values:
             raise ValueError("is empty")
-        if len(set(values)) != len(values):
-            raise ValueError("names the same value twice")
+        repeated = [part for at, part in enumerate(parts) if values[at] in values[:at]]
+        if repeated:
+            raise ValueError(f"names the same value twice, {repeated[0]}")
         return values
 
     return parse
@@ -124,21 +131,35 @@ def _format(text: str) -> str:
     from .quantization.registry import QUANTIZATIONS
 
     if text not in QUANTIZATIONS:
-        raise ValueError(f"unknown weight format; use {', '.join(QUANTIZATIONS)}")
+        raise ValueError(f"unknown weight format {text}; use {', '.join(QUANTIZATIONS)}")
     return text
 
 
 def _reference(text: str) -> str | None:
+    if "," in text:
+        raise ValueError("one weight format is wanted, not a list")
     return None if text == "off" else _format(text)
 
 
 def _all_or(text: str) -> int | None:
-    return None if text == "all" else _int(2)(text)
+    if text == "all":
+        return None
+    try:
+        int(text)
+    except ValueError:
+        raise ValueError("neither a whole number nor all") from None
+    return _int(2)(text)
 
 
 def _text(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
+    return text.strip()
+
+
+def _label(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty, and a label is wanted")
     return text.strip()
 
 
@@ -149,9 +170,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("device", _device, "auto", "Device, e.g. cpu, cuda:0, vulkan:0; auto takes a CUDA or Apple GPU that torch can use, "
            "else the CPU."),
     Option("dtype", _dtype, "auto", "float32, bfloat16 or float16; auto is float32 on the CPU, the checkpoint's on a GPU."),
-    Option("quantization", _formats, "auto", "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f32_1, "
-           "q3f16_1, q0f16, q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. "
-           "--kv-quantization=none,q4f16_1. auto: none,q4f16_1,fake_q3 in the perplexity suite, none in the others."),
+    Option("quantization", _formats, "auto", "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f16_2, "
+           "q4f32_1, q3f16_1, q0f16, q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. "
+           "--kv-quantization=none,q4f16_1. auto: none,q4f16_1,fake_q3 in the perplexity suite, none in the others.",
+           example="none,q4f16_1"),
     Option("load-in-4bit", _switch, "false", "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation)."),
     Option("load-in-8bit", _switch, "false", "Short for --kv-quantization=8bit (bitsandbytes int8)."),
     Option("fake-q3bit", _switch, "false", "Short for --kv-quantization=fake_q3 (3-bit rounding kept dense)."),
@@ -205,10 +227,10 @@ OPTIONS: tuple[Option, ...] = (
            "window: auto is the protocol's own rule; the others are in docs/perplexity.md."),
     Option("eval-tokens", _all_or, "2048", "Most tokens of each text that the perplexity suite takes, or all.", original="all"),
     Option("reference", _reference, "off", "Weight format that the others of a run are compared with, token by token (KL "
-           "divergence, same top-1, paired ratio), e.g. --kv-reference=none, or off."),
-    Option("mlc-model", _text, "", "Label of the MLC model beside a perplexity; none is run. Without --kv-model it names "
+           "divergence, same top-1, paired ratio), e.g. --kv-reference=none, or off.", example="none"),
+    Option("mlc-model", _label, "", "Label of the MLC model beside a perplexity; none is run. Without --kv-model it names "
            "the Hugging Face model too, for Llama-3-8B-Instruct as in the original program.",
-           original="HF://mlc-ai/Llama-3-8B-Instruct-q0f16-MLC"),
+           original="HF://mlc-ai/Llama-3-8B-Instruct-q0f16-MLC", example="Llama-3-8B-Instruct-q4f16_1-MLC"),
     Option("decode-step", _choice("auto", "eager", "graph"), "auto", "graph captures decode steps as CUDA graphs; auto does so "
            "on CUDA where the method allows, and the record says which it was."),
     Option("impl", _choice("ring", "copy"), "ring", "Cache of the policies: preallocated slots, or the original's "
@@ -216,7 +238,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("threads", _threads, "auto", "CPU threads; auto probes for two seconds."),
     Option("seed", _int(0), "0", "Seed of random weights, prompts and the random strategy."),
     Option("report-dir", _text, "reports", "Folder under which a run's folder is made."),
-    Option("cache-dir", _text, "", "Where converted models are kept (default ~/.cache/kvsuite)."),
+    Option("cache-dir", _text, "", "Where converted models are kept; without it $KVSUITE_CACHE, else ~/.cache/kvsuite."),
     Option("preset", _choice("kvsuite", "original"), "kvsuite", "original takes the defaults of the program this suite "
            "replaces."),
 )  # fmt: skip

@@ -20,7 +20,7 @@ def add_options(parser: Any) -> None:
     for option in OPTIONS:
         names = [f"--kv-{name}" for name in (option.name, *option.aliases)]
         names += [spelling for name in names if (spelling := "--" + name[2:].replace("-", "_")) not in names]
-        note = f"{option.help} Default: {option.default or 'see docs'}."
+        note = f"{option.help} Default: {option.default or 'none'}."
         if option.original is not None:
             note += f" With --kv-preset=original: {option.original}."
         flag: dict[str, Any] = (
@@ -96,7 +96,8 @@ def _one_format(values: dict[str, Any], given: dict[str, str]) -> tuple[str, ...
     chosen = switched + ["quantization"] * ("kv_quantization" in given)
     if len(chosen) > 1:
         typed = " and ".join(f"--kv-{name.replace('_', '-')}" for name in chosen)
-        wanted = ",".join(dict.fromkeys(_SWITCHES[name] for name in switched))
+        listed = (values["quantization"] or ()) if "kv_quantization" in given else ()
+        wanted = ",".join(dict.fromkeys((*listed, *(_SWITCHES[name] for name in switched))))
         raise UserError(f"{typed}: one of them hides the other; to run several formats give --kv-quantization={wanted}")
     return (_SWITCHES[switched[0]],) if switched else values["quantization"]
 
@@ -124,7 +125,7 @@ def _parse(option: Option, text: str) -> Any:
 
 
 def _mend(option: Option) -> str:
-    return f"for example --kv-{option.name}={option.default or 'PATH'}"
+    return f"for example --kv-{option.name}={option.example or option.default or 'PATH'}"
 
 
 def names(options: Iterable[Option] = OPTIONS) -> list[str]:

@@ -22,6 +22,7 @@ from kvsuite.metrics import ALIASES, BUILTIN, Metric
 from kvsuite.models.presets import PRESETS, build_config
 from kvsuite.options import OPTIONS, REJECTED, Option
 from kvsuite.record import STATUSES
+from kvsuite.reporting.perplexity_columns import COLUMNS, ORIGINAL_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -160,6 +161,12 @@ def test_every_preset_with_its_cache(preset: str) -> None:
     assert cells[2:] == [
         str(layers), f"{heads} × {head_dim}", f"{2 * layers * heads * head_dim * 2:,}", f"{config.max_position_embeddings:,}",
     ]  # fmt: skip
+
+
+def test_the_csvs_header_is_the_documented_one() -> None:
+    (own,) = re.findall(r"the original's ten columns first, then `([^`]+)`", text("perplexity.md"))
+    assert len(ORIGINAL_COLUMNS) == 10
+    assert tuple(own.split(", ")) == COLUMNS[len(ORIGINAL_COLUMNS) :]
 
 
 # links and figures

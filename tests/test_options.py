@@ -225,6 +225,49 @@ def test_an_empty_value_on_the_command_line_is_a_mistake() -> None:
     assert resolve(cli={"kv_skip_layers": "none"}).skip_layers == ()
 
 
+MESSAGES = {
+    "wrong element": (
+        {"kv_quantization": "none,nonsense"},
+        "--kv-quantization=none,nonsense: unknown weight format nonsense; use none, ",
+        "; for example --kv-quantization=none,q4f16_1",
+    ),
+    "list for one": (
+        {"kv_reference": "none,q4f16_1"},
+        "--kv-reference=none,q4f16_1: one weight format is wanted, not a list",
+        "; for example --kv-reference=none",
+    ),
+    "twice, as typed": ({"kv_keep_ratios": "0.5,0.50"}, "--kv-keep-ratios=0.5,0.50: names the same value twice, 0.50;", ""),
+    "neither number nor all": (
+        {"kv_eval_tokens": "alll"},
+        "--kv-eval-tokens=alll: neither a whole number nor all; for example",
+        "",
+    ),
+    "a label": (
+        {"kv_mlc_model": ""},
+        "--kv-mlc-model=: is empty, and a label is wanted; ",
+        "for example --kv-mlc-model=Llama-3-8B-Instruct-q4f16_1-MLC",
+    ),
+    "switch beside a list": (
+        {"kv_load_in_4bit": "true", "kv_quantization": "none"},
+        "--kv-load-in-4bit and --kv-quantization: one of them hides the other; ",
+        "give --kv-quantization=none,4bit",
+    ),
+    "switch that the list has": (
+        {"kv_load_in_4bit": "true", "kv_quantization": "4bit,none"},
+        "--kv-load-in-4bit and --kv-quantization: ",
+        "give --kv-quantization=4bit,none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "begin", "end"), MESSAGES.values(), ids=MESSAGES)
+def test_messages_name_what_is_wrong_and_the_mend(given: dict[str, str], begin: str, end: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(cli=given)
+    assert str(caught.value).startswith(begin)
+    assert str(caught.value).endswith(end)
+
+
 def test_default_options_take_overrides_and_refuse_unknown_names() -> None:
     assert default_options(rounds="3").rounds == 3
     assert default_options().given == set()
@@ -281,7 +324,7 @@ def test_sizes_below_one_are_refused(sizes: list[int], bad: int) -> None:
 @given(SIZES, st.data())
 def test_a_value_named_twice_is_refused(sizes: list[int], data: st.DataObject) -> None:
     text = ",".join(map(str, [*sizes, data.draw(st.sampled_from(sizes))]))
-    with pytest.raises(UserError, match="names the same value twice"):
+    with pytest.raises(UserError, match=rf"names the same value twice, {text.rpartition(',')[2]};"):
         resolve(cli={"kv_recent_sizes": text})
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
 
@@ -76,17 +76,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _draw_csv(path: Path, folder: Path) -> int:
     from kvsuite.reporting.figures.perplexity import render_perplexity
+
+    rows = _csv_rows(path)
+    return _write(len(rows), {folder / name: content for name, content in render_perplexity(rows).items()})
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
     from kvsuite.reporting.perplexity_csv import read_rows
 
     rows = read_rows(path)
-    return _write(len(rows), {folder / name: content for name, content in render_perplexity(rows).items()})
+    if not rows:
+        raise UserError(
+            f"{path}: no perplexity row to draw, only a header; run benchmarks/test_perplexity.py first, or give a CSV "
+            "with rows"
+        )
+    return rows
 
 
 def _draw_picture(path: Path, picture: Path, kind: str) -> int:
     from kvsuite.reporting.figures.perplexity import build_figures, figure_file
-    from kvsuite.reporting.perplexity_csv import read_rows
 
-    rows = read_rows(path)
+    rows = _csv_rows(path)
     figures = build_figures(rows)
     if len(figures) > 1:
         raise UserError(

@@ -74,11 +74,14 @@ def missing_reason(row: Row, metric: str) -> str:
     reason = entry(row, metric).get("reason")
     if reason:
         return str(reason)
+    if metric in _PER_WORD and row["case"]["workload"].get("protocol") != _PER_WORD_PROTOCOL:
+        return f"only {_PER_WORD_PROTOCOL} has them"
     if "speed" in row["inert"] and metric not in row["metrics"]:
         return str(row["inert"]["speed"])
     return "random weights" if row["model"].get("kind") == "dummy" and metric in _QUALITY else "not in the record"
 
 
+_PER_WORD, _PER_WORD_PROTOCOL = frozenset({"word_perplexity", "byte_perplexity", "bits_per_byte"}), "lm-eval-rolling"
 _QUALITY = frozenset({"perplexity", "perplexity_se", "next_token_acc", "ppl_ratio", "ppl_ratio_se"})
 
 

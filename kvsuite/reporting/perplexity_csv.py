@@ -237,7 +237,8 @@ def _parse(text: str, where: str, dataset: str) -> list[dict[str, Any]]:
         if not fields:
             continue
         if len(fields) != len(header):
-            raise UserError(f"{where}: line {number} has {len(fields)} fields, {len(header)} are needed; mend it")
+            s = "s" if len(fields) > 1 else ""
+            raise UserError(f"{where}: line {number} has {len(fields)} field{s}, {len(header)} are needed; mend it")
         try:
             row = {name: parse_field(name, field) for name, field in zip(header, fields, strict=True)}
         except ValueError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .aggregate import MIB, PERPLEXITY, Row, by_name, failure, suite_rows, value
-from .table_parts import MISSING, Column, footnotes, format_number, join_cells, scaled, tpot_spread
+from .table_parts import MISSING, SPREAD, Column, footnotes, format_number, join_cells, scaled, tpot_spread
 
 _QUALITY: tuple[Column, ...] = (("PPL", 10, "perplexity"), ("PPL±", 8, "perplexity_se"), ("Acc", 8, "accuracy"))
 _DISTANCE: tuple[Column, ...] = (("PPL/ref", 15, "ppl_ratio_reference"), ("KLD", 9, "kld"), ("Top1", 8, "same_top1"))
@@ -46,9 +46,7 @@ def perplexity_table(rows: Sequence[Row]) -> str:
     """
     labelled = by_name(suite_rows(rows, PERPLEXITY))
     first = max(25, *(len(name) for name in labelled))
-    optional = (
-        columns for columns in (_DISTANCE, _WORDS) if any(columns[0][2] in r["metrics"] for r in labelled.values())
-    )
+    optional = (group for group in (_DISTANCE, _WORDS) if _has(labelled.values(), group))
     columns = (*_QUALITY, *(column for group in optional for column in group), *_REST)
     header = join_cells("Case", first, [f"{title:>{width}}" for title, width, _ in columns])
     rule = max(100, len(header))
@@ -61,6 +59,17 @@ def perplexity_table(rows: Sequence[Row]) -> str:
     lines.append("=" * rule)
     notes = footnotes(labelled, columns)
     return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
+
+
+def perplexity_legend(rows: Sequence[Row]) -> str:
+    """What the columns mean that `perplexity_table` shows of these rows."""
+    distance = " PPL/ref: against the reference weights on the same tokens ± 2 standard errors."
+    shown = distance if _has(suite_rows(rows, PERPLEXITY), _DISTANCE) else ""
+    return f"W: weights in memory. Bits/w: per weight, embeddings in. {SPREAD}{shown} Scored/s: scored tokens a second."
+
+
+def _has(rows: Iterable[Row], group: Sequence[Column]) -> bool:
+    return any(group[0][2] in row["metrics"] for row in rows)
 
 
 def _settings(labelled: Mapping[str, Row]) -> list[str]:

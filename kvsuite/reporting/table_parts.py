@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from .aggregate import Row, ci_half_width, entry, missing_reason, value
 
 MISSING = "n/a"
+#: what the spread columns of every suite mean
+SPREAD = "TPOT±: half the 95 % interval of the mean. PPL±: 1 standard error."
 #: title, width, metric
 Column = tuple[str, int, str]
 
@@ -42,14 +44,14 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[st
             if value(row, metric) is None:
                 names.setdefault(missing_reason(row, metric), []).append(name)
         for reason, affected in names.items():
-            titles.setdefault((reason, tuple(affected)), []).append(title.partition("(")[0].rstrip("±"))
+            titles.setdefault((reason, tuple(affected)), []).append(title.partition("(")[0])
     notes = [
-        f"{', '.join(dict.fromkeys(of))}: {reason}" + which(affected, finished)
+        f"{', '.join(_without_spreads(of))}: {reason}" + which(affected, labelled)
         for (reason, affected), of in titles.items()
     ]
     single = [name for name, row in finished.items() if value(row, "tpot") is not None and tpot_spread(row) == MISSING]
     if single:
-        notes.append("TPOT±: needs at least 2 rounds" + which(single, finished))
+        notes.append("TPOT±: needs at least 2 rounds" + which(single, labelled))
     warnings: dict[str, list[str]] = {}
     for name, row in labelled.items():
         for warning in row["warnings"]:
@@ -57,6 +59,14 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[st
     return notes + [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
 
 
-def which(affected: Sequence[str], among: Mapping[str, Row]) -> str:
-    """The cases that a note is about, if it is not about all."""
-    return "" if len(affected) == len(among) else f" ({', '.join(affected)})"
+def _without_spreads(titles: Sequence[str]) -> list[str]:
+    """Titles without those of the spread of a value that lacks for the same reason."""
+    return [title for title in titles if not (title.endswith("±") and title[:-1] in titles)]
+
+
+def which(affected: Sequence[str], labelled: Mapping[str, Row]) -> str:
+    """The cases that a note is about: their names, or that they are all of the table that have numbers."""
+    shown = {name for name, row in labelled.items() if row["status"] == "ok"}
+    if set(affected) not in (shown, set(labelled)):
+        return f" ({', '.join(affected)})"
+    return " (all cases)" if len(affected) > 1 else ""

@@ -18,8 +18,8 @@ from .aggregate import (
     suite_rows,
     value,
 )
-from .perplexity_table import perplexity_table
-from .table_parts import MISSING, Column, footnotes, format_number, join_cells, scaled, tpot_spread
+from .perplexity_table import perplexity_legend, perplexity_table
+from .table_parts import MISSING, SPREAD, Column, footnotes, format_number, join_cells, scaled, tpot_spread
 
 # the original's columns and widths; with single spaces between them they are its 100 characters
 _COLUMNS: tuple[Column, ...] = (
@@ -141,24 +141,20 @@ def run_table(rows: Sequence[Row], cases: int | None = None) -> str:
         If no suite of the run has a table.
     """
     suites = {row["suite"] for row in rows}
-    tables = [f"{draw(rows)}\n{legend}\n" for suite, draw, legend in _TABLES if suite in suites]
+    tables = [f"{draw(rows)}\n{legend(rows)}\n" for suite, draw, legend in _TABLES if suite in suites]
     if cases is not None and len(rows) < cases:
         tables.append(f"partial: {len(rows)} of {cases} cases have a record")
     return "\n".join(tables) if suites & {suite for suite, *_ in _TABLES} else comparison_table(rows)
 
 
-_SPREAD = "TPOT±: half the 95 % interval of the mean. PPL±: 1 standard error."
+def _comparison_legend(rows: Sequence[Row]) -> str:
+    return (
+        f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
+        "on the same tokens ± 2 standard errors."
+    )
+
+
 _TABLES = (
-    (
-        COMPRESSION,
-        comparison_table,
-        f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {_SPREAD} PPL/full: against the full cache "
-        "on the same tokens ± 2 standard errors.",
-    ),
-    (
-        PERPLEXITY,
-        perplexity_table,
-        f"W: weights in memory. Bits/w: per weight, embeddings in. {_SPREAD} PPL/ref: against the reference weights on the "
-        "same tokens ± 2 standard errors. Scored/s: scored tokens a second.",
-    ),
+    (COMPRESSION, comparison_table, _comparison_legend),
+    (PERPLEXITY, perplexity_table, perplexity_legend),
 )

@@ -74,11 +74,17 @@ def check_corpus(
         raise UserError(f"{typed}: no such file or folder; check the path")
     is_file = request not in NAMES and Path(request).expanduser().exists()
     if not path and not is_file and request not in NAMES:
-        raise UserError(f"{typed}: no such corpus or file; check the path, or choose one of {', '.join(NAMES)}")
+        # this option's list was cut before it came here
+        comma = (
+            "; commas separate data sets: a path that has one goes into --kv-dataset-path, its name into --kv-dataset"
+        )
+        hint = comma if option == "--kv-dataset" else ""
+        raise UserError(f"{typed}: no such corpus or file; check the path, or choose one of {', '.join(NAMES)}{hint}")
     if path and (is_file or request in ("default", "pydoc")):
+        alone = "" if "," in path else f", or give --kv-dataset={path} alone"
         raise UserError(
             f"{typed}: cannot stand for {request}, which is a text of its own; name what the file holds, for example "
-            f"--kv-dataset=wikitext2, or give --kv-dataset={path} alone"
+            f"--kv-dataset=wikitext2{alone}"
         )
     if split and request in HUB and not path:
         check_split(request, split, typed=typed)

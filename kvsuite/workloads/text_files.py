@@ -14,6 +14,7 @@ from kvsuite.errors import UserError
 
 SUFFIXES = (".txt", ".raw", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 _PLAIN = (".txt", ".raw")
+_BINARY = (".parquet", ".arrow")
 
 
 def is_plain(path: Path) -> bool:
@@ -28,7 +29,7 @@ def text_rows(path: Path, *, typed: str, split: str) -> Iterator[str]:
     ----------
     path
         The file or folder; its suffix, one of `SUFFIXES`, decides how it is read. A text file is one text; otherwise
-        each row is one, from the column ``text`` or the only column of strings. A missing value reads as an empty text.
+        each row is one, from the column ``text`` or the only column of strings.
     typed
         Option and value, for messages: ``"--kv-corpus=x.json"``.
     split
@@ -37,7 +38,7 @@ def text_rows(path: Path, *, typed: str, split: str) -> Iterator[str]:
     Raises
     ------
     UserError
-        If the file is of an unknown kind, cannot be read, or does not say which column holds the text.
+        If the file is of an unknown kind, cannot be read, does not say which column holds the text, or has a row without one.
     """
     readers: dict[str, Callable[[], Iterable[str]]] = {
         **dict.fromkeys(_PLAIN, lambda: [_read(path)]),
@@ -52,6 +53,10 @@ def text_rows(path: Path, *, typed: str, split: str) -> Iterator[str]:
         yield from reader()
     except UserError:
         raise
+    except UnicodeDecodeError as error:
+        # the strings of the binary formats are UTF-8 by definition
+        mend = "give an intact file" if path.is_dir() or _suffix(path) in _BINARY else "save it as UTF-8"
+        raise UserError(f"{typed}: is not UTF-8 ({error.reason} at byte {error.start}); {mend}") from error
     # errors of decoding, of JSON and most of Arrow are ValueErrors, of a kind that Arrow cannot read RuntimeErrors
     except (ValueError, OSError, EOFError, zlib.error, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
@@ -69,7 +74,7 @@ def _read(path: Path) -> str:
 
 def _json_rows(typed: str, path: Path) -> Iterator[str]:
     with _open_lines(path) as lines:
-        yield from _json_texts(typed, _json_objects(typed, lines))
+        yield from _json_texts(typed, path, _json_objects(typed, lines))
 
 
 def _open_lines(path: Path) -> TextIO:
@@ -80,17 +85,31 @@ def _open_lines(path: Path) -> TextIO:
 
 
 def _json_objects(typed: str, lines: TextIO) -> Iterator[dict[str, Any]]:
-    filled = (line for line in lines if line.strip())
-    first = next(filled, "")
-    is_list = first.lstrip().startswith("[")
-    rows = json.loads(first + lines.read()) if is_list else map(json.loads, chain([first] if first else [], filled))
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    number, first = next(filled, (1, ""))
+    if first.lstrip().startswith("["):
+        rows: Iterable[Any] = _parsed(typed, number, first + lines.read())
+    else:
+        rows = (_parsed(typed, *numbered) for numbered in chain([(number, first)] if first else [], filled))
     for row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{typed}: rows must be JSON objects with a column text; give such a file")
         yield row
 
 
-def _json_texts(typed: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+def _parsed(typed: str, number: int, text: str) -> Any:
+    """The JSON of ``text``, which begins at line ``number`` of its file."""
+    try:
+        # an error at the end of a line is not at the beginning of the next one
+        return json.loads(text.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{typed}: line {number + error.lineno - 1} cannot be read as JSON ({error.msg}, column {error.colno}); mend or "
+            "remove it, or give another file"
+        ) from error
+
+
+def _json_texts(typed: str, path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     seen = []
     for row in rows:
         seen.append(row)
@@ -103,13 +122,23 @@ def _json_texts(typed: str, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
             return
         columns = {name: value for row in reversed(seen) for name, value in row.items() if value is not None}
         column = _text_column(typed, list(columns), [name for name, value in columns.items() if isinstance(value, str)])
-    for row in chain(seen, rows):
-        value = row.get(column)
-        if value is not None and not isinstance(value, str):
+    for value in _filled(typed, path, column, (row.get(column) for row in chain(seen, rows))):
+        if not isinstance(value, str):
             raise UserError(
                 f"{typed}: a row has {str(value)[:50]!r} in the column {column}; give a file with texts there"
             )
-        yield value or ""
+        yield value
+
+
+def _filled(typed: str, path: Path, column: str, values: Iterable[Any]) -> Iterator[Any]:
+    """The values of the text column, each of which has to be there: a missing one is a defect, not an empty text."""
+    for number, value in enumerate(values, 1):
+        if value is None:
+            raise UserError(
+                f"{typed}: row {number} of {path} has no text in the column {column}; remove the row, or give another column "
+                "the name text"
+            )
+        yield value
 
 
 def _parquet_rows(typed: str, path: Path) -> Iterator[str]:
@@ -118,11 +147,11 @@ def _parquet_rows(typed: str, path: Path) -> Iterator[str]:
     # in batches, so that the first texts of a large file do not cost the memory of all
     with parquet.ParquetFile(path) as file:
         column = _schema_column(typed, file.schema_arrow)
-        for batch in file.iter_batches(batch_size=64, columns=[column]):
-            yield from (value or "" for value in batch.column(0).to_pylist())
+        batches = file.iter_batches(batch_size=64, columns=[column])
+        yield from _filled(typed, path, column, (text for batch in batches for text in batch.column(0).to_pylist()))
 
 
-def _arrow_rows(typed: str, path: Path) -> Iterable[str]:
+def _arrow_rows(typed: str, path: Path) -> Iterator[str]:
     import pyarrow as pa
 
     # datasets writes the stream format, most others the file format
@@ -131,7 +160,9 @@ def _arrow_rows(typed: str, path: Path) -> Iterable[str]:
             table = pa.ipc.open_stream(stream).read_all()
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(stream).read_all()
-        return list(_arrow_texts(table.column(_schema_column(typed, table.schema))))
+        column = _schema_column(typed, table.schema)
+        values = _arrow_values(table.column(column))
+    yield from _filled(typed, path, column, values)
 
 
 def _disk_rows(typed: str, path: Path, split: str) -> Iterator[str]:
@@ -153,14 +184,15 @@ def _disk_rows(typed: str, path: Path, split: str) -> Iterator[str]:
         dataset = dataset[split]
     column = _schema_column(typed, dataset.features.arrow_schema)
     # in batches as for Parquet; with a format of its own, because a saved one may hide columns
-    for batch in dataset.with_format("arrow").select_columns([column]).iter(64):
-        yield from _arrow_texts(batch.column(0))
+    batches = dataset.with_format("arrow").select_columns([column]).iter(64)
+    yield from _filled(typed, path, column, (text for batch in batches for text in _arrow_values(batch.column(0))))
 
 
-def _arrow_texts(column: Any) -> Iterator[str]:
+def _arrow_values(column: Any) -> list[str | None]:
     # Arrow trusts the offsets in a file; those of a damaged one lead outside the memory map
     column.validate(full=True)
-    yield from (value or "" for value in column.to_pylist())
+    values: list[str | None] = column.to_pylist()
+    return values
 
 
 def _schema_column(typed: str, schema: Any) -> str:

@@ -84,7 +84,8 @@ class TextSource:
         self._follow(session)
         key = (corpus.text_hash, rule)
         if key not in self._windowed:
-            self._windowed[key] = tuple(rule.cut(tokenizer, text, prefix_rule) for text in corpus.texts)
+            typed = "=".join(self._asked(str(workload["dataset"])))
+            self._windowed[key] = tuple(rule.cut(tokenizer, text, prefix_rule, typed=typed) for text in corpus.texts)
         texts = self._windowed[key]
         revision = digest([digest(text.tokens) for text in texts])
         facts = _facts(corpus, revision, len(texts)) | {
@@ -136,12 +137,18 @@ class TextSource:
                 num_texts=int(workload["num_samples"]),
                 min_chars=_MIN_CHARS.get(name, 0),
                 split=split,
-                option="--kv-dataset-path" if path else "--kv-dataset",
+                option=self._asked(name)[0],
                 path=path,
                 drop_blank=drop_blank,
                 join=True,
             )
         return self._corpora[key]
+
+    def _asked(self, name: str) -> tuple[str, str]:
+        """The option that says where a data set's text is, and its value."""
+        if self.dataset_path:
+            return "--kv-dataset-path", self.dataset_path
+        return "--kv-dataset", self.datasets.get(name, name)
 
     def _tokenised(self, session: Any, corpus: Corpus) -> list[list[int]]:
         self._follow(session)

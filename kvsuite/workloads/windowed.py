@@ -77,8 +77,8 @@ class WindowRule:
             )
         return rule
 
-    def cut(self, tokenizer: Any, text: str, rule: str) -> WindowedText:
-        """Tokenise one text and plan its windows.
+    def cut(self, tokenizer: Any, text: str, rule: str, *, typed: str = "--kv-dataset") -> WindowedText:
+        """Tokenise one text and plan its windows; ``typed`` is the option and value that gave it, for messages.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class WindowRule:
             If the text is too short, or window and rule do not fit.
         """
         ids, cut = _tokenise(tokenizer, text, special=rule in ("none", "bos_over_first"), most=self.eval_tokens)
-        windows = plan_windows(self.protocol, len(ids), self.max_length, self.stride, prefix=rule)
+        windows = plan_windows(self.protocol, len(ids), self.max_length, self.stride, prefix=rule, typed=typed)
         if not any(window.targets for window in windows):
             raise UserError(
                 f"--kv-max-length={self.max_length}: no token of the text has another one before it in its window; give "

@@ -57,7 +57,13 @@ def default_prefix(protocol: str, *, has_bos: bool) -> str:
 
 
 def plan_windows(
-    protocol: str, n_tokens: int, ctx: int, stride: int | None = None, *, prefix: str | None = None
+    protocol: str,
+    n_tokens: int,
+    ctx: int,
+    stride: int | None = None,
+    *,
+    prefix: str | None = None,
+    typed: str = "--kv-dataset",
 ) -> list[Window]:
     """Cut a text of ``n_tokens`` tokens into windows.
 
@@ -82,6 +88,8 @@ def plan_windows(
         before the text, which makes its first token a target. ``bos_each_window``: one before every window, which then
         holds ctx - 1 tokens of the text; all N tokens are scored. ``bos_over_first``: the first token of each window is
         overwritten; the targets stay the same.
+    typed
+        Option and value that gave the text, for messages: ``"--kv-dataset=x.txt"``.
 
     Returns
     -------
@@ -100,10 +108,10 @@ def plan_windows(
     rule = default_prefix(protocol, has_bos=True) if prefix is None else prefix
     if rule not in _RULES[protocol]:
         raise UserError(
-            f"--kv-bos={rule}: {protocol} cannot have it; choose one of {', '.join(_RULES[protocol])} "
+            f"--kv-bos={rule}: {protocol} cannot have it; choose one of {', '.join(('auto', *_RULES[protocol]))} "
             "or another --kv-ppl-protocol"
         )
-    _check_text(n_tokens)
+    _check_text(n_tokens, typed)
     if ctx < 3:
         raise UserError(f"--kv-max-length={ctx}: a window needs at least 3 tokens; give a longer --kv-max-length")
     if protocol == "llama.cpp-half":
@@ -125,10 +133,10 @@ def plan_windows(
     return _strided(n_tokens, room, step, own_prefix=rule == "bos_each_window")
 
 
-def _check_text(n_tokens: int) -> None:
+def _check_text(n_tokens: int, typed: str) -> None:
     if n_tokens < 2:
         found = "the text is empty" if n_tokens < 1 else "the text has one token only"
-        raise UserError(f"--kv-dataset: {found}, and a perplexity needs at least 2; give a longer text")
+        raise UserError(f"{typed}: {found}, and a perplexity needs at least 2; give a longer text")
 
 
 def _strided(n_tokens: int, ctx: int, stride: int, *, own_prefix: bool = False) -> list[Window]:

@@ -205,9 +205,9 @@ def as_it_is(path):
     ("spoil", "out", "message"),
     [
         (two_figures, "x.png", "2 data sets, each with a figure (wikitext2, pg19); give a folder"),
-        (no_rows, "x.png", "no perplexity row to draw"),
-        (no_rows, "folder", "no perplexity row to draw"),
-        (damage_csv, "folder", "line 5 has 1 fields"),
+        (no_rows, "x.png", "wikitext2_ppl_results.csv: no perplexity row to draw, only a header; "),
+        (no_rows, "folder", "wikitext2_ppl_results.csv: no perplexity row to draw, only a header; "),
+        (damage_csv, "folder", "line 5 has 1 field, 10 are needed"),
         (as_it_is, "x.pdf", ".pdf is not drawn; give a folder, a .png or a .svg"),
     ],
 )

@@ -459,7 +459,7 @@ def test_random_weights_are_skipped_before_anything_is_loaded(tmp_path: Path) ->
     ("text", "options", "message"),
     [
         ("", {}, "there is no text in it, or blanks only"),
-        ("a", {}, "--kv-dataset: the text has one token only"),
+        ("a", {}, "text.txt: the text has one token only"),
         ("ab" * 20, {"ppl_protocol": "llama.cpp-half"}, "--kv-max-length=32: llama.cpp-half needs a text of at least 64"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from pytest_runs import run_pytest
 
 from kvsuite.option_table import FLAGS
 from kvsuite.options import OPTIONS, REJECTED, Option
+from kvsuite.quantization.registry import QUANTIZATIONS
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,13 @@ def test_option_is_listed_with_its_default(option: Option, entries: dict[str, st
     listed = set(re.findall(r"--kv[-_][\w-]+", entry.partition(option.help)[0]))
     names = [f"--kv-{name}" for name in (option.name, *option.aliases)]
     assert listed == {*names, *("--" + name[2:].replace("-", "_") for name in names)}
-    assert f"{option.help} Default: {option.default or 'see docs'}." in entry
+    assert f"{option.help} Default: {option.default or 'none'}." in entry
     assert ("With --kv-preset=original:" in entry) == (option.original is not None)
+
+
+def test_every_weight_format_is_listed(entries: dict[str, str]) -> None:
+    listed = re.split(r"[ ,()]+", entries["--kv-quantization=VALUE"].partition(" e.g. ")[0])
+    assert set(QUANTIZATIONS) <= set(listed)
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -518,9 +518,13 @@ def assert_refused(code: int, said: str, message: str) -> None:
         (("--kv-fake-q3bit", "--kv-quantization=none"), ("--kv-fake-q3bit and --kv-quantization: one of them hides",)),
         (("--kv-dataset=wikitext2,c4", "--kv-dataset-path=benchmarks"), ("--kv-dataset-path=benchmarks: is read for one",)),
         (("--kv-dataset=missing.txt",), ("--kv-dataset=missing.txt: no such corpus or file; check the path",)),
+        (
+            ("--kv-dataset=in/a b =[x],ü.txt",),
+            ("--kv-dataset=in/a b =[x]: no such", "a path that has one goes into --kv-dataset-path, its name"),
+        ),
         (("--kv-dataset=c4", "--kv-split=test"), ("--kv-dataset=c4: no split 'test'; c4 has validation, train",)),
         (("--kv-ppl-protocol=strided",), ("--kv-ppl-protocol=strided: use hf-strided, disjoint, lm-eval-rolling,",)),
-        (("--kv-reference=q5",), ("--kv-reference=q5: unknown weight format; use none,",)),
+        (("--kv-reference=q5",), ("--kv-reference=q5: unknown weight format q5; use none,",)),
         (("--kv-eval-tokens=1",), ("--kv-eval-tokens=1: must be at least 2",)),
         (("--kv-max-length=2",), ("--kv-max-length=2: must be at least 3",)),
         (("--kv-bos=first",), ("--kv-bos=first: use auto, none, bos_first,",)),
@@ -547,7 +551,7 @@ def test_bad_options_end_the_run_before_it_begins(
     [
         ("empty", "--kv-dataset=text.txt: there is no text in it, or blanks only; give another corpus"),
         ("blank", "--kv-dataset=text.txt: there is no text in it, or blanks only; give another corpus"),
-        ("one token", "--kv-dataset: the text has one token only, and a perplexity needs at least 2; give a longer text"),
+        ("one token", "--kv-dataset=text.txt: the text has one token only, and a perplexity needs at least 2; give a longer"),
         ("too short", "--kv-max-length=32: llama.cpp-half needs a text of at least 64 tokens, this one has 63; give a longer"),
         ("no hub", "--kv-dataset=wikitext2: "),
         ("no bos", "--kv-bos=bos_first: hf-strided needs a token before the text, and the tokenizer has neither a BOS nor"),

@@ -7,6 +7,8 @@ full-precision weights.
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +82,13 @@ def test_divergence_agrees(compared: dict[str, TokenDivergence]) -> None:
 def test_q4f16_1_takes_the_bytes_of_the_formula():
     """Written from the architecture: 4 bits a value and a float16 for 32 of them, the tied table once, float16 norms."""
     loaded = load()
+    dense = loaded.weights_bytes
+    # the frequencies of the rotary embedding are buffers, no parameters
+    assert dense == 4 * loaded.parameters + sum(buffer.nbytes for buffer in loaded.model.buffers())
     facts = apply_quantization(loaded, "q4f16_1")
+    documented = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    for name, found in (("fp32", dense), ("q4f16_1", facts.weight_bytes)):
+        assert re.search(rf"^\| `{name}` \| .* \| {found:,} \|", documented, re.MULTILINE), name
     hidden, inner, keys, vocabulary, layers = 576, 1536, 192, 49_152, 30
     matrices = vocabulary * hidden + layers * (2 * hidden * hidden + 2 * keys * hidden + 3 * inner * hidden)
     expected = matrices * 4.5 / 8 + (2 * layers + 1) * hidden * 2

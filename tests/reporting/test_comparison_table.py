@@ -69,7 +69,7 @@ def test_spread_columns(row):
 def test_missing_values_have_one_footnote_each(rows):
     text = comparison_table(rows)
     assert text.count("not measured on cpu") == 1
-    assert "VRAM: not measured on cpu" in text.splitlines()
+    assert "VRAM: not measured on cpu (all cases)" in text.splitlines()
     for line in text.splitlines()[2:7]:
         assert line[:100].split()[6] == "n/a"
     assert "0.00 " not in text

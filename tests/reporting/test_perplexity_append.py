@@ -167,7 +167,7 @@ def test_foreign_files_are_found_before_a_run(tmp_path: Path) -> None:
     foreign.unlink()
     with (tmp_path / csv_name("wikitext2")).open("a") as file:
         file.write("half a row")
-    with pytest.raises(UserError, match="line 3 has 1 fields"):
+    with pytest.raises(UserError, match="line 3 has 1 field, "):
         check_results(tmp_path)
 
 

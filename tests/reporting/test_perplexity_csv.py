@@ -65,6 +65,7 @@ def test_the_published_files() -> None:
         ),
         (",".join(ORIGINAL_COLUMNS) + '\nm,"h,cuda,2048,512,test,0,0,0,5\n', "cannot be read as CSV"),
         (",".join(ORIGINAL_COLUMNS) + "\na,b,c\n", "line 2 has 3 fields, 10 are needed"),
+        (",".join(ORIGINAL_COLUMNS) + "\nm,h,cuda,2048,512,test,0,0,0,5\na\n", "line 3 has 1 field, 10 are needed"),
         (",".join(ORIGINAL_COLUMNS) + "\nm,h,cuda,2048,512,test,0,0,0,high\n", "line 2 is not a result"),
         (",".join(ORIGINAL_COLUMNS) + "\nm,h,cuda,2048,512,test,0,0,0,inf\n", "ppl is inf"),
         (",".join(ORIGINAL_COLUMNS) + "\nm,h,cuda,2048,512,test,0,0,0,\n", "line 2 is not a result"),

@@ -181,7 +181,20 @@ def test_the_largest_numbers_are_drawn(tmp_path: Path) -> None:
     largest = row(1.7e308, quantization="fake_q3", perplexity_se=1.7e308)
     draw_perplexity([row(1.0, perplexity_se=5.0), largest], tmp_path)
     (axes,) = build_figures([largest])["wikitext2"].axes
-    assert words(axes) == ["1.7e+308"]
+    assert words(axes) == ["↑ 1.7e+308\noff scale"]
+
+
+def test_a_bar_beyond_the_axis_ends_at_its_top_and_says_so(tmp_path: Path) -> None:
+    rows = [row(20.0), row(1e12, quantization="4bit", perplexity_se=1e300), row(1e300, quantization="fake_q3")]
+    (axes,) = build_figures(rows)["wikitext2"].axes
+    assert words(axes) == ["20.00", "1e+12", "↑ 1e+300\noff scale"]
+    top = axes.get_ylim()[1]
+    assert bars(axes) == {"float32": 20.0, "4bit": 1e12, "fake_q3": top}
+    assert top > 1e12
+    # a whisker that would be cut off has no end in the figure, and a bar that is has none
+    assert [(x, high > top) for x, _, high in whiskers(axes)] == [(0, False), (1, True)]
+    draw_perplexity(rows, tmp_path)
+    assert "off scale" in (tmp_path / "wikitext2_ppl_vs_quant.svg").read_text()
 
 
 def test_file_names_of_data_sets_stay_in_the_folder(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_switch_that_is_off_hides_nothing() -> None:
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
     message = refusal(quantization="q5")
-    assert message.startswith("--kv-quantization=q5: unknown weight format; use none, ")
+    assert message.startswith("--kv-quantization=q5: unknown weight format q5; use none, ")
     assert all(name in message for name in QUANTIZATIONS)
 
 
@@ -140,7 +140,7 @@ def test_a_prefix_in_each_window_takes_a_token_of_it() -> None:
 
 def test_a_rule_that_the_protocol_cannot_have_is_refused() -> None:
     message = refusal(ppl_protocol="lm-eval-rolling", bos="none")
-    assert message.startswith("--kv-bos=none: lm-eval-rolling cannot have it; choose one of bos_first")
+    assert message.startswith("--kv-bos=none: lm-eval-rolling cannot have it; choose one of auto, bos_first or another")
     # also where only one of several protocols cannot
     assert refusal(ppl_protocol="hf-strided,llama.cpp-half", bos="bos_first").startswith(
         "--kv-bos=bos_first: llama.cpp"

@@ -186,7 +186,7 @@ def test_bad_requests(tmp_path: Path) -> None:
         load_corpus(str(unknown), num_texts=1)
     with pytest.raises(UserError, match=r"Dataset\.save_to_disk"):
         load_corpus(str(tmp_path), num_texts=1)
-    with pytest.raises(UserError, match=r"^--kv-dataset=wikitext4: no such corpus or file.*wikitext103, pg19, c4$"):
+    with pytest.raises(UserError, match=r"^--kv-dataset=wikitext4: no such corpus or file.*wikitext103, pg19, c4;"):
         load_corpus("wikitext4", num_texts=1, option="--kv-dataset")
 
 
@@ -202,10 +202,16 @@ def test_paths_that_cannot_stand_for_a_name(tmp_path: Path, ask: Callable[..., o
             f"--kv-dataset-path={path}: cannot stand for {name}, which is a text of its own"
         )
         assert "--kv-dataset=wikitext2" in str(caught.value)
+    with pytest.raises(UserError) as caught:
+        ask("default", option="--kv-dataset-path", path=str(path.rename(tmp_path / "a,b.txt")), **more)
+    assert str(caught.value).endswith("--kv-dataset=wikitext2"), "alone it would be two data sets"
+    path.write_text("words")
     with pytest.raises(UserError, match=r"^--kv-dataset-path=nowhere\.raw: no such file or folder; check the path$"):
         ask("wikitext2", option="--kv-dataset-path", path="nowhere.raw", **more)
     # no path at all: an option that is not given
-    with pytest.raises(UserError, match=r"^--kv-dataset=nowhere: no such corpus"):
+    with pytest.raises(
+        UserError, match=r"^--kv-dataset=nowhere: no such corpus.*; commas separate .* --kv-dataset-path, "
+    ):
         ask("nowhere", option="--kv-dataset", path="", **more)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_file_without_a_column_of_strings(tmp_path: Path, write_rows: Callable[.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows", [["", " \n"], [None, "\t"]])
+@pytest.mark.parametrize("rows", [["", " \n"], ["\t"]])
 def test_blank_corpus(tmp_path: Path, write_rows: Callable[..., Path], kind: str, rows: list[Any]) -> None:
     path = write_rows(tmp_path, kind, rows)
     with pytest.raises(UserError, match=r"no text in it, or blanks only; give another corpus") as caught:
@@ -81,15 +82,60 @@ def test_only_the_first_rows_of_a_large_compressed_file_are_read(tmp_path: Path,
 
 def test_the_text_column_of_json_is_that_of_the_first_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"url": "u", "text": null}\n\n{"url": "v"}\n{"text": "words\u2028more"}\n', encoding="utf-8")
+    path.write_text('{"url": "u", "text": ""}\n\n{"url": "v", "text": "words\u2028more"}\n', encoding="utf-8")
     rows = list(text_rows(path, typed="--kv-corpus=x.jsonl", split="test"))
-    assert rows == ["", "", "words\u2028more"]
+    assert rows == ["", "words\u2028more"]
 
 
-def test_missing_values_never_qualify(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [0, 1, 69])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_text_is_no_empty_text(
+    tmp_path: Path, write_rows: Callable[..., Path], kind: str, at: int
+) -> None:
+    rows: list[Any] = [f"text {row}" for row in range(70)]
+    rows[at] = None
+    path = write_rows(tmp_path, kind, rows)
+    with pytest.raises(UserError) as caught:
+        load_corpus(str(path), num_texts=70)
+    assert str(caught.value) == (
+        f"--kv-corpus={path}: row {at + 1} of {path} has no text in the column text; remove the row, or give another column "
+        "the name text"
+    )
+    # rows that nobody needs are not read
+    if at:
+        assert load_corpus(str(path), num_texts=at).texts == tuple(rows[:at])
+
+
+def test_a_row_without_the_column_is_no_empty_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": null}\n{"text": " \\n"}\n{"text": "words"}\n')
-    assert load_corpus(str(path), num_texts=1).texts == ("words",)
+    path.write_text('{"text": "words"}\n{"body": "words"}\n')
+    with pytest.raises(UserError, match=r"row 2 of .*x\.jsonl has no text in the column text; remove the row"):
+        load_corpus("wikitext2", path=str(path), num_texts=1, option="--kv-dataset-path")
+
+
+@pytest.mark.parametrize("kind", ["txt", "raw", "jsonl"])
+def test_another_encoding_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"x.{kind}"
+    path.write_bytes('{"text": "Zürich"}'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"x\.\w+: is not UTF-8 \(.* at byte \d+\); save it as UTF-8$"):
+        load_corpus(str(path), num_texts=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ('{"text": "a"}\n\n{"text": "b"\n', "line 3 cannot be read as JSON (Expecting ',' delimiter, column 13)"),
+        ('{"text": \n', "line 1 cannot"),
+        ('\n[{"text": "a"},\n {"text": b}]', "line 3 cannot be read as JSON (Expecting value, column 11)"),
+    ],
+)
+def test_the_broken_line_of_a_json_file_is_named(tmp_path: Path, content: str, where: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_corpus(str(path), num_texts=2)
+    assert str(caught.value).startswith(f"--kv-corpus={path}: {where}")
+    assert "; mend or remove it" in str(caught.value)
 
 
 def test_number_among_texts(tmp_path: Path) -> None:
@@ -155,7 +201,7 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     with pytest.raises(UserError) as caught:
         load_corpus(str(path), num_texts=1)
     assert str(caught.value).startswith(f"--kv-corpus={path}: ")
-    assert "give" in str(caught.value)
+    assert re.search("give|save it as UTF-8", str(caught.value))
     assert "\n" not in str(caught.value)
 
 

@@ -215,6 +215,17 @@ def test_several_texts_have_windows_of_their_own(plain: Any) -> None:
     assert found.facts["windows"] == 2 * len(found.texts[0].windows)
 
 
+def test_a_text_of_one_token_is_named(tmp_path: Path, plain: Any) -> None:
+    session, texts = SimpleNamespace(tokenizer=plain), source(tmp_path, "a")
+    with pytest.raises(UserError) as refused:
+        texts.windowed(session, workload(), rule())
+    assert str(refused.value).startswith(f"--kv-dataset={tmp_path / 'text.txt'}: the text has one token only")
+    named = TextSource(datasets={"wikitext2": "wikitext2"}, dataset_path=str(tmp_path / "text.txt"))
+    with pytest.raises(UserError) as refused:
+        named.windowed(session, workload(dataset="wikitext2"), rule())
+    assert str(refused.value).startswith(f"--kv-dataset-path={tmp_path / 'text.txt'}: the text has one token only")
+
+
 def test_an_empty_file_is_named(tmp_path: Path, plain: Any) -> None:
     with pytest.raises(UserError) as refused:
         source(tmp_path, " \n").windowed(SimpleNamespace(tokenizer=plain), workload(), rule())

@@ -180,7 +180,11 @@ def test_a_last_window_of_one_token_scores_nothing() -> None:
         (("llama.cpp-half", 31, 16), "none", "needs a text of at least 32 tokens, this one has 31"),
         (("disjoint", 100, 2), "none", "--kv-max-length=2"),
         (("disjoin", 100, 16), "none", "--kv-ppl-protocol=disjoin: "),
-        (("lm-eval-rolling", 100, 16), "none", "--kv-bos=none: lm-eval-rolling cannot have it"),
+        (
+            ("lm-eval-rolling", 100, 16),
+            "none",
+            "--kv-bos=none: lm-eval-rolling cannot have it; choose one of auto, bos_first",
+        ),
         (("llama.cpp-half", 100, 16), "bos_first", "--kv-bos=bos_first"),
     ],
 )

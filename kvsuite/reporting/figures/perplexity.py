@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.files import write_atomic
@@ -26,7 +26,8 @@ _HEIGHT, _ASPECT = 4.0, 1.1
 _BARS_A_PANEL = 6
 #: a linear axis would show bars in such a ratio as nothing
 _LOG_RATIO = 50.0
-_LARGEST = 1e100  # drawn, not printed: the axis and its ticks have to be floats
+#: a taller bar ends at the top of the axis, and its number says so
+_LARGEST = 1e12
 #: of the weight formats of kvsuite.quantization.registry; greys are as loaded, by dtype
 COLOURS = {
     "none": GREY,
@@ -118,10 +119,10 @@ def _figure(chart: Chart) -> Figure:
         title = "\n".join(textwrap.wrap(f"{chart.dataset} PPL vs quantization", int(9 * width)))
         figure.suptitle(title, fontweight="bold")
         grid = figure.subplots(1, len(chart.panels), sharey=True, squeeze=False, width_ratios=ratios)
+        _scale(grid[0][0], chart.dataset, drawn)
         for axes, panel in zip(grid[0], chart.panels, strict=True):
             _draw(axes, panel.bars, colours)
             axes.set_title(panel.title, fontsize=9, parse_math=False)
-        _scale(grid[0][0], chart.dataset, drawn)
         figure.supxlabel("\n".join(textwrap.wrap(chart.caption, int(16 * width))), fontsize=8)
     return figure
 
@@ -157,8 +158,12 @@ def _unknown_colour(at: int) -> str:
 
 
 def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) -> None:
-    heights = [min(row["ppl"], _LARGEST) for row in bars.values()]
-    errors = [min(row["perplexity_se"] or 0.0, _LARGEST) for row in bars.values()]
+    """Draw a panel's bars to the scale that its axes have."""
+    top = axes.get_ylim()[1]
+    within = [row["ppl"] <= _LARGEST for row in bars.values()]
+    heights = [row["ppl"] if fits else top for row, fits in zip(bars.values(), within, strict=True)]
+    # beyond the top is as good as any larger number, and is a place on the page
+    errors = [min(row["perplexity_se"] or 0.0, 2 * top) for row in bars.values()]
     axes.bar(
         range(len(bars)),
         heights,
@@ -166,7 +171,7 @@ def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) ->
         alpha=0.85,
         edgecolor="black",
     )
-    known = [place for place, row in enumerate(bars.values()) if row["perplexity_se"] is not None]
+    known = [place for place, row in enumerate(bars.values()) if row["perplexity_se"] is not None and within[place]]
     if known:
         axes.errorbar(
             known,
@@ -177,15 +182,14 @@ def _draw(axes: Axes, bars: Mapping[str, CsvRow], colours: Mapping[str, str]) ->
             capsize=4,
         )
     for place, row in enumerate(bars.values()):
-        axes.annotate(
-            f"{row['ppl']:.2f}" if row["ppl"] < 1e5 else f"{row['ppl']:.3g}",
-            (place, heights[place] + errors[place]),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
+        number = f"{row['ppl']:.2f}" if row["ppl"] < 1e5 else f"{row['ppl']:.3g}"
+        common: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+        if within[place]:
+            end = min(heights[place] + errors[place], _LARGEST)
+            axes.annotate(number, (place, end), xytext=(0, 3), va="bottom", **common)
+        else:
+            paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+            axes.annotate(f"↑ {number}\noff scale", (place, top), xytext=(0, -4), va="top", bbox=paper, **common)
     axes.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_xlabel("quantization")
     axes.set_xlim(-0.6, len(bars) - 0.4)
