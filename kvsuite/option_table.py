@@ -78,6 +78,18 @@ def _ratio(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError("must lie between 0 and 1")
+    return value
+
+
+def _window(text: str) -> int:
+    """A sliding window as in ``--kv-space``; -1 for none."""
+    return -1 if text.lower() in ("off", "-1") else _int(1)(text)
+
+
 def _choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -172,13 +184,15 @@ OPTIONS: tuple[Option, ...] = (
     Option("dtype", _dtype, "auto", "float32, bfloat16 or float16; auto is float32 on the CPU, the checkpoint's on a GPU."),
     Option("quantization", _formats, "auto", "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f16_2, "
            "q4f32_1, q3f16_1, q0f16, q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. "
-           "--kv-quantization=none,q4f16_1. auto: none,q4f16_1,fake_q3 in the perplexity suite, none in the others.",
+           "--kv-quantization=none,q4f16_1. auto: none,q4f16_1,fake_q3 in the perplexity suite, none,q4f16_1 in the "
+           "design-space suite, none in the compression suite.",
            example="none,q4f16_1"),
     Option("load-in-4bit", _switch, "false", "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation)."),
     Option("load-in-8bit", _switch, "false", "Short for --kv-quantization=8bit (bitsandbytes int8)."),
     Option("fake-q3bit", _switch, "false", "Short for --kv-quantization=fake_q3 (3-bit rounding kept dense)."),
-    Option("engine", _choice("auto", "hf", "nano"), "auto", "Runtime under test: hf (transformers, which auto takes) or nano "
-           "(the paged runtime of kvsuite, on cpu and cuda), e.g. --kv-engine=nano."),
+    Option("engine", _choice("auto", "hf", "nano"), "auto", "Runtime under test: hf (transformers) or nano (the paged "
+           "runtime of kvsuite, on cpu and cuda), e.g. --kv-engine=nano; auto is nano in the design-space suite, hf in the "
+           "others."),
     Option("method", _list(_text), "streaming_llm", "Compression methods, comma separated: streaming_llm, recent_only, "
            "fix_size_l2, l2_compress, kvpress:<Name>, e.g. --kv-method=streaming_llm,kvpress:SnapKV."),
     Option("compare-all", _switch, "false", "Run the originals' cross-section of all methods instead of --kv-method."),
@@ -209,7 +223,22 @@ OPTIONS: tuple[Option, ...] = (
     Option("max-new-tokens", _int(2), "32", "Tokens decoded in the speed pass.", original="500"),
     Option("num-warmup", _int(0), "2", "Untimed passes of the timed shape; the last one carries the memory meters.",
            original="3", aliases=("warmup",)),
-    Option("rounds", _int(1), "5", "Timed rounds; 5 or more for a verdict on speed."),
+    Option("rounds", _int(1), "5", "Timed rounds; 5 or more for a verdict on speed.", aliases=("num-runs",)),
+    Option("space", _text, "small", "Design space of the KV cache: small (6 points), schemes (3), full (396), or the values of "
+           'its axes, e.g. --kv-space="ctx=4096,8192;batch=1,4;window=off,2048;sink=0,4".'),
+    Option("dse", _switch, "false", "Short for --kv-space=full."),
+    Option("context-window-size", _int(1), "", "Tokens of a sequence at most, of a single design point in place of --kv-space.",
+           original="8192", example="1024"),
+    Option("prefill-chunk-size", _int(1), "", "Prompt tokens of a step at most, of a single design point.", original="8192",
+           example="256"),
+    Option("max-batch-size", _int(1), "", "Sequences at the same time, of a single design point.", original="4", example="4"),
+    Option("sliding-window-size", _window, "", "Tokens that a query sees at most, of a single design point; off or -1 for all.",
+           original="-1", example="off"),
+    Option("attention-sink-size", _int(0), "", "First tokens that stay visible beside the window, of a single design point.",
+           original="0", example="4"),
+    Option("prompt-share", _share, "0.5", "Prompt of the design-space suite, as a share of the context window."),
+    Option("prefix-caching", _switch, "false", "Serve every prompt of the design-space suite a second time from the prefix "
+           "cache, for a cached TTFT beside the computed one."),
     Option("dataset", _list(_text), "default", "Texts of the perplexity suite, comma separated: default (embedded), pydoc, "
            "wikitext2, wikitext103, pg19, c4, or a local file or folder, e.g. --kv-dataset=wikitext2,c4.",
            original="wikitext2"),
@@ -256,4 +285,6 @@ REJECTED = {
         _SIBLING,
     ),
 }  # fmt: skip
-FLAGS = frozenset({"compare-all", "no-baseline", "no-recent-only", "load-in-4bit", "load-in-8bit", "fake-q3bit"})
+FLAGS = frozenset(
+    {"compare-all", "no-baseline", "no-recent-only", "load-in-4bit", "load-in-8bit", "fake-q3bit", "dse", "prefix-caching"}
+)

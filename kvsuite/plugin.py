@@ -11,6 +11,7 @@ import pytest
 
 from . import __version__, hookspec
 from .case import Case
+from .case_order import rotated
 from .errors import UserError
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
@@ -139,9 +140,8 @@ def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
     # no method always runs first: the order inside a suite is rotated by a seed that the records carry
     for suite in dict.fromkeys(case.suite for case in cases.values()):
         ours = [index for index, case in cases.items() if case.suite == suite]
-        shift = config.stash[ORDER_SEED] % len(ours)
-        rotated = ours[shift:] + ours[:shift]
-        for index, item in zip(ours, [items[i] for i in rotated], strict=True):
+        order = rotated([(cases[index], items[index]) for index in ours], config.stash[ORDER_SEED])
+        for index, item in zip(ours, order, strict=True):
             items[index] = item
     _expect(config, list(cases.values()))
 

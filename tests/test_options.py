@@ -71,6 +71,15 @@ OTHER: dict[str, tuple[str, Any]] = {
     "max-new-tokens": ("500", 500),
     "num-warmup": ("0", 0),
     "rounds": ("9", 9),
+    "space": ("schemes", "schemes"),
+    "dse": ("on", True),
+    "context-window-size": ("1024", 1024),
+    "prefill-chunk-size": ("256", 256),
+    "max-batch-size": ("16", 16),
+    "sliding-window-size": ("off", -1),
+    "attention-sink-size": ("4", 4),
+    "prompt-share": ("0.25", 0.25),
+    "prefix-caching": ("true", True),
     "decode-step": ("eager", "eager"),
     "impl": ("copy", "copy"),
     "threads": ("4", 4),
@@ -201,7 +210,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 
 # names that are looked up later: spaces, models, corpora, the file system
-FREE_TEXT = {"model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "report-dir", "cache-dir"}
+FREE_TEXT = {"model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "space", "report-dir", "cache-dir"}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -9,11 +9,13 @@ from kvsuite.errors import UserError
 from kvsuite.options import Options
 
 from .compression import compression_cases, method_name
+from .dse_cases import DSE, dse_cases
 from .perplexity import perplexity_cases
 
 SPACES: dict[str, Callable[[Options], list[Case]]] = {
     "compression": compression_cases,
     "perplexity": perplexity_cases,
+    DSE: dse_cases,
 }
 RUN_NAMES: dict[str, Callable[[Options], str]] = {"compression": method_name}
 # suites of which nothing is left without trained weights

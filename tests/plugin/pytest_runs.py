@@ -93,7 +93,7 @@ def copy_benchmarks(folder: Path, *suites: str) -> Path:
     return folder
 
 
-def rotated(names: list[str], seed: int) -> list[str]:
+def rotated(names: list[Any], seed: int) -> list[Any]:
     """The order in which cases run."""
     shift = seed % len(names)
     return names[shift:] + names[:shift]

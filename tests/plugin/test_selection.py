@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from pytest_runs import rotated
+from pytest_runs import copy_benchmarks, rotated
 
 from kvsuite.options import default_options
 from kvsuite.spaces.compression import compression_cases
+from kvsuite.spaces.dse_cases import dse_cases
 
 EVERYTHING = (
     "--kv-method=streaming_llm,recent_only,fix_size_l2,l2_compress,kvpress:SnapKV,kvpress:DMS",
@@ -64,3 +65,28 @@ def test_other_tests_keep_their_place(benchmarks: pytest.Pytester) -> None:
     result = benchmarks.runpytest_inprocess("--collect-only", "-q", "test_a.py", "benchmarks", "test_z.py")
     listed = [line for line in result.outlines if "::" in line]
     assert (listed[0], listed[-1], len(listed)) == ("test_a.py::test_a", "test_z.py::test_z", 9)
+
+
+def test_a_rotation_never_loads_a_model_twice(pytester: pytest.Pytester) -> None:
+    copy_benchmarks(pytester.path, "dse")
+    names = [case.id for case in dse_cases(default_options(quantization="none,q4f32_1,q0f32"))]
+    formats = [names[:6], names[6:12], names[12:]]
+    seen = set()
+    for _ in range(3):
+        result = pytester.runpytest_inprocess(
+            "--collect-only", "-p", "no:warnings", "--kv-quantization=none,q4f32_1,q0f32"
+        )
+        seed = int(re.search(r"order seed (\d+)", result.stdout.str())[1])
+        ids = re.findall(r"<Function test_dse\[(.*)\]>", result.stdout.str())
+        assert ids == [name for chosen in rotated(formats, seed) for name in rotated(chosen, seed)]
+        seen.add(ids[0])
+    assert len(seen) > 1
+
+
+def test_k_selects_by_suite_format_and_axis(pytester: pytest.Pytester) -> None:
+    copy_benchmarks(pytester.path, "compression", "dse")
+    assert len(collected(pytester, "-k", "dse and q4f16")) == 6
+    assert collected(pytester, "-k", "dse and none and ctx512 and bs04") == ["nano-none-ctx512-pc128-bs04-swoff-sink0"]
+    full = collected(pytester, "-k", "dse and ctx8192 and bs04", "--kv-dse", "--kv-quantization=q4f16_1")
+    assert len(full) == 3 * 3 * 5
+    assert all("-ctx8192-" in one and "-bs04-" in one for one in full)

@@ -276,11 +276,11 @@ def test_options_that_nothing_reads_are_named() -> None:
 
 
 def test_registry() -> None:
-    assert list(SPACES) == ["compression", "perplexity"]
+    assert list(SPACES) == ["compression", "perplexity", "dse"]
     # other suites name their folders after themselves
     assert list(RUN_NAMES) == ["compression"]
     assert cases_of("compression", default_options()) == cases()
-    with pytest.raises(UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, perplexity"):
+    with pytest.raises(UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity"):
         cases_of("nope", default_options())
     empty = default_options(method="l2_compress", no_baseline="true", keep_ratios="0.5", compare_all="false")
     assert len(cases_of("compression", empty)) == 1
