@@ -73,6 +73,17 @@ BUILTIN: tuple[Metric, ...] = (
     Metric("decode_tok_s_req", "tok/s", "higher", _T, "1 / tpot_s of one request"),
     Metric("decode_tok_s_agg", "tok/s", "higher", _T, "sum(n_i - 1) / (max tn - min t1)"),
     Metric("output_tok_s", "tok/s", "higher", _T, "sum n_i / wall; includes TTFT, not a decode speed"),
+    Metric("ttft_cached_s", "s", "lower", _T, "t1 - t0 of prompts that the prefix cache holds, served a second time"),
+    Metric(
+        "decode_step_s",
+        "s",
+        "lower",
+        _T,
+        "a decode step while all requests decode: (first tn - last t1) / tokens that each gets meanwhile",
+    ),
+    Metric("decode_tok_s_batch", "tok/s", "higher", _T, "tokens of all requests while all decode / that time"),
+    Metric("prefill_steps", "steps", "lower", _D, "steps of a round that fed prompts"),
+    Metric("decode_batch", "sequences", "none", _D, "most sequences that a decode step of a round served"),
     Metric("first_step_s", "s", "lower", _T, "one token through an empty cache: what the original called TTFT"),
     Metric(
         "tpot_floor_s",

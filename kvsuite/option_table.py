@@ -286,5 +286,14 @@ REJECTED = {
     ),
 }  # fmt: skip
 FLAGS = frozenset(
-    {"compare-all", "no-baseline", "no-recent-only", "load-in-4bit", "load-in-8bit", "fake-q3bit", "dse", "prefix-caching"}
+    {
+        "compare-all",
+        "no-baseline",
+        "no-recent-only",
+        "load-in-4bit",
+        "load-in-8bit",
+        "fake-q3bit",
+        "dse",
+        "prefix-caching",
+    }
 )

@@ -253,6 +253,14 @@ def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], fold
         from .reporting.figures.perplexity import draw_perplexity
 
         drawn += draw_perplexity(results, folder)
+    if any(row["suite"] == "dse" and row["status"] == "ok" for row in rows):
+        from .reporting.dse_files import dse_sheets
+        from .reporting.figures.dse import render_dse
+        from .reporting.files import write_atomic
+
+        for name, content in render_dse(dse_sheets(run, rows)).files.items():
+            write_atomic(folder / name, content)
+            drawn.append(folder / name)
     return drawn
 
 

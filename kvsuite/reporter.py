@@ -68,6 +68,11 @@ class Reporter:
             raise UserError(
                 f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
             ) from error
+        points = [(case.model, case.quantization) for case in cases if case.suite == "dse"]
+        if points:
+            from .reporting.dse_files import check_dse
+
+            check_dse(base, points)
         datasets = {str(case.workload["dataset"]) for case in cases if "dataset" in case.workload}
         if datasets:
             from .reporting.perplexity_csv import check_results
@@ -128,6 +133,7 @@ class Reporter:
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
         from .reporting.aggregate import in_space_order
+        from .reporting.dse_files import append_dse
         from .reporting.perplexity_csv import append_results, csv_rows
         from .reporting.report import write_outputs
 
@@ -140,6 +146,7 @@ class Reporter:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(self._store.folder, self.run, self.rows, figures=False)
             self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
+            self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
             for paths in hook.pytest_kvsuite_figures(
                 config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
             ):

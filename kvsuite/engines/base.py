@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
+from kvsuite.errors import CaseInvalid
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
@@ -17,6 +18,7 @@ from kvsuite.workloads.windows import Window
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
 
+    from .serving import Serving
     from .window_scoring import Progress as WindowProgress
     from .window_scoring import WindowScores
 
@@ -170,6 +172,16 @@ class Session(ABC):
     @abstractmethod
     def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """Greedy output of the prepared case: ``new_tokens`` token ids."""
+
+    def serving(self, case: Case) -> Serving:
+        """The prepared ``case`` as requests that are served together.
+
+        Raises
+        ------
+        CaseInvalid
+            If this engine serves one request at a time.
+        """
+        raise CaseInvalid(f"engine {case.engine} serves one request at a time; use --kv-engine=nano")
 
     @abstractmethod
     def finish(self) -> None:

@@ -29,6 +29,7 @@ from .method import Method, method_for
 from .nano_memory import measure_memory
 from .nano_runtime import RuntimeHolder
 from .nano_scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
+from .nano_serving import NanoServing
 from .threads import choose_threads
 from .window_scoring import Progress as WindowProgress
 from .window_scoring import WindowScores
@@ -153,8 +154,12 @@ class NanoSession(Session):
             "skip_layers": sorted(policy.skip_layers) if policy else [],
         }
         self._longest = 0
-        # whether model and policy are something for paged blocks is to be known before anything is measured
-        self._serving(length, new_tokens, captures=False)
+        if case.workload.get("protocol") != "serving":
+            # whether model and policy are something for paged blocks is to be known before anything is measured
+            self._serving(length, new_tokens, captures=False)
+
+    def serving(self, case: Case) -> NanoServing:
+        return NanoServing(case, self._loaded, self._decoder, self._holder, self.effective)
 
     def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
         self.generate_tokens(prompt, new_tokens)
@@ -210,7 +215,7 @@ class NanoSession(Session):
         found = measure_memory(
             self._loaded,
             lambda: self._serving(len(prompt), new_tokens),
-            Request(list(prompt), _exactly(new_tokens + 1)),
+            [Request(list(prompt), _exactly(new_tokens + 1))],
             new_tokens,
             compresses=self._method.policy is not None,
         )

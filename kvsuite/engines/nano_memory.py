@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kvsuite.meters.clock import clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
@@ -15,13 +16,26 @@ from .intervals import IntervalClock
 from .nano_runtime import pool_bytes, workspace_bytes
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a running request holds: stored tokens of each layer, and blocks of each layer group."""
+
+    lengths: list[int]
+    blocks: list[int]
+
+
 def measure_memory(
-    loaded: LoadedModel, make: Callable[[], Runtime], request: Request, new_tokens: int, *, compresses: bool
+    loaded: LoadedModel,
+    make: Callable[[], Runtime],
+    requests: Sequence[Request],
+    new_tokens: int,
+    *,
+    compresses: bool = False,
 ) -> MemoryPass:
-    """Serve one request with every memory meter on.
+    """Serve requests together with every memory meter on.
 
     The prefill phase begins before the runtime is made, so its peak holds the pool and, where decode steps are captured,
-    what the graphs hold: a server has them from its start.
+    what the graphs hold: a server has them from its start. It ends when every request has its first token.
 
     Parameters
     ----------
@@ -29,12 +43,17 @@ def measure_memory(
         The model.
     make
         Makes the runtime; an earlier one has been given back.
-    request
-        Has a prompt, and more tokens to go than are decoded here: its blocks are read before it ends.
+    requests
+        Have prompts of one length, and more tokens to go than are decoded here: their blocks are read before they end.
     new_tokens
-        Tokens decoded.
+        Tokens decoded for each.
     compresses
         Whether a policy acts.
+
+    Returns
+    -------
+    MemoryPass
+        Bytes are sums over the requests, lengths those of the longest.
     """
     allocator = AllocatorMeter(loaded.device)
     allocator.settle()
@@ -44,43 +63,46 @@ def measure_memory(
             # tokens are counted as they come, so none may be under way
             overlap, runtime.overlap = runtime.overlap, False
             compress = IntervalClock(clock_for(loaded.device))
-            _serve(runtime, request, 1, compress)
-        lengths_prefill = stored_tokens(runtime, request)
+            at_first = _serve(runtime, requests, 1, compress)
         with allocator.phase() as decode:
             evict = IntervalClock(clock_for(loaded.device))
-            _serve(runtime, request, new_tokens, evict)
-        lengths = stored_tokens(runtime, request)
-        blocks = sum(int(table.blocks[request.row]) for table in runtime.tables)
-        used = sum(
-            int(table.blocks[request.row]) * pool.block_bytes
-            for table, pool in zip(runtime.tables, runtime.pools, strict=True)
-        )
-        runtime.cancel(request)
+            at_last = _serve(runtime, requests, new_tokens, evict)
+        for request in requests:
+            runtime.cancel(request)
         runtime.overlap = overlap
     element = loaded.dtype.itemsize
+    blocks = [sum(held.blocks[group] for held in at_last) for group in range(len(runtime.groups))]
     result = MemoryPass(
         prefill=prefill,
         decode=decode,
         resident=resident,
         driver=driver,
-        kv_bytes_prefill=stored_bytes(runtime, lengths_prefill, element),
-        kv_bytes_decode=stored_bytes(runtime, lengths, element),
+        kv_bytes_prefill=sum(stored_bytes(runtime, held.lengths, element) for held in at_first),
+        kv_bytes_decode=sum(stored_bytes(runtime, held.lengths, element) for held in at_last),
         kv_bytes_allocated=runtime.pool_bytes,
-        lengths_prefill=lengths_prefill,
-        lengths_decode=lengths,
+        lengths_prefill=_longest(at_first),
+        lengths_decode=_longest(at_last),
         compress_s=compress.total() if compresses else None,
         evict_s=evict.total() / max(new_tokens - 1, 1) if compresses else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(loaded, runtime.limits),
         },
-        reported={"pool_bytes": runtime.pool_bytes, "kv_block_bytes": used, "kv_blocks": blocks},
+        reported={
+            "pool_bytes": runtime.pool_bytes,
+            "kv_block_bytes": sum(n * pool.block_bytes for n, pool in zip(blocks, runtime.pools, strict=True)),
+            "kv_blocks": sum(blocks),
+        },
     )
     if runtime.pool_bytes != result.predicted["pool_bytes"]:
         result.warnings.append(
             f"the pools hold {runtime.pool_bytes} bytes, {result.predicted['pool_bytes']} were predicted"
         )
     return result
+
+
+def _longest(held: Sequence[Holding]) -> list[int]:
+    return [max(lengths) for lengths in zip(*(one.lengths for one in held), strict=True)]
 
 
 def stored_tokens(runtime: Runtime, request: Request) -> list[int]:
@@ -100,15 +122,23 @@ def stored_bytes(runtime: Runtime, lengths: Sequence[int], element_bytes: int) -
     )
 
 
-def _serve(runtime: Runtime, request: Request, tokens: int, intervals: IntervalClock) -> None:
-    """Step until a request has so many output tokens."""
+def _serve(runtime: Runtime, requests: Sequence[Request], tokens: int, intervals: IntervalClock) -> list[Holding]:
+    """Step until every request had so many output tokens; what each held when it got the last of them."""
+    held: dict[Request, Holding] = {}
     runtime.compression.on_interval = intervals
     try:
-        if request.id is None:
-            runtime.add(request)
-        while request.output_length < tokens:
-            if request.status.over:
-                raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
+        for request in requests:
+            if request.id is None:
+                runtime.add(request)
+        while True:
+            for request in requests:
+                if request not in held and request.status.over:
+                    raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
+                if request not in held and request.output_length >= tokens:
+                    blocks = [int(table.blocks[request.row]) for table in runtime.tables]
+                    held[request] = Holding(stored_tokens(runtime, request), blocks)
+            if len(held) == len(requests):
+                return [held[request] for request in requests]
             runtime.step()
     finally:
         runtime.compression.on_interval = None

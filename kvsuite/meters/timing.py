@@ -65,6 +65,32 @@ class RoundTimes:
     requests: Sequence[RequestTimes]
     clock: str
 
+    def full_batch(self) -> tuple[float, float] | None:
+        """Seconds of a decode step and tokens a second while all requests decode, ``None`` if they never do.
+
+        That is from the last request's first token to the first one's last. Prompts that are fed meanwhile would be in it.
+        """
+        begin = max(r.chunks[0][0] for r in self.requests)
+        end = min(r.chunks[-1][0] for r in self.requests)
+        tokens = sum(count for r in self.requests for time, count in r.chunks if begin < time <= end)
+        if not tokens:
+            return None
+        return (end - begin) * len(self.requests) / tokens, tokens / (end - begin)
+
+    def prefill_phase(self) -> tuple[float, float, float] | None:
+        """Seconds until all prompts are computed, and computed and logical prompt tokens a second, of all together.
+
+        ``None`` without the stamps.
+        """
+        ends = [r.prefill_end for r in self.requests if r.prefill_end is not None]
+        if len(ends) < len(self.requests):
+            return None
+        seconds = max(ends) - min(r.start for r in self.requests)
+        computed, logical = (
+            sum(getattr(r, name) for r in self.requests) for name in ("prefill_computed", "prompt_tokens")
+        )
+        return seconds, computed / seconds, logical / seconds
+
     def metrics(self) -> dict[str, float | None]:
         """Every timing metric of the round; ``None`` where it is not defined (n < 2, no prefill stamp).
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvsuite.case import Case
 from kvsuite.engines.base import Session
 from kvsuite.record import Record
+from kvsuite.spaces.dse_cases import SERVING
 from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
 
 from .cache_quality import score_through_cache
+from .serving import measure_point
 from .speed import measure_speed
 from .window_quality import WindowQuality, refuse_before_loading
 
@@ -56,14 +58,14 @@ class CasePasses:
 
     def run(self) -> None:
         """Quality, memory, speed; then what needs a second model beside the first."""
+        if self.case.workload["protocol"] == SERVING:
+            measure_point(self)
+            return
         record = self.record
         windows = self.case.workload["protocol"] in WINDOW_PROTOCOLS
         if windows:
             refuse_before_loading(self.case)
-        session = self.session = self.runner.sessions.get(self.case)
-        record.model = dict(session.model)
-        self._key()
-        session.prepare(self.case)
+        session = self.open()
         # what only rounds weights computes at the speed and in the memory of the dense model
         quality_only = bool((session.model.get("quantization") or {}).get("quality_only"))
         scoring = WindowQuality(self, session) if windows else None
@@ -74,18 +76,30 @@ class CasePasses:
             scoring.score(timed=not quality_only)
         else:
             score_through_cache(self, session)
-        self._key()
+        self.name_case()
         if quality_only:
             record.inert["speed"] = f"{self.case.quantization} is rounded and kept dense: quality only"
         else:
-            self._weight_format(session)
+            self.put_weight_format(session)
             measure_speed(self, session, prompts)
-        record.effective = dict(session.effective)
-        record.inert |= session.inert
-        record.partition = dict(session.partition)
+        self.take_over(session)
         if scoring and self.case.params["reference"]:
             self.phase = "reference"
             scoring.compare()
+
+    def open(self) -> Session:
+        """The session of the case, loaded and prepared."""
+        session = self.session = self.runner.sessions.get(self.case)
+        self.record.model = dict(session.model)
+        self.name_case()
+        session.prepare(self.case)
+        return session
+
+    def take_over(self, session: Session) -> None:
+        """Write what the engine really applied into the record."""
+        self.record.effective = dict(session.effective)
+        self.record.inert |= session.inert
+        self.record.partition = dict(session.partition)
 
     def finish(self) -> None:
         """End of the case, whatever happened in it."""
@@ -100,7 +114,8 @@ class CasePasses:
         """Write metric ``name`` into the record."""
         self.record.metrics[name] = self.runner.registry.value(name, samples, **facts)
 
-    def _key(self) -> None:
+    def name_case(self) -> None:
+        """Give the record its key, from what is known of model and text so far."""
         model = self.record.model
         case = self.case
         if case.dtype == "checkpoint" and self.session is not None:
@@ -112,7 +127,8 @@ class CasePasses:
         count = options.num_warmup + options.rounds + 1
         return self.runner.texts.prompts(session, self.case.workload, count=count, seed=options.seed)
 
-    def _weight_format(self, session: Session) -> None:
+    def put_weight_format(self, session: Session) -> None:
+        """Write what the weight format predicts and takes."""
         facts = session.model.get("quantization")
         if facts is None:
             return

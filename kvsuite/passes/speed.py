@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvsuite.engines.base import MemoryPass, Session
@@ -45,8 +45,8 @@ def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence
     if reason and options.decode_step == "auto":
         record.warnings.append(f"decode steps ran uncaptured: {reason}")
     work.run_rounds(one_round, options.rounds)
-    _timing(work, rounds)
-    _judge_spread(work)
+    put_timing(work, rounds, [one.metrics() for one in rounds])
+    judge_spread(work)
     _first_step(work, session, prompts[0][:1], clock)
     record.tokens |= {"prompt": length, "prefill_computed": length, "generated": new_tokens, "requested": new_tokens}
     if length + new_tokens > (session.model.get("trained_length") or length + new_tokens):
@@ -55,12 +55,12 @@ def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence
         )
 
 
-def _judge_spread(work: CasePasses) -> None:
-    """Say in the record where times cannot be compared: too few rounds, or a spread above `_MAX_CV`."""
+def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) -> None:
+    """Say in the record where times cannot be compared: too few rounds, or a spread of one of ``names`` above `_MAX_CV`."""
     metrics, warnings = work.record.metrics, work.record.warnings
     if work.runner.options.rounds < 2:
         warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
-    for name in ("ttft_s", "tpot_s"):
+    for name in names:
         cv = metrics[name].get("cv")
         if cv is not None and cv > _MAX_CV:
             warnings.append(
@@ -78,8 +78,8 @@ def _first_step(work: CasePasses, session: Session, prompt: Sequence[int], clock
     work.put("first_step_s", steps, clock=clock.name)
 
 
-def _timing(work: CasePasses, rounds: Sequence[RoundTimes]) -> None:
-    rows = [one.metrics() for one in rounds]
+def put_timing(work: CasePasses, rounds: Sequence[RoundTimes], rows: Sequence[Mapping[str, float | None]]) -> None:
+    """Write timing metrics: ``rows`` are those of ``rounds`` by name, ``None`` where one is not defined."""
     clock = rounds[0].clock
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -88,37 +88,57 @@ def _timing(work: CasePasses, rounds: Sequence[RoundTimes]) -> None:
     gaps = [gap for one in rounds for request in one.requests for gap in request.itl_s]
     work.put("itl_s", gaps or None, clock=clock, pooled="pooled_tokens", reason="needs at least two output tokens")
     work.record.samples["rounds"] = [
-        row | {"itl_s": list(one.requests[0].itl_s)} for row, one in zip(rows, rounds, strict=True)
+        dict(row) | {"itl_s": [gap for request in one.requests for gap in request.itl_s]}
+        for row, one in zip(rows, rounds, strict=True)
     ]
 
 
 def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, new_tokens: int) -> None:
     record = work.record
-    record.warnings += found.warnings
     if work.case.policy and found.kv_bytes_decode == session.full_kv_bytes(length + new_tokens - 1):
         record.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
     planned = session.planned_kv_bytes(length, new_tokens)
-    full = session.full_kv_bytes(length)
-    work.put("kv_bytes_exact", found.kv_bytes_decode)
-    work.put("kv_bytes_exact_prefill", found.kv_bytes_prefill)
-    work.put("mem_predicted_kv_bytes", planned, reason="the press decides how much it keeps")
-    for name, value in (
-        ("cache_tokens_mean", sum(found.lengths_decode) / len(found.lengths_decode)),
-        ("cache_tokens_min", min(found.lengths_decode)),
-        ("cache_tokens_max", max(found.lengths_decode)),
-    ):
-        work.put(name, value)
+    put_memory(work, found, planned)
     asked = session.ratio_requested
     work.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
-    work.put("ratio_effective", 1 - found.kv_bytes_prefill / full)
+    work.put("ratio_effective", 1 - found.kv_bytes_prefill / session.full_kv_bytes(length))
     work.put("mem_weights_bytes", session.model["weights_bytes"])
     for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
         work.put(name, seconds, clock=work.runner.clock(session.device).name, reason="nothing is compressed then")
+    floor = (
+        session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
+    ) / session.bandwidth
+    work.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
+    record.memory["predicted"] = {
+        "kv_bytes": planned,
+        "weights_bytes": session.model["weights_bytes"],
+    } | found.predicted
+
+
+def put_memory(work: CasePasses, found: MemoryPass, planned: int | None) -> None:
+    """Write what a memory pass found: bytes and tokens of the cache, peaks, what the engine reported.
+
+    Parameters
+    ----------
+    work
+        The case's passes.
+    found
+        The pass.
+    planned
+        Predicted cache bytes at the end of decode, ``None`` where only the method knows.
+    """
+    work.record.warnings += found.warnings
     peaks = [found.prefill.peak.value, found.decode.peak.value]
     known = None if None in peaks else max(p for p in peaks if p is not None)
     before = found.prefill.before.value
     reason = found.prefill.peak.reason
-    for name, found_bytes, why in (
+    for name, value, why in (
+        ("kv_bytes_exact", found.kv_bytes_decode, None),
+        ("kv_bytes_exact_prefill", found.kv_bytes_prefill, None),
+        ("mem_predicted_kv_bytes", planned, "the press decides how much it keeps"),
+        ("cache_tokens_mean", sum(found.lengths_decode) / len(found.lengths_decode), None),
+        ("cache_tokens_min", min(found.lengths_decode), None),
+        ("cache_tokens_max", max(found.lengths_decode), None),
         ("mem_measured_before_bytes", before, reason),
         ("mem_measured_prefill_peak_bytes", peaks[0], reason),
         ("mem_measured_decode_peak_bytes", peaks[1], reason),
@@ -128,19 +148,11 @@ def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, 
         ("mem_measured_driver_bytes", found.driver.value, found.driver.reason),
         ("mem_measured_rss_peak_bytes", found.resident.value, found.resident.reason),
     ):
-        work.put(name, found_bytes, **({"reason": why} if found_bytes is None else {}))
-    record.metrics["mem_measured_driver_bytes"] |= found.driver.facts
-    floor = (
-        session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
-    ) / session.bandwidth
-    work.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
-    record.memory["predicted"] = {
-        "kv_bytes": planned,
-        "weights_bytes": session.model["weights_bytes"],
-    } | found.predicted
+        work.put(name, value, **({"reason": why} if value is None else {}))
+    work.record.metrics["mem_measured_driver_bytes"] |= found.driver.facts
     if found.reported:
-        record.memory["reported"] = dict(found.reported)
-    record.memory["measured"] = {
+        work.record.memory["reported"] = dict(found.reported)
+    work.record.memory["measured"] = {
         "kv_bytes_allocated": found.kv_bytes_allocated,
         "cache_tokens_per_layer": found.lengths_decode,
         "cache_tokens_per_layer_prefill": found.lengths_prefill,

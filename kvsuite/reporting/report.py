@@ -12,6 +12,8 @@ from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA, STATUSES, check_schema
 
 from .aggregate import COMPRESSION, PERPLEXITY, Row, in_space_order
+from .dse_files import dse_files, dse_sheets
+from .dse_rows import DSE
 from .files import parse_json, write_atomic
 from .perplexity_csv import csv_name, csv_rows, csv_text
 from .store import REPORT_FILE
@@ -97,7 +99,12 @@ def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, 
             from .figures.perplexity import render_perplexity
 
             files |= render_perplexity(results)
-    if any(row["suite"] in (COMPRESSION, PERPLEXITY) for row in rows):
+    files |= dse_files(run, rows)
+    if figures and any(row["suite"] == DSE for row in rows):
+        from .figures.dse import render_dse
+
+        files |= render_dse(dse_sheets(run, rows)).files
+    if any(row["suite"] in (COMPRESSION, PERPLEXITY, DSE) for row in rows):
         from .tables import run_table
 
         files["table.txt"] = run_table(rows, run.get("cases"))

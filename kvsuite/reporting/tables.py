@@ -18,6 +18,8 @@ from .aggregate import (
     suite_rows,
     value,
 )
+from .dse_rows import DSE
+from .dse_table import dse_legend, dse_table
 from .perplexity_table import perplexity_legend, perplexity_table
 from .table_parts import MISSING, SPREAD, Column, footnotes, format_number, join_cells, scaled, tpot_spread
 
@@ -157,4 +159,5 @@ def _comparison_legend(rows: Sequence[Row]) -> str:
 _TABLES = (
     (COMPRESSION, comparison_table, _comparison_legend),
     (PERPLEXITY, perplexity_table, perplexity_legend),
+    (DSE, dse_table, dse_legend),
 )

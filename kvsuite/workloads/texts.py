@@ -16,6 +16,7 @@ from .windowed import WindowedText, WindowedTexts, WindowRule, prefix_token
 
 # the original used only texts of more than 10,000 characters of this corpus
 _MIN_CHARS = {"pg19": 10_000}
+_TOKENIZERS = "as the tokenizer adds it"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,27 @@ class TextSource:
             texts.append(ids[:tokens])
         hashes = tuple(digest(ids) for ids in texts)
         revision = digest(list(hashes))
-        facts = _facts(corpus, revision, len(texts)) | {"bos": "as the tokenizer adds it"}
+        facts = _facts(corpus, revision, len(texts)) | {"bos": _TOKENIZERS}
         return ScoredTexts(tuple(texts), hashes, revision, facts)
+
+    def streams(self, session: Any, workload: Mapping[str, Any]) -> ScoredTexts:
+        """The first ``eval_tokens`` tokens of each of the workload's texts, or all where there are fewer.
+
+        Raises
+        ------
+        UserError
+            If a text has fewer than two.
+        """
+        corpus = self._corpus(workload)
+        texts = [ids[: workload["eval_tokens"]] for ids in self._tokenised(session, corpus)]
+        short = [index for index, ids in enumerate(texts) if len(ids) < 2]
+        if short:
+            raise UserError(
+                f"--kv-corpus={workload['corpus']}: text {short[0] + 1} has no two tokens to score; give a longer text"
+            )
+        hashes = tuple(digest(ids) for ids in texts)
+        revision = digest(list(hashes))
+        return ScoredTexts(tuple(texts), hashes, revision, _facts(corpus, revision, len(texts)) | {"bos": _TOKENIZERS})
 
     def windowed(self, session: Any, workload: Mapping[str, Any], rule: WindowRule) -> WindowedTexts:
         """The texts of a perplexity case, tokenised and cut into windows.

@@ -109,3 +109,37 @@ def test_requests_in_step_only_scale_the_aggregates(gaps: list[float], copies: i
         assert value is not None
         scale = copies if name in ("decode_tok_s_agg", "output_tok_s") else 1
         assert together[name] == pytest.approx(scale * value), name
+
+
+def test_the_full_batch_begins_with_the_last_first_token_and_ends_with_the_first_last_one() -> None:
+    # the prompt of the second is fed while the first waits with its first token
+    first, second = request(1.0, 3.5, 4.0, 4.5), request(3.0, 3.5, 4.0, 4.5)
+    assert RoundTimes([first, second], "scripted").full_batch() == (0.5, 4.0)
+    assert RoundTimes([first, second], "scripted").metrics()["decode_tok_s_agg"] == 6 / 3.5
+    # one that runs ahead ends the phase
+    ahead = request(1.0, 2.0, 3.5, 4.0)
+    assert RoundTimes([ahead, second], "scripted").full_batch() == (0.5, 4.0)
+
+
+def test_without_a_step_of_all_there_is_no_full_batch() -> None:
+    assert RoundTimes([request(1.0, 2.0), request(2.0, 3.0)], "scripted").full_batch() is None
+    assert RoundTimes([request(1.0), request(1.0)], "scripted").full_batch() is None
+
+
+@given(gaps=gaps(), copies=st.integers(1, 5))
+def test_of_requests_in_step_the_full_batch_is_their_decoding(gaps: list[float], copies: int) -> None:
+    times = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    together = RoundTimes([request(*times)] * copies, "scripted")
+    step, rate = together.full_batch() or (0.0, 0.0)
+    assert step == pytest.approx(together.metrics()["tpot_s"])
+    assert rate == pytest.approx(copies / step)
+
+
+def test_the_prefill_phase_is_that_of_all_prompts() -> None:
+    early, late = request(2.0, 3.0, prompt=30, prefill_end=1.0), RequestTimes(50, 20, [(4.0, 1)], prefill_end=2.5)
+    assert RoundTimes([early, late], "scripted").prefill_phase() == (2.5, 20.0, 32.0)
+    assert RoundTimes([early, request(2.0)], "scripted").prefill_phase() is None
+    alone = RoundTimes([early], "scripted")
+    assert alone.prefill_phase() == tuple(
+        alone.metrics()[name] for name in ("prefill_s", "prefill_tok_s_computed", "prefill_tok_s_logical")
+    )
