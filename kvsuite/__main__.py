@@ -1,4 +1,4 @@
-"""``python -m kvsuite``: work with the records of a run, without pytest."""
+"""``python -m kvsuite``: work with the records of a run, or predict one, without pytest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from . import __version__
-from .commands import report
+from .commands import figures, predict, report
 from .errors import UserError
 
 USAGE_ERROR = 4  # pytest's exit code for the same thing
@@ -16,10 +16,14 @@ USAGE_ERROR = 4  # pytest's exit code for the same thing
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad input is one line on stderr and exit code 4."""
-    parser = argparse.ArgumentParser(prog="python -m kvsuite", description="Work with the records of a kvsuite run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kvsuite", description="Work with the records of a kvsuite run, or predict memory."
+    )
     parser.add_argument("--version", action="version", version=f"kvsuite {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     report.add_parser(subparsers)
+    figures.add_parser(subparsers)
+    predict.add_parser(subparsers)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show ± still gets its numbers

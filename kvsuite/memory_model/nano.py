@@ -1,0 +1,141 @@
+"""Memory of the `nano` engine: weights, the pool of blocks, and the workspace of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsuite.spaces.design_point import DesignPoint
+
+from .config import Architecture
+from .formats import nano_format
+from .prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
+
+BLOCK_TOKENS = 16
+#: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`)
+ATTENTION_WORKSPACE = 256 << 20
+_LOGIT_BYTES = 4
+
+
+def pool_blocks(
+    *, context: int, sequences: int, chunk: int, window: int | None, sinks: int, block_tokens: int = BLOCK_TOKENS
+) -> int:
+    """Blocks with which so many sequences run to their full length at the same time, none of them preempted.
+
+    Without a window each holds its whole length. With one it holds sinks and window and, while its prompt is fed, a chunk
+    more; the scheduler admits a sequence only where all of that is free, and the others have decoded on by then.
+
+    Parameters
+    ----------
+    context
+        Tokens of a sequence at most.
+    sequences
+        At the same time.
+    chunk
+        Tokens of a step at most (``max_num_batched_tokens``).
+    window, sinks
+        As in `kvsuite.nanovllm.limits.Limits`.
+    block_tokens
+        Tokens a block.
+    """
+    whole = _blocks(context, block_tokens)
+    if window is None:
+        return sequences * whole
+    # any `window` tokens in a row touch one block more than they fill
+    steady = min(whole, _blocks(sinks, block_tokens) + _blocks(window - 1, block_tokens) + 1)
+    feeding = _blocks(min(context, window + sinks + chunk + 2 * block_tokens), block_tokens)
+    return min(sequences * whole, (sequences - 1) * steady + feeding)
+
+
+@dataclass(frozen=True)
+class NanoMemory:
+    """Predicts memory of the `nano` engine.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    dtype
+        Of weights that no format prescribes one for: ``float32``, ``float16`` or ``bfloat16``.
+    device
+        Kind of the device, ``cuda`` or ``cpu``.
+    """
+
+    architecture: Architecture
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    engine: str = "nano"
+
+    def predict(self, point: DesignPoint) -> Prediction:
+        """Memory of a runtime whose limits are the point's, with a pool of `pool_blocks`.
+
+        Raises
+        ------
+        UserError
+            If the weight format is not known.
+        """
+        chosen = nano_format(point.quantization, self.dtype)
+        model, batch = self.architecture, point.max_batch_size
+        # every running sequence has a token in a step
+        step = max(point.prefill_chunk_size, batch)
+        unknown = model.weights if isinstance(model.weights, str) else None
+        size = None if isinstance(model.weights, str) else model.weights.bytes(chosen)
+        reason = self._clash(point)
+        allocation = None
+        if reason is None:
+            allocation = Allocation(
+                blocks=pool_blocks(
+                    context=point.context_window_size,
+                    sequences=batch,
+                    chunk=step,
+                    window=point.sliding_window_size if point.has_window else None,
+                    sinks=point.attention_sink_size,
+                ),
+                extra=1,
+                block_bytes=BLOCK_TOKENS * model.kv_bytes_per_token(chosen.element_bytes),
+                dtype=chosen.dtype,
+            )
+        tokens = min(step, batch * point.context_window_size)
+        activations = tokens * (16 * model.hidden + 4 * model.intermediate) * chosen.element_bytes
+        logits = batch * model.vocabulary * (chosen.element_bytes + _LOGIT_BYTES)
+        pool = (
+            "context_window_size",
+            "max_batch_size",
+            "sliding_window_size",
+            "attention_sink_size",
+            "prefill_chunk_size",
+        )
+        terms = [
+            Term(
+                "parameters", "weights", size, "unknown" if size is None else "exact", ("quantization",),
+                "sum over matrices, by format", unknown,
+            ),
+            Term(
+                "kv_cache", KEYS_AND_VALUES, None if allocation is None else allocation.bytes,
+                "unknown" if allocation is None else "exact", pool, "(blocks + 1) 16 2 L Hkv D e", reason,
+            ),
+            Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step (16 hidden + 4 wide) e"),
+            Term("temporary", "logits", logits, "exact", ("max_batch_size",), "B V (e + 4)"),
+        ]  # fmt: skip
+        if self.device == "cuda":
+            terms.append(Term("temporary", "attention workspace", ATTENTION_WORKSPACE, "exact", (), "256 MiB"))
+        return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
+
+    def smaller(self) -> list[tuple[str, int, Predictor]]:
+        """None: every setting is an axis."""
+        return []
+
+    def inert(self) -> dict[str, str]:
+        return {}
+
+    def _clash(self, point: DesignPoint) -> str | None:
+        own = self.architecture.window
+        if own is None or not point.has_window or own >= point.context_window_size:
+            return None
+        return f"the model has its own sliding window of {own}, and nano takes no other on top; leave the window off"
+
+    def _notes(self) -> tuple[str, ...]:
+        return ("captured decode steps and the allocator's slack are not predicted",) if self.device == "cuda" else ()
+
+
+def _blocks(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens)

@@ -1,0 +1,153 @@
+"""A whole space predicted: what each point takes, whether it fits, and what to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvsuite.spaces.dse import DesignSpace, Entry
+
+from .fit import Card, Mend, fits, mends
+from .mlc import MlcMemory
+from .prediction import MIB, PARTS, Basis, Part, Prediction, Predictor
+
+_COLUMNS: dict[Part, str] = {"parameters": "params", "kv_cache": "kvcache", "temporary": "temp"}
+_ORDER: tuple[Basis, ...] = ("unknown", "rough", "extrapolated", "fitted", "exact")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point.
+
+    Parameters
+    ----------
+    entry
+        The point, which breaks no rule, and its flags.
+    prediction
+        Its memory.
+    fits
+        Whether it fits the card; ``None`` without one, or where that cannot be said.
+    mends
+        What makes it fit.
+    """
+
+    entry: Entry
+    prediction: Prediction
+    fits: bool | None
+    mends: tuple[Mend, ...]
+
+    @property
+    def advice(self) -> str:
+        """What to turn, in words."""
+        if self.fits is not False:
+            return ""
+        if self.prediction.needed is None:
+            return "weights and cache alone are too large"
+        return " or ".join(map(str, self.mends)) or "no setting is enough"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The points of a space with their memory.
+
+    Parameters
+    ----------
+    space, predictor, card
+        What was asked.
+    rows
+        The valid points in order.
+    """
+
+    space: DesignSpace
+    predictor: Predictor
+    card: Card | None
+    rows: tuple[Row, ...]
+
+
+def survey(space: DesignSpace, predictor: Predictor, card: Card | None = None) -> Survey:
+    """Predict every valid point of a space.
+
+    Raises
+    ------
+    UserError
+        If a weight format is not known to the engine.
+    """
+    rows = [_row(entry, predictor, card) for entry in space.entries if not entry.broken]
+    return Survey(space, predictor, card, tuple(rows))
+
+
+def _row(entry: Entry, predictor: Predictor, card: Card | None) -> Row:
+    prediction = predictor.predict(entry.point)
+    verdict = None if card is None else fits(prediction, card)
+    found = tuple(mends(predictor, entry.point, card)) if card is not None and verdict is False else ()
+    return Row(entry, prediction, verdict, found)
+
+
+def csv_header() -> list[str]:
+    """Columns of `csv_rows`."""
+    return list(_cells_of_broken(None))
+
+
+def csv_rows(found: Survey) -> list[dict[str, object]]:
+    """Every point of the space as a row, those that break a rule without numbers."""
+    by_point = {row.entry.point: row for row in found.rows}
+    return [
+        _cells(by_point[entry.point], found) if entry.point in by_point else _cells_of_broken(entry, found.predictor)
+        for entry in found.space.entries
+    ]
+
+
+def _cells(row: Row, found: Survey) -> dict[str, object]:
+    prediction = row.prediction
+    cells = _cells_of_broken(row.entry, found.predictor)
+    for part in PARTS:
+        cells[f"mem_predicted_{_COLUMNS[part]}_mb"] = _mib(prediction.part(part))
+        cells[f"{_COLUMNS[part]}_basis"] = weakest(prediction, part)
+    cells["mem_predicted_total_mb"] = _mib(prediction.total)
+    cells["mem_predicted_needed_mb"] = _mib(prediction.needed)
+    if prediction.allocation is not None:
+        cells["kv_blocks"] = prediction.allocation.blocks + prediction.allocation.extra
+        cells["kv_allocated_bytes"] = prediction.allocation.bytes
+        cells["kv_dtype"] = prediction.allocation.dtype
+    cells["null_reason"] = "; ".join(prediction.reasons)
+    cells["notes"] = "; ".join(prediction.notes)
+    cells["fits"] = {True: "yes", False: "no", None: "" if found.card is None else "unknown"}[row.fits]
+    cells["turn"] = row.advice
+    return cells
+
+
+def _cells_of_broken(entry: Entry | None, predictor: Predictor | None = None) -> dict[str, object]:
+    cells: dict[str, object] = dict.fromkeys(
+        ["id", "engine", "model", "quantization", "context_window_size", "prefill_chunk_size", "max_batch_size",
+         "sliding_window_size", "attention_sink_size", "json_prefill_chunk",
+         *(f"mem_predicted_{name}_mb" for name in (*_COLUMNS.values(), "total", "needed")),
+         *(f"{name}_basis" for name in _COLUMNS.values()), "kv_blocks", "kv_allocated_bytes", "kv_dtype", "null_reason",
+         "fits", "turn", "broken_rules", "flags", "inert_axes", "notes"],
+        "",
+    )  # fmt: skip
+    if entry is None or predictor is None:
+        return cells
+    chunk = predictor.json_chunk if isinstance(predictor, MlcMemory) else None
+    return (
+        cells
+        | {"id": entry.point.id, "engine": predictor.engine, "model": predictor.architecture.label}
+        | {"quantization": entry.point.quantization, **entry.point.settings()}
+        | {"json_prefill_chunk": "" if chunk is None else chunk}
+        | {"broken_rules": "; ".join(map(str, entry.broken)), "flags": "; ".join(entry.flags)}
+        | {"inert_axes": ",".join(predictor.inert())}
+    )
+
+
+def weakest(prediction: Prediction, *parts: Part) -> Basis:
+    """The least certain basis of the terms of some parts, of all if none is named."""
+    found = {term.basis for term in prediction.terms if not parts or term.part in parts}
+    return next(basis for basis in _ORDER if basis in found)
+
+
+def largest(rows: Sequence[Row]) -> Row:
+    """The point that takes most, the first of several."""
+    return max(rows, key=lambda row: row.prediction.needed_at_least)
+
+
+def _mib(size: float | None) -> str:
+    return "" if size is None else f"{size / MIB:.3f}"

@@ -1,0 +1,208 @@
+"""Memory of the `nano` engine: the formulas against a real runtime, and pools in which nobody is preempted."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvsuite.engines.nano_runtime import pool_bytes, workspace_bytes
+from kvsuite.errors import UserError
+from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.nano import ATTENTION_WORKSPACE, BLOCK_TOKENS, NanoMemory, pool_blocks
+from kvsuite.memory_model.prediction import Prediction, Term
+from kvsuite.models.load import LoadedModel, load_model
+from kvsuite.models.resolve import resolve_model
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.sampling import SamplingParameters
+from kvsuite.spaces.design_point import OFF, DesignPoint
+
+DTYPES = ["float32", "bfloat16"]
+
+
+@functools.cache
+def tiny(dtype: str) -> LoadedModel:
+    return load_model(resolve_model("dummy:tiny"), device="cpu", dtype=dtype)
+
+
+def memory(dtype: str = "float32", device: str = "cpu", preset: str = "tiny") -> NanoMemory:
+    return NanoMemory(architecture_of(f"dummy:{preset}"), dtype, device)
+
+
+def point(context: int, chunk: int, batch: int, window: int = OFF, sinks: int = 0, name: str = "none") -> DesignPoint:
+    return DesignPoint(name, context, chunk, batch, window, sinks)
+
+
+def term(prediction: Prediction, name: str) -> Term:
+    (found,) = [term for term in prediction.terms if term.name == name]
+    return found
+
+
+def limits_of(where: DesignPoint, predicted: Prediction) -> Limits:
+    """What the point means for a runtime."""
+    assert predicted.allocation is not None
+    return Limits(
+        max_model_len=where.context_window_size,
+        max_num_seqs=where.max_batch_size,
+        max_num_batched_tokens=max(where.prefill_chunk_size, where.max_batch_size),
+        block_size=BLOCK_TOKENS,
+        num_blocks=predicted.allocation.blocks,
+        prefix_caching=False,
+        sliding_window=where.sliding_window_size if where.has_window else None,
+        attention_sinks=where.attention_sink_size,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "where",
+    [point(100, 32, 1), point(2048, 512, 4), point(64, 1024, 2), point(1000, 16, 32), point(512, 64, 3, 128, 16)],
+    ids=lambda where: where.id,
+)
+def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
+    loaded = tiny(dtype)
+    predicted = memory(dtype).predict(where)
+    runtime = Runtime(loaded, limits_of(where, predicted))
+    try:
+        pool = predicted.part("kv_cache")
+        assert pool == runtime.pool_bytes == pool_bytes(runtime, loaded.dtype.itemsize)
+        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits)
+    finally:
+        runtime.close()
+    rotation = sum(buffer.nbytes for buffer in loaded.model.buffers())
+    assert predicted.part("parameters") == loaded.weights_bytes - rotation
+    assert predicted.needed == predicted.total
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.none() | st.integers(1, 40),
+    sinks=st.integers(0, 9),
+    chunk=st.integers(4, 40),
+    sequences=st.integers(1, 4),
+    share=st.sampled_from([0.3, 0.7, 0.95]),
+)
+def test_with_such_a_pool_nobody_is_preempted(
+    window: int | None, sinks: int, chunk: int, sequences: int, share: float
+) -> None:
+    context, block = 96, 4
+    sinks = 0 if window is None else sinks
+    blocks = pool_blocks(
+        context=context, sequences=sequences, chunk=chunk, window=window, sinks=sinks, block_tokens=block
+    )
+    runtime = Runtime(
+        tiny("float32"),
+        Limits(
+            max_model_len=context, max_num_seqs=sequences, max_num_batched_tokens=chunk, block_size=block,
+            num_blocks=blocks, prefix_caching=False, sliding_window=window, attention_sinks=sinks,
+        ),
+    )  # fmt: skip
+    length = int(context * share)
+    chosen = SamplingParameters(max_new_tokens=context - length, ignore_eos=True)
+    try:
+        requests = [
+            runtime.add(Request([3 + (5 * at + number) % 200 for at in range(length)], chosen))
+            for number in range(sequences)
+        ]
+        together = 0
+        while runtime.unfinished:
+            runtime.step()
+            together = max(together, len(runtime.scheduler.running))
+        assert [request.output_length for request in requests] == [context - length] * sequences
+        assert runtime.scheduler.preemptions == 0
+        # the first still decodes when the last is fed
+        assert share > 0.3 or together == sequences
+    finally:
+        runtime.close()
+
+
+def test_without_a_window_the_pool_is_what_all_sequences_hold() -> None:
+    assert pool_blocks(context=100, sequences=3, chunk=64, window=None, sinks=0) == 3 * 7
+
+
+def test_one_block_less_and_somebody_is_preempted() -> None:
+    # the pool without a window has no slack
+    loaded, sequences = tiny("float32"), 2
+    blocks = pool_blocks(context=96, sequences=sequences, chunk=32, window=None, sinks=0) - 1
+    sizes = {"max_model_len": 96, "max_num_seqs": sequences, "max_num_batched_tokens": 32, "block_size": BLOCK_TOKENS}
+    runtime = Runtime(loaded, Limits(**sizes, num_blocks=blocks, prefix_caching=False))
+    chosen = SamplingParameters(max_new_tokens=76, ignore_eos=True)
+    try:
+        runtime.run([Request(range(3, 23), chosen) for _ in range(sequences)])
+        assert runtime.scheduler.preemptions > 0
+    finally:
+        runtime.close()
+
+
+def test_every_axis_moves_the_term_it_should() -> None:
+    base = point(4096, 1024, 4, 1024, 16)
+    before = memory().predict(base)
+    moved = {
+        "context": (replace(base, context_window_size=8192), set()),
+        "short context": (replace(base, context_window_size=1024), {"keys and values"}),
+        "batch": (replace(base, max_batch_size=8), {"keys and values", "logits"}),
+        "chunk": (replace(base, prefill_chunk_size=512), {"keys and values", "activations"}),
+        "window": (replace(base, sliding_window_size=2048), {"keys and values"}),
+        "sinks": (replace(base, attention_sink_size=64), {"keys and values"}),
+        "format": (replace(base, quantization="q4f16_1"), {"weights", "keys and values", "activations", "logits"}),
+    }
+    for axis, (where, names) in moved.items():
+        after = memory().predict(where)
+        changed = {one.name for one, other in zip(before.terms, after.terms, strict=True) if one.bytes != other.bytes}
+        assert changed == names, axis
+
+
+def test_the_cache_stays_flat_past_the_window() -> None:
+    def pool(context: int, *window: int) -> float | None:
+        return memory().predict(point(context, 512, 4, *window)).part("kv_cache")
+
+    assert pool(4096, 1024, 4) == pool(8192, 1024, 4) == pool(16384, 1024, 4)
+    assert pool(8192, 1024, 4) < pool(4096) < pool(8192)  # type: ignore[operator]
+    # a window that nothing reaches saves nothing
+    assert pool(4096, 8192) == pool(4096)
+
+
+def test_llama_3_8b_in_numbers() -> None:
+    predicted = memory("bfloat16", "cuda", "Llama-3-8B").predict(point(8192, 2048, 8))
+    assert predicted.part("parameters") == 2 * 8_030_261_248
+    assert predicted.part("kv_cache") == (8 * 512 + 1) * 2 << 20
+    assert term(predicted, "activations").bytes == 2048 * (16 * 4096 + 4 * 14336) * 2
+    assert term(predicted, "logits").bytes == 8 * 128_256 * 6
+    assert predicted.notes
+
+
+def test_flashinfers_workspace_is_counted_on_cuda_alone() -> None:
+    from kvsuite.nanovllm import flashinfer_attention
+
+    assert flashinfer_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
+    there, here = (memory(device=device).predict(point(512, 64, 1)) for device in ("cuda", "cpu"))
+    assert term(there, "attention workspace").bytes == ATTENTION_WORKSPACE
+    assert there.total == (here.total or 0) + ATTENTION_WORKSPACE
+
+
+def test_a_models_own_window_takes_no_other() -> None:
+    own = NanoMemory(replace(architecture_of("dummy:tiny"), window=256), "float32", "cpu")
+    refused = own.predict(point(1024, 64, 1, 512))
+    assert (refused.part("kv_cache"), refused.allocation, refused.total) == (None, None, None)
+    assert refused.reasons == (
+        "the model has its own sliding window of 256, and nano takes no other on top; leave the window off",
+    )
+    assert own.predict(point(1024, 64, 1)).total is not None
+    assert own.predict(point(256, 64, 1, 128)).total is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("4bit", "float32", "--kv-quantization=4bit: not predicted for nano"),
+        ("none", "int8", "--kv-dtype=int8: unknown"),
+    ],
+)
+def test_what_is_not_predicted(name: str, dtype: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        memory(dtype).predict(point(512, 64, 1, name=name))
