@@ -22,7 +22,7 @@ __all__ = [
     "Scheme",
     "broken_rules",
     "named_space",
-    "product",
+    "union",
 ]
 
 
@@ -64,7 +64,7 @@ class DesignSpace:
     name
         ``full``, ``small``, ``schemes``, or the text that named the axes.
     entries
-        In order: weight format, context, chunk, batch, window, sink; the last varies fastest.
+        In order: weight format, context, chunk, batch, window, sink; the last varies fastest within a product.
     """
 
     name: str
@@ -112,27 +112,29 @@ _SMALL: tuple[tuple[int, int, int, int, int], ...] = (
 NAMED = ("schemes", "small", "full")
 
 
-def product(axes: Mapping[str, Sequence[int]], quantizations: Iterable[str], *, name: str) -> DesignSpace:
-    """Outer product of the values of all five axes, in the original's order.
+def union(products: Sequence[Mapping[str, Sequence[int]]], quantizations: Iterable[str], *, name: str) -> DesignSpace:
+    """Outer products of the values of all five axes, each in the original's order, one after the other.
 
     Parameters
     ----------
-    axes
-        Values by axis name; every axis is there.
+    products
+        Values by axis name; every axis is there. A point of several products is there once, where it comes first.
     quantizations
         Weight formats, outermost, so that weights load once each.
     name
         Of the space.
     """
-    values = [axes[axis.name] for axis in AXES]
-    points = (DesignPoint(chosen, *setting) for chosen in quantizations for setting in itertools.product(*values))
+    settings = dict.fromkeys(
+        setting for axes in products for setting in itertools.product(*(axes[axis.name] for axis in AXES))
+    )
+    points = (DesignPoint(chosen, *setting) for chosen in quantizations for setting in settings)
     return DesignSpace(name, tuple(Entry(point, broken_rules(point)) for point in points))
 
 
 def named_space(name: str, quantizations: Iterable[str]) -> DesignSpace:
     """One of the spaces with a name: ``schemes`` (3 points), ``small`` (6) or ``full`` (396) for each weight format."""
     if name == "full":
-        return product({axis.name: axis.values for axis in AXES}, quantizations, name=name)
+        return union([{axis.name: axis.values for axis in AXES}], quantizations, name=name)
     settings: list[tuple[int, ...]] = [scheme.settings for scheme in SCHEMES] if name == "schemes" else list(_SMALL)
     points = [DesignPoint(chosen, *setting) for chosen in quantizations for setting in settings]
     return DesignSpace(name, tuple(Entry(point, broken_rules(point)) for point in points))

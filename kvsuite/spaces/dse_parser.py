@@ -8,10 +8,12 @@ from typing import TypeVar
 from kvsuite.errors import UserError
 
 from .design_point import AXES, OFF, QUANTIZATION, Axis
-from .dse import NAMED, DesignSpace, named_space, product
+from .dse import NAMED, DesignSpace, named_space, union
 
 Value = TypeVar("Value", int, str)
 
+#: joins products of axes
+UNION = "|"
 EXAMPLE = "ctx=4096,8192;batch=1,4;window=off,2048;sink=0,4"
 _SHORT_QUANTIZATION = ("quant", "q")
 _AXES: dict[str, Axis] = {name: axis for axis in AXES for name in (axis.name, *axis.short)}
@@ -32,7 +34,8 @@ def parse_space(
     text
         ``schemes``, ``small``, ``full``, or ``axis=value,value;axis=...`` with the axes ``ctx``, ``chunk``, ``batch``,
         ``window``, ``sink`` and ``quant`` (also by the original's names). An axis that is not named has one value: context
-        4096, batch 1, no window, no sinks, and a chunk of 1024, or of the smallest context where that is less.
+        4096, batch 1, no window, no sinks, and a chunk of 1024, or of the smallest context where that is less. Several such
+        products are joined by ``|``; a point of two of them is one point, and the weight formats are those of all.
     quantizations
         Weight formats that were asked for elsewhere, ``None`` if none were.
     default
@@ -53,9 +56,27 @@ def parse_space(
     if "=" not in text:
         names = ", ".join(NAMED)
         raise UserError(f'{shown}: no such space; give {names} or axes such as "{EXAMPLE}"')
+    formats: list[str] | None = None
+    products = []
+    for piece in text.split(UNION):
+        axes, named = _axes(shown, piece)
+        if named is not None and formats is not None:
+            raise UserError(f"{shown}: quantization is named twice; name it once, it is that of all products")
+        formats = named or formats
+        products.append(_completed(axes))
+    if formats is not None and quantizations is not None:
+        raise UserError(f"{shown}: quantization is given here and as an option of its own; give it once")
+    return union(products, _formats(shown, list(formats or quantizations or default)), name=text)
+
+
+def _axes(shown: str, text: str) -> tuple[dict[str, list[int]], list[str] | None]:
+    """Values of the axes that a product names, and its weight formats."""
     axes: dict[str, list[int]] = {}
     formats: list[str] | None = None
-    for part in filter(None, (part.strip() for part in text.split(";"))):
+    parts = [part.strip() for part in text.split(";") if part.strip()]
+    if not parts:
+        raise UserError(f'{shown}: an empty product beside "{UNION}"; give it axes, or leave the "{UNION}" out')
+    for part in parts:
         name, equals, listed = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise UserError(f"{shown}: {part} is not axis=value,value; the names {', '.join(NAMED)} stand alone")
@@ -63,17 +84,17 @@ def parse_space(
         if name in (QUANTIZATION, *_SHORT_QUANTIZATION):
             if formats is not None:
                 raise UserError(f"{shown}: quantization is named twice; name it once, with all its values")
-            formats = given
+            formats = _formats(shown, given)
             continue
         if name not in _AXES:
             raise UserError(f"{shown}: no axis {name}; the axes are {', '.join(_SHORT)}")
         axis = _AXES[name]
         if axis.name in axes:
-            raise UserError(f"{shown}: {axis.name} is named twice; name it once, with all its values")
+            raise UserError(
+                f'{shown}: {axis.name} is named twice; name it once, with all its values, or join products by "{UNION}"'
+            )
         axes[axis.name] = _distinct(shown, name, [_value(shown, name, axis, value) for value in given])
-    if formats is not None and quantizations is not None:
-        raise UserError(f"{shown}: quantization is given here and as an option of its own; give it once")
-    return product(_completed(axes), _formats(shown, list(formats or quantizations or default)), name=text)
+    return axes, formats
 
 
 def _completed(axes: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -203,6 +203,15 @@ def test_axes_by_the_originals_names_in_the_given_order() -> None:
     assert {p.max_batch_size for p in points} == {2}
 
 
+def test_products_are_joined_and_a_point_of_two_of_them_is_one() -> None:
+    text = "quant=q0f16,q4f16_1; ctx=2048,8192;chunk=512 | ctx=8192;batch=1,4;chunk=512 | ctx=4096"
+    points = parse_space(text).points
+    assert [(p.context_window_size, p.prefill_chunk_size, p.max_batch_size) for p in points if p.quantization == "q0f16"] == [
+        (2048, 512, 1), (8192, 512, 1), (8192, 512, 4), (4096, 1024, 1),
+    ]  # fmt: skip
+    assert [p.quantization for p in points] == ["q0f16"] * 4 + ["q4f16_1"] * 4
+
+
 def test_a_chunk_that_nobody_named_breaks_no_rule() -> None:
     assert [p.prefill_chunk_size for p in parse_space("ctx=512,4096").points] == [512, 512]
     assert len(parse_space("ctx=512,4096;chunk=1024").invalid) == 1
@@ -234,6 +243,9 @@ def test_spaces_with_a_name_take_weight_formats_from_elsewhere(name: str) -> Non
         ("batch=²", "batch=² must be a whole number"),
         ("window=0", "window=0 must be off (-1) or a whole number of at least 1"),
         ("sink=off", "sink=off must be a whole number of at least 0"),
+        ("ctx=4096|", "an empty product"),
+        ("ctx=4096|full", "full is not axis=value,value"),
+        ("quant=q0f16;ctx=4096|quant=q0f16;batch=2", "quantization is named twice; name it once, it is that of all"),
         ("quant=q4f16_1,", "a weight format is empty"),
         ("quant=q4f16_1,q4f16_1", "quantization has the value q4f16_1 twice"),
         ("quant=q4-f16", "quantization=q4-f16: a weight format has letters"),
@@ -249,7 +261,7 @@ def test_weight_formats_are_given_once() -> None:
 
 
 pieces = st.sampled_from(
-    ["ctx", "batch", "window", "sink", "quant", "full", "=", "=", ";", ",", "1", "128", "off", "-1", " "]
+    ["ctx", "batch", "window", "sink", "quant", "full", "=", "=", ";", "|", ",", "1", "128", "off", "-1", " "]
 )
 
 
