@@ -225,7 +225,7 @@ OPTIONS: tuple[Option, ...] = (
            original="3", aliases=("warmup",)),
     Option("rounds", _int(1), "5", "Timed rounds; 5 or more for a verdict on speed.", aliases=("num-runs",)),
     Option("space", _text, "small", "Design space of the KV cache: small (6 points), schemes (3), full (396), or the values of "
-           'its axes, e.g. --kv-space="ctx=4096,8192;batch=1,4;window=off,2048;sink=0,4"; "ctx=4096 | ctx=8192;batch=4" joins two.'),
+           'its axes, e.g. --kv-space="ctx=4096,8192;batch=1,4;window=off,2048;sink=0,4"; several joined by |.'),
     Option("dse", _switch, "false", "Short for --kv-space=full."),
     Option("context-window-size", _int(1), "", "Tokens of a sequence at most, of a single design point in place of --kv-space.",
            original="8192", example="1024"),
