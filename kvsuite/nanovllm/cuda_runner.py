@@ -48,6 +48,10 @@ class CapturableReference(ReferenceAttention):
         """Whether every group's decode attention can be captured."""
         return not any(pool.group.window is not None or pool.group.places for pool in self.pools)
 
+    @property
+    def why_not_capturable(self) -> str:
+        return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
+
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturableReference:
         """Attention of decode steps of one size over the static tensors of ``batch``."""
         return CapturableReference(self.pools)
@@ -149,7 +153,7 @@ class CudaRunner(ModelRunner):
             if not graphs:
                 self._why_not_captured = "switched off"
             elif not attention.capturable:
-                self._why_not_captured = "a sliding window, or keys placed in the cache, go through the reference"
+                self._why_not_captured = attention.why_not_capturable
             else:
                 self._capture(attention, wanted, limits)
             if warm_up:

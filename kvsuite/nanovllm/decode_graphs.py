@@ -37,6 +37,10 @@ class CapturableAttention(Protocol):
     def capturable(self) -> bool:
         """Whether all groups can be captured."""
 
+    @property
+    def why_not_capturable(self) -> str:
+        """What stands against it."""
+
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> StaticAttention:
         """Attention of decode steps over the static tensors of ``batch``."""
 
@@ -246,6 +250,7 @@ def _fill(static: StepBatch, batch: StepBatch) -> None:
     for own, given in zip(static.groups, batch.groups, strict=True):
         own.slots[:count].copy_(given.slots)
         own.kv_lengths[:count].copy_(given.kv_lengths)
+        own.dropped[:count].copy_(given.dropped)
         own.block_tables[:count, : given.block_tables.shape[1]].copy_(given.block_tables)
     _pad(static, count)
 
@@ -259,4 +264,5 @@ def _pad(static: StepBatch, count: int) -> None:
     for part in static.groups:
         part.slots[count:].fill_(SCRATCH_BLOCK)
         part.kv_lengths[count:].fill_(1)
+        part.dropped[count:].zero_()
         part.block_tables[count:, :1].fill_(SCRATCH_BLOCK)

@@ -1,7 +1,7 @@
 """Paged attention on CUDA: FlashInfer's kernels, planned on the host once a step, and one of ours, which needs no plan.
 
-Prompts go through FlashInfer, on Hopper through its ``fa3``; single tokens through `split_attention`. Layers with a window,
-or with keys that are placed in the cache, go through the reference. Captured steps: `flashinfer_captured`.
+Prompts go through FlashInfer, on Hopper through its ``fa3``; single tokens through `split_attention`. Through the reference
+go layers with keys that are placed in the cache, and prompts of layers with a window. Captured steps: `flashinfer_captured`.
 """
 
 from __future__ import annotations
@@ -80,11 +80,13 @@ class FlashInferAttention(PooledLayers):
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
         self._exact = ReferenceAttention(pools, rotation)
-        self._by_reference = [pool.group.window is not None or pool.group.places for pool in self.pools]
+        self._by_reference = [pool.group.places for pool in self.pools]
         wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
         self._prompts = [
-            None if exact else wrapper(self.workspace, "NHD", backend=self.prompt_backend)
-            for exact in self._by_reference
+            None
+            if pool.group.places or pool.group.window is not None
+            else wrapper(self.workspace, "NHD", backend=self.prompt_backend)
+            for pool in self.pools
         ]
         # single tokens stand in front; what follows them goes through FlashInfer
         self._singles = 0
@@ -95,18 +97,25 @@ class FlashInferAttention(PooledLayers):
         return not any(self._by_reference)
 
     @property
+    def why_not_capturable(self) -> str:
+        """What stands against it."""
+        return "keys placed in the cache go through the reference"
+
+    @property
     def effective(self) -> dict[str, Any]:
         """What attends, by group."""
         return {
             "attention": [
-                "reference" if exact else f"flashinfer {self.prompt_backend}, single tokens split"
-                for exact in self._by_reference
+                "reference"
+                if exact
+                else f"{'reference' if wrapper is None else f'flashinfer {self.prompt_backend}'}, single tokens split"
+                for exact, wrapper in zip(self._by_reference, self._prompts, strict=True)
             ]
         }
 
     def begin(self, batch: StepBatch) -> None:
         self._batch = batch
-        if any(self._by_reference):
+        if None in self._prompts:
             self._exact.begin(batch)
         starts = batch.query_start_host.numpy()
         longer = np.flatnonzero(np.diff(starts) != 1)
@@ -143,17 +152,16 @@ class FlashInferAttention(PooledLayers):
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         number, index, pool = self._where[layer]
-        wrapper = self._prompts[number]
-        if wrapper is None:
+        wrapper, singles = self._prompts[number], self._singles
+        with_prompts = singles < self._batch.sequences
+        if self._by_reference[number] or (wrapper is None and with_prompts):
             return self._exact.attend(layer, query, scale)
         keys, values = pool.layer(index)
-        singles, query = self._singles, query.contiguous()
+        query = query.contiguous()
         mixed = []
         if singles:
-            part = self._batch.groups[number]
-            tables, lengths = part.block_tables[:singles], part.kv_lengths[:singles]
-            mixed.append(split(query[:singles], keys, values, tables, lengths, scale, self.processors))
-        if singles < self._batch.sequences:
+            mixed.append(split(query[:singles], pool, keys, values, self._batch.groups[number], scale, self.processors))
+        if wrapper is not None and with_prompts:
             factor = scale * pool.group.head_dim**0.5
             mixed.append(wrapper.run(query[singles:], (keys, values), q_scale=None if factor == 1 else factor))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)

@@ -1,7 +1,8 @@
 """Decode attention over tensors that stay where they are, so that a step can be captured.
 
-Few sequences go through `split_attention`, whose grid depends on shapes alone; many through FlashInfer's ``fa2`` with tensor
-cores, which balances sequences of unequal length but wants a plan from the host before every step (docs/measurements).
+Few sequences, and all with a sliding window, go through `split_attention`, whose grid depends on shapes alone; many through
+FlashInfer's ``fa2`` with tensor cores, which balances sequences of unequal length but wants a plan from the host before every
+step (docs/measurements).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import StepBatch
+from .batch import GroupBatch, StepBatch
 from .kv_pool import KVPool
 
 if TYPE_CHECKING:
@@ -55,19 +56,31 @@ class PooledLayers:
 
 def split(
     query: Tensor,
+    pool: KVPool,
     keys: Tensor,
     values: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
+    part: GroupBatch,
     scale: float,
     processors: int,
     pdl: bool = False,
 ) -> Tensor:
-    """`split_attention` cut into as many parts as fill a device of ``processors``."""
+    """`split_attention` of a step's first tokens, cut into as many parts as fill a device of ``processors``."""
     from .split_attention import split_attention, splits_for
 
-    splits = splits_for(query.shape[0], keys.shape[2], processors)
-    return split_attention(query, keys, values, tables, lengths, scale, splits=splits, pdl=pdl)
+    count, group = query.shape[0], pool.group
+    return split_attention(
+        query,
+        keys,
+        values,
+        part.block_tables[:count],
+        part.kv_lengths[:count],
+        scale,
+        splits=splits_for(count, keys.shape[2], processors),
+        dropped=part.dropped[:count],
+        window=group.window,
+        sinks=group.sinks,
+        pdl=pdl,
+    )
 
 
 def _event() -> Any:
@@ -96,9 +109,10 @@ class CapturedAttention(PooledLayers):
         self.kinds: list[str] = []
         self._plans: list[PlannedDecode | None] = []
         for number, pool in enumerate(self.pools):
-            few = batch.sequences * pool.group.kv_heads <= few_programs
-            self.kinds.append("split" if few else "flashinfer fa2")
-            if few:
+            # FlashInfer has no sinks, and its plan knows nothing of tokens that are gone
+            own = pool.group.window is not None or batch.sequences * pool.group.kv_heads <= few_programs
+            self.kinds.append("split" if own else "flashinfer fa2")
+            if own:
                 self._plans.append(None)
                 self._attend.append(self._split(number, owner.processors))
             else:
@@ -107,10 +121,10 @@ class CapturedAttention(PooledLayers):
                 self._attend.append(plan.attend(self._pdl))
 
     def _split(self, number: int, processors: int) -> Attend:
-        part = self._batch.groups[number]
+        part, pool = self._batch.groups[number], self.pools[number]
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-            return split(query, keys, values, part.block_tables, part.kv_lengths, scale, processors, self._pdl)
+            return split(query, pool, keys, values, part, scale, processors, self._pdl)
 
         return attend
 

@@ -77,12 +77,17 @@ class ReferenceAttention:
             length = int(part.kv_lengths_host[sequence])
             slots = _slots(part.block_tables[sequence], length, pool.block_size)
             own = keys[slots].transpose(0, 1)[None]
+            its = values[slots].transpose(0, 1)[None]
             if pool.group.places:
                 own = self._placed(own, part, sequence, index, length, rows.stop - 1)
+            if mask is not None and query.is_cuda:
+                # with a mask and shared heads torch falls back to all scores of all heads at once, gigabytes of a long prompt
+                shared = query.shape[1] // own.shape[1]
+                own, its = (tensor.repeat_interleave(shared, dim=1) for tensor in (own, its))
             mixed = functional.scaled_dot_product_attention(
                 query[rows].transpose(0, 1)[None],
                 own,
-                values[slots].transpose(0, 1)[None],
+                its,
                 attn_mask=mask,
                 is_causal=mask is None and rows.stop - rows.start > 1,
                 scale=scale,

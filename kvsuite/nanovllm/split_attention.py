@@ -30,6 +30,7 @@ def _split_kernel(
     values,
     tables,
     lengths,
+    dropped,
     mixed,
     maxima,
     sums,
@@ -42,6 +43,9 @@ def _split_kernel(
     BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    HEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
@@ -62,17 +66,25 @@ def _split_kernel(
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
+    if WINDOW:
+        # tokens left the table behind the sinks' blocks; the query is the last one
+        gone = tl.load(dropped + sequence)
+        before = length + gone - WINDOW
     for at in range(start, stop, TOKENS):
         tokens = at + inside
         valid = tokens < stop
+        if WINDOW:
+            valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
         block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
         row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
         key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
         scores = tl.dot(own, key, input_precision="ieee") * scale
         scores = tl.where(valid[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
+        # where no token so far is seen, a difference of infinities is no number
+        level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
+        weights = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(top - level)
         value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(weights, axis=1)
@@ -92,7 +104,7 @@ def _merge_kernel(mixed, maxima, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.c
         gdc_launch_dependents()
         gdc_wait()
     tops = tl.load(maxima + parts)
-    # a part without tokens has -inf and weighs nothing; the first part has at least one
+    # a part that sees no token has -inf and weighs nothing; the query's own is always seen
     weights = tl.exp2(tops - tl.max(tops, axis=0))
     total = tl.sum(weights * tl.load(sums + parts), axis=0)
     acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :])
@@ -117,6 +129,9 @@ def split_attention(
     scale: float,
     *,
     splits: int,
+    dropped: Tensor | None = None,
+    window: int | None = None,
+    sinks: int = 0,
     tokens: int = 64,
     warps: int = 4,
     stages: int = 3,
@@ -138,12 +153,17 @@ def split_attention(
         Factor of the scores.
     splits
         A power of two, see `splits_for`.
+    dropped
+        int32 ``[S]``: tokens between the sinks' blocks and the rest of the table that are gone; read where there is a window.
+    window, sinks
+        A token sees the last ``window`` ones, its own among them, and the first ``sinks``; everything without a window.
     tokens, warps, stages
         Keys a step, warps of a program, steps whose loads are under way. The defaults were fastest in whole
         steps on an H200; 2 warps and 2 stages are 1 % faster alone and 15 % slower in a step.
     pdl
         Whether neighbours in the stream may overlap.
     """
+    assert window is None or dropped is not None
     sequences, heads, head_dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
     group = heads // kv_heads
@@ -157,6 +177,7 @@ def split_attention(
         values,
         tables,
         lengths,
+        lengths if dropped is None else dropped,
         mixed,
         maxima,
         sums,
@@ -169,6 +190,9 @@ def split_attention(
         BLOCK_SIZE=block_size,
         SPLITS=splits,
         TOKENS=tokens,
+        WINDOW=window or 0,
+        SINKS=sinks,
+        HEAD=-(-sinks // block_size) * block_size,
         PDL=pdl,
         num_warps=warps,
         num_stages=stages,

@@ -15,6 +15,8 @@ if not (torch.cuda.is_available() or INTERPRETED):
 from torch.nn import functional  # noqa: E402
 
 from kvsuite.nanovllm import fused_kernels, row_linear, split_attention  # noqa: E402
+from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
+from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -163,6 +165,33 @@ def test_split_attention(heads, kv_heads, head_dim, splits, pdl):
         table = blocks[row].long()
         own, its = (tensor[table].flatten(0, 1)[:length].transpose(0, 1)[None].float() for tensor in (keys, values))
         expected = functional.scaled_dot_product_attention(query[row, :, None][None].float(), own, its, enable_gqa=True)
+        _close(found[row], expected[0, :, 0], dtype)
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("splits", [1, 4, 16])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (33, 0), (64, 4), (100, 20), (500, 3)])
+def test_split_attention_with_a_window(window, sinks, splits, pdl):
+    """Sequences before their window slides, while it slides inside blocks, and with blocks gone behind the sinks'."""
+    dtype, size, heads, kv_heads, head_dim = torch.float32 if INTERPRETED else torch.bfloat16, 16, 8, 2, 32
+    lengths, gone = [1, 65, 130, 200], [0, 0, 32, 4096]
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randperm(60, generator=generator)[: 4 * 13].view(4, 13).to(torch.int32).to(DEVICE)
+    query = _random(4, heads, head_dim, dtype=dtype)
+    keys, values = (_random(60, size, kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (1, 2))
+    group = LayerGroup((0,), kv_heads, head_dim, window=window, sinks=sinks)
+    counts, dropped = (torch.tensor(numbers, dtype=torch.int32, device=DEVICE) for numbers in (lengths, gone))
+    found = split_attention.split_attention(
+        query, keys, values, blocks, counts, head_dim**-0.5,
+        splits=splits, dropped=dropped, window=window, sinks=sinks, pdl=pdl,
+    )  # fmt: skip
+    for row, length in enumerate(lengths):
+        table = blocks[row].long()
+        own, its = (tensor[table].flatten(0, 1)[:length].transpose(0, 1)[None].float() for tensor in (keys, values))
+        mask = visible(group, 1, length, gone[row], size, query.device)
+        expected = functional.scaled_dot_product_attention(
+            query[row, :, None][None].float(), own, its, attn_mask=mask, enable_gqa=True
+        )
         _close(found[row], expected[0, :, 0], dtype)
 
 

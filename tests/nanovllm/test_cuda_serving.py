@@ -129,6 +129,29 @@ def test_bfloat16_logits_are_those_of_transformers(kind, tune):
         assert errors.max() < BOUND, (length, errors.max())
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(24, 4), (17, 0)])
+def test_windowed_decode_steps_are_captured_and_those_of_the_reference(window, sinks):
+    pytest.importorskip("flashinfer")
+    of = _half("llama")
+    limits = Limits(**SMALL | {"block_size": 16, "sliding_window": window, "attention_sinks": sinks})
+    found = []
+    for runner in (None, cuda_runner(sizes=[2, 5, 8], tune=False)):
+        runtime = Runtime(of, limits, runner=runner)
+        if runner is not None:
+            assert runtime.runner.facts["decode_step"] == "cuda_graph", runtime.runner.facts
+            assert set(runtime.runner.facts["decode_attention"].values()) == {"split"}
+        seen = LogitsByRequest(runtime)
+        requests = [greedy(prompt, NEW, forced=text(NEW, seed=9)) for prompt in prompts(MIXED)]
+        runtime.run(requests)
+        assert runtime.counters.decode_steps > 0
+        runtime.close()
+        assert_nothing_lost(runtime)
+        found.append([seen.of(request).double() for request in requests])
+    for mine, expected in zip(*reversed(found), strict=True):
+        assert torch.isfinite(mine).all()
+        assert ((mine - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < BOUND
+
+
 def test_scored_rows_are_those_of_transformers():
     pytest.importorskip("flashinfer")
     of = _half("llama")
