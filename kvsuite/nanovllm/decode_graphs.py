@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -157,14 +158,14 @@ class _Step:
 
     def _capture(self, memory: Any) -> None:
         # what is compiled or allocated at first use must not be captured
-        side = _stream()
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._once()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory):
+        with torch.cuda.graph(self._graph, pool=memory, stream=side):
             self.logits = self._once()
         self.memory = self._graph.pool()
 
@@ -187,9 +188,11 @@ class _Step:
             self.logits = self._once()
 
 
-def _stream() -> Any:
+@functools.cache
+def _side_stream(device: int) -> Any:
+    """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream that it ever saw on Hopper."""
     stream: Any = torch.cuda.Stream
-    return stream()
+    return stream(device)
 
 
 def _static_batch(size: int, groups: int, max_blocks: int, device: torch.device) -> StepBatch:

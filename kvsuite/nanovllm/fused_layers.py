@@ -177,8 +177,7 @@ class FusedDecoder:
 
     def hidden(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """What the final layer reads, ``[R, hidden]`` of ``batch.sample_rows``; the backend has begun the step."""
-        from .fused_kernels import add_norm, rotate_store, silu_mul
-        from .row_linear import row_linear
+        from .fused_kernels import add_norm
 
         rows = batch.tokens
         # where launches are a part of the time
@@ -188,27 +187,49 @@ class FusedDecoder:
             residual = functional.embedding(batch.ids, self._embedding)
             delta: Tensor | None = None
             for index, layer in enumerate(self.layers):
-                x = add_norm(delta, residual, layer.input_norm, self._eps, pdl=pdl)
-                qkv = self._product("qkv", x, layer.qkv, pdl)
-                keys, values, slots = destination(index)
-                query = rotate_store(
-                    qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,
-                    query_heads=self._query_heads, pdl=pdl,
-                )  # fmt: skip
-                if not hasattr(backend, "destination"):
-                    backend.write(index, keys[:, 0], values[:, 0])
-                mixed = backend.attend(index, query, self._scale)
-                delta = self._product("output", mixed.reshape(rows, -1), layer.output, pdl)
-                x = add_norm(delta, residual, layer.post_norm, self._eps, pdl=pdl)
-                gated = self._tiling("gate_up", rows)
-                if gated is None:
-                    active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=pdl)
-                else:
-                    active = row_linear(x, layer.gate_up, gated, gated=True, pdl=pdl)[0]
-                delta = self._product("down", active, layer.down, pdl)
+                delta = self._attend(index, delta, residual, batch, backend, destination, pdl)
+                delta = self._feed_forward(layer, delta, residual, pdl)
             x = add_norm(delta, residual, self._final_norm, self._eps, pdl=pdl)
             wanted = batch.sample_rows.shape[0]
             return x if batch.decode_only and wanted == rows else x[batch.sample_rows]
+
+    # a method for each half of a layer: of a long prompt every tensor counts, and what a method made is gone when it ends
+    def _attend(
+        self,
+        index: int,
+        delta: Tensor | None,
+        residual: Tensor,
+        batch: StepBatch,
+        backend: AttentionBackend,
+        destination: Any,
+        pdl: bool,
+    ) -> Tensor:
+        from .fused_kernels import add_norm, rotate_store
+
+        layer = self.layers[index]
+        x = add_norm(delta, residual, layer.input_norm, self._eps, pdl=pdl)
+        qkv = self._product("qkv", x, layer.qkv, pdl)
+        keys, values, slots = destination(index)
+        query = rotate_store(
+            qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,
+            query_heads=self._query_heads, pdl=pdl,
+        )  # fmt: skip
+        if not hasattr(backend, "destination"):
+            backend.write(index, keys[:, 0], values[:, 0])
+        mixed = backend.attend(index, query, self._scale)
+        return self._product("output", mixed.reshape(batch.tokens, -1), layer.output, pdl)
+
+    def _feed_forward(self, layer: FusedLayer, delta: Tensor, residual: Tensor, pdl: bool) -> Tensor:
+        from .fused_kernels import add_norm, silu_mul
+        from .row_linear import row_linear
+
+        x = add_norm(delta, residual, layer.post_norm, self._eps, pdl=pdl)
+        gated = self._tiling("gate_up", x.shape[0])
+        if gated is None:
+            active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=pdl)
+        else:
+            active = row_linear(x, layer.gate_up, gated, gated=True, pdl=pdl)[0]
+        return self._product("down", active, layer.down, pdl)
 
     def _apart(self, rows: int) -> Any:
         """Where keys and values go when the backend stores them itself."""
