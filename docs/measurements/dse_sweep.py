@@ -33,7 +33,9 @@ def main() -> None:
         space = ";".join(f"{name}={value}" for name, value in axes.items())
         seconds, in_case = _run(asked.out / f"point{number}", [*rest, f"--kv-space={space}"], 1)
         apart += seconds
-        print(f"fresh process {number}/{len(points)} {point.id}: {seconds:.1f} s, {in_case:.1f} s in its case", flush=True)
+        print(
+            f"fresh process {number}/{len(points)} {point.id}: {seconds:.1f} s, {in_case:.1f} s in its case", flush=True
+        )
     print(f"{len(points)} fresh processes: {apart:.1f} s; ratio {apart / together:.2f}")
 
 
@@ -41,12 +43,16 @@ def _run(folder: Path, options: list[str], cases: int) -> tuple[float, float]:
     """Wall time of a run in seconds, and the part of it that its cases took."""
     command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "dse", "-q", "-p", "no:cacheprovider"]
     begin = time.monotonic()
-    done = subprocess.run([*command, *options, f"--kv-report-dir={folder}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *options, f"--kv-report-dir={folder}"], capture_output=True, text=True, check=False
+    )
     seconds = time.monotonic() - begin
     rows = [json.loads(line) for found in folder.glob("*/records.jsonl") for line in found.read_text().splitlines()]
     records = [row for row in rows if row.get("schema", "").startswith("kvsuite.record")]
     if done.returncode or len(records) != cases or any(row["status"] != "ok" for row in records):
-        sys.exit(f"{folder}: exit code {done.returncode}, {len(records)} of {cases} records\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+        sys.exit(
+            f"{folder}: exit code {done.returncode}, {len(records)} of {cases} records\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
+        )
     return seconds, sum(row["duration_s"] for row in records)
 
 

@@ -14,13 +14,14 @@ DSE = "dse"
 OFF = -1
 #: the short names of the axes in a case's ``params``; the original's names are understood too
 PARAMS = dict(zip(AXES, ("context", "prefill_chunk", "batch", "window", "sink"), strict=True))
+#: the engine's own rate was that of its decode steps, without the prompts that are fed between them
+_DECODE_RATES = ("decode_tok_s_batch", "decode_tok_s_agg")
 #: the original's metric names for what a record has under another name: (metric, or field of the record's ``tokens``)
 _ORIGINAL_NAMES = {
     "prompt_tokens_sum": "prompt",
     "completion_tokens_sum": "generated",
     "prefill_tokens_sum": "prefill_computed",
     "prefill_tokens_per_s": "prefill_tok_s_computed",
-    "decode_tokens_per_s": "decode_tok_s_agg",
     "last_finished_request_end_to_end_latency_s": "e2e_s",
     "last_finished_request_ttft_s": "ttft_s",
 }
@@ -39,7 +40,7 @@ def csv_rows(run: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]
         batch, window, sink, ``workload.max_new_tokens``), ``effective`` (device, dtype), ``inert``, ``memory`` (predicted and
         reported: total_bytes, params_bytes, kvcache_bytes, temp_bytes, or nano's weights_bytes, pool_bytes, workspace_bytes;
         measured: kv_bytes_allocated), ``tokens``, ``samples.approx_chars`` (a number for every round) and the metrics ttft_s,
-        ttft_cached_s, tpot_s, e2e_s, prefill_tok_s_computed, decode_tok_s_agg,
+        ttft_cached_s, tpot_s, e2e_s, prefill_tok_s_computed, decode_step_s, decode_tok_s_batch, decode_tok_s_agg,
         tpot_floor_s, perplexity, perplexity_se, kv_bytes_exact, mem_weights_bytes, mem_measured_peak_bytes.
 
     Returns
@@ -89,6 +90,8 @@ def _results(run: Mapping[str, Any], record: Row) -> list[dict[str, Any]]:
 
 def _round(record: Row, number: int) -> dict[str, Any]:
     tpot = _sample(record, "tpot_s", number)
+    # of several requests a step is the time in which all decode; a token of one of them waits for prompts as well
+    step = _sample(record, "decode_step_s", number) or tpot
     floor = _value(record, "tpot_floor_s")
     chars = record["samples"].get("approx_chars") or ()
     return {
@@ -99,10 +102,15 @@ def _round(record: Row, number: int) -> dict[str, Any]:
         "ttft_cached_s": _sample(record, "ttft_cached_s", number),
         "tpot_s": tpot,
         "prefill_tok_s": _sample(record, "prefill_tok_s_computed", number),
-        "decode_tok_s": _sample(record, "decode_tok_s_agg", number),
+        "decode_tok_s": _sample(record, _decode_rate(record), number),
         # 1: as fast as the memory allows
-        "floor_share": floor / tpot if floor is not None and tpot else None,
+        "floor_share": floor / step if floor is not None and step else None,
     }
+
+
+def _decode_rate(record: Row) -> str:
+    """The first of the decode rates that the record has."""
+    return next((name for name in _DECODE_RATES if _value(record, name) is not None), _DECODE_RATES[-1])
 
 
 def _metrics(record: Row) -> list[dict[str, Any]]:
@@ -110,7 +118,8 @@ def _metrics(record: Row) -> list[dict[str, Any]]:
     if engine:
         rows: list[dict[str, Any]] = [{"metric_name": name, "metric_value": value} for name, value in engine.items()]
     else:
-        rows = [found for name, ours in _ORIGINAL_NAMES.items() if (found := _metric(record, name, ours))]
+        names = _ORIGINAL_NAMES | {"decode_tokens_per_s": _decode_rate(record)}
+        rows = [found for name, ours in names.items() if (found := _metric(record, name, ours))]
     known = {row["metric_name"] for row in rows}
     return rows + [
         found for name in record["metrics"] if name not in known and (found := _metric(record, name, name)) is not None

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from dse_samples import MIB, RUN, record
 
+from kvsuite.metrics import MetricRegistry
 from kvsuite.reporting.dse_columns import METRICS, RESULTS
 from kvsuite.reporting.dse_rows import axis_value, csv_rows, metric_rows
 
@@ -23,6 +24,17 @@ def test_a_row_a_round_with_its_own_times() -> None:
     assert [row["floor_share"] for row in rows] == pytest.approx([0.5 / r for r in (0.99, 1.0, 1.02)])
     assert [row["approx_chars"] for row in rows] == [150, 151, 152]
     assert first["time_s"] == pytest.approx(0.99 * (first["ttft_s"] / 0.99 + 31 * tpot))
+
+
+def test_decode_speed_is_that_of_steps_in_which_all_decode() -> None:
+    """What a token of one request takes holds the prompts of the others, and fell with the batch in the figures."""
+    of, entry = record(batch=4), MetricRegistry().value
+    of["metrics"]["decode_step_s"] = entry("decode_step_s", [0.1, 0.1, 0.1])
+    of["metrics"]["decode_tok_s_batch"] = entry("decode_tok_s_batch", [40.0, 41.0, 42.0])
+    rows = csv_rows(RUN, [of])
+    assert [row["decode_tok_s"] for row in rows] == [40.0, 41.0, 42.0]
+    assert rows[0]["floor_share"] == pytest.approx(of["metrics"]["tpot_floor_s"]["value"] / 0.1)
+    assert by_name(metric_rows(RUN, [of]))["decode_tokens_per_s"]["metric_value"] == 41.0
 
 
 def test_three_kinds_of_memory_are_apart() -> None:
