@@ -224,15 +224,13 @@ class BlockTables:
         self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
         self._tail_suspect[row] = False
 
-    def changes(self) -> tuple[Ints, NDArray[np.int32]]:
-        """Entries of `table` that changed since `forget_changes`: places in the flattened table, and what is there now."""
-        if not self._changed:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        spans = np.array([(row, *span) for row, span in self._changed.items()])
-        firsts, counts = spans[:, 0] * self.table.shape[1] + spans[:, 1], spans[:, 2] - spans[:, 1]
-        ends = np.cumsum(counts)
-        places: Ints = np.arange(ends[-1]) + np.repeat(firsts - (ends - counts), counts)
-        return places, self.table.ravel()[places]
+    def changes(self) -> list[int]:
+        """Entries of `table` that changed since `forget_changes`: places in the flattened table."""
+        width = self.table.shape[1]
+        places: list[int] = []
+        for row, (first, stop) in self._changed.items():
+            places += range(row * width + first, row * width + stop)
+        return places
 
     def forget_changes(self) -> None:
         """Whoever follows the tables has seen all changes."""

@@ -37,14 +37,15 @@ class DeviceTables:
 
     def changes(self) -> tuple[Ints, NDArray[np.int32]]:
         """What `update` has yet to bring: places int64 ``[n]`` in the flattened table, and blocks int32 ``[n]``."""
-        places, blocks = self.tables.changes()
+        changed, table = self.tables.changes(), self.tables.table
         count = _FEWEST_CHANGES
-        while count < len(places):
+        while count < len(changed):
             count *= 2
-        padded = np.full(count, self.tables.table.size, dtype=np.int64), np.zeros(count, dtype=np.int32)
-        for whole, part in zip(padded, (places, blocks), strict=True):
-            whole[: len(part)] = part
-        return padded
+        places, blocks = np.full(count, table.size, dtype=np.int64), np.zeros(count, dtype=np.int32)
+        if changed:
+            places[: len(changed)] = changed
+            blocks[: len(changed)] = table.ravel()[places[: len(changed)]]
+        return places, blocks
 
     def update(self, places: Tensor, blocks: Tensor) -> None:
         """Apply `changes`, which are on the device by now."""

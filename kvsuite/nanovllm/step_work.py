@@ -66,6 +66,7 @@ class StepWork:
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
+        drawing = any(request.sampling.temperature for request in sampled)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
         if scored:
@@ -79,7 +80,6 @@ class StepWork:
         self._counters.decode_steps += batch.decode_only
         if not sampled:
             return None, logits
-        drawing = any([r.sampling.temperature for r in sampled])
         if drawing:
             chosen = sample(logits, [r.sampling for r in sampled], [r.output_length for r in sampled])
         else:
