@@ -1,4 +1,4 @@
-"""Decode steps and prompts against the floor, their kernels, the figure, transformers' static cache: parts of nano_serving.py."""
+"""Decode steps and prompts against the floor, their kernels, the figure, a static cache: parts of nano_serving.py."""
 
 from __future__ import annotations
 

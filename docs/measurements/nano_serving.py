@@ -33,6 +33,7 @@ import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import torch
 from nano_host import host

@@ -48,8 +48,8 @@ class Shapes:
 
 TINY = Shapes(
     small="dummy:tiny", large="dummy:tiny", requests=8, shared=4, shortest=5, longest=20, budget=128,
-    points=((4, 60), (1, 60)), prompts=((1, 60), (2, 30)), profiled=(4, 60), static=(2, 20), hosted=(4, (16, 60)), batches=(1, 4), contexts=(64, 32),
-    steps=4, margin=32,
+    points=((4, 60), (1, 60)), prompts=((1, 60), (2, 30)), profiled=(4, 60), static=(2, 20), batches=(1, 4), contexts=(64, 32),
+    hosted=(4, (16, 60)), steps=4, margin=32,
 )  # fmt: skip
 
 

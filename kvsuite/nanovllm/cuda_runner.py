@@ -258,7 +258,7 @@ class CudaRunner(ModelRunner):
             if not sizes:
                 self._why_not_captured = "the reference would gather more than 1 GiB a layer"
                 return
-        before = _free_bytes(self.device)
+        before = _reserved_bytes(self.device)
         graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
             graphs.capture()
@@ -274,7 +274,7 @@ class CudaRunner(ModelRunner):
             self._why_not_captured = f"the model cannot be captured: {str(error).splitlines()[0][:200]}"
             return
         self.graphs = graphs
-        self.captured_bytes = before - _free_bytes(self.device)
+        self.captured_bytes = _reserved_bytes(self.device) - before
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""
@@ -288,13 +288,13 @@ class CudaRunner(ModelRunner):
         return logits[0]
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What a CUDA device has free when torch caches nothing, 0 elsewhere."""
+def _reserved_bytes(device: torch.device) -> int:
+    """What torch has of a CUDA device for tensors that are alive and for captured steps; 0 elsewhere."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info(device)[0])
+    return int(torch.cuda.memory_reserved(device))
 
 
 def _interpreted() -> bool:

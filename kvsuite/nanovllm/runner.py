@@ -22,7 +22,7 @@ class Runner(Protocol):
 
     @property
     def captured_bytes(self) -> int:
-        """Device memory that captured steps took, measured; 0 where none are."""
+        """What torch gave captured steps and their static tensors, measured; 0 where nothing is captured."""
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -96,7 +96,7 @@ def test_the_compression_suite(run: Run, checkpoint: Path) -> None:
         for metric in ("kv_bytes_exact", "mem_predicted_kv_bytes", "ratio_effective"):
             assert record.metrics[metric]["value"] == hf[name].metrics[metric]["value"], metric
         memory = record.memory
-        assert memory["reported"]["captured_bytes"] >= 0
+        assert memory["reported"]["captured_bytes"] > 0
         assert memory["reported"]["pool_bytes"] == memory["predicted"]["pool_bytes"]
         # FlashInfer's workspace, the pool and what a step takes were allocated while the meters ran, and weights were not
         predicted = memory["predicted"]["pool_bytes"] + memory["predicted"]["workspace_bytes"]
@@ -143,9 +143,9 @@ def test_runtimes_in_turn_leave_no_memory_behind(checkpoint: Path) -> None:
             session.finish()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        levels.append((torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]))
+        levels.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     session.close()
-    allocated, free = zip(*levels, strict=True)
-    # the first turn loads kernels and libraries; a pool or a captured step that stayed would be more than this
+    allocated, reserved = zip(*levels, strict=True)
+    # the first turn loads libraries; a pool, a workspace or a captured step that stayed would be more than this
     assert max(allocated[1:]) - allocated[1] < 4 * MIB, levels
-    assert free[1] - min(free[1:]) < 64 * MIB, levels
+    assert max(reserved[1:]) - reserved[1] < 32 * MIB, levels
