@@ -94,6 +94,8 @@ def measure_memory(
             "kv_blocks": sum(blocks),
         },
     )
+    if loaded.device.type == "cuda":
+        result.reported["captured_bytes"] = runtime.runner.captured_bytes
     if runtime.pool_bytes != result.predicted["pool_bytes"]:
         result.warnings.append(
             f"the pools hold {runtime.pool_bytes} bytes, {result.predicted['pool_bytes']} were predicted"

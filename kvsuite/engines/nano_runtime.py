@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid
+from kvsuite.memory_model.nano import attention_workspace
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
@@ -84,9 +86,13 @@ class RuntimeHolder:
 
     def drop(self) -> None:
         """Give the pool back."""
-        if self._held is not None:
-            self._held[1].close()
+        if self._held is None:
+            return
+        self._held[1].close()
         self._held = None
+        if self._loaded.device.type == "cuda":
+            # captured steps and FlashInfer's wrappers hold cycles, and a pool is most of the memory
+            gc.collect()
 
     def facts(self, runtime: Runtime) -> dict[str, Any]:
         """What a runtime really applies, in JSON types."""
@@ -134,17 +140,23 @@ class RuntimeHolder:
 
 
 def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
-    """Predicted bytes of a step's activations, by a rough count of a decoder layer's tensors, and of its logits.
+    """Predicted bytes of a step's activations, by a rough count of a decoder layer's tensors, of its logits, and of FlashInfer.
 
-    ``step tokens * (16 hidden + 4 intermediate) * element + sequences * vocabulary * (element + 4)``
+    ``step tokens * (16 hidden + 4 intermediate) * element + sequences * vocabulary * (element + 4) + attention workspace``,
+    as `kvsuite.memory_model.nano.NanoMemory` predicts it.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)
+    attention = attention_workspace(
+        device=loaded.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // int(config.num_attention_heads)),
+    )
     wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
     element = loaded.dtype.itemsize
     logits = limits.max_num_seqs * int(config.vocab_size) * (element + torch.float32.itemsize)
-    return tokens * (16 * hidden + 4 * wide) * element + logits
+    return tokens * (16 * hidden + 4 * wide) * element + logits + attention
 
 
 def pool_bytes(runtime: Runtime, element_bytes: int) -> int:

@@ -11,9 +11,17 @@ from .formats import nano_format
 from .prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
 
 BLOCK_TOKENS = 16
-#: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`)
+#: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`), and for what it has kernels
 ATTENTION_WORKSPACE = 256 << 20
+_FLASHINFER_DTYPES = ("bfloat16", "float16")
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 _LOGIT_BYTES = 4
+
+
+def attention_workspace(*, device: str, dtype: str, head_dim: int) -> int:
+    """Bytes of FlashInfer's workspace, 0 where the reference attends: elsewhere than on CUDA, in float32, with odd heads."""
+    attends = device == "cuda" and dtype in _FLASHINFER_DTYPES and head_dim in _FLASHINFER_HEAD_DIMS
+    return ATTENTION_WORKSPACE if attends else 0
 
 
 def pool_blocks(
@@ -116,8 +124,9 @@ class NanoMemory:
             Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step (16 hidden + 4 wide) e"),
             Term("temporary", "logits", logits, "exact", ("max_batch_size",), "B V (e + 4)"),
         ]  # fmt: skip
-        if self.device == "cuda":
-            terms.append(Term("temporary", "attention workspace", ATTENTION_WORKSPACE, "exact", (), "256 MiB"))
+        workspace = attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=model.head_dim)
+        if workspace:
+            terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
 
     def smaller(self) -> list[tuple[str, int, Predictor]]:

@@ -76,12 +76,12 @@ def outgrown(request: Request, limits: Limits, num_blocks: int) -> str:
 def settle_ends(request: Request, limits: Limits, eos_token_ids: frozenset[int]) -> None:
     """Settle what ends a request, so that not every token has to ask."""
     chosen = request.sampling
-    request.most = min(chosen.max_new_tokens, limits.max_model_len - request.prompt_length)
+    request.longest = min(request.prompt_length + chosen.max_new_tokens, limits.max_model_len)
     request.stops = frozenset(chosen.stop_token_ids)
     if not chosen.ignore_eos:
         request.stops |= eos_token_ids
     if request.forced is not None:
-        request.most = min(request.most, len(request.forced))
+        request.longest = min(request.longest, request.prompt_length + len(request.forced))
 
 
 def model_eos_token_ids(loaded: LoadedModel) -> list[int]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .device_tables import TableRows
+
 Ints = NDArray[np.int64]
 _ALIGNED = 16
+# steps of so many different shapes are remembered
+_LAYOUTS = 64
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class GroupInputs:
     kv_lengths
         Tokens in the cache after this step, ``[S]``.
     block_tables
-        ``[S, max_blocks]``; entries behind a sequence's last block are 0, the scratch block.
+        Rows of tables that are kept on the device, or an array ``[S, max_blocks]``; entries behind a sequence's last block
+        are 0, the scratch block.
     dropped
         Tokens between the sinks' blocks and the window whose blocks are free again, ``[S]``; zeros without a window.
     places
@@ -37,7 +42,7 @@ class GroupInputs:
 
     slots: Ints
     kv_lengths: NDArray[np.int64]
-    block_tables: NDArray[np.int32]
+    block_tables: TableRows | NDArray[np.int32]
     dropped: NDArray[np.int64]
     places: Sequence[Tensor | None] = ()
 
@@ -54,9 +59,15 @@ class GroupBatch:
     block_tables: Tensor
     dropped: Tensor
     kv_lengths_host: Tensor
-    block_tables_host: Tensor
     dropped_host: Tensor
+    #: reads `block_tables_host`, which few steps ask for
+    read_tables: Callable[[], NDArray[np.int32]]
     places: Sequence[Tensor | None] = ()
+
+    @property
+    def block_tables_host(self) -> Tensor:
+        """``block_tables`` on the host, before anything is planned that comes after this step."""
+        return torch.from_numpy(self.read_tables())
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,15 @@ class StepBatch:
         return self.groups[0].block_tables_host
 
 
+class _Layout(NamedTuple):
+    """Views of the buffers for a step's arrays, by kind, and the bytes that they take."""
+
+    host: list[Tensor]
+    arrays: list[NDArray[Any]]
+    device: list[Tensor]
+    total: int
+
+
 class BatchBuilder:
     """Packs the arrays of a step into one reused host buffer (pinned for CUDA) and sends it in one copy to a reused one.
 
@@ -135,14 +155,12 @@ class BatchBuilder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._shapes: list[tuple[int, ...]] = []
-        self._total = 0
+        self._layouts: dict[tuple[int, tuple[tuple[int, ...], ...]], _Layout] = {}
         self._host = self._sent = torch.empty(0, dtype=torch.uint8)
         self._copied: Any = None
         if device.type == "cuda":
             event: Any = torch.cuda.Event
             self._copied = event()
-        self._views: tuple[list[Tensor], list[NDArray[Any]], list[Tensor]] = ([], [], [])
 
     def build(
         self,
@@ -156,54 +174,58 @@ class BatchBuilder:
         """Build the batch of sequences that bring ``counts`` ``[S]`` tokens each."""
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
-        wide = [ids, positions, sample_rows, *(group.slots for group in groups)]
+        wide: list[NDArray[Any]] = [ids, positions, sample_rows]
         narrow: list[NDArray[Any]] = [starts]
         for group in groups:
-            narrow += [group.kv_lengths, group.block_tables, group.dropped]
+            tables = group.block_tables
+            wide.append(group.slots)
+            narrow += [group.kv_lengths, group.dropped]
+            if isinstance(tables, TableRows):
+                places, blocks = tables.tables.changes()
+                wide += [tables.rows, places]
+                narrow.append(blocks)
+            else:
+                narrow.append(tables)
         host, device = self._send(wide, narrow)
-        n = len(groups)
-        start_at = 3 + n
-        parts = tuple(
-            GroupBatch(
-                slots=device[3 + i],
-                kv_lengths=device[start_at + 1 + 3 * i],
-                block_tables=device[start_at + 2 + 3 * i],
-                dropped=device[start_at + 3 + 3 * i],
-                kv_lengths_host=host[start_at + 1 + 3 * i],
-                block_tables_host=host[start_at + 2 + 3 * i],
-                dropped_host=host[start_at + 3 + 3 * i],
-                places=group.places,
-            )
-            for i, group in enumerate(groups)
-        )
+        longs, ints, ints_host = (iter(part) for part in (device[3:], device[len(wide) + 1 :], host[len(wide) + 1 :]))
+        parts = []
+        for group in groups:
+            tables, slots = group.block_tables, next(longs)
+            lengths, dropped, last = (next(ints) for _ in range(3))
+            lengths_host, dropped_host, last_host = (next(ints_host) for _ in range(3))
+            if isinstance(tables, TableRows):
+                rows = next(longs)
+                tables.tables.update(next(longs), last)
+                picked, read = tables.tables.pick(rows, tables.width), tables.read
+            else:
+                picked, read = last, last_host.numpy
+            parts.append(GroupBatch(slots, lengths, picked, dropped, lengths_host, dropped_host, read, group.places))
         return StepBatch(
             ids=device[0],
             positions=device[1],
             sample_rows=device[2],
-            query_start=device[start_at],
-            groups=parts,
+            query_start=device[len(wide)],
+            groups=tuple(parts),
             decode_only=len(ids) == len(counts),
-            query_start_host=host[start_at],
+            query_start_host=host[len(wide)],
         )
 
     def _send(self, wide: Sequence[Ints], narrow: Sequence[NDArray[Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors on the host and on the device: int64 for ``wide``, int32 for ``narrow``."""
-        shapes = [array.shape for array in (*wide, *narrow)]
-        if shapes != self._shapes:
-            self._lay_out(shapes, len(wide))
+        shapes = tuple([array.shape for array in (*wide, *narrow)])
+        layout = self._layouts.get((len(wide), shapes)) or self._lay_out(shapes, len(wide))
         if self._copied is not None:
             # the step before may be launched and not begun
             self._copied.synchronize()
-        host, arrays, device = self._views
-        for target, array in zip(arrays, (*wide, *narrow), strict=True):
+        for target, array in zip(layout.arrays, (*wide, *narrow), strict=True):
             target[...] = array
         if self._sent is not self._host:
-            self._sent[: self._total].copy_(self._host[: self._total], non_blocking=True)
+            self._sent[: layout.total].copy_(self._host[: layout.total], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        return host, device
+        return layout.host, layout.device
 
-    def _lay_out(self, shapes: list[tuple[int, ...]], wide: int) -> None:
+    def _lay_out(self, shapes: tuple[tuple[int, ...], ...], wide: int) -> _Layout:
         """Give every array its span, at multiples of 16 bytes: triton compiles a kernel anew for other addresses."""
         spans: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
         at = 0
@@ -212,6 +234,8 @@ class BatchBuilder:
             size = dtype.itemsize * math.prod(shape)
             spans.append((at, at + size, dtype, shape))
             at += -(-size // _ALIGNED) * _ALIGNED
+        if at > self._host.numel() or len(self._layouts) == _LAYOUTS:
+            self._layouts.clear()
         if at > self._host.numel():
             pinned = self._device.type == "cuda"
             self._host = torch.empty(2 * at, dtype=torch.uint8, pin_memory=pinned)
@@ -222,5 +246,5 @@ class BatchBuilder:
             [raw[start:end].view(dtype).view(shape) for start, end, dtype, shape in spans]
             for raw in (self._host, self._sent)
         )
-        self._views = host, [tensor.numpy() for tensor in host], device
-        self._shapes, self._total = shapes, at
+        layout = self._layouts[wide, shapes] = _Layout(host, [tensor.numpy() for tensor in host], device, at)
+        return layout

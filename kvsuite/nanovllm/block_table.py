@@ -46,6 +46,8 @@ class BlockTables:
         # whether the half-full last block was filled with others looking on: after `fork` and `shrink` it may be held by
         # another sequence, or be findable
         self._tail_suspect: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
+        # first entry that changed since `forget_changes`, and the one behind the last, by row
+        self._changed: dict[int, tuple[int, int]] = {}
 
     def row_blocks(self, row: int) -> list[int]:
         """Blocks of a sequence in order."""
@@ -63,6 +65,26 @@ class BlockTables:
         full = self.lengths[rows] == self.blocks[rows] * self.pool.block_size
         lacking: Ints = rows[full | self._tail_suspect[rows]]
         return lacking
+
+    def reserve_next(self, rows: Ints) -> list[Copy]:
+        """Make room for one more token in each of ``rows``, all of them `short`; return the blocks to copy.
+
+        Raises
+        ------
+        PoolFullError
+            If the pool lacks blocks; ``rows`` before the one that lacks them have their room then.
+        """
+        copies: list[Copy] = []
+        if self._tail_suspect[rows].any():
+            for row in rows.tolist():
+                copies += self.reserve(row, 1)
+            return copies
+        fresh, ends = self.pool.allocate(len(rows)), self.blocks[rows]
+        self.table[rows, ends] = fresh
+        self.blocks[rows] = ends + 1
+        for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
+            self._note(row, end, end + 1)
+        return copies
 
     def reserve(self, row: int, tokens: int) -> list[Copy]:
         """Make room for ``tokens`` more tokens; return the blocks ``(source, target)`` to copy before they are written.
@@ -166,7 +188,7 @@ class BlockTables:
         """Drop the last tokens; blocks that hold none of the others are given back."""
         keep = -(-length // self.pool.block_size)
         self.pool.release(self.row_blocks(row)[keep:])
-        self.table[row, keep : self.blocks[row]] = 0
+        self._clear(row, keep)
         self._tail_suspect[row] = length % self.pool.block_size != 0
         self.blocks[row] = keep
         self.lengths[row] = length
@@ -188,7 +210,8 @@ class BlockTables:
         rest = held[: self._head] + held[self._head + gone :]
         self.pool.release(held[self._head : self._head + gone])
         self.table[row, : len(rest)] = rest
-        self.table[row, len(rest) : len(held)] = 0
+        self._note(row, self._head, len(rest))
+        self._clear(row, len(rest))
         self.blocks[row] = len(rest)
         self.lengths[row] -= gone * size
         self.dropped[row] += gone * size
@@ -197,9 +220,33 @@ class BlockTables:
     def release(self, row: int) -> None:
         """Give all blocks back and forget the sequence."""
         self.pool.release(self.row_blocks(row))
-        self.table[row, : self.blocks[row]] = 0
+        self._clear(row, 0)
         self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
         self._tail_suspect[row] = False
+
+    def changes(self) -> list[int]:
+        """Entries of `table` that changed since `forget_changes`: places in the flattened table."""
+        width = self.table.shape[1]
+        places: list[int] = []
+        for row, (first, stop) in self._changed.items():
+            places += range(row * width + first, row * width + stop)
+        return places
+
+    def forget_changes(self) -> None:
+        """Whoever follows the tables has seen all changes."""
+        self._changed.clear()
+
+    def _note(self, row: int, first: int, stop: int) -> None:
+        """Entries ``first .. stop - 1`` of a row have changed."""
+        known = self._changed.get(row)
+        self._changed[row] = (first, stop) if known is None else (min(known[0], first), max(known[1], stop))
+
+    def _clear(self, row: int, keep: int) -> None:
+        """Empty a row's entries from ``keep`` on."""
+        held = int(self.blocks[row])
+        if keep < held:
+            self.table[row, keep:held] = 0
+            self._note(row, keep, held)
 
     def _expired(self, rows: Ints, positions: Ints) -> Ints:
         assert self.window is not None
@@ -216,13 +263,16 @@ class BlockTables:
 
     def _extend(self, row: int, blocks: list[int]) -> None:
         held = int(self.blocks[row])
-        self.table[row, held : held + len(blocks)] = blocks
-        self.blocks[row] = held + len(blocks)
+        if blocks:
+            self.table[row, held : held + len(blocks)] = blocks
+            self._note(row, held, held + len(blocks))
+            self.blocks[row] = held + len(blocks)
 
     def _swap(self, row: int, index: int, fresh: int) -> Copy:
         """Put ``fresh`` in the place of a block that others hold as well."""
         block = int(self.table[row, index])
         self.table[row, index] = fresh
+        self._note(row, index, index + 1)
         self.pool.release([block])
         return block, fresh
 

@@ -26,6 +26,7 @@ from .limits import Limits
 from .paged_attention import AttentionBackend, attending
 from .reference_attention import KeyRotation, ReferenceAttention
 from .runner import ModelRunner
+from .sampling import SamplingParameters, sample
 
 # widths that FlashInfer's kernels exist for
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -111,7 +112,8 @@ class CudaRunner(ModelRunner):
     sizes
         Batch sizes to capture; a choice up to ``max_num_seqs`` if left out.
     warm_up
-        Whether prompts are computed in the scratch block, so that the first request waits for no compilation.
+        Whether prompts are computed in the scratch block and tokens drawn, so that the first request waits for no
+        compilation.
 
     Raises
     ------
@@ -224,7 +226,7 @@ class CudaRunner(ModelRunner):
         return not_fusable(loaded.model, loaded.text_config) or ""
 
     def _warm_up(self, pools: Sequence[KVPool], limits: Limits) -> None:
-        """Compute prompts of zeros in the scratch block."""
+        """Compute prompts of zeros in the scratch block, and draw from what comes out."""
         if any(pool.group.places for pool in pools):
             return
         total = min(_WARM_UP_TOKENS, limits.max_num_batched_tokens)
@@ -241,7 +243,9 @@ class CudaRunner(ModelRunner):
         batch = BatchBuilder(self.device).build(
             ids=ids, positions=ids, counts=counts, sample_rows=np.cumsum(counts) - 1, groups=[part] * len(pools)
         )
-        self._eager(batch)
+        logits = self._eager(batch)
+        chosen = [SamplingParameters(), *[SamplingParameters(temperature=1.0)] * (len(counts) - 1)]
+        sample(logits, chosen, [0] * len(chosen))
 
     def _tune(self, decoder: FusedDecoder, sizes: Sequence[int]) -> None:
         if self.device.type == "cuda":
@@ -258,6 +262,7 @@ class CudaRunner(ModelRunner):
             if not sizes:
                 self._why_not_captured = "the reference would gather more than 1 GiB a layer"
                 return
+        before = _reserved_bytes(self.device)
         graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
             graphs.capture()
@@ -273,6 +278,7 @@ class CudaRunner(ModelRunner):
             self._why_not_captured = f"the model cannot be captured: {str(error).splitlines()[0][:200]}"
             return
         self.graphs = graphs
+        self.captured_bytes = _reserved_bytes(self.device) - before
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""
@@ -284,6 +290,15 @@ class CudaRunner(ModelRunner):
                 logits_to_keep=batch.sample_rows,
             ).logits
         return logits[0]
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    """What torch has of a CUDA device for tensors that are alive and for captured steps; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return int(torch.cuda.memory_reserved(device))
 
 
 def _interpreted() -> bool:

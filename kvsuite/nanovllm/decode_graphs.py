@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
@@ -212,14 +214,18 @@ def _static_batch(size: int, groups: int, max_blocks: int, device: torch.device)
                 dropped=zeros(size),
                 # the graph reads device tensors alone
                 kv_lengths_host=zeros(0, on="cpu"),
-                block_tables_host=zeros(0, 0, on="cpu"),
                 dropped_host=zeros(0, on="cpu"),
+                read_tables=_nothing,
             )
             for _ in range(groups)
         ),
         decode_only=True,
         query_start_host=torch.arange(size + 1, dtype=torch.int32),
     )
+
+
+def _nothing() -> NDArray[np.int32]:
+    return np.zeros((0, 0), dtype=np.int32)
 
 
 def _narrowed(batch: StepBatch, size: int) -> StepBatch:
@@ -236,8 +242,8 @@ def _narrowed(batch: StepBatch, size: int) -> StepBatch:
                 block_tables=part.block_tables[:size],
                 dropped=part.dropped[:size],
                 kv_lengths_host=part.kv_lengths_host,
-                block_tables_host=part.block_tables_host,
                 dropped_host=part.dropped_host,
+                read_tables=part.read_tables,
             )
             for part in batch.groups
         ),

@@ -43,11 +43,10 @@ class Delivery:
 
     def take_off(self, flight: TokensInFlight) -> None:
         """Let the tokens of a launched step be under way; who gets its last one needs no blocks any more."""
-        flight.depart()
+        last = flight.depart()
         self.flight = flight
-        for request in flight.requests:
-            if request.in_flight and len(request.tokens) >= request.prompt_length + request.most:
-                self._scheduler.remove(request)
+        for request in last:
+            self._scheduler.remove(request)
 
     def land(self) -> None:
         """Wait for the tokens under way, and deliver them.
@@ -68,33 +67,37 @@ class Delivery:
             raise
         now = time.perf_counter()
         self.waited_s += now - started
+        delivered = 0
         for request, token in zip(flight.requests, tokens, strict=True):
             # a callback, or whoever called between two steps, may have ended it
-            if request.in_flight:
-                self._deliver(request, token, now)
+            if not request.in_flight:
+                continue
+            own = request.tokens
+            if request.forced is None:
+                own[-1] = token
+            else:
+                token = own[-1]
+            request.in_flight = False
+            request.times.append(now)
+            delivered += 1
+            if request.on_token is not None and not self._called(request, token, now):
+                continue
+            if token in request.stops:
+                self._end(request, Status.FINISHED, "stop")
+            elif len(own) >= request.longest:
+                self._end(request, Status.FINISHED, "length")
+        self._counters.logical_output_tokens += delivered
 
     def fail(self, requests: Iterable[Request], error: Exception) -> None:
         """End the requests of a step that raised."""
         for request in requests:
             self._end(request, Status.FAILED, f"its step failed: {type(error).__name__}: {error}", error)
 
-    def _deliver(self, request: Request, token: int, now: float) -> None:
-        if request.forced is None:
-            request.tokens[-1] = token
-        else:
-            token = request.tokens[-1]
-        request.in_flight = False
-        self._counters.logical_output_tokens += 1
-        request.times.append(now)
-        if request.on_token is not None:
-            try:
-                request.on_token(request, token, now)
-            except Exception as error:
-                self._end(request, Status.FAILED, f"its callback raised {type(error).__name__}: {error}", error)
-                return
-            if request.status.over:
-                return
-        if token in request.stops:
-            self._end(request, Status.FINISHED, "stop")
-        elif len(request.tokens) >= request.prompt_length + request.most:
-            self._end(request, Status.FINISHED, "length")
+    def _called(self, request: Request, token: int, now: float) -> bool:
+        """Call a request's callback; whether the request goes on."""
+        assert request.on_token is not None
+        try:
+            request.on_token(request, token, now)
+        except Exception as error:
+            self._end(request, Status.FAILED, f"its callback raised {type(error).__name__}: {error}", error)
+        return not request.status.over

@@ -30,7 +30,6 @@ class TokensInFlight:
         self.requests = list(requests)
         self._tokens = self._host = tokens
         self._event: Any = None
-        self._plain = all(request.forced is None for request in self.requests)
         if tokens.device.type == "cuda":
             self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
             self._host.copy_(tokens, non_blocking=True)
@@ -38,14 +37,25 @@ class TokensInFlight:
             self._event = event()
             self._event.record()
 
-    def depart(self) -> None:
-        """Put placeholders into the requests that still want a token."""
+        # whether all of them are placeholders
+        self._plain = True
+
+    def depart(self) -> list[Request]:
+        """Put placeholders into the requests that still want a token; return those that get their last one."""
+        last = []
         for row, request in enumerate(self.requests):
             if request.status.over:
                 continue
-            forced = request.forced
-            request.tokens.append(-1 - row if forced is None else int(forced[request.output_length]))
+            tokens = request.tokens
+            if request.forced is None:
+                tokens.append(-1 - row)
+            else:
+                self._plain = False
+                tokens.append(int(request.forced[request.output_length]))
             request.in_flight = True
+            if len(tokens) >= request.longest:
+                last.append(request)
+        return last
 
     def fill(self, ids: Tensor, requests: Sequence[Request], single: bool) -> None:
         """Replace the placeholders in the next step's token ids, int64 ``[T]``, on the device.

@@ -81,8 +81,8 @@ class Request:
     compressions: list[tuple[int, list[Tensor | None]]] = field(default_factory=list, init=False, repr=False)
     #: whether its blocks no longer hold all of its tokens
     compressed: bool = field(default=False, init=False)
-    #: output tokens it can get at most, and those that end it; the runtime knows its own limits
-    most: int = field(default=0, init=False)
+    #: tokens it can have at most, prompt and output, and those that end it; the runtime knows its own limits
+    longest: int = field(default=0, init=False)
     stops: frozenset[int] = field(default=frozenset(), init=False)
     #: digests of the full blocks of `tokens`, as far as they were needed
     digests: list[bytes] = field(default_factory=list, init=False, repr=False)

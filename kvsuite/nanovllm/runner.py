@@ -21,6 +21,10 @@ class Runner(Protocol):
     """Runs the steps of a runtime on a model that belongs to it until `close`."""
 
     @property
+    def captured_bytes(self) -> int:
+        """What torch gave captured steps and their static tensors, measured; 0 where nothing is captured."""
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """What is really done, for records: ``attention`` and ``decode_step`` at least."""
 
@@ -57,6 +61,7 @@ class ModelRunner:
         self._config = loaded.text_config
         self._head: LanguageHead | None = None
         self._before = set_attention(self._config, register_paged_attention())
+        self.captured_bytes = 0
 
     @property
     def facts(self) -> Mapping[str, Any]:

@@ -263,11 +263,11 @@ class Runtime:
 
     def _finish(self, plan: StepPlan) -> None:
         """Make full blocks findable and compress, now that the tokens in them are known."""
-        size = self.limits.block_size
+        size, publishes = self.limits.block_size, self.scheduler.publishes
         for request, fed in zip(plan.requests, plan.counts, strict=True):
             if request.status.over:
                 self.counters.discarded_tokens += fed
-            elif request.row >= 0 and request.computed // size > request.published:
+            elif publishes and request.computed // size > request.published and request.row >= 0:
                 self.scheduler.publish(request)
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsuite.errors import UserError
 
 _MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class SamplingParameters:
         """Whether any token can be drawn."""
         return self.top_k == 0 and self.top_p == 1
 
+    @cached_property
+    def stream(self) -> int:
+        """Where the draws of this seed begin, 64 bits: the same for all of a request's tokens."""
+        return int(_mix(np.array([self.seed & _MASK], dtype=np.uint64))[0])
+
 
 _Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[SamplingParameters]], Tensor]
 
@@ -90,25 +99,28 @@ def sample(logits: Tensor, parameters: Sequence[SamplingParameters], drawn: Sequ
     Tensor
         int64 ``[R]`` on the device of ``logits``.
     """
-    tokens = logits.argmax(dim=-1)
-    random = [row for row, chosen in enumerate(parameters) if chosen.temperature > 0]
-    if not random:
-        return tokens
-    whole = [row for row in random if parameters[row].whole]
-    for rows, draw in (
-        (whole, _one_pass(logits.device)),
-        ([row for row in random if not parameters[row].whole], _draw),
-    ):
-        if rows:
-            own = [parameters[row] for row in rows]
-            keys = [_key(p.seed, drawn[row]) for p, row in zip(own, rows, strict=True)]
-            index = _sent(rows, torch.int64, logits.device)
-            temperatures = _sent([p.temperature for p in own], torch.float32, logits.device)
-            tokens[index] = draw(logits, index, temperatures, _sent(keys, torch.int64, logits.device), own)
+    whole = [row for row, chosen in enumerate(parameters) if chosen.temperature > 0 and chosen.whole]
+    cut = [row for row, chosen in enumerate(parameters) if chosen.temperature > 0 and not chosen.whole]
+    # a maximum that nobody asks for would read all logits once more
+    tokens = logits.argmax(dim=-1) if len(whole) + len(cut) < len(parameters) else None
+    for rows, draw in ((whole, _one_pass(logits.device)), (cut, _draw)):
+        if not rows:
+            continue
+        own = [parameters[row] for row in rows]
+        keys = _keys([p.stream for p in own], [drawn[row] for row in rows])
+        index = _sent(rows, torch.int64, logits.device)
+        temperatures = _sent([p.temperature for p in own], torch.float32, logits.device)
+        found = draw(logits, index, temperatures, _sent(keys, torch.int64, logits.device), own)
+        if tokens is None and len(rows) == len(parameters):
+            return found
+        if tokens is None:
+            tokens = torch.empty(len(parameters), dtype=torch.int64, device=logits.device)
+        tokens[index] = found
+    assert tokens is not None
     return tokens
 
 
-def _sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sent(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a few numbers, without waiting for what the device has yet to do."""
     cuda = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=cuda).to(device, non_blocking=cuda)
@@ -146,17 +158,17 @@ def _truncate(scores: Tensor, parameters: Sequence[SamplingParameters]) -> Tenso
     return scores
 
 
-def _key(seed: int, drawn: int) -> list[int]:
-    """Two 32-bit words from seed and count: SplitMix64 (Steele et al., 2014)."""
-    word = (_mix(seed & _MASK) + (drawn + 1) * 0x9E3779B97F4A7C15) & _MASK
-    word = _mix(word)
-    return [word & 0xFFFFFFFF, word >> 32]
+def _keys(streams: Sequence[int], drawn: Sequence[int]) -> NDArray[np.int64]:
+    """Two 32-bit words for each row, int64 ``[R, 2]``, from its stream and count: SplitMix64 (Steele et al., 2014)."""
+    count = np.array(drawn, dtype=np.uint64) + np.uint64(1)
+    word = _mix(np.array(streams, dtype=np.uint64) + count * np.uint64(_GAMMA))
+    return np.stack([word & np.uint64(0xFFFFFFFF), word >> np.uint64(32)], axis=1).astype(np.int64)
 
 
-def _mix(word: int) -> int:
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
-    return word ^ (word >> 31)
+def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
 
 
 def _exponential(keys: Tensor, count: int) -> Tensor:

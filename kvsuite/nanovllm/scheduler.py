@@ -67,6 +67,8 @@ class Scheduler:
         self.prefix_hits = 0
         self.resumed_hits = 0
         self._preempted = False
+        #: whether full blocks are made findable
+        self.publishes = limits.prefix_caching
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -121,7 +123,7 @@ class Scheduler:
 
     def publish(self, request: Request) -> None:
         """Make the full blocks that steps completed findable by their tokens."""
-        if not self._limits.prefix_caching or request.compressed:
+        if not self.publishes or request.compressed:
             return
         size = self._limits.block_size
         last = request.prompt_length if self._stepwise else request.computed
@@ -152,8 +154,8 @@ class Scheduler:
         short = [table.short(rows) for table in self._tables]
         if all(len(lacking) <= table.pool.free for table, lacking in zip(self._tables, short, strict=True)):
             for table, lacking, copies in zip(self._tables, short, plan.copies, strict=True):
-                for row in lacking.tolist():
-                    copies += table.reserve(row, 1)
+                if len(lacking):
+                    copies += table.reserve_next(lacking)
         else:
             ready = [request for request in ready if self._fit_next(request, plan)]
         plan.requests += ready
@@ -260,7 +262,7 @@ class Scheduler:
 
     def _find_prefix(self, request: Request) -> list[list[int]]:
         """Published blocks of the first tokens, per layer group: as many as every group has."""
-        if not self._limits.prefix_caching:
+        if not self.publishes:
             return [[] for _ in self._tables]
         wanted = request.findable(stepwise=self._stepwise) // self._limits.block_size
         found: list[list[int]] = [[] for _ in self._tables]

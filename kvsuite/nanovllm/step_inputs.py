@@ -10,6 +10,7 @@ import torch
 
 from .batch import BatchBuilder, GroupInputs, Ints, StepBatch
 from .block_table import BlockTables
+from .device_tables import DeviceTables, TableRows
 from .eviction import Eviction
 from .groups import LayerGroup
 from .request import Request
@@ -45,37 +46,49 @@ class StepInputs:
         self._parts = list(zip(groups, tables, evictions, strict=True))
         self._tables = tables
         self._places = any(group.places for group in groups)
+        self._on_device = [DeviceTables(own, device) for own in tables]
         self._builder = BatchBuilder(device)
 
     def build(self, plan: StepPlan) -> tuple[StepBatch, list[Request], list[ScoredRows]]:
         """The tensors of a planned step, the requests whose next token it gives, and the scored rows behind theirs."""
-        requests = plan.requests
-        counts = np.array(plan.counts, dtype=np.int64)
-        rows = np.array([request.row for request in requests], dtype=np.int64)
-        starts = self._starts(requests, rows)
-        if len(counts) == int(counts.sum()):
-            ids = np.array([request.tokens[request.computed] for request in requests], dtype=np.int64)
-            positions = starts
-            slots = [table.next_slots(rows) for table in self._tables]
+        requests, fed = plan.requests, plan.counts
+        ids: list[int] = []
+        computed: list[int] = []
+        row_list: list[int] = []
+        sampled: list[int] = []
+        with_scored = False
+        # the one walk over the requests: a step's host time is mostly such walks
+        for index, (request, count) in enumerate(zip(requests, fed, strict=True)):
+            tokens, at = request.tokens, request.computed
+            computed.append(at)
+            row_list.append(request.row)
+            if count == 1:
+                ids.append(tokens[at])
+            else:
+                ids += tokens[at : at + count]
+            if request.scored:
+                with_scored = True
+            elif at + count == len(tokens):
+                sampled.append(index)
+        counts, rows = np.array(fed, dtype=np.int64), np.array(row_list, dtype=np.int64)
+        starts = self._starts(computed, rows)
+        if len(ids) == len(fed):
+            positions, slots = starts, [table.next_slots(rows) for table in self._tables]
+            wanted = np.array(sampled, dtype=np.int64)
         else:
-            fed = [r.tokens[r.computed : r.computed + n] for r, n in zip(requests, plan.counts, strict=True)]
-            ids = np.concatenate([np.array(tokens, dtype=np.int64) for tokens in fed])
-            offsets = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-            positions = np.repeat(starts, counts) + offsets
+            ends = np.cumsum(counts)
+            positions = np.arange(len(ids)) + np.repeat(starts - (ends - counts), counts)
             slots = [
-                np.concatenate([table.slots(row, n) for row, n in zip(rows.tolist(), plan.counts, strict=True)])
+                np.concatenate([table.slots(row, count) for row, count in zip(row_list, fed, strict=True)])
                 for table in self._tables
             ]
-        # a scored request never gets a token: -1 is no number of computed ones
-        last = np.array([-1 if request.scored else len(request.tokens) for request in requests])
-        sampled = np.flatnonzero(np.array([request.computed for request in requests]) + counts == last)
-        wanted = (np.cumsum(counts) - 1)[sampled]
+            wanted = ends[sampled] - 1
         scored: list[ScoredRows] = []
-        if last.min() < 0:
+        if with_scored:
             scored, rows_of_scored = _scored(plan)
             wanted = np.concatenate([wanted, rows_of_scored])
         batch = self._builder.build(
-            ids=ids,
+            ids=np.array(ids, dtype=np.int64),
             positions=positions,
             counts=counts,
             sample_rows=wanted,
@@ -83,21 +96,22 @@ class StepInputs:
                 GroupInputs(
                     slots=own,
                     kv_lengths=table.lengths[rows] + counts,
-                    block_tables=table.table[:, : int(table.blocks[rows].max())][rows],
+                    block_tables=TableRows(on_device, rows),
                     dropped=table.dropped[rows],
-                    places=[eviction.ranks(r.row, n) for r, n in zip(requests, plan.counts, strict=True)]
+                    places=[eviction.ranks(row, count) for row, count in zip(row_list, fed, strict=True)]
                     if group.places
                     else (),
                 )
-                for own, (group, table, eviction) in zip(slots, self._parts, strict=True)
+                for own, on_device, (group, table, eviction) in zip(slots, self._on_device, self._parts, strict=True)
             ],
         )
-        return batch, [requests[i] for i in sampled.tolist()], scored
+        chosen = requests if len(sampled) == len(requests) else [requests[i] for i in sampled]
+        return batch, chosen, scored
 
-    def _starts(self, requests: Sequence[Request], rows: Ints) -> Ints:
+    def _starts(self, computed: Sequence[int], rows: Ints) -> Ints:
         """Position id of every sequence's next token: its logical one, or its place in the cache."""
         if not self._places:
-            return np.array([request.computed for request in requests], dtype=np.int64)
+            return np.array(computed, dtype=np.int64)
         starts: Ints = np.max([table.lengths[rows] for table in self._tables], axis=0)
         return starts
 

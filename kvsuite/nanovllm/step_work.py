@@ -66,6 +66,7 @@ class StepWork:
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
+        drawing = any(request.sampling.temperature for request in sampled)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
         if scored:
@@ -79,17 +80,21 @@ class StepWork:
         self._counters.decode_steps += batch.decode_only
         if not sampled:
             return None, logits
-        chosen = sample(logits, [r.sampling for r in sampled], [r.output_length for r in sampled])
+        if drawing:
+            chosen = sample(logits, [r.sampling for r in sampled], [r.output_length for r in sampled])
+        else:
+            chosen = logits.argmax(dim=-1)
         return TokensInFlight(sampled, chosen), logits
 
     def commit(self, plan: StepPlan) -> None:
         """Count the tokens whose keys a step stores."""
-        rows = np.array([request.row for request in plan.requests])
+        rows, counts = np.array([request.row for request in plan.requests]), np.array(plan.counts)
         for table in self._tables:
-            table.commit(rows, np.array(plan.counts))
+            table.commit(rows, counts)
         decoded = 0
         for request, fed in zip(plan.requests, plan.counts, strict=True):
-            decoded += fed == 1 and request.computed >= request.prompt_length
+            if fed == 1 and request.computed >= request.prompt_length:
+                decoded += 1
             request.computed += fed
         self._counters.computed_decode_tokens += decoded
         self._counters.computed_prefill_tokens += sum(plan.counts) - decoded

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvsuite.engines.nano_runtime import pool_bytes, workspace_bytes
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.nano import ATTENTION_WORKSPACE, BLOCK_TOKENS, NanoMemory, pool_blocks
+from kvsuite.memory_model.nano import _FLASHINFER_HEAD_DIMS, ATTENTION_WORKSPACE, BLOCK_TOKENS, NanoMemory, pool_blocks
 from kvsuite.memory_model.prediction import Prediction, Term
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
@@ -176,13 +176,22 @@ def test_llama_3_8b_in_numbers() -> None:
     assert predicted.notes
 
 
-def test_flashinfers_workspace_is_counted_on_cuda_alone() -> None:
-    from kvsuite.nanovllm import flashinfer_attention
+def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
+    from kvsuite.nanovllm import cuda_runner, flashinfer_attention
 
     assert flashinfer_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
-    there, here = (memory(device=device).predict(point(512, 64, 1)) for device in ("cuda", "cpu"))
+    assert cuda_runner._FLASHINFER_HEAD_DIMS == _FLASHINFER_HEAD_DIMS
+    wide, narrow = architecture_of("dummy:Llama-3-8B"), architecture_of("dummy:tiny")
+    there, here, exact, odd = (
+        NanoMemory(of, dtype, device).predict(point(512, 64, 1))
+        for of, dtype, device in (
+            (wide, "bfloat16", "cuda"), (wide, "bfloat16", "cpu"), (wide, "float32", "cuda"), (narrow, "bfloat16", "cuda"),
+        )
+    )  # fmt: skip
     assert term(there, "attention workspace").bytes == ATTENTION_WORKSPACE
     assert there.total == (here.total or 0) + ATTENTION_WORKSPACE
+    for other in (here, exact, odd):
+        assert all(found.name != "attention workspace" for found in other.terms)
 
 
 def test_a_models_own_window_takes_no_other() -> None:

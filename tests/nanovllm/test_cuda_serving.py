@@ -165,3 +165,28 @@ def test_scored_rows_are_those_of_transformers():
     runtime.close()
     found = torch.cat(rows)
     assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < BOUND
+
+
+def test_warming_up_changes_no_token_and_touches_the_scratch_block_alone():
+    pytest.importorskip("flashinfer")
+    of = _half("qwen3")
+    found = []
+    for warm_up in (False, True):
+        runtime = Runtime(
+            of, Limits(**SMALL | {"block_size": 16}), runner=cuda_runner(sizes=[2, 5, 8], tune=False, warm_up=warm_up)
+        )
+        torch.cuda.synchronize()
+        for pool in runtime.pools:
+            assert not pool.keys[:, 1:].any()
+            assert not pool.values[:, 1:].any()
+            assert torch.isfinite(pool.values).all()
+        assert runtime.runner.captured_bytes > 0
+        requests = [
+            Request(prompt, SamplingParameters(max_new_tokens=NEW, temperature=0.8 * (i % 2), seed=i, ignore_eos=True))
+            for i, prompt in enumerate(prompts(MIXED))
+        ]
+        runtime.run(requests)
+        runtime.close()
+        assert_nothing_lost(runtime)
+        found.append([request.output for request in requests])
+    assert found[0] == found[1]
