@@ -50,9 +50,8 @@ def _run(folder: Path, options: list[str], cases: int) -> tuple[float, float]:
     rows = [json.loads(line) for found in folder.glob("*/records.jsonl") for line in found.read_text().splitlines()]
     records = [row for row in rows if row.get("schema", "").startswith("kvsuite.record")]
     if done.returncode or len(records) != cases or any(row["status"] != "ok" for row in records):
-        sys.exit(
-            f"{folder}: exit code {done.returncode}, {len(records)} of {cases} records\n{done.stdout[-3000:]}{done.stderr[-2000:]}"
-        )
+        said = done.stdout[-3000:] + done.stderr[-2000:]
+        sys.exit(f"{folder}: exit code {done.returncode}, {len(records)} of {cases} records\n{said}")
     return seconds, sum(row["duration_s"] for row in records)
 
 

@@ -9,10 +9,11 @@ import torch
 
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.nano import attention_workspace
+from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.quantization.modules import PackedWeight
 
 from .rotary import Rotary
 
@@ -140,10 +141,9 @@ class RuntimeHolder:
 
 
 def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
-    """Predicted bytes of a step's activations, by a rough count of a decoder layer's tensors, of its logits, and of FlashInfer.
+    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS and FlashInfer.
 
-    ``step tokens * (16 hidden + 4 intermediate) * element + sequences * vocabulary * (element + 4) + attention workspace``,
-    as `kvsuite.memory_model.nano.NanoMemory` predicts it.
+    As `kvsuite.memory_model.nano.NanoMemory` predicts them.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)
@@ -156,7 +156,12 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
     tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
     element = loaded.dtype.itemsize
     logits = limits.max_num_seqs * int(config.vocab_size) * (element + torch.float32.itemsize)
-    return tokens * (16 * hidden + 4 * wide) * element + logits + attention
+    packed = loaded.device.type == "cuda" and any(isinstance(module, PackedWeight) for module in loaded.model.modules())
+    activations = activation_bytes(
+        tokens=tokens, hidden=hidden, intermediate=wide, element_bytes=element, unpacks=packed
+    )
+    products = LIBRARY_WORKSPACE if loaded.device.type == "cuda" else 0
+    return activations + logits + products + attention
 
 
 def pool_bytes(runtime: Runtime, element_bytes: int) -> int:

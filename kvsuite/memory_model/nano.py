@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsuite.quantization.formats import DENSE_TILE
 from kvsuite.spaces.design_point import DesignPoint
 
 from .config import Architecture
@@ -15,6 +16,8 @@ BLOCK_TOKENS = 16
 ATTENTION_WORKSPACE = 256 << 20
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+#: what cuBLAS keeps on Hopper: 32 MiB for each stream that multiplies, the default one and that of the captured steps
+LIBRARY_WORKSPACE = 64 << 20
 _LOGIT_BYTES = 4
 
 
@@ -22,6 +25,20 @@ def attention_workspace(*, device: str, dtype: str, head_dim: int) -> int:
     """Bytes of FlashInfer's workspace, 0 where the reference attends: elsewhere than on CUDA, in float32, with odd heads."""
     attends = device == "cuda" and dtype in _FLASHINFER_DTYPES and head_dim in _FLASHINFER_HEAD_DIMS
     return ATTENTION_WORKSPACE if attends else 0
+
+
+def activation_bytes(*, tokens: int, hidden: int, intermediate: int, element_bytes: int, unpacks: bool = False) -> int:
+    """Bytes alive at the widest place of a step, the feed-forward part of a gated layer.
+
+    The residual, the normalised states and what the attention added are ``hidden`` wide, gate, up and their product
+    ``intermediate``: ``tokens * 3 * (hidden + intermediate) * element``. Packed weights on CUDA are dequantised by the matrix
+    where the product comes from: then it is ``tokens * (3 hidden + 2 intermediate) * element`` and the matrix, if that is more.
+    """
+    whole = tokens * 3 * (hidden + intermediate) * element_bytes
+    if not unpacks:
+        return whole
+    matrix = min(hidden * intermediate, DENSE_TILE)
+    return max(whole, (tokens * (3 * hidden + 2 * intermediate) + matrix) * element_bytes)
 
 
 def pool_blocks(
@@ -66,11 +83,14 @@ class NanoMemory:
         Of weights that no format prescribes one for: ``float32``, ``float16`` or ``bfloat16``.
     device
         Kind of the device, ``cuda`` or ``cpu``.
+    prompt_tokens
+        Tokens of each prompt, where that is known: a step feeds no more than all prompts have.
     """
 
     architecture: Architecture
     dtype: str = "bfloat16"
     device: str = "cuda"
+    prompt_tokens: int | None = None
     engine: str = "nano"
 
     def predict(self, point: DesignPoint) -> Prediction:
@@ -102,8 +122,11 @@ class NanoMemory:
                 block_bytes=BLOCK_TOKENS * model.kv_bytes_per_token(chosen.element_bytes),
                 dtype=chosen.dtype,
             )
-        tokens = min(step, batch * point.context_window_size)
-        activations = tokens * (16 * model.hidden + 4 * model.intermediate) * chosen.element_bytes
+        tokens = min(step, batch * (self.prompt_tokens or point.context_window_size))
+        activations = activation_bytes(
+            tokens=tokens, hidden=model.hidden, intermediate=model.intermediate, element_bytes=chosen.element_bytes,
+            unpacks=self.device == "cuda" and chosen.group is not None,
+        )  # fmt: skip
         logits = batch * model.vocabulary * (chosen.element_bytes + _LOGIT_BYTES)
         pool = (
             "context_window_size",
@@ -121,9 +144,11 @@ class NanoMemory:
                 "kv_cache", KEYS_AND_VALUES, None if allocation is None else allocation.bytes,
                 "unknown" if allocation is None else "exact", pool, "(blocks + 1) 16 2 L Hkv D e", reason,
             ),
-            Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step (16 hidden + 4 wide) e"),
+            Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step 3 (hidden + wide) e"),
             Term("temporary", "logits", logits, "exact", ("max_batch_size",), "B V (e + 4)"),
         ]  # fmt: skip
+        if self.device == "cuda":
+            terms.append(Term("temporary", "matrix products", LIBRARY_WORKSPACE, "rough", (), "2 streams 32 MiB"))
         workspace = attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=model.head_dim)
         if workspace:
             terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))

@@ -115,7 +115,8 @@ def _predicted(work: CasePasses, session: Session, case: Case, found: MemoryPass
     folder = work.runner.options.cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
-        memory = NanoMemory(architecture, session.dtype_name, case.device_kind).predict(point_of(case))
+        prompt = int(case.workload["prompt_tokens"])
+        memory = NanoMemory(architecture, session.dtype_name, case.device_kind, prompt).predict(point_of(case))
     except UserError as error:
         work.record.warnings.append(f"memory is predicted from the loaded model: {error}")
         weights = (session.model.get("quantization") or {}).get("predicted_weight_bytes")

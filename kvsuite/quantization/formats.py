@@ -60,6 +60,9 @@ def values_per_word(bits: int) -> int:
 
 
 #: mlc_llm/quantization/quantization.py
+#: elements of a packed matrix that are dequantised at a time on CUDA, where a product has many tokens
+DENSE_TILE = 1 << 26
+
 GROUP_FORMATS: dict[str, GroupFormat] = {
     "q3f16_1": GroupFormat(3, 40, "float16"),
     "q4f16_0": GroupFormat(4, 32, "float16", transposed=True),

@@ -13,7 +13,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 from torch.nn import functional as F
 
-from .formats import values_per_word
+from .formats import DENSE_TILE, values_per_word
 
 if TYPE_CHECKING:
     from .modules import PackedWeight
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 #: tokens up to which the product reads the packed words itself, by the bytes of an activation; above, tiles are dequantised
 #: for torch's matmul, which on an H200 is then the faster way in float32
 FEW_ROWS = {2: 64, 4: 16}
-# elements of a tile that is dequantised for torch's matmul
-_TILE = 1 << 26
 
 
 class Tile(NamedTuple):
@@ -206,7 +204,7 @@ def group_matmul(x: Tensor, weight: "PackedWeight", bias: Tensor | None) -> Tens
     tokens = x.shape[0]
     if tokens <= FEW_ROWS[x.element_size()]:
         return few_rows_product(x, weight, bias)
-    step = max(1, _TILE // weight.columns)
+    step = max(1, DENSE_TILE // weight.columns)
     if step >= weight.rows:
         return F.linear(x, dequantize(weight), bias)
     out = x.new_empty(tokens, weight.rows)

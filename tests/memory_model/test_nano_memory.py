@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from kvsuite.engines.nano_runtime import pool_bytes, workspace_bytes
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.nano import _FLASHINFER_HEAD_DIMS, ATTENTION_WORKSPACE, BLOCK_TOKENS, NanoMemory, pool_blocks
+from kvsuite.memory_model.nano import (
+    _FLASHINFER_HEAD_DIMS,
+    ATTENTION_WORKSPACE,
+    BLOCK_TOKENS,
+    LIBRARY_WORKSPACE,
+    NanoMemory,
+    pool_blocks,
+)
 from kvsuite.memory_model.prediction import Prediction, Term
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
@@ -171,9 +178,24 @@ def test_llama_3_8b_in_numbers() -> None:
     predicted = memory("bfloat16", "cuda", "Llama-3-8B").predict(point(8192, 2048, 8))
     assert predicted.part("parameters") == 2 * 8_030_261_248
     assert predicted.part("kv_cache") == (8 * 512 + 1) * 2 << 20
-    assert term(predicted, "activations").bytes == 2048 * (16 * 4096 + 4 * 14336) * 2
+    assert term(predicted, "activations").bytes == 2048 * 3 * (4096 + 14336) * 2
     assert term(predicted, "logits").bytes == 8 * 128_256 * 6
     assert predicted.notes
+    # a matrix is dequantised beside the states where a step has few tokens, and disappears in them where it has many
+    packed = [
+        memory("float16", "cuda", "Llama-3-8B").predict(point(8192, chunk, 8, name="q4f16_1")) for chunk in (512, 8192)
+    ]
+    few, many = (term(found, "activations").bytes for found in packed)
+    assert few == (512 * (3 * 4096 + 2 * 14336) + 4096 * 14336) * 2
+    assert many == 8192 * 3 * (4096 + 14336) * 2
+
+
+def test_a_step_feeds_no_more_than_the_prompts_have() -> None:
+    model = architecture_of("dummy:Llama-3-8B")
+    whole, short = (
+        NanoMemory(model, "bfloat16", "cuda", prompt).predict(point(8192, 2048, 2)) for prompt in (None, 300)
+    )
+    assert term(short, "activations").bytes * 2048 == term(whole, "activations").bytes * 600
 
 
 def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
@@ -189,7 +211,7 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
         )
     )  # fmt: skip
     assert term(there, "attention workspace").bytes == ATTENTION_WORKSPACE
-    assert there.total == (here.total or 0) + ATTENTION_WORKSPACE
+    assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE
     for other in (here, exact, odd):
         assert all(found.name != "attention workspace" for found in other.terms)
 
