@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvsuite.nanovllm.block_pool import ROOT, BlockPool, PoolFullError, chain
 from kvsuite.nanovllm.block_table import BlockTables
+from kvsuite.nanovllm.device_tables import DeviceTables
 
 SIZE, BLOCKS, ROWS = 4, 14, 5
 
@@ -24,6 +26,7 @@ class Blocks(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(BLOCKS, SIZE)
         self.tables = BlockTables(self.pool, rows=ROWS, blocks_per_row=BLOCKS, window=self.window, sinks=self.sinks)
+        self.on_device = DeviceTables(self.tables, torch.device("cpu"))
         self.memory: dict[int, int] = {}
         self.texts: dict[int, list[int]] = {}
         self.seen: dict[int, int] = {}
@@ -114,6 +117,36 @@ class Blocks(RuleBasedStateMachine):
         self.texts[target], self.seen[target] = list(self.texts[row]), self.seen[row]
         if self.whole.get(row) is not None:
             self.whole[target] = list(self.whole[row])
+
+    @rule()
+    def follow(self) -> None:
+        """The copy on the device takes over what has changed since it last did, and nothing else."""
+        places, blocks = (torch.from_numpy(part) for part in self.on_device.changes())
+        self.on_device.update(places, blocks)
+        rows = torch.arange(ROWS)
+        assert self.on_device.pick(rows, BLOCKS).tolist() == self.tables.table.tolist()
+        assert not self.tables.changes()
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        """One token for several sequences at once."""
+        rows = sorted(data.draw(st.sets(st.sampled_from(sorted(self.texts)), min_size=1)))
+        short = self.tables.short(np.array(rows))
+        if len(short) > self.pool.free:
+            return
+        if len(short):
+            self.copy(self.tables.reserve_next(short))
+        token = data.draw(st.integers(0, 1))
+        for row, slot in zip(rows, self.tables.next_slots(np.array(rows)).tolist(), strict=True):
+            self.write([slot], [token])
+            self.texts[row] = [*self.texts[row], token]
+            if self.whole.get(row) is not None:
+                self.whole[row] = [*self.whole[row], token]
+            self.seen[row] += 1
+        self.tables.commit(np.array(rows), 1)
+        for row in rows:
+            self.publish(row)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
