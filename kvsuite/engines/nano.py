@@ -268,7 +268,7 @@ class NanoSession(Session):
         """The runtime of one request at a time; its pool holds the longest one so far, and one token more."""
         self._longest = max(self._longest, prompt_tokens + new_tokens + 1)
         runtime = self._holder.get(self._holder.limits(self._longest), self._method.policy, captures=captures)
-        self.effective |= self._holder.facts(runtime)
+        self._holder.state(runtime, self.effective)
         return runtime
 
 

@@ -95,6 +95,11 @@ class RuntimeHolder:
             # captured steps and FlashInfer's wrappers hold cycles, and a pool is most of the memory
             gc.collect()
 
+    def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
+        """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
+        effective.pop("decode_step_reason", None)
+        effective |= self.facts(runtime)
+
     def facts(self, runtime: Runtime) -> dict[str, Any]:
         """What a runtime really applies, in JSON types."""
         limits = runtime.limits

@@ -127,7 +127,8 @@ class NanoServing(Serving):
     def _runtime(self, *, captures: bool) -> Runtime:
         runtime = self._holder.get(self.limits, None, captures=captures)
         limits = runtime.limits
-        self._effective |= self._holder.facts(runtime) | {
+        self._holder.state(runtime, self._effective)
+        self._effective |= {
             "sliding_window": limits.sliding_window,
             "attention_sinks": limits.attention_sinks,
             "prefill_first": limits.prefill_first,

@@ -122,8 +122,8 @@ def sample(logits: Tensor, parameters: Sequence[SamplingParameters], drawn: Sequ
 
 def _sent(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a few numbers, without waiting for what the device has yet to do."""
-    cuda = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=cuda).to(device, non_blocking=cuda)
+    found = torch.as_tensor(values, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def _one_pass(device: torch.device) -> _Draw:
