@@ -266,9 +266,10 @@ class Scheduler:
             return [[] for _ in self._tables]
         wanted = request.findable(stepwise=self._stepwise) // self._limits.block_size
         found: list[list[int]] = [[] for _ in self._tables]
-        self._extend_digests(request, wanted)
-        for digest in request.digests[:wanted]:
-            blocks = [table.pool.find(digest) for table in self._tables]
+        for index in range(wanted):
+            # no further than needed: the rest is hashed when it is published, behind the step's launch
+            self._extend_digests(request, index + 1)
+            blocks = [table.pool.find(request.digests[index]) for table in self._tables]
             if any(block is None for block in blocks):
                 break
             for held, block in zip(found, blocks, strict=True):
