@@ -41,6 +41,7 @@ class Reporter:
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
+        self.page: Path | None = None
         self.failure: str | None = None
 
     @property
@@ -152,7 +153,8 @@ class Reporter:
                 config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
             ):
                 self.files += list(paths)
-            self.files.append(write_page(self._store.folder, self.run, self.rows))
+            self.page = write_page(self._store.folder, self.run, self.rows)
+            self.files.append(self.page)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.failure = f"{what}; the records are safe in {self._store.path}, redraw with python -m kvsuite report"

@@ -74,20 +74,21 @@ class Browser:
             assert time.monotonic() < deadline, f"never true: {script}; {self.complaints}"
             time.sleep(0.02)
 
-    def click(self, selector: str, index: int = 0) -> None:
-        """Press and release the mouse in the middle of an element, wherever that is."""
+    def point(self, selector: str, index: int = 0) -> tuple[float, float]:
+        """Bring an element into the window and move the mouse to its middle."""
         x, y = self.run(
             f"(() => {{ const found = document.querySelectorAll({json.dumps(selector)})[{index}];"
             " found.scrollIntoView({ block: 'center', inline: 'center', behavior: 'instant' });"
             " const box = found.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
-        self.move(x, y)
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        return x, y
+
+    def click(self, selector: str, index: int = 0) -> None:
+        """Press and release the mouse in the middle of an element, wherever that is."""
+        x, y = self.point(selector, index)
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def move(self, x: float, y: float) -> None:
-        """Move the mouse."""
-        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def key(self, name: str) -> None:
         """Press and release a key."""

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from kvsuite.reporting.aggregate import NOT_IN_RECORD, Row, by_name, ci_half_width, failure, missing_reason
 
-from .columns import Column, identity_columns, metric_columns
+from .columns import Column, identity_columns
 
 _DETAILS = ("case_key", "settings_hash", "started_utc", "duration_s", "rounds", "warmup", "seed", "order_index", "reason")
 _PARTS = ("warnings", "error", "inert", "effective", "tokens", "memory", "model", "dataset", "partition")
@@ -33,7 +33,7 @@ class Pool:
         return self._places[key]
 
 
-def case_data(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+def case_data(folder: Path, rows: Sequence[Row], metrics: Sequence[Column]) -> dict[str, Any]:
     """The case table as JSON types.
 
     Parameters
@@ -42,6 +42,8 @@ def case_data(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
         Where the page will lie: of sidecars only those in it are linked.
     rows
         Record rows in the order of the suites' spaces, which is that of ``report.json``.
+    metrics
+        Their `metric_columns`.
 
     Returns
     -------
@@ -50,17 +52,15 @@ def case_data(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
         reason in ``pool``) by column; ``names``, ``status``, ``failure``, ``details``, ``links`` by case; ``plot``; ``pool``.
     """
     pool = Pool()
-    metrics = metric_columns(rows)
     identity = identity_columns(rows)
     cells: dict[str, list[Any]] = {column.key: [_identity(row, column.key) for row in rows] for column in identity}
-    spread: dict[str, list[float | None]] = {}
+    spread: dict[str, list[float | None] | None] = {}
     missing: dict[str, dict[int, int]] = {}
     for column in metrics:
         name = column.key
         cells[name] = [_rounded(_entry(row, name).get("value")) for row in rows]
         spreads = [_spread(row, name) for row in rows]
-        if any(found is not None for found in spreads):
-            spread[name] = spreads
+        spread[name] = spreads if any(found is not None for found in spreads) else None
         missing[name] = {
             place: pool.add(missing_reason(row, name))
             for place, row in enumerate(rows)

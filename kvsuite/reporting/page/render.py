@@ -21,7 +21,7 @@ from kvsuite.reporting.store import RECORDS_FILE
 from kvsuite.reporting.table_parts import which
 
 from .cases import case_data, unmeasured
-from .columns import metric_columns
+from .columns import Column, metric_columns
 from .facts import machine_line, run_facts, text_of
 from .verdicts import COMPARISON_FILE, case_list, comparison_data, read_comparison, side, verdict_counts
 
@@ -120,8 +120,9 @@ def render_page(
 
     rows = in_space_order(rows)
     counts = Counter(row["status"] for row in rows)
+    columns = metric_columns(rows)
     style, scripts = _own("report.css"), [_own(name) for name in _SCRIPTS]
-    data = {"cases": case_data(folder, rows), "verdicts": comparison_data(comparison) if comparison else None}
+    data = {"cases": case_data(folder, rows, columns), "verdicts": comparison_data(comparison) if comparison else None}
     environment = Environment(
         loader=PackageLoader("kvsuite.reporting", "templates"),
         autoescape=True,
@@ -139,9 +140,9 @@ def render_page(
         cases=len(rows),
         counts=[(status, counts[status]) for status in STATUSES if counts[status]],
         warnings=_warnings(rows),
-        unmeasured=unmeasured(rows, metric_columns(rows)),
+        unmeasured=unmeasured(rows, columns),
         facts=run_facts(run, rows),
-        metrics=_definitions(rows),
+        metrics=_definitions(columns),
         pictures=_shown(pictures),
         raw=[(name, f"./{quote(os.fsencode(name))}") for name in beside if Path(name).suffix in _RAW],
         comparison=comparison and _comparison(comparison, beside),
@@ -194,7 +195,7 @@ def _which(names: Sequence[str], labelled: Mapping[str, Row]) -> str:
     return which(names, labelled) if len(names) <= _MOST_WARNINGS else f" ({len(names):,} cases)"
 
 
-def _definitions(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _definitions(columns: Sequence[Column]) -> list[dict[str, Any]]:
     known = {metric.name: metric for metric in BUILTIN}
     return [
         {
@@ -204,7 +205,7 @@ def _definitions(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "unit": known[column.key].unit if column.key in known else column.unit,
             "formula": column.formula,
         }
-        for column in metric_columns(rows)
+        for column in columns
     ]
 
 

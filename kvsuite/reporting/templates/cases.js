@@ -1,6 +1,6 @@
 'use strict';
 
-const STATUS_MARKS = { ok: '✓', oom: '▲', error: '✕', crashed: '‡', invalid: '⊘', skipped: '–' };
+const STATUS_MARKS = { __proto__: null, ok: '✓', oom: '▲', error: '✕', crashed: '‡', invalid: '⊘', skipped: '–' };
 const STATUS_RANK = ['crashed', 'error', 'oom', 'invalid', 'skipped', 'ok'];
 
 /** A number in its column's unit; one that the column's decimals would print as 0 keeps a digit. */
@@ -15,7 +15,7 @@ function columnNumber(value, column) {
 /** A number in a unit of its own size, four digits of it. */
 function freeNumber(value, unit) {
   if (typeof value !== 'number') return value === null || value === undefined ? 'n/a' : String(value);
-  const sizes = { bytes: [[2 ** 30, 'GiB'], [2 ** 20, 'MiB'], [2 ** 10, 'KiB']], s: [[1, 's'], [1e-3, 'ms'], [1e-6, 'µs']] };
+  const sizes = { __proto__: null, bytes: [[2 ** 30, 'GiB'], [2 ** 20, 'MiB'], [2 ** 10, 'KiB']], s: [[1, 's'], [1e-3, 'ms'], [1e-6, 'µs']] };
   const [scale, name] = sizes[unit]?.find(([size]) => Math.abs(value) >= size) ?? [1, unit === '1' ? '' : unit ?? ''];
   const scaled = value / scale;
   const text = Number.isInteger(scaled) || Math.abs(scaled) >= 1e4

@@ -1,6 +1,6 @@
 'use strict';
 
-const VERDICT_MARKS = { regression: '✕', unstable: '≈', worse: '↘', information: 'i', better: '↗', same: '=' };
+const VERDICT_MARKS = { __proto__: null, regression: '✕', unstable: '≈', worse: '↘', information: 'i', better: '↗', same: '=' };
 
 function changeText(change) {
   if (typeof change !== 'number') return change === null || change === undefined ? '–' : String(change);
