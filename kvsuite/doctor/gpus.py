@@ -47,8 +47,9 @@ def gpu_findings(gpus: list[dict[str, Any]]) -> list[Finding]:
     for gpu in gpus:
         held, others = gpu["held_down_by"], gpu["processes"]
         clock = _of(gpu["sm_clock_mhz"], gpu["sm_clock_max_mhz"], "MHz")
+        memory = _of(_gib(gpu["memory_used_bytes"]), _gib(gpu["memory_bytes"]), "GiB")
         state = (
-            f"{gpu['name']}, driver {gpu['driver']}, {_of(_gib(gpu['memory_used_bytes']), _gib(gpu['memory_bytes']), 'GiB')} used, "
+            f"{gpu['name']}, driver {gpu['driver']}, {memory} used, "
             f"SM clock {clock}, {_of(gpu['power_w'], gpu['power_limit_w'], 'W')}, {gpu['temperature_c']} °C"
         )
         if held:

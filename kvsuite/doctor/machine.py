@@ -31,10 +31,17 @@ def _processor() -> Finding:
     quota = _words(_CGROUP / "cpu.max")
     if len(quota) == 2 and quota[0].isdigit() and int(quota[0]) / int(quota[1]) < host["cores"]:
         share = int(quota[0]) / int(quota[1])
-        return Finding("processor", "attention", f"{found}; the container may use {share:.1f} of them", "times come in jerks")
+        return Finding(
+            "processor", "attention", f"{found}; the container may use {share:.1f} of them", "times come in jerks"
+        )
     governor = _words(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"))
     if governor and governor != ["performance"]:
-        return Finding("processor", "attention", f"{found}; clocks governed by {governor[0]!r}", "cpupower frequency-set -g performance")
+        return Finding(
+            "processor",
+            "attention",
+            f"{found}; clocks governed by {governor[0]!r}",
+            "cpupower frequency-set -g performance",
+        )
     return Finding("processor", "ok", found)
 
 
@@ -68,7 +75,9 @@ def _folder(part: str, folder: Path, option: str) -> Finding:
             pass
         free = shutil.disk_usage(there).free
     except OSError as error:
-        return Finding(part, "attention", f"{folder}: cannot be written ({error.strerror})", f"choose another one with {option}")
+        return Finding(
+            part, "attention", f"{folder}: cannot be written ({error.strerror})", f"choose another one with {option}"
+        )
     found = f"{folder}: can be {'written' if there == folder else 'made'}, {free / GIB:.1f} GiB free"
     return Finding(part, "attention", found, "make room") if free < _LOW_DISK else Finding(part, "ok", found)
 

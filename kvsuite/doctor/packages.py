@@ -24,7 +24,9 @@ _OPTIONAL = (
 def package_findings() -> list[Finding]:
     """Python, kvsuite, every requirement (its range, and whether it can be imported), and optional packages."""
     return [
-        Finding("Python", "ok", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
+        Finding(
+            "Python", "ok", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"
+        ),
         _plugin(),
         *_requirements(),
         *(Finding(name, "ok" if found else "missing", found or "not installed") for name, found in _optional()),
@@ -56,7 +58,18 @@ def _requirements() -> Iterator[Finding]:
     try:
         asked = importlib.metadata.requires("kvsuite") or []
     except importlib.metadata.PackageNotFoundError:
-        asked = ["pytest", "torch", "transformers", "numpy", "pandas", "scipy", "matplotlib", "jsonschema", "jinja2", "rich"]
+        asked = [
+            "pytest",
+            "torch",
+            "transformers",
+            "numpy",
+            "pandas",
+            "scipy",
+            "matplotlib",
+            "jsonschema",
+            "jinja2",
+            "rich",
+        ]
     for text in asked:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -66,7 +79,9 @@ def _requirements() -> Iterator[Finding]:
         if version is None:
             yield Finding(requirement.name, "broken", f"not installed{wanted}", f'pip install "{requirement}"')
         elif not requirement.specifier.contains(version, prereleases=True):
-            yield Finding(requirement.name, "attention", f"{version} is untested{wanted}", f'pip install "{requirement}"')
+            yield Finding(
+                requirement.name, "attention", f"{version} is untested{wanted}", f'pip install "{requirement}"'
+            )
         elif error := import_error(requirement.name):
             yield Finding(requirement.name, "broken", f"{version} cannot be imported: {error}", _REINSTALL)
         else:

@@ -67,7 +67,9 @@ def _default_model() -> Finding:
         return Finding("default model", "missing", f"{NAME} is not installed; name another one with --kv-model", mend)
     if converted_path().is_dir():
         return Finding("default model", "ok", f"{NAME}, converted in {converted_path()}")
-    return Finding("default model", "ok", f"{NAME}; the first use converts it (about 20 s, 540 MB) into {converted_path()}")
+    return Finding(
+        "default model", "ok", f"{NAME}; the first use converts it (about 20 s, 540 MB) into {converted_path()}"
+    )
 
 
 def _presses() -> Finding:
@@ -93,7 +95,9 @@ def _weight_formats(devices: list[str]) -> Iterator[Finding]:
                 without.setdefault(reason.removeprefix(name).strip(), []).append(name)
         for reason, names in without.items():
             shown, mend = _split(reason)
-            yield Finding(", ".join(names) if len(names) < 4 else f"{len(names)} formats, {device}", "missing", shown, mend)
+            yield Finding(
+                ", ".join(names) if len(names) < 4 else f"{len(names)} formats, {device}", "missing", shown, mend
+            )
 
 
 def _paged_attention(devices: list[str]) -> Finding:
@@ -127,7 +131,9 @@ def _tried(part: str, load: Callable[[], str]) -> Finding:
     except CaseSkipped as error:
         return Finding(part, "missing", *_split(str(error)))
     except Exception as error:  # a broken optional package may raise anything
-        return Finding(part, "attention", f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Finding(
+            part, "attention", f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
 
 
 def _split(reason: str) -> tuple[str, str | None]:

@@ -20,7 +20,9 @@ _MARKS: dict[State, tuple[str, str]] = {
 def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print every section, the noise, and what it comes to."""
     for title, findings in diagnosis.sections.items():
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+        )
         table.add_column(width=1)
         table.add_column(no_wrap=True, min_width=16)
         table.add_column(overflow="fold")
@@ -53,7 +55,9 @@ def _noise(noise: Noise) -> str:
 
 def _summary(diagnosis: Diagnosis) -> str:
     states = [finding.state for section in diagnosis.sections.values() for finding in section]
-    missing = [finding.part for finding in diagnosis.sections.get("Engines and parts", ()) if finding.state == "missing"]
+    missing = [
+        finding.part for finding in diagnosis.sections.get("Engines and parts", ()) if finding.state == "missing"
+    ]
     if diagnosis.broken:
         return f"kvsuite cannot run: {', '.join(finding.part for finding in diagnosis.broken)} broken"
     without = f"missing: {', '.join(missing)}" if missing else "nothing is missing"

@@ -56,7 +56,11 @@ class Browser:
         """Load a page and wait until its script has run through."""
         self.events.clear()
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
         )
         self.send("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.readyState === 'complete'")
@@ -111,7 +115,9 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """Text of all elements, as a reader of the page sees it."""
-        return self.run(f"[...document.querySelectorAll({json.dumps(selector)})].map((found) => found.innerText.trim())")
+        return self.run(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map((found) => found.innerText.trim())"
+        )
 
     def screenshot(self, path: Path) -> None:
         """Keep what the window shows."""
@@ -120,7 +126,12 @@ class Browser:
     @property
     def complaints(self) -> list[dict[str, Any]]:
         """Exceptions, dialogs, blocked pieces and errors in the console."""
-        wrong = ("Runtime.exceptionThrown", "Page.javascriptDialogOpening", "Runtime.consoleAPICalled", "Log.entryAdded")
+        wrong = (
+            "Runtime.exceptionThrown",
+            "Page.javascriptDialogOpening",
+            "Runtime.consoleAPICalled",
+            "Log.entryAdded",
+        )
         return [event for event in self.events if event.get("method") in wrong]
 
     @property

@@ -24,7 +24,7 @@ HOSTILE = (
     '" style="position:fixed;inset:0" onclick="window.hacked=1" x="',
     "`${window.hacked=1}`",
     "\\u003cscript\\u003ewindow.hacked=1\\u003c/script\\u003e",
-    "\\\"};window.hacked=1;//",
+    '\\"};window.hacked=1;//',
     "a\u2028window.hacked=1\u2029b",
     "javascript:window.hacked=1",
     "data:text/html,<script>parent.window.hacked=1</script>",
@@ -68,7 +68,7 @@ def hostile_row(text: str, place: int, make: Any) -> dict[str, Any]:
 
 def hostile_comparison() -> dict[str, Any]:
     rows = [
-        {name: text for name in ("case", "metric", "unit", "base", "now", "change", "verdict", "rule", "note")}
+        dict.fromkeys(("case", "metric", "unit", "base", "now", "change", "verdict", "rule", "note"), text)
         for text in HOSTILE
     ]
     text = "".join(HOSTILE)

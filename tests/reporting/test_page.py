@@ -103,8 +103,6 @@ def test_hostile_texts_stay_texts(tmp_path, run, row):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
 def test_any_text_comes_back_as_it_was(tmp_path, run, row, text):
-    from page_samples import HOSTILE as _  # the same way in as the hostile ones
-
     found = parsed(tmp_path, run | {"model": text or "m"}, [hostile_row(text, 0, row)])
     assert found.data()["cases"]["names"] == [f"{text} 0"]
     assert len(found.raw) == 7  # styles, data, five scripts
@@ -190,7 +188,9 @@ def test_the_worst_verdicts_come_first(tmp_path, run, rows):
     assert "gone" in found.text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [1]}', '{"rows": [{"verdict": NaN}]}', '{"rows": [{"case": 1}]}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rows": [1]}', '{"rows": [{"verdict": NaN}]}', '{"rows": [{"case": 1}]}']
+)
 def test_a_damaged_comparison_is_named(tmp_path, run, rows, content):
     (tmp_path / "comparison.json").write_text(content)
     with pytest.raises(UserError, match=r"comparison\.json: .*compare again, or remove it"):

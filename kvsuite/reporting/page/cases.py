@@ -12,7 +12,17 @@ from kvsuite.reporting.aggregate import NOT_IN_RECORD, Row, by_name, ci_half_wid
 
 from .columns import Column, identity_columns
 
-_DETAILS = ("case_key", "settings_hash", "started_utc", "duration_s", "rounds", "warmup", "seed", "order_index", "reason")
+_DETAILS = (
+    "case_key",
+    "settings_hash",
+    "started_utc",
+    "duration_s",
+    "rounds",
+    "warmup",
+    "seed",
+    "order_index",
+    "reason",
+)
 _PARTS = ("warnings", "error", "inert", "effective", "tokens", "memory", "model", "dataset", "partition")
 _DIGITS = 9
 

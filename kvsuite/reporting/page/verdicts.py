@@ -32,7 +32,9 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a comparison ({error}); compare again, or remove it") from error
     rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("verdict"), str) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("verdict"), str) for row in rows
+    ):
         raise UserError(f"{path}: is no comparison (no rows with verdicts); compare again, or remove it")
     return dict(found)
 
