@@ -45,7 +45,7 @@ def diagnose(
                 continue
             say(f"self-test of {device}, {seconds:g} s")
             noise[device] = self_test(device, seconds)
-        # clocks and throttling show under load, not before
-        gpus, _ = gpu_facts()
+        # clocks and throttling show under load; whoever computes there now may be the self-test
+        gpus = [now | {"processes": before["processes"]} for before, now in zip(gpus, gpu_facts()[0], strict=True)]
         sections["GPUs"] = gpu_findings(gpus) + ([why] if why else [])
     return Diagnosis(sections, gpus, noise)

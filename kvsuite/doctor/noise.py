@@ -80,7 +80,8 @@ class Noise:
             return f"quiet: {limit}"
         if enough is not None:
             return f"noisy: {limit}; {enough} rounds would tell {GATE:.0%} (--kv-rounds={enough})"
-        return f"too noisy for times: {limit}, and no number of rounds would tell {GATE:.0%}; close other programs, or use ab"
+        mend = "close other programs, or compare in turns (ab)"
+        return f"too noisy for times: {limit}, and no number of rounds would tell {GATE:.0%}; {mend}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, the verdict with them."""
@@ -138,7 +139,8 @@ def _measure(device: str, step: Callable[[], Any], weights: Any, seconds: float)
         by_threads = _by_threads(timed, _THREADS_SHARE * seconds)
         torch.set_num_threads(min(by_threads, key=by_threads.__getitem__))
         seconds *= 1 - _THREADS_SHARE
-    steps = max(1, round(_ROUND_S / max(timed(3) / 3, 1e-9)))
+    timed(3)  # the first products with other threads are slow ones
+    steps = max(1, round(_ROUND_S / max(min(by_threads.values(), default=timed(3) / 3), 1e-9)))
     ticks = _processor_ticks()
     rounds: list[float] = []
     deadline = time.perf_counter() + seconds

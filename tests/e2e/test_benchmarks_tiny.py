@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")
 FILES = {
     "records.jsonl",
+    "report.html",
     "report.json",
     "results.json",
     "table.txt",

@@ -105,7 +105,7 @@ def test_hostile_texts_stay_texts(tmp_path, run, row):
 def test_any_text_comes_back_as_it_was(tmp_path, run, row, text):
     found = parsed(tmp_path, run | {"model": text or "m"}, [hostile_row(text, 0, row)])
     assert found.data()["cases"]["names"] == [f"{text} 0"]
-    assert len(found.raw) == 7  # styles, data, five scripts
+    assert len(found.raw) == 8  # styles, data, six scripts
 
 
 def test_a_lone_surrogate_leaves_a_page(tmp_path, run, row):

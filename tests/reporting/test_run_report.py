@@ -13,7 +13,14 @@ from kvsuite.reporting.report import assemble_report, write_outputs, write_repor
 from kvsuite.reporting.store import read_records
 from kvsuite.reporting.validate import validate
 
-SUITE_FILES = ["benchmark_comparison.png", "benchmark_comparison.svg", "report.json", "results.json", "table.txt"]
+SUITE_FILES = [
+    "benchmark_comparison.png",
+    "benchmark_comparison.svg",
+    "report.html",
+    "report.json",
+    "results.json",
+    "table.txt",
+]
 
 
 @pytest.mark.parametrize("kind", ["record", "run", "report"])

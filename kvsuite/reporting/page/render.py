@@ -26,7 +26,7 @@ from .facts import machine_line, run_facts, text_of
 from .verdicts import COMPARISON_FILE, case_list, comparison_data, read_comparison, side, verdict_counts
 
 PAGE_FILE = "report.html"
-_SCRIPTS = ("table.js", "cases.js", "plot.js", "verdicts.js", "page.js")
+_SCRIPTS = ("table.js", "cases.js", "scale.js", "plot.js", "verdicts.js", "page.js")
 _PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 _RAW = (".json", ".jsonl", ".csv", ".txt")
 _MOST_WARNINGS = 20
