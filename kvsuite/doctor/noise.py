@@ -147,9 +147,10 @@ def _measure(device: str, step: Callable[[], Any], weights: Any, seconds: float)
     while len(rounds) < 3 or time.perf_counter() < deadline:
         rounds.append(timed(steps))
     size = weights.numel() * weights.element_size() >> 20
+    products = "product" if steps == 1 else "products"
     return Noise(
         device=device,
-        work=f"rounds of {steps} products of a {size} MiB matrix and a vector",
+        work=f"rounds of {steps} {products} of a {size} MiB matrix and a vector",
         threads=torch.get_num_threads() if device == "cpu" else None,
         step_s_by_threads=by_threads,
         rounds=len(rounds),
