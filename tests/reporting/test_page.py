@@ -128,8 +128,7 @@ def test_cells_reasons_and_spreads(tmp_path, run, rows):
     assert not columns["mem_measured_peak_bytes"]["shown"]
     reasons = {cases["pool"][place] for place in cases["missing"]["mem_measured_peak_bytes"].values()}
     assert reasons == {"not measured on cpu"}
-    assert columns["policy"]["shown"]
-    assert not columns["model"]["shown"]
+    assert not columns["policy"]["shown"]
 
 
 @pytest.mark.parametrize(

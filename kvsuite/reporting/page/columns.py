@@ -53,6 +53,7 @@ _IDENTITY = {
     "device": "Device",
     "dtype": "Dtype",
 }
+_SHOWN = ("suite", "model")
 _DIGITS, _MOST_DECIMALS, _MOST_PLACES = 4, 5, 9
 
 
@@ -91,9 +92,9 @@ class Column:
 
 
 def identity_columns(rows: Sequence[Row]) -> list[Column]:
-    """Columns of what a case is; shown are those that tell cases of this run apart and are no axis of a space."""
+    """Columns of what a case is, then of the axes of its space; most is in its name, so that few are shown at first."""
     fields = {key: {str(row["case"].get(key) or "") for row in rows} for key in _IDENTITY}
-    columns = [Column(key, _IDENTITY[key], "text", shown=len(found) > 1) for key, found in fields.items() if any(found)]
+    columns = [Column(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1) for key, found in fields.items() if any(found)]
     axes: dict[str, list[Any]] = {}
     for row in rows:
         for axis, setting in row["case"]["params"].items():

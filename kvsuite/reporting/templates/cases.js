@@ -1,6 +1,7 @@
 'use strict';
 
 const STATUS_MARKS = { __proto__: null, ok: '✓', oom: '▲', error: '✕', crashed: '‡', invalid: '⊘', skipped: '–' };
+const MOST_FACETS = 50;
 const STATUS_RANK = ['crashed', 'error', 'oom', 'invalid', 'skipped', 'ok'];
 
 /** A number in its column's unit; one that the column's decimals would print as 0 keeps a digit. */
@@ -79,14 +80,17 @@ function caseTable(root, data) {
   const texts = data.columns.filter((column) => column.kind === 'text').map((column) => data.cells[column.key]);
   const detail = (row, label) => data.pool[data.details[row][label]];
   const facets = [{ title: 'Status', value: (row) => data.status[row] }];
-  for (const column of data.columns.filter((one) => one.kind === 'text' && one.shown)) {
+  for (const column of data.columns.filter((one) => one.kind === 'text' && !one.key.startsWith('params.'))) {
     facets.push({ title: column.title, value: (row) => data.cells[column.key][row] });
   }
   return new DataTable(root, {
     label: 'Cases of the run', noun: 'cases', rows: data.names.length,
     columns: [name, status, ...others.filter((_, place) => data.columns[place].shown)],
     choices: [status, ...others],
-    facets: facets.filter((facet) => new Set(data.names.map((_, row) => facet.value(row))).size > 1),
+    facets: facets.filter((facet) => {
+      const { size } = new Set(data.names.map((_, row) => facet.value(row)));
+      return size > 1 && size <= MOST_FACETS;
+    }),
     wide: (row) => (data.failure[row] === null ? null : data.pool[data.failure[row]]),
     text: (row) => [data.names[row], data.status[row], ...texts.map((cells) => cells[row] ?? ''),
       data.failure[row] === null ? '' : data.pool[data.failure[row]], ...(detail(row, 'warnings') ?? [])].join('\n'),
