@@ -72,7 +72,9 @@ def hostile_comparison() -> dict[str, Any]:
         for text in HOSTILE
     ]
     text = "".join(HOSTILE)
-    return {"base": {"label": text, "run": text}, "now": text, "rows": rows, "missing": [*HOSTILE], "new": [*HOSTILE]}
+    lists = {name: [*HOSTILE] for name in ("missing", "new", "notes")}
+    renamed = [{"base": text, "now": text} for text in HOSTILE]
+    return {"base": {"label": text, "run": text}, "now": text, "rows": rows, "renamed": renamed, **lists}
 
 
 def hostile_run(run: dict[str, Any]) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def test_the_worst_verdicts_come_first(tmp_path, run, rows):
     verdicts = ["same", "regression", "better", "unstable"]
     comparison = {
         "base": {"label": "0001", "run": "r0"}, "now": {"label": "now", "run": "r1"}, "missing": ["gone"], "new": [],
+        "renamed": [{"base": "old name", "now": "new name"}], "notes": ["another driver: times are information"],
         "rows": [{"case": f"c{n}", "metric": "tpot_s", "unit": "s", "base": 1.0, "now": None, "change": None, "verdict": v}
                  for n, v in enumerate(verdicts)],
     }  # fmt: skip
@@ -185,6 +186,8 @@ def test_the_worst_verdicts_come_first(tmp_path, run, rows):
     assert found.data()["verdicts"]["verdict"] == ["regression", "unstable", "better", "same"]
     assert "0001 · r0 → now · r1" in found.text
     assert "gone" in found.text
+    assert "old name → new name" in found.text
+    assert "another driver: times are information" in found.text
 
 
 @pytest.mark.parametrize(

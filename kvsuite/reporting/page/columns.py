@@ -94,7 +94,11 @@ class Column:
 def identity_columns(rows: Sequence[Row]) -> list[Column]:
     """Columns of what a case is, then of the axes of its space; most is in its name, so that few are shown at first."""
     fields = {key: {str(row["case"].get(key) or "") for row in rows} for key in _IDENTITY}
-    columns = [Column(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1) for key, found in fields.items() if any(found)]
+    columns = [
+        Column(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1)
+        for key, found in fields.items()
+        if any(found)
+    ]
     axes: dict[str, list[Any]] = {}
     for row in rows:
         for axis, setting in row["case"]["params"].items():

@@ -23,7 +23,7 @@ from kvsuite.reporting.table_parts import which
 from .cases import case_data, unmeasured
 from .columns import Column, metric_columns
 from .facts import machine_line, run_facts, text_of
-from .verdicts import COMPARISON_FILE, case_list, comparison_data, read_comparison, side, verdict_counts
+from .verdicts import COMPARISON_FILE, comparison_data, lines, read_comparison, side, verdict_counts
 
 PAGE_FILE = "report.html"
 _SCRIPTS = ("table.js", "cases.js", "scale.js", "plot.js", "verdicts.js", "page.js")
@@ -214,7 +214,9 @@ def _comparison(found: Mapping[str, Any], beside: Sequence[str]) -> dict[str, An
         "base": side(found, "base"),
         "now": side(found, "now"),
         "counts": verdict_counts(found),
-        "missing": case_list(found, "missing"),
-        "new": case_list(found, "new"),
+        "missing": lines(found, "missing"),
+        "new": lines(found, "new"),
+        "renamed": lines(found, "renamed"),
+        "notes": lines(found, "notes"),
         "link": f"./{COMPARISON_FILE}" if COMPARISON_FILE in beside else None,
     }

@@ -60,10 +60,14 @@ def side(found: Mapping[str, Any], name: str) -> str:
     return " · ".join(dict.fromkeys(parts)) or name
 
 
-def case_list(found: Mapping[str, Any], name: str) -> list[str]:
-    """Ids of the missing or the new cases."""
-    listed = found.get(name) or []
-    return [str(case) for case in listed] if isinstance(listed, list) else []
+def lines(found: Mapping[str, Any], name: str) -> list[str]:
+    """Ids of the missing or the new cases, the renamed ones with both, or notes."""
+    listed = found.get(name)
+    return [_line(one) for one in listed] if isinstance(listed, list) else []
+
+
+def _line(one: Any) -> str:
+    return f"{one.get('base')} → {one.get('now')}" if isinstance(one, Mapping) else str(one)
 
 
 def _rank(verdict: str) -> int:
