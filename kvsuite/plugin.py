@@ -226,6 +226,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
+        if reporter.page is not None:
+            terminalreporter.write_line(f"report: {reporter.page}")
     for note in _other_gpus(config):
         terminalreporter.write_line(note, yellow=True)
     if reporter.failure:

@@ -41,6 +41,7 @@ class Reporter:
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
+        self.page: Path | None = None
         self.failure: str | None = None
 
     @property
@@ -134,6 +135,7 @@ class Reporter:
         """Write the derived files; a failure there is told, the rows are safe."""
         from .reporting.aggregate import in_space_order
         from .reporting.dse_files import append_dse
+        from .reporting.page.render import write_page
         from .reporting.perplexity_csv import append_results, csv_rows
         from .reporting.report import write_outputs
 
@@ -151,6 +153,8 @@ class Reporter:
                 config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
             ):
                 self.files += list(paths)
+            self.page = write_page(self._store.folder, self.run, self.rows)
+            self.files.append(self.page)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.failure = f"{what}; the records are safe in {self._store.path}, redraw with python -m kvsuite report"

@@ -24,8 +24,8 @@ examples:
   python -m kvsuite report wikitext2_ppl_results.csv
   python -m kvsuite report wikitext2_ppl_results.csv --out mem_plots/wikitext2_ppl_vs_quant.png
 
-The records are only read. In the output folder report.json, table.txt and the files of the run's suites are replaced, each
-in one step: results.json and benchmark_comparison.png and .svg (compression), <dataset>_ppl_results.csv and
+The records are only read. In the output folder report.json, report.html, table.txt and the files of the run's suites are
+replaced, each in one step: results.json and benchmark_comparison.png and .svg (compression), <dataset>_ppl_results.csv and
 <dataset>_ppl_vs_quant.png and .svg (perplexity), kv_cache_dse_*.csv and their figures (design space). Of a perplexity CSV,
 kvsuite's or the original program's, the figure is drawn, as a single file where --out ends in .png or .svg. Exit code 4: bad
 input, nothing was written.
@@ -131,7 +131,7 @@ def _redraw(path: Path, folder: Path) -> int:
 
     run_line, rows, notes = read_records(path)
     _make(folder)
-    written = write_outputs(folder, run_line, rows)
+    written = write_outputs(folder, run_line, rows, source=path if path.is_dir() else path.parent)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for file in written:

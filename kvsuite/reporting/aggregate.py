@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ Row = Mapping[str, Any]
 
 COMPRESSION = "compression"
 PERPLEXITY = "perplexity"
+NOT_IN_RECORD = "not in the record"
 GIB = 1024**3
 MIB = 1024**2
 
@@ -45,9 +47,10 @@ def by_name(rows: Sequence[Row]) -> dict[str, Row]:
     """
     names = [str(row["case"]["name"]) for row in rows]
     brackets = [str(row["id"]).partition("[")[2].removesuffix("]") or str(row["id"]) for row in rows]
+    name_counts, bracket_counts = Counter(names), Counter(brackets)
     labels: dict[str, Row] = {}
     for row, name, bracket in zip(rows, names, brackets, strict=True):
-        label = name if names.count(name) == 1 else bracket if brackets.count(bracket) == 1 else str(row["id"])
+        label = name if name_counts[name] == 1 else bracket if bracket_counts[bracket] == 1 else str(row["id"])
         labels[label] = row
     return labels
 
@@ -78,7 +81,7 @@ def missing_reason(row: Row, metric: str) -> str:
         return f"only {_PER_WORD_PROTOCOL} has them"
     if "speed" in row["inert"] and metric not in row["metrics"]:
         return str(row["inert"]["speed"])
-    return "random weights" if row["model"].get("kind") == "dummy" and metric in _QUALITY else "not in the record"
+    return "random weights" if row["model"].get("kind") == "dummy" and metric in _QUALITY else NOT_IN_RECORD
 
 
 _PER_WORD, _PER_WORD_PROTOCOL = frozenset({"word_perplexity", "byte_perplexity", "bits_per_byte"}), "lm-eval-rolling"

@@ -65,11 +65,14 @@ def write_report(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> P
     return path
 
 
-def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True) -> list[Path]:
+def write_outputs(
+    folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True, source: Path | None = None
+) -> list[Path]:
     """Write everything derived from a run: the report, and the tables, files and figures of its suites.
 
     Nothing is written before everything is built, so a damaged run leaves older files alone. Rows come out in the order of
-    the suite's space, whatever order they ran in. ``figures=False`` leaves the drawing to the caller.
+    the suite's space, whatever order they ran in. ``figures=False`` leaves the drawing to the caller, and
+    the page that shows the figures. ``source`` is the run's own folder where ``folder`` is another one.
 
     Returns
     -------
@@ -108,6 +111,10 @@ def write_outputs(folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, 
         from .tables import run_table
 
         files["table.txt"] = run_table(rows, run.get("cases"))
+    if figures:
+        from .page.render import PAGE_FILE, build_page
+
+        files[PAGE_FILE] = build_page(folder, run, rows, files=files, source=source)
     for name, content in files.items():
         write_atomic(folder / name, content)
     return [folder / name for name in files]

@@ -13,7 +13,14 @@ from kvsuite.metrics import MetricRegistry
 from kvsuite.record import Record
 from kvsuite.reporting.store import RecordStore
 
-DERIVED = ["benchmark_comparison.png", "benchmark_comparison.svg", "report.json", "results.json", "table.txt"]
+DERIVED = [
+    "benchmark_comparison.png",
+    "benchmark_comparison.svg",
+    "report.html",
+    "report.json",
+    "results.json",
+    "table.txt",
+]
 
 
 def kvsuite(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -104,9 +111,18 @@ def block(folder):
     (folder / "records.jsonl").unlink()
 
 
+def damage_comparison(folder):
+    (folder / "comparison.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(damage, "line 1 is damaged"), (other_report, "schema is 'other/1'"), (block, "no records.jsonl")],
+    [
+        (damage, "line 1 is damaged"),
+        (other_report, "schema is 'other/1'"),
+        (block, "no records.jsonl"),
+        (damage_comparison, "comparison.json: is no comparison"),
+    ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(folder, spoil, message):
     spoil(folder)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")
 FILES = {
     "records.jsonl",
+    "report.html",
     "report.json",
     "results.json",
     "table.txt",
@@ -82,6 +83,7 @@ def test_run_passes_and_says_where_its_files_are(finished: Finished) -> None:
     assert finished.done.returncode == 0
     assert f"{len(NAMES)} passed" in finished.done.stdout
     assert f"records and figures: {finished.folder}" in finished.done.stdout
+    assert f"report: {finished.folder / 'report.html'}" in finished.done.stdout
 
 
 def test_folder_name_and_files(finished: Finished) -> None:
@@ -124,7 +126,8 @@ def test_terminal_shows_the_table(finished: Finished) -> None:
     assert table.split("\n")[0].split()[:8] == header
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"records.jsonl"}))
+# the page links to what lies beside it, and the records do not lie there
+@pytest.mark.parametrize("name", sorted(FILES - {"records.jsonl", "report.html"}))
 def test_redraw_gives_the_same_bytes(name: str, finished: Finished, redrawn: Path) -> None:
     assert (redrawn / name).read_bytes() == (finished.folder / name).read_bytes()
 

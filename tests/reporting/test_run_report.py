@@ -13,7 +13,14 @@ from kvsuite.reporting.report import assemble_report, write_outputs, write_repor
 from kvsuite.reporting.store import read_records
 from kvsuite.reporting.validate import validate
 
-SUITE_FILES = ["benchmark_comparison.png", "benchmark_comparison.svg", "report.json", "results.json", "table.txt"]
+SUITE_FILES = [
+    "benchmark_comparison.png",
+    "benchmark_comparison.svg",
+    "report.html",
+    "report.json",
+    "results.json",
+    "table.txt",
+]
 
 
 @pytest.mark.parametrize("kind", ["record", "run", "report"])
@@ -139,6 +146,7 @@ def test_outputs_depend_on_the_rows_only(tmp_path, run, rows):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_other_suites_write_the_report_only(tmp_path, run, row):
-    assert write_outputs(tmp_path, run, [row("q4f16_1", suite="dse")]) == [tmp_path / "report.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+def test_other_suites_write_the_report_and_the_page_only(tmp_path, run, row):
+    written = write_outputs(tmp_path, run, [row("q4f16_1", suite="another")])
+    assert written == [tmp_path / "report.json", tmp_path / "report.html"]
+    assert {*tmp_path.iterdir()} == {*written}

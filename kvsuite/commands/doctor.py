@@ -1,0 +1,78 @@
+"""``python -m kvsuite doctor``: what works on this machine, what would mend the rest, how noisy it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvsuite.errors import UserError
+
+if TYPE_CHECKING:
+    # a private class, but the only name for what add_subparsers returns
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_LONGEST = 600.0
+_EPILOG = """\
+examples:
+  python -m kvsuite doctor
+  python -m kvsuite doctor --no-self-test
+  python -m kvsuite doctor --json > doctor.json
+
+The self-test repeats fixed work on every device of torch and says what differences of times can be told here. Exit code 0:
+kvsuite can run, if with parts missing. 1: the installation is broken. 4: bad input.
+"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the ``doctor`` command."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say which parts work on this machine, what would install the others, and how noisy it is",
+        description="Look at devices, drivers, versions, engines, optional parts, memory, disk and the noise of the machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    test = parser.add_mutually_exclusive_group()
+    test.add_argument("--no-self-test", action="store_true", help="leave the noise of the machine out")
+    test.add_argument(
+        "--seconds", metavar="S", type=float, default=5.0, help="length of the self-test of each device (default: 5)"
+    )
+    parser.add_argument(
+        "--report-dir", "--kv-report-dir", metavar="FOLDER", type=Path, default=Path("reports"),
+        help="folder for runs that has to be writable (default: reports)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Look, print; 1 where kvsuite cannot run.
+
+    Raises
+    ------
+    UserError
+        If the length of the self-test is none.
+    """
+    if not 0 < arguments.seconds <= _LONGEST:
+        raise UserError(f"--seconds={arguments.seconds:g}: must be above 0 and at most {_LONGEST:g}")
+    try:
+        from rich.console import Console
+
+        from kvsuite.doctor.diagnosis import diagnose
+        from kvsuite.doctor.tables import show
+    except ImportError as error:
+        print(f"error: kvsuite cannot run: {error}; pip install .", file=sys.stderr)
+        return 1
+    diagnosis = diagnose(
+        arguments.report_dir,
+        seconds=None if arguments.no_self_test else arguments.seconds,
+        say=lambda line: print(f"{line} ...", file=sys.stderr) if sys.stderr.isatty() else None,
+    )
+    if arguments.json:
+        print(json.dumps(diagnosis.to_dict(), indent=2, allow_nan=False))
+    else:
+        show(diagnosis, Console(highlight=False))
+    return 1 if diagnosis.broken else 0

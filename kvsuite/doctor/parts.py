@@ -1,0 +1,144 @@
+"""Which engines and optional parts work here, and the line that would install what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+from kvsuite.devices import resolve_device
+from kvsuite.errors import CaseSkipped, UserError
+
+from .findings import Finding
+from .packages import import_error, installed
+
+_NO_MLC = "not installed, and not on PyPI (packages of that name there are by strangers)"
+
+
+def part_findings() -> list[Finding]:
+    """A line for each engine and device, then for each optional part."""
+    devices = here()
+    return [
+        Finding("Device", "ok", f"--kv-device=auto is {resolve_device('auto')}; here are {', '.join(devices)}"),
+        *_engines(devices),
+        _default_model(),
+        _presses(),
+        *_weight_formats(devices),
+        _paged_attention(devices),
+        _mlc(),
+        _tool("pytest-benchmark", "--benchmark-* options and its storage"),
+        _tool("pytest-xdist", "several workers (-n)"),
+    ]
+
+
+def here() -> list[str]:
+    """Devices that the installed torch can use."""
+    import torch
+
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def _engines(devices: list[str]) -> Iterator[Finding]:
+    from kvsuite.engines.registry import ENGINES, get_engine
+
+    kinds = dict.fromkeys(device.partition(":")[0] for device in devices)
+    for name in ENGINES:
+        try:
+            engine = get_engine(name)
+            reasons = {kind: engine.unavailable(kind if kind != "cuda" else "cuda:0") for kind in kinds}
+        except CaseSkipped as error:
+            yield Finding(f"engine {name}", "broken" if name == "hf" else "missing", *_split(str(error)))
+            continue
+        works = [kind for kind, reason in reasons.items() if reason is None]
+        if works:
+            yield Finding(f"engine {name}", "ok", f"works on {', '.join(works)}")
+        else:
+            reason = "; ".join(str(reason) for reason in reasons.values())
+            yield Finding(f"engine {name}", "broken" if name == "hf" else "missing", *_split(reason))
+
+
+def _default_model() -> Finding:
+    from kvsuite.models.smollm2 import NAME, converted_path, find_gguf
+
+    try:
+        find_gguf()
+    except UserError as error:
+        _, _, mend = str(error).partition("run: ")
+        return Finding("default model", "missing", f"{NAME} is not installed; name another one with --kv-model", mend)
+    if converted_path().is_dir():
+        return Finding("default model", "ok", f"{NAME}, converted in {converted_path()}")
+    return Finding(
+        "default model", "ok", f"{NAME}; the first use converts it (about 20 s, 540 MB) into {converted_path()}"
+    )
+
+
+def _presses() -> Finding:
+    from kvsuite.compression.kvpress_compat import load_kvpress
+
+    return _tried("presses of kvpress", lambda: f"kvpress {load_kvpress() and installed('kvpress')}")
+
+
+def _weight_formats(devices: list[str]) -> Iterator[Finding]:
+    from kvsuite.quantization.registry import QUANTIZATIONS, unavailable
+
+    # bitsandbytes is looked for there, not imported
+    broken = import_error("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
+    for device in dict.fromkeys(device.partition(":")[0] for device in devices):
+        reasons = {name: unavailable(name, device) for name in QUANTIZATIONS}
+        if broken:
+            reasons |= dict.fromkeys(("4bit", "8bit"), f"bitsandbytes cannot be imported: {broken}")
+        works = [name for name, reason in reasons.items() if reason is None]
+        yield Finding(f"weight formats, {device}", "ok", ", ".join(works))
+        without: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            if reason is not None:
+                without.setdefault(reason.removeprefix(name).strip(), []).append(name)
+        for reason, names in without.items():
+            shown, mend = _split(reason)
+            yield Finding(
+                ", ".join(names) if len(names) < 4 else f"{len(names)} formats, {device}", "missing", shown, mend
+            )
+
+
+def _paged_attention(devices: list[str]) -> Finding:
+    part = "paged attention on CUDA"
+    if not any(device.startswith("cuda") for device in devices):
+        return Finding(part, "ok", "not needed: no CUDA device")
+
+    def load() -> str:
+        from kvsuite.nanovllm.flashinfer_attention import flashinfer_module
+
+        return f"FlashInfer {getattr(flashinfer_module(), '__version__', installed('flashinfer-python'))}"
+
+    return _tried(part, load)
+
+
+def _mlc() -> Finding:
+    if importlib.util.find_spec("mlc_llm") is None:
+        return Finding("MLC-LLM", "missing", _NO_MLC, "a wheel from https://mlc.ai/wheels for your device")
+    error = import_error("mlc_llm")
+    return Finding("MLC-LLM", "attention" if error else "ok", error or f"mlc_llm {installed('mlc-llm') or ''}".strip())
+
+
+def _tool(name: str, use: str) -> Finding:
+    version = installed(name)
+    return Finding(name, "ok", version) if version else Finding(name, "missing", f"for {use}", f"pip install {name}")
+
+
+def _tried(part: str, load: Callable[[], str]) -> Finding:
+    try:
+        return Finding(part, "ok", load())
+    except CaseSkipped as error:
+        return Finding(part, "missing", *_split(str(error)))
+    except Exception as error:  # a broken optional package may raise anything
+        return Finding(
+            part, "attention", f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
+
+
+def _split(reason: str) -> tuple[str, str | None]:
+    """A reason and the line in it that mends it."""
+    place = reason.find("pip install")
+    if place < 0:
+        return reason, None
+    return reason[:place].rstrip(" :;(").removesuffix("run").rstrip(" :;("), reason[place:].rstrip(") ")

@@ -1,0 +1,187 @@
+"""The columns of the page's case table: which there are, which are shown first, in what unit and with how many decimals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Literal
+
+from kvsuite.metrics import BUILTIN
+from kvsuite.reporting.aggregate import Row
+
+Kind = Literal["text", "number", "metric"]
+
+#: metrics shown at first, in this order, where any case has a number; those of users' own come behind them
+HEADLINES = (
+    "perplexity", "ppl_ratio", "ppl_ratio_reference", "kld", "next_token_acc", "ttft_s", "tpot_s", "decode_step_s",
+    "decode_tok_s_agg", "decode_tok_s_batch", "kv_bytes_exact", "mem_weights_bytes", "mem_measured_peak_bytes",
+)  # fmt: skip
+_TITLES = {
+    "perplexity": "Perplexity",
+    "perplexity_se": "Perplexity SE",
+    "ppl_ratio": "PPL / full",
+    "ppl_ratio_reference": "PPL / reference",
+    "kld": "KL divergence",
+    "next_token_acc": "Accuracy",
+    "same_top1": "Same top-1",
+    "ttft_s": "TTFT",
+    "tpot_s": "TPOT",
+    "itl_s": "Token gap",
+    "e2e_s": "End to end",
+    "tpot_floor_s": "TPOT floor",
+    "decode_step_s": "Decode step",
+    "decode_tok_s_agg": "Decode",
+    "decode_tok_s_req": "Decode, one request",
+    "decode_tok_s_batch": "Decode, batch",
+    "output_tok_s": "Output",
+    "kv_bytes_exact": "KV cache",
+    "mem_weights_bytes": "Weights",
+    "mem_measured_peak_bytes": "Peak memory",
+}
+_PERCENT = frozenset({"next_token_acc", "same_top1", "ratio_requested", "ratio_effective"})
+_MEMORY = frozenset({"cache_tokens_mean", "cache_tokens_min", "cache_tokens_max", "bits_per_weight", "ratio_effective"})
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+_BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+_IDENTITY = {
+    "suite": "Suite",
+    "engine": "Engine",
+    "model": "Model",
+    "quantization": "Weights as",
+    "policy": "Policy",
+    "device": "Device",
+    "dtype": "Dtype",
+}
+_SHOWN = ("suite", "model")
+_DIGITS, _MOST_DECIMALS, _MOST_PLACES = 4, 5, 9
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Parameters
+    ----------
+    key
+        Name in the page's data: the metric's name, the field of the case, or ``params.<axis>``.
+    unit
+        As shown, after division by ``scale``.
+    group
+        ``memory``, ``speed``, ``quality`` or ``other`` of a metric; what the plot's axes are sorted by.
+    decimals
+        Equal in the whole column, so that points align.
+    shown
+        Whether it is there before the reader chooses.
+    """
+
+    key: str
+    title: str
+    kind: Kind
+    unit: str = ""
+    scale: float = 1.0
+    decimals: int = 0
+    better: str = "none"
+    group: str = "other"
+    formula: str = ""
+    shown: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def identity_columns(rows: Sequence[Row]) -> list[Column]:
+    """Columns of what a case is, then of the axes of its space; most is in its name, so that few are shown at first."""
+    fields = {key: {str(row["case"].get(key) or "") for row in rows} for key in _IDENTITY}
+    columns = [
+        Column(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1)
+        for key, found in fields.items()
+        if any(found)
+    ]
+    axes: dict[str, list[Any]] = {}
+    for row in rows:
+        for axis, setting in row["case"]["params"].items():
+            axes.setdefault(str(axis), []).append(setting)
+    for axis, settings in axes.items():
+        if len({str(setting) for setting in settings}) > 1:
+            numbers = all(_is_number(setting) or setting is None for setting in settings)
+            columns.append(Column(f"params.{axis}", axis.replace("_", " "), "number" if numbers else "text"))
+    return columns
+
+
+def metric_columns(rows: Sequence[Row]) -> list[Column]:
+    """Columns of every metric that a record of these has, headlines first."""
+    entries: dict[str, Mapping[str, Any]] = {}
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, entry in row["metrics"].items():
+            entries.setdefault(name, entry)
+            if row["status"] == "ok" and entry.get("value") is not None:
+                values.setdefault(name, []).append(float(entry["value"]))
+    own = [name for name in entries if name not in _BUILTIN]
+    first = [name for name in (*HEADLINES, *own) if name in entries]
+    order = [*first, *(name for name in _BUILTIN if name in entries and name not in first)]
+    return [_metric_column(name, entries[name], values.get(name, []), name in first) for name in order]
+
+
+def _metric_column(name: str, entry: Mapping[str, Any], values: Sequence[float], headline: bool) -> Column:
+    unit = str(entry.get("unit", "1"))
+    scale, label = _scale(name, unit, values)
+    return Column(
+        key=name,
+        title=_title(name),
+        kind="metric",
+        unit=label,
+        scale=scale,
+        decimals=_decimals([value / scale for value in values]),
+        better=str(entry.get("better", "none")),
+        group=_group(name, unit),
+        formula=str(entry.get("formula", "")),
+        # a column of nothing but reasons is told in one line instead
+        shown=headline and bool(values),
+    )
+
+
+def _title(name: str) -> str:
+    known = _TITLES.get(name)
+    if known or name not in _BUILTIN:
+        return known or name
+    for suffix in ("_bytes", "_tok_s", "_s"):
+        name = name.removesuffix(suffix)
+    return name.replace("_", " ")
+
+
+def _scale(name: str, unit: str, values: Sequence[float]) -> tuple[float, str]:
+    if name in _PERCENT:
+        return 0.01, "%"
+    typical = median(abs(value) for value in values) if values else 0.0
+    for kind, steps in (("s", _SECONDS), ("bytes", _BYTES)):
+        if unit == kind:
+            return next((step for step in steps if typical >= step[0]), steps[-1] if typical else steps[0])
+    return 1.0, "" if unit == "1" else unit
+
+
+def _group(name: str, unit: str) -> str:
+    if unit == "bytes" or name in _MEMORY:
+        return "memory"
+    if unit in ("s", "tok/s"):
+        return "speed"
+    return "quality" if unit in ("1", "nat", "bit") and name in _BUILTIN else "other"
+
+
+def _decimals(values: Iterable[float]) -> int:
+    """So many that the smallest number keeps four digits, as long as the largest does not become a long one."""
+    sizes = [abs(value) for value in values if value]
+    if not sizes or all(size == int(size) for size in sizes):
+        return 0
+    wanted = _DIGITS - 1 - math.floor(math.log10(min(sizes)))
+    room = _MOST_PLACES - 1 - math.floor(math.log10(max(max(sizes), 1.0)))
+    return max(0, min(wanted, room, _MOST_DECIMALS))
+
+
+def _is_number(setting: Any) -> bool:
+    return isinstance(setting, int | float) and not isinstance(setting, bool)
+
+
+_BUILTIN = {metric.name: metric for metric in BUILTIN}

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from kvsuite.__main__ import main
+
+
+def test_json_with_a_self_test(capsys, tmp_path):
+    assert main(["doctor", "--json", "--seconds", "0.1", "--report-dir", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "kvsuite.doctor/1"
+    assert found["works"] is True
+    assert set(found["sections"]) == {"Machine", "GPUs", "Packages", "Engines and parts"}
+    noise = found["noise"]["cpu"]
+    assert noise["rounds"] >= 3
+    assert noise["verdict"].split(":")[0] in ("quiet", "noisy", "too noisy for times")
+    (folder,) = [line for line in found["sections"]["Machine"] if line["part"] == "report folder"]
+    assert str(tmp_path) in folder["found"]
+
+
+def test_a_broken_installation_is_exit_code_1_and_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    assert main(["doctor", "--no-self-test"]) == 1
+    out = capsys.readouterr().out
+    assert "kvsuite cannot run: jsonschema broken" in out
+    assert "Noise" not in out
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "601", "nan"])
+def test_a_length_that_is_none(capsys, seconds):
+    assert main(["doctor", f"--seconds={seconds}"]) == 4
+    assert "--seconds=" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_tested_too(capsys):
+    code = main(["doctor", "--json", "--seconds", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert code == (0 if found["works"] else 1)
+    assert set(found["noise"]) == {"cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))}
+    assert found["gpus"]

