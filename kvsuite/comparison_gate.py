@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -136,7 +137,8 @@ class Gate:
                 "use --kv-compare=latest, or leave out -n"
             )
         if self._options.compare is not None:
-            return self._base or latest_run(self._report_dir(), option="--kv-compare", ids=ids)
+            brackets = frozenset(_bracket(node_id) for node_id in ids)
+            return self._base or latest_run(Path(self._options.report_dir), option="--kv-compare", brackets=brackets)
         if self._sections:
             section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
             return side_of_section(section)
@@ -148,11 +150,6 @@ class Gate:
                 "--benchmark-compare, after a run that saved records"
             )
         return None
-
-    def _report_dir(self) -> Any:
-        from pathlib import Path
-
-        return Path(self._options.report_dir)
 
     # verdicts
 

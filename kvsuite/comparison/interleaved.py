@@ -52,7 +52,7 @@ def run_process(revision: Revision, inside: Path, arguments: Sequence[str], repo
     paths = [str(revision.root), str(revision.root / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     # each process is judged later, together with the others, and not by the rules of an ini file
     environment = git_free_environment() | {
-        "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "KV_COMPARE": "off", "KV_FAIL": "off",
+        "PYTHONPATH": os.pathsep.join(paths), "KV_COMPARE": "off", "KV_FAIL": "off",
     }  # fmt: skip
     folder = revision.root / inside
     if not folder.is_dir():

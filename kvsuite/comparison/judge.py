@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
+
+import msgspec
 
 from .machine import machine_differences, setting_difference
 from .matching import SideCase
@@ -26,16 +26,22 @@ _SIGMAS = 2.0
 _BUSY = 0.02
 
 
-class _MakeVerdict(Protocol):
-    def __call__(self, word: Word, note: str = "", change: float | None = None) -> Verdict: ...
-
-
 @dataclass(frozen=True)
 class Pair:
     """One case on both sides."""
 
     base: SideCase
     now: SideCase
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the verdicts of a case share: other settings of its times, and how long its sides waited for a CPU."""
+
+    pair: Pair
+    id: str
+    settings: str | None
+    waits: tuple[float, float]
 
 
 class Judge:
@@ -56,99 +62,91 @@ class Judge:
         self._other_machine = "another machine" if machine_differences(base, now) else None
 
     def case(self, pair: Pair) -> list[Verdict]:
-        """Verdicts on a case: its status if that changed for the worse or better, else all its metrics."""
-        before, after = (worst(side) for side in (pair.base, pair.now))
+        """Verdicts on a case: its status if one side has no result, else all its metrics."""
+        before, after = worst(pair.base), worst(pair.now)
         if before.status != "ok" or after.status != "ok":
             return [_status(before, after)]
-        rules = self._rules.of_case(after.suite, {after.name, after.bracket, after.id})
-        settings = self._other_machine or setting_difference(pair.base.all, pair.now.all)
-        olds, news = ([row.metrics for _, row in side.rows] for side in (pair.base, pair.now))
+        rules = self._rules.of_case(after.suite, (after.name, after.bracket, after.id))
+        case = _Case(
+            pair,
+            after.id,
+            self._other_machine or setting_difference(pair.base.all, pair.now.all),
+            (_wait(pair.base), _wait(pair.now)),
+        )
+        several = len(pair.base.rows) > 1 or len(pair.now.rows) > 1
         verdicts = []
-        for name in {**before.metrics, **after.metrics}:
-            old, new = ([metrics.get(name) for metrics in side] for side in (olds, news))
-            entries = [entry for entry in (*old, *new) if entry is not None]
-            rule = rules.find(name, entries[0].unit, entries[0].better, entries[0].kind)
-            verdict = self._metric(name, pair, old, new, rule, settings)
-            if verdict is not None:
-                verdicts.append(verdict)
+        names = before.metrics if before.metrics.keys() >= after.metrics.keys() else {**before.metrics, **after.metrics}
+        for name in names:
+            if several:
+                old, new = _stand_in(pair.base, name), _stand_in(pair.now, name)
+            else:
+                old, new = before.metrics.get(name), after.metrics.get(name)
+            first = old or new
+            if first is None or ((old is None or old.value is None) and (new is None or new.value is None)):
+                continue
+            rule = rules.find(name, first.unit, first.better, first.kind)
+            verdicts.append(self._metric(case, name, old, new, rule))
         return verdicts
 
-    def _metric(
-        self,
-        name: str,
-        pair: Pair,
-        old: Sequence[Entry | None],
-        new: Sequence[Entry | None],
-        rule: Rule | None,
-        settings: str | None,
-    ) -> Verdict | None:
-        before, after = _known(old), _known(new)
-        if before is None and after is None:
-            return None
-        first = (before or after or [])[0]
-        values = [None if side is None else _middle(side) for side in (before, after)]
+    def _metric(self, case: _Case, name: str, old: Entry | None, new: Entry | None, rule: Rule | None) -> Verdict:
+        first = old if old is not None else new
+        assert first is not None
+        base, now = (None if entry is None else entry.value for entry in (old, new))
+        change: float | None = None
+        gate = "" if rule is None or math.isinf(rule.limit.amount) else rule.text
 
-        def verdict(word: Word, note: str = "", change: float | None = None) -> Verdict:
-            text = "" if rule is None or math.isinf(rule.limit.amount) else rule.text
-            return Verdict(pair.now.first.id, name, first.unit, values[0], values[1], change, word, text, note)
+        def verdict(word: Word, note: str = "") -> Verdict:
+            return Verdict(case.id, name, first.unit, base, now, change, word, gate, note)
 
-        if before is None:
+        if old is None or base is None:
             return verdict("information", "the base has none")
         judged = first.better != "none" and first.kind != "ambient"
-        if after is None:
-            reason = next((entry.reason for entry in new if entry is not None and entry.reason), "the record lacks it")
+        if new is None or now is None:
+            reason = "the record lacks it" if new is None or not new.reason else new.reason
             return verdict("regression" if judged else "information", f"lost: {reason}")
-        base, now = _middle(before), _middle(after)
         change = now / base - 1 if base else None
-        other = _other_definition(before[0], after[0])
+        other = _other_definition(old, new)
         if other or not judged:
-            return verdict("information", other or "", change)
-        worse_by = now - base if first.better == "lower" else base - now
+            return verdict("information", other or "")
         if first.kind == "timed":
-            if settings or first.pooled:
-                return verdict("information", settings or f"pooled over rounds ({first.pooled})", change)
-            waits = (_wait(pair.base), _wait(pair.now))
-            return self._timed(verdict, before, after, rule, change, waits)
-        broken = rule is not None and rule.limit.exceeded(base, worse_by, first.kind)
+            if case.settings or first.pooled:
+                return verdict("information", case.settings or f"pooled over rounds ({first.pooled})")
+            word, note = self._timed(case, name, old, new, rule)
+            return verdict(word, note)
+        if base == now:
+            return verdict("same")
+        worse_by = now - base if first.better == "lower" else base - now
         if abs(worse_by) <= _TOLERANCE[first.kind] * abs(base):
-            return verdict("same", "", change)
-        noise = _noise(name, pair, self._base, self._now) if name in _PAIRED else None
+            return verdict("same")
+        broken = rule is not None and rule.limit.exceeded(base, worse_by, first.kind)
+        noise = _noise(name, case.pair, self._base, self._now) if name in _PAIRED else None
         if noise is not None and abs(worse_by) <= _SIGMAS * noise.error:
             note = f"inside 2 standard errors ({_SIGMAS * noise.error:.3g}, {noise.how})"
-            return verdict("unstable" if broken else "same", note, change)
-        word: Word = "regression" if broken else "worse" if worse_by > 0 else "better"
-        return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}", change)
+            return verdict("unstable" if broken else "same", note)
+        word = "regression" if broken else "worse" if worse_by > 0 else "better"
+        return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}")
 
-    def _timed(
-        self,
-        verdict: _MakeVerdict,
-        old: Sequence[Entry],
-        new: Sequence[Entry],
-        rule: Rule | None,
-        change: float | None,
-        waits: tuple[float, float],
-    ) -> Verdict:
-        found = timed_change(old, new, self._family, waits)
+    def _timed(self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None) -> tuple[Word, str]:
+        found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.waits)
         if found is None:
-            fewest = min(entry.n or 1 for entry in (*old, *new))
+            fewest = min(old.n or 1, new.n or 1)
             few = f"{fewest} rounds, {MIN_ROUNDS} are needed" if fewest < MIN_ROUNDS else "a time of 0 or less"
-            return verdict("unstable", few, change)
-        base = _middle(old)
-        worse_by = found.change * base * (1 if old[0].better == "lower" else -1)
+            return "unstable", few
+        base = old.value or 0.0
+        worse_by = found.change * base * (1 if old.better == "lower" else -1)
         broken = rule is not None and rule.limit.exceeded(base, worse_by, "timed")
         band = f"noise {_percent(found.low)} to {_percent(found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
-            if max(waits) > _BUSY:
-                band += f" that waited {max(waits):.0%} of the time for a CPU"
+            if max(case.waits) > _BUSY:
+                band += f" that waited {max(case.waits):.0%} of the time for a CPU"
         if found.real:
-            word: Word = "regression" if broken else "worse" if worse_by > 0 else "better"
-            return verdict(word, f"outside {band}", found.change)
+            return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}"
         if broken:
-            return verdict("unstable", f"inside {band}", found.change)
-        if found.cv is not None and found.cv > MAX_CV:
-            return verdict("unstable", f"rounds vary by {found.cv:.0%}, {band}", found.change)
-        return verdict("same", band, found.change)
+            return "unstable", f"inside {band}"
+        if found.cv > MAX_CV:
+            return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
+        return "same", band
 
 
 def _percent(change: float) -> str:
@@ -177,19 +175,27 @@ def _status(before: Row, after: Row) -> Verdict:
     return Verdict(after.id, STATUS, "1", None, None, f"{before.status} -> {after.status}", word, "", note)
 
 
-def _known(entries: Sequence[Entry | None]) -> list[Entry] | None:
-    """The entries of all processes of a side; a metric that one of them lost is lost."""
-    known = [entry for entry in entries if entry is not None and entry.value is not None]
-    return known if len(known) == len(entries) else None
+def _entries(case: SideCase, name: str) -> list[Entry]:
+    return [row.metrics[name] for _, row in case.rows]
 
 
-def _middle(entries: Sequence[Entry]) -> float:
-    if len(entries) == 1:
-        return entries[0].value or 0.0
-    return median(entry.value or 0.0 for entry in entries)
+def _stand_in(case: SideCase, name: str) -> Entry | None:
+    """One entry for all processes of a side: their median; a metric that one of them lost is lost."""
+    entries = [row.metrics.get(name) for _, row in case.rows]
+    known = [entry for entry in entries if entry is not None]
+    values = [entry.value for entry in known if entry.value is not None]
+    if len(known) < len(entries):
+        return None
+    fewest = min((entry.n for entry in known if entry.n is not None), default=None)
+    lost = next((entry for entry in known if entry.value is None), None)
+    return lost or msgspec.structs.replace(known[0], value=median(values), n=fewest)
 
 
 def _other_definition(base: Entry, now: Entry) -> str | None:
+    if (base.version, base.unit, base.better, base.kind, base.clock, base.protocol) == (
+        now.version, now.unit, now.better, now.kind, now.clock, now.protocol,
+    ):  # fmt: skip
+        return None
     for name in ("version", "unit", "better", "kind", "clock", "protocol"):
         before, after = getattr(base, name), getattr(now, name)
         if before != after:

@@ -16,7 +16,7 @@ from kvsuite.metrics import Better, MetricClass
 from kvsuite.record import Status
 
 
-class Entry(msgspec.Struct, frozen=True, rename={"kind": "class"}):
+class Entry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
     """One metric of one record; ``values`` stays JSON text until a test needs the rounds."""
 
     value: float | None
@@ -108,7 +108,7 @@ class Document(msgspec.Struct, frozen=True):
 
     schema: str | None = None
     kvsuite: Section | None = None
-    benchmarks: msgspec.Raw | None = None
+    benchmarks: msgspec.Raw = msgspec.Raw()
 
 
 Decoded = TypeVar("Decoded")

@@ -84,14 +84,14 @@ def read_side(given: str, *, option: str, report_dir: Path = Path("reports")) ->
     try:
         return _read(path)
     except UserError as error:
-        raise UserError(f"{option}={given}: {error}") from error
+        raise UserError(f"{option}={given}: {str(error).removeprefix(f'{path}: ')}") from error
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option}={given}: cannot be read ({reason}); {_GIVE}") from error
 
 
-def latest_run(report_dir: Path, *, option: str, ids: frozenset[str] | None = None) -> Side:
-    """The newest run under ``report_dir``; of those with one of the cases ``ids``, where they are given.
+def latest_run(report_dir: Path, *, option: str, brackets: frozenset[str] | None = None) -> Side:
+    """The newest run under ``report_dir``; of those with a case of these `Row.bracket`, where they are given.
 
     Raises
     ------
@@ -104,9 +104,9 @@ def latest_run(report_dir: Path, *, option: str, ids: frozenset[str] | None = No
             side = _read(folder)
         except UserError:  # the run before it may be whole
             continue
-        if ids is None or any(row.id in ids for run in side.runs for row in run.rows):
+        if brackets is None or any(row.bracket in brackets for run in side.runs for row in run.rows):
             return side
-    wanted = "" if ids is None else " that has a case of this one"
+    wanted = "" if brackets is None else " that has a case of this one"
     raise UserError(
         f"{option}={LATEST}: no run under {report_dir}{wanted}; measure once without {option}, or give a path"
     )
@@ -159,7 +159,7 @@ def _read_file(path: Path, label: str) -> Side:
     document = decode_document(data, str(path))
     if document.kvsuite is not None:
         return side_of_section(document.kvsuite, label)
-    if document.benchmarks is not None:
+    if document.benchmarks != msgspec.Raw():
         raise UserError(
             "a file of pytest-benchmark without records of kvsuite; measure again with the kvsuite plugin on"
         )

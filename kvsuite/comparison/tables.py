@@ -17,17 +17,29 @@ _STYLES: dict[Word, str] = {
     "better": "green", "same": "", "worse": "yellow", "regression": "bold red", "unstable": "magenta", "information": "dim",
 }  # fmt: skip
 _HEADER = ("case", "metric", "base", "now", "change", "verdict", "rule or reason")
-_MARKDOWN_ROWS = 200
+#: rows of a table that a person may still read; beyond, what matters most is shown
+MOST_ROWS = 200
 
 
 def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Verdict]:
-    """Rows that a reader looks for: what moved, what is gated, the headline metrics; or all."""
-    quiet = ("same", "information", "unstable")
-    return [
-        row
-        for row in rows
-        if everything or row.verdict not in quiet or row.rule or row.metric in HEADLINE or row.metric == STATUS
-    ]
+    """Rows that a reader looks for: what moved, what is gated, the headline metrics; or all.
+
+    Of more than `MOST_ROWS` those that matter most, in the order of the rows.
+    """
+    if everything:
+        return list(rows)
+    ranks: list[list[int]] = [[], [], [], []]
+    for index, row in enumerate(rows):
+        if row.verdict == "regression":
+            ranks[0].append(index)
+        elif row.verdict in ("worse", "better") or row.metric == STATUS:
+            ranks[1].append(index)
+        elif row.rule:
+            ranks[2 if row.verdict == "unstable" else 3].append(index)
+        elif row.metric in HEADLINE:
+            ranks[3].append(index)
+    chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
+    return [rows[index] for index in sorted(chosen)]
 
 
 def comparison_text(
@@ -63,16 +75,12 @@ def comparison_text(
             right = title in ("base", "now", "change")
             table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=right)
         names = short_names([row.case for row in rows])
-        last = None
         for row in rows:
-            cells = _cells(row)
-            name = "" if row.case == last else names[row.case]
-            last = row.case
-            table.add_row(*(Text(cell) for cell in (name, *cells)), style=_STYLES[row.verdict])
+            table.add_row(*(Text(cell) for cell in (names[row.case], *_cells(row))), style=_STYLES[row.verdict])
         console.print(table)
     left_out = len(result.rows) - len(rows)
     if left_out:
-        console.print(Text(f"{left_out} more rows without a change or a verdict: {more}"))
+        console.print(Text(f"{left_out} more rows that matter less: {more}"))
     for line in _lists(result):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
@@ -83,18 +91,16 @@ def comparison_markdown(result: Comparison) -> str:
     """Render for a pull request: the summary, what fails, and the table behind a fold."""
     rows = shown_rows(result.rows)
     lines = [f"**kvsuite: {summary(result)}**", "", f"`{result.now.label}` against `{result.base.label}`", ""]
-    lines += [f"- {_escaped(line)}" for line in result.failures[:_MARKDOWN_ROWS]]
+    lines += [f"- {_escaped(line)}" for line in result.failures[:MOST_ROWS]]
     lines += [f"- {_escaped(line)}" for line in _lists(result)]
     if rows:
         lines += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
         lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
         names = short_names([row.case for row in rows])
-        for row in sorted(rows, key=lambda row: row.verdict != "regression")[:_MARKDOWN_ROWS]:
+        for row in rows:
             cells = [names[row.case], *_cells(row)]
             lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
         lines += ["", "</details>"]
-        if len(rows) > _MARKDOWN_ROWS:
-            lines.append(f"\n{len(rows) - _MARKDOWN_ROWS} more rows are in comparison.json.")
     return "\n".join(lines) + "\n"
 
 
@@ -125,9 +131,14 @@ def _cells(row: Verdict) -> tuple[str, str, str, str, str, str]:
 
 
 def _lists(result: Comparison) -> list[str]:
-    lines = [f"missing: {case}" for case in result.missing]
-    lines += [f"new: {case}" for case in result.new]
-    lines += [f"renamed: {before} is now {after}" for before, after in result.renamed]
+    lines: list[str] = []
+    for word, cases in (
+        ("missing", result.missing),
+        ("new", result.new),
+        ("renamed", [f"{before} is now {after}" for before, after in result.renamed]),
+    ):
+        lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
+        lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
     return lines + [f"note: {note}" for note in result.notes]
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 Word = Literal["better", "same", "worse", "regression", "unstable", "information"]
 #: the metric of a verdict on how a case ended
 STATUS = "status"
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, gc=False):
     """What became of one metric of one case.
 
     Parameters
