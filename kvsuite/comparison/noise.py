@@ -22,6 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+from typing import Literal
 
 from .records import Entry
 
@@ -138,5 +139,5 @@ def _rounds_p(base: Sequence[Entry], now: Sequence[Entry]) -> float:
     if not before or not after:
         return 1.0
     # the normal approximation, which ties would otherwise choose, calls 5 separated against 5 rounds p = 0.012
-    method = "exact" if len(before) * len(after) <= _EXACT else "asymptotic"
+    method: Literal["exact", "asymptotic"] = "exact" if len(before) * len(after) <= _EXACT else "asymptotic"
     return float(mannwhitneyu(before, after, alternative="two-sided", method=method).pvalue)
