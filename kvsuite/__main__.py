@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from . import __version__
-from .commands import doctor, figures, predict, report
+from .commands import ab, compare, doctor, figures, predict, report
 from .errors import UserError
 
 USAGE_ERROR = 4  # pytest's exit code for the same thing
@@ -25,10 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures.add_parser(subparsers)
     predict.add_parser(subparsers)
     doctor.add_parser(subparsers)
+    compare.add_parser(subparsers)
+    ab.add_parser(subparsers)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show ± still gets its numbers
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # what follows is pytest's, wherever the command's own options stand
+    end = words.index("--") if words[:1] == ["ab"] and "--" in words else len(words)
+    arguments = parser.parse_args(words[:end], argparse.Namespace(pytest_arguments=words[end + 1 :]))
     try:
         code: int = arguments.run(arguments)
     except UserError as error:

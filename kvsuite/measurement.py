@@ -17,6 +17,7 @@ from .engines.registry import SessionPool
 from .errors import CaseInvalid, CaseSkipped, UserError
 from .meters.clock import Clock, clock_for
 from .meters.environment import fingerprint
+from .meters.host_load import watched
 from .metrics import MetricRegistry
 from .options import Options
 from .passes import CasePasses, Measured, Phase, RunRounds
@@ -92,6 +93,7 @@ class CaseRunner:
         )  # fmt: skip
         measured = Measured(record)
         work = CasePasses(self, case, measured, run_rounds, progress or _silent)
+        work.run_rounds = watched(run_rounds, work.put)
         begin = time.monotonic()
         try:
             work.run()

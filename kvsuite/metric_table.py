@@ -86,6 +86,13 @@ BUILTIN: tuple[Metric, ...] = (
     Metric("decode_batch", "sequences", "none", _D, "most sequences that a decode step of a round served"),
     Metric("first_step_s", "s", "lower", _T, "one token through an empty cache: what the original called TTFT"),
     Metric(
+        "host_wait_share",
+        "1",
+        "none",
+        _A,
+        "share of the timed rounds' wall time that a thread of the process was ready to run and others had the CPU",
+    ),
+    Metric(
         "tpot_floor_s",
         "s",
         "none",

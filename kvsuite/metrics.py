@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from .metric_table import BUILTIN, Metric
+from .metric_table import BUILTIN, Better, Metric, MetricClass
 
-__all__ = ["ALIASES", "BUILTIN", "Metric", "MetricRegistry", "percentile", "summarise"]
+__all__ = ["ALIASES", "BUILTIN", "Better", "Metric", "MetricClass", "MetricRegistry", "percentile", "summarise"]
 
 # one table serves the options, the originals' files and ours
 ALIASES = {

@@ -297,3 +297,8 @@ FLAGS = frozenset(
         "prefix-caching",
     }
 )
+
+# groups with files of their own need `Option`, so they come last
+from .comparison_options import COMPARISON_OPTIONS  # noqa: E402
+
+OPTIONS += COMPARISON_OPTIONS

@@ -12,6 +12,7 @@ import pytest
 from . import __version__, hookspec
 from .case import Case
 from .case_order import rotated
+from .comparison_gate import register_gate
 from .errors import UserError
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
@@ -54,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if options.given:
             # only what was asked for is checked: a run without kvsuite cases pays nothing
             _check(options)
+        register_gate(config, options)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
     config.stash[OPTIONS] = options

@@ -85,6 +85,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "threads": ("4", 4),
     "seed": ("17", 17),
     "report-dir": ("/tmp/runs", "/tmp/runs"),
+    "compare": ("reports/run_1", "reports/run_1"),
+    "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
     "cache-dir": ("/tmp/cache", "/tmp/cache"),
     "preset": ("original", "original"),
 }
@@ -210,7 +212,18 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 
 # names that are looked up later: spaces, models, corpora, the file system
-FREE_TEXT = {"model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "space", "report-dir", "cache-dir"}
+FREE_TEXT = {
+    "model",
+    "method",
+    "corpus",
+    "dataset",
+    "dataset-path",
+    "mlc-model",
+    "space",
+    "report-dir",
+    "cache-dir",
+    "compare",
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -1,0 +1,243 @@
+"""The verdict on every metric of one case."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import median
+
+import msgspec
+
+from .machine import machine_differences, setting_difference
+from .matching import SideCase
+from .noise import MAX_CV, MIN_ROUNDS, timed_change
+from .records import Entry, Row
+from .rules import Rule, Rules
+from .sides import Side
+from .tokens import paired_difference
+from .verdicts import STATUS, Verdict, Word
+
+_FAILED = ("oom", "error", "crashed")
+# equal up to the order of floating-point sums, and to what an allocator rounds
+_TOLERANCE = {"deterministic": 1e-9, "near_deterministic": 1e-4}
+# metrics that are means over tokens: the sidecar's column, and the metric of their own standard error
+_PAIRED = {"perplexity": "nll", "nll_sum": "nll", "next_token_acc": "correct"}
+_SIGMAS = 2.0
+_BUSY = 0.02
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case on both sides."""
+
+    base: SideCase
+    now: SideCase
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What the verdicts of a case share: other settings of its times, and how long its sides waited for a CPU."""
+
+    pair: Pair
+    id: str
+    settings: str | None
+    waits: tuple[float, float]
+
+
+class Judge:
+    """Judges the cases of a comparison one by one.
+
+    Parameters
+    ----------
+    base, now
+        The sides.
+    rules
+        What is gated.
+    family
+        Timed comparisons that are gated together.
+    """
+
+    def __init__(self, base: Side, now: Side, rules: Rules, family: int) -> None:
+        self._base, self._now, self._rules, self._family = base, now, rules, family
+        self._other_machine = "another machine" if machine_differences(base, now) else None
+
+    def case(self, pair: Pair) -> list[Verdict]:
+        """Verdicts on a case: its status if one side has no result, else all its metrics."""
+        before, after = worst(pair.base), worst(pair.now)
+        if before.status != "ok" or after.status != "ok":
+            return [_status(before, after)]
+        rules = self._rules.of_case(after.suite, (after.name, after.bracket, after.id))
+        case = _Case(
+            pair,
+            after.id,
+            self._other_machine or setting_difference(pair.base.all, pair.now.all),
+            (_wait(pair.base), _wait(pair.now)),
+        )
+        several = len(pair.base.rows) > 1 or len(pair.now.rows) > 1
+        verdicts = []
+        names = before.metrics if before.metrics.keys() >= after.metrics.keys() else {**before.metrics, **after.metrics}
+        for name in names:
+            if several:
+                old, new = _stand_in(pair.base, name), _stand_in(pair.now, name)
+            else:
+                old, new = before.metrics.get(name), after.metrics.get(name)
+            first = old or new
+            if first is None or ((old is None or old.value is None) and (new is None or new.value is None)):
+                continue
+            rule = rules.find(name, first.unit, first.better, first.kind)
+            verdicts.append(self._metric(case, name, old, new, rule))
+        return verdicts
+
+    def _metric(self, case: _Case, name: str, old: Entry | None, new: Entry | None, rule: Rule | None) -> Verdict:
+        first = old if old is not None else new
+        assert first is not None
+        base, now = (None if entry is None else entry.value for entry in (old, new))
+        change: float | None = None
+        gate = "" if rule is None or math.isinf(rule.limit.amount) else rule.text
+
+        def verdict(word: Word, note: str = "") -> Verdict:
+            return Verdict(case.id, name, first.unit, base, now, change, word, gate, note)
+
+        if old is None or base is None:
+            return verdict("information", "the base has none")
+        judged = first.better != "none" and first.kind != "ambient"
+        if new is None or now is None:
+            reason = "the record lacks it" if new is None or not new.reason else new.reason
+            return verdict("regression" if judged else "information", f"lost: {reason}")
+        change = now / base - 1 if base else None
+        other = _other_definition(old, new)
+        if other or not judged:
+            return verdict("information", other or "")
+        if first.kind == "timed":
+            if case.settings or first.pooled:
+                return verdict("information", case.settings or f"pooled over rounds ({first.pooled})")
+            word, note = self._timed(case, name, old, new, rule)
+            return verdict(word, note)
+        if base == now:
+            return verdict("same")
+        worse_by = now - base if first.better == "lower" else base - now
+        if abs(worse_by) <= _TOLERANCE[first.kind] * abs(base):
+            return verdict("same")
+        broken = rule is not None and rule.limit.exceeded(base, worse_by, first.kind)
+        noise = _noise(name, case.pair, self._base, self._now) if name in _PAIRED else None
+        if noise is not None and abs(worse_by) <= _SIGMAS * noise.error:
+            note = f"inside 2 standard errors ({_SIGMAS * noise.error:.3g}, {noise.how})"
+            return verdict("unstable" if broken else "same", note)
+        word = "regression" if broken else "worse" if worse_by > 0 else "better"
+        return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}")
+
+    def _timed(self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None) -> tuple[Word, str]:
+        found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.waits)
+        if found is None:
+            fewest = min(old.n or 1, new.n or 1)
+            few = f"{fewest} rounds, {MIN_ROUNDS} are needed" if fewest < MIN_ROUNDS else "a time of 0 or less"
+            return "unstable", few
+        base = old.value or 0.0
+        worse_by = found.change * base * (1 if old.better == "lower" else -1)
+        broken = rule is not None and rule.limit.exceeded(base, worse_by, "timed")
+        band = f"noise {_percent(found.low)} to {_percent(found.high)}"
+        if not found.measured:
+            band += ", assumed for so few processes"
+            if max(case.waits) > _BUSY:
+                band += f" that waited {max(case.waits):.0%} of the time for a CPU"
+        if found.real:
+            return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}"
+        if broken:
+            return "unstable", f"inside {band}"
+        if found.cv > MAX_CV:
+            return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
+        return "same", band
+
+
+def _percent(change: float) -> str:
+    return f"{change:+.1%}" if abs(change) < 0.1 else f"{change:+.0%}"
+
+
+def _wait(case: SideCase) -> float:
+    """Largest share of time in which a process of a side waited for a CPU; 0 where that is not known."""
+    shares = [_value(row, "host_wait_share") or 0.0 for row in case.all]
+    return min(max(*shares, 0.0), 1.0)
+
+
+def worst(case: SideCase) -> Row:
+    """The row that stands for a side: one that failed, where there is one."""
+    return next((row for _, row in case.rows if row.status != "ok"), case.first)
+
+
+def _status(before: Row, after: Row) -> Verdict:
+    word: Word = "information"
+    # what was ok and now is skipped has lost its numbers
+    if before.status == "ok" or (after.status in _FAILED and before.status not in _FAILED):
+        word = "regression"
+    elif after.status == "ok" and before.status in _FAILED:
+        word = "better"
+    note = "" if after.status == "ok" else after.why
+    return Verdict(after.id, STATUS, "1", None, None, f"{before.status} -> {after.status}", word, "", note)
+
+
+def _entries(case: SideCase, name: str) -> list[Entry]:
+    return [row.metrics[name] for _, row in case.rows]
+
+
+def _stand_in(case: SideCase, name: str) -> Entry | None:
+    """One entry for all processes of a side: their median; a metric that one of them lost is lost."""
+    entries = [row.metrics.get(name) for _, row in case.rows]
+    known = [entry for entry in entries if entry is not None]
+    values = [entry.value for entry in known if entry.value is not None]
+    if len(known) < len(entries):
+        return None
+    fewest = min((entry.n for entry in known if entry.n is not None), default=None)
+    lost = next((entry for entry in known if entry.value is None), None)
+    return lost or msgspec.structs.replace(known[0], value=median(values), n=fewest)
+
+
+def _other_definition(base: Entry, now: Entry) -> str | None:
+    if (base.version, base.unit, base.better, base.kind, base.clock, base.protocol) == (
+        now.version, now.unit, now.better, now.kind, now.clock, now.protocol,
+    ):  # fmt: skip
+        return None
+    for name in ("version", "unit", "better", "kind", "clock", "protocol"):
+        before, after = getattr(base, name), getattr(now, name)
+        if before != after:
+            return f"another {name}: {before} -> {after}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Standard error of a difference, in the metric's unit, and where it comes from."""
+
+    error: float
+    how: str
+
+
+def _noise(name: str, pair: Pair, base: Side, now: Side) -> _Noise | None:
+    """Standard error of the difference of a mean over tokens: paired where both sides have the tokens.
+
+    Perplexity's is that of the mean difference of the losses times the base (delta method). Without tokens the two standard
+    errors are added as if the sides had scored different texts, which is far too wide, and the note says so.
+    """
+    (at_base, old), (at_now, new) = pair.base.rows[0], pair.now.rows[0]
+    paired = paired_difference(base.runs[at_base].tokens(old), now.runs[at_now].tokens(new), _PAIRED[name])
+    if paired is not None:
+        scale = {"perplexity": _value(old, name), "nll_sum": _value(old, "nll_tokens")}.get(name, 1.0)
+        return None if scale is None else _Noise(paired[1] * scale, "paired by token")
+    errors = [_own_error(name, row) for row in (old, new)]
+    known = [error for error in errors if error is not None]
+    return _Noise(math.hypot(*known), "not paired: a side has no token losses") if len(known) == 2 else None
+
+
+def _own_error(name: str, row: Row) -> float | None:
+    """Standard error of a mean over tokens from its own record."""
+    value, error, count = _value(row, name), _value(row, "perplexity_se"), _value(row, "nll_tokens")
+    if name == "perplexity" or value is None or not count:
+        return error if name == "perplexity" else None
+    if name == "next_token_acc":
+        return math.sqrt(max(value * (1 - value), 0.0) / count)
+    perplexity = _value(row, "perplexity")
+    return count * error / perplexity if error is not None and perplexity else None
+
+
+def _value(row: Row, name: str) -> float | None:
+    entry = row.metrics.get(name)
+    return None if entry is None else entry.value

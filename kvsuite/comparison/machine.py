@@ -1,0 +1,52 @@
+"""Machine facts that decide whether times may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .records import Row
+from .sides import Side
+
+# software is left out on purpose: a slower release of torch is what a comparison should find
+_FACTS = {
+    "GPU": ("gpu", "name"),
+    "GPU processors": ("gpu", "sm_count"),
+    "GPU memory": ("gpu", "memory_bytes"),
+    "driver": ("gpu", "driver"),
+    "power limit": ("gpu", "power_limit_w"),
+    "OS": ("host", "os"),
+    "CPU": ("host", "cpu"),
+    "cores": ("host", "cores"),
+}
+_SETTINGS = {"threads": "set --kv-threads", "concurrent_workers": "run both with the same -n"}
+
+
+def machine_differences(base: Side, now: Side) -> list[str]:
+    """How the machines differ, fact by fact: ``driver 550 -> 560``; empty if times may be compared."""
+    found = []
+    for name, (part, key) in _FACTS.items():
+        before, after = (_values(side, part, key) for side in (base, now))
+        if before != after or len(before) > 1:
+            found.append(f"{name} {' and '.join(before)} -> {' and '.join(after)}")
+    return found
+
+
+def _values(side: Side, part: str, key: str) -> list[str]:
+    return sorted({str(_fact(one, part, key)) for run in side.runs for one in run.facts.environments})
+
+
+def _fact(environment: Mapping[str, Any], part: str, key: str) -> Any:
+    facts = environment.get(part)
+    found = facts.get(key) if isinstance(facts, Mapping) else None
+    return "none" if found is None else found
+
+
+def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
+    """What else makes the times of a case those of two machines; ``None`` if nothing does."""
+    for name, mend in _SETTINGS.items():
+        first = base[0].effective.get(name)
+        other = next((found for row in (*base, *now) if (found := row.effective.get(name)) != first), first)
+        if other != first:
+            return f"{name} {first} -> {other}; {mend}"
+    return None

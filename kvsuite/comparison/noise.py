@@ -1,0 +1,143 @@
+"""When two times differ: the spread of rounds, the luck of processes, and how many questions are asked at once.
+
+A change of a time counts if two things hold.
+
+1. **Rounds**: a two-sided Mann-Whitney U test of the rounds of both sides gives p < 0.01.
+2. **Processes**: the change of the median lies outside the noise band of both sides. Rounds of one process share its memory
+   layout, clocks and neighbours, so their p-value alone would name two runs of the same code different; the band is what two
+   sides of the same code differ by. With several processes a side it is measured: the spread of their medians within the
+   sides, Student's t. With one a side it cannot be: `PROCESS_NOISE` is assumed, or the spread of the rounds or the share of
+   time that a side waited for a CPU (`host_wait_share`) where that is larger, and a side that waited counts as the faster for
+   it that it may have been.
+
+The band is one-sided at ``FALSE_ALARMS / family``, ``family`` being the number of timed comparisons that a rule gates
+(Bonferroni): all gated times of a comparison together name a regression of unchanged code in at most one of a hundred
+comparisons. Everything is done on logarithms, so that twice as slow is as far as twice as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+from typing import Literal
+
+from .records import Entry
+
+#: share of comparisons of unchanged code that name a timed regression, at most
+FALSE_ALARMS = 0.01
+#: p of the rounds; 5 against 5 separated rounds reach 0.0079
+ROUNDS_P = 0.01
+MIN_ROUNDS = 5
+#: assumed standard deviation of one process's median, where it cannot be measured (docs/comparison.md has measured ones)
+PROCESS_NOISE = 0.05
+#: coefficient of variation of rounds above which "no difference found" is not said
+MAX_CV = 0.10
+_MOST_WAIT = 0.999
+# pairs of rounds up to which the exact distribution is worth its time
+_EXACT = 2500
+# standard error of a median over that of a mean, for normal samples
+_MEDIAN_SE = math.sqrt(math.pi / 2)
+
+
+@dataclass(frozen=True)
+class TimedChange:
+    """What is known of the change of a time.
+
+    Parameters
+    ----------
+    change
+        Relative change of the median.
+    low, high
+        Relative changes that sides of the same code show: the noise band around 0.
+    real
+        Whether the change counts.
+    measured
+        Whether the noise of processes was measured; else it was assumed.
+    cv
+        Largest coefficient of variation of the rounds of a process.
+    """
+
+    change: float
+    low: float
+    high: float
+    real: bool
+    measured: bool
+    cv: float
+
+
+def timed_change(
+    base: Sequence[Entry], now: Sequence[Entry], family: int, waits: tuple[float, float] = (0.0, 0.0)
+) -> TimedChange | None:
+    """Judge the rounds of two sides, one entry a process.
+
+    Parameters
+    ----------
+    base, now
+        Entries with positive values.
+    family
+        Gated timed comparisons that are made together, at least 1.
+    waits
+        Share of the rounds' time in which base and now waited for a CPU, in [0, 1].
+
+    Returns
+    -------
+    TimedChange or None
+        ``None`` if a process has fewer than `MIN_ROUNDS` rounds or a value that is no positive time.
+    """
+    entries = [*base, *now]
+    for entry in entries:
+        if (entry.n or 0) < MIN_ROUNDS or not entry.value or entry.value <= 0:
+            return None
+    before, after = ([math.log(entry.value or 1.0) for entry in side] for side in (base, now))
+    difference = sum(after) / len(after) - sum(before) / len(before)
+    cv = max([entry.cv or 0.0 for entry in entries])
+    # squared standard error of the logarithm of a median, mean over the processes
+    rounds = sum([_MEDIAN_SE**2 * (entry.cv or 0.0) ** 2 / (entry.n or 1) for entry in entries]) / len(entries)
+    share = 1 / len(before) + 1 / len(after)
+    # what three processes differ by says next to nothing about processes
+    measured = len(entries) > 3
+    if measured:
+        freedom = len(entries) - 2
+        variance = math.fsum((value - fmean(side)) ** 2 for side in (before, after) for value in side) / freedom
+        # medians of few rounds cannot agree better than their rounds allow, they can only seem to
+        half = _quantile(max(family, 1), freedom) * math.sqrt(share * max(variance, rounds))
+        low, high = -half, half
+    else:
+        # who takes CPU time takes caches and clock rate as well: the wait is also the size of what cannot be seen of it
+        processes = max(PROCESS_NOISE, cv, *waits)
+        half = _quantile(max(family, 1), None) * math.sqrt(share * (processes**2 + rounds))
+        # without the wait the slower side may have been as fast as this
+        low = -half + math.log1p(-min(waits[0], _MOST_WAIT))
+        high = half - math.log1p(-min(waits[1], _MOST_WAIT))
+    return TimedChange(
+        change=math.expm1(difference),
+        low=math.expm1(low),
+        high=math.expm1(min(high, 700.0)),
+        # the test of the rounds is the dearer one: it is asked only where it can decide
+        real=not low <= difference <= high and _rounds_p(base, now) < ROUNDS_P,
+        measured=measured,
+        cv=cv,
+    )
+
+
+@functools.cache
+def _quantile(family: int, freedom: int | None) -> float:
+    if freedom is None:
+        return NormalDist().inv_cdf(1 - FALSE_ALARMS / family)
+    from scipy.stats import t
+
+    return float(t.isf(FALSE_ALARMS / family, freedom))
+
+
+def _rounds_p(base: Sequence[Entry], now: Sequence[Entry]) -> float:
+    from scipy.stats import mannwhitneyu
+
+    before, after = ([value for entry in side for value in entry.rounds()] for side in (base, now))
+    if not before or not after:
+        return 1.0
+    # the normal approximation, which ties would otherwise choose, calls 5 separated against 5 rounds p = 0.012
+    method: Literal["exact", "asymptotic"] = "exact" if len(before) * len(after) <= _EXACT else "asymptotic"
+    return float(mannwhitneyu(before, after, alternative="two-sided", method=method).pvalue)

@@ -1,0 +1,187 @@
+"""Rules of a gate: ``peak_vram:+2%,compression/streaming_*/ttft:+10%,missing``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from kvsuite.errors import UserError
+from kvsuite.metrics import ALIASES, BUILTIN, Better, MetricClass
+
+from .limits import Limit, parse_limit
+from .sides import Side
+
+#: what can fail beside metrics
+WORDS = ("missing", "new", "renamed", "unstable")
+#: gates of the commands, and of the word ``default``: what is exact by any increase, the rest by what can be told apart
+DEFAULT_RULES = (
+    "kv_bytes_exact:+0,kv_bytes_exact_prefill:+0,mem_predicted_kv_bytes:+0,mem_weights_bytes:+0,cache_tokens_max:+0,"
+    "ratio_effective:-0.01,peak_vram:+2%,mem_measured_dynamic_bytes:+2%,perplexity:+0.5%,kld:+0.001,accuracy:-0.005,"
+    "ttft:+10%,tpot:+5%,decode_tok_s:-5%,prefill_tok_s_computed:-5%"
+)
+_GLOB = frozenset("*?[")
+_SIGNS: dict[Better, str] = {"lower": "+", "higher": "-", "none": ""}
+
+
+class Known(NamedTuple):
+    """What a rule must know of a metric."""
+
+    unit: str
+    better: Better
+    kind: MetricClass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One limit for the metrics and cases that its patterns match; an empty ``case`` or ``suite`` matches all."""
+
+    text: str
+    suite: str
+    case: str
+    metric: str
+    limit: Limit
+
+    def covers(self, suite: str, names: Iterable[str]) -> bool:
+        """Whether the rule is about a case of ``suite`` that is called ``names``."""
+        return (not self.suite or fnmatchcase(suite, self.suite)) and (
+            not self.case or any(fnmatchcase(name, self.case) for name in names)
+        )
+
+    def fits(self, name: str, metric: Known) -> bool:
+        """Whether the rule gates this metric: facts without a direction and ambient numbers are never gated."""
+        if metric.better == "none" or metric.kind == "ambient" or self.limit.unit not in (None, metric.unit):
+            return False
+        return fnmatchcase(name, self.metric) and self.limit.sign in ("", _SIGNS[metric.better])
+
+
+class CaseRules:
+    """The rules that are about one case; cases that the same rules are about share one."""
+
+    def __init__(self, rules: tuple[Rule, ...]) -> None:
+        self._rules = rules
+        self._found: dict[tuple[str, str, Better, MetricClass], Rule | None] = {}
+
+    def find(self, name: str, unit: str, better: Better, kind: MetricClass) -> Rule | None:
+        """The rule that gates a metric, if any."""
+        key = (name, unit, better, kind)
+        if key not in self._found:
+            metric = Known(unit, better, kind)
+            self._found[key] = next((rule for rule in reversed(self._rules) if rule.fits(name, metric)), None)
+        return self._found[key]
+
+
+class Rules:
+    """Rules in the order written: of those that match, the last one counts."""
+
+    def __init__(self, rules: Iterable[Rule] = (), words: Iterable[str] = ()) -> None:
+        self.rules = tuple(rules)
+        self.words = frozenset(words)
+        self._cases: dict[tuple[int, ...], CaseRules] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.rules or self.words)
+
+    def of_case(self, suite: str, names: Iterable[str]) -> CaseRules:
+        """The rules that are about a case, which has several ``names``."""
+        active = tuple(index for index, rule in enumerate(self.rules) if rule.covers(suite, names))
+        if active not in self._cases:
+            self._cases[active] = CaseRules(tuple(self.rules[index] for index in active))
+        return self._cases[active]
+
+    def check(self, known: Mapping[str, Known], suites: Iterable[str], option: str) -> None:
+        """Refuse rules about metrics and suites that do not exist, and limits that can never be reached.
+
+        Raises
+        ------
+        UserError
+            Naming the option, the rule and what was probably meant.
+        """
+        for rule in self.rules:
+            try:
+                _check_suite(rule, sorted(set(suites)))
+                _check_metric(rule, known)
+            except ValueError as error:
+                raise UserError(f"{option}={rule.text}: {error}") from error
+
+
+def known_metrics(*sides: Side, more: Iterable[tuple[str, Known]] = ()) -> dict[str, Known]:
+    """Metrics that rules may name: kvsuite's, ``more``, and those of the records."""
+    known = {metric.name: Known(metric.unit, metric.better, metric.metric_class) for metric in BUILTIN} | dict(more)
+    for side in sides:
+        for run in side.runs:
+            for row in run.rows:
+                for name, entry in row.metrics.items():
+                    if name not in known:
+                        known[name] = Known(entry.unit, entry.better, entry.kind)
+    return known
+
+
+def parse_rules(text: str) -> Rules:
+    """Parse rules without asking whether their metrics exist; `Rules.check` does.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong with which rule.
+    """
+    rules: list[Rule] = []
+    words: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if part in WORDS:
+            words.append(part)
+        elif part == "default":
+            rules += parse_rules(DEFAULT_RULES).rules
+        elif part:
+            rules.append(_parse_rule(part))
+    if not rules and not words:
+        raise ValueError("is empty")
+    return Rules(rules, words)
+
+
+def _parse_rule(text: str) -> Rule:
+    scope, colon, limit = text.rpartition(":")
+    if not colon:
+        meant = difflib.get_close_matches(text, [*WORDS, "default"], 1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        raise ValueError(f"{text} is no rule{hint}; write METRIC:LIMIT or one of {', '.join(WORDS)}")
+    parts = scope.split("/")
+    if len(parts) > 3 or not all(part.strip() for part in parts):
+        raise ValueError(f"{scope or 'nothing'} is no scope; write METRIC, SUITE/METRIC or SUITE/CASE/METRIC")
+    metric = parts[-1].strip()
+    suite = parts[0].strip() if len(parts) > 1 else ""
+    case = parts[1].strip() if len(parts) > 2 else ""
+    return Rule(text, suite, case, ALIASES.get(metric, metric), parse_limit(limit.strip()))
+
+
+def _check_suite(rule: Rule, suites: list[str]) -> None:
+    if rule.suite and not any(fnmatchcase(suite, rule.suite) for suite in suites):
+        raise ValueError(f"no suite {rule.suite}{_meant(rule.suite, suites)}; there are {', '.join(suites)}")
+
+
+def _check_metric(rule: Rule, known: Mapping[str, Known]) -> None:
+    if _GLOB & set(rule.metric):
+        if not any(rule.fits(name, metric) for name, metric in known.items()):
+            raise ValueError(f"no metric that {rule.metric} matches can have this limit; see docs/metrics.md")
+        return
+    if rule.metric not in known:
+        raise ValueError(
+            f"no metric {rule.metric}{_meant(rule.metric, [*known, *ALIASES])}; docs/metrics.md lists them"
+        )
+    metric, limit = known[rule.metric], rule.limit
+    if metric.kind == "ambient" or metric.better == "none":
+        raise ValueError(f"{rule.metric} has no better direction and is never judged; drop the rule")
+    sign = _SIGNS[metric.better]
+    if limit.sign not in ("", sign):
+        raise ValueError(
+            f"{rule.metric} is better when {metric.better}, so what fails is a change of {sign}; write {sign} or no sign"
+        )
+    if limit.unit not in (None, metric.unit):
+        raise ValueError(f"{rule.metric} is in {metric.unit}, not in {limit.unit}; write the limit in its unit or in %")
+
+
+def _meant(wrong: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(names), 1)
+    return f" (did you mean {close[0]}?)" if close else ""

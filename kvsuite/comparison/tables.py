@@ -1,0 +1,154 @@
+"""A comparison for people: a table for the terminal, Markdown for a pull request."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from .compare import Comparison
+from .verdicts import STATUS, Verdict, Word, change_text, number_pair
+
+#: shown even where nothing moved
+HEADLINE = (
+    "perplexity", "next_token_acc", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes",
+    "mem_weights_bytes",
+)  # fmt: skip
+_STYLES: dict[Word, str] = {
+    "better": "green", "same": "", "worse": "yellow", "regression": "bold red", "unstable": "magenta", "information": "dim",
+}  # fmt: skip
+_HEADER = ("case", "metric", "base", "now", "change", "verdict", "rule or reason")
+#: rows of a table that a person may still read; beyond, what matters most is shown
+MOST_ROWS = 200
+
+
+def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Verdict]:
+    """Rows that a reader looks for: what moved, what is gated, the headline metrics; or all.
+
+    Of more than `MOST_ROWS` those that matter most, in the order of the rows.
+    """
+    if everything:
+        return list(rows)
+    ranks: list[list[int]] = [[], [], [], []]
+    for index, row in enumerate(rows):
+        if row.verdict == "regression":
+            ranks[0].append(index)
+        elif row.verdict in ("worse", "better") or row.metric == STATUS:
+            ranks[1].append(index)
+        elif row.rule:
+            ranks[2 if row.verdict == "unstable" else 3].append(index)
+        elif row.metric in HEADLINE:
+            ranks[3].append(index)
+    chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
+    return [rows[index] for index in sorted(chosen)]
+
+
+def comparison_text(
+    result: Comparison,
+    *,
+    width: int = 120,
+    color: bool = False,
+    everything: bool = False,
+    more: str = "--all shows them",
+) -> str:
+    """Render as text: the table by case and metric, what is missing, new or renamed, notes, a summary.
+
+    ``more`` says how the rows that are left out can be seen.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=max(width, 60),
+        force_terminal=color,
+        no_color=not color,
+        highlight=False,
+        legacy_windows=False,
+    )
+    rows = shown_rows(result.rows, everything=everything)
+    console.print(Text(f"base: {result.base.label}\nnow:  {result.now.label}"))
+    if rows:
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
+        for title in _HEADER:
+            right = title in ("base", "now", "change")
+            table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        names = short_names([row.case for row in rows])
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in (names[row.case], *_cells(row))), style=_STYLES[row.verdict])
+        console.print(table)
+    left_out = len(result.rows) - len(rows)
+    if left_out:
+        console.print(Text(f"{left_out} more rows that matter less: {more}"))
+    for line in _lists(result):
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
+    return stream.getvalue()
+
+
+def comparison_markdown(result: Comparison) -> str:
+    """Render for a pull request: the summary, what fails, and the table behind a fold."""
+    rows = shown_rows(result.rows)
+    lines = [f"**kvsuite: {summary(result)}**", "", f"`{result.now.label}` against `{result.base.label}`", ""]
+    lines += [f"- {_escaped(line)}" for line in result.failures[:MOST_ROWS]]
+    lines += [f"- {_escaped(line)}" for line in _lists(result)]
+    if rows:
+        lines += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
+        lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+        names = short_names([row.case for row in rows])
+        for row in rows:
+            cells = [names[row.case], *_cells(row)]
+            lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def summary(result: Comparison) -> str:
+    """One line: cases compared, verdicts, cases that one side lacks."""
+    counts = result.counts
+    words = [f"{counts[word]} {_plural(word, counts[word])}" for word in _STYLES if counts.get(word)]
+    lists = (("missing", result.missing), ("new", result.new), ("renamed", result.renamed))
+    words += [f"{len(found)} {word}" for word, found in lists if found]
+    failing = f"; {len(result.failures)} against the rules" if result.rules else "; no rules, so nothing fails"
+    return f"{result.compared} cases compared: {', '.join(words) or 'nothing'}{failing}"
+
+
+def short_names(ids: Sequence[str]) -> dict[str, str]:
+    """Ids as short as they can be: the bracket of the pytest id, the whole id where two cases share it."""
+    distinct = list(dict.fromkeys(ids))
+    brackets = {case: case.partition("[")[2].removesuffix("]") or case for case in distinct}
+    seen: dict[str, int] = {}
+    for bracket in brackets.values():
+        seen[bracket] = seen.get(bracket, 0) + 1
+    return {case: bracket if seen[bracket] == 1 else case for case, bracket in brackets.items()}
+
+
+def _cells(row: Verdict) -> tuple[str, str, str, str, str, str]:
+    before, after = ("", "") if row.metric == STATUS else number_pair(row.base, row.now, row.unit)
+    reason = "; ".join(part for part in (row.rule, row.note) if part)
+    return row.metric, before, after, change_text(row.change), row.verdict, reason
+
+
+def _lists(result: Comparison) -> list[str]:
+    lines: list[str] = []
+    for word, cases in (
+        ("missing", result.missing),
+        ("new", result.new),
+        ("renamed", [f"{before} is now {after}" for before, after in result.renamed]),
+    ):
+        lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
+        lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
+    return lines + [f"note: {note}" for note in result.notes]
+
+
+def _plural(word: Word, count: int) -> str:
+    return "regressions" if word == "regression" and count != 1 else word
+
+
+def _escaped(cell: str) -> str:
+    """Text that Markdown and the HTML inside it leave alone."""
+    text = " ".join(cell.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for mark in ("\\", "|", "*", "_", "`", "[", "]", "~", "#"):
+        text = text.replace(mark, "\\" + mark)
+    return text

@@ -1,0 +1,73 @@
+"""How long a process was kept from a CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from kvsuite.meters import host_load
+from kvsuite.meters.host_load import waited_seconds, watched
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, before: dict[str, float], after: dict[str, float]) -> Any:
+    """What is put for rounds of a scripted second, between these waits."""
+    found: dict[str, Any] = {}
+    waits, clock, steal = iter([before, after]), iter([10.0, 11.0]), iter([1.0, 1.05])
+    monkeypatch.setattr(host_load, "waited_seconds", lambda: next(waits))
+    monkeypatch.setattr(host_load, "stolen_seconds", lambda: next(steal))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    ran: list[int] = []
+    run = watched(
+        lambda round_, rounds: ran.append(rounds), lambda name, value, **facts: found.update({name: value}, **facts)
+    )
+    run(lambda: None, 3)
+    monkeypatch.undo()
+    assert ran == [3]
+    return found["host_wait_share"]
+
+
+def test_the_most_delayed_thread_counts_and_what_the_hypervisor_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, {"1": 5.0, "2": 0.0}, {"1": 5.1, "2": 0.3, "new": 9.0}) == pytest.approx(0.35)
+
+
+def test_it_is_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, {"1": 0.0}, {"1": 7.0}) == 1.0
+
+
+def test_a_kernel_without_the_account_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measured(monkeypatch, {}, {}) is None
+
+
+@pytest.mark.skipif(not waited_seconds(), reason="no schedstat here")
+def test_threads_that_fight_for_a_cpu_wait() -> None:
+    import os
+
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        before = waited_seconds()
+        stop = time.monotonic() + 0.4
+
+        def busy() -> None:
+            # long enough without the interpreter's lock to be two processes for the scheduler
+            import hashlib
+
+            data = bytes(1_000_000)
+            while time.monotonic() < stop:
+                hashlib.sha256(data)
+
+        threads = [threading.Thread(target=busy) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.35)
+        during = waited_seconds()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    new = [seconds for thread, seconds in during.items() if thread not in before]
+    assert len(new) >= 3
+    assert sum(new) > 0.1
