@@ -297,3 +297,9 @@ FLAGS = frozenset(
         "prefix-caching",
     }
 )
+
+# groups with files of their own need `Option`, so they come last
+from .sweep_options import SWEEP_FLAGS, SWEEP_OPTIONS  # noqa: E402
+
+OPTIONS += SWEEP_OPTIONS
+FLAGS |= SWEEP_FLAGS

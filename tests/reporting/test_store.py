@@ -219,7 +219,7 @@ def test_missing_and_empty_name_the_path(tmp_path):
     with pytest.raises(UserError, match="empty"):
         read_records(tmp_path)
     (tmp_path / "records.jsonl").write_bytes(b'{"schema": "kvsu')
-    with pytest.raises(UserError, match="line 1 is damaged"):
+    with pytest.raises(UserError, match="not even the run line is there"):
         read_records(tmp_path)
 
 
