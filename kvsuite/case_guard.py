@@ -18,7 +18,7 @@ import pytest
 
 from .case import Case
 from .record import Record
-from .state import BOX, CASES, OPTIONS, PLACES, REPORTER, RUNNER, is_worker, worker_input
+from .state import BOX, CASES, OPTIONS, ORDER_SEED, PLACES, REPORTER, RUNNER, is_worker, worker_input
 from .survival.black_box import BlackBox
 
 #: exit code of a worker that wants to be replaced
@@ -68,12 +68,13 @@ class CaseGuard:
 
     def _first_row(self, case: Case, item: pytest.Item) -> dict[str, Any]:
         options = self._config.stash[OPTIONS]
-        return Record(
+        record = Record(
             case=case, id=item.nodeid, case_key=case.key(model_revision=None, dataset_revision=None), rounds=options.rounds,
             warmup=options.num_warmup, seed=options.seed, order_index=self._config.stash[PLACES].get(item.nodeid, 0),
-            case_index=[*self._config.stash[CASES]].index(case.id),
             started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        ).to_dict()  # fmt: skip
+        )  # fmt: skip
+        note_place(self._config, record)
+        return record.to_dict()
 
     def _prepare(self) -> None:
         """Before the first case: see to it that this process, should it hang, is ended."""
@@ -105,6 +106,7 @@ def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
     from .case import digest
 
     record.env = digest(environment)
+    note_place(config, record)
     news: dict[str, Any] = {"phase": phase, "row": record.to_dict(), "environment": environment}
     reporter = config.stash.get(REPORTER, None)
     if reporter is not None and not is_worker(config):
@@ -115,6 +117,13 @@ def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
         # a case that a test made by hand
         box.begin(news["row"], environment)
         box.tell(**news)
+
+
+def note_place(config: pytest.Config, record: Record) -> None:
+    """Write into a record where its case stands in the space and how the run was rotated."""
+    cases = [*config.stash[CASES]]
+    record.case_index = cases.index(record.case.id) if record.case.id in cases else 0
+    record.order_seed = config.stash[ORDER_SEED]
 
 
 def case_of(config: pytest.Config, item: pytest.Item) -> Case | None:

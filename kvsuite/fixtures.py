@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .case import Case, canonical_json
-from .case_guard import tell_box
+from .case_guard import note_place, tell_box
 from .devices import resolve_device
 from .errors import UserError
 from .options import Options
@@ -89,8 +89,7 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
                 progress=progress,
             )
             record: Record = measured.record
-            cases: list[str] = [*config.stash[CASES]]
-            record.case_index = cases.index(case.id) if case.id in cases else 0
+            note_place(config, record)
             _note_company(config, record)
             config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
             _require_json(record.to_dict(), "pytest_kvsuite_update_record")

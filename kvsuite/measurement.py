@@ -173,7 +173,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-
 def is_cuda_error(error: BaseException) -> bool:
     """Whether ``error`` came from a CUDA device that will answer every later call with it (memory that ran out is none)."""
     if is_out_of_memory(error):

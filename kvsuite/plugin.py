@@ -232,7 +232,6 @@ def pytest_runtest_makereport(
         from .case import digest
 
         measured.record.env = digest(environment)
-        measured.record.order_seed = item.config.stash[ORDER_SEED]
         # an attribute of the report travels through xdist and stays out of the JUnit XML
         report.kvsuite = {  # type: ignore[attr-defined]
             "record": measured.record.to_dict(),

@@ -217,9 +217,7 @@ class Reporter:
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
             self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
             self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
-            for paths in hook.pytest_kvsuite_figures(
-                config=self._config, run=self.run, rows=self.rows, folder=folder
-            ):
+            for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -235,7 +233,11 @@ class Reporter:
     def nothing_ran(self) -> str | None:
         """The reason, if cases were selected and not one could run."""
         # what is the same as a case of another shard has nothing to run
-        if self._options.shard is not None or not self.rows or any(row["status"] not in ("skipped", "invalid") for row in self.rows):
+        if (
+            self._options.shard is not None
+            or not self.rows
+            or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
+        ):
             return None
         return str(self.rows[0]["reason"])
 

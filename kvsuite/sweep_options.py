@@ -39,17 +39,17 @@ def _card(text: str) -> str:
 
 
 SWEEP_OPTIONS: tuple[Option, ...] = (
-    Option("timeout", _seconds, "", "Seconds that a case may take, loading included; then it is stopped, or its process killed, "
-           "and its record says so, e.g. --kv-timeout=600.", example="600"),
+    Option("timeout", _seconds, "", "Seconds that a case may take, loading included; then it is stopped, or its process is "
+           "killed, and its record says so, e.g. --kv-timeout=600.", example="600"),
     Option("resume", _text, "", "Finish an earlier run in its own folder: latest, or a run folder, e.g. --kv-resume=latest. "
            "Finished cases are left out.", example="latest"),
     Option("resume-rerun", _statuses, "crashed,error", "Statuses of cases that a resumed run measures again, comma separated: "
            "oom, error, crashed, invalid, skipped, or none."),
     Option("shard", _shard, "", "Run part I of N of the selected cases, balanced by expected cost, e.g. --kv-shard=1/4; "
            "python -m kvsuite merge joins the parts.", example="1/4"),
-    Option("plan", _switch, "false", "Measure nothing: list the selected cases with expected time and memory, and what will not "
-           "fit."),
-    Option("plan-card", _card, "", "Memory of the device that --kv-plan judges by, e.g. --kv-plan-card=24GiB, where this machine "
-           "is not the one that will measure.", example="24GiB"),
+    Option("plan", _switch, "false", "Measure nothing: list the selected cases with expected time and memory, and what will "
+           "not fit."),
+    Option("plan-card", _card, "", "Memory of the device that --kv-plan judges by, e.g. --kv-plan-card=24GiB, where this "
+           "machine is not the one that will measure.", example="24GiB"),
 )  # fmt: skip
 SWEEP_FLAGS = frozenset({"plan"})

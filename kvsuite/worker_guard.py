@@ -62,7 +62,7 @@ class WorkerGuard:
             self._slots.append(spec)
         node.workerinput |= {
             "kv_order_seed": self._config.stash[ORDER_SEED],
-            "kv_finished": sorted(self._config.stash[FINISHED]),
+            "kv_finished": [*self._config.stash[FINISHED]],
             # a worker on another host has no folder of ours
             "kv_box": str(self._box(node)) if spec.popen else None,
             "kv_slot": next(slot for slot, known in enumerate(self._slots) if spec is known),
@@ -80,7 +80,7 @@ class WorkerGuard:
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
         """A worker died in a test: if it was a case, its row travels on the report that xdist made up."""
-        node: Any = report.node  # type: ignore[attr-defined]
+        node: Any = report.node
         entry = read_box(self._box(node))
         if entry is None or entry["id"] != crashitem or self.has_row(crashitem):
             return
@@ -95,7 +95,6 @@ class WorkerGuard:
 
             environment = host_facts()
             row["env"] = digest(environment)
-        row["order_seed"] = self._config.stash[ORDER_SEED]
         row["effective"] = row["effective"] | {"concurrent_workers": len(self._slots)}
         report.longrepr = f"crashed in {entry['phase']}: {cause.reason}"
         report.kvsuite = {"record": row, "tokens": None, "environment": environment}  # type: ignore[attr-defined]
@@ -131,9 +130,7 @@ class WorkerGuard:
         session: Any = self._config.pluginmanager.get_plugin("dsession")
         if session is not None and self._config.getoption("maxworkerrestart") is None:
             # by default four deaths a worker end a run, but each may cost one case of a long sweep
-            session._max_worker_restart = max(
-                session._max_worker_restart or 0, len(self._cases) + 4 * len(self._slots)
-            )
+            session._max_worker_restart = max(session._max_worker_restart or 0, len(self._cases) + 4 * len(self._slots))
         if self._config.stash[OPTIONS].timeout is not None and self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="kvsuite-timeouts", daemon=True)
             self._watcher.start()

@@ -118,8 +118,8 @@ def require_gpu_each(gpus: Gpus | None, device: str, workers: int) -> None:
             "--kv-device=cuda for a GPU a worker, or -n 1"
         )
     raise UserError(
-        f"-n {workers}: there are {len(gpus.entries)} GPUs to see ({', '.join(gpus.entries)}), and two workers on one would time "
-        f"each other; give -n {len(gpus.entries)}"
+        f"-n {workers}: there are {len(gpus.entries)} GPUs to see ({', '.join(gpus.entries)}), and two workers on one would "
+        f"time each other; give -n {len(gpus.entries)}"
     )
 
 
@@ -136,8 +136,8 @@ def bind(gpus: Gpus, slot: int) -> str:
     torch = sys.modules.get("torch")
     if torch is not None and not gpus.simulated and torch.cuda.is_initialized():
         raise UserError(
-            "a conftest.py or plugin used CUDA while tests were collected, so that a worker of xdist cannot be bound to its GPU; "
-            "let it wait for a fixture, or run without -n"
+            "a conftest.py or plugin used CUDA while tests were collected, so that a worker of xdist cannot be bound to its "
+            "GPU; let it wait for a fixture, or run without -n"
         )
     entry = gpus.of(slot)
     os.environ[VISIBLE] = entry

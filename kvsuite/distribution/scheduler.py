@@ -38,6 +38,8 @@ class CaseScheduling(LoadScheduling):  # type: ignore[misc]
 
     def __init__(self, config: Any, log: Any, desk: Desk) -> None:
         super().__init__(config, log)
+        self.collection: Any
+        self.pending: list[int]
         self._desk = desk
         self._sessions: list[Hashable | None] = []
         self._last: dict[Any, Hashable | None] = {}
@@ -104,5 +106,3 @@ class CaseScheduling(LoadScheduling):  # type: ignore[misc]
             busy = Counter(session for other, session in self._last.items() if other is not node)
             wanted = max(left, key=lambda session: left[session] / (1 + busy[session]))
         return next(index for index in self.pending if self._sessions[index] == wanted)
-
-

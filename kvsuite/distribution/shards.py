@@ -32,7 +32,9 @@ class Shard:
             raise UserError(f"--kv-shard={text}: write I/N, for example --kv-shard=1/4")
         shard = cls(int(found[1]), int(found[2]))
         if not 1 <= shard.index <= shard.of:
-            raise UserError(f"--kv-shard={text}: parts count from 1 to N; give 1/{max(shard.of, 1)} to {shard.of}/{shard.of}")
+            raise UserError(
+                f"--kv-shard={text}: parts count from 1 to N; give 1/{max(shard.of, 1)} to {shard.of}/{shard.of}"
+            )
         return shard
 
     def __str__(self) -> str:

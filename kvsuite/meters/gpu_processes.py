@@ -125,4 +125,3 @@ def _cuda_works() -> bool:
         return torch.cuda.is_available()
     except RuntimeError:
         return False
-

@@ -30,7 +30,9 @@ def cause_of(returncode: int | None) -> Cause:
     if returncode is None:
         return Cause("unknown", "its process is gone, and how it ended is not known")
     if returncode >= 0:
-        return Cause(f"exit code {returncode}", f"its process ended with exit code {returncode} in the middle of the case")
+        return Cause(
+            f"exit code {returncode}", f"its process ended with exit code {returncode} in the middle of the case"
+        )
     try:
         name = signal.Signals(-returncode).name
     except ValueError:

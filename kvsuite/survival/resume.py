@@ -164,7 +164,11 @@ def _latest(report_dir: Path) -> Path | None:
 
 def _is_row(row: Mapping[str, Any]) -> bool:
     parts = [row.get(name) for name in ("case", "model")]
-    return all(isinstance(part, dict) for part in parts) and {"device", "workload"} <= row["case"].keys() and "dataset" in row
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and {"device", "workload"} <= row["case"].keys()
+        and "dataset" in row
+    )
 
 
 def _refuse(folder: Path, found: Sequence[str]) -> None:
