@@ -126,8 +126,6 @@ def write_merged(merged: Merged, folder: Path) -> Path:
     UserError
         If the folder is taken or cannot be written, a sidecar is gone, or the result breaks a schema.
     """
-    from kvsuite.reporting.report import write_outputs
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder}: is there already; give a new folder")
     temporary: Path | None = None
@@ -142,7 +140,7 @@ def write_merged(merged: Merged, folder: Path) -> Path:
                 _copy_sidecar(part, row, temporary)
                 store.append(row)
         line, rows, _ = read_records(temporary)
-        write_outputs(temporary, line, rows)
+        _derive(temporary, line, rows)
         temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError as error:
@@ -155,12 +153,26 @@ def write_merged(merged: Merged, folder: Path) -> Path:
     return folder
 
 
+def _derive(folder: Path, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    from kvsuite.reporting.report import write_outputs
+
+    try:
+        write_outputs(folder, run, rows)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        # rows of another tool may keep to the schema and still lack what a suite's table needs
+        raise UserError(f"the records cannot be drawn ({type(error).__name__}: {error}); are they kvsuite's?") from error
+
+
 def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str]) -> None:
     found = differences(_without_environment(first.run), _without_environment(part.run))
     if first.run["kvsuite_version"] != part.run["kvsuite_version"]:
         found.append(f"kvsuite: then {first.run['kvsuite_version']}, now {part.run['kvsuite_version']}")
     if first.run["seed"] != part.run["seed"]:
         found.append(f"seed: then {first.run['seed']}, now {part.run['seed']}")
+    if (first.run.get("code") is None) != (part.run.get("code") is None):
+        found.append("code: recorded in one of them only")
     machines = machine_differences(first.run["environment"], part.run["environment"])
     between = f"{first.path} and {part.path}"
     if other_machines and machines:

@@ -12,7 +12,7 @@ _OTHER_PURPOSES = frozenset(
     {"report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card"}
 )
 _PACKAGES = ("transformers", "kvpress", "bitsandbytes", "triton")
-_UNKNOWN = "not recorded"
+_NOTHING = "none"
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, shards: bool = False) -> list[str]:
@@ -69,7 +69,7 @@ def _code(then: Any, now: Any) -> Iterator[str]:
     if now is None:
         return
     if not isinstance(then, Mapping):
-        yield _line("code", None, "known")
+        yield "code: the earlier run did not record it"
         return
     for name in dict.fromkeys([*then, *now]):
         if then.get(name) != now.get(name) and (name in then) == (name in now):
@@ -81,5 +81,5 @@ def _code(then: Any, now: Any) -> Iterator[str]:
 
 
 def _line(name: str, then: Any, now: Any) -> str:
-    before, after = (_UNKNOWN if value is None else value for value in (then, now))
+    before, after = (_NOTHING if value is None else value for value in (then, now))
     return f"{name}: then {before}, now {after}"
