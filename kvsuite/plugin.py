@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -197,6 +199,22 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
+def _end_on_sigterm(config: pytest.Config) -> None:
+    """Let a scheduler's SIGTERM end the run as Ctrl-C does, so that reports of the finished cases are written."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(number: int, frame: Any) -> NoReturn:
+        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, before)
+
+    config.add_cleanup(restore)
+
+
 def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str], *, left_out: bool) -> None:
     """The controller, or the only process, learns what is going to be measured."""
     reporter = config.stash.get(REPORTER, None)
@@ -207,6 +225,8 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
         require_measurable([case for _, case in cases])
     if cases or left_out:
         reporter.expect([case for _, case in cases], ids)
+    if cases:
+        _end_on_sigterm(config)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a case is expected to cost: counted steps and tokens, and seconds by a stated model of the device.
 
 Counting needs nothing but the case and the options, so that every host cuts the same shards. Seconds are for planning alone: a
-model with four numbers a device is right within a factor of about three, and a record of the same case is better.
+model with a few numbers a device is rough, and a record of the same case is better.
 """
 
 from __future__ import annotations

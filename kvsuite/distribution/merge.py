@@ -162,7 +162,9 @@ def _derive(folder: Path, run: Mapping[str, Any], rows: Sequence[Mapping[str, An
         if isinstance(error, UserError):
             raise
         # rows of another tool may keep to the schema and still lack what a suite's table needs
-        raise UserError(f"the records cannot be drawn ({type(error).__name__}: {error}); are they kvsuite's?") from error
+        raise UserError(
+            f"the records cannot be drawn ({type(error).__name__}: {error}); are they kvsuite's?"
+        ) from error
 
 
 def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str]) -> None:

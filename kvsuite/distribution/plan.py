@@ -231,8 +231,7 @@ def _notes(rows: Sequence[Planned]) -> list[str]:
     notes: list[str] = []
     if any(row.source == _MODEL for row in rows):
         notes.append(
-            "model: counted tokens and steps over a stated speed of the device, right within a factor of about three "
-            "(docs/distribution.md)"
+            "model: counted tokens and steps over a stated speed of the device, which is rough (docs/distribution.md)"
         )
     if any(row.memory.bytes is not None and not row.memory.is_whole for row in rows):
         notes.append("≥: weights and a full cache; activations and slack come on top. likely: that much fits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def test_models_stay_on_their_worker_and_a_lone_one_is_shared() -> None:
     sweep.run(0.0, random.Random(1))
     for worker in sweep.workers:
         models = [sweep.desk.sessions[index] for index in worker.ran]
-        changes = sum(a != b for a, b in zip(models, models[1:], strict=False))
+        changes = sum(a != b for a, b in itertools.pairwise(models))
         assert changes <= 1
         assert worker.ran
     shared = Sweep(["llama"] * 8, 2)

@@ -13,7 +13,18 @@ MANY = (
     "--kv-prune-after=4", "-p", "no:cacheprovider", "-p", "no:benchmark",
 )  # fmt: skip
 #: what every run may have its own of
-_OWN = ("started_utc", "duration_s", "env", "order_seed", "order_index", "warnings", "samples", "metrics", "effective", "model")
+_OWN = (
+    "started_utc",
+    "duration_s",
+    "env",
+    "order_seed",
+    "order_index",
+    "warnings",
+    "samples",
+    "metrics",
+    "effective",
+    "model",
+)
 _REPEATABLE = ("deterministic", "near_deterministic")
 
 

@@ -104,7 +104,7 @@ def test_what_has_changed_is_named(tmp_path: Path, changes: dict[str, object], s
 
 def test_a_run_without_hashes_of_its_code_is_refused(tmp_path: Path) -> None:
     found = earlier(tmp_path, row("a"), code={})
-    with pytest.raises(UserError, match="conftest.py is new"):
+    with pytest.raises(UserError, match=r"conftest\.py is new"):
         found.require_same(facts(code={"kvsuite": "sha256:aa", "conftest.py": "sha256:dd"}))
     assert differences({"options": {}}, {"options": {}, "code": {"kvsuite": "sha256:aa"}})
 
@@ -149,7 +149,10 @@ def test_half_a_line_is_cut_off_and_told(tmp_path: Path) -> None:
 
 def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     folder = store_run(tmp_path, [row("a")])
-    code = "import sys; from pathlib import Path; from kvsuite.reporting.store import RecordStore\nRecordStore.reopen(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from kvsuite.reporting.store import RecordStore\n"
+        "RecordStore.reopen(Path(sys.argv[1]))"
+    )
     with (
         RecordStore.reopen(folder),
         subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True) as other,
