@@ -98,7 +98,7 @@ class CaseGuard:
 
 
 def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
-    """A phase of the running case begins."""
+    """A phase of the running case begins; its time counts from the first one on."""
     box = config.stash[BOX]
     if not box.is_read:
         return
@@ -111,12 +111,10 @@ def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
     reporter = config.stash.get(REPORTER, None)
     if reporter is not None and not is_worker(config):
         news |= reporter.destination(news["row"], environment)
-    if box.is_open:
-        box.tell(**news)
-    else:
-        # a case that a test made by hand
+    if phase == "load" or not box.is_open:
+        # until now it was fixtures, which have as much time for themselves; or a test made its case by hand
         box.begin(news["row"], environment)
-        box.tell(**news)
+    box.tell(**news)
 
 
 def note_place(config: pytest.Config, record: Record) -> None:

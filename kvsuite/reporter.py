@@ -202,6 +202,7 @@ class Reporter:
         from .reporting.dse_files import append_dse
         from .reporting.perplexity_csv import append_results, csv_rows
         from .reporting.report import write_outputs
+        from .reporting.store import RECORDS_FILE
 
         folder = self.folder
         if folder is None or not (self._store or self.left_out):
@@ -221,7 +222,9 @@ class Reporter:
                 self.files += list(paths)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.failure = f"{what}; the records are safe in {folder}, redraw with python -m kvsuite report"
+            self.failure = (
+                f"{what}; the records are safe in {folder / RECORDS_FILE}, redraw with python -m kvsuite report"
+            )
 
     @property
     def kept_failures(self) -> int:

@@ -79,7 +79,7 @@ def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> s
 
 def _rotate(config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, Case]) -> None:
     # no method always runs first: the order inside a suite is rotated by a seed that the records carry
-    for suite in dict.fromkeys(case.suite for case in cases.values()):
+    for suite in dict.fromkeys(cases[item].suite for item in items if item in cases):
         ours = [index for index, item in enumerate(items) if item in cases and cases[item].suite == suite]
         order = rotated([(cases[items[index]], items[index]) for index in ours], config.stash[ORDER_SEED])
         for index, item in zip(ours, order, strict=True):
