@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from . import __version__
-from .commands import ab, compare, doctor, figures, predict, report
+from .commands import ab, compare, doctor, figures, merge, predict, report
 from .errors import UserError
 
 USAGE_ERROR = 4  # pytest's exit code for the same thing
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_parser(subparsers)
     compare.add_parser(subparsers)
     ab.add_parser(subparsers)
+    merge.add_parser(subparsers)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show ± still gets its numbers

@@ -21,7 +21,7 @@ def rotated(cases: Sequence[tuple[Case, Thing]], seed: int) -> list[Thing]:
     seed
         Places to rotate by; a record carries it.
     """
-    models = [[thing for _, thing in run] for _, run in itertools.groupby(cases, key=lambda pair: _model(pair[0]))]
+    models = [[thing for _, thing in run] for _, run in itertools.groupby(cases, key=lambda pair: session_key(pair[0]))]
     return [thing for model in _shifted(models, seed) for thing in _shifted(model, seed)]
 
 
@@ -30,6 +30,6 @@ def _shifted(things: list[Thing], seed: int) -> list[Thing]:
     return things[shift:] + things[:shift]
 
 
-def _model(case: Case) -> tuple[str | None, ...]:
+def session_key(case: Case) -> tuple[str | None, ...]:
     """What consecutive cases share a session by (`kvsuite.engines.registry.SessionPool`)."""
     return case.engine, case.model, case.quantization, case.device, case.dtype

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .case import Case, canonical_json
+from .case_guard import note_place, tell_box
 from .devices import resolve_device
 from .errors import UserError
 from .options import Options
 from .record import Record
-from .state import CASES, MEASURED, OPTIONS, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
+from .state import BOUND_GPU, CASES, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
 
 _HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes")
 
@@ -56,8 +58,9 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
         cache_dir=None if kv_options.cache_dir is None else Path(kv_options.cache_dir).expanduser(),
     )
     runner = pytestconfig.stash[RUNNER] = CaseRunner(
-        kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ())
-    )
+        kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ()),
+        watch=partial(tell_box, pytestconfig),
+    )  # fmt: skip
     yield runner
     sessions.close()
 
@@ -86,13 +89,8 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
                 progress=progress,
             )
             record: Record = measured.record
-            cases: list[str] = [*config.stash[CASES]]
-            record.case_index = cases.index(case.id) if case.id in cases else 0
-            workers = record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-            if workers > 1 and record.status == "ok":
-                record.warnings.append(
-                    f"timed beside {workers - 1} other xdist worker(s): its times are a shared machine's"
-                )
+            note_place(config, record)
+            _note_company(config, record)
             config.hook.pytest_kvsuite_update_record(config=config, record=record, session=kv_runner.sessions.current)
             _require_json(record.to_dict(), "pytest_kvsuite_update_record")
         except UserError as error:
@@ -113,7 +111,22 @@ def kv_run(request: pytest.FixtureRequest, kv_runner: Any) -> Callable[[Case], R
 
 
 def _order_index(request: pytest.FixtureRequest) -> int:
-    return next((i for i, item in enumerate(request.session.items) if item is request.node), 0)
+    return request.config.stash[PLACES].get(request.node.nodeid, 0)
+
+
+def _note_company(config: pytest.Config, record: Record) -> None:
+    """Say how many workers measured at the same time, and on which GPU this one did."""
+    workers = record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    gpus = config.stash.get(GPUS, None)
+    if gpus is not None:
+        record.effective["gpu"] = {"visible": config.stash[BOUND_GPU], "simulated": gpus.simulated}
+        if gpus.simulated:
+            record.warnings.append("simulated GPU: measured on the CPU")
+    if workers > 1 and record.status == "ok":
+        where = "its times are a shared machine's"
+        if gpus is not None and not gpus.simulated:
+            where = "each on a GPU of its own; they share CPU, power and PCIe"
+        record.warnings.append(f"timed beside {workers - 1} other xdist worker(s): {where}")
 
 
 class _Rounds:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from .case import Case, digest
+from .code import source_hash
 from .engines.registry import SessionPool
 from .errors import CaseInvalid, CaseSkipped, UserError
 from .meters.clock import Clock, clock_for
 from .meters.environment import fingerprint
+from .meters.gpu_processes import GpuProcesses
 from .meters.host_load import watched
 from .metrics import MetricRegistry
 from .options import Options
 from .passes import CasePasses, Measured, Phase, RunRounds
 from .record import Record
 from .spaces.perplexity import dataset_name
+from .survival.deadline import CaseTimeout, alarm, stopped
 from .workloads.texts import TextSource
 
 _TRACEBACK_LINES = 20
@@ -36,6 +36,14 @@ def plain_rounds(round_: Callable[[], None], rounds: int) -> None:
 
 def _silent(phase: str, done: int, of: int, note: str = "") -> None:
     return None
+
+
+def _unwatched(record: Record, phase: str) -> None:
+    return None
+
+
+class DevicePoisoned(RuntimeError):
+    """An earlier CUDA error left this process no device to measure on."""
 
 
 @dataclass
@@ -55,6 +63,12 @@ class CaseRunner:
     planned
         All cases of the run, in the order of their space: of two that differ only in the name of one text the first is
         measured, whichever comes first in time and in whichever process.
+    watch
+        Is told the record so far whenever a phase of a case begins.
+    poisoned
+        Why this process can measure nothing more on a CUDA device, ``None`` while it can.
+    timed_out
+        Whether a case had to be stopped: what it left behind is not known.
     """
 
     options: Options
@@ -64,6 +78,9 @@ class CaseRunner:
     clock: Callable[[Any], Clock] = clock_for
     texts: TextSource = field(default_factory=TextSource)
     planned: Sequence[Case] = ()
+    watch: Callable[[Record, str], None] = _unwatched
+    poisoned: str | None = None
+    timed_out: bool = False
 
     def __post_init__(self) -> None:
         options = self.options
@@ -94,9 +111,19 @@ class CaseRunner:
         measured = Measured(record)
         work = CasePasses(self, case, measured, run_rounds, progress or _silent)
         work.run_rounds = watched(run_rounds, work.put)
+        # until it is known what the case put into its record, for whoever finds this process dead
+        record.settings_hash = self._settings(case, record)
         begin = time.monotonic()
+        processes = GpuProcesses(case.device)
         try:
-            work.run()
+            with alarm(options.timeout):
+                if self.poisoned is not None and case.device_kind == "cuda":
+                    raise DevicePoisoned(self.poisoned)
+                work.run()
+        except CaseTimeout:
+            reason = stopped(options.timeout)
+            record.status, record.reason, self.timed_out = "crashed", reason, True
+            record.error = {"type": "Timeout", "message": reason, "phase": work.phase, "traceback": _traceback()}
         except CaseSkipped as skip:
             record.status, record.reason = "skipped", str(skip)
         except CaseInvalid as invalid:
@@ -109,12 +136,26 @@ class CaseRunner:
                 "type": type(error).__name__,
                 "message": str(error),
                 "phase": work.phase,
-                "traceback": "\n".join(traceback.format_exc().splitlines()[-_TRACEBACK_LINES:]),
+                "traceback": _traceback(),
             }
+            if is_cuda_error(error):
+                self.poisoned = (
+                    f"not measured: the CUDA error of {case_id} left this process no device to trust; with -n 1 xdist gives "
+                    "the next case a new process, and --kv-resume=latest measures the others"
+                )
         finally:
             work.finish()
+            if self.timed_out:
+                self.sessions.close()
+        record.effective |= processes.effective()
+        record.warnings += processes.warnings()
         record.duration_s = time.monotonic() - begin
-        record.settings_hash = digest(
+        record.settings_hash = self._settings(case, record)
+        return measured
+
+    def _settings(self, case: Case, record: Record) -> str:
+        options = self.options
+        return digest(
             {
                 "rounds": options.rounds,
                 "warmup": options.num_warmup,
@@ -124,7 +165,6 @@ class CaseRunner:
                 "fingerprint": fingerprint(self.environment, engine=case.engine),
             }
         )
-        return measured
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -135,11 +175,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
-@functools.cache
-def source_hash() -> str:
-    """Hash of kvsuite's own source: other code is another measurement."""
-    package = Path(__file__).parent
-    total = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        total.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return "sha256:" + total.hexdigest()
+def is_cuda_error(error: BaseException) -> bool:
+    """Whether ``error`` came from a CUDA device that will answer every later call with it (memory that ran out is none)."""
+    if is_out_of_memory(error):
+        return False
+    # torch.AcceleratorError since 2.8; by name, because a run without a GPU need not know it
+    if type(error).__name__ == "AcceleratorError":
+        return True
+    return isinstance(error, RuntimeError) and ("CUDA error:" in str(error) or "CUDA driver error:" in str(error))
+
+
+def _traceback() -> str:
+    return "\n".join(traceback.format_exc().splitlines()[-_TRACEBACK_LINES:])

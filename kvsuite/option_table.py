@@ -302,3 +302,7 @@ FLAGS = frozenset(
 from .comparison_options import COMPARISON_OPTIONS  # noqa: E402
 
 OPTIONS += COMPARISON_OPTIONS
+from .sweep_options import SWEEP_FLAGS, SWEEP_OPTIONS  # noqa: E402
+
+OPTIONS += SWEEP_OPTIONS
+FLAGS |= SWEEP_FLAGS

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from . import __version__, hookspec
 from .case import Case
-from .case_order import rotated
+from .case_guard import CaseGuard, case_of
 from .comparison_gate import register_gate
+from .distribution.gpus import bind, gpus_for, require_gpu_each
 from .errors import UserError
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .metrics import BUILTIN, Metric
 from .options import add_options, resolve_options
 from .reporter import Reporter
+from .selection import select, take_up
 from .spaces.compression import unread_options
 from .spaces.registry import SPACES, cases_of, require_measurable
 from .state import (
+    BOUND_GPU,
     CASES,
+    FINISHED,
+    GPUS,
     MEASURED,
     OPTIONS,
     ORDER_SEED,
-    PLANNED,
+    PLACES,
     REPORTER,
+    RESUMED,
     RUNNER,
     SAVED_GPUS,
     USAGE_ERROR,
+    WORKERS,
     is_worker,
     worker_input,
 )
+from .worker_guard import WorkerGuard
 
 __all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
 
@@ -62,10 +73,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CASES] = {}
     config.stash[ORDER_SEED] = worker_input(config).get("kv_order_seed", time.time_ns() % 2**31)
     config.stash[SAVED_GPUS] = []
-    if not is_worker(config):
-        reporter = config.stash[REPORTER] = Reporter(config, options)
-        # a plugin of its own, because pytest_runtest_logreport is told no config
-        config.pluginmanager.register(reporter, "kvsuite-reporter")
+    config.stash[PLACES] = {}
+    config.stash[FINISHED] = frozenset(worker_input(config).get("kv_finished", ()))
+    # plugins of their own: some hooks are told no config
+    config.pluginmanager.register(CaseGuard(config), "kvsuite-cases")
+    if is_worker(config):
+        return
+    reporter = config.stash[REPORTER] = Reporter(config, options)
+    config.pluginmanager.register(reporter, "kvsuite-reporter")
+    try:
+        config.stash[RESUMED] = take_up(config, reporter)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+    if options.plan:
+        # nothing is measured, so nothing is spread
+        config.option.dist, config.option.tx = "no", []
+    elif config.getoption("dist", default="no") != "no":
+        config.stash[WORKERS] = WorkerGuard(config, reporter)
+        config.pluginmanager.register(config.stash[WORKERS], "kvsuite-workers")
 
 
 def _check(options: Any) -> None:
@@ -89,13 +114,18 @@ def _check(options: Any) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    # every worker must collect the same order
-    node.workerinput["kv_order_seed"] = node.config.stash[ORDER_SEED]
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    # -n auto of a sweep on GPUs; anything else is xdist's to answer
+    options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
+    if not options.given or "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    gpus = gpus_for(options.device)
+    return len(gpus.entries) or None if gpus is not None else None
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"kvsuite: {__version__}"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    resumed = config.stash.get(RESUMED, None)
+    return [f"kvsuite: {__version__}", *([f"kvsuite: {resumed}"] if resumed else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -123,7 +153,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     lacking: list[list[str]] = []
     for item in items if asked else []:
         # the list is shared by the cases of one test
-        if _is_case(item) and "benchmark" not in item.fixturenames:  # type: ignore[attr-defined]
+        if case_of(config, item) and "benchmark" not in item.fixturenames:  # type: ignore[attr-defined]
             item.fixturenames.append("benchmark")  # type: ignore[attr-defined]
             lacking.append(item.fixturenames)  # type: ignore[attr-defined]
     try:
@@ -131,47 +161,78 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     finally:
         for one in lacking:
             one.remove("benchmark")
-    _rotate(config, items)
+    before = len(items)
+    cases = select(config, items)
+    try:
+        _bind(config, cases)
+        _expect(config, cases, [item.nodeid for item in items], left_out=len(items) < before)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
-def _rotate(config: pytest.Config, items: list[pytest.Item]) -> None:
-    cases = {index: _case(config, item) for index, item in enumerate(items) if _is_case(item)}
-    if not cases:
+def _bind(config: pytest.Config, cases: list[tuple[str, Case]]) -> None:
+    """Let a worker see its own GPU alone, before torch is loaded."""
+    if not cases or not is_worker(config):
         return
-    config.stash[PLANNED] = list(cases.values())
-    # no method always runs first: the order inside a suite is rotated by a seed that the records carry
-    for suite in dict.fromkeys(case.suite for case in cases.values()):
-        ours = [index for index, case in cases.items() if case.suite == suite]
-        order = rotated([(cases[index], items[index]) for index in ours], config.stash[ORDER_SEED])
-        for index, item in zip(ours, order, strict=True):
-            items[index] = item
-    _expect(config, list(cases.values()))
+    gpus, slot = gpus_for(config.stash[OPTIONS].device), worker_input(config).get("kv_slot", 0)
+    # too many workers are refused by the controller
+    if gpus is not None and slot < len(gpus.entries):
+        config.stash[GPUS] = gpus
+        config.stash[BOUND_GPU] = bind(gpus, slot)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     # the controller of xdist collects nothing itself
-    options = node.config.stash[OPTIONS]
-    known = {case.id: case for suite in SPACES for case in cases_of(suite, options)}
-    brackets = [node_id.rpartition("[")[2].removesuffix("]") for node_id in ids]
-    selected = [known[bracket] for bracket in brackets if bracket in known]
-    if selected:
-        _expect(node.config, selected)
-
-
-def _expect(config: pytest.Config, cases: list[Case]) -> None:
-    reporter = config.stash.get(REPORTER, None)
-    if reporter is None or config.option.collectonly:
+    config = node.config
+    workers = config.stash[WORKERS]
+    if workers.is_expecting:
         return
+    options = config.stash[OPTIONS]
+    known = {case.id: case for suite in SPACES for case in cases_of(suite, options)}
+    brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
+    selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
     try:
-        require_measurable(cases)
-        reporter.expect(cases)
+        if selected:
+            require_gpu_each(gpus_for(options.device), options.device, workers.workers)
+            workers.expect(selected)
+        _expect(config, selected, ids, left_out=False)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
+def _end_on_sigterm(config: pytest.Config) -> None:
+    """Let a scheduler's SIGTERM end the run as Ctrl-C does, so that reports of the finished cases are written."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def end(number: int, frame: Any) -> NoReturn:
+        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, before)
+
+    config.add_cleanup(restore)
+
+
+def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str], *, left_out: bool) -> None:
+    """The controller, or the only process, learns what is going to be measured."""
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is None or config.option.collectonly or config.stash[OPTIONS].plan:
+        return
+    reporter.left_out = reporter.left_out or left_out
+    if cases:
+        require_measurable([case for _, case in cases])
+    if cases or left_out:
+        reporter.expect([case for _, case in cases], ids)
+    if cases:
+        _end_on_sigterm(config)
+
+
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    cases = [_case(config, item) for item in items if _is_case(item)]
+    cases = [case for item in items if (case := case_of(config, item)) is not None]
     if not cases or config.getoption("verbose") < 0:
         return []
     first = cases[0]
@@ -193,7 +254,6 @@ def pytest_runtest_makereport(
         from .case import digest
 
         measured.record.env = digest(environment)
-        measured.record.order_seed = item.config.stash[ORDER_SEED]
         # an attribute of the report travels through xdist and stays out of the JUnit XML
         report.kvsuite = {  # type: ignore[attr-defined]
             "record": measured.record.to_dict(),
@@ -205,12 +265,37 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    config = session.config
+    if not config.stash[OPTIONS].plan or is_worker(config):
+        return None
+    from .distribution.plan import plan_text
+
+    cases = [case for item in session.items if (case := case_of(config, item)) is not None]
+    workers = int(config.getoption("numprocesses", default=None) or 1)
+    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+    try:
+        text = plan_text(cases, config.stash[OPTIONS], workers=workers)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+    if terminal is not None:
+        terminal.ensure_newline()
+        terminal.section("kvsuite plan")
+        terminal.write_line(text)
+    return True
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.stash.get(REPORTER, None)
     if reporter is None:
         return
     reporter.finish()
-    if (reporter.nothing_ran or reporter.failure) and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if reporter.left_out and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        # the earlier run, or the other shards, have all
+        session.exitstatus = pytest.ExitCode.OK
+    failed = reporter.nothing_ran or reporter.failure or reporter.kept_failures
+    if failed and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -230,6 +315,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
         if reporter.page is not None:
             terminalreporter.write_line(f"report: {reporter.page}")
+    if reporter.kept_failures:
+        terminalreporter.write_line(
+            f"error: {reporter.kept_failures} failed cases of the resumed run were kept; --kv-resume-rerun measures them again",
+            red=True,
+        )
     for note in _other_gpus(config):
         terminalreporter.write_line(note, yellow=True)
     if reporter.failure:
@@ -312,11 +402,3 @@ def _other_gpus(config: pytest.Config) -> list[str]:
         f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}"
         for saved in others
     ]
-
-
-def _case(config: pytest.Config, item: pytest.Item) -> Case:
-    return config.stash[CASES][item.callspec.params["kv_case"]]  # type: ignore[attr-defined]
-
-
-def _is_case(item: pytest.Item) -> bool:
-    return "kv_case" in getattr(getattr(item, "callspec", None), "params", {})

@@ -15,9 +15,11 @@ from .options import Options
 from .progress import Progress
 from .record import metric_value
 from .spaces.registry import RUN_NAMES
+from .state import ORDER_SEED
 
 if TYPE_CHECKING:
     from .reporting.store import RecordStore
+    from .survival.resume import EarlierRun
 
 
 class Reporter:
@@ -38,6 +40,13 @@ class Reporter:
         self._store: RecordStore | None = None
         self._cases: int | None = None
         self._progress = Progress(self._write, 1)
+        self._code: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._earlier: EarlierRun | None = None
+        #: ids of the cases that have a row of this session
+        self.measured: set[str] = set()
+        #: whether selected cases were left out: another shard has them, or the run that goes on
+        self.left_out = False
         self.rows: list[dict[str, Any]] = []
         self.run: dict[str, Any] = {}
         self.files: list[Path] = []
@@ -47,16 +56,44 @@ class Reporter:
     @property
     def folder(self) -> Path | None:
         """The run's folder, ``None`` before the first record."""
-        return None if self._store is None else self._store.folder
+        if self._store is None:
+            return None if self._earlier is None else self._earlier.folder
+        return self._store.folder
 
-    def expect(self, cases: Sequence[Case]) -> None:
+    def go_on(self, earlier: EarlierRun) -> None:
+        """Take up an earlier run: new rows belong to it."""
+        self._earlier = earlier
+        self.run, self.rows = dict(earlier.run), list(earlier.rows)
+        self._places = {row["id"]: place for place, row in enumerate(self.rows)}
+
+    def expect(self, cases: Sequence[Case], ids: Sequence[str]) -> None:
         """``cases`` were collected: find out before anything is measured whether the report folder can take their files.
+
+        Parameters
+        ----------
+        cases
+            What is to be measured.
+        ids
+            Their node ids, and those of other tests.
 
         Raises
         ------
         UserError
-            Naming ``--kv-report-dir`` or the file in the way, and the mend.
+            Naming ``--kv-report-dir`` or the file in the way, and the mend; or in what this run differs from the one that it
+            goes on with.
         """
+        from .code import code_hashes
+
+        then = {} if self._earlier is None else self._earlier.run.get("code") or {}
+        self._code = code_hashes(self._config.rootpath, ids, then)
+        if self._earlier is not None:
+            from .meters.environment import host_facts
+
+            self._earlier.require_same(
+                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()}
+            )
+        if not cases:
+            return
         self._cases = len(cases)
         self._progress = Progress(self._write, len(cases))
         base = Path(self._options.report_dir)
@@ -99,37 +136,66 @@ class Reporter:
         if usage_error is not None:
             pytest.exit(f"kvsuite: {usage_error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
+    def opening(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """What starts the files of a run whose first row this is: arguments of `kvsuite.reporting.store.open_run`."""
+        name_run = RUN_NAMES.get(row["suite"])
+        return {
+            "method": name_run(self._options) if name_run else row["suite"],
+            "model": row["model"].get("label") or _model_label(row["case"]["model"]),
+            "facts": {
+                "command": environment["command"],
+                "options": self._options.to_dict(),
+                "environment": environment,
+                "seed": self._options.seed,
+                "order_seed": self._config.stash[ORDER_SEED],
+                "cases": self._cases,
+                "code": self._code,
+            },
+        }
+
+    def destination(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """Where a row goes that another process has to write for this one: JSON types."""
+        if self.folder is not None:
+            return {"folder": str(self.folder.absolute()), "opening": None}
+        base = str(Path(self._options.report_dir).absolute())
+        place = {"base": base, "started": self._started.isoformat()}
+        return {"folder": None, "opening": place | self.opening(row, environment)}
+
     def add(self, payload: dict[str, Any]) -> None:
         """Write one case's row (and its raw tokens) and say so."""
-        from .reporting.store import RecordStore, create_run_folder, read_records
-
-        row = payload["record"]
-        if self._store is None:
-            name_run = RUN_NAMES.get(row["suite"])
-            method = name_run(self._options) if name_run else row["suite"]
-            label = row["model"].get("label") or _model_label(row["case"]["model"])
-            folder = create_run_folder(
-                Path(self._options.report_dir), method=method, model=label, started=self._started
-            )
-            facts = {
-                "run_id": folder.name,
-                "method": method,
-                "model": label,
-                "started_utc": self._started.isoformat(timespec="seconds"),
-                "command": payload["environment"]["command"],
-                "options": self._options.to_dict(),
-                "environment": payload["environment"],
-                "seed": self._options.seed,
-                "cases": self._cases,
-            }
-            self._store = RecordStore.create(folder, facts)
-            self.run = read_records(folder)[0]
+        row, environment = payload["record"], payload["environment"]
+        if self._earlier is not None:
+            self._earlier.require_same_case(row, environment)
+        store = self._open(row, environment)
         if payload["tokens"]:
-            row["sidecar"] = self._store.write_sidecar(row["id"], payload["tokens"])
-        self._store.append(row)
-        self.rows.append(row)
+            row["sidecar"] = store.write_sidecar(row["id"], payload["tokens"])
+        store.append(row)
+        self.measured.add(row["id"])
+        place = self._places.setdefault(row["id"], len(self.rows))
+        self.rows[place : place + 1] = [row]
         self._progress.case(row["case"]["name"])
         self._progress.finished(_summary(row))
+
+    def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
+        """The store, which knows the environment of the row that comes next."""
+        from .case import digest
+        from .reporting.store import RecordStore, open_run, read_records
+
+        if self._store is None and self._earlier is not None:
+            self._store = RecordStore.reopen(self._earlier.folder)
+        elif self._store is None:
+            base = Path(self._options.report_dir)
+            self._store = open_run(base, started=self._started, **self.opening(row, environment))
+            self.run = read_records(self._store.folder)[0]
+        sessions = self.run.get("sessions", [])
+        if digest(environment) not in {self.run["env"], *(session["env"] for session in sessions)}:
+            # a worker on another GPU, or the command that goes on with a run
+            opening = self.opening(row, environment)
+            named = {"run_id": self.run["run_id"], "method": self.run["method"], "model": self.run["model"]}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            session = self._store.append_session(named | {"started_utc": now} | opening["facts"])
+            self.run["sessions"] = [*sessions, session]
+        return self._store
 
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
@@ -138,33 +204,53 @@ class Reporter:
         from .reporting.page.render import write_page
         from .reporting.perplexity_csv import append_results, csv_rows
         from .reporting.report import write_outputs
+        from .reporting.store import RECORDS_FILE
 
-        if self._store is None:
+        folder = self.folder
+        if folder is None or not (self._store or self.left_out):
+            # nothing was measured, and the run that might have gone on is as it was
+            self.rows = []
             return
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
         self.rows = [dict(row) for row in in_space_order(self.rows)]
         hook = self._config.hook
         try:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
-            self.files = write_outputs(self._store.folder, self.run, self.rows, figures=False)
+            self.files = write_outputs(folder, self.run, self.rows, figures=False)
             self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
             self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
-            for paths in hook.pytest_kvsuite_figures(
-                config=self._config, run=self.run, rows=self.rows, folder=self._store.folder
-            ):
+            for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
-            self.page = write_page(self._store.folder, self.run, self.rows)
+            self.page = write_page(folder, self.run, self.rows)
             self.files.append(self.page)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.failure = f"{what}; the records are safe in {self._store.path}, redraw with python -m kvsuite report"
+            self.failure = (
+                f"{what}; the records are safe in {folder / RECORDS_FILE}, redraw with python -m kvsuite report"
+            )
+
+    @property
+    def kept_failures(self) -> int:
+        """Failed cases of the earlier run that were not measured again."""
+        failed = ("oom", "error", "crashed")
+        return sum(row["status"] in failed and row["id"] not in self.measured for row in self.rows)
 
     @property
     def nothing_ran(self) -> str | None:
         """The reason, if cases were selected and not one could run."""
-        if not self.rows or any(row["status"] not in ("skipped", "invalid") for row in self.rows):
+        # what is the same as a case of another shard has nothing to run
+        if (
+            self._options.shard is not None
+            or not self.rows
+            or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
+        ):
             return None
         return str(self.rows[0]["reason"])
+
+    def tell(self, line: str) -> None:
+        """Print a line among those of the cases."""
+        self._write(line)
 
     def _write(self, line: str) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")

@@ -11,9 +11,12 @@ from .case import Case
 from .options import Options
 
 if TYPE_CHECKING:
+    from .distribution.gpus import Gpus
     from .measurement import CaseRunner
     from .passes import Measured
     from .reporter import Reporter
+    from .survival.black_box import BlackBox
+    from .worker_guard import WorkerGuard
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 CASES: pytest.StashKey[dict[str, Case]] = pytest.StashKey()
@@ -27,6 +30,17 @@ MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
 USAGE_ERROR: pytest.StashKey[str] = pytest.StashKey()
 #: GPUs of the files that --benchmark-compare named
 SAVED_GPUS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+#: place of each collected case in the order of the run, by node id; cases of an earlier run keep theirs
+PLACES: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+#: names of the cases that an earlier run has finished
+FINISHED: pytest.StashKey[frozenset[str]] = pytest.StashKey()
+#: what to say of the run that goes on
+RESUMED: pytest.StashKey[str | None] = pytest.StashKey()
+WORKERS: pytest.StashKey[WorkerGuard] = pytest.StashKey()
+BOX: pytest.StashKey[BlackBox] = pytest.StashKey()
+#: the GPUs that workers are spread over, and the one that this worker is bound to
+GPUS: pytest.StashKey[Gpus | None] = pytest.StashKey()
+BOUND_GPU: pytest.StashKey[str] = pytest.StashKey()
 
 
 def is_worker(config: pytest.Config) -> bool:

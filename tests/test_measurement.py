@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from synthetic_session import Bench, Script, case, perplexity_of
 
-from kvsuite.measurement import source_hash
+from kvsuite.code import source_hash
 from kvsuite.record import schema
 
 # What the program that this suite replaces got wrong has a test named after its number: 01 memory came out as 0.00,

@@ -68,25 +68,25 @@ def gpu_facts(device: str) -> dict[str, Any]:
     return facts | _nvml_facts(torch.device(device))
 
 
-def fingerprint(environment: dict[str, Any], *, engine: str) -> str:
-    """Hash of what decides speed: GPU, driver, power limit, torch and CUDA, engine version, OS family, CPU.
+def machine(environment: dict[str, Any]) -> dict[str, Any]:
+    """What decides speed: GPU, driver, power limit, torch and CUDA, OS family, CPU.
 
     No serial numbers, measured frequencies or free memory: they would make every run its own machine.
     """
     gpu = environment.get("gpu", {})
-    packages = environment["packages"]
-    return digest(
-        {
-            "gpu": {
-                k: gpu.get(k) for k in ("name", "sm_count", "memory_bytes", "driver", "power_limit_w", "torch_cuda")
-            },
-            "torch": packages["torch"],
-            "engine": [engine, packages["transformers"] if engine == "hf" else __version__],
-            "os": environment["host"]["os"],
-            "cpu": environment["host"]["cpu"],
-            "cores": environment["host"]["cores"],
-        }
-    )
+    return {
+        "gpu": {k: gpu.get(k) for k in ("name", "sm_count", "memory_bytes", "driver", "power_limit_w", "torch_cuda")},
+        "torch": environment["packages"]["torch"],
+        "os": environment["host"]["os"],
+        "cpu": environment["host"]["cpu"],
+        "cores": environment["host"]["cores"],
+    }
+
+
+def fingerprint(environment: dict[str, Any], *, engine: str) -> str:
+    """Hash of `machine` and of the engine's version."""
+    version = environment["packages"]["transformers"] if engine == "hf" else __version__
+    return digest(machine(environment) | {"engine": [engine, version]})
 
 
 def _nvml_facts(device: Any) -> dict[str, Any]:

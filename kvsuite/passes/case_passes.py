@@ -49,12 +49,23 @@ class CasePasses:
         self.record = measured.record
         self.run_rounds = run_rounds
         self.progress = progress
-        self.phase = "load"
+        self._phase = "setup"
         self.session: Session | None = None
         self.dataset_revision: str | None = None
         record = self.record
         record.case_key = case.key(model_revision=None, dataset_revision=None)
         record.partition["requested"] = None if case.partition is None else dict(case.partition)
+        self.phase = "load"
+
+    @property
+    def phase(self) -> str:
+        """How far the case came."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self._phase = phase
+        self.runner.watch(self.record, phase)
 
     def run(self) -> None:
         """Quality, memory, speed; then what needs a second model beside the first."""

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -73,6 +74,31 @@ def create_run_folder(base: Path, *, method: str, model: str, started: datetime)
     raise AssertionError("unreachable: count() does not end")
 
 
+def open_run(base: Path, *, method: str, model: str, started: datetime, facts: Mapping[str, Any]) -> RecordStore:
+    """Make the folder of a new run and start its records.
+
+    Parameters
+    ----------
+    base, method, model, started
+        As for `create_run_folder`.
+    facts
+        The run line but for what the folder decides: ``run_id, method, model, started_utc``.
+
+    Raises
+    ------
+    UserError
+        As `create_run_folder` and `RecordStore.create`.
+    """
+    folder = create_run_folder(base, method=method, model=model, started=started)
+    named = {
+        "run_id": folder.name,
+        "method": method,
+        "model": model,
+        "started_utc": started.isoformat(timespec="seconds"),
+    }
+    return RecordStore.create(folder, named | dict(facts))
+
+
 class RecordStore:
     """Writer of one run's ``records.jsonl``. What ``append`` has returned from is on the disk."""
 
@@ -114,9 +140,57 @@ class RecordStore:
                 f"cannot start {path} ({error.strerror}); give another folder with --kv-report-dir"
             ) from error
         store = cls(folder, fd)
+        _lock(fd, path)
         store._write(data)
         sync_folder(folder)
         return store
+
+    @classmethod
+    def reopen(cls, folder: Path) -> RecordStore:
+        """Go on writing the records of a run whose process is gone. Half a line at the end is cut off.
+
+        Raises
+        ------
+        UserError
+            If the file cannot be written, or another process still writes it.
+        """
+        path = folder / RECORDS_FILE
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND)
+        except OSError as error:
+            raise UserError(
+                f"cannot go on with {path} ({error.strerror}); give the folder of a run that you may write to"
+            ) from error
+        _lock(fd, path)
+        try:
+            data = path.read_bytes()
+            whole = _whole(data)
+            os.ftruncate(fd, len(whole))
+        except OSError as error:
+            os.close(fd)
+            raise UserError(f"cannot go on with {path} ({error.strerror}); make it readable and writable") from error
+        store = cls(folder, fd)
+        if whole and not whole.endswith(b"\n"):
+            store._write(b"\n")
+        return store
+
+    def append_session(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a further run line: records that follow have an environment of their own.
+
+        Parameters
+        ----------
+        facts
+            ``run_id, method, model, started_utc, command, options, environment, seed`` of the session.
+
+        Returns
+        -------
+        dict
+            The session as `read_records` will list it.
+        """
+        line = {"schema": RUN_SCHEMA, "kvsuite_version": __version__, "env": digest(facts.get("environment")), **facts}
+        validate("run", line, str(self.path))
+        self._write(_line(line, "run"))
+        return _session(line)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record row as one line and wait until it is on the disk.
@@ -199,7 +273,8 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
     Returns
     -------
     run
-        The run line, ``environment`` included.
+        The run line, ``environment`` included. Where processes with other environments took part (a resumed run, a worker
+        on another GPU), ``sessions`` lists them: ``started_utc, command, env, environment``.
     rows
         The record rows in run order; of rows with one id the last counts, in the first one's place.
     notes
@@ -253,23 +328,61 @@ def _read_report(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str
 
 
 def _read_lines(path: Path, data: bytes, notes: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    lines = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-    parsed: list[dict[str, Any]] = []
+    whole = _whole(data)
+    lines = [(number, line) for number, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
+    if len(whole) < len(data) and lines:
+        number = whole.count(b"\n") + 1
+        notes.append(f"{path}: line {number} is cut off and was left out: the run ended while writing it")
+    run: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for place, (number, line) in enumerate(lines):
         try:
             row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            # only the line that was being written when the process ended has no newline
-            if place == len(lines) - 1 and place > 0 and not data.endswith(b"\n"):
-                notes.append(f"{path}: line {number} is cut off and was left out: the run ended while writing it")
-                break
             raise UserError(
                 f"{path}: line {number} is damaged ({error}); restore it, or delete the line and run its case again"
             ) from error
-        check_schema(row.get("schema"), RUN_SCHEMA if place == 0 else RECORD_SCHEMA, f"{path}: line {number}")
-        parsed.append(row)
-    if not parsed:
+        if place and row.get("schema") == RUN_SCHEMA:
+            validate("run", row, f"{path}: line {number}")
+            run.setdefault("sessions", []).append(_session(row))
+            continue
+        check_schema(row.get("schema"), RECORD_SCHEMA if place else RUN_SCHEMA, f"{path}: line {number}")
+        if place:
+            rows.append(row)
+        else:
+            run = row
+    if not run:
         raise UserError(f"{path}: empty, not even the run line is there; run the benchmark again")
-    return parsed[0], parsed[1:]
+    return run, rows
+
+
+def _whole(data: bytes) -> bytes:
+    """A file without what was being written when its process ended, or the power did: half a line, or blocks of zeros."""
+    data = data.rstrip(b"\0")
+    begun = data.rfind(b"\n") + 1
+    try:
+        complete = isinstance(parse_json(data[begun:]), dict)
+    except ValueError:
+        complete = False
+    return data if complete else data[:begun]
+
+
+def _session(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: line[name] for name in ("started_utc", "command", "env", "environment")}
+
+
+def _lock(fd: int, path: Path) -> None:
+    """Keep other writers out for as long as this process has the file open."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise UserError(f"{path}: another process is writing it; wait for that run, or end it") from error
+    except OSError:
+        pass  # a file system without locks

@@ -17,14 +17,14 @@ import torch, transformers, pytest, datasets
 import transformers.models.llama.modeling_llama
 
 codes = []
-for folder, arguments in json.load(sys.stdin):
+for folder, name, arguments in json.load(sys.stdin):
     child = os.fork()
     if not child:
         code = 70
         try:
             os.chdir(folder)
-            for stream, name in ((1, "out.txt"), (2, "err.txt")):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), stream)
+            for stream, end in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{name}.{end}.txt", os.O_WRONLY | os.O_CREAT), stream)
             sys.argv = ["pytest", *arguments]
             code = int(pytest.main(["--color=no", *arguments]))
         finally:
@@ -45,8 +45,8 @@ class Planned:
 
 
 def run_forked(planned: dict[str, Planned]) -> dict[str, Run]:
-    """Run them one after another, in the order given."""
-    lines = [[str(one.folder), list(one.arguments)] for one in planned.values()]
+    """Run them one after another, in the order given; several may share a folder."""
+    lines = [[str(one.folder), f"run{at}", list(one.arguments)] for at, one in enumerate(planned.values())]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _DRIVER],
         env=clean_environment(), input=json.dumps(lines), capture_output=True, text=True, timeout=600,
@@ -54,6 +54,11 @@ def run_forked(planned: dict[str, Planned]) -> dict[str, Run]:
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])
     return {
-        name: Run(code, (one.folder / "out.txt").read_text(), (one.folder / "err.txt").read_text(), one.folder)
-        for (name, one), code in zip(planned.items(), codes, strict=True)
+        name: Run(
+            code,
+            (one.folder / f"run{at}.out.txt").read_text(),
+            (one.folder / f"run{at}.err.txt").read_text(),
+            one.folder,
+        )
+        for at, ((name, one), code) in enumerate(zip(planned.items(), codes, strict=True))
     }

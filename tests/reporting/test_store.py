@@ -219,7 +219,7 @@ def test_missing_and_empty_name_the_path(tmp_path):
     with pytest.raises(UserError, match="empty"):
         read_records(tmp_path)
     (tmp_path / "records.jsonl").write_bytes(b'{"schema": "kvsu')
-    with pytest.raises(UserError, match="line 1 is damaged"):
+    with pytest.raises(UserError, match="not even the run line is there"):
         read_records(tmp_path)
 
 
@@ -255,3 +255,93 @@ def test_atomic_write_replaces_or_leaves_alone(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_atomic(tmp_path / "folder", "text")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+RUN = {
+    "run_id": "r", "method": "m", "model": "m", "started_utc": "2026", "command": ["pytest"], "options": {},
+    "environment": {"host": "a"}, "seed": 0,
+}  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(cut=st.integers(0, 10_000), junk=st.binary(max_size=20))
+def test_a_file_cut_anywhere_gives_its_whole_lines_or_says_why_not(cut, junk):
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base) / "run"
+        rows = [{"schema": RECORD_SCHEMA, "id": f"é{n}", "status": "ok"} for n in range(4)]
+        path = store_rows(folder, RUN, rows)
+        whole = path.read_bytes()
+        kept = whole[: cut % (len(whole) + 1)]
+        # a whole object would be a line of its own
+        tail = junk.replace(b"\n", b"").replace(b"{", b"")
+        path.write_bytes(kept + tail)
+        if kept.count(b"\n") == 0:
+            with pytest.raises(UserError):
+                read_records(folder)
+            return
+        _, found, notes = read_records(folder)
+        lines = kept.count(b"\n") - 1
+        assert found[:lines] == rows[:lines]
+        assert len(found) - lines in (0, 1)
+        if len(found) == lines and (kept + tail).rstrip(b"\0") != kept[: kept.rfind(b"\n") + 1]:
+            assert "is cut off and was left out" in notes[0]
+        # what goes on with it reads the same, and adds to it
+        with RecordStore.reopen(folder) as store:
+            store.append({"schema": RECORD_SCHEMA, "id": "new"})
+        assert [row["id"] for row in read_records(folder)[1]] == [row["id"] for row in found] + ["new"]
+
+
+def test_blocks_of_zeros_that_a_power_cut_leaves_are_no_line(tmp_path):
+    path = store_rows(tmp_path / "run", RUN, [{"schema": RECORD_SCHEMA, "id": "a"}])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 4096)
+    assert [row["id"] for row in read_records(path)[1]] == ["a"]
+    path.write_bytes(whole[:-5] + b"\0" * 4096)
+    run, rows, notes = read_records(path)
+    assert (run["run_id"], rows) == ("r", [])
+    assert "line 2 is cut off" in notes[0]
+
+
+def test_environments_of_further_processes_are_sessions(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with RecordStore.create(folder, RUN) as store:
+        store.append({"schema": RECORD_SCHEMA, "id": "a"})
+        told = store.append_session(RUN | {"environment": {"host": "b"}, "command": ["pytest", "--kv-resume=latest"]})
+        store.append({"schema": RECORD_SCHEMA, "id": "b"})
+    run, rows, _ = read_records(folder)
+    assert run["environment"] == {"host": "a"}
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert run["sessions"] == [told]
+    assert told["environment"] == {"host": "b"}
+    assert told["env"] != run["env"]
+
+
+def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path):
+    # a limit of the file's size stands in for the disk's
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from kvsuite.errors import UserError
+from kvsuite.record import RECORD_SCHEMA
+from kvsuite.reporting.store import RecordStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RecordStore.reopen(Path(sys.argv[1])) as store:
+    size = store.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 2000, size + 2000))
+    try:
+        for number in range(100):
+            store.append({"schema": RECORD_SCHEMA, "id": f"n{number}", "filler": "x" * 500})
+    except UserError as error:
+        print(number, error)
+"""
+    path = store_rows(tmp_path / "run", RUN, [{"schema": RECORD_SCHEMA, "id": "a"}])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path.parent)], capture_output=True, text=True, check=True, timeout=60
+    )
+    written, _, message = done.stdout.partition(" ")
+    assert "make room on that disk" in message
+    _, rows, notes = read_records(path)
+    assert [row["id"] for row in rows] == ["a", *(f"n{number}" for number in range(int(written)))]
+    assert int(written) == 3
+    assert not notes

@@ -1,0 +1,1 @@
+"""How cases are spread: over the GPUs of a host, over shards, and what a sweep will take."""

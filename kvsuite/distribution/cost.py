@@ -1,0 +1,122 @@
+"""What a case is expected to cost: counted steps and tokens, and seconds by a stated model of the device.
+
+Counting needs nothing but the case and the options, so that every host cuts the same shards. Seconds are for planning alone: a
+model with a few numbers a device is rough, and a record of the same case is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsuite.case import Case
+from kvsuite.options import Options
+from kvsuite.spaces.dse_cases import DSE, SERVING, judge
+from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
+
+# a decode step reads all weights for a token a sequence, and costs about as much as a prompt of so many tokens
+_STEP_TOKENS = 32
+# loading, probing, writing: what every case costs, in tokens of a prompt
+_CASE_TOKENS = 2_000
+_FULL_TEXT_TOKENS = 300_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case computes.
+
+    Parameters
+    ----------
+    bulk
+        Tokens that are forwarded many at a time: prompts, scored windows.
+    steps
+        Forwards of one token a sequence: decode steps, scoring through a cache.
+    """
+
+    bulk: int
+    steps: int
+
+    @property
+    def units(self) -> float:
+        """Cost in tokens of a prompt, the unit of shards."""
+        return _CASE_TOKENS + self.bulk + _STEP_TOKENS * self.steps
+
+
+def work_of(case: Case, options: Options) -> Work:
+    """Count what a case computes."""
+    if case.suite == DSE and judge(case).broken:
+        return Work(0, 0)
+    workload = case.workload
+    passes = options.num_warmup + options.rounds + 1
+    batch, prompt, new = (int(workload.get(name, 0)) for name in ("batch", "prompt_tokens", "max_new_tokens"))
+    served = 2 if workload.get("prefix_caching") else 1
+    bulk, steps = passes * batch * prompt, passes * new * served
+    protocol = workload["protocol"]
+    if protocol in WINDOW_PROTOCOLS:
+        scored = int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"])
+        overlap = int(workload["max_length"]) / max(int(workload["stride"]), 1)
+        bulk += int(scored * max(overlap, 1.0)) * (2 if case.params.get("reference") else 1)
+    elif case.model.startswith("dummy:"):
+        pass  # random weights have no quality to score
+    elif protocol == SERVING:
+        bulk += int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"])
+    elif "max_tokens" in workload:
+        # once through the cache, token by token, and once through the full one
+        scored = int(workload["max_tokens"]) * int(workload["num_samples"])
+        steps, bulk = steps + scored, bulk + scored
+    return Work(bulk, steps)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device, roughly.
+
+    Parameters
+    ----------
+    flops
+        Floating-point operations a second of a prompt's products.
+    bytes_s
+        Bytes a second that a decode step reads.
+    load_bytes_s
+        Bytes of weights a second that loading manages.
+    step_s, case_s
+        Seconds that a forward and a case cost whatever their size.
+    """
+
+    flops: float
+    bytes_s: float
+    load_bytes_s: float
+    step_s: float
+    case_s: float
+
+
+SPEEDS = {
+    "cpu": Speed(flops=50e9, bytes_s=10e9, load_bytes_s=0.5e9, step_s=0.002, case_s=1.0),
+    "cuda": Speed(flops=200e12, bytes_s=2e12, load_bytes_s=1e9, step_s=0.002, case_s=2.0),
+    "mps": Speed(flops=5e12, bytes_s=200e9, load_bytes_s=1e9, step_s=0.005, case_s=2.0),
+}
+
+
+def seconds(work: Work, device_kind: str, *, elements: int, weight_bytes: int, loads: bool) -> float | None:
+    """Expected seconds of a case; ``None`` for a device that no engine uses.
+
+    ``case + [load] + 2 P tokens / flops + steps (step + weights / bandwidth)``.
+
+    Parameters
+    ----------
+    work
+        What it computes.
+    device_kind
+        ``cpu``, ``cuda``, ``mps``.
+    elements
+        Parameters of the model, P.
+    weight_bytes
+        Their bytes.
+    loads
+        Whether the case is the first of its model and weight format, and has to load it.
+    """
+    speed = SPEEDS.get(device_kind)
+    if speed is None:
+        return None
+    loading = weight_bytes / speed.load_bytes_s if loads else 0.0
+    bulk = 2 * elements * work.bulk / speed.flops
+    return speed.case_s + loading + bulk + work.steps * (speed.step_s + weight_bytes / speed.bytes_s)

@@ -1,0 +1,98 @@
+"""Memory of a case before it runs: predicted where there is a model, else no less than weights and cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvsuite.case import Case
+from kvsuite.errors import UserError
+from kvsuite.memory_model.config import Architecture, architecture_of
+from kvsuite.memory_model.fit import SHARES
+from kvsuite.memory_model.formats import nano_format
+from kvsuite.memory_model.nano import NanoMemory
+from kvsuite.quantization.registry import NONE, quantization
+from kvsuite.spaces.dse_cases import DSE, judge, point_of
+
+#: dtype of checkpoints that say theirs only when they are loaded
+_CHECKPOINT = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a case needs.
+
+    Parameters
+    ----------
+    weight_bytes, elements
+        Of the model in the case's weight format; 0 where they are not known.
+    bytes
+        All that is known of its memory, ``None`` if nothing is.
+    is_whole
+        Whether ``bytes`` is a prediction of all of it, and no lower bound.
+    share
+        Part of the device that the engine may use, in (0, 1].
+    reason
+        Why something is not known.
+    """
+
+    weight_bytes: int = 0
+    elements: int = 0
+    bytes: float | None = None
+    is_whole: bool = False
+    share: float = 1.0
+    reason: str | None = None
+
+    def fits(self, card_bytes: int) -> str:
+        """``yes``, ``no``, ``likely`` (a lower bound fits) or ``unknown``."""
+        if self.bytes is None:
+            return "unknown"
+        if self.bytes > card_bytes * self.share:
+            return "no"
+        return "yes" if self.is_whole else "likely"
+
+
+def footprint(case: Case, cache_dir: str | None) -> Footprint:
+    """Memory of ``case`` from its model's configuration alone; what cannot be known has a reason."""
+    try:
+        architecture = architecture_of(
+            case.model, cache_dir=None if cache_dir is None else Path(cache_dir).expanduser()
+        )
+    except UserError as error:
+        return Footprint(reason=str(error))
+    if isinstance(architecture.weights, str):
+        return Footprint(reason=architecture.weights)
+    dtype = _CHECKPOINT if case.dtype == "checkpoint" else case.dtype
+    chosen = case.quantization or NONE
+    # what only rounds weights keeps them dense
+    dense = quantization(chosen).quality_only
+    try:
+        format_ = nano_format(NONE if dense else chosen, dtype)
+    except UserError as error:
+        return Footprint(elements=architecture.weights.elements, reason=str(error))
+    weights = architecture.weights.bytes(format_)
+    if weights is None:
+        return Footprint(elements=architecture.weights.elements, reason=f"the layout of {chosen} is not known")
+    known = Footprint(weight_bytes=weights, elements=architecture.weights.elements, bytes=weights)
+    if case.suite == DSE:
+        return _of_point(case, architecture, dtype, known)
+    tokens = _tokens(case)
+    cache = tokens * architecture.kv_bytes_per_token(format_.element_bytes)
+    return Footprint(known.weight_bytes, known.elements, weights + cache)
+
+
+def _of_point(case: Case, architecture: Architecture, dtype: str, known: Footprint) -> Footprint:
+    broken = judge(case, architecture.trained_length, is_dummy=architecture.is_dummy).broken
+    if broken:
+        return Footprint(known.weight_bytes, known.elements, 0.0, True, reason="; ".join(broken))
+    found = NanoMemory(architecture, dtype, case.device_kind).predict(point_of(case))
+    share = SHARES["nano"] if case.device_kind == "cuda" else 1.0
+    reason = "; ".join(found.reasons) or None
+    return Footprint(known.weight_bytes, known.elements, found.needed_at_least, found.needed is not None, share, reason)
+
+
+def _tokens(case: Case) -> int:
+    """Tokens of the largest cache that is alive at once: the prompt is whole before anything is removed from it."""
+    workload = case.workload
+    spoken = int(workload.get("prompt_tokens", 0)) + int(workload.get("max_new_tokens", 0))
+    return max(spoken, int(workload.get("max_tokens") or 0), int(workload.get("max_length") or 0))

@@ -1,0 +1,239 @@
+"""``--kv-plan``: what a sweep will take, before it takes it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvsuite.case import Case
+from kvsuite.case_order import session_key
+from kvsuite.memory_model.fit import parse_card
+from kvsuite.meters.environment import host_facts
+from kvsuite.options import Options
+from kvsuite.progress import duration
+from kvsuite.record import RECORD_SCHEMA
+from kvsuite.reporting.store import RECORDS_FILE
+from kvsuite.survival.resume import planned_key
+
+from .cost import seconds, work_of
+from .footprint import Footprint, footprint
+from .gpus import visible_entries
+from .shards import assign
+
+_GIB, _MIB = 1 << 30, 1 << 20
+_MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One case of a plan.
+
+    Parameters
+    ----------
+    case
+        The case.
+    seconds
+        Expected, ``None`` where nothing tells.
+    source
+        Where they come from: ``model``, or the run that measured the case on this machine.
+    memory
+        Predicted.
+    """
+
+    case: Case
+    seconds: float | None
+    source: str
+    memory: Footprint
+
+
+def plan(cases: Sequence[Case], options: Options, known: Mapping[str, tuple[float, str]]) -> list[Planned]:
+    """Plan ``cases`` in their order.
+
+    Parameters
+    ----------
+    cases, options
+        What would run.
+    known
+        Seconds and run by `planned_key` (`measured_durations`).
+    """
+    loaded: set[tuple[str | None, ...]] = set()
+    found: list[Planned] = []
+    for case in cases:
+        memory = footprint(case, options.cache_dir)
+        key = session_key(case)
+        measured = known.get(planned_key(case.to_dict()))
+        if measured is not None:
+            found.append(Planned(case, *measured, memory))
+        else:
+            expected = None
+            if memory.elements and memory.weight_bytes:
+                expected = seconds(
+                    work_of(case, options), case.device_kind, elements=memory.elements,
+                    weight_bytes=memory.weight_bytes, loads=key not in loaded,
+                )  # fmt: skip
+            found.append(Planned(case, expected, _MODEL, memory))
+        loaded.add(key)
+    return found
+
+
+def measured_durations(report_dir: Path, options: Options) -> dict[str, tuple[float, str]]:
+    """Seconds of finished cases in earlier runs on this machine with as many rounds, the last run's first.
+
+    What cannot be read is left out: a plan needs no whole archive.
+    """
+    host = host_facts()["host"]
+    wanted = {"rounds": options.rounds, "num_warmup": options.num_warmup}
+    found: dict[str, tuple[float, str]] = {}
+    paths = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
+    for _, path in sorted(paths):
+        lines = _lines(path)
+        run = lines[0] if lines else {}
+        if (
+            not _is_on(run, host)
+            or {name: run["options"].get(name) for name in wanted} != wanted
+            or any(not _is_on(line, host) for line in lines if line.get("schema") != RECORD_SCHEMA)
+        ):
+            continue
+        for row in lines[1:]:
+            if row.get("schema") == RECORD_SCHEMA and row.get("status") == "ok":
+                took = row.get("duration_s")
+                if isinstance(took, int | float) and isinstance(row.get("case"), dict) and "device" in row["case"]:
+                    found[planned_key(row["case"])] = (float(took), path.parent.name)
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
+
+
+def _is_on(run: Mapping[str, Any], host: Mapping[str, Any]) -> bool:
+    try:
+        there = run["environment"]["host"]
+        return isinstance(run["options"], dict) and all(
+            there.get(name) == host[name] for name in ("name", "cpu", "cores")
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def device_bytes(options: Options, device_kind: str) -> tuple[int, str] | None:
+    """Memory that a case may have, and whose; ``None`` where it cannot be known.
+
+    Raises
+    ------
+    UserError
+        If ``--kv-plan-card`` is no size.
+    """
+    if options.plan_card is not None:
+        card = parse_card(options.plan_card, 1.0, option="--kv-plan-card")
+        return card.bytes, f"--kv-plan-card={options.plan_card}"
+    if device_kind == "cpu":
+        ram = host_facts()["host"]["ram_bytes"]
+        return None if ram is None else (int(ram), "this machine's RAM")
+    if device_kind == "cuda":
+        size = _smallest_gpu()
+        return None if size is None else (size, "the smallest GPU to see here")
+    return None
+
+
+def _smallest_gpu() -> int | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        entries = visible_entries(int(pynvml.nvmlDeviceGetCount()))
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(int(entry))
+            if entry.isdecimal()
+            else pynvml.nvmlDeviceGetHandleByUUID(entry)
+            for entry in entries
+        ]
+        return min((int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles), default=None)
+    except Exception:  # no library, no driver, no such card: then it is not known
+        return None
+
+
+def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> str:
+    """The plan as a table with its sums.
+
+    Parameters
+    ----------
+    cases, options
+        What would run.
+    workers
+        Of xdist.
+
+    Raises
+    ------
+    UserError
+        If ``--kv-plan-card`` is no size.
+    """
+    if not cases:
+        return "no cases: another shard, or the run that goes on, has all"
+    rows = plan(cases, options, measured_durations(Path(options.report_dir), options))
+    kinds = Counter(row.case.device_kind for row in rows)
+    card = device_bytes(options, next(iter(kinds)))
+    width = max(len(row.case.id) for row in rows)
+    lines = [f"{'case':<{width}} {'seconds':>9}  {'memory':>11}  {'fits':<8} expected from"]
+    lines += [_line(row, width, card) for row in rows]
+    return "\n".join([*lines, "", *_sums(rows, card, workers), *_notes(rows)])
+
+
+def _line(row: Planned, width: int, card: tuple[int, str] | None) -> str:
+    took = "n/a" if row.seconds is None else f"{row.seconds:.1f}"
+    fits = "n/a" if card is None else row.memory.fits(card[0])
+    return f"{row.case.id:<{width}} {took:>9}  {_size(row.memory):>11}  {fits:<8} {row.source}"
+
+
+def _size(memory: Footprint) -> str:
+    if memory.bytes is None:
+        return "n/a"
+    size = f"{memory.bytes / _GIB:.2f} GiB" if memory.bytes >= _GIB else f"{memory.bytes / _MIB:.1f} MiB"
+    return f"{'' if memory.is_whole else '≥ '}{size}"
+
+
+def _sums(rows: Sequence[Planned], card: tuple[int, str] | None, workers: int) -> list[str]:
+    known = [row.seconds for row in rows if row.seconds is not None]
+    total = f"{len(rows)} cases, {duration(sum(known))} one after another"
+    if workers > 1:
+        loads = [0.0] * workers
+        for part, took in zip(assign(known, workers), known, strict=True):
+            loads[part - 1] += took
+        total += f", {duration(max(loads))} on {workers} workers"
+    missing = len(rows) - len(known)
+    lines = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
+    largest = max(rows, key=lambda row: row.memory.bytes or 0.0)
+    if largest.memory.bytes is not None:
+        lines.append(f"largest: {_size(largest.memory)} ({largest.case.id})")
+    if card is None:
+        lines.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
+        return lines
+    large = [row.case.id for row in rows if row.memory.fits(card[0]) == "no"]
+    lines.append(
+        f"{len(large)} will not fit {card[0] / _GIB:.1f} GiB ({card[1]}){': ' if large else ''}{', '.join(large)}"
+    )
+    return lines
+
+
+def _notes(rows: Sequence[Planned]) -> list[str]:
+    notes: list[str] = []
+    if any(row.source == _MODEL for row in rows):
+        notes.append(
+            "model: counted tokens and steps over a stated speed of the device, which is rough (docs/distribution.md)"
+        )
+    if any(row.memory.bytes is not None and not row.memory.is_whole for row in rows):
+        notes.append("≥: weights and a full cache; activations and slack come on top. likely: that much fits")
+    notes += dict.fromkeys(f"n/a: {row.memory.reason}" for row in rows if row.memory.reason)
+    return notes

@@ -1,0 +1,181 @@
+"""An earlier run taken up again: which of its cases are finished, and whether the rest would be measured in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvsuite.case import Case, digest
+from kvsuite.errors import UserError
+from kvsuite.reporting.store import RECORDS_FILE, read_records
+
+from .settings import differences, machine_differences
+
+LATEST = "latest"
+_MEND = "measure again without --kv-resume, or go back to what the run had"
+
+
+def planned_key(case: Mapping[str, Any]) -> str:
+    """Hash of what a case asks for, as it is known before anything is loaded: no revision of model or text is in it.
+
+    Parameters
+    ----------
+    case
+        ``Case.to_dict()``, or ``case`` of a row. ``cuda:0`` and ``cuda:1`` are the same case.
+    """
+    return digest(dict(case) | {"device": str(case["device"]).partition(":")[0]})
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that is to be finished.
+
+    Parameters
+    ----------
+    folder
+        Its folder.
+    run
+        Its run line.
+    rows
+        Its records.
+    notes
+        What was left out in reading, in words.
+    rerun
+        Statuses whose cases are measured again.
+    """
+
+    folder: Path
+    run: Mapping[str, Any]
+    rows: Sequence[dict[str, Any]]
+    notes: Sequence[str]
+    rerun: Sequence[str]
+
+    @property
+    def kept(self) -> list[dict[str, Any]]:
+        """Rows of finished cases."""
+        return [row for row in self.rows if row["status"] not in self.rerun]
+
+    def finished(self) -> list[str]:
+        """What names the finished cases: id and key."""
+        return [finished_name(row["id"], row["case"]) for row in self.kept]
+
+    def require_same(self, now: Mapping[str, Any]) -> None:
+        """Refuse to go on with other code, options or machine.
+
+        Parameters
+        ----------
+        now
+            Run line of what would go on.
+
+        Raises
+        ------
+        UserError
+            Naming everything that differs.
+        """
+        _refuse(self.folder, differences(self.run, now, shards=True))
+
+    def require_same_case(self, row: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+        """Refuse a new row that does not belong to the kept ones: another machine, model or text, found out by loading it.
+
+        Raises
+        ------
+        UserError
+            Naming what differs.
+        """
+        found = machine_differences(self.run["environment"], environment)
+        model, text = row["model"].get("revision"), (row["dataset"] or {}).get("text_hash")
+        for what, known, key, new in (
+            ("model", self._models, row["case"]["model"], model),
+            ("text", self._texts, digest(row["case"]["workload"]), text),
+        ):
+            old = known.get(key)
+            if old is not None and new is not None and old != new:
+                found.append(f"{what}: then {old[:23]}, now {new[:23]}")
+        _refuse(self.folder, found)
+
+    @cached_property
+    def _models(self) -> dict[str, str]:
+        return {row["case"]["model"]: row["model"]["revision"] for row in self.kept if row["model"].get("revision")}
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        texts = ((row["case"]["workload"], (row["dataset"] or {}).get("text_hash")) for row in self.kept)
+        return {digest(workload): text for workload, text in texts if text is not None}
+
+
+def finished_name(node_id: str, case: Mapping[str, Any]) -> str:
+    """Name of a case that two processes agree on."""
+    return f"{planned_key(case)} {node_id}"
+
+
+def find_earlier(request: str, report_dir: Path, rerun: Sequence[str]) -> EarlierRun | None:
+    """The run that ``--kv-resume`` names.
+
+    Parameters
+    ----------
+    request
+        ``latest``, a run folder, or its name below ``report_dir``.
+    report_dir
+        Where runs are.
+    rerun
+        Statuses whose cases are measured again.
+
+    Returns
+    -------
+    EarlierRun or None
+        ``None`` if the latest is asked for and there is no run yet.
+
+    Raises
+    ------
+    UserError
+        If there is no such run, or it cannot be read.
+    """
+    if request == LATEST:
+        folder = _latest(report_dir)
+        if folder is None:
+            return None
+    else:
+        asked = Path(request)
+        folder = asked.parent if asked.name == RECORDS_FILE else asked
+        if not folder.is_dir() and (report_dir / request).is_dir():
+            folder = report_dir / request
+    path = folder / RECORDS_FILE
+    if not path.is_file():
+        raise UserError(f"--kv-resume={request}: no {RECORDS_FILE} in {folder}; give latest, or the folder of a run")
+    run, rows, notes = read_records(path)
+    for row in rows:
+        if not _is_row(row):
+            raise UserError(f"--kv-resume={request}: a record of {path} lacks fields; it is not kvsuite's")
+    return EarlierRun(folder, run, rows, [note for note in notes if "is there twice" not in note], tuple(rerun))
+
+
+def _latest(report_dir: Path) -> Path | None:
+    """The run that was written last; folders without a whole run line were never one."""
+    found = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
+    for _, path in sorted(found, reverse=True):
+        with path.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return path.parent
+    return None
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    parts = [row.get(name) for name in ("case", "model")]
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and {"device", "workload"} <= row["case"].keys()
+        and "dataset" in row
+    )
+
+
+def _refuse(folder: Path, found: Sequence[str]) -> None:
+    if found:
+        raise UserError(f"--kv-resume={folder}: would mix two measurements: {'; '.join(found)}; {_MEND}")
+
+
+def is_finished(node_id: str, case: Case, finished: frozenset[str]) -> bool:
+    """Whether a collected case is among the ``finished`` ones of an earlier run."""
+    return bool(finished) and finished_name(node_id, case.to_dict()) in finished

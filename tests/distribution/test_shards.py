@@ -1,0 +1,86 @@
+"""Shards are a partition, the same everywhere, and about equally dear."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sweep_rows import case
+
+from kvsuite.distribution.cost import SPEEDS, Work, seconds, work_of
+from kvsuite.distribution.shards import Shard, assign
+from kvsuite.errors import UserError
+from kvsuite.options import default_options
+from kvsuite.spaces.compression import compression_cases
+from kvsuite.spaces.dse_cases import dse_cases
+from kvsuite.spaces.perplexity import perplexity_cases
+
+COSTS = st.lists(st.floats(0, 1e12), max_size=60)
+
+
+@given(COSTS, st.integers(1, 20))
+def test_every_case_is_in_one_shard_and_none_is_too_dear(costs: list[float], parts: int) -> None:
+    chosen = assign(costs, parts)
+    assert len(chosen) == len(costs)
+    assert set(chosen) <= set(range(1, parts + 1))
+    loads = [sum(cost for cost, part in zip(costs, chosen, strict=True) if part == one) for one in range(1, parts + 1)]
+    # nobody has more than all the others by more than one case
+    assert max(loads) - min(loads) <= max(costs, default=0.0) * (1 + 1e-9)
+    assert assign(costs, parts) == chosen
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_shard_or_a_message(text: str) -> None:
+    try:
+        shard = Shard.parse(text)
+    except UserError as error:
+        message = str(error)
+    else:
+        assert 1 <= shard.index <= shard.of
+        assert Shard.parse(str(shard)) == shard
+        return
+    assert message.startswith(f"--kv-shard={text}: ")
+
+
+@given(st.integers(-3, 40), st.integers(-3, 40))
+def test_numbers_outside_of_the_whole_are_refused(index: int, of: int) -> None:
+    text = f"{index}/{of}"
+    if 1 <= index <= of:
+        assert Shard.parse(text) == Shard(index, of)
+    else:
+        with pytest.raises(UserError, match="--kv-shard"):
+            Shard.parse(text)
+
+
+def test_counted_work_follows_the_case() -> None:
+    options = default_options(model="smollm2", device="cpu", rounds="5", num_warmup="2")
+    one = case("a", model="smollm2")
+    # eight passes of a prompt and four steps; 257 tokens through the cache and once at a stretch
+    assert work_of(one, options) == Work(bulk=8 * 16 + 257, steps=8 * 4 + 257)
+    assert work_of(case("a"), options) == Work(bulk=8 * 16, steps=8 * 4), "random weights are not scored"
+    more = case("b", model="smollm2", workload=dict(one.workload) | {"prompt_tokens": 1600})
+    assert work_of(more, options).units > work_of(one, options).units
+
+
+@pytest.mark.parametrize("cases", [compression_cases, dse_cases, perplexity_cases])
+@pytest.mark.parametrize("preset", ["kvsuite", "original"])
+def test_every_suite_has_a_cost(cases, preset: str) -> None:
+    options = default_options(device="cpu", preset=preset)
+    for one in cases(options):
+        work = work_of(one, options)
+        assert work.units > 0
+        for kind in SPEEDS:
+            took = seconds(work, kind, elements=10**8, weight_bytes=4 * 10**8, loads=True)
+            assert took is not None
+            assert 0 < took < 1e6
+
+
+def test_a_point_that_breaks_a_rule_costs_nothing_and_loading_counts_once() -> None:
+    options = default_options(device="cpu", space="ctx=64;batch=1;window=off;sink=0;chunk=128")
+    (broken, *_) = dse_cases(options)
+    assert work_of(broken, options) == Work(0, 0)
+    first, second = (seconds(Work(1, 1), "cpu", elements=1, weight_bytes=10**9, loads=loads) for loads in (True, False))
+    assert first is not None
+    assert second is not None
+    assert first - second == pytest.approx(2.0)
+    assert seconds(Work(1, 1), "vulkan", elements=1, weight_bytes=1, loads=True) is None

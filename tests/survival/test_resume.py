@@ -1,0 +1,170 @@
+"""Which run goes on, which of its cases are finished, and what it refuses to go on with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sweep_rows import case, environment, facts, node_id, row, store_run
+
+from kvsuite.errors import UserError
+from kvsuite.reporting.store import RECORDS_FILE, RecordStore, read_records
+from kvsuite.survival.resume import EarlierRun, find_earlier, is_finished
+from kvsuite.survival.settings import differences
+
+RERUN = ("crashed", "error")
+
+
+def earlier(base: Path, *rows: dict[str, object], rerun: tuple[str, ...] = RERUN, **changes: object) -> EarlierRun:
+    found = find_earlier(str(store_run(base, rows, **changes)), base, rerun)
+    assert found is not None
+    return found
+
+
+def test_latest_is_the_run_that_was_written_last(tmp_path: Path) -> None:
+    assert find_earlier("latest", tmp_path, RERUN) is None
+    folders = [store_run(tmp_path, [row(name)]) for name in ("a", "b", "c")]
+    # what a run leaves that was killed before its first line was whole
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / RECORDS_FILE).write_text('{"schema": "kvsuite.run/1", "run')
+    (tmp_path / "empty").mkdir()
+    for age, folder in enumerate((folders[2], folders[0], folders[1])):
+        os.utime(folder / RECORDS_FILE, ns=(age * 10**9, age * 10**9))
+    found = find_earlier("latest", tmp_path, RERUN)
+    assert found is not None
+    assert found.folder == folders[1]
+
+
+def test_a_run_by_path_name_or_file(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    for request in (str(folder), folder.name, str(folder / RECORDS_FILE)):
+        found = find_earlier(request, tmp_path, RERUN)
+        assert found is not None
+        assert found.folder == folder
+    with pytest.raises(UserError, match=r"--kv-resume=nowhere: no records.jsonl in nowhere; give latest"):
+        find_earlier("nowhere", tmp_path, RERUN)
+
+
+@pytest.mark.parametrize(
+    ("rerun", "left"),
+    [
+        (("crashed", "error"), {"error", "crashed"}),
+        ((), set()),
+        (("oom", "skipped", "invalid"), {"oom", "skipped", "invalid"}),
+    ],
+)
+def test_finished_is_what_the_policy_does_not_run_again(tmp_path: Path, rerun: tuple[str, ...], left: set[str]) -> None:
+    statuses = ("ok", "oom", "error", "crashed", "invalid", "skipped")
+    found = earlier(tmp_path, *(row(status, status) for status in statuses), rerun=rerun)
+    finished = frozenset(found.finished())
+    planned = [case(name) for name in (*statuses, "new")]
+    again = {one.name for one in planned if not is_finished(node_id(one), one, finished)}
+    assert again == left | {"new"}
+
+
+def test_another_case_of_the_same_id_is_not_finished(tmp_path: Path) -> None:
+    finished = frozenset(earlier(tmp_path, row("a")).finished())
+    one = case("a")
+    assert is_finished(node_id(one), one, finished)
+    assert not is_finished(node_id(one), case("a", dtype="bfloat16"), finished)
+    assert not is_finished("mine.py::test", one, finished)
+    # on which of its GPUs a machine measures decides nothing
+    on_gpu = frozenset(earlier(tmp_path, row("g", case=case("g", device="cuda:0"))).finished())
+    other = case("g", device="cuda:1")
+    assert is_finished(node_id(other), other, on_gpu)
+
+
+def test_the_same_is_the_same(tmp_path: Path) -> None:
+    found = earlier(tmp_path, row("a"))
+    found.require_same(facts(options={"report_dir": "elsewhere", "timeout": "5", "resume": "latest", "plan": "true"}))
+    found.require_same_case(row("b"), environment(command=["pytest", "--kv-resume=latest"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"options": {"rounds": "3"}}, "--kv-rounds: then 5, now 3"),
+        ({"options": {"num_warmup": "9", "seed": "1"}}, "--kv-num-warmup: then 2, now 9; --kv-seed: then 0, now 1"),
+        ({"options": {"shard": "1/2"}}, "--kv-shard: then none, now 1/2"),
+        ({"code": {"kvsuite": "sha256:cc", "benchmarks/test_compression.py": "sha256:bb"}}, "the code of kvsuite has changed"),
+        ({"code": {"kvsuite": "sha256:aa", "conftest.py": "sha256:dd"}}, "conftest.py is new"),
+        ({"environment": environment(packages={"torch": "2.14.0"})}, "torch: then 2.13.0, now 2.14.0"),
+        ({"environment": environment(host={"cpu": "other"})}, "cpu: then scripted, now other"),
+    ],
+)  # fmt: skip
+def test_what_has_changed_is_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    found = earlier(tmp_path, row("a"))
+    with pytest.raises(UserError) as caught:
+        found.require_same(facts(**changes))
+    assert str(caught.value).startswith(f"--kv-resume={found.folder}: would mix two measurements: {said};")
+
+
+def test_a_run_without_hashes_of_its_code_is_refused(tmp_path: Path) -> None:
+    found = earlier(tmp_path, row("a"), code={})
+    with pytest.raises(UserError, match=r"conftest\.py is new"):
+        found.require_same(facts(code={"kvsuite": "sha256:aa", "conftest.py": "sha256:dd"}))
+    assert differences({"options": {}}, {"options": {}, "code": {"kvsuite": "sha256:aa"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "env", "said"),
+    [
+        ({"model": {"revision": "dummy:other"}}, {}, "model: then dummy:tiny, now dummy:other"),
+        ({}, {"gpu": {"name": "H100", "driver": "580"}}, "gpu name: then none, now H100"),
+        ({}, {"packages": {"transformers": "5.17.0"}}, "transformers: then 5.23.0, now 5.17.0"),
+    ],
+)  # fmt: skip
+def test_what_only_loading_finds_out_is_named(
+    tmp_path: Path, fields: dict[str, object], env: dict[str, object], said: str
+) -> None:
+    found = earlier(tmp_path, row("a"))
+    with pytest.raises(UserError, match="would mix two measurements") as caught:
+        found.require_same_case(row("b", **fields), environment(**env))
+    assert said in str(caught.value)
+
+
+def test_another_text_of_the_same_name_is_named(tmp_path: Path) -> None:
+    found = earlier(tmp_path, row("a", dataset={"text_hash": "sha256:one"}))
+    found.require_same_case(row("b", dataset={"text_hash": "sha256:one"}), environment())
+    with pytest.raises(UserError, match="text: then sha256:one, now sha256:two"):
+        found.require_same_case(row("b", dataset={"text_hash": "sha256:two"}), environment())
+
+
+def test_half_a_line_is_cut_off_and_told(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    path = folder / RECORDS_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"schema": "kvsuite.record/1", "id": "ha')
+    found = find_earlier("latest", tmp_path, RERUN)
+    assert found is not None
+    assert found.notes == [f"{path}: line 3 is cut off and was left out: the run ended while writing it"]
+    with RecordStore.reopen(folder) as store:
+        assert path.read_bytes() == whole
+        store.append(row("b"))
+    assert [one["case"]["name"] for one in read_records(folder)[1]] == ["a", "b"]
+
+
+def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    code = (
+        "import sys; from pathlib import Path; from kvsuite.reporting.store import RecordStore\n"
+        "RecordStore.reopen(Path(sys.argv[1]))"
+    )
+    with (
+        RecordStore.reopen(folder),
+        subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True) as other,
+    ):
+        assert "another process is writing it; wait for that run, or end it" in other.communicate()[1]
+    # its end, however it came, frees the file
+    RecordStore.reopen(folder).close()
+
+
+def test_foreign_lines_are_refused(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [])
+    with (folder / RECORDS_FILE).open("a") as file:
+        file.write('{"schema": "kvsuite.record/1", "id": "x", "status": "ok"}\n')
+    with pytest.raises(UserError, match="lacks fields"):
+        find_earlier("latest", tmp_path, RERUN)
