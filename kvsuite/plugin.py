@@ -205,7 +205,8 @@ def _end_on_sigterm(config: pytest.Config) -> None:
         return
 
     def end(number: int, frame: Any) -> NoReturn:
-        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=128 + number)
+        # an exit code of pytest's own, without which it shows no summary
+        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=pytest.ExitCode.INTERRUPTED)
 
     before = signal.signal(signal.SIGTERM, end)
 
