@@ -126,8 +126,8 @@ def note_place(config: pytest.Config, record: Record) -> None:
 
 def case_of(config: pytest.Config, item: pytest.Item) -> Case | None:
     """The case of a collected test, ``None`` if it has none."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    return config.stash[CASES].get(params["kv_case"]) if "kv_case" in params else None
+    name = getattr(getattr(item, "callspec", None), "params", {}).get("kv_case")
+    return config.stash[CASES].get(name) if isinstance(name, str) else None
 
 
 def _leave() -> NoReturn:

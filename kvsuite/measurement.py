@@ -145,7 +145,8 @@ class CaseRunner:
                 )
         finally:
             work.finish()
-            if self.timed_out:
+            if record.status == "crashed":
+                # a model that was stopped in the middle is in a state that is not known
                 self.sessions.close()
         record.effective |= processes.effective()
         record.warnings += processes.warnings()

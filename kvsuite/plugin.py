@@ -116,10 +116,13 @@ def _check(options: Any) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     # -n auto of a sweep on GPUs; anything else is xdist's to answer
-    options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
-    if not options.given or "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
-    gpus = gpus_for(options.device)
+    try:
+        options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
+        gpus = gpus_for(options.device) if options.given else None
+    except UserError:
+        return None  # pytest_configure says what is wrong
     return len(gpus.entries) or None if gpus is not None else None
 
 
@@ -207,7 +210,8 @@ def _end_on_sigterm(config: pytest.Config) -> None:
         return
 
     def end(number: int, frame: Any) -> NoReturn:
-        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=128 + number)
+        # an exit code of pytest's own, without which it shows no summary
+        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=pytest.ExitCode.INTERRUPTED)
 
     before = signal.signal(signal.SIGTERM, end)
 

@@ -49,6 +49,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> list[tuple[str, C
         Node ids and cases that are left.
     """
     found = {item: case for item in items if (case := case_of(config, item)) is not None}
+    config.stash[PLACES] = {item.nodeid: place for place, item in enumerate(items)}
     if not found:
         return []
     config.stash[PLANNED] = list(found.values())

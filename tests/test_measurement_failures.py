@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 
 import jsonschema
@@ -11,7 +12,7 @@ import torch
 from synthetic_session import Bench, Script
 
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
-from kvsuite.measurement import is_out_of_memory
+from kvsuite.measurement import is_cuda_error, is_out_of_memory
 from kvsuite.record import Record, schema
 
 CPU_MESSAGE = (
@@ -149,6 +150,71 @@ def test_the_next_case_runs_after_a_failure() -> None:
 )
 def test_what_counts_as_out_of_memory(error: BaseException, found: bool) -> None:
     assert is_out_of_memory(error) is found
+
+
+@pytest.mark.parametrize(("where", "phase"), [("prepare", "load"), ("score", "quality"), ("generate", "decode")])
+def test_a_case_that_takes_too_long_is_stopped(where: str, phase: str) -> None:
+    def fault(name: str) -> None:
+        if name == where:
+            time.sleep(60)
+
+    bench = Bench(Script(fault=fault), options={"timeout": "0.3"})
+    record = bench.run().record
+    row = record.to_dict()
+    jsonschema.validate(row, schema("record"))
+    assert (record.status, record.reason) == (
+        "crashed",
+        "timeout: it ran longer than --kv-timeout=0.3 s and was stopped",
+    )
+    assert record.error is not None
+    assert (record.error["type"], record.error["phase"]) == ("Timeout", phase)
+    assert "time.sleep(60)" in record.error["traceback"]
+    assert bench.runner.timed_out, "what it left behind is not known"
+    assert bench.session.calls[-1] == ("finish",)
+
+
+def test_a_case_in_time_hears_no_alarm() -> None:
+    bench = Bench(options={"timeout": "60"})
+    assert bench.run().record.status == "ok"
+    assert not bench.runner.timed_out
+
+
+CUDA_MESSAGE = "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+
+
+def test_after_a_cuda_error_no_case_of_the_device_is_measured() -> None:
+    errors = [RuntimeError(CUDA_MESSAGE)]
+
+    def fault(name: str) -> None:
+        if name == "generate" and errors:
+            raise errors.pop()
+
+    bench = Bench(Script(fault=fault))
+    first = bench.run(device="cuda:0").record
+    assert (first.status, first.error and first.error["type"]) == ("error", "RuntimeError")
+    calls = len(bench.session.calls)
+    second = bench.run(device="cuda:0").record
+    assert second.error is not None
+    assert (second.status, second.error["type"], second.metrics) == ("error", "DevicePoisoned", {})
+    assert second.error["message"].startswith("not measured: the CUDA error of tests::case left this process no device")
+    assert len(bench.session.calls) == calls
+    assert bench.run().record.status == "ok", "the CPU is as good as before"
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (RuntimeError(CUDA_MESSAGE), True),
+        (RuntimeError("CUDA driver error: unspecified launch failure"), True),
+        (type("AcceleratorError", (RuntimeError,), {})("an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("CUDA error: no"), False),
+    ],
+)
+def test_which_errors_outlive_their_case(error: BaseException, found: bool) -> None:
+    assert is_cuda_error(error) is found
 
 
 def test_a_real_allocation_that_cannot_be() -> None:

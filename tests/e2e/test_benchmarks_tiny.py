@@ -132,7 +132,8 @@ def test_redraw_gives_the_same_bytes(name: str, finished: Finished, redrawn: Pat
     assert (redrawn / name).read_bytes() == (finished.folder / name).read_bytes()
 
 
-def test_ctrl_c_keeps_the_finished_rows_and_draws_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number: signal.Signals) -> None:
     # rounds long enough that the signal meets a case, not the end of the run
     long = (*COMMAND, "--kv-rounds=40", "--kv-max-new-tokens=64", f"--kv-report-dir={tmp_path}")
     said = []
@@ -145,7 +146,7 @@ def test_ctrl_c_keeps_the_finished_rows_and_draws_them(tmp_path: Path) -> None:
             said.append(line)
             # a slow machine prints lines inside the first case too
             if line.lstrip().startswith("[1/") and "elapsed" in line:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
     assert process.returncode == pytest.ExitCode.INTERRUPTED, "".join(said)
     (folder,) = tmp_path.iterdir()
     run, *rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

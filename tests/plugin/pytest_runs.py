@@ -75,7 +75,7 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
     """Run pytest in ``folder`` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--color=no", *arguments],
-        cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=300,
+        cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     return Run(done.returncode, done.stdout, done.stderr, folder)
 
