@@ -22,7 +22,6 @@ from .state import REPORTER, is_worker
 if TYPE_CHECKING:
     from .comparison.compare import Comparison
     from .comparison.matching import Matcher
-    from .comparison.rules import Rules
     from .comparison.sides import Side
     from .comparison.verdicts import Verdict
 
@@ -55,10 +54,9 @@ class Gate:
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._config, self._options = config, options
         self._sections: list[dict[str, Any]] = []
-        self._saved_without_records = 0
+        self._saved_without_records = False
         self._selected: frozenset[str] = frozenset()
         self._deselected: set[str] = set()
-        self._rules: Rules | None = None
         self._base: Side | None = None
         self._matcher: Matcher | None = None
         self._family = 1
@@ -79,7 +77,7 @@ class Gate:
         if "kvsuite" in compared_benchmark:
             self._sections.append(compared_benchmark["kvsuite"])
         else:
-            self._saved_without_records += 1
+            self._saved_without_records = True
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """A case of the base that was deselected is not missing."""
@@ -121,7 +119,7 @@ class Gate:
         suites = {row.suite for run in base.runs for row in run.rows} | set(SPACES)
         rules.check(known_metrics(base, more=more), suites, "--kv-fail")
         cases = cases_of_side(base)
-        self._base, self._rules, self._selected = base, rules, ids
+        self._base, self._selected = base, ids
         self._matcher = Matcher(cases, ids)
         self._family = gated_times(select(cases, ids), rules)
         self.result = Comparison(base, base, rules, notes=[])

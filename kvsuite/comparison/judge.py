@@ -91,7 +91,8 @@ class Judge:
     def _metric(self, case: _Case, name: str, old: Entry | None, new: Entry | None, rule: Rule | None) -> Verdict:
         first = old if old is not None else new
         assert first is not None
-        base, now = (None if entry is None else entry.value for entry in (old, new))
+        base = None if old is None else old.value
+        now = None if new is None else new.value
         change: float | None = None
         gate = "" if rule is None or math.isinf(rule.limit.amount) else rule.text
 
@@ -135,7 +136,7 @@ class Judge:
         base = old.value or 0.0
         worse_by = found.change * base * (1 if old.better == "lower" else -1)
         broken = rule is not None and rule.limit.exceeded(base, worse_by, "timed")
-        band = f"noise {_percent(found.low)} to {_percent(found.high)}"
+        band = f"noise {_band_text(found.low, found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
             if max(case.waits) > _BUSY:
@@ -146,11 +147,15 @@ class Judge:
             return "unstable", f"inside {band}"
         if found.cv > MAX_CV:
             return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
+        if not found.measured and max(case.waits) > MAX_CV:
+            return "unstable", band
         return "same", band
 
 
-def _percent(change: float) -> str:
-    return f"{change:+.1%}" if abs(change) < 0.1 else f"{change:+.0%}"
+def _band_text(low: float, high: float) -> str:
+    if high > 1:
+        return f"x{1 + low:.2g} to x{1 + high:.3g}"
+    return f"{low:+.1%} to {high:+.1%}" if high < 0.1 else f"{low:+.0%} to {high:+.0%}"
 
 
 def _wait(case: SideCase) -> float:

@@ -33,7 +33,7 @@ ROUNDS_P = 0.01
 MIN_ROUNDS = 5
 #: assumed standard deviation of one process's median, where it cannot be measured (docs/comparison.md has measured ones)
 PROCESS_NOISE = 0.05
-#: coefficient of variation of rounds above which "no difference found" is not said
+#: coefficient of variation of rounds, and share of time waited, above which "no difference found" is not said
 MAX_CV = 0.10
 _MOST_WAIT = 0.999
 # pairs of rounds up to which the exact distribution is worth its time
@@ -87,31 +87,38 @@ def timed_change(
     TimedChange or None
         ``None`` if a process has fewer than `MIN_ROUNDS` rounds or a value that is no positive time.
     """
-    entries = [*base, *now]
-    for entry in entries:
-        if (entry.n or 0) < MIN_ROUNDS or not entry.value or entry.value <= 0:
-            return None
-    before, after = ([math.log(entry.value or 1.0) for entry in side] for side in (base, now))
+    before: list[float] = []
+    after: list[float] = []
+    cv = rounds = 0.0
+    for side, logarithms in ((base, before), (now, after)):
+        for entry in side:
+            if entry.n is None or entry.n < MIN_ROUNDS or entry.value is None or entry.value <= 0:
+                return None
+            logarithms.append(math.log(entry.value))
+            own = entry.cv or 0.0
+            cv = max(cv, own)
+            # squared standard error of the logarithm of a median
+            rounds += _MEDIAN_SE**2 * own**2 / entry.n
+    processes = len(before) + len(after)
+    rounds /= processes
     difference = sum(after) / len(after) - sum(before) / len(before)
-    cv = max([entry.cv or 0.0 for entry in entries])
-    # squared standard error of the logarithm of a median, mean over the processes
-    rounds = sum([_MEDIAN_SE**2 * (entry.cv or 0.0) ** 2 / (entry.n or 1) for entry in entries]) / len(entries)
     share = 1 / len(before) + 1 / len(after)
     # what three processes differ by says next to nothing about processes
-    measured = len(entries) > 3
+    measured = processes > 3
     if measured:
-        freedom = len(entries) - 2
+        freedom = processes - 2
         variance = math.fsum((value - fmean(side)) ** 2 for side in (before, after) for value in side) / freedom
         # medians of few rounds cannot agree better than their rounds allow, they can only seem to
         half = _quantile(max(family, 1), freedom) * math.sqrt(share * max(variance, rounds))
         low, high = -half, half
     else:
         # who takes CPU time takes caches and clock rate as well: the wait is also the size of what cannot be seen of it
-        processes = max(PROCESS_NOISE, cv, *waits)
-        half = _quantile(max(family, 1), None) * math.sqrt(share * (processes**2 + rounds))
-        # without the wait the slower side may have been as fast as this
-        low = -half + math.log1p(-min(waits[0], _MOST_WAIT))
-        high = half - math.log1p(-min(waits[1], _MOST_WAIT))
+        assumed = max(PROCESS_NOISE, cv, *waits)
+        half = _quantile(max(family, 1), None) * math.sqrt(share * (assumed**2 + rounds))
+        # without the wait a side may have been faster: its times shorter, its rates higher
+        below, above = waits if base[0].better == "lower" else waits[::-1]
+        low = -half + math.log1p(-min(below, _MOST_WAIT))
+        high = half - math.log1p(-min(above, _MOST_WAIT))
     return TimedChange(
         change=math.expm1(difference),
         low=math.expm1(low),

@@ -80,12 +80,16 @@ class Rules:
         self.rules = tuple(rules)
         self.words = frozenset(words)
         self._cases: dict[tuple[int, ...], CaseRules] = {}
+        # rules about every case need not be asked of each
+        self._everywhere = None if any(rule.suite or rule.case for rule in self.rules) else CaseRules(self.rules)
 
     def __bool__(self) -> bool:
         return bool(self.rules or self.words)
 
     def of_case(self, suite: str, names: Iterable[str]) -> CaseRules:
         """The rules that are about a case, which has several ``names``."""
+        if self._everywhere is not None:
+            return self._everywhere
         active = tuple(index for index, rule in enumerate(self.rules) if rule.covers(suite, names))
         if active not in self._cases:
             self._cases[active] = CaseRules(tuple(self.rules[index] for index in active))
