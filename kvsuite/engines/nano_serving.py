@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from kvsuite.case import Case
-from kvsuite.memory_model.nano import pool_blocks
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.nano import NanoMemory, pool_blocks
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
@@ -49,6 +50,10 @@ class NanoServing(Serving):
     ) -> None:
         self._loaded, self._decoder, self._holder, self._effective = loaded, decoder, holder, effective
         self.limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
+
+    def predictor(self, architecture: Architecture) -> NanoMemory:
+        loaded = self._loaded
+        return NanoMemory(architecture, str(loaded.dtype).removeprefix("torch."), loaded.device.type)
 
     def reach(self, params: Mapping[str, Any], workload: Mapping[str, Any]) -> Reach:
         limits = point_limits(params, prefix_caching=bool(workload["prefix_caching"]))

@@ -73,11 +73,14 @@ class MlcMemory:
     per_sequence
         Whether ``max_total_sequence_length`` is the batch times the context; else it is the context, which all sequences
         share, as the original sets it.
+    sequence_tokens
+        Tokens in the place of the context there, where the engine is given room for more.
     """
 
     architecture: Architecture
     json_chunk: int | None = None
     per_sequence: bool = False
+    sequence_tokens: int | None = None
     engine: str = "mlc"
 
     @classmethod
@@ -88,7 +91,8 @@ class MlcMemory:
 
     def total_tokens(self, point: DesignPoint) -> int:
         """``max_total_sequence_length`` (T) of a point."""
-        return point.context_window_size * (point.max_batch_size if self.per_sequence else 1)
+        tokens = self.sequence_tokens or point.context_window_size
+        return tokens * (point.max_batch_size if self.per_sequence else 1)
 
     def predict(self, point: DesignPoint) -> Prediction:
         """Memory of a point.
