@@ -20,6 +20,7 @@ from .mlc_process import MlcFailed
 
 HOST = "127.0.0.1"
 _POLL_S = 0.2
+_SETTLE_POLLS = 5
 _HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
 _SHOWN = 500
 
@@ -119,7 +120,10 @@ def complete(
                 if time.monotonic() > ends:
                     raise MlcFailed(f"mlc_llm did not answer {len(bodies)} request(s) within {deadline_s:g} s")
         if errors:
-            alive()
+            # a broken connection is often the first that is seen of a server's death
+            for _ in range(_SETTLE_POLLS):
+                alive()
+                time.sleep(_POLL_S)
             raise MlcFailed(f"mlc_llm: a request failed: {errors[0]}") from errors[0]
     except BaseException:
         kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,11 +18,15 @@ from kvsuite.models.resolve import ModelSpec
 
 from .mlc_install import MlcInstall
 from .mlc_process import run_step
-from .mlc_source import MLC_CONFIG, built_once, content_key, short_key, source_folder
+from .mlc_source import MANIFEST, MLC_CONFIG, built_once, content_key, short_key, source_folder
 
 LIBRARY = "model.dylib" if sys.platform == "darwin" else "model.so"
 #: lists the shards and their sizes; older versions of MLC called it ndarray-cache.json
 WEIGHT_INDEXES = ("tensor-cache.json", "ndarray-cache.json")
+#: what mlc_llm says of the library, without the list of its parameters
+_METADATA = "library.json"
+# of a folder that was made here and is given as a model
+_OURS = (MANIFEST, _METADATA)
 # without a chat template: prompts are token ids
 _TEMPLATE = "LM"
 # weights are the same on every device, and TVM's CPU code is in all wheels
@@ -61,10 +66,13 @@ class Compiled:
         Folder with weights and ``mlc-chat-config.json``, or an ``HF://`` address.
     library
         Its library; ``None``: mlc_llm compiles one itself when it starts.
+    function_bytes
+        Temporary buffer of the library's largest function, ``None`` where it is not told.
     """
 
     model: str
     library: Path | None
+    function_bytes: int | None = None
 
 
 class MlcModels:
@@ -141,7 +149,8 @@ class MlcModels:
         }
         folder = self._root / f"library-{self._spec.label}-{self._quantization}-{short_key(facts)}"
         built_once(folder, facts, lambda place: self._compile(overrides, place))
-        return Compiled(str(folder), folder / LIBRARY)
+        usage = _load(folder / _METADATA).get("memory_usage") or {}
+        return Compiled(str(folder), folder / LIBRARY, max(map(int, usage.values()), default=None))
 
     def _converted(self) -> Path:
         facts = {
@@ -155,16 +164,26 @@ class MlcModels:
             "convert_weight", str(self._source), "--quantization", self._quantization, "--device", _CONVERT_DEVICE,
             "--output",
         ]  # fmt: skip
-        return built_once(folder, facts, lambda place: self._run([*command, str(place)]))
+
+        def convert(place: Path) -> None:
+            self._run([*command, str(place)])
+
+        return built_once(folder, facts, convert)
 
     def _compile(self, overrides: Overrides, folder: Path) -> None:
         self._configure(overrides, folder)
         self._check(overrides, _load(folder / MLC_CONFIG))
         for path in sorted(self.weights.iterdir()):
             target = folder / path.name
-            if not target.exists() and path.suffix != Path(LIBRARY).suffix and path.name != "kvsuite.json":
+            if not target.exists() and path.suffix != Path(LIBRARY).suffix and path.name not in _OURS:
                 target.symlink_to(_beside(path, folder))
         self._run(["compile", str(folder / MLC_CONFIG), "--device", self._device, "--output", str(folder / LIBRARY)])
+        printed = self._run([str(folder / LIBRARY)], module="mlc_llm.cli.model_metadata")
+        # it ends well even where it could not read the library, and then prints no JSON
+        begin = re.search(r"^\{$", printed, re.MULTILINE)
+        found = {} if begin is None else json.JSONDecoder().raw_decode(printed, begin.start())[0]
+        found.pop("params", None)
+        (folder / _METADATA).write_text(json.dumps(found, indent=2), encoding="utf-8")
 
     def _configure(self, overrides: Overrides, folder: Path) -> None:
         """Write ``mlc-chat-config.json``: the runtime takes window and sinks from there, and sizes buffers by its chunk."""
@@ -200,11 +219,12 @@ class MlcModels:
                     "the axis at that"
                 )
 
-    def _run(self, command: Sequence[str]) -> None:
+    def _run(self, command: Sequence[str], module: str = "mlc_llm") -> str:
+        what = f"mlc_llm {command[0]}" if module == "mlc_llm" else module
         with tempfile.TemporaryDirectory(prefix="kvsuite-mlc-") as place:
-            run_step(
-                f"mlc_llm {command[0]}",
-                [self._install.python, "-m", "mlc_llm", *command],
+            return run_step(
+                what,
+                [self._install.python, "-m", module, *command],
                 log=Path(place) / "log",
                 deadline_s=self._deadline_s,
             )

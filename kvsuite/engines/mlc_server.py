@@ -58,6 +58,8 @@ class Settings:
         Deadlines in seconds, of the start and of requests that are sent together.
     environment
         Variables beside those of this process.
+    function_bytes
+        Temporary buffer of the library's largest function, ``None`` where it is not told.
     """
 
     python: str
@@ -69,6 +71,7 @@ class Settings:
     start_s: float
     request_s: float
     environment: Mapping[str, str]
+    function_bytes: int | None = None
 
     def command(self, port: int) -> list[str]:
         """The command line."""

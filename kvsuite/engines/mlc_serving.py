@@ -104,7 +104,9 @@ class MlcServing(Serving):
     def predictor(self, architecture: Architecture) -> MlcMemory:
         chunk = int(self._params["prefill_chunk"]) if self._own_config else None
         memory = MlcMemory.of(architecture, chunk, per_sequence=True)
-        return replace(memory, sequence_tokens=self.tokens_per_sequence)
+        # only what is compiled can tell; the pass asks when the server is up
+        library_bytes = None if self._server is None else self._server.settings.function_bytes
+        return replace(memory, sequence_tokens=self.tokens_per_sequence, library_bytes=library_bytes)
 
     def reach(self, params: Mapping[str, Any], workload: Mapping[str, Any]) -> Reach:
         settings = {name: value for name, value in params.items() if name not in self._inert}

@@ -194,6 +194,7 @@ class MlcSession(Session):
             start_s=self._timeout_s,
             request_s=self._timeout_s,
             environment=environment,
+            function_bytes=compiled.function_bytes,
         )
         return MlcServer(settings)
 

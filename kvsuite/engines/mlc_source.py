@@ -23,7 +23,9 @@ MLC_CONFIG = "mlc-chat-config.json"
 #: what of a hub repository MLC reads
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt")
 _READ_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.gguf")
-_MANIFEST = "kvsuite.json"
+MANIFEST = "kvsuite.json"
+#: raised when folders are made in another way
+BUILDER = 1
 _BYTES = 256
 
 
@@ -57,7 +59,7 @@ def built_once(folder: Path, facts: dict[str, Any], build: Callable[[Path], None
             if not folder.is_dir():
                 temporary.mkdir()
                 build(temporary)
-                (temporary / _MANIFEST).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                (temporary / MANIFEST).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
                 temporary.replace(folder)
     except OSError as error:
         raise UserError(
@@ -70,8 +72,8 @@ def built_once(folder: Path, facts: dict[str, Any], build: Callable[[Path], None
 
 
 def short_key(facts: dict[str, Any]) -> str:
-    """A piece of a folder's name that stands for ``facts``."""
-    return digest(facts).removeprefix("sha256:")[:16]
+    """A piece of a folder's name that stands for ``facts``, and for the way in which folders are made."""
+    return digest({"builder": BUILDER, **facts}).removeprefix("sha256:")[:16]
 
 
 def content_key(spec: ModelSpec, seed: int) -> str:
