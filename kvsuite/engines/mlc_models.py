@@ -211,6 +211,7 @@ class MlcModels:
 
     def _check(self, overrides: Overrides, config: dict[str, Any]) -> None:
         inner = config.get("model_config", {})
+        self._check_rotation(inner)
         for name, value in overrides.given().items():
             found = inner.get(name, config.get(name))
             if found != value:
@@ -218,6 +219,17 @@ class MlcModels:
                     f"{name}={value}: MLC's configuration of {self._spec.label} has {found} there, whatever is asked; leave "
                     "the axis at that"
                 )
+
+    def _check_rotation(self, inner: dict[str, Any]) -> None:
+        if self._is_mlc or "position_embedding_base" not in inner:
+            return
+        theirs = _load(self._source / "config.json")
+        theta = (theirs.get("rope_parameters") or {}).get("rope_theta", theirs.get("rope_theta"))
+        if theta is not None and theta != inner["position_embedding_base"]:
+            raise CaseInvalid(
+                f"MLC's configuration of {self._spec.label} rotates with a base of {inner['position_embedding_base']}, the "
+                f"model with {theta}: it would be another model"
+            )
 
     def _run(self, command: Sequence[str], module: str = "mlc_llm") -> str:
         what = f"mlc_llm {command[0]}" if module == "mlc_llm" else module

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt")
 _READ_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.gguf")
 MANIFEST = "kvsuite.json"
 #: raised when folders are made in another way
-BUILDER = 1
+BUILDER = 2
 _BYTES = 256
 
 
@@ -97,7 +97,8 @@ def content_key(spec: ModelSpec, seed: int) -> str:
 def source_folder(spec: ModelSpec, root: Path, seed: int, cache_dir: Path | None) -> Path:
     """The model as a Hugging Face folder for ``mlc_llm gen_config`` and ``convert_weight``.
 
-    Folders are taken as they are. A GGUF file, and a dummy's random weights, are saved once under ``root``.
+    A GGUF file, and a dummy's random weights, are saved once under ``root``; so is a configuration that MLC would read wrongly,
+    with links to the folder's other files. Other folders are taken as they are.
 
     Raises
     ------
@@ -105,18 +106,52 @@ def source_folder(spec: ModelSpec, root: Path, seed: int, cache_dir: Path | None
         If the model cannot be had.
     """
     if spec.kind == "smollm2":
-        return smollm2_folder(cache_dir)
+        return _readable(smollm2_folder(cache_dir), spec, root, seed)
     if spec.kind == "local":
-        return Path(spec.source)
+        return _readable(Path(spec.source), spec, root, seed)
     if spec.kind == "hub":
         from huggingface_hub import snapshot_download
 
         offline = not require_hub("--kv-model", spec.request, repo_id=spec.source)
-        return Path(snapshot_download(spec.source, allow_patterns=list(_HUB_FILES), local_files_only=offline))
+        found = snapshot_download(spec.source, allow_patterns=list(_HUB_FILES), local_files_only=offline)
+        return _readable(Path(found), spec, root, seed)
     facts = {"model": spec.label, "content": content_key(spec, seed), "dtype": "float16"}
-    return built_once(
+    saved = built_once(
         root / f"source-{spec.label}-{short_key(facts)}", facts, lambda folder: _save(spec, seed, cache_dir, folder)
     )
+    return _readable(saved, spec, root, seed)
+
+
+def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotation of a ``config.json`` by the names that MLC reads, ``{}`` where it has them, or has none.
+
+    transformers 5 writes ``rope_parameters``. MLC reads ``rope_theta`` and ``rope_scaling`` and, if they are not there, rotates
+    with a base of 10000 without a word.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or "rope_theta" in config:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"]} | (
+        {} if scaling.get("rope_type", "default") == "default" else {"rope_scaling": scaling}
+    )
+
+
+def _readable(folder: Path, spec: ModelSpec, root: Path, seed: int) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    fields = rope_fields(config)
+    if not fields:
+        return folder
+    facts = {"folder": str(folder.resolve()), "content": content_key(spec, seed), "fields": fields}
+
+    def link(place: Path) -> None:
+        for file in folder.iterdir():
+            if file.name not in (path.name, MANIFEST):
+                (place / file.name).symlink_to(file.resolve())
+        (place / path.name).write_text(json.dumps(config | fields, indent=2), encoding="utf-8")
+
+    return built_once(root / f"source-{spec.label}-{short_key(facts)}", facts, link)
 
 
 def _save(spec: ModelSpec, seed: int, cache_dir: Path | None, folder: Path) -> None:

@@ -19,6 +19,7 @@ from tiny_checkpoint import save_checkpoint
 from kvsuite.engines.mlc_install import MlcInstall, find_install
 from kvsuite.engines.mlc_models import LIBRARY, MlcModels, Overrides
 from kvsuite.engines.mlc_process import MlcFailed
+from kvsuite.engines.mlc_source import rope_fields
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.resolve import resolve_model
 
@@ -64,9 +65,10 @@ def test_from_a_checkpoint_to_a_library(workshop: Workshop, checkpoint: Path) ->
     models = workshop.models(checkpoint)
     made = models.compiled(POINT)
     convert, config, compiled = commands(workshop.log)
-    assert convert[:6] == ["convert_weight", str(checkpoint), "--quantization", "q4f16_1", "--device", "cpu"]
+    (source,) = workshop.root.glob("source-*")
+    assert convert[:6] == ["convert_weight", str(source), "--quantization", "q4f16_1", "--device", "cpu"]
     assert config[:-2] == [
-        "gen_config", str(checkpoint), "--quantization", "q4f16_1", "--conv-template", "LM", "--context-window-size=48",
+        "gen_config", str(source), "--quantization", "q4f16_1", "--conv-template", "LM", "--context-window-size=48",
         "--prefill-chunk-size=16", "--max-batch-size=3",
     ]  # fmt: skip
     assert (compiled[0], compiled[2:4]) == ("compile", ["--device", "vulkan:0"])
@@ -83,6 +85,41 @@ def test_from_a_checkpoint_to_a_library(workshop: Workshop, checkpoint: Path) ->
     assert (moved / folder.name / "params_shard_0.bin").stat().st_size == 1000
     facts = json.loads((moved / folder.name / "kvsuite.json").read_text())
     assert (facts["mlc_llm"], facts["tvm"], facts["overrides"]["max_batch_size"]) == ("0.20.0.dev0", "0.26.0", 3)
+
+
+def test_the_rotation_is_written_as_mlc_reads_it(workshop: Workshop, tmp_path: Path) -> None:
+    scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    model = mistral(tmp_path / "model", rope_parameters=scaled)
+    models = workshop.models(model)
+    (source,) = workshop.root.glob("source-*")
+    config = json.loads((source / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, {"rope_type": "llama3", "factor": 8.0})
+    made = models.compiled(Overrides(48, 16, 1, -1, 0))
+    inner = json.loads((Path(made.model) / "mlc-chat-config.json").read_text())["model_config"]
+    assert inner["position_embedding_base"] == 5e5
+    assert "rope_theta" not in json.loads((model / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({}, {}),
+        ({"rope_theta": 1e6}, {}),
+        ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}}, {}),
+        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}, {"rope_theta": 1e5}),
+        # several rotations in one model have no name in MLC
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, {}),
+    ],
+)
+def test_names_of_the_rotation(config: dict[str, Any], fields: dict[str, Any]) -> None:
+    assert rope_fields(config) == fields
+
+
+def test_a_rotation_that_mlc_takes_for_another_is_no_model(workshop: Workshop, tmp_path: Path) -> None:
+    workshop.patch.setattr("kvsuite.engines.mlc_source.rope_fields", lambda config: {})
+    model = mistral(tmp_path / "model", rope_parameters={"rope_theta": 1e5})
+    with pytest.raises(CaseInvalid, match="rotates with a base of 10000, the model with 100000"):
+        workshop.models(model).compiled(Overrides(48, 16, 1, -1, 0))
 
 
 def test_the_same_is_made_once_and_all_that_matters_makes_it_anew(workshop: Workshop, checkpoint: Path) -> None:
@@ -154,18 +191,21 @@ def test_what_mlc_changes_by_itself_is_no_point(workshop: Workshop, checkpoint: 
 @pytest.mark.parametrize("fault", ["fail_compile", "hang_compile"])
 def test_a_failure_leaves_nothing_and_says_what_was_printed(fault: str, workshop: Workshop, checkpoint: Path) -> None:
     workshop.patch.setenv("MLC_DOUBLE", fault)
-    message = "Cannot find target for device" if fault == "fail_compile" else "mlc_llm compile was killed after 2 s"
+    message = "Cannot find target for device" if fault == "fail_compile" else "mlc_llm compile was killed after 6 s"
     with pytest.raises(MlcFailed, match=message):
-        workshop.models(checkpoint, deadline_s=2.0).compiled(POINT)
-    assert [path.name.partition("-")[0] for path in workshop.root.iterdir() if path.is_dir()] == ["weights"]
+        workshop.models(checkpoint, deadline_s=6.0).compiled(POINT)
+    assert sorted(path.name.partition("-")[0] for path in workshop.root.iterdir() if path.is_dir()) == [
+        "source",
+        "weights",
+    ]
     workshop.patch.delenv("MLC_DOUBLE")
     workshop.models(checkpoint).compiled(POINT)
 
 
 def test_random_weights_get_a_folder_and_a_tokenizer(workshop: Workshop) -> None:
     workshop.models("dummy:tiny").compiled(POINT)
-    (source,) = workshop.root.glob("source-*")
-    assert (source / "tokenizer.json").is_file()
-    assert (source / "model.safetensors").is_file()
+    for source in workshop.root.glob("source-*"):
+        assert (source / "tokenizer.json").is_file()
+        assert (source / "model.safetensors").is_file()
     workshop.models("dummy:tiny")
     assert workshop.ran() == ["convert_weight", "gen_config", "compile"]

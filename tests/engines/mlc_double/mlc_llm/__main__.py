@@ -39,6 +39,8 @@ def gen_config(given: list[str]) -> None:
         "prefill_chunk_size": chunk,
         "max_batch_size": asked.max_batch_size,
     }
+    # as the real one: what is not under this name is the default
+    inner["position_embedding_base"] = source.get("rope_theta", 10000)
     if windowed:
         inner |= {"sliding_window_size": window, "attention_sink_size": asked.attention_sink_size}
     config = {"model_type": source["model_type"], "quantization": asked.quantization, "model_config": inner, **top}
