@@ -20,6 +20,8 @@ _OUT_OF_MEMORY = re.compile(
 _TAIL_LINES = 15
 _TAIL_CHARACTERS = 2000
 _POLL_S = 0.05
+_QUIET_S = 0.5
+_QUIET_AT_MOST_S = 10.0
 
 
 class MlcFailed(RuntimeError):
@@ -77,6 +79,12 @@ class MlcProcess:
         while self.exit_code is None and time.monotonic() < ends:
             time.sleep(_POLL_S)
         return self.exit_code
+
+    def wait_until_quiet(self) -> None:
+        """Wait until it prints no more: a message is of use when its last line is there."""
+        ends, before = time.monotonic() + _QUIET_AT_MOST_S, ""
+        while before != (before := self.text()) and time.monotonic() < ends:
+            time.sleep(_QUIET_S)
 
     def kill(self) -> None:
         """End it and everything it has started."""

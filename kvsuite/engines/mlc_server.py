@@ -198,6 +198,7 @@ class MlcServer:
         if self._process.exit_code is not None:
             raise self._failure(f"mlc_llm serve ended with exit code {self._process.exit_code}")
         if _DEAD.search(self._process.text()):
+            self._process.wait_until_quiet()
             raise self._failure("mlc_llm serve can answer no more: a thread of it died; it was killed")
 
     def _failure(self, message: str) -> Exception:

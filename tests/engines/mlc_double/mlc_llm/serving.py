@@ -12,19 +12,22 @@ FAULT = os.environ.get("MLC_DOUBLE", "")
 STEP_S = 0.004
 # requests that come within this time are served together
 GATHER_S = 0.05
-NAN = """Exception in thread Thread-1 (_background_loop):
+NAN = """Exception in thread Thread-1:
 Traceback (most recent call last):
-  File "mlc_llm/serve/engine_base.py", line 643, in _background_loop
-    self._ffi["run_background_loop"]()
+  File "lib/python3.11/threading.py", line 1045, in _bootstrap_inner
+    self.run()
 tvm.error.InternalError: Check failed: (!std::isnan(p)) is false: Possibly prob distribution contains NAN."""
-NO_MEMORY = """Exception in thread Thread-1 (_background_loop):
+NO_MEMORY = """Exception in thread Thread-1:
 tvm.error.InternalError: Check failed: (output_res.IsOk()) is false: Insufficient GPU memory error: The available single GPU \
 memory is 0.241 MB, which is less than the sum of model weight size (1.440 MB) and temporary buffer size (49.308 MB)."""
 COLOUR, PLAIN = "\x1b[31m", "\x1b[0m"
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # a traceback comes line by line, and what matters comes last
+    for line in text.splitlines():
+        print(line, file=sys.stderr, flush=True)
+        time.sleep(0.05 if "Traceback" in text else 0)
 
 
 class Engine:
