@@ -56,6 +56,12 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
         decode_step=kv_options.decode_step,
         implementation=kv_options.impl,
         cache_dir=None if kv_options.cache_dir is None else Path(kv_options.cache_dir).expanduser(),
+        mlc={
+            "python": kv_options.mlc_python,
+            "model_lib": kv_options.model_lib,
+            "timeout_s": kv_options.mlc_timeout,
+            "compile_timeout_s": kv_options.mlc_compile_timeout,
+        },
     )
     runner = pytestconfig.stash[RUNNER] = CaseRunner(
         kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ()),

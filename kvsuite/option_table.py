@@ -185,14 +185,21 @@ OPTIONS: tuple[Option, ...] = (
     Option("quantization", _formats, "auto", "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f16_2, "
            "q4f32_1, q3f16_1, q0f16, q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. "
            "--kv-quantization=none,q4f16_1. auto: none,q4f16_1,fake_q3 in the perplexity suite, none,q4f16_1 in the "
-           "design-space suite, none in the compression suite.",
+           "design-space suite (q4f16_1 on engine mlc, or what MLC weights are in), none in the compression suite.",
            example="none,q4f16_1"),
     Option("load-in-4bit", _switch, "false", "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation)."),
     Option("load-in-8bit", _switch, "false", "Short for --kv-quantization=8bit (bitsandbytes int8)."),
     Option("fake-q3bit", _switch, "false", "Short for --kv-quantization=fake_q3 (3-bit rounding kept dense)."),
-    Option("engine", _choice("auto", "hf", "nano"), "auto", "Runtime under test: hf (transformers) or nano (the paged "
-           "runtime of kvsuite, on cpu and cuda), e.g. --kv-engine=nano; auto is nano in the design-space suite, hf in the "
-           "others."),
+    Option("engine", _choice("auto", "hf", "nano", "mlc"), "auto", "Runtime under test: hf (transformers), nano (the paged "
+           "runtime of kvsuite, on cpu and cuda) or mlc (MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is "
+           "hf, and in the design-space suite nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed."),
+    Option("mlc-python", _text, "", "Python interpreter whose environment has mlc_llm; without it this one.",
+           example="/opt/mlc/bin/python"),
+    Option("model-lib", _text, "", "Library that mlc_llm compile made for MLC weights, in the place of our own: engine mlc.",
+           example="model-vulkan.so"),
+    Option("mlc-timeout", _int(1), "300", "Seconds after which a start of mlc_llm serve, or requests sent together, are taken "
+           "for hanging: the server is killed and the case fails."),
+    Option("mlc-compile-timeout", _int(1), "3600", "Seconds that mlc_llm convert_weight or compile may take."),
     Option("method", _list(_text), "streaming_llm", "Compression methods, comma separated: streaming_llm, recent_only, "
            "fix_size_l2, l2_compress, kvpress:<Name>, e.g. --kv-method=streaming_llm,kvpress:SnapKV."),
     Option("compare-all", _switch, "false", "Run the originals' cross-section of all methods instead of --kv-method."),

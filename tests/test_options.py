@@ -49,6 +49,10 @@ OTHER: dict[str, tuple[str, Any]] = {
     "bos": ("bos_first", "bos_first"),
     "eval-tokens": ("all", None),
     "reference": ("none", "none"),
+    "mlc-python": ("/opt/mlc/bin/python", "/opt/mlc/bin/python"),
+    "model-lib": ("model-vulkan.so", "model-vulkan.so"),
+    "mlc-timeout": ("20", 20),
+    "mlc-compile-timeout": ("60", 60),
     "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),
     "method": ("recent_only, kvpress:SnapKV", ("recent_only", "kvpress:SnapKV")),
     "compare-all": ("true", True),
@@ -213,17 +217,9 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 # names that are looked up later: spaces, models, corpora, the file system
 FREE_TEXT = {
-    "model",
-    "method",
-    "corpus",
-    "dataset",
-    "dataset-path",
-    "mlc-model",
-    "space",
-    "report-dir",
-    "cache-dir",
-    "compare",
-}
+    "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
+    "cache-dir", "compare",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)

@@ -25,19 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class MemoryPass:
-    """What the instrumented pass of a case found; it is never timed."""
+    """What the instrumented pass of a case found; it is never timed.
+
+    An engine that does not tell what its cache holds leaves ``kv_bytes_*`` out and says why in ``unseen``.
+    """
 
     prefill: Phase
     decode: Phase
     resident: Reading
     driver: Reading
-    kv_bytes_prefill: int
-    kv_bytes_decode: int
-    kv_bytes_allocated: int
+    kv_bytes_prefill: int | None
+    kv_bytes_decode: int | None
+    kv_bytes_allocated: int | None
     lengths_prefill: list[int]
     lengths_decode: list[int]
     compress_s: float | None = None
     evict_s: float | None = None
+    unseen: str | None = None
     effective: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     #: further terms in bytes, predicted from formulas and reported by the engine, for an engine that has them

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from kvsuite.case import Case
-from kvsuite.memory_model.nano import pool_blocks
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.nano import NanoMemory, pool_blocks
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
@@ -48,7 +49,13 @@ class NanoServing(Serving):
         self, case: Case, loaded: LoadedModel, decoder: Decoder, holder: RuntimeHolder, effective: dict[str, Any]
     ) -> None:
         self._loaded, self._decoder, self._holder, self._effective = loaded, decoder, holder, effective
+        self._prompt_tokens = int(case.workload["prompt_tokens"])
         self.limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
+
+    def predictor(self, architecture: Architecture) -> NanoMemory:
+        loaded = self._loaded
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        return NanoMemory(architecture, dtype, loaded.device.type, self._prompt_tokens)
 
     def reach(self, params: Mapping[str, Any], workload: Mapping[str, Any]) -> Reach:
         limits = point_limits(params, prefix_caching=bool(workload["prefix_caching"]))

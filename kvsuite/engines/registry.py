@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvsuite.case import Case
@@ -9,11 +10,11 @@ from kvsuite.errors import CaseSkipped, UserError
 
 from .base import Engine, Session
 
-ENGINES = ("hf", "nano")
+ENGINES = ("hf", "nano", "mlc")
 
 
-def get_engine(name: str) -> Engine:
-    """Build engine ``name``; imports its runtime only then."""
+def get_engine(name: str, **settings: Any) -> Engine:
+    """Build engine ``name`` with settings of its own; imports its runtime only then."""
     if name == "hf":
         try:
             from .hf_engine import HfEngine
@@ -28,6 +29,10 @@ def get_engine(name: str) -> Engine:
             raise CaseSkipped(f"engine nano: {error}; pip install kvsuite") from error
 
         return NanoEngine()
+    if name == "mlc":
+        from .mlc_engine import MlcEngine
+
+        return MlcEngine(**settings)
     raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(ENGINES)}")
 
 
@@ -36,11 +41,14 @@ class SessionPool:
 
     Parameters
     ----------
+    mlc
+        Settings of engine `mlc` (`kvsuite.engines.mlc_engine.MlcEngine`).
     options
         Passed to `Engine.load`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, mlc: Mapping[str, Any] | None = None, **options: Any) -> None:
+        self._settings = {"mlc": dict(mlc or {})}
         self._options = options
         self._key: tuple[Any, ...] | None = None
         self._session: Session | None = None
@@ -67,7 +75,7 @@ class SessionPool:
         CaseSkipped
             If the engine cannot use the device here.
         """
-        engine = get_engine(case.engine)
+        engine = get_engine(case.engine, **self._settings.get(case.engine, {}))
         reason = engine.unavailable(case.device)
         if reason:
             raise CaseSkipped(reason)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.prediction import Part, Predictor
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
@@ -35,6 +37,23 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class EngineView:
+    """What a server says itself of requests that it served.
+
+    Parameters
+    ----------
+    times
+        By the names of our metrics (``engine_…``), by its clock: shown beside our times, never among them.
+    before, after
+        Its counters at the begin and at the end.
+    """
+
+    times: Mapping[str, float]
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Served:
     """Requests that were served together.
 
@@ -43,18 +62,49 @@ class Served:
     times
         Of each request, from one origin.
     outputs
-        Token ids of each.
+        Token ids of each; empty for an engine that gives text.
     counts
         What the runtime counted: steps, tokens computed, preemptions, …
+    texts
+        What an engine that gives text gave for each.
+    engine
+        What a server says itself.
     """
 
     times: list[RequestTimes]
     outputs: list[list[int]]
     counts: dict[str, int]
+    texts: list[str] | None = None
+    engine: EngineView | None = None
 
 
 class Serving(ABC):
     """A prepared design point: a runtime with its limits, for requests that come all at once."""
+
+    #: why it scores no text; ``None`` if it does
+    cannot_score: ClassVar[str | None] = None
+    #: what the parts of predicted memory are called in a record
+    memory_parts: ClassVar[Mapping[Part, str]] = {
+        "parameters": "weights_bytes",
+        "kv_cache": "pool_bytes",
+        "temporary": "workspace_bytes",
+    }
+
+    def clock(self, usual: Clock) -> Clock:
+        """The clock of its times: ``usual``, that of the device, unless only a client can tell."""
+        return usual
+
+    def floor_unknown(self) -> str | None:
+        """Why the floor of a decode step is not known, ``None`` if it is."""
+        return None
+
+    def engine_metrics(self, served: Sequence[Served]) -> dict[str, float]:
+        """What the engine itself counted in these rounds, by its own names; ``{}`` where it counts nothing."""
+        return {}
+
+    @abstractmethod
+    def predictor(self, architecture: Architecture) -> Predictor:
+        """Predicts the memory of this point from the model's configuration alone."""
 
     @abstractmethod
     def reach(self, params: dict[str, Any], workload: dict[str, Any]) -> Reach:

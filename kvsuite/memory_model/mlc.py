@@ -73,11 +73,17 @@ class MlcMemory:
     per_sequence
         Whether ``max_total_sequence_length`` is the batch times the context; else it is the context, which all sequences
         share, as the original sets it.
+    sequence_tokens
+        Tokens in the place of the context there, where the engine is given room for more.
+    library_bytes
+        Temporary buffer of the largest function of the compiled library, where there is one: in the place of fits.
     """
 
     architecture: Architecture
     json_chunk: int | None = None
     per_sequence: bool = False
+    sequence_tokens: int | None = None
+    library_bytes: int | None = None
     engine: str = "mlc"
 
     @classmethod
@@ -88,7 +94,8 @@ class MlcMemory:
 
     def total_tokens(self, point: DesignPoint) -> int:
         """``max_total_sequence_length`` (T) of a point."""
-        return point.context_window_size * (point.max_batch_size if self.per_sequence else 1)
+        tokens = self.sequence_tokens or point.context_window_size
+        return tokens * (point.max_batch_size if self.per_sequence else 1)
 
     def predict(self, point: DesignPoint) -> Prediction:
         """Memory of a point.
@@ -186,15 +193,15 @@ class MlcMemory:
         states = None if chunk is None else 4 * chunk + 4 * batch + 2 * hidden * (2 * chunk + batch)
         logits = 20 * batch + 16.125 * batch * model.vocabulary
         size, basis, reason = temporary_bytes(model, chosen, point.prefill_chunk_size)
+        formula = "2 max, fitted: c chunk"
+        if self.library_bytes is not None:
+            size, basis, reason, formula = 2 * self.library_bytes, "exact", None, "2 max, of the compiled library"
         return [
             self._by_json_chunk(
                 "temporary", "hidden states", states, ("max_batch_size",), "4 P + 4 B + 2 D Hq (2 P + B)"
             ),
             _exact("temporary", "logits and sampling", logits, ("max_batch_size",), "20 B + 16.125 B V"),
-            Term(
-                "temporary", "functions of the library", size, basis, ("prefill_chunk_size",), "2 max, fitted: c chunk",
-                reason,
-            ),
+            Term("temporary", "functions of the library", size, basis, ("prefill_chunk_size",), formula, reason),
         ]  # fmt: skip
 
     def _by_json_chunk(self, part: Part, name: str, size: float | None, also: tuple[str, ...], formula: str) -> Term:

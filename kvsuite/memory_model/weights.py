@@ -52,8 +52,18 @@ class WeightShapes:
             return self.elements * size
         spec = chosen.group
         total = sum(count * spec.bytes(rows, columns, size) for count, rows, columns in self.matrices)
-        end = spec.bytes(self.vocabulary, self.hidden, size) if spec.ends else self.vocabulary * self.hidden * size
-        return total + self._ends * end + self.dense * size
+        return total + self._ends * self._end_bytes(chosen) + self.dense * size
+
+    def step_bytes(self, chosen: WeightFormat) -> int | None:
+        """Bytes that a decode step reads: all but an untied embedding table. ``None`` as in `bytes`."""
+        total = self.bytes(chosen)
+        return total if total is None or self.tied else total - self._end_bytes(chosen)
+
+    def _end_bytes(self, chosen: WeightFormat) -> int:
+        size, spec = chosen.element_bytes, chosen.group
+        if spec is None or not spec.ends:
+            return self.vocabulary * self.hidden * size
+        return spec.bytes(self.vocabulary, self.hidden, size)
 
     @property
     def _ends(self) -> int:

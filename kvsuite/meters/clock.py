@@ -43,6 +43,12 @@ class PerfCounterClock(Clock):
         return [(stamp - self._stamps[0]) / 1e9 for stamp in self._stamps[1:]]
 
 
+class ClientClock(PerfCounterClock):
+    """Host clock at which chunks of a stream reach the client of a server: a chunk is no token."""
+
+    name = "client"
+
+
 class CudaEventClock(Clock):
     """CUDA events on the current stream: nothing waits for the device until `seconds`.
 

@@ -13,7 +13,6 @@ from kvsuite.engines.base import MemoryPass, Session
 from kvsuite.engines.serving import Reach, Served, Serving
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
 from kvsuite.quantization.registry import NONE, quantization
@@ -100,33 +99,33 @@ def _prompts(work: CasePasses, session: Session, length: int) -> list[list[list[
 
 
 def _memory(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> None:
-    case, workload = work.case, work.case.workload
+    workload = work.case.workload
     shape = int(workload["prompt_tokens"]), int(workload["max_new_tokens"]), int(workload["batch"])
     planned = serving.planned_kv_bytes(*shape)
     put_memory(work, found, planned)
-    work.put("mem_weights_bytes", session.model["weights_bytes"])
-    read = session.model["step_weight_bytes"] + serving.step_kv_bytes(*shape)
-    work.put("tpot_floor_s", read / session.bandwidth, bandwidth_bytes_s=session.bandwidth, bytes=read)
-    work.record.memory["predicted"] = {"kv_bytes": planned} | _predicted(work, session, case, found)
+    weights = session.model["weights_bytes"]
+    work.put("mem_weights_bytes", weights, reason="the engine fetches the weights itself")
+    if reason := serving.floor_unknown():
+        work.put("tpot_floor_s", None, reason=reason)
+    else:
+        read = session.model["step_weight_bytes"] + serving.step_kv_bytes(*shape)
+        work.put("tpot_floor_s", read / session.bandwidth, bandwidth_bytes_s=session.bandwidth, bytes=read)
+    work.record.memory["predicted"] = {"kv_bytes": planned} | _predicted(work, session, serving, found)
 
 
-def _predicted(work: CasePasses, session: Session, case: Case, found: MemoryPass) -> dict[str, int | None]:
+def _predicted(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> dict[str, int | None]:
     """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
-    folder = work.runner.options.cache_dir
+    case, folder = work.case, work.runner.options.cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
-        prompt = int(case.workload["prompt_tokens"])
-        memory = NanoMemory(architecture, session.dtype_name, case.device_kind, prompt).predict(point_of(case))
+        memory = serving.predictor(architecture).predict(point_of(case))
     except UserError as error:
         work.record.warnings.append(f"memory is predicted from the loaded model: {error}")
         weights = (session.model.get("quantization") or {}).get("predicted_weight_bytes")
         return {"weights_bytes": weights} | found.predicted
-    parts = {
-        "weights_bytes": memory.part("parameters"),
-        "pool_bytes": memory.part("kv_cache"),
-        "workspace_bytes": memory.part("temporary"),
-        "total_bytes": memory.needed,
-    }
+    parts = {name: memory.part(part) for part, name in serving.memory_parts.items()}
+    parts |= {"total_bytes": memory.total, "needed_bytes": memory.needed}
+    work.record.warnings += [f"memory is predicted in part only: {reason}" for reason in memory.reasons]
     return {name: None if size is None else int(size) for name, size in parts.items()}
 
 
@@ -134,7 +133,7 @@ def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[l
     """Warm-ups and timed rounds: each serves prompts of its own."""
     options, workload = work.runner.options, work.case.workload
     new_tokens, batch, caches = int(workload["max_new_tokens"]), int(workload["batch"]), workload["prefix_caching"]
-    clock = work.runner.clock(session.device)
+    clock = serving.clock(work.runner.clock(session.device))
     warmups, prompts = prompts[: options.num_warmup], prompts[options.num_warmup :]
     # the memory pass was the first
     for index, warmup in enumerate(warmups[1:]):
@@ -158,8 +157,9 @@ def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[l
     judge_spread(work, ("ttft_s", "decode_step_s"))
     _cached(work, clock, again)
     counts = served[0].counts
-    work.put("prefill_steps", counts["prefill_steps"])
+    work.put("prefill_steps", counts.get("prefill_steps"), reason="the engine does not count them")
     work.put("decode_batch", counts["largest_batch"])
+    _engine_view(work, serving, served)
     prompt = int(workload["prompt_tokens"]) * batch
     computed = sum(times.prefill_computed for times in served[0].times)
     work.record.tokens |= {
@@ -171,10 +171,23 @@ def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[l
     }
     session.effective["served"] = counts
     _warn(work, counts, prompt, batch)
-    if session.tokenizer is not None:
-        # the original's unit of output
+    # the original's unit of output
+    if all(one.texts is not None for one in served):
+        work.record.samples["approx_chars"] = [sum(map(len, one.texts or ())) for one in served]
+    elif session.tokenizer is not None:
         decode = session.tokenizer.decode
         work.record.samples["approx_chars"] = [sum(len(decode(output)) for output in one.outputs) for one in served]
+
+
+def _engine_view(work: CasePasses, serving: Serving, served: Sequence[Served]) -> None:
+    """What a server says itself of the timed rounds: its times beside ours, its counters by its own names."""
+    times = [{} if one.engine is None else one.engine.times for one in served]
+    for name in ("engine_ttft_s", "engine_tpot_s"):
+        found = [each[name] for each in times if name in each]
+        if len(found) == len(served):
+            work.put(name, found, clock="engine")
+    if counters := serving.engine_metrics(served):
+        work.record.samples["engine_metrics"] = counters
 
 
 def _served(serving: Serving, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Clock) -> Served:

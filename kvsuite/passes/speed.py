@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # coefficient of variation above which times are shown and not judged
 _MAX_CV = 0.10
+_NO_PREFILL_END = "the server does not tell when a prompt is computed; engine_ttft_s is what it says itself"
 
 
 def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence[int]]) -> None:
@@ -84,7 +85,8 @@ def put_timing(work: CasePasses, rounds: Sequence[RoundTimes], rows: Sequence[Ma
     for name in rows[0]:
         values = [row[name] for row in rows]
         known = [value for value in values if value is not None]
-        work.put(name, known or None, clock=clock, reason="needs at least two output tokens")
+        reason = _NO_PREFILL_END if name.startswith("prefill_") else "needs at least two output tokens"
+        work.put(name, known or None, clock=clock, reason=reason)
     gaps = [gap for one in rounds for request in one.requests for gap in request.itl_s]
     work.put("itl_s", gaps or None, clock=clock, pooled="pooled_tokens", reason="needs at least two output tokens")
     work.record.samples["rounds"] = [
@@ -101,6 +103,9 @@ def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, 
     put_memory(work, found, planned)
     asked = session.ratio_requested
     work.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
+    # every engine of this pass knows its cache
+    assert found.kv_bytes_prefill is not None
+    assert found.kv_bytes_decode is not None
     work.put("ratio_effective", 1 - found.kv_bytes_prefill / session.full_kv_bytes(length))
     work.put("mem_weights_bytes", session.model["weights_bytes"])
     for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
@@ -132,13 +137,14 @@ def put_memory(work: CasePasses, found: MemoryPass, planned: int | None) -> None
     known = None if None in peaks else max(p for p in peaks if p is not None)
     before = found.prefill.before.value
     reason = found.prefill.peak.reason
+    lengths = found.lengths_decode
     for name, value, why in (
-        ("kv_bytes_exact", found.kv_bytes_decode, None),
-        ("kv_bytes_exact_prefill", found.kv_bytes_prefill, None),
+        ("kv_bytes_exact", found.kv_bytes_decode, found.unseen),
+        ("kv_bytes_exact_prefill", found.kv_bytes_prefill, found.unseen),
         ("mem_predicted_kv_bytes", planned, "the press decides how much it keeps"),
-        ("cache_tokens_mean", sum(found.lengths_decode) / len(found.lengths_decode), None),
-        ("cache_tokens_min", min(found.lengths_decode), None),
-        ("cache_tokens_max", max(found.lengths_decode), None),
+        ("cache_tokens_mean", sum(lengths) / len(lengths) if lengths else None, found.unseen),
+        ("cache_tokens_min", min(lengths, default=None), found.unseen),
+        ("cache_tokens_max", max(lengths, default=None), found.unseen),
         ("mem_measured_before_bytes", before, reason),
         ("mem_measured_prefill_peak_bytes", peaks[0], reason),
         ("mem_measured_decode_peak_bytes", peaks[1], reason),
@@ -152,6 +158,12 @@ def put_memory(work: CasePasses, found: MemoryPass, planned: int | None) -> None
     work.record.metrics["mem_measured_driver_bytes"] |= found.driver.facts
     if found.reported:
         work.record.memory["reported"] = dict(found.reported)
+    if found.unseen:
+        work.record.memory["measured"] = {
+            "driver_bytes": found.driver.value,
+            "rss_peak_bytes": found.resident.value,
+        }
+        return
     work.record.memory["measured"] = {
         "kv_bytes_allocated": found.kv_bytes_allocated,
         "cache_tokens_per_layer": found.lengths_decode,

@@ -30,9 +30,10 @@ def score_streams(work: CasePasses, session: Session, serving: Serving) -> None:
     CaseInvalid
         If a loss is not finite.
     """
-    if session.model.get("is_dummy"):
+    reason = "random weights" if session.model.get("is_dummy") else serving.cannot_score
+    if reason:
         for name in _METRICS:
-            work.put(name, None, reason="random weights")
+            work.put(name, None, reason=reason)
         return
     case = work.case
     texts = work.runner.texts.streams(session, case.workload)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvsuite.case import Case
 from kvsuite.devices import resolve_device
@@ -19,6 +24,11 @@ DSE = "dse"
 #: the protocol of its workload
 SERVING = "serving"
 DEFAULT_FORMATS = (NONE, "q4f16_1")
+_MLC_FORMATS = ("q4f16_1",)
+# MLC's own names end so: Llama-3-8B-Instruct-q4f16_1-MLC
+_MLC_NAME = re.compile(r"-([eq]\d\w+)-MLC$")
+#: kinds of devices that nano, which runs on torch, has nothing for
+_MLC_ONLY = ("vulkan", "metal", "rocm", "opencl")
 # what the axes are called in a case's params
 CONTEXT, CHUNK, BATCH, WINDOW, SINK = "context", "prefill_chunk", "batch", "window", "sink"
 PARAMS = dict(zip((axis.name for axis in AXES), (CONTEXT, CHUNK, BATCH, WINDOW, SINK), strict=True))
@@ -47,7 +57,7 @@ def design_space(options: Options) -> DesignSpace:
     UserError
         If they ask for two of these, or for a space that cannot be.
     """
-    formats = {"quantizations": options.quantization, "default": DEFAULT_FORMATS}
+    formats = {"quantizations": options.quantization, "default": default_formats(options)}
     single = {axis.name: value for axis in AXES if (value := getattr(options, axis.name)) is not None}
     typed = [f"--kv-{name.replace('_', '-')}" for name in single if name in options.given]
     spaces = [name for name, asked in (("--kv-space", "space" in options.given), ("--kv-dse", options.dse)) if asked]
@@ -70,6 +80,31 @@ def design_space(options: Options) -> DesignSpace:
             f"--kv-space={options.space}: unknown weight format {unknown[0]}; use {', '.join(QUANTIZATIONS)}"
         )
     return space
+
+
+def dse_engine(options: Options, device: str) -> str:
+    """The engine of the suite: ``auto`` is nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed."""
+    if options.engine != "auto":
+        return str(options.engine)
+    kind = device.partition(":")[0]
+    return "mlc" if kind in _MLC_ONLY or (kind == "cuda" and _mlc_is_here(options.mlc_python)) else "nano"
+
+
+def default_formats(options: Options) -> tuple[str, ...]:
+    """Weight formats of the suite if nobody names one: on mlc q4f16_1, or what MLC weights are in already."""
+    if dse_engine(options, resolve_device(options.device)) != "mlc":
+        return DEFAULT_FORMATS
+    config = Path(options.model).expanduser() / "mlc-chat-config.json"
+    try:
+        return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
+    except (OSError, ValueError, KeyError):
+        named = _MLC_NAME.search(options.model)
+        return _MLC_FORMATS if named is None else (named[1],)
+
+
+@functools.cache
+def _mlc_is_here(python: str | None) -> bool:
+    return python is not None or importlib.util.find_spec("mlc_llm") is not None
 
 
 def point_of(case: Case) -> DesignPoint:
@@ -105,7 +140,7 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
     chosen = point.quantization
     return Case(
         suite=DSE,
-        engine="nano" if options.engine == "auto" else options.engine,
+        engine=dse_engine(options, device),
         model=options.model,
         name=point.id,
         device=device,
@@ -121,5 +156,6 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
             "num_samples": options.num_samples,
             "eval_tokens": options.eval_tokens,
         },
-        params={short: getattr(point, axis) for axis, short in PARAMS.items()},
+        params={short: getattr(point, axis) for axis, short in PARAMS.items()}
+        | ({} if options.model_lib is None else {"model_lib": options.model_lib}),
     )

@@ -1,0 +1,34 @@
+"""The guard of what engine `mlc` starts: a command and all its children die with whoever started the guard.
+
+Run by its path, since nothing of kvsuite is needed here. Standard input is a pipe of which only the starter has the other
+end: it ends when the starter dies, however that happens, and the guard then kills the process group that it leads.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+#: what a shell makes of a command that a signal ended
+_SIGNALLED = 128
+
+
+def main(command: list[str]) -> int:
+    """Run a command to its end; its exit code."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    threading.Thread(target=_die_with_the_starter, daemon=True).start()
+    code = child.wait()
+    return code if code >= 0 else _SIGNALLED - code
+
+
+def _die_with_the_starter() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
