@@ -92,6 +92,12 @@ OTHER: dict[str, tuple[str, Any]] = {
     "compare": ("reports/run_1", "reports/run_1"),
     "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
     "cache-dir": ("/tmp/cache", "/tmp/cache"),
+    "timeout": ("60", 60.0),
+    "resume": ("latest", "latest"),
+    "resume-rerun": ("oom,error", ("oom", "error")),
+    "shard": ("2/3", "2/3"),
+    "plan": ("true", True),
+    "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }
 
@@ -218,7 +224,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 # names that are looked up later: spaces, models, corpora, the file system
 FREE_TEXT = {
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
-    "cache-dir", "compare",
+    "cache-dir", "compare", "resume",
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def parse_card(text: str, share: float, *, option: str = "--card") -> Card:
     found = _CARD.fullmatch(text.strip())
     unit = None if found is None else _UNITS.get(found[2].lower())
     if found is None or unit is None or float(found[1]) <= 0:
-        raise UserError(f"{option}={text}: no size of a card; give GiB, such as 24GiB")
+        raise UserError(f"{option}={text}: no size of a card; use GiB, such as 24GiB")
     if not 0 < share <= 1:
         raise UserError(f"{option}-share={share:g}: must lie above 0 and be at most 1")
     return Card(int(float(found[1]) * unit), share)

@@ -9,8 +9,11 @@ from kvsuite.meters.environment import machine
 
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(
-    {"report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card"}
-)
+    {
+        "report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card", "compare", "fail",
+        "mlc_timeout", "mlc_compile_timeout",
+    }
+)  # fmt: skip
 _PACKAGES = ("transformers", "kvpress", "bitsandbytes", "triton")
 _NOTHING = "none"
 

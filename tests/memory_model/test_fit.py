@@ -49,7 +49,7 @@ def test_sizes_of_cards(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "0", "-4", "24TB", "24 GiB card", "1e3"])
 def test_what_is_no_card(text: str) -> None:
-    with pytest.raises(UserError, match=r"--card=.*: no size of a card; give GiB, such as 24GiB"):
+    with pytest.raises(UserError, match=r"--card=.*: no size of a card; use GiB, such as 24GiB"):
         parse_card(text, 0.5)
 
 
