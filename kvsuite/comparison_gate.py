@@ -136,7 +136,11 @@ class Gate:
             )
         if self._options.compare is not None:
             brackets = frozenset(_bracket(node_id) for node_id in ids)
-            return self._base or latest_run(Path(self._options.report_dir), option="--kv-compare", brackets=brackets)
+            # a resumed run goes on in its own folder, which is no base
+            going_on = self._config.stash[REPORTER].folder
+            return self._base or latest_run(
+                Path(self._options.report_dir), option="--kv-compare", brackets=brackets, but=going_on
+            )
         if self._sections:
             section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
             return side_of_section(section)

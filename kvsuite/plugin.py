@@ -6,21 +6,27 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from . import __version__, hookspec
+from .beside_benchmark import (
+    other_gpus,
+    pytest_benchmark_compare_machine_info,
+    pytest_benchmark_update_json,
+    pytest_benchmark_update_machine_info,
+)
 from .case import Case
 from .case_guard import CaseGuard, case_of
 from .comparison_gate import register_gate
 from .distribution.gpus import bind, gpus_for, require_gpu_each
 from .errors import UserError
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
-from .metrics import BUILTIN, Metric
 from .options import add_options, resolve_options
+from .own_outputs import pytest_kvsuite_figures, pytest_kvsuite_metrics
 from .reporter import Reporter
 from .selection import select, take_up
 from .spaces.compression import unread_options
@@ -45,7 +51,12 @@ from .state import (
 )
 from .worker_guard import WorkerGuard
 
-__all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
+# fixtures, and hooks that stand in files of their own: pytest finds them by name in this module
+__all__ = [
+    "kv_case", "kv_options", "kv_run", "kv_runner",
+    "pytest_benchmark_compare_machine_info", "pytest_benchmark_update_json", "pytest_benchmark_update_machine_info",
+    "pytest_kvsuite_figures", "pytest_kvsuite_metrics",
+]  # fmt: skip
 
 _MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
 
@@ -324,85 +335,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"error: {reporter.kept_failures} failed cases of the resumed run were kept; --kv-resume-rerun measures them again",
             red=True,
         )
-    for note in _other_gpus(config):
+    for note in other_gpus(config):
         terminalreporter.write_line(note, yellow=True)
     if reporter.failure:
         terminalreporter.write_line(f"error: {reporter.failure}", red=True)
     if reporter.nothing_ran:
         terminalreporter.write_line(f"error: no selected case could run: {reporter.nothing_ran}", red=True)
-
-
-# our own metrics and figures come in through the hooks that everybody uses
-
-
-def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
-    return BUILTIN
-
-
-def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
-    drawn: list[Path] = []
-    if any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
-        from .reporting.figures.compression import draw_benchmark_comparison
-
-        drawn += draw_benchmark_comparison(run, rows, folder)
-    from .reporting.perplexity_csv import csv_rows
-
-    if results := csv_rows(run, rows):
-        from .reporting.figures.perplexity import draw_perplexity
-
-        drawn += draw_perplexity(results, folder)
-    if any(row["suite"] == "dse" and row["status"] == "ok" for row in rows):
-        from .reporting.dse_files import dse_sheets
-        from .reporting.figures.dse import render_dse
-        from .reporting.files import write_atomic
-
-        for name, content in render_dse(dse_sheets(run, rows)).files.items():
-            write_atomic(folder / name, content)
-            drawn.append(folder / name)
-    return drawn
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    reporter = config.stash.get(REPORTER, None)
-    if reporter is not None and reporter.rows:
-        output_json["kvsuite"] = {"schema": "kvsuite.report/1", "run": reporter.run, "records": reporter.rows}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    gpu = _gpu(config)
-    if gpu:
-        machine_info["gpu"] = gpu
-
-
-@pytest.hookimpl(wrapper=True, optionalhook=True)
-def pytest_benchmark_compare_machine_info(
-    config: pytest.Config, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
-) -> Generator[None]:
-    # pytest-benchmark compares while pytest starts, before anything may touch a GPU: ours is compared at the end
-    saved = compared_benchmark["machine_info"].get("gpu")
-    if saved is None or "gpu" in machine_info:
-        return (yield)
-    config.stash[SAVED_GPUS].append(saved)
-    machine_info["gpu"] = saved
-    try:
-        return (yield)
-    finally:
-        del machine_info["gpu"]
-
-
-def _gpu(config: pytest.Config) -> dict[str, Any]:
-    """What a GPU is; what changes from run to run would make every machine a new one."""
-    runner = config.stash.get(RUNNER, None)
-    gpu = {} if runner is None else runner.environment.get("gpu", {})
-    return gpu and {key: gpu.get(key) for key in ("name", "driver", "sm_count", "memory_bytes", "torch_cuda")}
-
-
-def _other_gpus(config: pytest.Config) -> list[str]:
-    here = _gpu(config)
-    others = [saved for saved in config.stash[SAVED_GPUS] if saved != here]
-    return [
-        f"warning: --benchmark-compare: that baseline ran on {saved}, this run on {here or 'no GPU'}"
-        for saved in others
-    ]

@@ -90,8 +90,12 @@ def read_side(given: str, *, option: str, report_dir: Path = Path("reports")) ->
         raise UserError(f"{option}={given}: cannot be read ({reason}); {_GIVE}") from error
 
 
-def latest_run(report_dir: Path, *, option: str, brackets: frozenset[str] | None = None) -> Side:
+def latest_run(
+    report_dir: Path, *, option: str, brackets: frozenset[str] | None = None, but: Path | None = None
+) -> Side:
     """The newest run under ``report_dir``; of those with a case of these `Row.bracket`, where they are given.
+
+    ``but`` is no candidate: the folder of a run that goes on.
 
     Raises
     ------
@@ -99,6 +103,8 @@ def latest_run(report_dir: Path, *, option: str, brackets: frozenset[str] | None
         If there is none.
     """
     found = _run_folders(report_dir) if report_dir.is_dir() else []
+    if but is not None:
+        found = [folder for folder in found if folder.resolve() != but.resolve()]
     for folder in sorted(found, key=_age, reverse=True):
         try:
             side = _read(folder)

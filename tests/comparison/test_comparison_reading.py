@@ -71,6 +71,8 @@ def test_latest_is_the_newest_that_has_a_case(run: Path) -> None:
     write_run(reports / "a_newer", record("c", METRICS), started="2026-11-22T10:00:00")
     (reports / "ab_empty").mkdir()
     assert latest_run(reports, option="A").label == "a_newer"
+    # a resumed run goes on in its own folder
+    assert latest_run(reports, option="A", but=reports / "a_newer").label == "run_1"
     (row, _) = read_side(str(run), option="A").runs[0].rows
     assert latest_run(reports, option="A", brackets=frozenset([row.bracket])).label == "run_1"
     assert read_side("latest", option="A", report_dir=reports).label == "a_newer"
