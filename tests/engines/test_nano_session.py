@@ -179,8 +179,8 @@ def test_memory_by_term() -> None:
     assert found.predicted["pool_bytes"] == found.reported["pool_bytes"] == found.kv_bytes_allocated
     assert (found.reported["kv_blocks"], found.reported["kv_block_bytes"]) == (5, 5 * 16 * TOKEN_BYTES)
     assert found.predicted["weights_bytes"] == on.model["weights_bytes"]
-    # of 73 tokens: 16 vectors as wide as the model and 4 as wide as its MLP; logits of one row, and a float32 copy
-    assert found.predicted["workspace_bytes"] == 73 * (16 * 64 + 4 * 128) * 4 + 512 * 8
+    # of 73 tokens: 3 vectors as wide as the model and 3 as wide as its MLP; logits of one row, and a float32 copy
+    assert found.predicted["workspace_bytes"] == 73 * 3 * (64 + 128) * 4 + 512 * 8
     assert found.compress_s is found.evict_s is None
 
 
