@@ -31,6 +31,10 @@ class Scripted:
     class sessions:
         current = None
 
+    # what a process remembers of a CUDA error or a stopped case
+    poisoned = None
+    timed_out = False
+
     def __init__(self, script):
         self.script, self.environment = script, script["environment"]
 
