@@ -9,7 +9,33 @@ import pytest
 _HERE = Path(__file__).parent
 
 
+# files that take minutes go first: the last of them would keep one worker busy while the others have nothing left
+_LONG = (
+    "engines/test_smollm2_quality.py",
+    "plugin/test_comparison_gate.py",
+    "plugin/test_perplexity_suite.py",
+    "plugin/test_kills.py",
+    "plugin/test_worker_deaths.py",
+    "plugin/test_dse_suite.py",
+    "test_docs.py",
+    "quantization/test_smollm2_order.py",
+    "plugin/test_other_plugins.py",
+    "e2e/test_benchmarks_tiny.py",
+    "commands/test_ab_command.py",
+    "plugin/test_resumed_sweep.py",
+    "plugin/test_sweep.py",
+    "engines/test_window_scoring.py",
+    "plugin/test_beside_pytest_benchmark.py",
+    "plugin/test_bad_input.py",
+    "plugin/test_unusable.py",
+    "plugin/test_failing_hooks.py",
+    "plugin/test_own_suite.py",
+)
+_PLACES = {_HERE / name: place for place, name in enumerate(_LONG)}
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _PLACES.get(item.path, len(_LONG)))
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)

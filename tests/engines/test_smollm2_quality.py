@@ -78,7 +78,7 @@ def test_the_full_cache_is_one_teacher_forced_forward(
     assert 5 < full < 40
 
 
-@pytest.mark.parametrize("positions", ["original", "cache"])
+@pytest.mark.parametrize("positions", ["original", pytest.param("cache", marks=pytest.mark.slow)])
 def test_four_sinks_keep_the_quality(scored: Scored, full: float, positions: str) -> None:
     found = streaming(scored, positions)
     assert full < found < 1.10 * full
@@ -94,7 +94,8 @@ def test_order_of_the_methods(scored: Scored, full: float) -> None:
     assert full < streaming(scored, "original") < fixed < recent
 
 
-@pytest.mark.parametrize("positions", ["original", pytest.param("cache", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["original", "cache"])
 def test_a_budget_beyond_the_text_is_the_full_cache(scored: Scored, full: float, positions: str) -> None:
     found = scored("streaming_llm", start_size=4, recent_size=10**6 - 4, positions=positions)
     assert ppl(found) == pytest.approx(full, rel=1e-6)
@@ -114,7 +115,7 @@ def test_order_of_the_strategies(scored: Scored) -> None:
     assert low < random < high
 
 
-@pytest.mark.parametrize("press", ["SnapKV", "Knorm"])
+@pytest.mark.parametrize("press", ["SnapKV", pytest.param("Knorm", marks=pytest.mark.slow)])
 def test_a_press_by_prefix_continuation(smollm2: HfSession, text: list[int], press: str) -> None:
     pytest.importorskip("kvpress")
     prefix, of = 256, text[:304]
