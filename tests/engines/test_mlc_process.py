@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,12 +41,15 @@ def gone(pid: int) -> bool:
     """Whether a process is no more, or waits for nobody but init to notice."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it went between opening and reading
         return True
 
 
 def nested_pid(log: Path) -> int:
-    until(lambda: log.exists() and "child" in log.read_text(), "the nested process did not start")
+    until(
+        lambda: log.exists() and re.search(r"child \d+\n", log.read_text()) is not None,
+        "the nested process did not start",
+    )
     return int(log.read_text().split()[1])
 
 
