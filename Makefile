@@ -17,7 +17,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.kvsuite-installed
 JOBS ?= 2
 # one thread a worker: two workers with two threads each fight for two cores
-TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -p no:cacheprovider
+TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 -p no:cacheprovider
 
 .PHONY: help setup bench test test-all test-pins lint clean
 
