@@ -64,50 +64,6 @@ def kv_runner(pytestconfig, kv_options):
 STEP = "import time\n\n\ndef step():\n    time.sleep({})\n"
 MORE = "    time.sleep({})\n"
 TEST = """
-import time
-
-import pytest
-
-from kvsuite.metrics import MetricRegistry
-from kvsuite.passes import Measured
-from kvsuite.record import Record
-from kvsuite.state import RUNNER
-from slow import step
-
-
-def pytest_configure(config):
-    config.hook.pytest_kvsuite_figures._remove_plugin(config.pluginmanager.get_plugin("kvsuite"))
-
-
-class Loop:
-    environment = {"host": {}, "gpu": {}, "packages": {}, "command": ["pytest"]}
-
-    class sessions:
-        current = None
-
-    def __init__(self, rounds):
-        self.rounds = rounds
-
-    def run(self, case, case_id, *, order_index, run_rounds, progress):
-        record = Record(case=case, id=case_id, case_key="k", rounds=self.rounds, model={"label": "loop"})
-        speeds = []
-        for _ in range(self.rounds):
-            begin = time.perf_counter()
-            for _ in range(2):
-                step()
-            speeds.append(2 / (time.perf_counter() - begin))
-        record.metrics["decode_tok_s_agg"] = MetricRegistry().value("decode_tok_s_agg", speeds)
-        return Measured(record)
-
-
-@pytest.fixture(scope="session")
-def kv_runner(pytestconfig, kv_options):
-    runner = pytestconfig.stash[RUNNER] = Loop(kv_options.rounds)
-    return runner
-"""
-STEP = "import time\n\n\ndef step():\n    time.sleep(0.15)\n"
-SLOWER = STEP + "    time.sleep(0.01304)\n"  # 8 % fewer steps a second
-TEST = """
 import pytest
 
 
