@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_ID_TOKEN = re.compile(r"[^A-Za-z0-9_.-]+")
+_OUTSIDE = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def canonical_json(value: Any) -> str:
@@ -35,7 +35,19 @@ def id_token(text: str) -> str:
 
     ``fix32_keep_low_kr=0.5`` becomes ``fix32_keep_low_kr0.5``: ``-k`` cannot parse ``=``.
     """
-    return _ID_TOKEN.sub("_", text.replace("=", "")).strip("_")
+    return _OUTSIDE.sub("_", text.replace("=", "")).strip("_")
+
+
+def model_tag(model: str) -> str:
+    """A model as a piece of a file name, by the rule of the design-space CSVs.
+
+    ``HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC`` is ``Llama-3-8B-Instruct-q4f16_1-MLC``.
+
+    ``scheme://`` and slashes at the end are dropped, the last component stays, and each run of characters outside
+    ``A-Za-z0-9._-`` becomes one ``_``. A tag is its own tag.
+    """
+    path = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://", "", model).rstrip("/")
+    return _OUTSIDE.sub("_", path.rpartition("/")[2])
 
 
 @dataclass(frozen=True)

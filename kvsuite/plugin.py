@@ -12,9 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from . import __version__, hookspec
+from . import hookspec
 from .beside_benchmark import (
-    other_gpus,
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
     pytest_benchmark_update_machine_info,
@@ -29,7 +28,6 @@ from .options import add_options, resolve_options
 from .own_outputs import pytest_kvsuite_figures, pytest_kvsuite_metrics
 from .reporter import Reporter
 from .selection import select, take_up
-from .spaces.compression import unread_options
 from .spaces.registry import SPACES, cases_of, require_measurable
 from .state import (
     BOUND_GPU,
@@ -49,6 +47,7 @@ from .state import (
     is_worker,
     worker_input,
 )
+from .terminal import pytest_report_collectionfinish, pytest_report_header, pytest_terminal_summary
 from .worker_guard import WorkerGuard
 
 # fixtures, and hooks that stand in files of their own: pytest finds them by name in this module
@@ -56,6 +55,7 @@ __all__ = [
     "kv_case", "kv_options", "kv_run", "kv_runner",
     "pytest_benchmark_compare_machine_info", "pytest_benchmark_update_json", "pytest_benchmark_update_machine_info",
     "pytest_kvsuite_figures", "pytest_kvsuite_metrics",
+    "pytest_report_collectionfinish", "pytest_report_header", "pytest_terminal_summary",
 ]  # fmt: skip
 
 _MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
@@ -135,11 +135,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     except UserError:
         return None  # pytest_configure says what is wrong
     return len(gpus.entries) or None if gpus is not None else None
-
-
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    resumed = config.stash.get(RESUMED, None)
-    return [f"kvsuite: {__version__}", *([f"kvsuite: {resumed}"] if resumed else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -246,18 +241,6 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
         _end_on_sigterm(config)
 
 
-def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
-    cases = [case for item in items if (case := case_of(config, item)) is not None]
-    if not cases or config.getoption("verbose") < 0:
-        return []
-    first = cases[0]
-    order = config.stash[ORDER_SEED]
-    return [
-        f"kvsuite: {len(cases)} cases on {first.device} ({first.engine}, {first.model}), order seed {order}, "
-        f"reports under {config.stash[OPTIONS].report_dir}/"
-    ]
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -312,32 +295,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     failed = reporter.nothing_ran or reporter.failure or reporter.kept_failures
     if failed and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    reporter = config.stash.get(REPORTER, None)
-    if reporter is None or not reporter.rows:
-        return
-    from .reporting.tables import run_table
-
-    terminalreporter.section("kvsuite")
-    terminalreporter.write_line(run_table(reporter.rows, reporter.run.get("cases")))
-    for option in (
-        unread_options(config.stash[OPTIONS]) if any(r["suite"] == "compression" for r in reporter.rows) else ()
-    ):
-        terminalreporter.write_line(f"warning: {option}: no selected method reads it")
-    if reporter.folder is not None:
-        terminalreporter.write_line(f"records and figures: {reporter.folder}")
-        if reporter.page is not None:
-            terminalreporter.write_line(f"report: {reporter.page}")
-    if reporter.kept_failures:
-        terminalreporter.write_line(
-            f"error: {reporter.kept_failures} failed cases of the resumed run were kept; --kv-resume-rerun measures them again",
-            red=True,
-        )
-    for note in other_gpus(config):
-        terminalreporter.write_line(note, yellow=True)
-    if reporter.failure:
-        terminalreporter.write_line(f"error: {reporter.failure}", red=True)
-    if reporter.nothing_ran:
-        terminalreporter.write_line(f"error: no selected case could run: {reporter.nothing_ran}", red=True)

@@ -179,7 +179,8 @@ class Reporter:
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
         from .case import digest
-        from .reporting.store import RecordStore, open_run, read_records
+        from .reporting.records_file import read_records
+        from .reporting.store import RecordStore, open_run
 
         if self._store is None and self._earlier is not None:
             self._store = RecordStore.reopen(self._earlier.folder)
@@ -203,8 +204,8 @@ class Reporter:
         from .reporting.dse_files import append_dse
         from .reporting.page.render import write_page
         from .reporting.perplexity_csv import append_results, csv_rows
+        from .reporting.records_file import RECORDS_FILE
         from .reporting.report import write_outputs
-        from .reporting.store import RECORDS_FILE
 
         folder = self.folder
         if folder is None or not (self._store or self.left_out):

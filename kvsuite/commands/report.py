@@ -126,8 +126,8 @@ def _make(folder: Path) -> None:
 
 
 def _redraw(path: Path, folder: Path) -> int:
+    from kvsuite.reporting.records_file import read_records
     from kvsuite.reporting.report import write_outputs
-    from kvsuite.reporting.store import read_records
 
     run_line, rows, notes = read_records(path)
     _make(folder)

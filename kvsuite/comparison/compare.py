@@ -15,6 +15,7 @@ from .sides import Side
 from .verdicts import Verdict
 
 SCHEMA = "kvsuite.comparison/1"
+_MAY_FAIL = ("regression", "unstable")
 
 
 @dataclass
@@ -59,7 +60,8 @@ class Comparison:
         """One line for everything that the rules make fail, the rule included; empty without rules."""
         if not self.rules:
             return []
-        lines = [row.line for row in self.rows if fails(row, self.rules)]
+        # most rows are neither, and there are a hundred thousand of them
+        lines = [row.line for row in self.rows if row.verdict in _MAY_FAIL and fails(row, self.rules)]
         lines += [f"{case}: missing; rule missing" for case in self.missing if "missing" in self.rules.words]
         lines += [f"{case}: new, nothing to compare with; rule new" for case in self.new if "new" in self.rules.words]
         if "renamed" in self.rules.words:

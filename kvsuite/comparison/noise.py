@@ -20,9 +20,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Literal
+
+import msgspec
 
 from .records import Entry
 
@@ -42,8 +43,7 @@ _EXACT = 2500
 _MEDIAN_SE = math.sqrt(math.pi / 2)
 
 
-@dataclass(frozen=True)
-class TimedChange:
+class TimedChange(msgspec.Struct, frozen=True, gc=False):
     """What is known of the change of a time.
 
     Parameters
@@ -87,20 +87,14 @@ def timed_change(
     TimedChange or None
         ``None`` if a process has fewer than `MIN_ROUNDS` rounds or a value that is no positive time.
     """
-    before: list[float] = []
-    after: list[float] = []
-    cv = rounds = 0.0
-    for side, logarithms in ((base, before), (now, after)):
-        for entry in side:
-            if entry.n is None or entry.n < MIN_ROUNDS or entry.value is None or entry.value <= 0:
-                return None
-            logarithms.append(math.log(entry.value))
-            own = entry.cv or 0.0
-            cv = max(cv, own)
-            # squared standard error of the logarithm of a median
-            rounds += _MEDIAN_SE**2 * own**2 / entry.n
+    sides = _logarithms(base), _logarithms(now)
+    if sides[0] is None or sides[1] is None:
+        return None
+    (before, cv, rounds), (after, own, more) = sides
     processes = len(before) + len(after)
-    rounds /= processes
+    # squared standard error of the logarithm of a median
+    rounds = _MEDIAN_SE**2 * (rounds + more) / processes
+    cv = max(cv, own)
     difference = sum(after) / len(after) - sum(before) / len(before)
     share = 1 / len(before) + 1 / len(after)
     # what three processes differ by says next to nothing about processes
@@ -128,6 +122,19 @@ def timed_change(
         measured=measured,
         cv=cv,
     )
+
+
+def _logarithms(side: Sequence[Entry]) -> tuple[list[float], float, float] | None:
+    """Logarithms of the processes' medians, the largest variation of their rounds, and the sum of its squares over rounds."""
+    logarithms, largest, squares = [], 0.0, 0.0
+    for entry in side:
+        if entry.n is None or entry.n < MIN_ROUNDS or entry.value is None or entry.value <= 0:
+            return None
+        logarithms.append(math.log(entry.value))
+        if own := entry.cv:
+            largest = max(largest, own)
+            squares += own * own / entry.n
+    return logarithms, largest, squares
 
 
 @functools.cache

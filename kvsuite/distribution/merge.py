@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.store import RecordStore, read_records
+from kvsuite.reporting.records_file import read_records
+from kvsuite.reporting.store import RecordStore
 from kvsuite.reporting.validate import validate
 from kvsuite.survival.resume import planned_key
 from kvsuite.survival.settings import differences, machine_differences

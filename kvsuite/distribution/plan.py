@@ -16,7 +16,7 @@ from kvsuite.meters.environment import host_facts
 from kvsuite.options import Options
 from kvsuite.progress import duration
 from kvsuite.record import RECORD_SCHEMA
-from kvsuite.reporting.store import RECORDS_FILE
+from kvsuite.reporting.records_file import RECORDS_FILE
 from kvsuite.survival.resume import planned_key
 
 from .cost import seconds, work_of

@@ -64,7 +64,11 @@ class Session(ABC):
         Facts of the loaded model: label, kind, revision, parameters, notes.
     """
 
+    #: why an engine cannot do what it leaves out
+    refusal: ClassVar[str] = "this engine cannot do that"
+
     def __init__(self) -> None:
+        self._bandwidth: float | None = None
         self.effective: dict[str, Any] = {}
         self.inert: dict[str, str] = {}
         self.partition: dict[str, Any] = {"requested": None, "realised": None}
@@ -101,48 +105,53 @@ class Session(ABC):
         """Token ids lie in ``[0, vocab_size)``."""
 
     @property
-    @abstractmethod
     def bandwidth(self) -> float:
         """Measured copy bandwidth of the device in bytes a second, read plus written."""
+        if self._bandwidth is None:
+            from kvsuite.meters.bandwidth import copy_bandwidth
+
+            self._bandwidth = copy_bandwidth(self.device)
+        return self._bandwidth
 
     @abstractmethod
     def full_kv_bytes(self, tokens: int) -> int:
         """Bytes of the full cache of ``tokens`` tokens."""
 
-    @abstractmethod
+    # what measures one request or one text at a time; an engine that serves several at once may leave it out
+
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
         """Predicted cache bytes of the prepared case at the end of decode, ``None`` where only the method knows."""
+        raise CaseInvalid(self.refusal)
 
     @property
-    @abstractmethod
     def ratio_requested(self) -> float | None:
         """Fraction removed that the prepared case asks for, ``None`` where it asks for sizes."""
+        return None
 
-    @abstractmethod
     def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
         """Run the timed shape once, untimed."""
+        raise CaseInvalid(self.refusal)
 
     def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
         """Make ready what only the timed rounds need (captured decode steps)."""
         return None
 
-    @abstractmethod
     def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
         """Prefill ``prompt``, then decode exactly ``new_tokens`` greedily, stamping ``clock``."""
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
         """Run the shape of `generate` once with the memory meters on."""
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
         """Teacher-forced losses of ``tokens`` through the case's cache by ``protocol``."""
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def score_windows(
         self,
         tokens: Sequence[int],
@@ -153,8 +162,8 @@ class Session(ABC):
         progress: WindowProgress | None = None,
     ) -> WindowScores:
         """Teacher-forced losses of the targets of ``windows`` (`kvsuite.workloads.windows`), each in its own window."""
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def compare_windows(
         self,
         reference: Session,
@@ -172,10 +181,11 @@ class Session(ABC):
         UserError
             If the two do not share a vocabulary.
         """
+        raise CaseInvalid(self.refusal)
 
-    @abstractmethod
     def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """Greedy output of the prepared case: ``new_tokens`` token ids."""
+        raise CaseInvalid(self.refusal)
 
     def serving(self, case: Case) -> Serving:
         """The prepared ``case`` as requests that are served together.

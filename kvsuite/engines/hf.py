@@ -11,29 +11,25 @@ from torch import Tensor
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
-from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
-from kvsuite.models.load import LoadedModel
 from kvsuite.workloads.windows import Window
 
 from .attention import register_grouped_attention
 from .base import MemoryPass, Session
 from .cache import Implementation
-from .decoder import Decoder
 from .flow import Flow
 from .hf_memory import measure_memory
 from .hf_scoring import score_reference, score_tokens
-from .loading import load_case_model
+from .loaded_session import LoadedSession
 from .method import Method, method_for
-from .threads import choose_threads
 from .window_scoring import Progress as WindowProgress
 from .window_scoring import WindowScores, compare_windows, score_windows
 
 
-class HfSession(Session):
+class HfSession(LoadedSession):
     """A loaded transformers model.
 
     Parameters
@@ -62,58 +58,18 @@ class HfSession(Session):
         implementation: Implementation = "ring",
         cache_dir: Path | None = None,
     ) -> None:
-        super().__init__()
         attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
-        made = load_case_model(case, attention=attention, seed=seed, cache_dir=cache_dir)
-        self._loaded: LoadedModel = made.loaded
-        self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
+        super().__init__(case, attention=attention, seed=seed, threads=threads, cache_dir=cache_dir)
+        self._facts["attention"] = attention
         self._decode_step = decode_step
         self._implementation: Implementation = implementation
         self._seed = seed
         self._base_attention = attention
         self._flow = self._new_flow(Method())
-        self.model = made.facts
-        if case.device_kind == "cpu":
-            threads = self._set_threads(threads)
-        self._facts = {
-            "device": str(self.device),
-            "dtype": str(self._loaded.dtype).removeprefix("torch."),
-            "weight_format": made.weight_format,
-            "attention": attention,
-            "threads": threads if case.device_kind == "cpu" else None,
-        }
-        self._bandwidth: float | None = None
-        #: output of the last `generate`
-        self.last_tokens: list[int] = []
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self._facts["dtype"])
-
-    @property
-    def device(self) -> torch.device:
-        return self._loaded.device
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._loaded.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._loaded.text_config.vocab_size)
-
-    @property
-    def bandwidth(self) -> float:
-        if self._bandwidth is None:
-            self._bandwidth = copy_bandwidth(self.device)
-        return self._bandwidth
 
     @property
     def ratio_requested(self) -> float | None:
         return self._flow.method.ratio_requested
-
-    def full_kv_bytes(self, tokens: int) -> int:
-        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
 
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
         plans = self._flow.plan(prompt_tokens, new_tokens - 1)
@@ -152,9 +108,6 @@ class HfSession(Session):
         }
         if reason and self.device.type == "cuda":
             self.effective["decode_step_reason"] = reason
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        self.generate_tokens(prompt, new_tokens)
 
     def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
         if self.effective["decode_step"] != "cuda_graph":
@@ -261,12 +214,6 @@ class HfSession(Session):
         if self._implementation == "copy":
             return "a copying cache moves at every step"
         return method.eager_only
-
-    def _set_threads(self, threads: int | None) -> int:
-        if threads is not None:
-            torch.set_num_threads(threads)
-            return threads
-        return choose_threads(self.decoder.probe_step)
 
 
 def _token_list(output: list[Tensor]) -> list[int]:

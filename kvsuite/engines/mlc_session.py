@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.mlc import MlcMemory
-from kvsuite.meters.clock import Clock
-from kvsuite.meters.divergence import TokenDivergence
-from kvsuite.meters.quality import TokenScores
-from kvsuite.meters.timing import RequestTimes
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
-from kvsuite.workloads.windows import Window
 
-from .base import MemoryPass, Session
+from .base import Session
 from .mlc_install import MlcInstall
 from .mlc_models import Compiled, MlcModels, Overrides
 from .mlc_server import MlcServer, Settings
 from .mlc_serving import MlcServing
 from .mlc_source import short_key
-from .window_scoring import Progress as WindowProgress
-from .window_scoring import WindowScores
 
 _SHORT = {"sliding_window_size": "window", "attention_sink_size": "sink"}
 
@@ -68,6 +60,11 @@ class MlcSession(Session):
         Of other engines: they do not reach this one.
     """
 
+    refusal = (
+        "engine mlc runs the design-space suite alone: MLC-LLM returns no losses and takes no cache policies; use "
+        "--kv-engine=hf or nano"
+    )
+
     def __init__(
         self,
         case: Case,
@@ -84,7 +81,7 @@ class MlcSession(Session):
     ) -> None:
         super().__init__()
         if case.workload.get("protocol") != "serving":
-            _refuse()
+            raise CaseInvalid(self.refusal)
         self._install, self._device_name = install, case.device
         self._timeout_s, self._threads, self._library = timeout_s, threads, model_lib
         self._root = cache_root(cache_dir) / "mlc"
@@ -101,7 +98,6 @@ class MlcSession(Session):
                 deadline_s=compile_timeout_s, seed=seed, cache_dir=cache_dir,
             )  # fmt: skip
         self._load_s = time.monotonic() - began
-        self._bandwidth: float | None = None
         self._serving: MlcServing | None = None
         self.model = self._facts()
         self.inert = {}
@@ -132,22 +128,10 @@ class MlcSession(Session):
     def vocab_size(self) -> int:
         return self._architecture.vocabulary
 
-    @property
-    def bandwidth(self) -> float:
-        if self._bandwidth is None:
-            from kvsuite.meters.bandwidth import copy_bandwidth
-
-            self._bandwidth = copy_bandwidth(self.device)
-        return self._bandwidth
-
-    @property
-    def ratio_requested(self) -> float | None:
-        return None
-
     def prepare(self, case: Case) -> None:
         self.finish()
         if case.workload.get("protocol") != "serving":
-            _refuse()
+            raise CaseInvalid(self.refusal)
         if case.partition is not None:
             raise CaseInvalid("engine mlc has no SM partitions; leave the partition out")
         self.effective = {
@@ -248,61 +232,8 @@ class MlcSession(Session):
             "is_dummy": self._spec.is_dummy,
         }
 
-    # what other suites ask of an engine
-
     def full_kv_bytes(self, tokens: int) -> int:
         return tokens * self._architecture.kv_bytes_per_token(self._format.element_bytes)
-
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
-        _refuse()
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        _refuse()
-
-    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        _refuse()
-
-    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
-        _refuse()
-
-    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
-        _refuse()
-
-    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
-        _refuse()
-
-    def score_windows(
-        self,
-        tokens: Sequence[int],
-        windows: Sequence[Window],
-        *,
-        prefix: str,
-        prefix_token: int | None,
-        progress: WindowProgress | None = None,
-    ) -> WindowScores:
-        _refuse()
-
-    def compare_windows(
-        self,
-        reference: Session,
-        tokens: Sequence[int],
-        windows: Sequence[Window],
-        *,
-        prefix: str,
-        prefix_token: int | None,
-        progress: WindowProgress | None = None,
-    ) -> TokenDivergence:
-        _refuse()
-
-    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise CaseInvalid(
-        "engine mlc runs the design-space suite alone: MLC-LLM returns no losses and takes no cache policies; use "
-        "--kv-engine=hf or nano"
-    )
 
 
 def _format_of(case: Case, own: str | None) -> str:

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
-from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
-from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
@@ -23,19 +19,17 @@ from kvsuite.workloads.windows import Window
 
 from .base import MemoryPass, Session
 from .cache_plan import plan
-from .decoder import Decoder
-from .loading import load_case_model
+from .loaded_session import LoadedSession
 from .method import Method, method_for
 from .nano_memory import measure_memory
 from .nano_runtime import RuntimeHolder
 from .nano_scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
 from .nano_serving import NanoServing
-from .threads import choose_threads
 from .window_scoring import Progress as WindowProgress
 from .window_scoring import WindowScores
 
 
-class NanoSession(Session):
+class NanoSession(LoadedSession):
     """A loaded model behind the paged runtime.
 
     Parameters
@@ -64,70 +58,26 @@ class NanoSession(Session):
         implementation: str = "ring",
         cache_dir: Path | None = None,
     ) -> None:
-        super().__init__()
-        made = load_case_model(case, attention="sdpa", seed=seed, cache_dir=cache_dir)
-        self._loaded: LoadedModel = made.loaded
-        self.model = made.facts
-        self._decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
-        if case.device_kind == "cpu":
-            if threads is None:
-                threads = choose_threads(self._decoder.probe_step)
-            else:
-                torch.set_num_threads(threads)
-        self._facts = {
-            "device": str(self.device),
-            "dtype": str(self._loaded.dtype).removeprefix("torch."),
-            "weight_format": made.weight_format,
-            "threads": threads if case.device_kind == "cpu" else None,
-            "implementation": "paged",
-            "frees_memory": True,
-        }
+        super().__init__(case, attention="sdpa", seed=seed, threads=threads, cache_dir=cache_dir)
+        self._facts |= {"implementation": "paged", "frees_memory": True}
         if implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
         self._decode_step = decode_step
         self._holder = RuntimeHolder(self._loaded, decode_step)
         self._method = Method()
         self._longest = 0
-        self._bandwidth: float | None = None
-        #: output of the last `generate`
-        self.last_tokens: list[int] = []
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self._facts["dtype"])
-
-    @property
-    def device(self) -> torch.device:
-        return self._loaded.device
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._loaded.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._loaded.text_config.vocab_size)
-
-    @property
-    def bandwidth(self) -> float:
-        if self._bandwidth is None:
-            self._bandwidth = copy_bandwidth(self.device)
-        return self._bandwidth
 
     @property
     def ratio_requested(self) -> float | None:
         return self._method.ratio_requested
 
-    def full_kv_bytes(self, tokens: int) -> int:
-        return self._decoder.kv_bytes([tokens] * self._decoder.layers)
-
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
-        policy, layers = self._method.policy, range(self._decoder.layers)
+        policy, layers = self._method.policy, range(self.decoder.layers)
         skipped = policy.skip_layers if policy else layers
         finals = [
             plan(policy if layer not in skipped else None, prompt_tokens, new_tokens - 1).final for layer in layers
         ]
-        return self._decoder.kv_bytes(finals)
+        return self.decoder.kv_bytes(finals)
 
     def prepare(self, case: Case) -> None:
         self.finish()
@@ -139,7 +89,7 @@ class NanoSession(Session):
                 "blocks; use --kv-engine=hf"
             )
         length, new_tokens = (int(case.workload.get(name, 1)) for name in ("prompt_tokens", "max_new_tokens"))
-        window = self._decoder.sliding_window
+        window = self.decoder.sliding_window
         if window and (case.policy is not None or window < length + new_tokens):
             raise CaseInvalid(
                 f"the model has its own sliding window of {window}: the bytes of a cache, and what a policy does to it, would "
@@ -147,7 +97,7 @@ class NanoSession(Session):
             )
         if self._decode_step == "graph" and self.device.type != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
-        self._method = method_for(case, layers=self._decoder.layers)
+        self._method = method_for(case, layers=self.decoder.layers)
         policy = self._method.policy
         self.effective = self._facts | {
             "positions": policy.positions if policy else "original",
@@ -159,10 +109,7 @@ class NanoSession(Session):
             self._serving(length, new_tokens, captures=False)
 
     def serving(self, case: Case) -> NanoServing:
-        return NanoServing(case, self._loaded, self._decoder, self._holder, self.effective)
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        self.generate_tokens(prompt, new_tokens)
+        return NanoServing(case, self._loaded, self.decoder, self._holder, self.effective)
 
     def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
         runtime = self._serving(len(prompt), new_tokens)
@@ -262,7 +209,7 @@ class NanoSession(Session):
 
     def close(self) -> None:
         self.finish()
-        del self._loaded, self._decoder, self._holder
+        del self._loaded, self.decoder, self._holder
 
     def _serving(self, prompt_tokens: int, new_tokens: int, *, captures: bool = True) -> Runtime:
         """The runtime of one request at a time; its pool holds the longest one so far, and one token more."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-_OUTSIDE = re.compile(r"[^A-Za-z0-9._-]+")
+from kvsuite.case import model_tag
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,7 @@ class Published:
     Parameters
     ----------
     tag
-        As `model_tag` gives it.
+        As `kvsuite.case.model_tag` gives it.
     preset
         Architecture of the same shapes.
     quantization
@@ -47,16 +46,6 @@ def _models() -> list[Published]:
 
 
 PUBLISHED: dict[str, Published] = {model.tag: model for model in _models()}
-
-
-def model_tag(model: str) -> str:
-    """The original's short name of a model, as its CSV files bear it: ``HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC``
-    is ``Llama-3-8B-Instruct-q4f16_1-MLC``.
-
-    Scheme and folders are dropped, and each run of characters outside ``[A-Za-z0-9._-]`` becomes one ``_``.
-    """
-    name = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://", "", model).rstrip("/").rpartition("/")[2]
-    return _OUTSIDE.sub("_", name)
 
 
 def find_published(model: str) -> Published | None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvsuite.case import model_tag
+
 AXES = (
     "context_window_size",
     "prefill_chunk_size",
@@ -134,16 +136,6 @@ _FLOATS = _SIGNED | {
 _POSITIVE = {"time_s"}
 _JSON = {"inert_axes"}
 _SHOWN = 60
-
-
-def model_tag(model: str) -> str:
-    """A model as a piece of a file name, by the original's rule.
-
-    ``scheme://`` and slashes at the end are dropped, the last component stays, and each run of characters outside
-    ``A-Za-z0-9._-`` becomes one ``_``. A tag is its own tag.
-    """
-    path = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://", "", model).rstrip("/")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", path.rpartition("/")[2])
 
 
 def series_tag(model: str, quantization: str | None) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvsuite.case import id_token
 from kvsuite.errors import UserError
 
-from .files import write_atomic
+from .gathered_csv import CsvRow, GatheredCsv, lines_of, read_text, records_of
 from .perplexity_columns import COLUMNS, ORIGINAL_COLUMNS, SCHEMA_VERSION, format_field, header_fault, parse_field
 from .perplexity_rows import csv_row, csv_rows, quantization_tag
 
@@ -23,8 +20,6 @@ __all__ = [
 ]  # fmt: skip
 
 _SUFFIX = "_ppl_results.csv"
-_LOCK = ".ppl_results.lock"
-_LOCK_TIMEOUT_S = 60.0
 _NAME_LIMIT = 80  # a file name may have 255 bytes
 
 
@@ -62,11 +57,10 @@ def check_results(folder: Path, datasets: Iterable[str] | None = None) -> None:
     """
     paths = sorted(folder.glob("*" + _SUFFIX)) if datasets is None else [folder / csv_name(name) for name in datasets]
     for path in paths:
-        if path.exists():
-            _appendable(path)
+        _FILE.check_appendable(path)
 
 
-def append_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
+def append_results(folder: Path, rows: Sequence[CsvRow]) -> list[Path]:
     """Append ``rows`` to the ``<dataset>_ppl_results.csv`` files in ``folder``, which gather the results of many runs.
 
     A row whose ``run_id`` and ``case_key`` are in its file already is left out. No file grows before all of them were checked.
@@ -91,27 +85,22 @@ def append_results(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path
     ValueError
         If a row has other columns, or a value that `read_rows` would not give back.
     """
-    added: dict[Path, list[Mapping[str, Any]]] = {}
+    added: dict[Path, list[CsvRow]] = {}
     for row in rows:
         _check_row(row)
         added.setdefault(folder / csv_name(str(row["dataset"])), []).append(row)
-    return _append(folder, added)
+    return _FILE.append(folder, added)
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
+def append_row(path: Path, row: CsvRow) -> None:
     """Append one row to a file, as `append_results` does."""
     _check_row(row)
-    _append(path.parent, {path: [row]})
+    _FILE.append(path.parent, {path: [row]})
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]], *, header: bool = True) -> str:
+def csv_text(rows: Sequence[CsvRow], *, header: bool = True) -> str:
     """``rows`` with all of `COLUMNS` as lines; ``None`` is an empty field."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows({column: format_field(column, row[column]) for column in COLUMNS} for row in rows)
-    return buffer.getvalue()
+    return _FILE.text(rows, header=header)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +117,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     UserError
         Naming the file and the line that cannot be read.
     """
-    return _parse(_read(path), str(path), dataset_of(path))
+    return _parse(read_text(path, "perplexity"), str(path), dataset_of(path))
 
 
 def dataset_of(path: Path) -> str:
@@ -136,109 +125,19 @@ def dataset_of(path: Path) -> str:
     return path.stem.partition(_SUFFIX.removesuffix(".csv"))[0]
 
 
-def _append(folder: Path, added: Mapping[Path, Sequence[Mapping[str, Any]]]) -> list[Path]:
-    if not added:
-        return []
-    with _alone_in(folder):
-        grown = {path: text for path, rows in added.items() if (text := _grown(path, rows))}
-        for path, text in grown.items():
-            write_atomic(path, text)
-    return list(grown)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    # one lock for all files of a folder: they are checked together
-    lock = FileLock(folder / _LOCK, timeout=_LOCK_TIMEOUT_S)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{folder / _LOCK}: another process has held it for {_LOCK_TIMEOUT_S:.0f} s; end that process, or give another "
-            "folder"
-        ) from error
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder / _LOCK}: cannot be locked ({reason}); give a folder that can be written") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _grown(path: Path, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The file's text with the rows that it lacks, ``None`` if it lacks none."""
-    before, present = _appendable(path) if path.exists() else ("", [])
-    known = {_identity(row) for row in present}
-    new = []
-    for row in rows:
-        identity = _identity(row)
-        if None in identity or identity not in known:
-            new.append(row)
-        known.add(identity)
-    if not new:
-        return None
-    return before + ("" if before.endswith("\n") or not before else "\n") + csv_text(new, header=not before)
-
-
-def _identity(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    return row["run_id"], row["case_key"]
-
-
-def _appendable(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    text = _read(path)
-    if not text:
-        return text, []
-    header = _lines(text, str(path))[0][1]
-    if header != list(COLUMNS):
-        fault = header_fault(header) or "lacks columns, or has them in another order"
-        raise UserError(
-            f"{path}: its header is not the one that kvsuite writes ({fault}), so no row is added; "
-            "move the file away or give another folder"
-        )
-    return text, _parse(text, str(path), dataset_of(path))
-
-
-def _check_row(row: Mapping[str, Any]) -> None:
-    if set(row) != set(COLUMNS):
-        raise ValueError(f"columns differ: {sorted(set(row) ^ set(COLUMNS))}")
-    # what is written must come back, or a later reader refuses the whole file
-    if not row["dataset"]:
+def _check_row(row: CsvRow) -> None:
+    if "dataset" in row and not row["dataset"]:
         raise ValueError("dataset is empty")
-    try:
-        (again,) = _parse(_decoded(csv_text([row]).encode()), "the row", "")
-    except UserError as error:
-        raise ValueError(f"could not be read again: {error}") from error
-    differing = [column for column in COLUMNS if again[column] != row[column]]
-    if differing:
-        raise ValueError(f"cannot be written to a CSV: {', '.join(f'{name}={row[name]!r}' for name in differing)}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return _decoded(path.read_bytes())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path}: cannot be read ({reason}); give a perplexity CSV") from error
-
-
-def _decoded(data: bytes) -> str:
-    return data.decode("utf-8-sig").replace("\r\n", "\n")
+    _FILE.check_row(row)
 
 
 def _parse(text: str, where: str, dataset: str) -> list[dict[str, Any]]:
-    (_, header), *lines = _lines(text, where)
+    lines = lines_of(text, where)
+    header = lines[0][1]
     if fault := header_fault(header):
         raise UserError(f"{where}: {fault}; mend its header, or give a CSV of kvsuite or of the original program")
     rows = []
-    for number, fields in lines:
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            s = "s" if len(fields) > 1 else ""
-            raise UserError(f"{where}: line {number} has {len(fields)} field{s}, {len(header)} are needed; mend it")
+    for number, fields in records_of(lines, where):
         try:
             row = {name: parse_field(name, field) for name, field in zip(header, fields, strict=True)}
         except ValueError as error:
@@ -247,13 +146,13 @@ def _parse(text: str, where: str, dataset: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _lines(text: str, where: str) -> list[tuple[int, list[str]]]:
-    """The number of its last line and the fields of each row; a header without fields where there is nothing."""
-    # strict: an open quote would swallow the rows that are appended
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        return [(reader.line_num, fields) for fields in reader] or [(0, [])]
-    except csv.Error as error:
-        raise UserError(
-            f"{where}: line {reader.line_num} cannot be read as CSV ({error}); mend or remove it"
-        ) from error
+def _rows(text: str, where: str) -> list[dict[str, Any]]:
+    return _parse(text, where, "")
+
+
+def _identity(row: CsvRow) -> tuple[Any, ...] | None:
+    identity = row["run_id"], row["case_key"]
+    return None if None in identity else identity
+
+
+_FILE = GatheredCsv("perplexity", COLUMNS, ".ppl_results.lock", header_fault, format_field, _rows, _identity)

@@ -16,7 +16,7 @@ from .dse_files import dse_files, dse_sheets
 from .dse_rows import DSE
 from .files import parse_json, write_atomic
 from .perplexity_csv import csv_name, csv_rows, csv_text
-from .store import REPORT_FILE
+from .records_file import REPORT_FILE
 from .validate import validate
 
 

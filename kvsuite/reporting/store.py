@@ -1,4 +1,4 @@
-"""The run folder and its truth: one fsynced JSONL, first line the run, then one record a line."""
+"""Writing a run: its folder, and one fsynced JSONL, first line the run, then one record a line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from typing import Any
 from kvsuite import __version__
 from kvsuite.case import digest, id_token
 from kvsuite.errors import UserError
-from kvsuite.record import RECORD_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, check_schema
+from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA, check_schema
 
-from .files import parse_json, sync_folder, write_atomic
+from .files import sync_folder, write_atomic
+from .records_file import RECORDS_FILE, session_of, whole_lines
 from .validate import validate
 
-__all__ = ["RECORDS_FILE", "REPORT_FILE", "RecordStore", "create_run_folder", "read_records", "write_atomic"]
-
-RECORDS_FILE = "records.jsonl"
-REPORT_FILE = "report.json"
+__all__ = ["RecordStore", "create_run_folder", "open_run"]
 
 _NAME_LIMIT = 80  # of each part: a file name may have 255 bytes
 
@@ -164,7 +162,7 @@ class RecordStore:
         _lock(fd, path)
         try:
             data = path.read_bytes()
-            whole = _whole(data)
+            whole = whole_lines(data)
             os.ftruncate(fd, len(whole))
         except OSError as error:
             os.close(fd)
@@ -190,7 +188,7 @@ class RecordStore:
         line = {"schema": RUN_SCHEMA, "kvsuite_version": __version__, "env": digest(facts.get("environment")), **facts}
         validate("run", line, str(self.path))
         self._write(_line(line, "run"))
-        return _session(line)
+        return session_of(line)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record row as one line and wait until it is on the disk.
@@ -262,115 +260,11 @@ class RecordStore:
             raise UserError(f"cannot write {self.path} ({error.strerror}); make room on that disk") from error
 
 
-def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """Read a run back.
-
-    Parameters
-    ----------
-    path
-        A run folder, its ``records.jsonl`` or a ``report.json``.
-
-    Returns
-    -------
-    run
-        The run line, ``environment`` included. Where processes with other environments took part (a resumed run, a worker
-        on another GPU), ``sessions`` lists them: ``started_utc, command, env, environment``.
-    rows
-        The record rows in run order; of rows with one id the last counts, in the first one's place.
-    notes
-        What was left out, in words.
-
-    Raises
-    ------
-    UserError
-        If the path is missing, damaged before its last line, or of another schema.
-    """
-    if path.is_dir():
-        found = [path / name for name in (RECORDS_FILE, REPORT_FILE) if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: no {RECORDS_FILE} and no {REPORT_FILE} in it; give the folder of a kvsuite run")
-        path = found[0]
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a run folder, a {RECORDS_FILE} or a {REPORT_FILE}"
-        ) from error
-    notes: list[str] = []
-    if path.suffix == ".json":
-        run, rows = _read_report(path, data)
-    else:
-        run, rows = _read_lines(path, data, notes)
-    by_id: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        row_id = str(row.get("id"))
-        if row_id in by_id:
-            notes.append(f"{path}: {row_id} is there twice; the last one counts")
-        by_id[row_id] = row
-    return run, list(by_id.values()), notes
-
-
 def _line(row: Mapping[str, Any], name: str) -> bytes:
     try:
         return json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
     except ValueError as error:
         raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
-
-
-def _read_report(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        report = parse_json(data)
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); redraw it from its {RECORDS_FILE}") from error
-    check_schema(report.get("schema") if isinstance(report, dict) else None, REPORT_SCHEMA, str(path))
-    validate("report", report, str(path))
-    return report["run"] | {"environment": report["environment"]}, report["records"]
-
-
-def _read_lines(path: Path, data: bytes, notes: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    whole = _whole(data)
-    lines = [(number, line) for number, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
-    if len(whole) < len(data) and lines:
-        number = whole.count(b"\n") + 1
-        notes.append(f"{path}: line {number} is cut off and was left out: the run ended while writing it")
-    run: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    for place, (number, line) in enumerate(lines):
-        try:
-            row = parse_json(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise UserError(
-                f"{path}: line {number} is damaged ({error}); restore it, or delete the line and run its case again"
-            ) from error
-        if place and row.get("schema") == RUN_SCHEMA:
-            validate("run", row, f"{path}: line {number}")
-            run.setdefault("sessions", []).append(_session(row))
-            continue
-        check_schema(row.get("schema"), RECORD_SCHEMA if place else RUN_SCHEMA, f"{path}: line {number}")
-        if place:
-            rows.append(row)
-        else:
-            run = row
-    if not run:
-        raise UserError(f"{path}: empty, not even the run line is there; run the benchmark again")
-    return run, rows
-
-
-def _whole(data: bytes) -> bytes:
-    """A file without what was being written when its process ended, or the power did: half a line, or blocks of zeros."""
-    data = data.rstrip(b"\0")
-    begun = data.rfind(b"\n") + 1
-    try:
-        complete = isinstance(parse_json(data[begun:]), dict)
-    except ValueError:
-        complete = False
-    return data if complete else data[:begun]
-
-
-def _session(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: line[name] for name in ("started_utc", "command", "env", "environment")}
 
 
 def _lock(fd: int, path: Path) -> None:

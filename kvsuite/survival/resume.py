@@ -10,7 +10,7 @@ from typing import Any
 
 from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
-from kvsuite.reporting.store import RECORDS_FILE, read_records
+from kvsuite.reporting.records_file import RECORDS_FILE, read_records
 
 from .settings import differences, machine_differences
 

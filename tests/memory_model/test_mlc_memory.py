@@ -14,7 +14,7 @@ from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.mlc import MlcMemory, default_json_chunk
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, PARTS, Part, Prediction
-from kvsuite.memory_model.published import PUBLISHED, find_published, model_tag
+from kvsuite.memory_model.published import PUBLISHED, find_published
 from kvsuite.spaces.design_point import AXES, DesignPoint
 from kvsuite.spaces.dse import named_space
 
@@ -326,13 +326,3 @@ def test_a_context_for_each_sequence() -> None:
     assert allocation.bytes == 1025 * 2 * MIB
     # a batch of one is the same either way
     assert own.predict(point(4096, 1024, 1)).total == shared.predict(point(4096, 1024, 1)).total
-
-
-# names
-
-
-def test_model_tags_are_the_originals() -> None:
-    assert model_tag("HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC") == "Llama-3-8B-Instruct-q4f16_1-MLC"
-    assert model_tag("a/b c:d/") == "b_c_d"
-    for text in ("HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC", "a/b c:d/", "x", "http://h/a  b//"):
-        assert model_tag(model_tag(text)) == model_tag(text)

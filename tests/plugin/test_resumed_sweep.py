@@ -14,7 +14,7 @@ from pytest_runs import TINY, TINY_NAMES, Run
 from sweeps import facts, project
 
 from kvsuite.__main__ import main
-from kvsuite.reporting.store import RECORDS_FILE, read_records
+from kvsuite.reporting.records_file import RECORDS_FILE, read_records
 
 COMMON = (*TINY, "-p", "no:cacheprovider", "-p", "no:benchmark")
 RESUME = "--kv-resume=latest"

@@ -10,8 +10,9 @@ from dse_samples import DATA, PUBLISHED, Q4, RUN, record, sheet
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvsuite.case import model_tag
 from kvsuite.errors import UserError
-from kvsuite.reporting.dse_columns import AXES, KEY, METRICS, RESULTS, TABLES, format_field, model_tag, series_tag
+from kvsuite.reporting.dse_columns import AXES, KEY, METRICS, RESULTS, TABLES, format_field, series_tag
 from kvsuite.reporting.dse_csv import (
     append_rows,
     check_appendable,

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA
+from kvsuite.reporting.files import write_atomic
+from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.report import write_report
-from kvsuite.reporting.store import RecordStore, create_run_folder, read_records, write_atomic
+from kvsuite.reporting.store import RecordStore, create_run_folder
 
 NAME = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")
 START = datetime(2024, 12, 30, 15, 30, 45)

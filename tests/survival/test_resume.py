@@ -11,7 +11,8 @@ import pytest
 from sweep_rows import case, environment, facts, node_id, row, store_run
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.store import RECORDS_FILE, RecordStore, read_records
+from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.reporting.store import RecordStore
 from kvsuite.survival.resume import EarlierRun, find_earlier, is_finished
 from kvsuite.survival.settings import differences
 

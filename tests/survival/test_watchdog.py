@@ -13,7 +13,8 @@ import pytest
 
 from kvsuite.case import Case, digest
 from kvsuite.record import Record
-from kvsuite.reporting.store import open_run, read_records
+from kvsuite.reporting.records_file import read_records
+from kvsuite.reporting.store import open_run
 
 # a lock that is taken twice never comes back, and no signal ends it; PyDLL keeps the interpreter's lock
 _HANGING = """

@@ -8,7 +8,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from kvsuite.reporting.dse_columns import AXES, KEY
-from kvsuite.reporting.dse_csv import METRICS, CsvRow, Sheet
+from kvsuite.reporting.dse_csv import METRICS, Sheet
+from kvsuite.reporting.gathered_csv import CsvRow
 
 Settings = tuple[int, ...]
 OFF = "off"

@@ -17,7 +17,7 @@ from kvsuite.metrics import BUILTIN
 from kvsuite.record import STATUSES
 from kvsuite.reporting.aggregate import Row, by_name, in_space_order
 from kvsuite.reporting.files import write_atomic
-from kvsuite.reporting.store import RECORDS_FILE
+from kvsuite.reporting.records_file import RECORDS_FILE
 from kvsuite.reporting.table_parts import which
 
 from .cases import case_data, unmeasured

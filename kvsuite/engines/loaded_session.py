@@ -1,0 +1,78 @@
+"""What the sessions share that hold a transformers model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvsuite.case import Case
+from kvsuite.models.load import LoadedModel
+
+from .base import Session
+from .decoder import Decoder
+from .loading import load_case_model
+from .threads import choose_threads
+
+
+class LoadedSession(Session):
+    """A loaded transformers model.
+
+    Parameters
+    ----------
+    case
+        Names model, device and dtype.
+    attention
+        What transformers calls its attention implementation.
+    seed
+        Seed of a dummy model's weights.
+    threads
+        CPU threads, ``None`` for the probe.
+    cache_dir
+        Where converted models lie.
+    """
+
+    def __init__(self, case: Case, *, attention: str, seed: int, threads: int | None, cache_dir: Path | None) -> None:
+        super().__init__()
+        made = load_case_model(case, attention=attention, seed=seed, cache_dir=cache_dir)
+        self._loaded: LoadedModel = made.loaded
+        self.model = made.facts
+        self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
+        if case.device_kind != "cpu":
+            threads = None
+        elif threads is None:
+            threads = choose_threads(self.decoder.probe_step)
+        else:
+            torch.set_num_threads(threads)
+        self._facts: dict[str, Any] = {
+            "device": str(self.device),
+            "dtype": self.dtype_name,
+            "weight_format": made.weight_format,
+            "threads": threads,
+        }
+        #: output of the last `generate`
+        self.last_tokens: list[int] = []
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self._loaded.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._loaded.text_config.vocab_size)
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
+
+    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
+        self.generate_tokens(prompt, new_tokens)
