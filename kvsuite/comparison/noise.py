@@ -87,10 +87,10 @@ def timed_change(
     TimedChange or None
         ``None`` if a process has fewer than `MIN_ROUNDS` rounds or a value that is no positive time.
     """
-    sides = _logarithms(base), _logarithms(now)
-    if sides[0] is None or sides[1] is None:
+    first, second = _logarithms(base), _logarithms(now)
+    if first is None or second is None:
         return None
-    (before, cv, rounds), (after, own, more) = sides
+    (before, cv, rounds), (after, own, more) = first, second
     processes = len(before) + len(after)
     # squared standard error of the logarithm of a median
     rounds = _MEDIAN_SE**2 * (rounds + more) / processes
