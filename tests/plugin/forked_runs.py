@@ -1,64 +1,69 @@
-"""Many short runs of pytest for the price of one: torch is imported once, then every run is a fork with a folder of its own."""
+"""Many runs of pytest for the price of one: a process loads torch once, and every run is a fork of it with its own folder."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 
-from pytest_runs import Run, clean_environment
+_LIMIT_S = 600
+# kvsuite and the plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them
+_SERVER = """
+import gc, json, os, sys
+import torch, transformers.models.llama.modeling_llama, datasets
+import jinja2, jsonschema, matplotlib.backends.backend_agg, matplotlib.backends.backend_pdf, rich.table, scipy.stats, pytest
+# a measurement collects garbage, and need not look at what was loaded here
+gc.collect()
+gc.freeze()
 
-# kvsuite itself is not imported before the fork: pytest has to do that, to rewrite its asserts
-_DRIVER = """
-import json, os, sys
-import torch, transformers, pytest, datasets
-import transformers.models.llama.modeling_llama
-
-codes = []
-for folder, name, arguments in json.load(sys.stdin):
+for line in sys.stdin:
+    folder, arguments, environment, out, err = json.loads(line)
     child = os.fork()
     if not child:
-        code = 70
-        try:
-            os.chdir(folder)
-            for stream, end in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{name}.{end}.txt", os.O_WRONLY | os.O_CREAT), stream)
-            sys.argv = ["pytest", *arguments]
-            code = int(pytest.main(["--color=no", *arguments]))
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        for stream, path in ((0, os.devnull), (1, out), (2, err)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
+        sys.path[0] = folder  # as python -m pytest does
+        sys.argv = ["pytest", *arguments]
+        sys.exit(pytest.main(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@dataclass
-class Planned:
-    """One run: its folder, with everything that it needs, and its command line."""
+def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
+    """Run pytest in ``folder`` with this environment, streams into files; returns the exit code."""
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps([str(folder), arguments, environment, str(out), str(err)]) + "\n")
+    server.stdin.flush()
+    limit = threading.Timer(_LIMIT_S, server.kill)
+    limit.start()
+    try:
+        code = server.stdout.readline()
+    finally:
+        limit.cancel()
+    assert code, f"pytest {' '.join(arguments)}: no end within {_LIMIT_S} s"
+    return int(code)
 
-    folder: Path
-    arguments: tuple[str, ...]
 
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    from pytest_runs import clean_environment
 
-def run_forked(planned: dict[str, Planned]) -> dict[str, Run]:
-    """Run them one after another, in the order given; several may share a folder."""
-    lines = [[str(one.folder), f"run{at}", list(one.arguments)] for at, one in enumerate(planned.values())]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _DRIVER],
-        env=clean_environment(), input=json.dumps(lines), capture_output=True, text=True, timeout=600,
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _SERVER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment(),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return {
-        name: Run(
-            code,
-            (one.folder / f"run{at}.out.txt").read_text(),
-            (one.folder / f"run{at}.err.txt").read_text(),
-            one.folder,
-        )
-        for at, ((name, one), code) in enumerate(zip(planned.items(), codes, strict=True))
-    }
+
+    def end() -> None:
+        server.communicate()
+
+    atexit.register(end)
+    return server

@@ -7,9 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forked_runs import run_forked
 
 ROOT = Path(__file__).parents[2]
 # a case takes milliseconds, so that a run costs what loading torch costs
@@ -24,6 +27,12 @@ TINY = (
     "--kv-rounds=2",
     "--kv-num-warmup=1",
 )
+# a conftest.py: drawing would be half of the time of such a run
+NO_FIGURES = """
+def pytest_configure(config):
+    get = config.pluginmanager.get_plugin
+    config.hook.pytest_kvsuite_figures._remove_plugin(get("kvsuite") or get("kvsuite.plugin"))
+"""
 TINY_NAMES = ["baseline", "recent_only_6", "recent_only_10", "streaming_6", "streaming_10"]
 _OURS = ("KV_", "PYTEST_", "KVSUITE_")
 
@@ -72,24 +81,38 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 
 def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
-    """Run pytest in ``folder`` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--color=no", *arguments],
-        cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    return Run(done.returncode, done.stdout, done.stderr, folder)
+    """Run pytest in ``folder`` in a process of its own.
+
+    The process is a fork of one that has loaded torch, unless ``env`` has what Python reads when it starts.
+    """
+    # plugins that load much and have nothing to do here
+    command = ["-p", "no:hypothesispytest", "-p", "no:anyio", "--color=no", *arguments]
+    # the plugin of anyio was loaded with what needs anyio
+    command += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    if "PYTHONPATH" in env:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *command],
+            cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        return Run(done.returncode, done.stdout, done.stderr, folder)
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        code = run_forked(folder, command, clean_environment(**env), out, err)
+        return Run(code, out.read_text(), err.read_text(), folder)
 
 
-def copy_benchmarks(folder: Path, *suites: str) -> Path:
+def copy_benchmarks(folder: Path, *suites: str, conftest: str | None = None) -> Path:
     """What a user of the repository has: ``pytest.ini`` and of ``benchmarks/`` these suites, else the compression suite.
 
-    The other suites have no cases of the tiny dummy model that most tests run.
+    The other suites have no cases of the tiny dummy model that most tests run. ``conftest`` is the text of a ``conftest.py``.
     """
     (folder / "benchmarks").mkdir(parents=True)
     for suite in suites or ("compression",):
         shutil.copy(ROOT / "benchmarks" / f"test_{suite}.py", folder / "benchmarks")
     shutil.copy(ROOT / "benchmarks" / "conftest.py", folder / "benchmarks")
     shutil.copy(ROOT / "pytest.ini", folder)
+    if conftest is not None:
+        (folder / "conftest.py").write_text(conftest)
     return folder
 
 

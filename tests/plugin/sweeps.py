@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pytest_runs import TINY, copy_benchmarks
+from pytest_runs import NO_FIGURES, TINY, copy_benchmarks
 
 MANY = (
     *TINY, "--kv-method=streaming_llm,fix_size_l2,l2_compress", "--kv-fix-kv-sizes=6,8", "--kv-keep-ratios=0.5",
@@ -28,12 +28,9 @@ _OWN = (
 _REPEATABLE = ("deterministic", "near_deterministic")
 
 
-def project(folder: Path, conftest: str | None = None) -> Path:
-    """A folder to run pytest in."""
-    copy_benchmarks(folder)
-    if conftest is not None:
-        (folder / "conftest.py").write_text(conftest)
-    return folder
+def project(folder: Path, conftest: str = "") -> Path:
+    """A folder to run pytest in; its runs draw nothing."""
+    return copy_benchmarks(folder, conftest=NO_FIGURES + conftest)
 
 
 def facts(folder: Path) -> dict[str, Any]:

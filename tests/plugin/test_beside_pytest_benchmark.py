@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pytest_runs import TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
 
 pytest.importorskip("pytest_benchmark")
 
@@ -23,7 +23,7 @@ def saved(plain: Run) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def compared(plain: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A second run against the file that the first one saved, quietly."""
-    folder = copy_benchmarks(tmp_path_factory.mktemp("compared"))
+    folder = copy_benchmarks(tmp_path_factory.mktemp("compared"), conftest=NO_FIGURES)
     shutil.copytree(plain.folder / ".benchmarks", folder / ".benchmarks")
     return run_pytest(
         folder,
@@ -116,7 +116,7 @@ def test_benchmark_skip_skips_our_cases_before_anything_is_measured(benchmarks: 
 
 
 def test_a_baseline_of_another_gpu_is_told(plain: Run, tmp_path: Path) -> None:
-    folder = copy_benchmarks(tmp_path)
+    folder = copy_benchmarks(tmp_path, conftest=NO_FIGURES)
     shutil.copytree(plain.folder / ".benchmarks", folder / ".benchmarks")
     (file,) = (folder / ".benchmarks").rglob("*.json")
     content = json.loads(file.read_text())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Planned, run_forked
 from pytest_runs import Run, copy_benchmarks, run_pytest
 from tiny_checkpoint import TEXT, save_checkpoint
 
@@ -50,19 +49,21 @@ def full(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def runs(checkpoint: Path, full: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Short runs that end before anything is drawn."""
     base = tmp_path_factory.mktemp("runs")
-    planned = {}
-    for name, arguments in {
-        "foreign": ("--kv-space=ctx=40;chunk=8",),
-        "all invalid": ("--kv-space=ctx=4096;chunk=8,16",),
-        "short text": ("--kv-space=ctx=40;chunk=8", "--kv-corpus=one.txt"),
-        "hf": ("--kv-space=ctx=40;chunk=8", "--kv-engine=hf"),
-    }.items():
-        folder = project(base / name)
-        planned[name] = Planned(folder, (f"--kv-model={checkpoint}", *SMALL, *arguments, "-p", "no:benchmark"))
+    for name in ("foreign", "all invalid", "short text", "hf"):
+        project(base / name)
     (base / "foreign" / "reports").mkdir()
     (base / "foreign" / "reports" / RESULTS_CSV).write_text("model,device\na,b\n")
     (base / "short text" / "one.txt").write_text("a")
-    return run_forked(planned)
+    one = "--kv-space=ctx=40;chunk=8"
+    return {
+        name: run_pytest(base / name, f"--kv-model={checkpoint}", *SMALL, *arguments, "-p", "no:benchmark")
+        for name, arguments in {
+            "foreign": (one,),
+            "all invalid": ("--kv-space=ctx=4096;chunk=8,16",),
+            "short text": (one, "--kv-corpus=one.txt"),
+            "hf": (one, "--kv-engine=hf"),
+        }.items()
+    }
 
 
 def run_folder(run: Run) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pytest_runs import TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
 
 from kvsuite.reporting.validate import validate
 
@@ -17,7 +17,8 @@ WITHOUT = {
 @pytest.fixture(scope="module", params=WITHOUT.values(), ids=WITHOUT)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     arguments, env = request.param
-    return run_pytest(copy_benchmarks(tmp_path_factory.mktemp("without")), *TINY, "-W", "error", *arguments, **env)
+    folder = copy_benchmarks(tmp_path_factory.mktemp("without"), conftest=NO_FIGURES)
+    return run_pytest(folder, *TINY, "-W", "error", *arguments, **env)
 
 
 def test_it_passes_with_warnings_as_errors(run: Run) -> None:

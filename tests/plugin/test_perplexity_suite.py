@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Planned, run_forked
 from pyarrow import parquet
 from pytest_runs import ROOT, Run, copy_benchmarks, rotated, run_pytest
 from tiny_checkpoint import TEXT, TRAINED_LENGTH, byte_tokenizer, save_checkpoint
@@ -110,38 +109,43 @@ def runs(full: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         name: save_checkpoint(base / name, tokenizer=tokenizer)
         for name, tokenizer in (("no-bos", byte_tokenizer(special=False)), ("no-tokenizer", False))
     }
-    planned: dict[str, Planned] = {}
+    found: dict[str, Run] = {}
 
-    def plan(name: str, *arguments: str, model: str | Path = checkpoint, **texts: str) -> Path:
-        folder = base / "runs" / name
-        folder.mkdir(parents=True)
-        given = (
-            arguments
-            if any(one.startswith("--kv-dataset=") for one in arguments)
-            else ("--kv-dataset=text.txt", *arguments)
-        )
-        planned[name] = Planned(project(folder, **texts), (f"--kv-model={model}", *SMALL, *given))
-        return folder
+    def folder(name: str, **texts: str) -> Path:
+        (base / "runs" / name).mkdir(parents=True)
+        return project(base / "runs" / name, **texts)
+
+    def run(
+        name: str, *arguments: str, model: str | Path = checkpoint, where: Path | None = None, **texts: str
+    ) -> None:
+        several = any(one.startswith("--kv-dataset=") for one in arguments)
+        dataset = () if several else ("--kv-dataset=text.txt",)
+        where = where or folder(name, **texts)
+        found[name] = run_pytest(where, f"--kv-model={model}", *SMALL, *dataset, *arguments)
 
     one = "--kv-quantization=none"
     # its report folder has the results of the full run already
-    later = plan("later", "--kv-quantization=none,q4f16_1", "-p", "no:benchmark", "-k", "perplexity and q4f16_1")
+    later = folder("later")
     (later / "reports").mkdir()
     (later / "reports" / CSV).write_bytes((full.folder / "reports" / CSV).read_bytes())
-    plan("twice", "--kv-dataset=text.txt,copy.txt", one, copy=TEXT)
-    plan("empty", one, text="")
-    plan("blank", one, text=" \n\n ")
-    plan("one token", one, model=bare["no-bos"], text="a")
-    plan("too short", one, "--kv-ppl-protocol=llama.cpp-half", text=TEXT[: 2 * CTX - 2])
-    plan("beyond", one, f"--kv-max-length={TRAINED_LENGTH + 1}")
-    plan("no hub", one, "--kv-dataset=wikitext2")
-    plan("no bos", one, "--kv-bos=bos_first", model=bare["no-bos"])
-    plan("no bos, rolling", one, "--kv-ppl-protocol=lm-eval-rolling", model=bare["no-bos"])
-    plan("no tokenizer", one, model=bare["no-tokenizer"])
-    plan("dummy", "-k", "perplexity or baseline", "--kv-quantization=q4f16_1", model="dummy:tiny")
-    blocked = plan("no bitsandbytes", "--kv-quantization=none,4bit,8bit", "--kv-reference=4bit", "-rs")
+    q4 = ("--kv-quantization=none,q4f16_1", "-p", "no:benchmark", "-k", "perplexity and q4f16_1")
+    run("later", *q4, where=later)
+    run("twice", "--kv-dataset=text.txt,copy.txt", one, copy=TEXT)
+    run("empty", one, text="")
+    run("blank", one, text=" \n\n ")
+    run("one token", one, model=bare["no-bos"], text="a")
+    run("too short", one, "--kv-ppl-protocol=llama.cpp-half", text=TEXT[: 2 * CTX - 2])
+    run("beyond", one, f"--kv-max-length={TRAINED_LENGTH + 1}")
+    run("no hub", one, "--kv-dataset=wikitext2")
+    run("no bos", one, "--kv-bos=bos_first", model=bare["no-bos"])
+    run("no bos, rolling", one, "--kv-ppl-protocol=lm-eval-rolling", model=bare["no-bos"])
+    run("no tokenizer", one, model=bare["no-tokenizer"])
+    run("dummy", "-k", "perplexity or baseline", "--kv-quantization=q4f16_1", model="dummy:tiny")
+    blocked = folder("no bitsandbytes")
     (blocked / "conftest.py").write_text("import sys\n\nsys.modules['bitsandbytes'] = None\n")
-    return run_forked(planned)
+    formats = ("--kv-quantization=none,4bit,8bit", "--kv-reference=4bit", "-rs")
+    run("no bitsandbytes", *formats, where=blocked)
+    return found
 
 
 # the full run

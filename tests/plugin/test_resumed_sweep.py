@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import Planned, run_forked
 from hostile_policies import CONFTEST
-from pytest_runs import TINY, TINY_NAMES, Run
+from pytest_runs import TINY, TINY_NAMES, Run, run_pytest
 from sweeps import facts, project
 
 from kvsuite.__main__ import main
@@ -34,34 +33,31 @@ def half(folder: Path, names: tuple[str, ...], tail: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Everything that a fork can run, for two loads of torch."""
+    """Everything that is measured here."""
     base = tmp_path_factory.mktemp("sweeps")
     whole = project(base / "whole")
-    planned = {
-        "whole": Planned(whole, COMMON),
-        "shard 1": Planned(project(base / "shard1"), (*COMMON, "--kv-shard=1/2")),
-        "shard 2": Planned(project(base / "shard2"), (*COMMON, "--kv-shard=2/2")),
-        "empty shard": Planned(project(base / "empty"), (*COMMON, "--kv-shard=6/6")),
-        "failing": Planned(project(base / "failing", CONFTEST), FAILING),
-        "sleeping": Planned(project(base / "sleeping", CONFTEST), (*FAILING, "--kv-timeout=4", "-k", "sleeper")),
-        # in the same process, so that its folder may be the finished one's
-        "planned": Planned(whole, (*COMMON, "--kv-plan", "-n2")),
+    found = {
+        "whole": run_pytest(whole, *COMMON),
+        "shard 1": run_pytest(project(base / "shard1"), *COMMON, "--kv-shard=1/2"),
+        "shard 2": run_pytest(project(base / "shard2"), *COMMON, "--kv-shard=2/2"),
+        "empty shard": run_pytest(project(base / "empty"), *COMMON, "--kv-shard=6/6"),
+        "failing": run_pytest(project(base / "failing", CONFTEST), *FAILING),
+        "sleeping": run_pytest(project(base / "sleeping", CONFTEST), *FAILING, "--kv-timeout=4", "-k", "sleeper"),
+        "planned": run_pytest(whole, *COMMON, "--kv-plan", "-n2"),
     }
-    first = run_forked(planned)
     for name in ("cut", "other", "changed"):
         shutil.copytree(whole / "reports", project(base / name) / "reports")
         half(base / name, ("streaming_6", "baseline"), b'{"schema": "kvsuite.record/1", "id": "benchm')
     (base / "changed" / "conftest.py").write_text("# policies of mine\n")
-    again = {
-        "cut": Planned(base / "cut", (*COMMON, RESUME)),
-        "cut once more": Planned(base / "cut", (*COMMON, RESUME)),
-        "other rounds": Planned(base / "other", (*COMMON, RESUME, "--kv-rounds=3")),
-        "changed": Planned(base / "changed", (*COMMON, RESUME)),
-        "nothing yet": Planned(project(base / "new"), (*COMMON, RESUME, "-k", "baseline")),
-        "failing again": Planned(base / "failing", (*FAILING, RESUME, "--kv-resume-rerun=none")),
-        "failing oom": Planned(base / "failing", (*FAILING, RESUME, "--kv-resume-rerun=oom")),
+    return found | {
+        "cut": run_pytest(base / "cut", *COMMON, RESUME),
+        "cut once more": run_pytest(base / "cut", *COMMON, RESUME),
+        "other rounds": run_pytest(base / "other", *COMMON, RESUME, "--kv-rounds=3"),
+        "changed": run_pytest(base / "changed", *COMMON, RESUME),
+        "nothing yet": run_pytest(project(base / "new"), *COMMON, RESUME, "-k", "baseline"),
+        "failing again": run_pytest(base / "failing", *FAILING, RESUME, "--kv-resume-rerun=none"),
+        "failing oom": run_pytest(base / "failing", *FAILING, RESUME, "--kv-resume-rerun=oom"),
     }
-    return first | run_forked(again)
 
 
 def test_a_cut_run_is_finished_in_its_folder(runs: dict[str, Run]) -> None:
@@ -94,7 +90,10 @@ def test_a_finished_run_has_nothing_left_and_is_drawn_again(runs: dict[str, Run]
 
 
 def test_what_changed_is_refused_by_name(runs: dict[str, Run]) -> None:
-    for name, said in (("other rounds", "--kv-rounds: then 2, now 3"), ("changed", "conftest.py is new")):
+    for name, said in (
+        ("other rounds", "--kv-rounds: then 2, now 3"),
+        ("changed", "the code of conftest.py has changed"),
+    ):
         run = runs[name]
         assert run.code == pytest.ExitCode.USAGE_ERROR
         (line,) = run.said("would mix two measurements")

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from pytest_runs import TINY, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, copy_benchmarks, run_pytest
 
 from kvsuite.comparison import compare, parse_rules, read_side
 
@@ -15,7 +15,7 @@ ARGUMENTS = (*TINY, "--kv-rounds=7", "-k", "baseline or streaming_6", "-q", "-p"
 
 def pairs_without_a_regression(folder: Path, pairs: int) -> None:
     """Measure ``pairs`` + 1 times, each in a process of its own, and compare each run with the one before."""
-    copy_benchmarks(folder)
+    copy_benchmarks(folder, conftest=NO_FIGURES)
     for _ in range(pairs + 1):
         run = run_pytest(folder, *ARGUMENTS)
         assert run.code == 0, run.out

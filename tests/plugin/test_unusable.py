@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pytest_runs import TINY, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, copy_benchmarks, run_pytest
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_a_device_that_no_engine_can_use(tmp_path: Path, device: str, reason: st
 
 
 def test_missing_optional_packages_skip_their_cases_only(tmp_path: Path) -> None:
-    folder = copy_benchmarks(tmp_path)
     missing = "kvpress mlc_llm tvm sgl_kernel nanovllm bitsandbytes seaborn pynvml flashinfer"
-    (folder / "conftest.py").write_text(f"import sys\n\nsys.modules.update(dict.fromkeys({missing.split()}))\n")
+    conftest = f"import sys\n\nsys.modules.update(dict.fromkeys({missing.split()}))\n{NO_FIGURES}"
+    folder = copy_benchmarks(tmp_path, conftest=conftest)
     options = ("--kv-method=streaming_llm,kvpress:SnapKV", "--kv-recent-sizes=4", "--kv-keep-ratios=0.5")
     run = run_pytest(folder, *TINY, *options, "-rs", "-W", "error")
     assert run.code == 0
