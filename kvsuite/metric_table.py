@@ -101,6 +101,13 @@ BUILTIN: tuple[Metric, ...] = (
         "share of the timed rounds' wall time that a thread of the process was ready to run and others had the CPU",
     ),
     Metric(
+        "host_probe_s",
+        "s",
+        "none",
+        _A,
+        "a fixed loop of the interpreter (100,000 turns), ten right before and ten right after the timed rounds",
+    ),
+    Metric(
         "tpot_floor_s",
         "s",
         "none",

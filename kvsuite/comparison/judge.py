@@ -10,7 +10,7 @@ import msgspec
 
 from .machine import machine_differences, setting_difference
 from .matching import SideCase
-from .noise import MAX_CV, MIN_ROUNDS, timed_change
+from .noise import MAX_CV, MIN_ROUNDS, Machine, timed_change
 from .records import Entry, Row
 from .rules import Rule, Rules
 from .sides import Side
@@ -36,12 +36,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class _Case:
-    """What the verdicts of a case share: other settings of its times, and how long its sides waited for a CPU."""
+    """What the verdicts of a case share: other settings of its times, and what its machine was like."""
 
     pair: Pair
     id: str
     settings: str | None
-    waits: tuple[float, float]
+    machine: Machine
 
 
 class Judge:
@@ -71,7 +71,7 @@ class Judge:
             pair,
             after.id,
             self._other_machine or setting_difference(pair.base.all, pair.now.all),
-            (_wait(pair.base), _wait(pair.now)),
+            _machine(pair),
         )
         several = len(pair.base.rows) > 1 or len(pair.now.rows) > 1
         verdicts = []
@@ -128,7 +128,7 @@ class Judge:
         return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}")
 
     def _timed(self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None) -> tuple[Word, str]:
-        found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.waits)
+        found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.machine)
         if found is None:
             fewest = min(old.n or 1, new.n or 1)
             few = f"{fewest} rounds, {MIN_ROUNDS} are needed" if fewest < MIN_ROUNDS else "a time of 0 or less"
@@ -139,15 +139,17 @@ class Judge:
         band = f"noise {_band_text(found.low, found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
-            if max(case.waits) > _BUSY:
-                band += f" that waited {max(case.waits):.0%} of the time for a CPU"
+            if max(case.machine.lacks) > _BUSY:
+                band += f", on a machine that lacked {max(case.machine.lacks):.0%} of its speed"
+            if case.machine.varies > MAX_CV:
+                band += f", whose speed varied by {case.machine.varies:.0%}"
         if found.real:
             return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}"
         if broken:
             return "unstable", f"inside {band}"
         if found.cv > MAX_CV:
             return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
-        if not found.measured and max(case.waits) > MAX_CV:
+        if not found.measured and case.machine.noise > MAX_CV:
             return "unstable", band
         return "same", band
 
@@ -158,10 +160,23 @@ def _band_text(low: float, high: float) -> str:
     return f"{low:+.1%} to {high:+.1%}" if high < 0.1 else f"{low:+.0%} to {high:+.0%}"
 
 
-def _wait(case: SideCase) -> float:
-    """Largest share of time in which a process of a side waited for a CPU; 0 where that is not known."""
-    shares = [_value(row, "host_wait_share") or 0.0 for row in case.all]
-    return min(max(*shares, 0.0), 1.0)
+def _machine(pair: Pair) -> Machine:
+    """What the probe and the account of waiting say about both sides."""
+    sides = pair.base, pair.now
+    waits = [min(_largest(side, "host_wait_share"), 1.0) for side in sides]
+    probes = [_largest(side, "host_probe_s") for side in sides]
+    entries = [entry for side in sides for entry in _entries(side, "host_probe_s")]
+    varies = max((entry.cv or 0.0 for entry in entries), default=0.0)
+    # probes of two interpreters are two probes
+    if min(probes) <= 0 or len({entry.protocol for entry in entries}) > 1:
+        return Machine((waits[0], waits[1]), varies)
+    base, now = (1 - (1 - wait) * min(probes) / probe for wait, probe in zip(waits, probes, strict=True))
+    return Machine((base, now), varies)
+
+
+def _largest(case: SideCase, name: str) -> float:
+    """Largest value of a side's processes; 0 where it is not known."""
+    return max((_value(row, name) or 0.0 for row in case.all), default=0.0)
 
 
 def worst(case: SideCase) -> Row:
@@ -181,7 +196,7 @@ def _status(before: Row, after: Row) -> Verdict:
 
 
 def _entries(case: SideCase, name: str) -> list[Entry]:
-    return [row.metrics[name] for _, row in case.rows]
+    return [row.metrics[name] for _, row in case.rows if name in row.metrics]
 
 
 def _stand_in(case: SideCase, name: str) -> Entry | None:

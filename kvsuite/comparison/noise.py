@@ -6,9 +6,11 @@ A change of a time counts if two things hold.
 2. **Processes**: the change of the median lies outside the noise band of both sides. Rounds of one process share its memory
    layout, clocks and neighbours, so their p-value alone would name two runs of the same code different; the band is what two
    sides of the same code differ by. With several processes a side it is measured: the spread of their medians within the
-   sides, Student's t. With one a side it cannot be: `PROCESS_NOISE` is assumed, or the spread of the rounds or the share of
-   time that a side waited for a CPU (`host_wait_share`) where that is larger, and a side that waited counts as the faster for
-   it that it may have been.
+   sides, Student's t. With one a side it cannot be: `PROCESS_NOISE` is assumed, or where that is larger the spread of the
+   rounds, the spread of the machine's speed, or the share of its speed that a side lacked; and such a side counts as the
+   faster for it that it may have been. Speed is what a fixed loop measures right before and after the rounds
+   (`host_probe_s`): another tenant on the same core, a lower clock rate. It is lacking where that loop took longer than on
+   the other side, and while a process waits for a CPU (`host_wait_share`).
 
 The band is one-sided at ``FALSE_ALARMS / family``, ``family`` being the number of timed comparisons that a rule gates
 (Bonferroni): all gated times of a comparison together name a regression of unchanged code in at most one of a hundred
@@ -34,9 +36,9 @@ ROUNDS_P = 0.01
 MIN_ROUNDS = 5
 #: assumed standard deviation of one process's median, where it cannot be measured (docs/comparison.md has measured ones)
 PROCESS_NOISE = 0.05
-#: coefficient of variation of rounds, and share of time waited, above which "no difference found" is not said
+#: coefficient of variation of rounds, and share of speed lacking, above which "no difference found" is not said
 MAX_CV = 0.10
-_MOST_WAIT = 0.999
+_MOST_LACKING = 0.999
 # pairs of rounds up to which the exact distribution is worth its time
 _EXACT = 2500
 # standard error of a median over that of a mean, for normal samples
@@ -68,8 +70,28 @@ class TimedChange(msgspec.Struct, frozen=True, gc=False):
     cv: float
 
 
+class Machine(msgspec.Struct, frozen=True, gc=False):
+    """What the machine was like around the rounds of two sides.
+
+    Parameters
+    ----------
+    lacks
+        Share of its speed that base and now lacked, in [0, 1]: by waiting for a CPU, by a CPU slower than the other side's.
+    varies
+        Coefficient of variation of its speed, the larger of both sides.
+    """
+
+    lacks: tuple[float, float]
+    varies: float
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a process's median that has to be assumed for it."""
+        return max(*self.lacks, self.varies)
+
+
 def timed_change(
-    base: Sequence[Entry], now: Sequence[Entry], family: int, waits: tuple[float, float] = (0.0, 0.0)
+    base: Sequence[Entry], now: Sequence[Entry], family: int, machine: Machine | None = None
 ) -> TimedChange | None:
     """Judge the rounds of two sides, one entry a process.
 
@@ -79,8 +101,8 @@ def timed_change(
         Entries with positive values.
     family
         Gated timed comparisons that are made together, at least 1.
-    waits
-        Share of the rounds' time in which base and now waited for a CPU, in [0, 1].
+    machine
+        What it was like while the sides were measured; ``None`` for quiet.
 
     Returns
     -------
@@ -106,13 +128,14 @@ def timed_change(
         half = _quantile(max(family, 1), freedom) * math.sqrt(share * max(variance, rounds))
         low, high = -half, half
     else:
-        # who takes CPU time takes caches and clock rate as well: the wait is also the size of what cannot be seen of it
-        assumed = max(PROCESS_NOISE, cv, *waits)
+        # who takes CPU time takes caches and memory as well: what is seen of it is also the size of what cannot be seen
+        machine = machine or Machine((0.0, 0.0), 0.0)
+        assumed = max(PROCESS_NOISE, cv, machine.noise)
         half = _quantile(max(family, 1), None) * math.sqrt(share * (assumed**2 + rounds))
-        # without the wait a side may have been faster: its times shorter, its rates higher
-        below, above = waits if base[0].better == "lower" else waits[::-1]
-        low = -half + math.log1p(-min(below, _MOST_WAIT))
-        high = half - math.log1p(-min(above, _MOST_WAIT))
+        # with all of its speed a side may have been faster: its times shorter, its rates higher
+        below, above = machine.lacks if base[0].better == "lower" else machine.lacks[::-1]
+        low = -half + math.log1p(-min(below, _MOST_LACKING))
+        high = half - math.log1p(-min(above, _MOST_LACKING))
     return TimedChange(
         change=math.expm1(difference),
         low=math.expm1(low),

@@ -1,13 +1,16 @@
-"""How long this process was kept from a CPU by others: what makes times those of a shared machine."""
+"""How long others kept this process from a CPU, and how fast the CPU was: what makes times those of a shared machine."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
+_PROBES, _TURNS = 10, 100_000
 NO_ACCOUNT = "the kernel keeps no account of waiting (/proc/self/task/*/schedstat, Linux)"
 
 
@@ -32,17 +35,39 @@ def stolen_seconds() -> float:
         return 0.0
 
 
+def probe_seconds() -> list[float]:
+    """Seconds of a fixed loop of the interpreter, ten times, about 50 ms in all: how fast and how steady this core is now.
+
+    Another tenant on the core's other hardware thread, or a lower clock rate, makes every time longer without any waiting.
+    """
+    stamps = [time.perf_counter()]
+    for _ in range(_PROBES):
+        total = 0
+        for turn in range(_TURNS):
+            total += turn & 7
+        stamps.append(time.perf_counter())
+    return [end - begin for begin, end in itertools.pairwise(stamps)]
+
+
 def watched(
     run_rounds: Callable[[Callable[[], None], int], None], put: Callable[..., None]
 ) -> Callable[[Callable[[], None], int], None]:
-    """Let ``run_rounds`` write ``host_wait_share`` too: the share of its wall time that the most delayed thread waited."""
+    """Let ``run_rounds`` write what the machine was like meanwhile.
+
+    ``host_wait_share`` is the share of its wall time that the most delayed thread waited, ``host_probe_s`` holds the
+    `probe_seconds` of right before and right after it.
+    """
 
     def run(round_: Callable[[], None], rounds: int) -> None:
+        speed = probe_seconds()
         before, stolen, begin = waited_seconds(), stolen_seconds(), time.perf_counter()
         run_rounds(round_, rounds)
         wall, after = time.perf_counter() - begin, waited_seconds()
         delays = [seconds - before[thread] for thread, seconds in after.items() if thread in before]
         share = min((max(delays) + stolen_seconds() - stolen) / wall, 1.0) if delays and wall > 0 else None
         put("host_wait_share", share, reason=NO_ACCOUNT)
+        # probes of two interpreters are two probes
+        interpreter = f"{platform.python_implementation()} {platform.python_version()}"
+        put("host_probe_s", speed + probe_seconds(), protocol=interpreter)
 
     return run

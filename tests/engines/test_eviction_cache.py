@@ -18,10 +18,18 @@ EVERY_LINE = [pytest.param(line, id=line.id) for line in MATRIX]
 
 
 @pytest.mark.parametrize("prompt", [1, 20])
-@pytest.mark.parametrize("skip", [(), (0, 1)], ids=["all", "skip01"])
 @pytest.mark.parametrize("positions", ["original", "cache"])
 @pytest.mark.parametrize("line", EVERY_LINE)
-@pytest.mark.parametrize("kind", ["llama", "neox"])
+@pytest.mark.parametrize(
+    ("kind", "skip"),
+    [
+        pytest.param("llama", (), id="llama-all"),
+        pytest.param("llama", (0, 1), id="llama-skip01"),
+        pytest.param("neox", (), id="neox-all"),
+        # layers are skipped before a model's family matters
+        pytest.param("neox", (0, 1), id="neox-skip01", marks=pytest.mark.slow),
+    ],
+)
 def test_policy_through_the_cache(kind: str, line: Line, positions: Any, skip: tuple[int, ...], prompt: int) -> None:
     policy = line.build(positions=positions, skip_layers=skip)
     ids, chunks = text(TOKENS), chunks_of(prompt, TOKENS)

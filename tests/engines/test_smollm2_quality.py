@@ -1,4 +1,4 @@
-"""Quality of a real model: SmolLM2-135M, 500 tokens of the embedded articles, 128 cached tokens, one token at a time."""
+"""Quality of a real model: SmolLM2-135M, 320 tokens of the embedded articles, 128 cached tokens, one token at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvsuite.engines.hf import HfSession
 from kvsuite.meters.quality import TokenScores, perplexity
 from kvsuite.workloads.corpus import load_corpus
 
-TOKENS, BUDGET = 500, 128
+TOKENS, BUDGET = 320, 128
 Scored = Callable[..., TokenScores]
 
 
@@ -42,7 +42,7 @@ def text(smollm2: HfSession) -> list[int]:
 
 @pytest.fixture(scope="module")
 def scored(smollm2: HfSession, text: list[int]) -> Scored:
-    """Scores by policy, each computed once: 499 decode steps."""
+    """Scores by policy, each computed once: 319 decode steps."""
 
     @functools.cache
     def score(policy: str | None = None, **parameters: Any) -> TokenScores:

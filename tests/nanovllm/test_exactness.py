@@ -140,8 +140,11 @@ def generated_together(of: LoadedModel, given: Sequence[Sequence[int]], new_toke
     return found
 
 
-def test_smollm2_equals_generate() -> None:
-    count, new_tokens = 32, 64
+@pytest.mark.parametrize(
+    ("count", "new_tokens", "blocks", "preemptions", "prefix_hits"),
+    [(12, 32, 24, 3, 0), pytest.param(32, 64, 80, 10, 1, marks=pytest.mark.slow)],
+)
+def test_smollm2_equals_generate(count: int, new_tokens: int, blocks: int, preemptions: int, prefix_hits: int) -> None:
     of = load_model(resolve_model("smollm2"), device="cpu", dtype="float32")
     words = (
         "The capital of France is the city of Paris, which lies on the river Seine. A cache keeps keys and values of "
@@ -159,10 +162,10 @@ def test_smollm2_equals_generate() -> None:
     # padding changes nothing, not even for the shortest, which has most of it
     shortest = min(range(count), key=lambda i: len(given[i]))
     assert generated(of, given[shortest], new_tokens) == expected[shortest]
-    with serving(of, max_num_seqs=count, num_blocks=80, max_num_batched_tokens=96) as runtime:
+    with serving(of, max_num_seqs=count, num_blocks=blocks, max_num_batched_tokens=96) as runtime:
         requests = runtime.run([greedy(prompt, new_tokens) for prompt in given])
-        assert runtime.counters.preemptions >= 10
-        assert runtime.counters.prefix_hit_tokens > 0
+        assert runtime.counters.preemptions >= preemptions
+        assert runtime.counters.prefix_hit_tokens >= prefix_hits
         # chunks: the step's budget is smaller than all prompts that came at once
         assert runtime.counters.steps - runtime.counters.decode_steps >= sum(lengths) // 96
         assert runtime.counters.logical_output_tokens == count * new_tokens

@@ -28,7 +28,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return facts(run.report)
 
 
-@pytest.mark.parametrize("kills", [7, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_process_is_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
     folder = project(tmp_path)
     told = {"arguments": MANY, "kills": kills, "seed": kills, "longest_s": 3.0}
@@ -57,7 +57,7 @@ def kill_a_worker(controller: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_workers_are_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
     pytest.importorskip("xdist")
     folder, dice = project(tmp_path), random.Random(kills)

@@ -471,6 +471,7 @@ def test_the_same_text_twice_is_one_result(runs: dict[str, Run]) -> None:
     assert_one_result(runs["twice"])
 
 
+@pytest.mark.slow
 def test_the_same_text_twice_is_one_result_on_two_workers(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("xdist")
     options = ("--kv-dataset=text.txt,copy.txt", "--kv-quantization=none", "-n2")
