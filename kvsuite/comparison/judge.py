@@ -139,10 +139,11 @@ class Judge:
         band = f"noise {_band_text(found.low, found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
-            if max(case.machine.lacks) > _BUSY:
-                band += f", on a machine that lacked {max(case.machine.lacks):.0%} of its speed"
-            if case.machine.varies > MAX_CV:
-                band += f", whose speed varied by {case.machine.varies:.0%}"
+            machine = case.machine
+            if machine.noise > _BUSY and max(machine.lacks) > _BUSY:
+                band += f", on a machine that lacked {max(machine.lacks):.0%} of its speed"
+            if machine.varies > MAX_CV:
+                band += f", whose speed varied by {machine.varies:.0%}"
         if found.real:
             return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}"
         if broken:
@@ -162,21 +163,21 @@ def _band_text(low: float, high: float) -> str:
 
 def _machine(pair: Pair) -> Machine:
     """What the probe and the account of waiting say about both sides."""
-    sides = pair.base, pair.now
-    waits = [min(_largest(side, "host_wait_share"), 1.0) for side in sides]
-    probes = [_largest(side, "host_probe_s") for side in sides]
-    entries = [entry for side in sides for entry in _entries(side, "host_probe_s")]
-    varies = max((entry.cv or 0.0 for entry in entries), default=0.0)
+    waits, probes, varies = [0.0, 0.0], [0.0, 0.0], 0.0
+    interpreters: set[str | None] = set()
+    for index, side in enumerate((pair.base, pair.now)):
+        for _, row in side.rows:
+            share, probe = row.metrics.get("host_wait_share"), row.metrics.get("host_probe_s")
+            if share is not None and share.value:
+                waits[index] = min(max(waits[index], share.value), 1.0)
+            if probe is not None and probe.value:
+                probes[index] = max(probes[index], probe.value)
+                varies = max(varies, probe.cv or 0.0)
+                interpreters.add(probe.protocol)
     # probes of two interpreters are two probes
-    if min(probes) <= 0 or len({entry.protocol for entry in entries}) > 1:
-        return Machine((waits[0], waits[1]), varies)
-    base, now = (1 - (1 - wait) * min(probes) / probe for wait, probe in zip(waits, probes, strict=True))
-    return Machine((base, now), varies)
-
-
-def _largest(case: SideCase, name: str) -> float:
-    """Largest value of a side's processes; 0 where it is not known."""
-    return max((_value(row, name) or 0.0 for row in case.all), default=0.0)
+    if min(probes) > 0 and len(interpreters) == 1:
+        waits = [1 - (1 - wait) * min(probes) / probe for wait, probe in zip(waits, probes, strict=True)]
+    return Machine.of((waits[0], waits[1]), varies)
 
 
 def worst(case: SideCase) -> Row:

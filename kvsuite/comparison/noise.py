@@ -79,19 +79,25 @@ class Machine(msgspec.Struct, frozen=True, gc=False):
         Share of its speed that base and now lacked, in [0, 1]: by waiting for a CPU, by a CPU slower than the other side's.
     varies
         Coefficient of variation of its speed, the larger of both sides.
+    noise
+        Standard deviation of a process's median that has to be assumed for it.
     """
 
     lacks: tuple[float, float]
     varies: float
+    noise: float
 
-    @property
-    def noise(self) -> float:
-        """Standard deviation of a process's median that has to be assumed for it."""
-        return max(*self.lacks, self.varies)
+    @classmethod
+    def of(cls, lacks: tuple[float, float], varies: float) -> Machine:
+        """What is seen of others is also the size of what cannot be seen of them: they take caches and memory as well."""
+        return cls(lacks, varies, max(*lacks, varies))
+
+
+_QUIET = Machine.of((0.0, 0.0), 0.0)
 
 
 def timed_change(
-    base: Sequence[Entry], now: Sequence[Entry], family: int, machine: Machine | None = None
+    base: Sequence[Entry], now: Sequence[Entry], family: int, machine: Machine = _QUIET
 ) -> TimedChange | None:
     """Judge the rounds of two sides, one entry a process.
 
@@ -102,7 +108,7 @@ def timed_change(
     family
         Gated timed comparisons that are made together, at least 1.
     machine
-        What it was like while the sides were measured; ``None`` for quiet.
+        What it was like while the sides were measured.
 
     Returns
     -------
@@ -128,8 +134,6 @@ def timed_change(
         half = _quantile(max(family, 1), freedom) * math.sqrt(share * max(variance, rounds))
         low, high = -half, half
     else:
-        # who takes CPU time takes caches and memory as well: what is seen of it is also the size of what cannot be seen
-        machine = machine or Machine((0.0, 0.0), 0.0)
         assumed = max(PROCESS_NOISE, cv, machine.noise)
         half = _quantile(max(family, 1), None) * math.sqrt(share * (assumed**2 + rounds))
         # with all of its speed a side may have been faster: its times shorter, its rates higher

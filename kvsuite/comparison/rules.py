@@ -117,9 +117,9 @@ def known_metrics(*sides: Side, more: Iterable[tuple[str, Known]] = ()) -> dict[
     for side in sides:
         for run in side.runs:
             for row in run.rows:
-                for name, entry in row.metrics.items():
-                    if name not in known:
-                        known[name] = Known(entry.unit, entry.better, entry.kind)
+                for name in row.metrics.keys() - known.keys():
+                    entry = row.metrics[name]
+                    known[name] = Known(entry.unit, entry.better, entry.kind)
     return known
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,10 @@ def _read(path: Path) -> Side:
 
 
 def _read_file(path: Path, label: str) -> Side:
-    data = path.read_bytes()
     if path.suffix == ".jsonl":
-        return _read_lines(path, data, label)
+        with path.open("rb") as lines:
+            return _read_lines(path, lines, label)
+    data = path.read_bytes()
     document = decode_document(data, str(path))
     if document.kvsuite is not None:
         return side_of_section(document.kvsuite, label)
@@ -177,26 +178,31 @@ def _read_file(path: Path, label: str) -> Side:
     return Side(label, (Run(facts, _last_by_id(report.records), path.parent),))
 
 
-def _read_lines(path: Path, data: bytes, label: str) -> Side:
-    lines = [line for line in data.split(b"\n") if line.strip()]
-    if not lines:
-        raise UserError("is empty; measure again")
-    facts = decode_run(lines[0], f"{path}: line 1")
-    check_schema(facts.schema, RUN_SCHEMA, f"{path}: line 1")
+def _read_lines(path: Path, lines: Iterable[bytes], label: str) -> Side:
+    facts: RunFacts | None = None
     notes: tuple[str, ...] = ()
-    rows, sessions = [], list(facts.sessions)
-    for number, line in enumerate(lines[1:], 2):
-        if line.startswith(_RUN_LINE):  # another process of the same run
-            sessions.append(decode_run(line, f"{path}: line {number}").environment)
+    rows: list[Row] = []
+    sessions: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        if not line.strip():
             continue
-        try:
-            rows.append(decode_row(line, f"{path}: line {number}"))
-        except UserError:
-            # only the line that was being written when the process ended has no newline
-            if number == len(lines) and not data.endswith(b"\n"):
+        if facts is None:
+            facts = decode_run(line, where)
+            check_schema(facts.schema, RUN_SCHEMA, where)
+            sessions += facts.sessions
+        elif line.startswith(_RUN_LINE):  # another process of the same run
+            sessions.append(decode_run(line, where).environment)
+        else:
+            try:
+                rows.append(decode_row(line, where))
+            except UserError:
+                # only the line that was being written when the process ended has no newline
+                if line.endswith(b"\n"):
+                    raise
                 notes = (f"{path}: the last line is cut off and was left out: the run ended while writing it",)
-                break
-            raise
+    if facts is None:
+        raise UserError("is empty; measure again")
     facts = msgspec.structs.replace(facts, sessions=sessions)
     return Side(label, (Run(facts, _last_by_id(rows), path.parent),), notes)
 

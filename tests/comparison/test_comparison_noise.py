@@ -128,7 +128,7 @@ def test_waiting_widens_the_band_on_the_side_that_it_may_have_caused() -> None:
     rows = drawn(np.random.default_rng(3), 1, noise=0.01)
     for name, wider, kept in (("tpot_s", "high", "low"), ("decode_tok_s_agg", "low", "high")):
         times = entries(rows, name)
-        quiet, waited = (timed_change(times, times, 1, Machine((0.0, lack), 0.0)) for lack in (0.0, 0.04))
+        quiet, waited = (timed_change(times, times, 1, Machine.of((0.0, lack), 0.0)) for lack in (0.0, 0.04))
         assert getattr(waited, kept) == getattr(quiet, kept)
         assert abs(getattr(waited, wider)) > abs(getattr(quiet, wider)), name
 
