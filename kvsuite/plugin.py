@@ -216,6 +216,8 @@ def _end_on_sigterm(config: pytest.Config) -> None:
         return
 
     def end(number: int, frame: Any) -> NoReturn:
+        # timeout(1) and schedulers send it to the process and to its group: the second must not cut off what the first began
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # an exit code of pytest's own, without which it shows no summary
         pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=pytest.ExitCode.INTERRUPTED)
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,10 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
             # a slow machine prints lines inside the first case too
             if line.lstrip().startswith("[1/") and "elapsed" in line:
                 process.send_signal(number)
+                if number == signal.SIGTERM:
+                    # as timeout(1) does: to the process, then to its group
+                    time.sleep(0.02)
+                    process.send_signal(number)
     assert process.returncode == pytest.ExitCode.INTERRUPTED, "".join(said)
     (folder,) = tmp_path.iterdir()
     run, *rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
@@ -159,3 +164,4 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
     assert f"records and figures: {folder}" in "".join(said)
     assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in (folder / "table.txt").read_text()
     assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in "".join(said)
+    assert "Traceback" not in "".join(said)
