@@ -43,7 +43,7 @@ def space(**axes: int) -> str:
 @pytest.fixture(scope="module")
 def sessions() -> Iterator[SessionPool]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvsuite.engines.nano.copy_bandwidth", lambda device: 1e10)
+        patch.setattr("kvsuite.meters.bandwidth.copy_bandwidth", lambda device: 1e10)
         pool = SessionPool(threads=1)
         yield pool
         pool.close()

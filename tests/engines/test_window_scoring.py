@@ -357,9 +357,9 @@ def article(smollm2: Any) -> list[int]:
     "case",
     [
         ("hf-strided", 128, "none"),
-        ("disjoint", None, "none"),
+        pytest.param(("disjoint", None, "none"), marks=pytest.mark.slow),
         ("lm-eval-rolling", None, "bos_first"),
-        ("llama.cpp-half", None, "bos_over_first"),
+        pytest.param(("llama.cpp-half", None, "bos_over_first"), marks=pytest.mark.slow),
     ],
     ids=lambda case: case[0],
 )

@@ -44,7 +44,7 @@ def run(checkpoint: Path) -> Run:
         resolved = default_options(**(given | options), space=space)
         with pytest.MonkeyPatch.context() as patch:
             # two seconds a model, and not what is tested here
-            patch.setattr("kvsuite.engines.nano.copy_bandwidth", lambda device: 1e10)
+            patch.setattr("kvsuite.meters.bandwidth.copy_bandwidth", lambda device: 1e10)
             sessions = SessionPool(threads=1)
             cases = dse_cases(resolved)
             runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, planned=cases)
