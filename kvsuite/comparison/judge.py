@@ -140,7 +140,7 @@ class Judge:
         if not found.measured:
             band += ", assumed for so few processes"
             machine = case.machine
-            if machine.noise > _BUSY and max(machine.lacks) > _BUSY:
+            if max(machine.lacks) > _BUSY:
                 band += f", on a machine that lacked {max(machine.lacks):.0%} of its speed"
             if machine.varies > MAX_CV:
                 band += f", whose speed varied by {machine.varies:.0%}"
@@ -197,7 +197,7 @@ def _status(before: Row, after: Row) -> Verdict:
 
 
 def _entries(case: SideCase, name: str) -> list[Entry]:
-    return [row.metrics[name] for _, row in case.rows if name in row.metrics]
+    return [row.metrics[name] for _, row in case.rows]
 
 
 def _stand_in(case: SideCase, name: str) -> Entry | None:

@@ -95,11 +95,9 @@ def check_appendable(folder: Path, table: Table, tags: Iterable[str]) -> None:
 
 
 def append_rows(folder: Path, table: Table, rows: Sequence[CsvRow]) -> list[Path]:
-    """Append ``rows`` to the files of their models and weight formats in ``folder``.
+    """Append ``rows`` to the files of their models and weight formats in ``folder``, as `GatheredCsv.append` does.
 
-    A row that its file already has (same run, case, run number and metric) is left out. No file grows before all of them were
-    checked. Each is written once and replaced by rename, so no reader sees half a row; writers wait for each other at a lock
-    file.
+    A row that its file already has (same run, case, run number and metric) is left out.
 
     Parameters
     ----------

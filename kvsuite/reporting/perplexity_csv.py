@@ -61,10 +61,9 @@ def check_results(folder: Path, datasets: Iterable[str] | None = None) -> None:
 
 
 def append_results(folder: Path, rows: Sequence[CsvRow]) -> list[Path]:
-    """Append ``rows`` to the ``<dataset>_ppl_results.csv`` files in ``folder``, which gather the results of many runs.
+    """Append ``rows`` to the ``<dataset>_ppl_results.csv`` files in ``folder``, as `GatheredCsv.append` does.
 
-    A row whose ``run_id`` and ``case_key`` are in its file already is left out. No file grows before all of them were checked.
-    Each is written once and replaced by rename, so no reader sees half a row; writers wait for each other at a lock file.
+    A row whose ``run_id`` and ``case_key`` are in its file already is left out.
 
     Parameters
     ----------

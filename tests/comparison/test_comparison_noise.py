@@ -148,3 +148,29 @@ def test_separated_rounds_with_ties_are_told_apart() -> None:
     assert (row.verdict, row.rule) == ("regression", "tpot:+5%")
     (row,) = compare(now, base, parse_rules("tpot:+5%")).rows
     assert row.verdict == "better"
+
+
+def probed(seconds: list[float], interpreter: str) -> Side:
+    one = record("a", {"tpot_s": [0.01, 0.0101, 0.0099, 0.01, 0.01], "host_probe_s": seconds})
+    one["metrics"]["host_probe_s"]["protocol"] = interpreter
+    return side([one])
+
+
+def test_the_row_says_what_the_machine_lacked_and_how_it_varied() -> None:
+    steady, slow, restless = [0.004] * 20, [0.008] * 20, [0.004, 0.006] * 10
+    for now, interpreter, said in (
+        (slow, "CPython 3.12.3", "on a machine that lacked 50% of its speed"),
+        (restless, "CPython 3.12.3", "whose speed varied by 21%"),
+    ):
+        (row,) = (
+            row
+            for row in compare(probed(steady, "CPython 3.12.3"), probed(now, interpreter), RULES).rows
+            if row.metric == "tpot_s"
+        )
+        assert row.verdict == "unstable"
+        assert said in row.note
+    # probes of two interpreters are two probes
+    rows = compare(probed(steady, "CPython 3.12.3"), probed(slow, "CPython 3.13.0"), RULES).rows
+    (row,) = (row for row in rows if row.metric == "tpot_s")
+    assert row.verdict == "same"
+    assert "lacked" not in row.note

@@ -5,141 +5,22 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from synthetic_session import ENVIRONMENT, OnePool, Script, SyntheticSession
 from tiny_checkpoint import TEXT, byte_tokenizer
+from window_bench import Bench, N, WindowSession, loss, value
 
-from kvsuite.case import Case
-from kvsuite.engines.window_scoring import WindowScores
-from kvsuite.errors import CaseSkipped, UserError
-from kvsuite.measurement import CaseRunner
-from kvsuite.meters.divergence import TokenDivergence
-from kvsuite.meters.quality import TokenScores
-from kvsuite.metrics import MetricRegistry
-from kvsuite.options import default_options
-from kvsuite.passes import Measured
+from kvsuite.errors import UserError
 from kvsuite.record import schema
-from kvsuite.spaces.perplexity import perplexity_cases
-from kvsuite.workloads.windows import plan_windows, target_positions
+from kvsuite.workloads.windows import plan_windows
 
-DIVERGENCE = (
-    "kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
-    "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se",
-)  # fmt: skip
 PACKED = {
     "format": "q4f16_1", "quality_only": False, "predicted_weight_bytes": 4096, "bits_per_weight": 4.5,
     "bits_per_weight_without_embeddings": 4.25,
 }  # fmt: skip
-
-
-def loss(position: int) -> float:
-    return 1.0 + position % 3
-
-
-class WindowSession(SyntheticSession):
-    """Scores windows by a function of the position, and remembers what it was asked for."""
-
-    def __init__(self, losses: Callable[[int], float] = loss, *, quantization: Any = None, **facts: Any) -> None:
-        super().__init__(Script())
-        self.losses, self.closed = losses, False
-        self.scored: list[tuple[list[int], list[Any], str, int | None]] = []
-        self.model |= {"quantization": quantization} | facts
-
-    @property
-    def tokenizer(self) -> Any:
-        return byte_tokenizer()
-
-    @property
-    def vocab_size(self) -> int:
-        return 258
-
-    def prepare(self, case: Case) -> None:
-        super().prepare(case)
-        self.effective["threads"] = 3
-
-    def score_windows(
-        self, tokens: Sequence[int], windows: Any, *, prefix: str, prefix_token: int | None, progress: Any = None
-    ) -> WindowScores:
-        self._note("score")
-        self.scored.append((list(tokens), list(windows), prefix, prefix_token))
-        positions = target_positions(windows)
-        nll = [self.losses(p) for p in positions]
-        if progress:
-            progress(len(nll), len(nll), math.fsum(nll) / len(nll))
-        scores = TokenScores([tokens[p] for p in positions], positions, nll, [p % 4 == 0 for p in positions])
-        return WindowScores(scores, 7 * len(windows), 1, {"head": "split"})
-
-    def compare_windows(
-        self, reference: Any, tokens: Any, windows: Any, *, prefix: str, prefix_token: int | None, progress: Any = None
-    ) -> TokenDivergence:
-        self._note("compare")
-        positions = target_positions(windows)
-        ours, theirs = ([each.losses(p) for p in positions] for each in (self, reference))
-        return TokenDivergence(ours, theirs, [0.25 * (p % 5) for p in positions], [p % 2 == 0 for p in positions])
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Pool(OnePool):
-    """Has a second session, or a reason why there is none."""
-
-    def __init__(self, session: WindowSession, beside: WindowSession | str | None) -> None:
-        super().__init__(session)
-        self.second, self.asked = beside, []
-
-    def beside(self, case: Case, **overrides: Any) -> Any:
-        self.asked.append((case, overrides))
-        if isinstance(self.second, str):
-            raise CaseSkipped(self.second)
-        return self.second
-
-
-@dataclass
-class Bench:
-    """A runner around synthetic sessions, and the cases of a user's options on a small text."""
-
-    folder: Path
-    session: WindowSession = field(default_factory=WindowSession)
-    beside: WindowSession | str | None = None
-    options: dict[str, str] = field(default_factory=dict)
-    text: str = TEXT
-
-    def __post_init__(self) -> None:
-        path = self.folder / "text.txt"
-        path.write_text(self.text, newline="")
-        small = {
-            "device": "cpu", "dataset": str(path), "max_length": "32", "stride": "16", "rounds": "2", "num_warmup": "1",
-            "prompt_tokens": "8", "max_new_tokens": "4", "quantization": "none",
-        }  # fmt: skip
-        options = default_options(**(small | self.options))
-        self.cases = perplexity_cases(options)
-        self.pool = Pool(self.session, self.beside)
-        self.runner = CaseRunner(
-            options,
-            MetricRegistry(),
-            ENVIRONMENT,
-            self.pool,
-            clock=lambda device: self.session.clock,
-            planned=self.cases,
-        )
-        self.said: list[tuple[Any, ...]] = []
-
-    def run(self, index: int = 0) -> Measured:
-        return self.runner.run(self.cases[index], "tests::case", progress=lambda *call: self.said.append(call))
-
-
-def value(measured: Measured, name: str) -> Any:
-    return measured.record.metrics[name]["value"]
-
-
-N = len(TEXT.encode())
 
 
 def test_perplexity_and_its_error(tmp_path: Path) -> None:
@@ -326,81 +207,6 @@ def test_a_quality_only_format_has_nothing_but_quality(tmp_path: Path) -> None:
     assert record.inert["speed"] == "fake_q3 is rounded and kept dense: quality only"
     assert not bench.session.called("generate")
     assert not bench.session.called("memory")
-
-
-def test_divergence_from_the_reference(tmp_path: Path) -> None:
-    beside = WindowSession(lambda position: 1.5)
-    bench = Bench(tmp_path, beside=beside, options={"quantization": "q4f16_1", "reference": "none"})
-    measured = bench.run()
-    positions = range(1, N)
-    kld = [0.25 * (p % 5) for p in positions]
-    ours, theirs = [loss(p) for p in positions], [1.5 for p in positions]
-    change = [math.exp(-a) - math.exp(-b) for a, b in zip(ours, theirs, strict=True)]
-    difference = [a - b for a, b in zip(ours, theirs, strict=True)]
-    ratio = math.exp(statistics.fmean(difference))
-    expected = {
-        "kld": statistics.fmean(kld),
-        "kld_median": statistics.median(kld),
-        "kld_p99": 1.0,
-        "kld_max": 1.0,
-        "same_top1": sum(p % 2 == 0 for p in positions) / (N - 1),
-        "rms_delta_p": math.sqrt(statistics.fmean(x * x for x in change)),
-        "mean_delta_p": statistics.fmean(change),
-        "perplexity_reference": math.exp(1.5),
-        "delta_perplexity": value(measured, "perplexity") - math.exp(1.5),
-        "ppl_ratio_reference": ratio,
-        "ppl_ratio_reference_se": ratio * statistics.stdev(difference) / math.sqrt(N - 1),
-    }
-    assert set(expected) == set(DIVERGENCE)
-    for name, wanted in expected.items():
-        assert value(measured, name) == pytest.approx(wanted, rel=1e-9), name
-        entry = measured.record.metrics[name]
-        assert (entry["reference"], entry["reference_dtype"]) == ("none", "float32")
-    assert beside.closed
-    ((case, overrides),) = bench.pool.asked
-    assert (case.quantization, case.dtype) == (None, "float32")
-    assert overrides == {"threads": 3}, "both models compute on as many threads"
-
-
-def test_few_positions_have_no_percentile(tmp_path: Path) -> None:
-    options = {"quantization": "q4f16_1", "reference": "none", "eval_tokens": "50"}
-    record = Bench(tmp_path, beside=WindowSession(), options=options).run().record
-    assert record.metrics["kld_p99"]["value"] is None
-    assert record.metrics["kld_p99"]["reason"] == "fewer than 100 positions"
-    assert record.metrics["kld_max"]["value"] == 1.0
-
-
-@pytest.mark.parametrize(("chosen", "reference"), [("none", "none"), ("q4f16_1", "q4f16_1")])
-def test_the_reference_does_not_diverge_from_itself(chosen: str, reference: str, tmp_path: Path) -> None:
-    bench = Bench(tmp_path, options={"quantization": chosen, "reference": reference})
-    record = bench.run().record
-    assert record.status == "ok"
-    for name in DIVERGENCE:
-        assert (record.metrics[name]["value"], record.metrics[name]["reason"]) == (None, "this is the reference")
-    assert bench.pool.asked == []
-
-
-def test_a_reference_that_cannot_run_costs_only_its_metrics(tmp_path: Path) -> None:
-    options = {"quantization": "q4f16_1", "reference": "4bit"}
-    record = Bench(tmp_path, beside="4bit needs bitsandbytes", options=options).run().record
-    assert record.status == "ok"
-    assert record.metrics["kld"]["reason"] == "the reference cannot run: 4bit needs bitsandbytes"
-    assert record.metrics["perplexity"]["value"] is not None
-
-
-def test_without_a_reference_there_is_no_divergence(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    assert not set(DIVERGENCE) & set(bench.run().record.metrics)
-    assert not bench.session.called("compare")
-
-
-def test_a_comparison_that_fails_gives_the_reference_back(tmp_path: Path) -> None:
-    beside = WindowSession()
-    beside.losses = lambda position: 1 / 0
-    bench = Bench(tmp_path, beside=beside, options={"quantization": "q4f16_1", "reference": "none"})
-    record = bench.run().record
-    assert (record.status, record.error["type"], record.error["phase"]) == ("error", "ZeroDivisionError", "reference")
-    assert beside.closed
 
 
 def test_one_token_has_no_error_bar(tmp_path: Path) -> None:
