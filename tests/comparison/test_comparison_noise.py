@@ -174,3 +174,16 @@ def test_the_row_says_what_the_machine_lacked_and_how_it_varied() -> None:
     (row,) = (row for row in rows if row.metric == "tpot_s")
     assert row.verdict == "same"
     assert "lacked" not in row.note
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rounds_that_vary_widen_the_band_below_the_noise_of_processes_too(processes: int) -> None:
+    def width(spread: float) -> float:
+        times = [0.01 * (1 + spread * sign) for sign in (-1, 0, 1, -1, 0, 1, 0)]
+        rows = side(*[[record("a", {"tpot_s": times})]] * processes)
+        found = timed_change(entries(rows), entries(rows), 1)
+        assert found is not None
+        assert found.cv < PROCESS_NOISE
+        return found.high
+
+    assert 0 <= width(0.0) < width(0.01) < width(0.04)

@@ -298,6 +298,9 @@ def test_blocks_of_zeros_that_a_power_cut_leaves_are_no_line(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0" * 4096)
     assert [row["id"] for row in read_records(path)[1]] == ["a"]
+    # a row that lacks nothing but its end of line
+    path.write_bytes(whole[:-1] + b"\0" * 4096)
+    assert [row["id"] for row in read_records(path)[1]] == ["a"]
     path.write_bytes(whole[:-5] + b"\0" * 4096)
     run, rows, notes = read_records(path)
     assert (run["run_id"], rows) == ("r", [])
