@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import shared_weights
 
 _HERE = Path(__file__).parent
 
@@ -39,3 +40,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are():
+    yield
+    changed = shared_weights.changed()
+    assert not changed, (
+        f"this test changed the weights of {', '.join(changed)}, which other tests use: load a model of its own"
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from shared_weights import share
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -67,7 +68,9 @@ def model(attention: str = "sdpa") -> LlamaForCausalLM:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        made = LlamaForCausalLM(config).eval()
+    share(f"kvpress_cases.model({attention!r})", made)
+    return made
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from shared_weights import share
 
 from kvsuite.case import Case
 from kvsuite.engines.hf import HfSession
@@ -35,6 +36,7 @@ def session() -> HfSession:
         for name, weight in built.decoder.model.named_parameters():
             if "norm" not in name and "embed" not in name:
                 weight.mul_(8)
+    share("hf_sessions.session()", built.decoder.model)
     return built
 
 

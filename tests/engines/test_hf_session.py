@@ -257,7 +257,7 @@ def test_a_closed_session_gives_its_weights_back() -> None:
 
 
 def test_decode_reads_all_weights_but_an_untied_embedding() -> None:
-    on = session()
+    on = HfSession(case(), threads=1)
     model = on.decoder.model
     total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert on.model["step_weight_bytes"] == step_weight_bytes(model) == total - 512 * 64 * 4

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from policy_matrix import Line
+from shared_weights import share
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -34,6 +35,12 @@ _WEIGHTS = 0.1
 @functools.cache
 def model(kind: str, attention: str = "sdpa") -> Any:
     """A float32 Llama (2 KV heads for 4 heads), GPT-NeoX (4 heads, rotary on half of each head) or GPT-2."""
+    made = _made(kind, attention)
+    share(f"tiny_decoders.model({kind!r}, {attention!r})", made)
+    return made
+
+
+def _made(kind: str, attention: str) -> Any:
     common = {"vocab_size": VOCAB, "initializer_range": _WEIGHTS, "attn_implementation": attention}
     with torch.random.fork_rng():
         torch.manual_seed(0)

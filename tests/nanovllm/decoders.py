@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from shared_weights import share
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -108,7 +109,9 @@ def wrap(model: Any) -> LoadedModel:
 @functools.cache
 def loaded(kind: str) -> LoadedModel:
     """`fresh`, shared by all tests that give it back as it was."""
-    return fresh(kind)
+    made = fresh(kind)
+    share(f"decoders.loaded({kind!r})", made.model)
+    return made
 
 
 def text(length: int, seed: int = 0) -> list[int]:
