@@ -250,6 +250,19 @@ def test_an_empty_selection_is_said_and_the_rest_drawn() -> None:
     assert len(figures) == 3 + 2 + 2 + 2
 
 
+def test_a_figure_of_one_point_is_not_drawn() -> None:
+    found = sheet("results")
+    first = next(row for row in found.rows if row["max_batch_size"] == 1 and row["sliding_window_size"] < 0)
+    others = [row for row in found.rows if row["max_batch_size"] > 1 and row["sliding_window_size"] < 0]
+    notes: list[str] = []
+    figures = dict(dse._figures([Sheet(found.table, Q4, "x.csv", [first, *others])], notes))
+    assert "chars_throughput_vs_context: not drawn, it would show one point alone" in notes
+    assert "chars_throughput_vs_batch" in figures
+    # the same point of two weight formats is a comparison
+    beside = dict(dse._figures([Sheet(found.table, tag, "x.csv", [first]) for tag in (Q4, Q0)], []))
+    assert "chars_throughput_vs_context" in beside
+
+
 def test_missing_columns_are_said() -> None:
     empty = dict.fromkeys(("gpu_mem_total_mb", "gpu_mem_params_mb", "gpu_mem_kvcache_mb", "gpu_mem_temp_mb"))
     notes: list[str] = []

@@ -150,6 +150,9 @@ def _drawn(
             why = f"no row has {', '.join(plan.where)}" if known else f"the files have no {quantity.short}"
             notes.append(f"{name}: not drawn, {why}")
             continue
+        if len({(sample.tag, sample.settings, sample.condition) for sample in layout.samples}) == 1:
+            notes.append(f"{name}: not drawn, it would show one point alone")
+            continue
         used = [sheet for sheet in sheets if sheet.tag in {sample.tag for sample in layout.samples}]
         captions = [caption for caption in (source_caption(used), *words(plan, layout.samples, used)) if caption]
         title = f"{prefix.rstrip('_')}  {quantity.short} against {plan.x} ({quantity.better} is better)".strip()
