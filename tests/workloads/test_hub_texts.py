@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,9 +48,15 @@ def run(code: str, home: Path, **environment: str) -> list[list[object] | str]:
 
 
 def test_offline_answer_is_quick_and_names_the_mend(tmp_path: Path) -> None:
-    started = time.perf_counter()
-    shown = run(f"for name in {tuple(HUB)}: show(name, option='--kv-dataset')", tmp_path)
-    assert time.perf_counter() - started < 10
+    code = f"""
+import time
+begin = time.perf_counter()
+for name in {tuple(HUB)}: show(name, option='--kv-dataset')
+print(time.perf_counter() - begin)
+"""
+    *shown, seconds = run(code, tmp_path)
+    # the retries of the hub library would take longer
+    assert float(str(seconds)) < 10
     for name, message in zip(HUB, shown, strict=True):
         assert isinstance(message, str)
         assert message.startswith(f"--kv-dataset={name}: offline mode is set (HF_HUB_OFFLINE) and {HUB[name].repo_id}")
