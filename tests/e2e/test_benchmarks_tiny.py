@@ -136,7 +136,7 @@ def test_redraw_gives_the_same_bytes(name: str, finished: Finished, redrawn: Pat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number: signal.Signals) -> None:
     # rounds long enough that the signal meets a case, not the end of the run
-    long = (*COMMAND, "--kv-rounds=40", "--kv-max-new-tokens=64", f"--kv-report-dir={tmp_path}")
+    long = (*COMMAND, "--kv-rounds=10", "--kv-max-new-tokens=64", f"--kv-report-dir={tmp_path}")
     said = []
     with subprocess.Popen(
         [sys.executable, "-m", "pytest", *long], cwd=ROOT, env=environment(), text=True,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from policy_matrix import MATRIX, Line
-from tiny_decoders import LAYERS, chunks_of, feed, model, text
+from tiny_decoders import LAYERS, Fed, chunks_of, feed, model, text
 
 from kvsuite.compression import FixSizeL2, L2Compress, RecentOnly, StreamingLLM
 
@@ -18,13 +19,18 @@ POSITIONS = pytest.mark.parametrize("positions", ["original", "cache"])
 PROMPTS = pytest.mark.parametrize("prompt", [1, 20])
 
 
+@functools.cache
+def full_cache(kind: str, implementation: str, prompt: int) -> Fed:
+    return feed(kind, None, text(TOKENS), chunks_of(prompt, TOKENS), implementation=implementation)
+
+
 @KINDS
 @IMPLEMENTATIONS
 @PROMPTS
 @pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
 def test_nothing_to_evict_is_the_full_cache(kind: str, implementation: str, prompt: int, line: Line) -> None:
     ids, chunks = text(TOKENS), chunks_of(prompt, TOKENS)
-    baseline = feed(kind, None, ids, chunks, implementation=implementation)
+    baseline = full_cache(kind, implementation, prompt)
     every = tuple(range(LAYERS))
     for policy in (line.build(**dict(line.unlimited)), line.build(skip_layers=every)):
         fed = feed(kind, policy, ids, chunks, implementation=implementation)
