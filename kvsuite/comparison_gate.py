@@ -31,7 +31,7 @@ FILE = "comparison.json"
 def register_gate(config: pytest.Config, options: Options) -> None:
     """Register the gate where a comparison is asked for, by us or by pytest-benchmark; workers measure and do not judge."""
     asked = options.compare or options.fail or config.getoption("benchmark_compare", default=None)
-    if asked and not is_worker(config):
+    if asked and not options.plan and not is_worker(config):
         config.pluginmanager.register(Gate(config, options), "kvsuite-comparison")
 
 
@@ -57,6 +57,9 @@ class Gate:
         self._saved_without_records = False
         self._selected: frozenset[str] = frozenset()
         self._deselected: set[str] = set()
+        # whether this run has cases of ours, and why they cannot be compared
+        self._ours = False
+        self._unprepared: UserError | None = None
         self._base: Side | None = None
         self._matcher: Matcher | None = None
         self._family = 1
@@ -86,20 +89,30 @@ class Gate:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """The cases are known: read the base."""
         ours = [item.nodeid for item in session.items if "kv_run" in getattr(item, "fixturenames", ())]
-        if ours and not self._config.option.collectonly:
+        option = self._config.option
+        if ours and not option.collectonly and not option.setuponly:
             self._expect(frozenset(ours))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        """As `pytest_collection_finish`: the controller of xdist collects nothing itself."""
+        """As `pytest_collection_finish`: the controller of xdist collects nothing itself, and sees ids alone."""
+        if self._matcher is not None or self._unprepared is not None:
+            return
         known = self._space_ids(SPACES)
-        if self._matcher is None and any(_bracket(node_id) in known for node_id in ids):
+        if any(_bracket(node_id) in known for node_id in ids):
             self._expect(frozenset(ids))
+            return
+        try:
+            # they may be cases made by hand, or tests of something else that no base has to know
+            self._prepare(frozenset(ids))
+        except UserError as error:
+            self._unprepared = error
 
     def _space_ids(self, suites: Any) -> set[str]:
         return {case.id for suite in suites if suite in SPACES for case in cases_of(suite, self._options)}
 
     def _expect(self, ids: frozenset[str]) -> None:
+        self._ours = True
         try:
             self._prepare(ids)
         except UserError as error:
@@ -159,8 +172,13 @@ class Gate:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> Generator[None]:
         """Judge the record that a report carries; a wrapper, so that nobody sees the report before its verdict."""
         payload = getattr(report, "kvsuite", None)
-        if payload is not None and self.result is not None:
-            lines = self._judge(payload["record"], payload.get("environment"), payload.get("tokens"))
+        if payload is not None:
+            self._ours = True
+            lines: list[str] = []
+            if self.result is not None:
+                lines = self._judge(payload["record"], payload.get("environment"), payload.get("tokens"))
+            elif self._unprepared is not None:
+                lines = [str(self._unprepared)]
             if lines:
                 self._fail(report, lines)
         return (yield)
@@ -203,8 +221,8 @@ class Gate:
         report.longrepr = text
 
     def _text(self, lines: Sequence[str]) -> str:
-        assert self.result is not None
-        return "\n".join([*(f"kvsuite: {line}" for line in lines), f"compared with {self.result.base.label}"])
+        against = [] if self.result is None else [f"compared with {self.result.base.label}"]
+        return "\n".join([*(f"kvsuite: {line}" for line in lines), *against])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -230,7 +248,13 @@ class Gate:
     def _is_missing(self, case_id: str, suite: str, rows: Sequence[dict[str, Any]]) -> bool:
         if case_id in self._selected:
             return True
-        if case_id in self._deselected or suite not in {row["suite"] for row in rows}:
+        # only the cases of a space are known to be all there: of others, what is not selected may have been left out
+        if case_id in self._deselected or suite not in SPACES or suite not in {row["suite"] for row in rows}:
+            return False
+        if self._config.getoption("dist", default="no") != "no" and (
+            self._config.option.keyword or self._config.option.markexpr
+        ):
+            # the controller of xdist is not told what its workers deselect
             return False
         return _bracket(case_id) not in self._space_ids([suite])
 
@@ -258,27 +282,34 @@ class Gate:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write ``comparison.json`` into the run's folder, before what is derived from it."""
+        from .comparison.compare import case_names
         from .comparison.sides import Side
         from .reporting.files import write_atomic
 
         reporter = self._config.stash.get(REPORTER, None)
-        if self.result is None or reporter is None or reporter.folder is None:
+        if self.result is None or not self._ours or self._config.option.collectonly:
             return
-        result, name = self.result, reporter.folder.name
-        result.now = Side(name, ())
+        result = self.result
         result.rows = [row for rows in self._rows.values() for row in rows]
-        result.compared = sum(old is not None for old in self._matched.values())
         result.new = [case for case, old in self._matched.items() if old is None]
         result.renamed = [
             (old.first.id, case) for case, old in self._matched.items() if old is not None and old.first.id != case
         ]
-        if not result.compared:
+        compared = [old.first for old in self._matched.values() if old is not None]
+        result.compared = len(compared)
+        if compared:
+            result.notes += result.rules.about_nothing(case_names(row) for row in compared)
+        else:
             self.problem = (
                 f"nothing was compared: {result.base.label} has no case of this run; another model, dtype, device kind or "
                 "workload is another case"
             )
             if result.rules and session.exitstatus == 0:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if reporter is None or reporter.folder is None:
+            return
+        name = reporter.folder.name
+        result.now = Side(name, ())
         document = result.to_dict()
         document["now"]["run"] = str(reporter.run.get("run_id", name))
         try:

@@ -14,6 +14,8 @@ from kvsuite.errors import UserError
 from .compare import BAD_INPUT, add_rules, rules_of, show
 
 if TYPE_CHECKING:
+    from kvsuite.comparison import Side
+
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -74,24 +76,28 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--processes={arguments.processes}: one process a side cannot tell code from luck; give {MIN_PROCESSES} or more"
         )
-    rules_of(arguments.fail)  # a typo is found before an hour of measuring
+    rules_of(arguments.fail, complete=False)  # most mistakes are found before an hour of measuring
     with checked_out(arguments.base, arguments.head) as (base, head, inside):
         folder = _new_folder(arguments.out)
         turns = order(arguments.processes)
         print(f"{base.label} and {head.label} in turns: {turns}, into {folder}")
         progress = Progress(lambda line: print(line, flush=True), len(turns))
         counts = {"A": itertools.count(1), "B": itertools.count(1)}
+        sides: dict[str, Side] = {}
         for turn in turns:
             revision, side = (base, "base") if turn == "A" else (head, "head")
             name = f"{side}-{next(counts[turn])}"
             progress.case(name)
             run_process(revision, inside, arguments.pytest_arguments, folder / side, folder / f"{name}.log")
-            check_side(read_measured(folder / side, revision))
+            sides[side] = read_measured(folder / side, revision)
+            check_side(sides[side])
+            if len(sides) == 2:
+                # metrics and suites of the repository's own are known now
+                rules = rules_of(arguments.fail, *sides.values())
             progress.finished(revision.label)
-        sides = [read_measured(folder / side, revision) for side, revision in (("base", base), ("head", head))]
     if arguments.json is None:
         arguments.json = folder / "comparison.json"
-    return show(compare(sides[0], sides[1], rules_of(arguments.fail, *sides)), arguments)
+    return show(compare(sides["base"], sides["head"], rules), arguments)
 
 
 def _new_folder(given: Path | None) -> Path:

@@ -91,8 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def rules_of(text: str, *sides: Side) -> Rules:
-    """Rules of ``--fail``, checked against what the sides hold.
+def rules_of(text: str, *sides: Side, complete: bool = True) -> Rules:
+    """Rules of ``--fail``, checked against what the sides hold; ``complete`` as in `Rules.check`.
 
     Raises
     ------
@@ -107,7 +107,7 @@ def rules_of(text: str, *sides: Side) -> Rules:
     except ValueError as error:
         raise UserError(f"--fail={text}: {error}") from error
     suites = {row.suite for side in sides for run in side.runs for row in run.rows} | set(SPACES)
-    rules.check(known_metrics(*sides), suites, "--fail")
+    rules.check(known_metrics(*sides), suites, "--fail", complete=complete)
     return rules
 
 
@@ -128,7 +128,7 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
             f"{len(result.missing)} cases); another model, dtype, device kind or workload is another case"
         )
     if arguments.markdown:
-        print(comparison_markdown(result))
+        print(comparison_markdown(result, everything=arguments.all))
     else:
         # a pipe is as wide as its reader likes
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200

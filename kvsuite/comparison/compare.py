@@ -10,6 +10,7 @@ from typing import Any
 from .judge import Judge, Pair
 from .machine import machine_differences
 from .matching import Matcher, SideCase, cases_of_side
+from .records import Row
 from .rules import Rules
 from .sides import Side
 from .verdicts import Verdict
@@ -106,7 +107,13 @@ def compare(base: Side, now: Side, rules: Rules) -> Comparison:
         else:
             add_pair(result, judge, Pair(old, case))
     result.missing = [case_id for _, case_id in matcher.left]
+    result.notes += rules.about_nothing(case_names(pair.now.first) for pair in known)
     return result
+
+
+def case_names(row: Row) -> tuple[str, tuple[str, str, str]]:
+    """Suite and names of a case, as rules call it."""
+    return row.suite, (row.name, row.bracket, row.id)
 
 
 def add_pair(result: Comparison, judge: Judge, pair: Pair) -> list[Verdict]:
@@ -133,7 +140,7 @@ def gated_times(cases: Iterable[Pair | SideCase], rules: Rules) -> int:
     count = 0
     for case in cases:
         row = case.base.first if isinstance(case, Pair) else case.first
-        active = rules.of_case(row.suite, (row.name, row.bracket, row.id))
+        active = rules.of_case(*case_names(row))
         count += sum(
             entry.kind == "timed" and active.find(name, entry.unit, entry.better, entry.kind) is not None
             for name, entry in row.metrics.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import median
+from statistics import geometric_mean, median
 
 import msgspec
 
@@ -63,6 +63,7 @@ class Judge:
 
     def case(self, pair: Pair) -> list[Verdict]:
         """Verdicts on a case: its status if one side has no result, else all its metrics."""
+        pair, note = _without_failed(pair)
         before, after = worst(pair.base), worst(pair.now)
         if before.status != "ok" or after.status != "ok":
             return [_status(before, after)]
@@ -74,11 +75,11 @@ class Judge:
             _machine(pair),
         )
         several = len(pair.base.rows) > 1 or len(pair.now.rows) > 1
-        verdicts = []
+        verdicts = [Verdict(after.id, STATUS, "1", None, None, "ok -> ok", "information", "", note)] if note else []
         names = before.metrics if before.metrics.keys() >= after.metrics.keys() else {**before.metrics, **after.metrics}
         for name in names:
             if several:
-                old, new = _stand_in(pair.base, name), _stand_in(pair.now, name)
+                old, new = _stand_in(pair.base, name, some=True), _stand_in(pair.now, name)
             else:
                 old, new = before.metrics.get(name), after.metrics.get(name)
             first = old or new
@@ -129,16 +130,15 @@ class Judge:
 
     def _timed(self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None) -> tuple[Word, str]:
         found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.machine)
-        if found is None:
-            fewest = min(old.n or 1, new.n or 1)
-            few = f"{fewest} rounds, {MIN_ROUNDS} are needed" if fewest < MIN_ROUNDS else "a time of 0 or less"
-            return "unstable", few
         base = old.value or 0.0
+        if found is None:
+            return _without_noise(base, new.value or 0.0, old, min(old.n or 1, new.n or 1), rule)
         worse_by = found.change * base * (1 if old.better == "lower" else -1)
         broken = rule is not None and rule.limit.exceeded(base, worse_by, "timed")
         band = f"noise {_band_text(found.low, found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
+        if found.alone:
             machine = case.machine
             if max(machine.lacks) > _BUSY:
                 band += f", on a machine that lacked {max(machine.lacks):.0%} of its speed"
@@ -150,9 +150,19 @@ class Judge:
             return "unstable", f"inside {band}"
         if found.cv > MAX_CV:
             return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
-        if not found.measured and case.machine.noise > MAX_CV:
+        if found.alone and case.machine.noise > MAX_CV:
             return "unstable", band
         return "same", band
+
+
+def _without_noise(base: float, now: float, old: Entry, fewest: int, rule: Rule | None) -> tuple[Word, str]:
+    """The verdict on times that have no logarithm or too few rounds."""
+    if fewest < MIN_ROUNDS:
+        return "unstable", f"{fewest} rounds, {MIN_ROUNDS} are needed"
+    worse_by = now - base if old.better == "lower" else base - now
+    if rule is None or (base == 0 and rule.limit.relative) or not rule.limit.exceeded(base, worse_by, "timed"):
+        return "same" if base == now else "unstable", "" if base == now else "0 has no noise"
+    return "regression", "0 has no noise"
 
 
 def _band_text(low: float, high: float) -> str:
@@ -180,6 +190,16 @@ def _machine(pair: Pair) -> Machine:
     return Machine.of((waits[0], waits[1]), varies)
 
 
+def _without_failed(pair: Pair) -> tuple[Pair, str]:
+    """The pair with those runs of the base in which the case was fine, if there are any: one bad run makes no bad base."""
+    fine = tuple((at, row) for at, row in pair.base.rows if row.status == "ok")
+    failed = [row.status for row in pair.base.all if row.status != "ok"]
+    if not fine or not failed:
+        return pair, ""
+    note = f"{len(failed)} of {len(pair.base.rows)} runs of the base are left out: {', '.join(sorted(set(failed)))}"
+    return Pair(SideCase(fine), pair.now), note
+
+
 def worst(case: SideCase) -> Row:
     """The row that stands for a side: one that failed, where there is one."""
     return next((row for _, row in case.rows if row.status != "ok"), case.first)
@@ -197,19 +217,26 @@ def _status(before: Row, after: Row) -> Verdict:
 
 
 def _entries(case: SideCase, name: str) -> list[Entry]:
-    return [row.metrics[name] for _, row in case.rows]
+    entries = [row.metrics.get(name) for _, row in case.rows]
+    return [entry for entry in entries if entry is not None and entry.value is not None]
 
 
-def _stand_in(case: SideCase, name: str) -> Entry | None:
-    """One entry for all processes of a side: their median; a metric that one of them lost is lost."""
+def _stand_in(case: SideCase, name: str, *, some: bool = False) -> Entry | None:
+    """One entry for all processes of a side: of times the geometric mean, which is what is judged, else the median.
+
+    A metric that one of them lost is lost, unless ``some`` of them are enough.
+    """
     entries = [row.metrics.get(name) for _, row in case.rows]
     known = [entry for entry in entries if entry is not None]
-    values = [entry.value for entry in known if entry.value is not None]
-    if len(known) < len(entries):
+    held = [entry for entry in known if entry.value is not None]
+    if not known or (len(known) < len(entries) and not some):
         return None
-    fewest = min((entry.n for entry in known if entry.n is not None), default=None)
-    lost = next((entry for entry in known if entry.value is None), None)
-    return lost or msgspec.structs.replace(known[0], value=median(values), n=fewest)
+    if not held or (len(held) < len(known) and not some):
+        return next(entry for entry in known if entry.value is None)
+    values = [entry.value for entry in held if entry.value is not None]
+    timed = held[0].kind == "timed" and min(values) > 0
+    fewest = min((entry.n for entry in held if entry.n is not None), default=None)
+    return msgspec.structs.replace(held[0], value=geometric_mean(values) if timed else median(values), n=fewest)
 
 
 def _other_definition(base: Entry, now: Entry) -> str | None:
@@ -238,7 +265,8 @@ def _noise(name: str, pair: Pair, base: Side, now: Side) -> _Noise | None:
     Perplexity's is that of the mean difference of the losses times the base (delta method). Without tokens the two standard
     errors are added as if the sides had scored different texts, which is far too wide, and the note says so.
     """
-    (at_base, old), (at_now, new) = pair.base.rows[0], pair.now.rows[0]
+    at_base, old = next((one for one in pair.base.rows if _value(one[1], name) is not None), pair.base.rows[0])
+    at_now, new = pair.now.rows[0]
     paired = paired_difference(base.runs[at_base].tokens(old), now.runs[at_now].tokens(new), _PAIRED[name])
     if paired is not None:
         scale = {"perplexity": _value(old, name), "nll_sum": _value(old, "nll_tokens")}.get(name, 1.0)

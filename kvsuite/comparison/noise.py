@@ -5,12 +5,13 @@ A change of a time counts if two things hold.
 1. **Rounds**: a two-sided Mann-Whitney U test of the rounds of both sides gives p < 0.01.
 2. **Processes**: the change of the median lies outside the noise band of both sides. Rounds of one process share its memory
    layout, clocks and neighbours, so their p-value alone would name two runs of the same code different; the band is what two
-   sides of the same code differ by. With several processes a side it is measured: the spread of their medians within the
-   sides, Student's t. With one a side it cannot be: `PROCESS_NOISE` is assumed, or where that is larger the spread of the
-   rounds, the spread of the machine's speed, or the share of its speed that a side lacked; and such a side counts as the
-   faster for it that it may have been. Speed is what a fixed loop measures right before and after the rounds
-   (`host_probe_s`): another tenant on the same core, a lower clock rate. It is lacking where that loop took longer than on
-   the other side, and while a process waits for a CPU (`host_wait_share`).
+   sides of the same code differ by. From four processes on it is measured: the spread of their medians within the sides,
+   Student's t. With fewer it cannot be: `PROCESS_NOISE` is assumed, or the spread of the rounds where that is larger. A side
+   of one process has nothing beside it that would show what the machine was like, so there the band is never less than the
+   spread of the machine's speed and the share of its speed that a side lacked, and a side counts as the faster for it that
+   it may have been. Speed is what a fixed loop measures right before and after the rounds (`host_probe_s`): another tenant
+   on the same core, a lower clock rate. It is lacking where that loop took longer than on the other side, and while a
+   process waits for a CPU (`host_wait_share`).
 
 The band is one-sided at ``FALSE_ALARMS / family``, ``family`` being the number of timed comparisons that a rule gates
 (Bonferroni): all gated times of a comparison together name a regression of unchanged code in at most one of a hundred
@@ -58,6 +59,8 @@ class TimedChange(msgspec.Struct, frozen=True, gc=False):
         Whether the change counts.
     measured
         Whether the noise of processes was measured; else it was assumed.
+    alone
+        Whether a side is one process, so that its machine's speed counts.
     cv
         Largest coefficient of variation of the rounds of a process.
     """
@@ -67,6 +70,7 @@ class TimedChange(msgspec.Struct, frozen=True, gc=False):
     high: float
     real: bool
     measured: bool
+    alone: bool
     cv: float
 
 
@@ -127,19 +131,24 @@ def timed_change(
     share = 1 / len(before) + 1 / len(after)
     # what three processes differ by says next to nothing about processes
     measured = processes > 3
+    alone = min(len(before), len(after)) == 1
+    normal = _quantile(max(family, 1), None)
     if measured:
         freedom = processes - 2
         variance = math.fsum((value - fmean(side)) ** 2 for side in (before, after) for value in side) / freedom
         # medians of few rounds cannot agree better than their rounds allow, they can only seem to
         half = _quantile(max(family, 1), freedom) * math.sqrt(share * max(variance, rounds))
-        low, high = -half, half
+        if alone:
+            half = max(half, normal * math.sqrt(share * (machine.noise**2 + rounds)))
     else:
         assumed = max(PROCESS_NOISE, cv, machine.noise)
-        half = _quantile(max(family, 1), None) * math.sqrt(share * (assumed**2 + rounds))
+        half = normal * math.sqrt(share * (assumed**2 + rounds))
+    low, high = -half, half
+    if alone:
         # with all of its speed a side may have been faster: its times shorter, its rates higher
         below, above = machine.lacks if base[0].better == "lower" else machine.lacks[::-1]
-        low = -half + math.log1p(-min(below, _MOST_LACKING))
-        high = half - math.log1p(-min(above, _MOST_LACKING))
+        low += math.log1p(-min(below, _MOST_LACKING))
+        high -= math.log1p(-min(above, _MOST_LACKING))
     return TimedChange(
         change=math.expm1(difference),
         low=math.expm1(low),
@@ -147,6 +156,7 @@ def timed_change(
         # the test of the rounds is the dearer one: it is asked only where it can decide
         real=not low <= difference <= high and _rounds_p(base, now) < ROUNDS_P,
         measured=measured,
+        alone=alone,
         cv=cv,
     )
 

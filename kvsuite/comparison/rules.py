@@ -23,6 +23,8 @@ DEFAULT_RULES = (
     "ttft:+10%,tpot:+5%,decode_tok_s:-5%,prefill_tok_s_computed:-5%"
 )
 _GLOB = frozenset("*?[")
+# raw gaps of all rounds, which are no rounds: who has their verdict
+_POOLED = {"itl_s": "tpot_s"}
 _SIGNS: dict[Better, str] = {"lower": "+", "higher": "-", "none": ""}
 
 
@@ -47,7 +49,8 @@ class Rule:
     def covers(self, suite: str, names: Iterable[str]) -> bool:
         """Whether the rule is about a case of ``suite`` that is called ``names``."""
         return (not self.suite or fnmatchcase(suite, self.suite)) and (
-            not self.case or any(fnmatchcase(name, self.case) for name in names)
+            # a whole id has brackets, which a pattern would take for a set of characters
+            not self.case or any(name == self.case or fnmatchcase(name, self.case) for name in names)
         )
 
     def fits(self, name: str, metric: Known) -> bool:
@@ -95,8 +98,24 @@ class Rules:
             self._cases[active] = CaseRules(tuple(self.rules[index] for index in active))
         return self._cases[active]
 
-    def check(self, known: Mapping[str, Known], suites: Iterable[str], option: str) -> None:
+    def about_nothing(self, cases: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
+        """A note for every rule whose case pattern matches none of these cases, given as (suite, names)."""
+        left = {rule.text: rule for rule in self.rules if rule.case}
+        for suite, names in cases if left else ():
+            left = {text: rule for text, rule in left.items() if not rule.covers(suite, names)}
+        return [f"rule {text} is about no case that was compared" for text in left]
+
+    def check(self, known: Mapping[str, Known], suites: Iterable[str], option: str, *, complete: bool = True) -> None:
         """Refuse rules about metrics and suites that do not exist, and limits that can never be reached.
+
+        Parameters
+        ----------
+        known, suites
+            What there is.
+        option
+            For messages.
+        complete
+            Whether that is all there is; else rules about others are let through.
 
         Raises
         ------
@@ -105,8 +124,10 @@ class Rules:
         """
         for rule in self.rules:
             try:
-                _check_suite(rule, sorted(set(suites)))
-                _check_metric(rule, known)
+                if complete:
+                    _check_suite(rule, sorted(set(suites)))
+                if complete or rule.metric in known:
+                    _check_metric(rule, known)
             except ValueError as error:
                 raise UserError(f"{option}={rule.text}: {error}") from error
 
@@ -152,11 +173,12 @@ def _parse_rule(text: str) -> Rule:
         hint = f"; did you mean {meant[0]}?" if meant else ""
         raise ValueError(f"{text} is no rule{hint}; write METRIC:LIMIT or one of {', '.join(WORDS)}")
     parts = scope.split("/")
-    if len(parts) > 3 or not all(part.strip() for part in parts):
+    if not all(part.strip() for part in parts):
         raise ValueError(f"{scope or 'nothing'} is no scope; write METRIC, SUITE/METRIC or SUITE/CASE/METRIC")
     metric = parts[-1].strip()
     suite = parts[0].strip() if len(parts) > 1 else ""
-    case = parts[1].strip() if len(parts) > 2 else ""
+    # a whole id has a path in it
+    case = "/".join(parts[1:-1]).strip()
     return Rule(text, suite, case, ALIASES.get(metric, metric), parse_limit(limit.strip()))
 
 
@@ -174,6 +196,9 @@ def _check_metric(rule: Rule, known: Mapping[str, Known]) -> None:
         raise ValueError(
             f"no metric {rule.metric}{_meant(rule.metric, [*known, *ALIASES])}; docs/metrics.md lists them"
         )
+    if rule.metric in _POOLED:
+        instead = _POOLED[rule.metric]
+        raise ValueError(f"{rule.metric} pools the gaps of all rounds and is never judged; write {instead}")
     metric, limit = known[rule.metric], rule.limit
     if metric.kind == "ambient" or metric.better == "none":
         raise ValueError(f"{rule.metric} has no better direction and is never judged; drop the rule")

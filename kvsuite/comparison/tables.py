@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 from .compare import Comparison
-from .verdicts import STATUS, Verdict, Word, change_text, number_pair
+from .verdicts import STATUS, Verdict, Word, change_text, number_pair, printable
 
 #: shown even where nothing moved
 HEADLINE = (
@@ -68,7 +68,7 @@ def comparison_text(
         legacy_windows=False,
     )
     rows = shown_rows(result.rows, everything=everything)
-    console.print(Text(f"base: {result.base.label}\nnow:  {result.now.label}"))
+    console.print(Text(f"base: {printable(result.base.label)}\nnow:  {printable(result.now.label)}"))
     if rows:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for title in _HEADER:
@@ -76,22 +76,29 @@ def comparison_text(
             table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=right)
         names = short_names([row.case for row in rows])
         for row in rows:
-            table.add_row(*(Text(cell) for cell in (names[row.case], *_cells(row))), style=_STYLES[row.verdict])
+            cells = (names[row.case], *_cells(row))
+            table.add_row(*(Text(printable(cell)) for cell in cells), style=_STYLES[row.verdict])
         console.print(table)
     left_out = len(result.rows) - len(rows)
     if left_out:
         console.print(Text(f"{left_out} more rows that matter less: {more}"))
     for line in _lists(result):
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(printable(line)), soft_wrap=True)
     console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
     return stream.getvalue()
 
 
-def comparison_markdown(result: Comparison) -> str:
+def comparison_markdown(result: Comparison, *, everything: bool = False) -> str:
     """Render for a pull request: the summary, what fails, and the table behind a fold."""
-    rows = shown_rows(result.rows)
-    lines = [f"**kvsuite: {summary(result)}**", "", f"`{result.now.label}` against `{result.base.label}`", ""]
-    lines += [f"- {_escaped(line)}" for line in result.failures[:MOST_ROWS]]
+    rows, failures = shown_rows(result.rows, everything=everything), result.failures
+    lines = [
+        f"**kvsuite: {summary(result)}**",
+        "",
+        f"{_escaped(result.now.label)} against {_escaped(result.base.label)}",
+        "",
+    ]
+    lines += [f"- {_escaped(line)}" for line in failures[:MOST_ROWS]]
+    lines += [f"- {len(failures) - MOST_ROWS} more against the rules"] if len(failures) > MOST_ROWS else []
     lines += [f"- {_escaped(line)}" for line in _lists(result)]
     if rows:
         lines += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
@@ -100,6 +107,8 @@ def comparison_markdown(result: Comparison) -> str:
         for row in rows:
             cells = [names[row.case], *_cells(row)]
             lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+        left_out = len(result.rows) - len(rows)
+        lines += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
         lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
@@ -148,7 +157,7 @@ def _plural(word: Word, count: int) -> str:
 
 def _escaped(cell: str) -> str:
     """Text that Markdown and the HTML inside it leave alone."""
-    text = " ".join(cell.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(" ".join(cell.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in ("\\", "|", "*", "_", "`", "[", "]", "~", "#"):
         text = text.replace(mark, "\\" + mark)
     return text

@@ -22,7 +22,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     metric, unit
         As in the record; ``status`` is how the case ended.
     base, now
-        Values, ``None`` for none; of several processes their median.
+        Values, ``None`` for none; of several processes their median, of their times the geometric mean.
     change
         Relative change, the words of a change of status, or ``None`` where there is none (from 0, to nothing).
     verdict
@@ -52,7 +52,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         parts = [f"{self.case}: {self.metric} {values}", self.verdict]
         parts += [f"rule {self.rule}"] if self.rule else []
         parts += [self.note] if self.note else []
-        return "; ".join(parts)
+        return printable("; ".join(parts))
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON types; a number that JSON cannot hold is null."""
@@ -71,6 +71,13 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters and line ends written out: a name from a file must not steer the reader's terminal."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def change_text(change: float | str | None) -> str:

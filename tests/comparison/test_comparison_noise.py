@@ -133,6 +133,35 @@ def test_waiting_widens_the_band_on_the_side_that_it_may_have_caused() -> None:
         assert abs(getattr(waited, wider)) > abs(getattr(quiet, wider)), name
 
 
+@pytest.mark.parametrize("runs", [1, 2, 3, 4, 6])
+def test_a_busy_machine_is_allowed_for_however_many_runs_the_base_has(runs: int) -> None:
+    times = [0.01, 0.0101, 0.0099, 0.01, 0.0102, 0.01, 0.01]
+    quiet = record("a", {"tpot_s": times, "host_wait_share": 0.0, "host_probe_s": 0.004})
+    for busy in ({"host_wait_share": 0.5}, {"host_probe_s": 0.008}):
+        now = record("a", {"tpot_s": [2 * one for one in times], "host_wait_share": 0.0, "host_probe_s": 0.004} | busy)
+        result = compare(side(*[[quiet]] * runs), side([now]), parse_rules("tpot:+5%"))
+        (row,) = [row for row in result.rows if row.metric == "tpot_s"]
+        assert (row.verdict, result.failures) == ("unstable", [])
+        assert "on a machine that lacked 50% of its speed" in row.note
+    # with as many on both sides the spread of the processes says it all
+    slow = record("a", {"tpot_s": [2 * one for one in times], "host_wait_share": 0.5})
+    assert bool(compare(side(*[[quiet]] * runs), side(*[[slow]] * runs), RULES).failures) == (runs > 1)
+
+
+def test_the_change_that_is_shown_is_the_one_that_is_judged() -> None:
+    def process(middle: float) -> list[dict[str, Any]]:
+        return [record("a", {"tpot_s": [middle * (1 + 1e-4 * i) for i in range(-3, 4)]})]
+
+    base = side(*(process(one) for one in (9.99, 10.0, 10.01, 10.0, 9.98, 10.02)))
+    now = side(*(process(one) for one in (10.4, 10.42, 10.45, 10.41, 10.9, 10.95)))
+    (row,) = compare(base, now, parse_rules("tpot:+5%")).rows
+    assert row.verdict == "regression"
+    assert isinstance(row.change, float)
+    assert row.change > 0.05
+    assert row.base is not None
+    assert row.now == pytest.approx(row.base * (1 + row.change))
+
+
 @pytest.mark.parametrize("times", [[0.01] * 4, [0.0] * 5, [-1.0] * 5])
 def test_too_few_rounds_and_impossible_times_have_no_verdict(times: list[float]) -> None:
     good, bad = side([record("a", {"tpot_s": [0.01] * 5})]), side([record("a", {"tpot_s": times})])

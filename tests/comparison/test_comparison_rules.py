@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from comparison_samples import record, side
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.comparison import DEFAULT_RULES, known_metrics, parse_rules
+from kvsuite.comparison import DEFAULT_RULES, compare, known_metrics, parse_rules
 from kvsuite.comparison.limits import parse_limit
 from kvsuite.comparison.rules import Rule
 from kvsuite.errors import UserError
@@ -86,6 +87,30 @@ def test_cases_are_called_by_name_and_by_id() -> None:
     assert find("compression/nano-*/ttft:+1%", "ttft_s") is None
 
 
+def test_a_whole_id_is_a_name() -> None:
+    whole = "benchmarks/test_compression.py::test_compression[hf-streaming_64]"
+    rules = parse_rules(f"compression/{whole}/kv_bytes_exact:+0")
+    assert rules.of_case("compression", ("streaming_64", "hf-streaming_64", whole)).find(
+        "kv_bytes_exact", *KNOWN["kv_bytes_exact"]
+    )
+    assert rules.about_nothing([("compression", (whole,))]) == []
+
+
+def test_a_pattern_that_matches_no_case_is_told() -> None:
+    rules = parse_rules("ttft:+5%,compression/hf-streeming_*/tpot:+5%,compression/base*/tpot:+5%")
+    assert rules.about_nothing([("compression", ("baseline", "hf-baseline"))]) == [
+        "rule compression/hf-streeming_*/tpot:+5% is about no case that was compared"
+    ]
+    result = compare(side([record("a")]), side([record("a")]), parse_rules("*/b/ttft:+5%"))
+    assert result.notes == ["rule */b/ttft:+5% is about no case that was compared"]
+
+
+def test_rules_about_what_is_not_known_yet() -> None:
+    parse_rules("joules:+1%,mine/ttft:+1%").check(KNOWN, SUITES, "--fail", complete=False)
+    with pytest.raises(UserError, match="write - or no sign"):
+        parse_rules("decode_tok_s:+5%").check(KNOWN, SUITES, "--fail", complete=False)
+
+
 def test_words_and_the_default() -> None:
     rules = parse_rules("default, missing ,new,renamed,unstable,ttft:off")
     assert rules.words == {"missing", "new", "renamed", "unstable"}
@@ -131,6 +156,7 @@ UNKNOWN = {
     "kvv_*:+5%": "no metric that kvv_* matches can have this limit",
     "mem_*:+5s": "no metric that mem_* matches can have this limit",
     "mem_measured_driver_bytes:+5%": "is never judged",
+    "itl_s:+5%": "pools the gaps of all rounds and is never judged; write tpot_s",
 }
 
 

@@ -9,6 +9,7 @@ from comparison_samples import record, side
 
 from kvsuite.comparison import Comparison, Side, compare, parse_rules
 from kvsuite.comparison.rules import Rules
+from kvsuite.comparison.tables import comparison_markdown, comparison_text
 from kvsuite.comparison.verdicts import Verdict, change_text, number_pair
 
 DEFAULT = parse_rules("default")
@@ -185,6 +186,69 @@ def test_several_processes_are_one_side() -> None:
     failed = side([record("a", {"kv_bytes_exact": 10})], [record("a", status="oom", error=FAILED)])
     (row,) = compare(base, failed, DEFAULT).rows
     assert row.change == "ok -> oom"
+
+
+@pytest.mark.parametrize("bad", ["oom", "lost", "absent"])
+def test_one_bad_run_makes_no_bad_base(bad: str) -> None:
+    fine = record("a", {"kv_bytes_exact": 100})
+    worse = {
+        "oom": record("a", status="oom", error=FAILED),
+        "lost": record("a", {"kv_bytes_exact": None}),
+        "absent": record("a", {"nll_tokens": 3}),
+    }[bad]
+    for base in (side([worse], [fine], [fine]), side([fine], [fine], [worse])):
+        result = compare(base, side([record("a", {"kv_bytes_exact": 300})]), DEFAULT)
+        assert [line.partition(": ")[2] for line in result.failures] == [
+            "kv_bytes_exact 100 B -> 300 B (+200.0 %); regression; rule kv_bytes_exact:+0"
+        ]
+        (failure,) = compare(base, side([record("a", {"kv_bytes_exact": None})]), DEFAULT).failures
+        assert "lost" in failure
+        if bad == "oom":
+            assert result.rows[0].note == "1 of 3 runs of the base are left out: oom"
+            (failure,) = compare(base, side([worse]), DEFAULT).failures
+            assert "ok -> oom" in failure
+
+
+ZEROS = {
+    "a rate that is gone": ("decode_tok_s_agg", 50.0, 0.0, "decode_tok_s:-5%", "regression"),
+    "beyond an absolute limit": ("ttft_s", 0.0, 5.0, "ttft:+5ms", "regression"),
+    "inside it": ("ttft_s", 0.0, 0.001, "ttft:+5ms", "unstable"),
+    "a share of nothing": ("ttft_s", 0.0, 5.0, "ttft:+5%", "unstable"),
+    "both": ("ttft_s", 0.0, 0.0, "ttft:+5%", "same"),
+}
+
+
+@pytest.mark.parametrize(("metric", "before", "after", "rule", "word"), ZEROS.values(), ids=ZEROS)
+def test_times_of_zero(metric: str, before: float, after: float, rule: str, word: str) -> None:
+    assert one({metric: [before] * 5}, {metric: [after] * 5}, metric, parse_rules(rule)).verdict == word
+
+
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\nfine\n::error::x"
+
+
+def test_names_from_a_file_do_not_steer_the_terminal() -> None:
+    base, now = (
+        Side(HOSTILE, side([record(HOSTILE, {"kv_bytes_exact": size}), record(HOSTILE + more)]).runs)
+        for size, more in ((1, "b"), (2, "c"))
+    )
+    result = compare(base, now, parse_rules("default,missing"))
+    assert len(result.failures) == 2
+    lines = comparison_text(result).splitlines()
+    assert not [line for line in lines if not line.isprintable() or line.startswith("::")]
+    assert all(line.isprintable() for line in result.failures[:1])
+    marked = comparison_markdown(result).splitlines()
+    assert not [line for line in marked if not line.isprintable() or line.startswith("::")]
+
+
+def test_markdown_says_what_it_leaves_out() -> None:
+    base, now = (
+        side([record(f"c{i}", {"kv_bytes_exact": size, "ttft_s": [1.0] * 5}) for i in range(250)]) for size in (1, 2)
+    )
+    result = compare(base, now, DEFAULT)
+    text = comparison_markdown(result)
+    assert "- 50 more against the rules" in text
+    assert "300 more rows that matter less: --all shows them" in text
+    assert comparison_markdown(result, everything=True).count("| ttft") == 250
 
 
 # which case is which

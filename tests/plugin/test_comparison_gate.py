@@ -202,6 +202,17 @@ def test_nothing_in_common_fails(based: Project) -> None:
     result.stdout.fnmatch_lines(["warning: nothing was compared: *another model, dtype*"])
 
 
+def test_a_run_whose_tests_were_all_skipped_compared_nothing(based: Project) -> None:
+    conftest = based.path / "benchmarks" / "conftest.py"
+    skipping = "\n\n@pytest.fixture(autouse=True)\ndef _skip():\n    pytest.skip('planted')\n"
+    conftest.write_text(conftest.read_text() + skipping)
+    result = based.run("--kv-compare=latest", "--kv-fail=default")
+    result.assert_outcomes(skipped=3)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["warning: nothing was compared: *"])
+    assert based.run("--kv-compare=latest", "--kv-fail=default", "--kv-plan").ret == 0
+
+
 def _first(based: Project) -> Path:
     return min(based.path.glob("reports/*"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -246,7 +257,7 @@ BAD = {
     "unit": ("--kv-fail=peak_vram:+5ms", "is in bytes, not in s; write the limit in its unit or in %"),
     "fact": ("--kv-fail=nll_tokens:+5%", "has no better direction and is never judged; drop the rule"),
     "word": ("--kv-fail=mising", "mising is no rule; did you mean missing?"),
-    "scope": ("--kv-fail=a/b/c/ttft:+5%", "is no scope; write METRIC, SUITE/METRIC or SUITE/CASE/METRIC"),
+    "scope": ("--kv-fail=a//ttft:+5%", "is no scope; write METRIC, SUITE/METRIC or SUITE/CASE/METRIC"),
     "path": ("--kv-compare=nowhere", "--kv-compare=nowhere: cannot be read (No such file or directory); give a run's folder"),
     "a test": ("--kv-compare=benchmarks/test_compression.py", "not a run of kvsuite"),
     "no base": ("--kv-fail=default", "there is nothing to compare with; add --kv-compare=latest"),
@@ -291,6 +302,29 @@ def test_under_xdist_the_right_case_fails(forked: Path) -> None:
     failed = [case.attrib["name"] for case in ElementTree.parse(forked / "junit.xml").iter("testcase") if len(case)]
     assert failed == ["test_compression[hf-streaming_6]"]
     assert run.said("new: benchmarks/test_compression.py::test_compression[hf-streaming_7]")
+
+
+BY_HAND = """
+from kvsuite.case import Case
+
+def test_tight(kv_run):
+    kv_run(Case("mine", "hf", "dummy:tiny", "tight", "cpu", "float32"))
+"""
+
+
+def test_under_xdist_cases_made_by_hand_are_gated_too(forked: Path) -> None:
+    shutil.rmtree(forked / "reports")
+    (forked / "benchmarks" / "test_compression.py").unlink()
+    (forked / "benchmarks" / "test_mine.py").write_text(BY_HAND)
+    gated = (*ARGUMENTS, "-n1", "--kv-compare=latest", "--kv-fail=default")
+    run = run_pytest(forked, *gated)
+    assert run.code == 1
+    assert run.said("--kv-compare=latest: no run under reports that has a case of this one")
+    # it measured, and is the base now
+    script(forked, tight={"metrics": {"kv_bytes_exact": 2_000_000}})
+    run = run_pytest(forked, *gated)
+    assert run.code == 1
+    assert run.said("kv_bytes_exact 1 MiB -> 1.907 MiB (+90.7 %); regression; rule kv_bytes_exact:+0")
 
 
 def test_under_xdist_pytest_benchmarks_comparison_is_refused(forked: Path) -> None:
