@@ -115,7 +115,7 @@ class Rules:
         option
             For messages.
         complete
-            Whether that is all there is; else rules about others are let through.
+            Whether that is all there is; else rules about others are let through, unless they look misspelt.
 
         Raises
         ------
@@ -124,9 +124,9 @@ class Rules:
         """
         for rule in self.rules:
             try:
-                if complete:
+                if complete or _is_misspelt(rule.suite, suites):
                     _check_suite(rule, sorted(set(suites)))
-                if complete or rule.metric in known:
+                if complete or rule.metric in known or _is_misspelt(rule.metric, [*known, *ALIASES]):
                     _check_metric(rule, known)
             except ValueError as error:
                 raise UserError(f"{option}={rule.text}: {error}") from error
@@ -209,6 +209,10 @@ def _check_metric(rule: Rule, known: Mapping[str, Known]) -> None:
         )
     if limit.unit not in (None, metric.unit):
         raise ValueError(f"{rule.metric} is in {metric.unit}, not in {limit.unit}; write the limit in its unit or in %")
+
+
+def _is_misspelt(name: str, names: Iterable[str]) -> bool:
+    return bool(difflib.get_close_matches(name, list(names), 1, 0.85)) and name not in names
 
 
 def _meant(wrong: str, names: Iterable[str]) -> str:

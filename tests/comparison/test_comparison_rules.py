@@ -107,6 +107,9 @@ def test_a_pattern_that_matches_no_case_is_told() -> None:
 
 def test_rules_about_what_is_not_known_yet() -> None:
     parse_rules("joules:+1%,mine/ttft:+1%").check(KNOWN, SUITES, "--fail", complete=False)
+    for misspelt in ("dsee/ttft:+1%", "perplexty:+1%"):
+        with pytest.raises(UserError, match="did you mean"):
+            parse_rules(misspelt).check(KNOWN, SUITES, "--fail", complete=False)
     with pytest.raises(UserError, match="write - or no sign"):
         parse_rules("decode_tok_s:+5%").check(KNOWN, SUITES, "--fail", complete=False)
 
