@@ -14,7 +14,7 @@ from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.store import RecordStore
 from kvsuite.reporting.validate import validate
 from kvsuite.survival.resume import planned_key
-from kvsuite.survival.settings import differences, machine_differences
+from kvsuite.survival.settings import differences, known_machine, machine_differences
 
 from .shards import Shard
 
@@ -176,7 +176,7 @@ def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str
         found.append(f"seed: then {first.run['seed']}, now {part.run['seed']}")
     if (first.run.get("code") is None) != (part.run.get("code") is None):
         found.append("code: recorded in one of them only")
-    machines = machine_differences(first.run["environment"], part.run["environment"])
+    machines = machine_differences(known_machine(first.run), known_machine(part.run))
     between = f"{first.path} and {part.path}"
     if other_machines and machines:
         notes.append(

@@ -12,7 +12,7 @@ from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
 from kvsuite.reporting.records_file import RECORDS_FILE, read_records
 
-from .settings import differences, machine_differences
+from .settings import differences, known_machine, machine_differences
 
 LATEST = "latest"
 _MEND = "measure again without --kv-resume, or go back to what the run had"
@@ -85,7 +85,7 @@ class EarlierRun:
         UserError
             Naming what differs.
         """
-        found = machine_differences(self.run["environment"], environment)
+        found = machine_differences(known_machine(self.run), environment)
         model, text = row["model"].get("revision"), (row["dataset"] or {}).get("text_hash")
         for what, known, key, new in (
             ("model", self._models, row["case"]["model"], model),

@@ -127,6 +127,32 @@ def test_what_only_loading_finds_out_is_named(
     assert said in str(caught.value)
 
 
+GPU = {"gpu": {"name": "H100", "driver": "580"}}
+BLIND = {name: value for name, value in environment().items() if name != "gpu"}
+
+
+def test_a_run_on_a_gpu_does_not_go_on_without_one(tmp_path: Path) -> None:
+    found = earlier(tmp_path, row("a"), environment=environment(**GPU))
+    # before anything is loaded nobody has looked
+    found.require_same(facts(environment=BLIND))
+    with pytest.raises(UserError, match="gpu name: then H100, now none"):
+        found.require_same_case(row("b"), environment())
+
+
+def test_a_run_whose_first_process_died_before_it_looked_goes_on(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a", "crashed")], environment=BLIND)
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    found.require_same_case(row("a"), environment(**GPU))
+    with RecordStore.reopen(folder) as store:
+        store.append_session(found.run | facts(environment=environment(**GPU)))
+        store.append(row("a", env=environment(**GPU)))
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    with pytest.raises(UserError, match="gpu name: then H100, now none"):
+        found.require_same_case(row("b"), environment())
+
+
 def test_another_text_of_the_same_name_is_named(tmp_path: Path) -> None:
     found = earlier(tmp_path, row("a", dataset={"text_hash": "sha256:one"}))
     found.require_same_case(row("b", dataset={"text_hash": "sha256:one"}), environment())
