@@ -19,7 +19,7 @@ from kvsuite.case import digest, id_token
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA, check_schema
 
-from .files import sync_folder, write_atomic
+from .files import sync_folder, utf8, write_atomic
 from .records_file import RECORDS_FILE, session_of, whole_lines
 from .validate import validate
 
@@ -217,6 +217,11 @@ class RecordStore:
         -------
         str
             Path relative to the run folder, for ``Record.sidecar``.
+
+        Raises
+        ------
+        UserError
+            If it cannot be written.
         """
         import pyarrow as pa
         from pyarrow import parquet
@@ -226,7 +231,10 @@ class RecordStore:
         path = self.folder / "tokens" / name
         buffer = pa.BufferOutputStream()
         parquet.write_table(pa.table({key: pa.array(column) for key, column in table.items()}), buffer)
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {path.parent} ({error.strerror}); make room on that disk") from error
         write_atomic(path, buffer.getvalue().to_pybytes())
         return f"tokens/{name}"
 
@@ -262,7 +270,7 @@ class RecordStore:
 
 def _line(row: Mapping[str, Any], name: str) -> bytes:
     try:
-        return json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        return utf8(json.dumps(row, allow_nan=False, ensure_ascii=False)) + b"\n"
     except ValueError as error:
         raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
 
