@@ -15,7 +15,7 @@ from .options import Options
 from .progress import Progress
 from .record import metric_value
 from .spaces.registry import RUN_NAMES
-from .state import ORDER_SEED
+from .state import BOX, ORDER_SEED
 
 if TYPE_CHECKING:
     from .reporting.store import RecordStore
@@ -142,21 +142,24 @@ class Reporter:
         return {
             "method": name_run(self._options) if name_run else row["suite"],
             "model": row["model"].get("label") or _model_label(row["case"]["model"]),
-            "facts": {
-                "command": environment["command"],
-                "options": self._options.to_dict(),
-                "environment": environment,
-                "seed": self._options.seed,
-                "order_seed": self._config.stash[ORDER_SEED],
-                "cases": self._cases,
-                "code": self._code,
-            },
+            "facts": self._facts(environment),
+        }
+
+    def _facts(self, environment: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "command": environment["command"],
+            "options": self._options.to_dict(),
+            "environment": environment,
+            "seed": self._options.seed,
+            "order_seed": self._config.stash[ORDER_SEED],
+            "cases": self._cases,
+            "code": self._code,
         }
 
     def destination(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """Where a row goes that another process has to write for this one: JSON types."""
         if self.folder is not None:
-            return {"folder": str(self.folder.absolute()), "opening": None}
+            return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
         base = str(Path(self._options.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
@@ -170,6 +173,7 @@ class Reporter:
         if payload["tokens"]:
             row["sidecar"] = store.write_sidecar(row["id"], payload["tokens"])
         store.append(row)
+        self._config.stash[BOX].written()
         self.measured.add(row["id"])
         place = self._places.setdefault(row["id"], len(self.rows))
         self.rows[place : place + 1] = [row]
@@ -178,7 +182,6 @@ class Reporter:
 
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
-        from .case import digest
         from .reporting.records_file import read_records
         from .reporting.store import RecordStore, open_run
 
@@ -188,14 +191,7 @@ class Reporter:
             base = Path(self._options.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
-        sessions = self.run.get("sessions", [])
-        if digest(environment) not in {self.run["env"], *(session["env"] for session in sessions)}:
-            # a worker on another GPU, or the command that goes on with a run
-            opening = self.opening(row, environment)
-            named = {"run_id": self.run["run_id"], "method": self.run["method"], "model": self.run["model"]}
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            session = self._store.append_session(named | {"started_utc": now} | opening["facts"])
-            self.run["sessions"] = [*sessions, session]
+        self.run = self._store.with_session(self.run, self._facts(environment))
         return self._store
 
     def finish(self) -> None:

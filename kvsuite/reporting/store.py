@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -189,6 +189,30 @@ class RecordStore:
         validate("run", line, str(self.path))
         self._write(_line(line, "run"))
         return session_of(line)
+
+    def with_session(self, run: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """See to it that the run has a line with the environment of the row that comes next.
+
+        It has none for a worker on another GPU, or for the command that goes on with a run.
+
+        Parameters
+        ----------
+        run
+            As `read_records` gives it.
+        facts
+            As for `open_run`.
+
+        Returns
+        -------
+        dict
+            As `read_records` would give it now.
+        """
+        sessions = run.get("sessions", [])
+        if digest(facts["environment"]) in {run["env"], *(session["env"] for session in sessions)}:
+            return dict(run)
+        named = {name: run[name] for name in ("run_id", "method", "model")}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return dict(run) | {"sessions": [*sessions, self.append_session(named | {"started_utc": now} | dict(facts))]}
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record row as one line and wait until it is on the disk.
