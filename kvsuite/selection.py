@@ -74,8 +74,10 @@ def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> s
     from .distribution.cost import work_of
 
     shard = Shard.parse(options.shard)
-    parts = assign([work_of(case, options).units for case in found.values()], shard.of)
-    return {item for item, part in zip(found, parts, strict=True) if part != shard.index}
+    # in whichever order they were collected: by paths that were given, or by a plugin that shuffles
+    items = sorted(found, key=lambda item: item.nodeid)
+    parts = assign([work_of(found[item], options).units for item in items], shard.of)
+    return {item for item, part in zip(items, parts, strict=True) if part != shard.index}
 
 
 def _rotate(config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, Case]) -> None:
