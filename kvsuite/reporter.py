@@ -116,6 +116,9 @@ class Reporter:
             from .reporting.perplexity_csv import check_results
 
             check_results(base, datasets)
+        if self._earlier is not None:
+            # and whether another process still writes that run
+            self._store = self._reopened(self._earlier)
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
@@ -183,16 +186,22 @@ class Reporter:
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
         from .reporting.records_file import read_records
-        from .reporting.store import RecordStore, open_run
+        from .reporting.store import open_run
 
         if self._store is None and self._earlier is not None:
-            self._store = RecordStore.reopen(self._earlier.folder)
+            self._store = self._reopened(self._earlier)
         elif self._store is None:
             base = Path(self._options.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
         self.run = self._store.with_session(self.run, self._facts(environment))
         return self._store
+
+    @staticmethod
+    def _reopened(earlier: EarlierRun) -> RecordStore:
+        from .reporting.store import RecordStore
+
+        return RecordStore.reopen(earlier.folder)
 
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
@@ -204,12 +213,12 @@ class Reporter:
         from .reporting.report import write_outputs
 
         folder = self.folder
-        if folder is None or not (self._store or self.left_out):
+        if self._store is not None:
+            self._store.close()
+        if folder is None or not (self.measured or self.left_out):
             # nothing was measured, and the run that might have gone on is as it was
             self.rows = []
             return
-        if self._store is not None:
-            self._store.close()
         self.rows = [dict(row) for row in in_space_order(self.rows)]
         hook = self._config.hook
         try:

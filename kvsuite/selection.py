@@ -27,9 +27,10 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
     if options.resume is None:
         return None
     report_dir = Path(options.report_dir)
-    earlier = find_earlier(options.resume, report_dir, options.resume_rerun)
+    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=options.shard)
     if earlier is None:
-        return f"--kv-resume={options.resume}: no run under {report_dir}/ yet, a new one begins"
+        of = "without --kv-shard" if options.shard is None else f"of --kv-shard={options.shard}"
+        return f"--kv-resume={options.resume}: no run {of} under {report_dir}/ yet, a new one begins"
     reporter.go_on(earlier)
     config.stash[FINISHED] = frozenset(earlier.finished())
     # every case keeps its place, so that the finished run is the one that was not disturbed

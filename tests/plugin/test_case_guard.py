@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import rich.table
+import scipy.stats
 from scripted_runs import ARGUMENTS, project
 
 from kvsuite.case import digest
@@ -16,7 +17,7 @@ from kvsuite.reporting.validate import validate
 from kvsuite.survival.black_box import read_box
 from kvsuite.survival.watchdog import _close
 
-LOADED = (pyarrow, rich)
+LOADED = (pyarrow, rich, scipy)
 # copies the box where a fixture of a user could hang
 CONFTEST = """
 import shutil

@@ -39,6 +39,23 @@ def test_latest_is_the_run_that_was_written_last(tmp_path: Path) -> None:
     assert found.folder == folders[1]
 
 
+def test_latest_is_the_run_of_the_same_shard(tmp_path: Path) -> None:
+    shards = {text: store_run(tmp_path, [row("a")], options={"shard": text}) for text in ("1/2", "2/2")}
+    for text, folder in shards.items():
+        found = find_earlier("latest", tmp_path, RERUN, shard=text)
+        assert found is not None
+        assert found.folder == folder
+    for text in ("1/3", None):
+        assert find_earlier("latest", tmp_path, RERUN, shard=text) is None
+
+
+def test_a_latest_run_whose_first_line_is_damaged_is_told(tmp_path: Path) -> None:
+    path = store_run(tmp_path, []) / RECORDS_FILE
+    path.write_bytes(b"{" + path.read_bytes())
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        find_earlier("latest", tmp_path, RERUN)
+
+
 def test_a_run_by_path_name_or_file(tmp_path: Path) -> None:
     folder = store_run(tmp_path, [row("a")])
     for request in (str(folder), folder.name, str(folder / RECORDS_FILE)):
