@@ -83,8 +83,9 @@ class Reporter:
             goes on with.
         """
         from .code import code_hashes
+        from .reporting.records_file import code_of
 
-        then = {} if self._earlier is None else self._earlier.run.get("code") or {}
+        then = {} if self._earlier is None else code_of(self._earlier.run) or {}
         self._code = code_hashes(self._config.rootpath, ids, then)
         if self._earlier is not None:
             from .meters.environment import host_facts

@@ -20,7 +20,7 @@ from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA, check_schema
 
 from .files import sync_folder, utf8, write_atomic
-from .records_file import RECORDS_FILE, session_of, whole_lines
+from .records_file import RECORDS_FILE, code_of, session_of, whole_lines
 from .validate import validate
 
 __all__ = ["RecordStore", "create_run_folder", "open_run"]
@@ -191,7 +191,7 @@ class RecordStore:
         return session_of(line)
 
     def with_session(self, run: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-        """See to it that the run has a line with the environment of the row that comes next.
+        """See to it that the run has a line with environment and code of the row that comes next.
 
         It has none for a worker on another GPU, or for the command that goes on with a run.
 
@@ -208,7 +208,9 @@ class RecordStore:
             As `read_records` would give it now.
         """
         sessions = run.get("sessions", [])
-        if digest(facts["environment"]) in {run["env"], *(session["env"] for session in sessions)}:
+        known, code = code_of(run) or {}, facts.get("code") or {}
+        environments = {run["env"], *(session["env"] for session in sessions)}
+        if digest(facts["environment"]) in environments and known | code == known:
             return dict(run)
         named = {name: run[name] for name in ("run_id", "method", "model")}
         now = datetime.now(UTC).isoformat(timespec="seconds")

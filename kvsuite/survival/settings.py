@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsuite.meters.environment import machine
+from kvsuite.reporting.records_file import code_of
 
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(
@@ -30,7 +31,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, shards: bool
     """
     found = [
         *_pairs("--kv-", then.get("options"), now.get("options"), set() if shards else {"shard"}),
-        *_code(then.get("code"), now.get("code")),
+        *_code(code_of(then), code_of(now)),
     ]
     if "environment" in now:
         found += machine_differences(then.get("environment") or {}, now["environment"])

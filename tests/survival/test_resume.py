@@ -11,7 +11,7 @@ import pytest
 from sweep_rows import case, environment, facts, node_id, row, store_run
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.reporting.records_file import RECORDS_FILE, code_of, read_records
 from kvsuite.reporting.store import RecordStore
 from kvsuite.survival.resume import EarlierRun, find_earlier, is_finished
 from kvsuite.survival.settings import differences
@@ -118,6 +118,26 @@ def test_what_has_changed_is_named(tmp_path: Path, changes: dict[str, object], s
     with pytest.raises(UserError) as caught:
         found.require_same(facts(**changes))
     assert str(caught.value).startswith(f"--kv-resume={found.folder}: would mix two measurements: {said};")
+
+
+def test_code_that_only_a_resumed_session_brought_is_known(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    first, more = facts()["code"], {"benchmarks/test_perplexity.py": "sha256:cc"}
+    with RecordStore.reopen(folder) as store:
+        # the same command again, and a file more
+        run = store.with_session(read_records(folder)[0], facts(code=first | more))
+        assert store.with_session(run, facts(code=first | more)) == run
+        assert store.with_session(run, facts()) == run
+        store.append(row("b"))
+    assert read_records(folder)[0] == run
+    assert len(run["sessions"]) == 1
+    assert code_of(run) == first | more
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    found.require_same(facts())
+    found.require_same(facts(code=first | more))
+    with pytest.raises(UserError, match=r"the code of benchmarks/test_perplexity\.py has changed"):
+        found.require_same(facts(code=first | {"benchmarks/test_perplexity.py": "sha256:dd"}))
 
 
 def test_a_run_without_hashes_of_its_code_is_refused(tmp_path: Path) -> None:
