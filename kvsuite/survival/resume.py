@@ -12,6 +12,7 @@ from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
 from kvsuite.reporting.files import parse_json
 from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.reporting.validate import validate
 
 from .settings import differences, known_machine, machine_differences
 
@@ -152,6 +153,7 @@ def find_earlier(
     if not path.is_file():
         raise UserError(f"--kv-resume={request}: no {RECORDS_FILE} in {folder}; give latest, or the folder of a run")
     run, rows, notes = read_records(path)
+    validate("run", run, str(path))
     for row in rows:
         if not _is_row(row):
             raise UserError(f"--kv-resume={request}: a record of {path} lacks fields; it is not kvsuite's")
@@ -183,7 +185,7 @@ def _is_row(row: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(part, dict) for part in parts)
         and {"device", "workload"} <= row["case"].keys()
-        and "dataset" in row
+        and {"dataset", "id", "status", "suite"} <= row.keys()
     )
 
 

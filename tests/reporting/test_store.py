@@ -268,6 +268,17 @@ def test_names_of_files_that_are_not_utf8_are_kept(tmp_path):
     assert read_records(folder / "report.json")[1][0]["error"] == told
 
 
+@pytest.mark.parametrize("field", ["suite", "case", "status", "metrics"])
+def test_a_record_that_lacks_a_field_is_named_before_anything_is_drawn(tmp_path, field):
+    damaged = row("a")
+    del damaged[field]
+    folder = store_run(tmp_path, [damaged, row("b")])
+    run, rows, _ = read_records(folder)
+    with pytest.raises(UserError, match=f"'{field}' is a required property"):
+        write_outputs(folder, run, rows)
+    assert [path.name for path in folder.iterdir()] == ["records.jsonl"]
+
+
 def test_atomic_write_replaces_or_leaves_alone(tmp_path):
     path = tmp_path / "file"
     write_atomic(path, "old")

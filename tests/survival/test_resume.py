@@ -226,6 +226,22 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     RecordStore.reopen(folder).close()
 
 
+@pytest.mark.parametrize("field", ["id", "status", "suite", "case", "model", "dataset"])
+def test_a_record_that_lacks_what_resuming_asks_for_is_refused(tmp_path: Path, field: str) -> None:
+    one = row("a")
+    del one[field]
+    folder = store_run(tmp_path, [one])
+    with pytest.raises(UserError, match="lacks fields"):
+        find_earlier(str(folder), tmp_path, RERUN)
+
+
+def test_a_run_line_that_lacks_its_environment_is_refused(tmp_path: Path) -> None:
+    path = store_run(tmp_path, [row("a")]) / RECORDS_FILE
+    path.write_text(path.read_text().replace('"environment"', '"surroundings"', 1))
+    with pytest.raises(UserError, match="'environment' is a required property"):
+        find_earlier(str(path), tmp_path, RERUN)
+
+
 def test_foreign_lines_are_refused(tmp_path: Path) -> None:
     folder = store_run(tmp_path, [])
     with (folder / RECORDS_FILE).open("a") as file:
