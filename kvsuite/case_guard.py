@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from .case import Case
+from .case import Case, digest
 from .record import Record
 from .state import BOX, CASES, OPTIONS, ORDER_SEED, PLACES, REPORTER, RUNNER, is_worker, worker_input
 from .survival.black_box import BlackBox
@@ -52,7 +52,7 @@ class CaseGuard:
         if not self._is_ready:
             self._is_ready = True
             self._prepare()
-        self._config.stash[BOX].begin(self._first_row(case, item))
+        self._begin(case, item)
         try:
             return (yield)
         finally:
@@ -66,15 +66,26 @@ class CaseGuard:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _first_row(self, case: Case, item: pytest.Item) -> dict[str, Any]:
-        options = self._config.stash[OPTIONS]
+    def _begin(self, case: Case, item: pytest.Item) -> None:
+        box, options = self._config.stash[BOX], self._config.stash[OPTIONS]
+        if not box.is_read:
+            return
         record = Record(
             case=case, id=item.nodeid, case_key=case.key(model_revision=None, dataset_revision=None), rounds=options.rounds,
             warmup=options.num_warmup, seed=options.seed, order_index=self._config.stash[PLACES].get(item.nodeid, 0),
             started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        note_place(self._config, record)
-        return record.to_dict()
+        environment: dict[str, Any] | None
+        if RUNNER in self._config.stash:
+            environment = self._config.stash[RUNNER].environment
+        elif is_worker(self._config):
+            environment = None
+        else:
+            # before the first case; the watchdog cannot ask
+            from .meters.environment import host_facts
+
+            environment = host_facts()
+        box.begin(**_known(self._config, record, environment))
 
     def _prepare(self) -> None:
         """Before the first case: see to it that this process, should it hang, is ended."""
@@ -102,19 +113,21 @@ def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
     box = config.stash[BOX]
     if not box.is_read:
         return
-    environment = config.stash[RUNNER].environment
-    from .case import digest
-
-    record.env = digest(environment)
-    note_place(config, record)
-    news: dict[str, Any] = {"phase": phase, "row": record.to_dict(), "environment": environment}
-    reporter = config.stash.get(REPORTER, None)
-    if reporter is not None and not is_worker(config):
-        news |= reporter.destination(news["row"], environment)
+    news = _known(config, record, config.stash[RUNNER].environment)
     if phase == "load" or not box.is_open:
         # until now it was fixtures, which have as much time for themselves; or a test made its case by hand
-        box.begin(news["row"], environment)
-    box.tell(**news)
+        box.begin(**news)
+    box.tell(phase=phase, **news)
+
+
+def _known(config: pytest.Config, record: Record, environment: dict[str, Any] | None) -> dict[str, Any]:
+    """What a box says of a case; where a watchdog reads it, with where the row goes."""
+    note_place(config, record)
+    if environment is not None:
+        record.env = digest(environment)
+    known: dict[str, Any] = {"row": record.to_dict(), "environment": environment}
+    reporter = config.stash.get(REPORTER, None)
+    return known if environment is None or reporter is None else known | reporter.destination(known["row"], environment)
 
 
 def note_place(config: pytest.Config, record: Record) -> None:

@@ -26,6 +26,11 @@ from .survival.deadline import CaseTimeout, alarm, stopped
 from .workloads.texts import TextSource
 
 _TRACEBACK_LINES = 20
+#: of torch, of Triton, and the driver's own words, which other libraries repeat
+_CUDA_ERRORS = (
+    "CUDA error:", "CUDA driver error:", "Triton Error [CUDA]", "illegal memory access", "device-side assert",
+    "unspecified launch failure",
+)  # fmt: skip
 
 
 def plain_rounds(round_: Callable[[], None], rounds: int) -> None:
@@ -183,7 +188,7 @@ def is_cuda_error(error: BaseException) -> bool:
     # torch.AcceleratorError since 2.8; by name, because a run without a GPU need not know it
     if type(error).__name__ == "AcceleratorError":
         return True
-    return isinstance(error, RuntimeError) and ("CUDA error:" in str(error) or "CUDA driver error:" in str(error))
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CUDA_ERRORS)
 
 
 def _traceback() -> str:

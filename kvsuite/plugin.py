@@ -234,11 +234,12 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or config.option.collectonly or config.stash[OPTIONS].plan:
         return
-    reporter.left_out = reporter.left_out or left_out
     if cases:
         require_measurable([case for _, case in cases])
     if cases or left_out:
         reporter.expect([case for _, case in cases], ids)
+    # not of a run that was refused
+    reporter.left_out = reporter.left_out or left_out
     if cases:
         _end_on_sigterm(config)
 

@@ -15,7 +15,7 @@ from .options import Options
 from .progress import Progress
 from .record import metric_value
 from .spaces.registry import RUN_NAMES
-from .state import ORDER_SEED
+from .state import BOX, ORDER_SEED
 
 if TYPE_CHECKING:
     from .reporting.store import RecordStore
@@ -83,8 +83,9 @@ class Reporter:
             goes on with.
         """
         from .code import code_hashes
+        from .reporting.records_file import code_of
 
-        then = {} if self._earlier is None else self._earlier.run.get("code") or {}
+        then = {} if self._earlier is None else code_of(self._earlier.run) or {}
         self._code = code_hashes(self._config.rootpath, ids, then)
         if self._earlier is not None:
             from .meters.environment import host_facts
@@ -116,6 +117,9 @@ class Reporter:
             from .reporting.perplexity_csv import check_results
 
             check_results(base, datasets)
+        if self._earlier is not None:
+            # and whether another process still writes that run
+            self._store = self._reopened(self._earlier)
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
@@ -142,21 +146,24 @@ class Reporter:
         return {
             "method": name_run(self._options) if name_run else row["suite"],
             "model": row["model"].get("label") or _model_label(row["case"]["model"]),
-            "facts": {
-                "command": environment["command"],
-                "options": self._options.to_dict(),
-                "environment": environment,
-                "seed": self._options.seed,
-                "order_seed": self._config.stash[ORDER_SEED],
-                "cases": self._cases,
-                "code": self._code,
-            },
+            "facts": self._facts(environment),
+        }
+
+    def _facts(self, environment: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "command": environment["command"],
+            "options": self._options.to_dict(),
+            "environment": environment,
+            "seed": self._options.seed,
+            "order_seed": self._config.stash[ORDER_SEED],
+            "cases": self._cases,
+            "code": self._code,
         }
 
     def destination(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """Where a row goes that another process has to write for this one: JSON types."""
         if self.folder is not None:
-            return {"folder": str(self.folder.absolute()), "opening": None}
+            return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
         base = str(Path(self._options.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
@@ -170,6 +177,7 @@ class Reporter:
         if payload["tokens"]:
             row["sidecar"] = store.write_sidecar(row["id"], payload["tokens"])
         store.append(row)
+        self._config.stash[BOX].written()
         self.measured.add(row["id"])
         place = self._places.setdefault(row["id"], len(self.rows))
         self.rows[place : place + 1] = [row]
@@ -178,25 +186,23 @@ class Reporter:
 
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
-        from .case import digest
         from .reporting.records_file import read_records
-        from .reporting.store import RecordStore, open_run
+        from .reporting.store import open_run
 
         if self._store is None and self._earlier is not None:
-            self._store = RecordStore.reopen(self._earlier.folder)
+            self._store = self._reopened(self._earlier)
         elif self._store is None:
             base = Path(self._options.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
-        sessions = self.run.get("sessions", [])
-        if digest(environment) not in {self.run["env"], *(session["env"] for session in sessions)}:
-            # a worker on another GPU, or the command that goes on with a run
-            opening = self.opening(row, environment)
-            named = {"run_id": self.run["run_id"], "method": self.run["method"], "model": self.run["model"]}
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            session = self._store.append_session(named | {"started_utc": now} | opening["facts"])
-            self.run["sessions"] = [*sessions, session]
+        self.run = self._store.with_session(self.run, self._facts(environment))
         return self._store
+
+    @staticmethod
+    def _reopened(earlier: EarlierRun) -> RecordStore:
+        from .reporting.store import RecordStore
+
+        return RecordStore.reopen(earlier.folder)
 
     def finish(self) -> None:
         """Write the derived files; a failure there is told, the rows are safe."""
@@ -208,12 +214,12 @@ class Reporter:
         from .reporting.report import write_outputs
 
         folder = self.folder
-        if folder is None or not (self._store or self.left_out):
+        if self._store is not None:
+            self._store.close()
+        if folder is None or not (self.measured or self.left_out):
             # nothing was measured, and the run that might have gone on is as it was
             self.rows = []
             return
-        if self._store is not None:
-            self._store.close()
         self.rows = [dict(row) for row in in_space_order(self.rows)]
         hook = self._config.hook
         try:

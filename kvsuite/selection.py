@@ -27,9 +27,10 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
     if options.resume is None:
         return None
     report_dir = Path(options.report_dir)
-    earlier = find_earlier(options.resume, report_dir, options.resume_rerun)
+    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=options.shard)
     if earlier is None:
-        return f"--kv-resume={options.resume}: no run under {report_dir}/ yet, a new one begins"
+        of = "without --kv-shard" if options.shard is None else f"of --kv-shard={options.shard}"
+        return f"--kv-resume={options.resume}: no run {of} under {report_dir}/ yet, a new one begins"
     reporter.go_on(earlier)
     config.stash[FINISHED] = frozenset(earlier.finished())
     # every case keeps its place, so that the finished run is the one that was not disturbed
@@ -74,8 +75,10 @@ def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> s
     from .distribution.cost import work_of
 
     shard = Shard.parse(options.shard)
-    parts = assign([work_of(case, options).units for case in found.values()], shard.of)
-    return {item for item, part in zip(found, parts, strict=True) if part != shard.index}
+    # in whichever order they were collected: by paths that were given, or by a plugin that shuffles
+    items = sorted(found, key=lambda item: item.nodeid)
+    parts = assign([work_of(found[item], options).units for item in items], shard.of)
+    return {item for item, part in zip(items, parts, strict=True) if part != shard.index}
 
 
 def _rotate(config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, Case]) -> None:

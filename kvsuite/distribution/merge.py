@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import read_records
+from kvsuite.reporting.records_file import code_of, read_records
 from kvsuite.reporting.store import RecordStore
 from kvsuite.reporting.validate import validate
 from kvsuite.survival.resume import planned_key
-from kvsuite.survival.settings import differences, machine_differences
+from kvsuite.survival.settings import differences, known_machine, machine_differences
 
 from .shards import Shard
 
@@ -110,6 +110,9 @@ def join(parts: Sequence[Part], *, other_machines: bool = False) -> Merged:
     rows = _rows(parts)
     run = {name: value for name, value in first.run.items() if name not in ("run_id", "sessions", "schema", "env")}
     run["options"] = dict(first.run["options"]) | {"shard": None}
+    # a part that was resumed may know of more files
+    code = {name: value for part in reversed(parts) for name, value in (code_of(part.run) or {}).items()}
+    run |= {"code": code} if code else {}
     run["merged"] = [str(part.run["run_id"]) for part in parts]
     counts = [part.run.get("cases") for part in parts]
     complete = [count for count in counts if isinstance(count, int)]
@@ -174,9 +177,9 @@ def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str
         found.append(f"kvsuite: then {first.run['kvsuite_version']}, now {part.run['kvsuite_version']}")
     if first.run["seed"] != part.run["seed"]:
         found.append(f"seed: then {first.run['seed']}, now {part.run['seed']}")
-    if (first.run.get("code") is None) != (part.run.get("code") is None):
+    if (code_of(first.run) is None) != (code_of(part.run) is None):
         found.append("code: recorded in one of them only")
-    machines = machine_differences(first.run["environment"], part.run["environment"])
+    machines = machine_differences(known_machine(first.run), known_machine(part.run))
     between = f"{first.path} and {part.path}"
     if other_machines and machines:
         notes.append(

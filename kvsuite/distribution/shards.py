@@ -47,7 +47,7 @@ def assign(costs: Sequence[float], parts: int) -> list[int]:
     Parameters
     ----------
     costs
-        Of the cases in the order of their space, any unit.
+        Of the cases in an order that is the same on every host, any unit.
     parts
         How many.
 

@@ -44,8 +44,22 @@ def diagnose(
             if device == "mps":
                 continue
             say(f"self-test of {device}, {seconds:g} s")
-            noise[device] = self_test(device, seconds)
-        # clocks and throttling show under load; whoever computes there now may be the self-test
-        gpus = [now | {"processes": before["processes"]} for before, now in zip(gpus, gpu_facts()[0], strict=True)]
+            try:
+                noise[device] = self_test(device, seconds)
+            except Exception as error:  # of a device that is full, or broken
+                sections.setdefault("Self-test", []).append(_failed(device, error))
+        loaded, why = gpu_facts()
+        if len(loaded) == len(gpus):
+            # clocks and throttling show under load; whoever computes there now may be the self-test
+            gpus = [now | {"processes": before["processes"]} for before, now in zip(gpus, loaded, strict=True)]
         sections["GPUs"] = gpu_findings(gpus) + ([why] if why else [])
     return Diagnosis(sections, gpus, noise)
+
+
+def _failed(device: str, error: Exception) -> Finding:
+    return Finding(
+        device,
+        "attention",
+        f"its noise is not known: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        "free the device, or leave the self-test out with --no-self-test",
+    )

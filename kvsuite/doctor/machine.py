@@ -69,8 +69,8 @@ def _memory() -> Finding:
 def _folder(part: str, folder: Path, option: str) -> Finding:
     """Whether files can be made in ``folder``, or in the nearest one above it that is there, and how much room there is."""
     folder = folder.expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
     try:
+        there = next(path for path in (folder, *folder.parents) if _is_there(path))
         with tempfile.TemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free
@@ -80,6 +80,15 @@ def _folder(part: str, folder: Path, option: str) -> Finding:
         )
     found = f"{folder}: can be {'written' if there == folder else 'made'}, {free / GIB:.1f} GiB free"
     return Finding(part, "attention", found, "make room") if free < _LOW_DISK else Finding(part, "ok", found)
+
+
+def _is_there(path: Path) -> bool:
+    # what Path.exists does with a folder that may not be searched differs from Python to Python
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _words(path: Path) -> list[str]:

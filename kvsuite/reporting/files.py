@@ -14,12 +14,14 @@ from kvsuite.errors import UserError
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old or the new one, never a part: temporary file, fsync, rename.
 
+    Text is encoded by `utf8`.
+
     Raises
     ------
     UserError
         If the folder cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = utf8(content) if isinstance(content, str) else content
     temporary: str | None = None
     try:
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -35,6 +37,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise UserError(
             f"cannot write {path} ({error.strerror}); give a folder that can be written (--kv-report-dir, --out)"
         ) from error
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 of any text: lone surrogates, by which Python names files that are not UTF-8, as escapes that JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def parse_json(data: bytes) -> Any:

@@ -12,7 +12,7 @@ from kvsuite.record import RECORD_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, check_schem
 from .files import parse_json
 from .validate import validate
 
-__all__ = ["RECORDS_FILE", "REPORT_FILE", "read_records", "session_of", "whole_lines"]
+__all__ = ["RECORDS_FILE", "REPORT_FILE", "code_of", "read_records", "session_of", "whole_lines"]
 
 RECORDS_FILE = "records.jsonl"
 REPORT_FILE = "report.json"
@@ -30,7 +30,7 @@ def read_records(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list
     -------
     run
         The run line, ``environment`` included. Where processes with other environments took part (a resumed run, a worker
-        on another GPU), ``sessions`` lists them: ``started_utc, command, env, environment``.
+        on another GPU), or other files of code, ``sessions`` lists them: ``started_utc, command, env, environment, code``.
     rows
         The record rows in run order; of rows with one id the last counts, in the first one's place.
     notes
@@ -79,7 +79,13 @@ def whole_lines(data: bytes) -> bytes:
 
 def session_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """What `read_records` lists of a further run line."""
-    return {name: line[name] for name in ("started_utc", "command", "env", "environment")}
+    return {name: line[name] for name in ("started_utc", "command", "env", "environment", "code") if name in line}
+
+
+def code_of(run: Mapping[str, Any]) -> dict[str, str] | None:
+    """Hashes of the code that measured a run, that of its sessions included; ``None`` if none were recorded."""
+    known = [one["code"] for one in (run, *run.get("sessions", ())) if one.get("code") is not None]
+    return {name: value for code in known for name, value in code.items()} if known else None
 
 
 def _read_report(path: Path, data: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:

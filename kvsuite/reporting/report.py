@@ -61,7 +61,7 @@ def write_report(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> P
         If the report is not valid, or the folder holds a ``report.json`` of another schema or another run.
     """
     path = folder / REPORT_FILE
-    write_atomic(path, _report_text(path, run, rows))
+    write_atomic(path, _report_text(path, assemble_report(run, rows)))
     return path
 
 
@@ -84,8 +84,10 @@ def write_outputs(
     UserError
         As `write_report`.
     """
-    rows = in_space_order(rows)
-    files: dict[str, str | bytes] = {REPORT_FILE: _report_text(folder / REPORT_FILE, run, rows)}
+    # valid before anything is asked of a row
+    report = assemble_report(run, rows)
+    rows = report["records"] = in_space_order(report["records"])
+    files: dict[str, str | bytes] = {REPORT_FILE: _report_text(folder / REPORT_FILE, report)}
     if any(row["suite"] == COMPRESSION for row in rows):
         from .original import results_json
 
@@ -120,8 +122,7 @@ def write_outputs(
     return [folder / name for name in files]
 
 
-def _report_text(path: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    report = assemble_report(run, rows)
+def _report_text(path: Path, report: dict[str, Any]) -> str:
     if path.exists():
         report = _keep_unknown_fields(path, report)
     return _json_text(report, str(path))

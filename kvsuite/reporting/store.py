@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,8 @@ from kvsuite.case import digest, id_token
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA, check_schema
 
-from .files import sync_folder, write_atomic
-from .records_file import RECORDS_FILE, session_of, whole_lines
+from .files import sync_folder, utf8, write_atomic
+from .records_file import RECORDS_FILE, code_of, session_of, whole_lines
 from .validate import validate
 
 __all__ = ["RecordStore", "create_run_folder", "open_run"]
@@ -190,6 +190,32 @@ class RecordStore:
         self._write(_line(line, "run"))
         return session_of(line)
 
+    def with_session(self, run: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+        """See to it that the run has a line with environment and code of the row that comes next.
+
+        It has none for a worker on another GPU, or for the command that goes on with a run.
+
+        Parameters
+        ----------
+        run
+            As `read_records` gives it.
+        facts
+            As for `open_run`.
+
+        Returns
+        -------
+        dict
+            As `read_records` would give it now.
+        """
+        sessions = run.get("sessions", [])
+        known, code = code_of(run) or {}, facts.get("code") or {}
+        environments = {run["env"], *(session["env"] for session in sessions)}
+        if digest(facts["environment"]) in environments and known | code == known:
+            return dict(run)
+        named = {name: run[name] for name in ("run_id", "method", "model")}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return dict(run) | {"sessions": [*sessions, self.append_session(named | {"started_utc": now} | dict(facts))]}
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one record row as one line and wait until it is on the disk.
 
@@ -217,6 +243,11 @@ class RecordStore:
         -------
         str
             Path relative to the run folder, for ``Record.sidecar``.
+
+        Raises
+        ------
+        UserError
+            If it cannot be written.
         """
         import pyarrow as pa
         from pyarrow import parquet
@@ -226,7 +257,10 @@ class RecordStore:
         path = self.folder / "tokens" / name
         buffer = pa.BufferOutputStream()
         parquet.write_table(pa.table({key: pa.array(column) for key, column in table.items()}), buffer)
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {path.parent} ({error.strerror}); make room on that disk") from error
         write_atomic(path, buffer.getvalue().to_pybytes())
         return f"tokens/{name}"
 
@@ -262,7 +296,7 @@ class RecordStore:
 
 def _line(row: Mapping[str, Any], name: str) -> bytes:
     try:
-        return json.dumps(row, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        return utf8(json.dumps(row, allow_nan=False, ensure_ascii=False)) + b"\n"
     except ValueError as error:
         raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
 

@@ -18,8 +18,6 @@ class BlackBox:
     ----------
     path
         The file; ``None`` for a box that nobody will read.
-    facts
-        JSON types that every entry repeats.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -36,7 +34,7 @@ class BlackBox:
         """Whether a case has begun."""
         return bool(self._entry)
 
-    def begin(self, row: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> None:
+    def begin(self, row: Mapping[str, Any], environment: Mapping[str, Any] | None = None, **more: Any) -> None:
         """A case begins; should its process die, ``row`` is what is known of it.
 
         Parameters
@@ -45,6 +43,8 @@ class BlackBox:
             The record so far.
         environment
             Facts of the run, ``None`` while they are not known.
+        more
+            Further entries, JSON types.
         """
         self._entry = {
             "id": row["id"],
@@ -54,6 +54,7 @@ class BlackBox:
             "phase": "setup",
             "row": dict(row),
             "environment": None if environment is None else dict(environment),
+            **more,
         }
         self._write()
 
@@ -62,6 +63,10 @@ class BlackBox:
         if self._entry:
             self._entry |= news
             self._write()
+
+    def written(self) -> None:
+        """The row is on the disk. What is left of the case is its teardown, which has as much time for itself."""
+        self.tell(phase="teardown", row=None, began=time.monotonic())
 
     def clear(self) -> None:
         """No case is running."""

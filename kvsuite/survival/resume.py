@@ -10,11 +10,14 @@ from typing import Any
 
 from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
+from kvsuite.reporting.files import parse_json
 from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.reporting.validate import validate
 
-from .settings import differences, machine_differences
+from .settings import differences, known_machine, machine_differences
 
 LATEST = "latest"
+_UNREADABLE = "unreadable"
 _MEND = "measure again without --kv-resume, or go back to what the run had"
 
 
@@ -85,7 +88,7 @@ class EarlierRun:
         UserError
             Naming what differs.
         """
-        found = machine_differences(self.run["environment"], environment)
+        found = machine_differences(known_machine(self.run), environment)
         model, text = row["model"].get("revision"), (row["dataset"] or {}).get("text_hash")
         for what, known, key, new in (
             ("model", self._models, row["case"]["model"], model),
@@ -111,7 +114,9 @@ def finished_name(node_id: str, case: Mapping[str, Any]) -> str:
     return f"{planned_key(case)} {node_id}"
 
 
-def find_earlier(request: str, report_dir: Path, rerun: Sequence[str]) -> EarlierRun | None:
+def find_earlier(
+    request: str, report_dir: Path, rerun: Sequence[str], *, shard: str | None = None
+) -> EarlierRun | None:
     """The run that ``--kv-resume`` names.
 
     Parameters
@@ -122,11 +127,13 @@ def find_earlier(request: str, report_dir: Path, rerun: Sequence[str]) -> Earlie
         Where runs are.
     rerun
         Statuses whose cases are measured again.
+    shard
+        ``--kv-shard``; the latest run is that of the same shard.
 
     Returns
     -------
     EarlierRun or None
-        ``None`` if the latest is asked for and there is no run yet.
+        ``None`` if the latest is asked for and there is none yet.
 
     Raises
     ------
@@ -134,7 +141,7 @@ def find_earlier(request: str, report_dir: Path, rerun: Sequence[str]) -> Earlie
         If there is no such run, or it cannot be read.
     """
     if request == LATEST:
-        folder = _latest(report_dir)
+        folder = _latest(report_dir, shard)
         if folder is None:
             return None
     else:
@@ -146,20 +153,31 @@ def find_earlier(request: str, report_dir: Path, rerun: Sequence[str]) -> Earlie
     if not path.is_file():
         raise UserError(f"--kv-resume={request}: no {RECORDS_FILE} in {folder}; give latest, or the folder of a run")
     run, rows, notes = read_records(path)
+    validate("run", run, str(path))
     for row in rows:
         if not _is_row(row):
             raise UserError(f"--kv-resume={request}: a record of {path} lacks fields; it is not kvsuite's")
     return EarlierRun(folder, run, rows, [note for note in notes if "is there twice" not in note], tuple(rerun))
 
 
-def _latest(report_dir: Path) -> Path | None:
-    """The run that was written last; folders without a whole run line were never one."""
+def _latest(report_dir: Path, shard: str | None) -> Path | None:
+    """The run of the shard that was written last; folders without a whole run line were never one."""
     found = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
     for _, path in sorted(found, reverse=True):
         with path.open("rb") as file:
-            if file.readline().endswith(b"\n"):
-                return path.parent
+            line = file.readline()
+        if line.endswith(b"\n") and _shard_of(line) in (shard, _UNREADABLE):
+            return path.parent
     return None
+
+
+def _shard_of(line: bytes) -> str | None:
+    try:
+        found = parse_json(line)["options"].get("shard")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        # taken, so that reading it tells what is wrong
+        return _UNREADABLE
+    return None if found is None else str(found)
 
 
 def _is_row(row: Mapping[str, Any]) -> bool:
@@ -167,7 +185,7 @@ def _is_row(row: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(part, dict) for part in parts)
         and {"device", "workload"} <= row["case"].keys()
-        and "dataset" in row
+        and {"dataset", "id", "status", "suite"} <= row.keys()
     )
 
 

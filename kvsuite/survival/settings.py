@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsuite.meters.environment import machine
+from kvsuite.reporting.records_file import code_of
 
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(
@@ -30,7 +31,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, shards: bool
     """
     found = [
         *_pairs("--kv-", then.get("options"), now.get("options"), set() if shards else {"shard"}),
-        *_code(then.get("code"), now.get("code")),
+        *_code(code_of(then), code_of(now)),
     ]
     if "environment" in now:
         found += machine_differences(then.get("environment") or {}, now["environment"])
@@ -38,14 +39,23 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, shards: bool
 
 
 def machine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what the machines of two environments differ; a GPU that was not looked at yet is none."""
+    """In what the machines of two environments differ; while one has not looked for its GPU, GPUs are no difference.
+
+    Who has not looked has no ``gpu``; who looked and measures on the CPU has ``{}``.
+    """
     before, after = _facts(then), _facts(now)
-    blind = not now.get("gpu")
+    blind = "gpu" not in then or "gpu" not in now
     return [
         _line(name, before.get(name), after.get(name))
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name) and not (blind and name.startswith("gpu "))
     ]
+
+
+def known_machine(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The environment of a run's first process that looked for its GPU; one that died before that did not."""
+    environments = [run["environment"], *(session["environment"] for session in run.get("sessions", ()))]
+    return next((one for one in environments if "gpu" in one), environments[0])
 
 
 def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:

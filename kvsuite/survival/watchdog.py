@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.store import RecordStore, open_run
 
 from .black_box import read_box
@@ -56,6 +57,13 @@ def _close(entry: Mapping[str, Any], last: Mapping[str, Any] | None, limit_s: fl
         # it came back in the moment in which it was given up
         print(f"kvsuite: the run was ended for {entry['id']}; go on with --kv-resume=latest", file=sys.stderr)
         return
+    if last["row"] is None:
+        print(
+            f"kvsuite: {last['id']}: its teardown ran longer than --kv-timeout={limit_s:g} s, and the run was ended; the "
+            "row of the case is written; go on with --kv-resume=latest",
+            file=sys.stderr,
+        )
+        return
     row = crashed_row(last, Cause("Timeout", killed(limit_s)))
     try:
         folder = write_row(last, row)
@@ -77,10 +85,10 @@ def write_row(entry: Mapping[str, Any], row: dict[str, Any]) -> Path:
     UserError
         If it cannot be written.
     """
+    opening = entry["opening"]
     if entry["folder"] is not None:
         store = RecordStore.reopen(Path(entry["folder"]))
     else:
-        opening = entry["opening"]
         store = open_run(
             Path(opening["base"]),
             method=opening["method"],
@@ -89,6 +97,7 @@ def write_row(entry: Mapping[str, Any], row: dict[str, Any]) -> Path:
             facts=opening["facts"],
         )
     with store:
+        store.with_session(read_records(store.folder)[0], opening["facts"])
         store.append(row)
     return store.folder
 

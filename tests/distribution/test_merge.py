@@ -100,6 +100,15 @@ def test_parts_of_another_sweep_are_refused(tmp_path: Path, changes: dict[str, A
     assert str(other) in str(caught.value)
 
 
+def test_a_part_measured_on_a_gpu_does_not_join_one_of_the_cpu_in_either_order(tmp_path: Path) -> None:
+    on_gpu = environment(gpu={"name": "H100"})
+    one = store_run(tmp_path, [row("baseline", env=on_gpu)], options={"shard": "1/2"}, environment=on_gpu)
+    other = store_run(tmp_path, [row("broken")], options={"shard": "2/2"})
+    for paths in ([one, other], [other, one]):
+        with pytest.raises(UserError, match="--other-machines"):
+            joined(paths)
+
+
 def test_other_machines_are_taken_where_that_is_asked_for(tmp_path: Path) -> None:
     there = environment(host={"name": "b", "cores": 64})
     first = store_run(tmp_path, [row("baseline")], options={"shard": "1/2"})

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvsuite.doctor import diagnosis, parts
+from kvsuite.doctor.findings import Finding
 from kvsuite.doctor.gpus import gpu_facts, gpu_findings, held_down
 from kvsuite.doctor.machine import machine_findings
 from kvsuite.doctor.packages import package_findings
@@ -31,6 +33,43 @@ def test_a_folder_that_cannot_be_written_names_the_option(tmp_path):
     found = by_part(machine_findings(tmp_path / "new" / "reports"))["report folder"]
     assert (found.state, "can be made" in found.found) == ("ok", True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_even_be_looked_for_is_told(tmp_path):
+    found = by_part(machine_findings(tmp_path / ("x" * 300)))["report folder"]
+    assert (found.state, "File name too long" in found.found) == ("attention", True)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A diagnosis that looks at devices alone."""
+    monkeypatch.setattr(diagnosis, "package_findings", list)
+    monkeypatch.setattr(parts, "part_findings", list)
+    monkeypatch.setattr(parts, "here", lambda: ["cpu"])
+    return lambda: diagnosis.diagnose(Path("reports"), seconds=0.05)
+
+
+def test_a_device_that_is_full_is_told(monkeypatch, quick):
+    def full(*shape, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB")
+
+    monkeypatch.setattr(torch, "ones", full)
+    found = quick()
+    (finding,) = found.sections["Self-test"]
+    assert (finding.part, finding.state) == ("cpu", "attention")
+    assert "OutOfMemoryError: CUDA out of memory" in finding.found
+    assert "--no-self-test" in str(finding.mend)
+    assert not found.noise
+
+
+def test_a_driver_that_answers_only_once_keeps_its_first_answer(monkeypatch, quick):
+    gone = Finding("NVML", "attention", "the driver does not answer: GPU is lost")
+    answers = iter([([GPU], None), ([], gone)])
+    monkeypatch.setattr(diagnosis, "gpu_facts", lambda: next(answers))
+    found = quick()
+    assert found.gpus == [GPU]
+    assert [finding.part for finding in found.sections["GPUs"]] == ["GPU 0", "NVML"]
+    assert "Self-test" not in found.sections
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_what_changed_is_refused_by_name(runs: dict[str, Run]) -> None:
 def test_latest_without_a_run_begins_one_and_says_so(runs: dict[str, Run]) -> None:
     run = runs["nothing yet"]
     assert run.code == 0
-    assert run.said("no run under reports/ yet, a new one begins")
+    assert run.said("no run without --kv-shard under reports/ yet, a new one begins")
     assert list(facts(run.report)) == ["benchmarks/test_compression.py::test_compression[hf-baseline]"]
 
 

@@ -60,6 +60,21 @@ def test_order_is_the_space_rotated_by_the_seed_in_the_header(benchmarks: pytest
     assert len(seeds) == 2, "a method that always runs first pays the warm-up of all"
 
 
+def test_shards_of_any_order_of_collection_are_a_partition(benchmarks: pytest.Pytester) -> None:
+    whole = collected(benchmarks)
+    first = collected(benchmarks, "--kv-shard=1/2")
+    # as a plugin that shuffles, or paths in another order
+    benchmarks.makeconftest(
+        "import pytest\n"
+        "@pytest.hookimpl(tryfirst=True)\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    items.insert(0, items.pop())"
+    )
+    second = collected(benchmarks, "--kv-shard=2/2")
+    assert first
+    assert sorted([*first, *second]) == sorted(whole)
+
+
 def test_other_tests_keep_their_place(benchmarks: pytest.Pytester) -> None:
     benchmarks.makepyfile(test_a="def test_a(): pass", test_z="def test_z(): pass")
     result = benchmarks.runpytest_inprocess("--collect-only", "-q", "test_a.py", "benchmarks", "test_z.py")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweep_rows import environment, row, store_run
 
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA
 from kvsuite.reporting.files import write_atomic
 from kvsuite.reporting.records_file import read_records
-from kvsuite.reporting.report import write_report
+from kvsuite.reporting.report import write_outputs, write_report
 from kvsuite.reporting.store import RecordStore, create_run_folder
 
 NAME = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")
@@ -245,6 +247,36 @@ def test_sidecar_round_trip(tmp_path, run):
     table = parquet.read_table(tmp_path / first).to_pydict()
     assert table == {"text": [0, 0], "nll": [1.5, None], "hit": [True, False]}
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_a_sidecar_that_cannot_be_written_is_told(tmp_path, run):
+    (tmp_path / "tokens").touch()
+    with RecordStore.create(tmp_path, run) as store, pytest.raises(UserError, match=r"cannot make .+tokens"):
+        store.write_sidecar("a", {"nll": [2.5]})
+
+
+def test_names_of_files_that_are_not_utf8_are_kept(tmp_path):
+    # as Python gives them: in what an error says, and in the command
+    name = os.fsdecode(b"caf\xe9.bin")
+    told = {"type": "OSError", "message": f"no file {name}", "phase": "load", "traceback": None}
+    failed = row("a", "error", error=told)
+    folder = store_run(tmp_path, [failed], environment=environment(command=["pytest", name]))
+    run, rows, _ = read_records(folder)
+    assert run["environment"]["command"][1] == name
+    assert rows == [failed]
+    write_outputs(folder, run, rows)
+    assert read_records(folder / "report.json")[1][0]["error"] == told
+
+
+@pytest.mark.parametrize("field", ["suite", "case", "status", "metrics"])
+def test_a_record_that_lacks_a_field_is_named_before_anything_is_drawn(tmp_path, field):
+    damaged = row("a")
+    del damaged[field]
+    folder = store_run(tmp_path, [damaged, row("b")])
+    run, rows, _ = read_records(folder)
+    with pytest.raises(UserError, match=f"'{field}' is a required property"):
+        write_outputs(folder, run, rows)
+    assert [path.name for path in folder.iterdir()] == ["records.jsonl"]
 
 
 def test_atomic_write_replaces_or_leaves_alone(tmp_path):

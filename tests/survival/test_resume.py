@@ -11,7 +11,7 @@ import pytest
 from sweep_rows import case, environment, facts, node_id, row, store_run
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.reporting.records_file import RECORDS_FILE, code_of, read_records
 from kvsuite.reporting.store import RecordStore
 from kvsuite.survival.resume import EarlierRun, find_earlier, is_finished
 from kvsuite.survival.settings import differences
@@ -37,6 +37,23 @@ def test_latest_is_the_run_that_was_written_last(tmp_path: Path) -> None:
     found = find_earlier("latest", tmp_path, RERUN)
     assert found is not None
     assert found.folder == folders[1]
+
+
+def test_latest_is_the_run_of_the_same_shard(tmp_path: Path) -> None:
+    shards = {text: store_run(tmp_path, [row("a")], options={"shard": text}) for text in ("1/2", "2/2")}
+    for text, folder in shards.items():
+        found = find_earlier("latest", tmp_path, RERUN, shard=text)
+        assert found is not None
+        assert found.folder == folder
+    for text in ("1/3", None):
+        assert find_earlier("latest", tmp_path, RERUN, shard=text) is None
+
+
+def test_a_latest_run_whose_first_line_is_damaged_is_told(tmp_path: Path) -> None:
+    path = store_run(tmp_path, []) / RECORDS_FILE
+    path.write_bytes(b"{" + path.read_bytes())
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        find_earlier("latest", tmp_path, RERUN)
 
 
 def test_a_run_by_path_name_or_file(tmp_path: Path) -> None:
@@ -103,6 +120,26 @@ def test_what_has_changed_is_named(tmp_path: Path, changes: dict[str, object], s
     assert str(caught.value).startswith(f"--kv-resume={found.folder}: would mix two measurements: {said};")
 
 
+def test_code_that_only_a_resumed_session_brought_is_known(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    first, more = facts()["code"], {"benchmarks/test_perplexity.py": "sha256:cc"}
+    with RecordStore.reopen(folder) as store:
+        # the same command again, and a file more
+        run = store.with_session(read_records(folder)[0], facts(code=first | more))
+        assert store.with_session(run, facts(code=first | more)) == run
+        assert store.with_session(run, facts()) == run
+        store.append(row("b"))
+    assert read_records(folder)[0] == run
+    assert len(run["sessions"]) == 1
+    assert code_of(run) == first | more
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    found.require_same(facts())
+    found.require_same(facts(code=first | more))
+    with pytest.raises(UserError, match=r"the code of benchmarks/test_perplexity\.py has changed"):
+        found.require_same(facts(code=first | {"benchmarks/test_perplexity.py": "sha256:dd"}))
+
+
 def test_a_run_without_hashes_of_its_code_is_refused(tmp_path: Path) -> None:
     found = earlier(tmp_path, row("a"), code={})
     with pytest.raises(UserError, match=r"conftest\.py is new"):
@@ -125,6 +162,32 @@ def test_what_only_loading_finds_out_is_named(
     with pytest.raises(UserError, match="would mix two measurements") as caught:
         found.require_same_case(row("b", **fields), environment(**env))
     assert said in str(caught.value)
+
+
+GPU = {"gpu": {"name": "H100", "driver": "580"}}
+BLIND = {name: value for name, value in environment().items() if name != "gpu"}
+
+
+def test_a_run_on_a_gpu_does_not_go_on_without_one(tmp_path: Path) -> None:
+    found = earlier(tmp_path, row("a"), environment=environment(**GPU))
+    # before anything is loaded nobody has looked
+    found.require_same(facts(environment=BLIND))
+    with pytest.raises(UserError, match="gpu name: then H100, now none"):
+        found.require_same_case(row("b"), environment())
+
+
+def test_a_run_whose_first_process_died_before_it_looked_goes_on(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a", "crashed")], environment=BLIND)
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    found.require_same_case(row("a"), environment(**GPU))
+    with RecordStore.reopen(folder) as store:
+        store.append_session(found.run | facts(environment=environment(**GPU)))
+        store.append(row("a", env=environment(**GPU)))
+    found = find_earlier(str(folder), tmp_path, RERUN)
+    assert found is not None
+    with pytest.raises(UserError, match="gpu name: then H100, now none"):
+        found.require_same_case(row("b"), environment())
 
 
 def test_another_text_of_the_same_name_is_named(tmp_path: Path) -> None:
@@ -161,6 +224,22 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
         assert "another process is writing it; wait for that run, or end it" in other.communicate()[1]
     # its end, however it came, frees the file
     RecordStore.reopen(folder).close()
+
+
+@pytest.mark.parametrize("field", ["id", "status", "suite", "case", "model", "dataset"])
+def test_a_record_that_lacks_what_resuming_asks_for_is_refused(tmp_path: Path, field: str) -> None:
+    one = row("a")
+    del one[field]
+    folder = store_run(tmp_path, [one])
+    with pytest.raises(UserError, match="lacks fields"):
+        find_earlier(str(folder), tmp_path, RERUN)
+
+
+def test_a_run_line_that_lacks_its_environment_is_refused(tmp_path: Path) -> None:
+    path = store_run(tmp_path, [row("a")]) / RECORDS_FILE
+    path.write_text(path.read_text().replace('"environment"', '"surroundings"', 1))
+    with pytest.raises(UserError, match="'environment' is a required property"):
+        find_earlier(str(path), tmp_path, RERUN)
 
 
 def test_foreign_lines_are_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from kvsuite.case import Case, digest
 from kvsuite.record import Record
 from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.store import open_run
+from kvsuite.survival.watchdog import write_row
 
 # a lock that is taken twice never comes back, and no signal ends it; PyDLL keeps the interpreter's lock
 _HANGING = """
@@ -63,7 +64,7 @@ def test_the_row_is_written_by_another_process(tmp_path: Path, begun: bool) -> N
         # the process died while it wrote
         with store.path.open("ab") as file:
             file.write(b'{"schema": "kvsuite.rec')
-        where = {"folder": str(store.folder), "opening": None}
+        where = {"folder": str(store.folder), "opening": {"facts": FACTS}}
     done = hang(tmp_path, where)
     assert done.returncode == -9
     assert "b.py::t[hangs]: timeout: it ran longer than" in done.stderr
@@ -74,6 +75,18 @@ def test_the_row_is_written_by_another_process(tmp_path: Path, begun: bool) -> N
     assert [(one["case"]["name"], one["status"]) for one in rows] == [("before", "ok")] * begun + [("hangs", "crashed")]
     assert rows[-1]["error"]["phase"] == "decode"
     assert not notes
+
+
+def test_a_row_of_another_environment_brings_its_run_line(tmp_path: Path) -> None:
+    with open_run(tmp_path, started=datetime(2026, 1, 1), method="dse", model="tiny", facts=FACTS) as store:  # type: ignore[arg-type]
+        store.append(row("before"))
+    again = {"host": "h", "command": ["pytest", "--kv-resume=latest"]}
+    entry = {"folder": str(store.folder), "opening": {"facts": FACTS | {"environment": again}}}
+    for name in ("hangs", "hangs too"):
+        write_row(entry, row(name) | {"env": digest(again)})
+    run, rows, _ = read_records(store.folder)
+    assert [session["environment"] for session in run["sessions"]] == [again]
+    assert {one["env"] for one in rows} == {run["env"], run["sessions"][0]["env"]}
 
 
 def test_a_disk_that_takes_no_row_is_told(tmp_path: Path) -> None:

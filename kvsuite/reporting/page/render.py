@@ -16,7 +16,7 @@ from kvsuite import __version__
 from kvsuite.metrics import BUILTIN
 from kvsuite.record import STATUSES
 from kvsuite.reporting.aggregate import Row, by_name, in_space_order
-from kvsuite.reporting.files import write_atomic
+from kvsuite.reporting.files import utf8, write_atomic
 from kvsuite.reporting.records_file import RECORDS_FILE
 from kvsuite.reporting.table_parts import which
 
@@ -153,8 +153,7 @@ def render_page(
         style_hashes=_hash(style),
         script_hashes=" ".join(map(_hash, scripts)),
     )
-    # a lone surrogate is no character that a file could hold
-    return page.encode("utf-8", errors="backslashreplace")
+    return utf8(page)
 
 
 def _own(name: str) -> str:
@@ -166,7 +165,7 @@ def _hash(text: str) -> str:
 
 
 def _bytes(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
+    return utf8(content) if isinstance(content, str) else content
 
 
 def _shown(pictures: Mapping[str, bytes]) -> list[dict[str, str]]:
