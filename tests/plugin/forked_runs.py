@@ -13,9 +13,14 @@ from pathlib import Path
 _LIMIT_S = 600
 # kvsuite and the plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them
 _SERVER = """
-import gc, json, os, sys
-import torch, transformers.models.llama.modeling_llama, datasets
-import jinja2, jsonschema, matplotlib.backends.backend_agg, matplotlib.backends.backend_pdf, rich.table, scipy.stats, pytest
+import contextlib, gc, importlib, json, os, sys
+import pytest
+for name in (
+    "torch", "transformers.models.llama.modeling_llama", "datasets", "jinja2", "jsonschema", "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_pdf", "rich.table", "scipy.stats",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
 # a measurement collects garbage, and need not look at what was loaded here
 gc.collect()
 gc.freeze()
