@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .comparison_base import Base, bracket
 from .errors import UserError
 from .options import Options
 from .record import RUN_SCHEMA
@@ -22,7 +22,6 @@ from .state import REPORTER, is_worker
 if TYPE_CHECKING:
     from .comparison.compare import Comparison
     from .comparison.matching import Matcher
-    from .comparison.sides import Side
     from .comparison.verdicts import Verdict
 
 FILE = "comparison.json"
@@ -32,7 +31,9 @@ def register_gate(config: pytest.Config, options: Options) -> None:
     """Register the gate where a comparison is asked for, by us or by pytest-benchmark; workers measure and do not judge."""
     asked = options.compare or options.fail or config.getoption("benchmark_compare", default=None)
     if asked and not options.plan and not is_worker(config):
-        config.pluginmanager.register(Gate(config, options), "kvsuite-comparison")
+        base = Base(config, options)
+        config.pluginmanager.register(base, "kvsuite-comparison-base")
+        config.pluginmanager.register(Gate(config, options, base), "kvsuite-comparison")
 
 
 class Gate:
@@ -44,43 +45,25 @@ class Gate:
         pytest's configuration.
     options
         Resolved options.
-
-    Raises
-    ------
-    UserError
-        If ``--kv-compare`` names what cannot be read.
+    base
+        Finds what it is compared with.
     """
 
-    def __init__(self, config: pytest.Config, options: Options) -> None:
-        self._config, self._options = config, options
-        self._sections: list[dict[str, Any]] = []
-        self._saved_without_records = False
+    def __init__(self, config: pytest.Config, options: Options, base: Base) -> None:
+        self._config, self._options, self._base = config, options, base
         self._selected: frozenset[str] = frozenset()
         self._deselected: set[str] = set()
         # whether this run has cases of ours, and why they cannot be compared
         self._ours = False
         self._unprepared: UserError | None = None
-        self._base: Side | None = None
         self._matcher: Matcher | None = None
         self._family = 1
         self._matched: dict[str, Any] = {}
         self._rows: dict[str, list[Verdict]] = {}
         self.result: Comparison | None = None
         self.problem: str | None = None
-        if options.compare not in (None, "latest"):
-            from .comparison.sides import read_side
-
-            self._base = read_side(options.compare, option="--kv-compare")
 
     # what is compared with what
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
-        """Keep the records of a file that pytest-benchmark's own storage found for ``--benchmark-compare``."""
-        if "kvsuite" in compared_benchmark:
-            self._sections.append(compared_benchmark["kvsuite"])
-        else:
-            self._saved_without_records = True
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """A case of the base that was deselected is not missing."""
@@ -99,7 +82,7 @@ class Gate:
         if self._matcher is not None or self._unprepared is not None:
             return
         known = self._space_ids(SPACES)
-        if any(_bracket(node_id) in known for node_id in ids):
+        if any(bracket(node_id) in known for node_id in ids):
             self._expect(frozenset(ids))
             return
         try:
@@ -123,7 +106,7 @@ class Gate:
         from .comparison.matching import Matcher, cases_of_side
         from .comparison.rules import Known, Rules, known_metrics, parse_rules
 
-        base = self._find_base(ids)
+        base = self._base.find(ids)
         if base is None:
             return
         rules = parse_rules(self._options.fail) if self._options.fail else Rules()
@@ -132,39 +115,10 @@ class Gate:
         suites = {row.suite for run in base.runs for row in run.rows} | set(SPACES)
         rules.check(known_metrics(base, more=more), suites, "--kv-fail")
         cases = cases_of_side(base)
-        self._base, self._selected = base, ids
+        self._selected = ids
         self._matcher = Matcher(cases, ids)
         self._family = gated_times(select(cases, ids), rules)
         self.result = Comparison(base, base, rules, notes=[])
-
-    def _find_base(self, ids: frozenset[str]) -> Side | None:
-        from .comparison.records import section_of
-        from .comparison.sides import latest_run, side_of_section
-
-        saved = self._config.getoption("benchmark_compare", default=None)
-        if saved and self._config.getoption("dist", default="no") != "no":
-            raise UserError(
-                "--benchmark-compare: pytest-benchmark switches itself off under xdist (-n), so nothing would be compared; "
-                "use --kv-compare=latest, or leave out -n"
-            )
-        if self._options.compare is not None:
-            brackets = frozenset(_bracket(node_id) for node_id in ids)
-            # a resumed run goes on in its own folder, which is no base
-            going_on = self._config.stash[REPORTER].folder
-            return self._base or latest_run(
-                Path(self._options.report_dir), option="--kv-compare", brackets=brackets, but=going_on
-            )
-        if self._sections:
-            section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
-            return side_of_section(section)
-        if saved and self._saved_without_records:
-            self.problem = "--benchmark-compare: that file holds no records of kvsuite, so only its times are compared"
-        if self._config.getoption("kv_fail", default=None):
-            raise UserError(
-                f"--kv-fail={self._options.fail}: there is nothing to compare with; add --kv-compare=latest (or a path) or "
-                "--benchmark-compare, after a run that saved records"
-            )
-        return None
 
     # verdicts
 
@@ -256,7 +210,7 @@ class Gate:
         ):
             # the controller of xdist is not told what its workers deselect
             return False
-        return _bracket(case_id) not in self._space_ids([suite])
+        return bracket(case_id) not in self._space_ids([suite])
 
     def _send(self, case_id: str, lines: Sequence[str]) -> None:
         """Report a failure of a case that has no test of its own in this run."""
@@ -329,9 +283,5 @@ class Gate:
                 everything=self._config.getoption("verbose") > 0, more=f"{FILE} and -v show them",
             )  # fmt: skip
             terminalreporter.write(text)
-        if self.problem:
-            terminalreporter.write_line(f"warning: {self.problem}", yellow=True)
-
-
-def _bracket(node_id: str) -> str:
-    return node_id.rpartition("[")[2].removesuffix("]")
+        for problem in filter(None, (self._base.problem, self.problem)):
+            terminalreporter.write_line(f"warning: {problem}", yellow=True)
