@@ -309,15 +309,17 @@ def test_a_file_cut_anywhere_gives_its_whole_lines_or_says_why_not(cut, junk):
         # a whole object would be a line of its own
         tail = junk.replace(b"\n", b"").replace(b"{", b"")
         path.write_bytes(kept + tail)
-        if kept.count(b"\n") == 0:
+        # a line that lacks nothing but its end is one
+        only_run = kept == whole.partition(b"\n")[0] and not tail.strip(b"\0 \t\r")
+        if kept.count(b"\n") == 0 and not only_run:
             with pytest.raises(UserError):
                 read_records(folder)
             return
         _, found, notes = read_records(folder)
-        lines = kept.count(b"\n") - 1
+        lines = max(kept.count(b"\n") - 1, 0)
         assert found[:lines] == rows[:lines]
         assert len(found) - lines in (0, 1)
-        if len(found) == lines and (kept + tail).rstrip(b"\0") != kept[: kept.rfind(b"\n") + 1]:
+        if not only_run and len(found) == lines and (kept + tail).rstrip(b"\0") != kept[: kept.rfind(b"\n") + 1]:
             assert "is cut off and was left out" in notes[0]
         # what goes on with it reads the same, and adds to it
         with RecordStore.reopen(folder) as store:
