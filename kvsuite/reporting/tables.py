@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from .aggregate import (
@@ -136,17 +137,14 @@ def run_table(rows: Sequence[Row], cases: int | None = None) -> str:
         The run's records.
     cases
         How many the run was to have, where that is known: a run without all of them says so.
-
-    Raises
-    ------
-    UserError
-        If no suite of the run has a table.
     """
-    suites = {row["suite"] for row in rows}
+    suites = Counter(str(row["suite"]) for row in rows)
     tables = [f"{draw(rows)}\n{legend(rows)}\n" for suite, draw, legend in _TABLES if suite in suites]
     if cases is not None and len(rows) < cases:
         tables.append(f"partial: {len(rows)} of {cases} cases have a record")
-    return "\n".join(tables) if suites & {suite for suite, *_ in _TABLES} else comparison_table(rows)
+    others = suites.keys() - {suite for suite, *_ in _TABLES}
+    tables += [f"{suite}: {suites[suite]} cases; a suite without a table, see the report" for suite in sorted(others)]
+    return "\n".join(tables)
 
 
 def _comparison_legend(rows: Sequence[Row]) -> str:
