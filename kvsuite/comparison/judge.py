@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from statistics import geometric_mean, median
 
@@ -76,10 +77,13 @@ class Judge:
         )
         several = len(pair.base.rows) > 1 or len(pair.now.rows) > 1
         verdicts = [Verdict(after.id, STATUS, "1", None, None, "ok -> ok", "information", "", note)] if note else []
-        names = before.metrics if before.metrics.keys() >= after.metrics.keys() else {**before.metrics, **after.metrics}
+        names: Collection[str] = before.metrics
+        if several or not before.metrics.keys() >= after.metrics.keys():
+            # any run may be the only one that has a metric
+            names = dict.fromkeys(name for row in (*pair.base.all, *pair.now.all) for name in row.metrics)
         for name in names:
             if several:
-                old, new = _stand_in(pair.base, name, some=True), _stand_in(pair.now, name)
+                old, new = _stand_in(pair.base, name, may_lack=True), _stand_in(pair.now, name)
             else:
                 old, new = before.metrics.get(name), after.metrics.get(name)
             first = old or new
@@ -159,10 +163,14 @@ def _without_noise(base: float, now: float, old: Entry, fewest: int, rule: Rule 
     """The verdict on times that have no logarithm or too few rounds."""
     if fewest < MIN_ROUNDS:
         return "unstable", f"{fewest} rounds, {MIN_ROUNDS} are needed"
+    if base == now:
+        return "same", ""
     worse_by = now - base if old.better == "lower" else base - now
-    if rule is None or (base == 0 and rule.limit.relative) or not rule.limit.exceeded(base, worse_by, "timed"):
-        return "same" if base == now else "unstable", "" if base == now else "0 has no noise"
-    return "regression", "0 has no noise"
+    if rule is None or (rule.limit.relative and base == 0):
+        # a share of nothing is nothing
+        return "unstable", "0 has no noise"
+    broken = rule.limit.exceeded(base, worse_by, "timed")
+    return "regression" if broken else "unstable", "0 has no noise"
 
 
 def _band_text(low: float, high: float) -> str:
@@ -221,17 +229,17 @@ def _entries(case: SideCase, name: str) -> list[Entry]:
     return [entry for entry in entries if entry is not None and entry.value is not None]
 
 
-def _stand_in(case: SideCase, name: str, *, some: bool = False) -> Entry | None:
+def _stand_in(case: SideCase, name: str, *, may_lack: bool = False) -> Entry | None:
     """One entry for all processes of a side: of times the geometric mean, which is what is judged, else the median.
 
-    A metric that one of them lost is lost, unless ``some`` of them are enough.
+    A metric that one of them lost is lost, unless they ``may_lack`` it: then those that have it are enough.
     """
     entries = [row.metrics.get(name) for _, row in case.rows]
     known = [entry for entry in entries if entry is not None]
     held = [entry for entry in known if entry.value is not None]
-    if not known or (len(known) < len(entries) and not some):
+    if not known or (len(known) < len(entries) and not may_lack):
         return None
-    if not held or (len(held) < len(known) and not some):
+    if not held or (len(held) < len(known) and not may_lack):
         return next(entry for entry in known if entry.value is None)
     values = [entry.value for entry in held if entry.value is not None]
     timed = held[0].kind == "timed" and min(values) > 0

@@ -140,10 +140,10 @@ def run_table(rows: Sequence[Row], cases: int | None = None) -> str:
     """
     suites = Counter(str(row["suite"]) for row in rows)
     tables = [f"{draw(rows)}\n{legend(rows)}\n" for suite, draw, legend in _TABLES if suite in suites]
-    if cases is not None and len(rows) < cases:
-        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
     others = suites.keys() - {suite for suite, *_ in _TABLES}
     tables += [f"{suite}: {suites[suite]} cases; a suite without a table, see the report" for suite in sorted(others)]
+    if cases is not None and len(rows) < cases:
+        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
     return "\n".join(tables)
 
 

@@ -143,6 +143,15 @@ def test_a_busy_machine_is_allowed_for_however_many_runs_the_base_has(runs: int)
         (row,) = [row for row in result.rows if row.metric == "tpot_s"]
         assert (row.verdict, result.failures) == ("unstable", [])
         assert "on a machine that lacked 50% of its speed" in row.note
+    # as fast as before in the median, and now and then three times slower
+    uneven = {"host_probe_s": [0.004] * 6 + [0.012] * 4, "tpot_s": [1.6 * one for one in times]}
+    (row,) = [
+        row
+        for row in compare(side(*[[quiet]] * runs), side([record("a", uneven)]), parse_rules("tpot:+5%")).rows
+        if row.metric == "tpot_s"
+    ]
+    assert row.verdict == "unstable"
+    assert "whose speed varied by " in row.note
     # with as many on both sides the spread of the processes says it all
     slow = record("a", {"tpot_s": [2 * one for one in times], "host_wait_share": 0.5})
     assert bool(compare(side(*[[quiet]] * runs), side(*[[slow]] * runs), RULES).failures) == (runs > 1)

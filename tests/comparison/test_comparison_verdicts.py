@@ -203,6 +203,8 @@ def test_one_bad_run_makes_no_bad_base(bad: str) -> None:
         ]
         (failure,) = compare(base, side([record("a", {"kv_bytes_exact": None})]), DEFAULT).failures
         assert "lost" in failure
+        (failure,) = compare(base, side([record("a", {"nll_tokens": 3})]), DEFAULT).failures
+        assert "lost: the record lacks it" in failure
         if bad == "oom":
             assert result.rows[0].note == "1 of 3 runs of the base are left out: oom"
             (failure,) = compare(base, side([worse]), DEFAULT).failures
