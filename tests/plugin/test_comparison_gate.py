@@ -20,12 +20,6 @@ from scripted_runs import ARGUMENTS, METRICS, NLL, project, script, tokens
 LOADED = (pyarrow, rich, scipy)
 RULES = "peak_vram:+2%,kv_bytes_exact:+0,perplexity:+0.5%,decode_tok_s:-5%,ttft:+10%"
 ID = "benchmarks/test_compression.py::test_compression[hf-streaming_6]"
-BY_HAND = """
-from kvsuite.case import Case
-
-def test_tight(kv_run):
-    kv_run(Case("mine", "hf", "dummy:tiny", "tight", "cpu", "float32"))
-"""
 
 
 class Project:
@@ -208,16 +202,6 @@ def test_nothing_in_common_fails(based: Project) -> None:
     result.stdout.fnmatch_lines(["warning: nothing was compared: *another model, dtype*"])
 
 
-def test_a_file_of_cases_made_by_hand_that_was_left_out_is_not_missing(based: Project) -> None:
-    for name in ("tight", "wide"):
-        (based.path / f"test_{name}.py").write_text(BY_HAND.replace("tight", name))
-    result = based.run("test_tight.py", "test_wide.py")
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["mine: 2 cases; a suite without a table, see the report"])
-    based.run("test_tight.py", "--kv-compare=latest", "--kv-fail=missing").assert_outcomes(passed=1)
-    assert based.comparison()["missing"] == []
-
-
 def test_a_run_whose_tests_were_all_skipped_compared_nothing(based: Project) -> None:
     conftest = based.path / "benchmarks" / "conftest.py"
     skipping = "\n\n@pytest.fixture(autouse=True)\ndef _skip():\n    pytest.skip('planted')\n"
@@ -318,21 +302,6 @@ def test_under_xdist_the_right_case_fails(forked: Path) -> None:
     failed = [case.attrib["name"] for case in ElementTree.parse(forked / "junit.xml").iter("testcase") if len(case)]
     assert failed == ["test_compression[hf-streaming_6]"]
     assert run.said("new: benchmarks/test_compression.py::test_compression[hf-streaming_7]")
-
-
-def test_under_xdist_cases_made_by_hand_are_gated_too(forked: Path) -> None:
-    shutil.rmtree(forked / "reports")
-    (forked / "benchmarks" / "test_compression.py").unlink()
-    (forked / "benchmarks" / "test_mine.py").write_text(BY_HAND)
-    gated = (*ARGUMENTS, "-n1", "--kv-compare=latest", "--kv-fail=default")
-    run = run_pytest(forked, *gated)
-    assert run.code == 1
-    assert run.said("--kv-compare=latest: no run under reports that has a case of this one")
-    # it measured, and is the base now
-    script(forked, tight={"metrics": {"kv_bytes_exact": 2_000_000}})
-    run = run_pytest(forked, *gated)
-    assert run.code == 1
-    assert run.said("kv_bytes_exact 1 MiB -> 1.907 MiB (+90.7 %); regression; rule kv_bytes_exact:+0")
 
 
 def test_under_xdist_pytest_benchmarks_comparison_is_refused(forked: Path) -> None:
