@@ -22,7 +22,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 class Record:
     """One case's result, written the moment the case ends.
 
-    ``metrics`` maps a metric name to the entry that `kvsuite.metrics.MetricRegistry.value` builds; ``memory`` holds the three
+    ``metrics`` maps a metric name to the entry that `MetricRegistry.value` builds; ``memory`` holds the three
     columns predicted, reported (by the engine) and measured, in bytes; ``effective`` is what the runtime really applied,
     ``inert`` the requested axes that do not reach it, each with its reason. ``order_index`` is the place in which the case
     ran, ``case_index`` its place in the suite's space.
@@ -73,14 +73,14 @@ class Record:
 
 def schema(name: str) -> dict[str, Any]:
     """Load a JSON Schema shipped with the package: ``"record"``, ``"run"`` or ``"report"``."""
-    text = resources.files("kvsuite.reporting").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
+    text = resources.files("kvsuite.store").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
 
 
 def metric_value(row: dict[str, Any], name: str) -> float | None:
     """Headline value of metric ``name`` in a record row, ``None`` if the row has none."""
-    from .metrics import ALIASES
+    from .metrics.registry import ALIASES
 
     entry = row.get("metrics", {}).get(ALIASES.get(name, name))
     value = None if entry is None else entry.get("value")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
-import shared_weights
 
 _HERE = Path(__file__).parent
+# helpers are imported by their bare names, whatever is collected and from where
+for _folder in sorted({path.parent for path in _HERE.rglob("*.py") if "data" not in path.parts}):
+    sys.path.append(str(_folder))
 
+import shared_weights  # noqa: E402
 
 # files that take minutes go first: the last of them would keep one worker busy while the others have nothing left
 _LONG = (
-    "engines/test_smollm2_quality.py",
+    "engines/hf/test_smollm2_quality.py",
     "plugin/test_comparison_gate.py",
     "plugin/test_perplexity_suite.py",
     "plugin/test_kills.py",

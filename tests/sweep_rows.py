@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.case import Case, digest
-from kvsuite.metrics import MetricRegistry
-from kvsuite.options import default_options
+from kvsuite.metrics.registry import MetricRegistry
+from kvsuite.options.resolve import default_options
 from kvsuite.record import Record
-from kvsuite.reporting.store import open_run
+from kvsuite.store.store import open_run
 
 REGISTRY = MetricRegistry()
 STARTED = datetime(2026, 1, 1, 12)

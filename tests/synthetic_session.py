@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from kvsuite.case import Case
-from kvsuite.engines.base import MemoryPass, Session
+from kvsuite.engines.engine import MemoryPass, Session
 from kvsuite.engines.registry import SessionPool
-from kvsuite.measurement import CaseRunner
+from kvsuite.measure.case_passes import Measured
+from kvsuite.measure.runner import CaseRunner
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
-from kvsuite.metrics import MetricRegistry
-from kvsuite.options import default_options
-from kvsuite.passes import Measured
+from kvsuite.metrics.registry import MetricRegistry
+from kvsuite.options.resolve import default_options
 
 ENVIRONMENT = {
     "host": {"os": "Linux", "cpu": "scripted", "cores": 1},

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from kvsuite.case import Case, canonical_json, digest, id_token
 from kvsuite.errors import UserError
-from kvsuite.options import default_options
+from kvsuite.options.resolve import default_options
 from kvsuite.record import RECORD_SCHEMA, Record, check_schema
-from kvsuite.spaces.compression import compression_cases
+from kvsuite.suites.compression.cases import compression_cases
 
 CASE = Case(
     suite="compression",

@@ -18,11 +18,11 @@ import torch
 from kvsuite.__main__ import main
 from kvsuite.compression import REPLACEMENTS, CacheView, Policy
 from kvsuite.compression.kvpress_table import PRESSES
-from kvsuite.metrics import ALIASES, BUILTIN, Metric
+from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric
 from kvsuite.models.presets import PRESETS, build_config
-from kvsuite.options import OPTIONS, REJECTED, Option
+from kvsuite.options.resolve import OPTIONS, REJECTED, Option
 from kvsuite.record import STATUSES
-from kvsuite.reporting.perplexity_columns import COLUMNS, ORIGINAL_COLUMNS
+from kvsuite.suites.perplexity.columns import COLUMNS, ORIGINAL_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

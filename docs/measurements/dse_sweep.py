@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvsuite.spaces.dse_parser import parse_space
+from kvsuite.suites.dse.parser import parse_space
 
 
 def main() -> None:

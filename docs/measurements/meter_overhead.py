@@ -13,8 +13,8 @@ from statistics import median
 
 from kvsuite.engines.registry import SessionPool
 from kvsuite.meters.clock import Clock, clock_for
-from kvsuite.options import default_options
-from kvsuite.spaces.compression import compression_cases
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.compression.cases import compression_cases
 
 
 class Sparse(Clock):

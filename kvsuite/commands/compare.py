@@ -100,7 +100,7 @@ def rules_of(text: str, *sides: Side, complete: bool = True) -> Rules:
         Naming the rule and the mend.
     """
     from kvsuite.comparison import known_metrics, parse_rules
-    from kvsuite.spaces.registry import SPACES
+    from kvsuite.suites.registry import SPACES
 
     try:
         rules = parse_rules(text)
@@ -120,7 +120,7 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
         If the sides have no case in common: nothing was compared, so nothing can have passed.
     """
     from kvsuite.comparison.tables import comparison_markdown, comparison_text
-    from kvsuite.reporting.files import write_atomic
+    from kvsuite.store.files import write_atomic
 
     if not result.compared:
         raise UserError(

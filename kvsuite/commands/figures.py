@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     if twice:
         raise UserError(f"--csv={twice[0]}: is given more than once; each row would count twice")
 
-    from kvsuite.reporting.dse_csv import read_sheet
-    from kvsuite.reporting.figures.dse import render_dse
-    from kvsuite.reporting.files import write_atomic
+    from kvsuite.store.files import write_atomic
+    from kvsuite.suites.dse.csv_files import read_sheet
+    from kvsuite.suites.dse.figures.draw import render_dse
 
     rendered = render_dse([read_sheet(path) for path in paths], ("png", "svg") if arguments.svg else ("png",))
     try:

@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     from kvsuite.memory_model.fit import SHARES, parse_card
     from kvsuite.memory_model.survey import survey
     from kvsuite.memory_model.tables import survey_text
-    from kvsuite.spaces.dse_parser import parse_space
+    from kvsuite.suites.dse.parser import parse_space
 
     _check(arguments)
     started = time.perf_counter()
@@ -160,8 +160,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _explained(found: Survey, name: str) -> str:
+    from kvsuite.memory_model.design_point import DesignPoint
     from kvsuite.memory_model.tables import LEGEND, breakdown, find_row
-    from kvsuite.spaces.design_point import DesignPoint
 
     row = find_row(found.rows, DesignPoint.from_id(name))
     if row is None:
@@ -175,7 +175,7 @@ def _write(path: Path, found: Survey) -> None:
     import io
 
     from kvsuite.memory_model.survey import csv_header, csv_rows
-    from kvsuite.reporting.files import write_atomic
+    from kvsuite.store.files import write_atomic
 
     stream = io.StringIO()
     writer = csv.DictWriter(stream, csv_header(), lineterminator="\n")

@@ -76,14 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw_csv(path: Path, folder: Path) -> int:
-    from kvsuite.reporting.figures.perplexity import render_perplexity
+    from kvsuite.suites.perplexity.figure import render_perplexity
 
     rows = _csv_rows(path)
     return _write(len(rows), {folder / name: content for name, content in render_perplexity(rows).items()})
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    from kvsuite.reporting.perplexity_csv import read_rows
+    from kvsuite.suites.perplexity.csv_files import read_rows
 
     rows = read_rows(path)
     if not rows:
@@ -95,7 +95,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _draw_picture(path: Path, picture: Path, kind: str) -> int:
-    from kvsuite.reporting.figures.perplexity import build_figures, figure_file
+    from kvsuite.suites.perplexity.figure import build_figures, figure_file
 
     rows = _csv_rows(path)
     figures = build_figures(rows)
@@ -108,7 +108,7 @@ def _draw_picture(path: Path, picture: Path, kind: str) -> int:
 
 
 def _write(rows: int, files: dict[Path, bytes]) -> int:
-    from kvsuite.reporting.files import write_atomic
+    from kvsuite.store.files import write_atomic
 
     print(f"{rows} rows")
     for file, content in files.items():
@@ -126,8 +126,8 @@ def _make(folder: Path) -> None:
 
 
 def _redraw(path: Path, folder: Path) -> int:
-    from kvsuite.reporting.records_file import read_records
     from kvsuite.reporting.report import write_outputs
+    from kvsuite.store.records_file import read_records
 
     run_line, rows, notes = read_records(path)
     _make(folder)

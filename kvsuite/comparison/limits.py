@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from kvsuite.metrics import MetricClass
+from kvsuite.metrics.registry import MetricClass
 
 _LIMIT = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d+)?)\s*(\S*)")
 # unit of a limit: unit of the metric, factor

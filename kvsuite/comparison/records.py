@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from kvsuite.errors import UserError
-from kvsuite.metrics import Better, MetricClass
+from kvsuite.metrics.registry import Better, MetricClass
 from kvsuite.record import Status
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from kvsuite.errors import UserError
-from kvsuite.metrics import ALIASES, BUILTIN, Better, MetricClass
+from kvsuite.metrics.registry import ALIASES, BUILTIN, Better, MetricClass
 
 from .limits import Limit, parse_limit
 from .sides import Side

@@ -11,7 +11,7 @@ import msgspec
 
 from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA, RUN_SCHEMA, check_schema
-from kvsuite.reporting.records_file import RECORDS_FILE, REPORT_FILE
+from kvsuite.store.records_file import RECORDS_FILE, REPORT_FILE
 
 from .records import Row, RunFacts, Section, decode_document, decode_row, decode_run, decode_section
 from .tokens import Tokens, read_tokens

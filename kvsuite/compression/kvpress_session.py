@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvsuite.compression.kvpress_compat import attention_patch, cache_position
-from kvsuite.compression.kvpress_replay import raw_text_tokenizer, replays
-from kvsuite.compression.kvpress_table import PressInfo
-from kvsuite.compression.ratio import keep_count
 from kvsuite.errors import CaseInvalid
+
+from .kvpress_compat import attention_patch, cache_position
+from .kvpress_replay import raw_text_tokenizer, replays
+from .kvpress_table import PressInfo
+from .ratio import keep_count
 
 if TYPE_CHECKING:
     import torch

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsuite.case import Case
-from kvsuite.options import Options
-from kvsuite.spaces.dse_cases import DSE, SERVING, judge
+from kvsuite.options.resolve import Options
+from kvsuite.suites.dse.cases import DSE, SERVING, judge
 from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
 
 # a decode step reads all weights for a token a sequence, and costs about as much as a prompt of so many tokens

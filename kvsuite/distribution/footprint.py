@@ -12,7 +12,7 @@ from kvsuite.memory_model.fit import SHARES
 from kvsuite.memory_model.formats import nano_format
 from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.quantization.registry import NONE, quantization
-from kvsuite.spaces.dse_cases import DSE, judge, point_of
+from kvsuite.suites.dse.cases import DSE, judge, point_of
 
 #: dtype of checkpoints that say theirs only when they are loaded
 _CHECKPOINT = "bfloat16"

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvsuite.devices import resolve_device
 from kvsuite.errors import UserError
+from kvsuite.options.devices import resolve_device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: test switch: so many GPUs are pretended, and their cases run on the CPU

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import code_of, read_records
-from kvsuite.reporting.store import RecordStore
-from kvsuite.reporting.validate import validate
+from kvsuite.store.records_file import code_of, read_records
+from kvsuite.store.store import RecordStore
+from kvsuite.store.validate import validate
 from kvsuite.survival.resume import planned_key
 from kvsuite.survival.settings import differences, known_machine, machine_differences
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.case import Case
-from kvsuite.case_order import session_key
 from kvsuite.memory_model.fit import parse_card
 from kvsuite.meters.environment import host_facts
-from kvsuite.options import Options
-from kvsuite.progress import duration
+from kvsuite.options.resolve import Options
+from kvsuite.plugin.progress import duration
 from kvsuite.record import RECORD_SCHEMA
-from kvsuite.reporting.records_file import RECORDS_FILE
+from kvsuite.store.records_file import RECORDS_FILE
 from kvsuite.survival.resume import planned_key
 
 from .cost import seconds, work_of
 from .footprint import Footprint, footprint
 from .gpus import visible_entries
+from .order import session_key
 from .shards import assign
 
 _GIB, _MIB = 1 << 30, 1 << 20

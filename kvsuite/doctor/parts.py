@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 
-from kvsuite.devices import resolve_device
 from kvsuite.errors import CaseSkipped, UserError
+from kvsuite.options.devices import resolve_device
 
 from .findings import Finding
 from .packages import import_error, installed

@@ -11,8 +11,8 @@ import torch
 from kvsuite.case import Case
 from kvsuite.models.load import LoadedModel
 
-from .base import Session
-from .decoder import Decoder
+from .engine import Session
+from .hf.decoder import Decoder
 from .loading import load_case_model
 from .threads import choose_threads
 

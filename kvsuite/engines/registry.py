@@ -8,7 +8,7 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.errors import CaseSkipped, UserError
 
-from .base import Engine, Session
+from .engine import Engine, Session
 
 ENGINES = ("hf", "nano", "mlc")
 
@@ -17,20 +17,20 @@ def get_engine(name: str, **settings: Any) -> Engine:
     """Build engine ``name`` with settings of its own; imports its runtime only then."""
     if name == "hf":
         try:
-            from .hf_engine import HfEngine
+            from .hf.engine import HfEngine
         except ImportError as error:
             raise CaseSkipped(f"engine hf: {error}; pip install kvsuite") from error
 
         return HfEngine()
     if name == "nano":
         try:
-            from .nano_engine import NanoEngine
+            from .nano.engine import NanoEngine
         except ImportError as error:
             raise CaseSkipped(f"engine nano: {error}; pip install kvsuite") from error
 
         return NanoEngine()
     if name == "mlc":
-        from .mlc_engine import MlcEngine
+        from .mlc.engine import MlcEngine
 
         return MlcEngine(**settings)
     raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(ENGINES)}")
@@ -42,7 +42,7 @@ class SessionPool:
     Parameters
     ----------
     mlc
-        Settings of engine `mlc` (`kvsuite.engines.mlc_engine.MlcEngine`).
+        Settings of engine `mlc` (`kvsuite.engines.mlc.engine.MlcEngine`).
     options
         Passed to `Engine.load`.
     """

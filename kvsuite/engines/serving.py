@@ -14,7 +14,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
-from .base import MemoryPass
+from .engine import MemoryPass
 
 #: tokens scored and in all, and the mean loss so far in nats
 StreamProgress = Callable[[int, int, float], None]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.spaces.design_point import OFF, DesignPoint
 
+from .design_point import OFF, DesignPoint
 from .prediction import Prediction, Predictor
 
 _UNITS = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1 << 30}

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvsuite.spaces.design_point import DesignPoint
-
 from .config import Architecture
+from .design_point import DesignPoint
 from .formats import WeightFormat, mlc_format
 from .prediction import JSON_CHUNK, KEYS_AND_VALUES, MIB, Allocation, Basis, Part, Prediction, Predictor, Term
 from .temporaries import temporary_bytes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsuite.quantization.formats import DENSE_TILE
-from kvsuite.spaces.design_point import DesignPoint
 
 from .config import Architecture
+from .design_point import DesignPoint
 from .formats import nano_format
 from .prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from kvsuite.spaces.design_point import DesignPoint
-
 from .config import Architecture
+from .design_point import DesignPoint
 
 MIB = 1 << 20
 #: the setting beside the axes: the prefill chunk in ``mlc-chat-config.json``, from which MLC sizes its buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsuite.spaces.dse import DesignSpace, Entry
+from kvsuite.suites.dse.space import DesignSpace, Entry
 
 from .fit import Card, Mend, fits, mends
 from .mlc import MlcMemory

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
-from kvsuite.spaces.design_point import AXES, OFF, DesignPoint
-
+from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
 from .formats import ELEMENT_BYTES
 from .mlc import MlcMemory

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from kvsuite.metrics import percentile
+from kvsuite.metrics.registry import percentile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -47,7 +47,7 @@ class Runtime:
     policy
         What stays in the cache: it acts at the end of a prompt and after every further token.
     rotation
-        Re-rotates keys; needed where the policy's positions are ``cache`` (`kvsuite.engines.rotary.Rotary`).
+        Re-rotates keys; needed where the policy's positions are ``cache`` (`kvsuite.engines.hf.rotary.Rotary`).
     backend
         Builds the attention over the pools; the exact reference if left out.
     runner

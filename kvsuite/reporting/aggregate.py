@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.metrics import ALIASES
+from kvsuite.metrics.registry import ALIASES
 from kvsuite.record import metric_value
 
 Row = Mapping[str, Any]

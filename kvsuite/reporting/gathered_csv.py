@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-
-from .files import write_atomic
+from kvsuite.store.files import write_atomic
 
 __all__ = ["CsvRow", "GatheredCsv", "Line", "lines_of", "read_text", "records_of"]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA, STATUSES, check_schema
+from kvsuite.store.files import parse_json, write_atomic
+from kvsuite.store.records_file import REPORT_FILE
+from kvsuite.store.validate import validate
+from kvsuite.suites.dse.files import dse_files, dse_sheets
+from kvsuite.suites.dse.rows import DSE
+from kvsuite.suites.perplexity.csv_files import csv_name, csv_rows, csv_text
 
 from .aggregate import COMPRESSION, PERPLEXITY, Row, in_space_order
-from .dse_files import dse_files, dse_sheets
-from .dse_rows import DSE
-from .files import parse_json, write_atomic
-from .perplexity_csv import csv_name, csv_rows, csv_text
-from .records_file import REPORT_FILE
-from .validate import validate
 
 
 def assemble_report(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -89,11 +89,11 @@ def write_outputs(
     rows = report["records"] = in_space_order(report["records"])
     files: dict[str, str | bytes] = {REPORT_FILE: _report_text(folder / REPORT_FILE, report)}
     if any(row["suite"] == COMPRESSION for row in rows):
-        from .original import results_json
+        from kvsuite.suites.compression.results_json import results_json
 
         files["results.json"] = _json_text(results_json(run, rows), "results.json")
         if figures:
-            from .figures.compression import render_benchmark_comparison
+            from kvsuite.suites.compression.figure import render_benchmark_comparison
 
             files |= render_benchmark_comparison(run, rows)
     results = csv_rows(run, rows)
@@ -101,16 +101,16 @@ def write_outputs(
         for dataset in dict.fromkeys(str(row["dataset"]) for row in results):
             files[csv_name(dataset)] = csv_text([row for row in results if row["dataset"] == dataset])
         if figures:
-            from .figures.perplexity import render_perplexity
+            from kvsuite.suites.perplexity.figure import render_perplexity
 
             files |= render_perplexity(results)
     files |= dse_files(run, rows)
     if figures and any(row["suite"] == DSE for row in rows):
-        from .figures.dse import render_dse
+        from kvsuite.suites.dse.figures.draw import render_dse
 
         files |= render_dse(dse_sheets(run, rows)).files
     if any(row["suite"] in (COMPRESSION, PERPLEXITY, DSE) for row in rows):
-        from .tables import run_table
+        from kvsuite.suites.compression.table import run_table
 
         files["table.txt"] = run_table(rows, run.get("cases"))
     if figures:

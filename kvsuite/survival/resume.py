@@ -10,9 +10,9 @@ from typing import Any
 
 from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
-from kvsuite.reporting.files import parse_json
-from kvsuite.reporting.records_file import RECORDS_FILE, read_records
-from kvsuite.reporting.validate import validate
+from kvsuite.store.files import parse_json
+from kvsuite.store.records_file import RECORDS_FILE, read_records
+from kvsuite.store.validate import validate
 
 from .settings import differences, known_machine, machine_differences
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsuite.meters.environment import machine
-from kvsuite.reporting.records_file import code_of
+from kvsuite.store.records_file import code_of
 
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(

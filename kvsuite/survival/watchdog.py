@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import read_records
-from kvsuite.reporting.store import RecordStore, open_run
+from kvsuite.measure.deadline import is_overdue, killed
+from kvsuite.store.records_file import read_records
+from kvsuite.store.store import RecordStore, open_run
 
 from .black_box import read_box
-from .deadline import is_overdue, killed
 from .death import Cause, crashed_row
 
 _EVERY_S = 0.2

@@ -12,9 +12,9 @@ import pytest
 
 from kvsuite.__main__ import main
 from kvsuite.case import Case
-from kvsuite.metrics import MetricRegistry
+from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import Record
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.store import RecordStore
 
 
 def write_run(folder: Path, cases: dict[str, dict[str, Any]]) -> Path:

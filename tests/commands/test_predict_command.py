@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from kvsuite.__main__ import USAGE_ERROR, main
+from kvsuite.memory_model.design_point import DesignPoint
 from kvsuite.memory_model.survey import csv_header
-from kvsuite.spaces.design_point import DesignPoint
 
 LLAMA = ("--model", "dummy:Llama-3-8B", "--quantization", "q4f16_1")
 

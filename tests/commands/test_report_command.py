@@ -9,9 +9,9 @@ import pytest
 
 from kvsuite import __version__
 from kvsuite.case import Case
-from kvsuite.metrics import MetricRegistry
+from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import Record
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.store import RecordStore
 
 DERIVED = [
     "benchmark_comparison.png",
@@ -199,7 +199,7 @@ def test_a_csv_into_a_folder(results, tmp_path):
 
 
 def two_figures(path):
-    from kvsuite.reporting.perplexity_csv import COLUMNS, csv_text, read_rows
+    from kvsuite.suites.perplexity.csv_files import COLUMNS, csv_text, read_rows
 
     (row, *_) = read_rows(path)
     path.write_text(csv_text([dict.fromkeys(COLUMNS) | row | {"dataset": name} for name in ("wikitext2", "pg19")]))

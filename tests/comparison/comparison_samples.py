@@ -8,7 +8,7 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.comparison.records import RunFacts, row_of
 from kvsuite.comparison.sides import Run, Side
-from kvsuite.metrics import MetricRegistry
+from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import RUN_SCHEMA, Record
 
 REGISTRY = MetricRegistry()

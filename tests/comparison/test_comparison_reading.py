@@ -15,9 +15,9 @@ from kvsuite.__main__ import main
 from kvsuite.comparison import compare, latest_run, parse_rules, read_side
 from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA
-from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.report import assemble_report
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.records_file import read_records
+from kvsuite.store.store import RecordStore
 
 METRICS = {"kv_bytes_exact": 4096, "ttft_s": [0.1, 0.11, 0.1, 0.12, 0.1]}
 

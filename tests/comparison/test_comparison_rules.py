@@ -13,7 +13,7 @@ from kvsuite.comparison import DEFAULT_RULES, compare, known_metrics, parse_rule
 from kvsuite.comparison.limits import parse_limit
 from kvsuite.comparison.rules import Rule
 from kvsuite.errors import UserError
-from kvsuite.metrics import ALIASES
+from kvsuite.metrics.registry import ALIASES
 
 KNOWN = known_metrics()
 SUITES = ["compression", "perplexity", "dse"]

@@ -17,7 +17,7 @@ from kvsuite.__main__ import main
 from kvsuite.distribution.merge import join, read_part, write_merged
 from kvsuite.distribution.shards import assign
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.store.records_file import RECORDS_FILE, read_records
 
 NAMES = ["baseline", "streaming_6", "streaming_10", "broken"]
 WHOLE = {name: row(name, "crashed" if name == "broken" else "ok", case_index=at) for at, name in enumerate(NAMES)}

@@ -10,10 +10,10 @@ from sweep_rows import case
 from kvsuite.distribution.cost import SPEEDS, Work, seconds, work_of
 from kvsuite.distribution.shards import Shard, assign
 from kvsuite.errors import UserError
-from kvsuite.options import default_options
-from kvsuite.spaces.compression import compression_cases
-from kvsuite.spaces.dse_cases import dse_cases
-from kvsuite.spaces.perplexity import perplexity_cases
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.compression.cases import compression_cases
+from kvsuite.suites.dse.cases import dse_cases
+from kvsuite.suites.perplexity.cases import perplexity_cases
 
 COSTS = st.lists(st.floats(0, 1e12), max_size=60)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 
 ROOT = Path(__file__).parents[2]
 FOLDER = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")

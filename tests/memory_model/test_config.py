@@ -179,7 +179,7 @@ def test_predicting_needs_no_torch() -> None:
 import sys
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model import fit, mlc, nano
-from kvsuite.spaces.dse import named_space
+from kvsuite.suites.dse.space import named_space
 for request in ("dummy:Llama-3-8B", "smollm2", "HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC"):
     model = architecture_of(request)
     for predictor in (mlc.MlcMemory.of(model), nano.NanoMemory(model)):

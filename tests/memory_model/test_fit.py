@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.design_point import DesignPoint, broken_rules
 from kvsuite.memory_model.fit import SHARES, Card, Mend, fits, mends, parse_card
 from kvsuite.memory_model.mlc import MlcMemory
 from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, Predictor
-from kvsuite.spaces.design_point import DesignPoint, broken_rules
 
 GIB = 1 << 30
 

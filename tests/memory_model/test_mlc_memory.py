@@ -11,12 +11,12 @@ import pytest
 
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.mlc import MlcMemory, default_json_chunk
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, PARTS, Part, Prediction
 from kvsuite.memory_model.published import PUBLISHED, find_published
-from kvsuite.spaces.design_point import AXES, DesignPoint
-from kvsuite.spaces.dse import named_space
+from kvsuite.suites.dse.space import named_space
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mlc_dse_results_sample.csv"
 PUBLISHED_DATA = Path(__file__).parents[3] / "shared" / "data" / "mlc_dse"

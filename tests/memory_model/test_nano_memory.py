@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsuite.engines.nano_runtime import pool_bytes, workspace_bytes
+from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.design_point import OFF, DesignPoint
 from kvsuite.memory_model.nano import (
     _FLASHINFER_HEAD_DIMS,
     ATTENTION_WORKSPACE,
@@ -27,7 +28,6 @@ from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
-from kvsuite.spaces.design_point import OFF, DesignPoint
 
 DTYPES = ["float32", "bfloat16"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.streaming_llm import StreamingLLM
-from kvsuite.engines.decoder import Decoder
-from kvsuite.engines.rotary import Rotary
+from kvsuite.engines.hf.decoder import Decoder
+from kvsuite.engines.hf.rotary import Rotary
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Status

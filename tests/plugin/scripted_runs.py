@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvsuite.metrics import MetricRegistry
-from kvsuite.passes import Measured
+from kvsuite.measure.case_passes import Measured
 from kvsuite.record import Record
 from kvsuite.state import RUNNER
 

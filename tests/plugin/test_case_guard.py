@@ -12,8 +12,8 @@ import scipy.stats
 from scripted_runs import ARGUMENTS, project
 
 from kvsuite.case import digest
-from kvsuite.reporting.records_file import read_records
-from kvsuite.reporting.validate import validate
+from kvsuite.store.records_file import read_records
+from kvsuite.store.validate import validate
 from kvsuite.survival.black_box import read_box
 from kvsuite.survival.watchdog import _close
 

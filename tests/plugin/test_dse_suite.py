@@ -11,8 +11,8 @@ from pytest_runs import Run, copy_benchmarks, run_pytest
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.__main__ import main
-from kvsuite.reporting.dse_csv import METRICS, RESULTS, read_sheet
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
+from kvsuite.suites.dse.csv_files import METRICS, RESULTS, read_sheet
 
 TAG = "tiny-llama-q4f32_1"
 RESULTS_CSV, METRICS_CSV = f"kv_cache_dse_results_{TAG}.csv", f"kv_cache_dse_metrics_{TAG}.csv"

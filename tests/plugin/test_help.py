@@ -7,8 +7,8 @@ import re
 import pytest
 from pytest_runs import run_pytest
 
-from kvsuite.option_table import FLAGS
-from kvsuite.options import OPTIONS, REJECTED, Option
+from kvsuite.options.resolve import OPTIONS, REJECTED, Option
+from kvsuite.options.table import FLAGS
 from kvsuite.quantization.registry import QUANTIZATIONS
 
 

@@ -15,7 +15,7 @@ import pytest
 from pytest_runs import clean_environment, run_pytest
 from sweeps import MANY, facts, project
 
-from kvsuite.reporting.records_file import read_records
+from kvsuite.store.records_file import read_records
 
 LOOP = Path(__file__).with_name("kill_loop.py")
 

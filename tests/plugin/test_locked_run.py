@@ -9,8 +9,8 @@ import rich.table
 import scipy.stats
 from scripted_runs import ARGUMENTS, project, script
 
-from kvsuite.reporting.records_file import RECORDS_FILE
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.records_file import RECORDS_FILE
+from kvsuite.store.store import RecordStore
 
 LOADED = (pyarrow, rich, scipy)
 # a run is taken up only on the machine that it was measured on

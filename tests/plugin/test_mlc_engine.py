@@ -1,4 +1,4 @@
-"""The design-space suite on engine `mlc` as a user runs it, with a stand-in for mlc_llm (tests/engines/mlc_double) or none."""
+"""The design-space suite on engine `mlc` as run by a user, with a stand-in for mlc_llm (mlc_double) or none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from pytest_runs import Run, copy_benchmarks, run_pytest
 from tiny_checkpoint import save_checkpoint
 
-from kvsuite.reporting.dse_csv import METRICS, RESULTS, read_sheet
+from kvsuite.suites.dse.csv_files import METRICS, RESULTS, read_sheet
 
 ROOT = str(Path(__file__).parents[2])
-DOUBLE = str(Path(__file__).parents[1] / "engines" / "mlc_double")
+DOUBLE = str(Path(__file__).parents[1] / "engines" / "mlc" / "mlc_double")
 TAG = "tiny-llama-q4f16_1"
 SMALL = (
     "-k", "dse and q4f16", "--kv-engine=mlc", "--kv-max-new-tokens=8", "--kv-rounds=2", "--kv-num-warmup=1",

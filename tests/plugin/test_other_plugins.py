@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_runs import NO_FIGURES, TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
 
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 
 WITHOUT = {
     "all others": (("-p", "kvsuite.plugin"), {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}),

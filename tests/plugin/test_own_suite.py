@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_runs import TINY_NAMES, Run, run_pytest
 
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 
 INI = """
 [pytest]

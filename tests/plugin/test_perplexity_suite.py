@@ -19,8 +19,8 @@ from tiny_checkpoint import TEXT, TRAINED_LENGTH, byte_tokenizer, save_checkpoin
 
 from kvsuite.__main__ import main
 from kvsuite.quantization.registry import unavailable
-from kvsuite.reporting.perplexity_csv import COLUMNS, ORIGINAL_COLUMNS, read_rows
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
+from kvsuite.suites.perplexity.csv_files import COLUMNS, ORIGINAL_COLUMNS, read_rows
 
 PROTOCOLS = ("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")
 FORMATS = ("none", "q4f16_1", "fake_q3")

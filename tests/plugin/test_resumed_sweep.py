@@ -13,7 +13,7 @@ from pytest_runs import TINY, TINY_NAMES, Run, run_pytest
 from sweeps import facts, project
 
 from kvsuite.__main__ import main
-from kvsuite.reporting.records_file import RECORDS_FILE, read_records
+from kvsuite.store.records_file import RECORDS_FILE, read_records
 
 COMMON = (*TINY, "-p", "no:cacheprovider", "-p", "no:benchmark")
 RESUME = "--kv-resume=latest"
@@ -121,7 +121,7 @@ def test_a_case_that_hears_its_alarm_is_stopped(runs: dict[str, Run]) -> None:
     (row,) = read_records(sleeping.report)[1]
     assert (sleeping.code, row["status"], row["error"]["type"]) == (pytest.ExitCode.TESTS_FAILED, "crashed", "Timeout")
     assert row["reason"] == "timeout: it ran longer than --kv-timeout=4 s and was stopped"
-    assert row["error"]["traceback"].splitlines()[-1] == "kvsuite.survival.deadline.CaseTimeout"
+    assert row["error"]["traceback"].splitlines()[-1] == "kvsuite.measure.deadline.CaseTimeout"
 
 
 def test_failed_cases_are_run_again_by_policy(runs: dict[str, Run]) -> None:

@@ -7,9 +7,9 @@ import re
 import pytest
 from pytest_runs import copy_benchmarks, rotated
 
-from kvsuite.options import default_options
-from kvsuite.spaces.compression import compression_cases
-from kvsuite.spaces.dse_cases import dse_cases
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.compression.cases import compression_cases
+from kvsuite.suites.dse.cases import dse_cases
 
 EVERYTHING = (
     "--kv-method=streaming_llm,recent_only,fix_size_l2,l2_compress,kvpress:SnapKV,kvpress:DMS",

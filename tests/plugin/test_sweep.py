@@ -11,7 +11,7 @@ import pytest
 from pytest_runs import TINY_NAMES, Run, rotated
 
 from kvsuite.commands.report import run as redraw
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 
 NAMES = [*TINY_NAMES, "broken", "hungry"]
 EXACT = ("kv_bytes_exact", "kv_bytes_exact_prefill", "cache_tokens_mean", "cache_tokens_min", "cache_tokens_max")

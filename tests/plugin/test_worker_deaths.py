@@ -12,7 +12,7 @@ from hostile_policies import CONFTEST
 from pytest_runs import TINY, Run, run_pytest
 from sweeps import project
 
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 
 pytest.importorskip("xdist")
 

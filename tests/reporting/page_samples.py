@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.reporting.page.render import write_page
-from kvsuite.reporting.records_file import RECORDS_FILE
+from kvsuite.store.records_file import RECORDS_FILE
 
 #: texts that would set ``window.hacked``, load something or break the data if any of them were taken as markup or code
 HOSTILE = (

@@ -6,7 +6,7 @@ import pytest
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.aggregate import baseline_for, by_name, paired
-from kvsuite.reporting.tables import comparison_table
+from kvsuite.suites.compression.table import comparison_table
 
 GIB = 1024**3
 

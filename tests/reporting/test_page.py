@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from page_samples import HOSTILE, hostile_comparison, hostile_row, hostile_run, page
 
 from kvsuite.errors import UserError
-from kvsuite.metrics import MetricRegistry
+from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.reporting.page.columns import metric_columns
 from kvsuite.reporting.page.facts import run_facts
 from kvsuite.reporting.page.render import build_page

@@ -9,9 +9,9 @@ from jsonschema import Draft202012Validator
 
 from kvsuite.errors import UserError
 from kvsuite.record import schema
-from kvsuite.reporting.records_file import read_records
 from kvsuite.reporting.report import assemble_report, write_outputs, write_report
-from kvsuite.reporting.validate import validate
+from kvsuite.store.records_file import read_records
+from kvsuite.store.validate import validate
 
 SUITE_FILES = [
     "benchmark_comparison.png",

@@ -9,7 +9,7 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.record import Record
-from kvsuite.reporting.validate import validate
+from kvsuite.store.validate import validate
 from kvsuite.survival.black_box import BlackBox, read_box
 from kvsuite.survival.death import cause_of, crashed_row
 

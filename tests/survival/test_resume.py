@@ -11,8 +11,8 @@ import pytest
 from sweep_rows import case, environment, facts, node_id, row, store_run
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.records_file import RECORDS_FILE, code_of, read_records
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.records_file import RECORDS_FILE, code_of, read_records
+from kvsuite.store.store import RecordStore
 from kvsuite.survival.resume import EarlierRun, find_earlier, is_finished
 from kvsuite.survival.settings import differences
 
@@ -214,7 +214,7 @@ def test_half_a_line_is_cut_off_and_told(tmp_path: Path) -> None:
 def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     folder = store_run(tmp_path, [row("a")])
     code = (
-        "import sys; from pathlib import Path; from kvsuite.reporting.store import RecordStore\n"
+        "import sys; from pathlib import Path; from kvsuite.store.store import RecordStore\n"
         "RecordStore.reopen(Path(sys.argv[1]))"
     )
     with (

@@ -13,8 +13,8 @@ import pytest
 
 from kvsuite.case import Case, digest
 from kvsuite.record import Record
-from kvsuite.reporting.records_file import read_records
-from kvsuite.reporting.store import open_run
+from kvsuite.store.records_file import read_records
+from kvsuite.store.store import open_run
 from kvsuite.survival.watchdog import write_row
 
 # a lock that is taken twice never comes back, and no signal ends it; PyDLL keeps the interpreter's lock

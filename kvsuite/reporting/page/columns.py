@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from kvsuite.metrics import BUILTIN
+from kvsuite.metrics.registry import BUILTIN
 from kvsuite.reporting.aggregate import Row
 
 Kind = Literal["text", "number", "metric"]

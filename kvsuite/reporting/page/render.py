@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import quote
 
 from kvsuite import __version__
-from kvsuite.metrics import BUILTIN
+from kvsuite.metrics.registry import BUILTIN
 from kvsuite.record import STATUSES
 from kvsuite.reporting.aggregate import Row, by_name, in_space_order
-from kvsuite.reporting.files import utf8, write_atomic
-from kvsuite.reporting.records_file import RECORDS_FILE
 from kvsuite.reporting.table_parts import which
+from kvsuite.store.files import utf8, write_atomic
+from kvsuite.store.records_file import RECORDS_FILE
 
 from .cases import case_data, unmeasured
 from .columns import Column, metric_columns

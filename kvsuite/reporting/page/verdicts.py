@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.files import parse_json
+from kvsuite.store.files import parse_json
 
 COMPARISON_FILE = "comparison.json"
 #: the worst first: what a reader of the page has to see

@@ -1,0 +1,1 @@
+"""Engine `hf`: transformers, with policies and presses on its cache."""

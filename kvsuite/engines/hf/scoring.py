@@ -1,0 +1,92 @@
+"""Teacher-forced scoring through a case's cache: the two cache protocols, and the full-cache reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvsuite.meters.quality import TokenScores
+
+from .decoder import Decoder
+
+if TYPE_CHECKING:
+    from .generation import Flow
+
+PROTOCOLS = ("streaming-decode", "prefix-continuation")
+Progress = Callable[[int, int], None]
+_ROWS = 256
+
+
+def score_tokens(
+    flow: Flow, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
+) -> TokenScores:
+    """Score ``tokens`` one forward a token (docs/protocols.md).
+
+    Parameters
+    ----------
+    tokens
+        The text.
+    protocol
+        ``streaming-decode``: every token is fed alone from an empty cache and the policy acts after each; tokens
+        1 .. N - 1 are scored. ``prefix-continuation``: the first ``prefix`` tokens are prefilled and compressed, the others
+        fed one by one; the first continuation token is not scored, since its logits come from the uncompressed prefill.
+    prefix
+        Prompt length of ``prefix-continuation``.
+    progress
+        Called with tokens done and in all.
+    """
+    start = prefix if protocol == "prefix-continuation" else 0
+    targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=flow.device)
+    ids = flow.ids(tokens)
+    nll = torch.empty(len(targets), dtype=torch.float32, device=flow.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=flow.device)
+    steps = len(targets)
+    with torch.inference_mode(), flow.pressed():
+        # streaming-decode feeds its first token as a step: one more than there are targets after it
+        cache = flow.new_cache(max(start, 1), steps)
+        if start:
+            flow.prefill(ids[:, :start], cache)
+            cache = flow.settle(cache, steps)
+        for step in range(steps):
+            at = start + step
+            logits = flow.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
+            _score_rows(logits, targets[step : step + 1], nll[step : step + 1], hits[step : step + 1])
+            if progress and (step % 16 == 15 or step == steps - 1):
+                progress(step + 1, steps)
+    flow.drop_cache()
+    return TokenScores(
+        targets=[int(t) for t in tokens[start + 1 :]],
+        positions=list(range(start + 1, len(tokens))),
+        nll=nll.tolist(),
+        correct=hits.tolist(),
+    )
+
+
+def score_reference(decoder: Decoder, tokens: Sequence[int], first: int) -> TokenScores:
+    """Score ``tokens[first:]`` by one teacher-forced forward over the whole text with the full cache."""
+    ids = torch.tensor([list(tokens)], dtype=torch.int64, device=decoder.device)
+    targets = ids[0, first:]
+    nll = torch.empty(len(targets), dtype=torch.float32, device=decoder.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=decoder.device)
+    with torch.inference_mode():
+        logits = decoder.all_logits(ids)[0, first - 1 : -1]
+        # a float32 copy of all logits would be the largest tensor of the run
+        for row in range(0, len(targets), _ROWS):
+            part = slice(row, row + _ROWS)
+            _score_rows(logits[part], targets[part], nll[part], hits[part])
+    return TokenScores(
+        targets=[int(t) for t in tokens[first:]],
+        positions=list(range(first, len(tokens))),
+        nll=nll.tolist(),
+        correct=hits.tolist(),
+    )
+
+
+def _score_rows(logits: Tensor, targets: Tensor, nll: Tensor, hits: Tensor) -> None:
+    """Fill ``nll`` and ``hits`` ``[rows]`` from ``logits`` ``[rows, vocab]``."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    nll.copy_(losses)
+    hits.copy_(logits.argmax(-1) == targets)

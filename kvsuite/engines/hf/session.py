@@ -1,0 +1,221 @@
+"""A session of the `hf` engine: any transformers decoder on torch, with cache policies and presses. Reference semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsuite.case import Case
+from kvsuite.engines.cache_method import Method, method_for
+from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.window_scoring import Progress as WindowProgress
+from kvsuite.engines.window_scoring import WindowScores, compare_windows, score_windows
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.divergence import TokenDivergence
+from kvsuite.meters.quality import TokenScores
+from kvsuite.meters.timing import RequestTimes
+from kvsuite.workloads.windows import Window
+
+from .attention import register_grouped_attention
+from .cache import Implementation
+from .generation import Flow
+from .memory import measure_memory
+from .scoring import score_reference, score_tokens
+
+
+class HfSession(LoadedSession):
+    """A loaded transformers model.
+
+    Parameters
+    ----------
+    case
+        Names model, device and dtype.
+    seed
+        Seed of a dummy model's weights.
+    threads
+        CPU threads, ``None`` for the probe.
+    decode_step
+        ``eager``, ``graph``, or ``auto``: captured on CUDA where the method allows.
+    implementation
+        Slot handling of policies: ``ring`` or ``copy``.
+    cache_dir
+        Where converted models lie.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        *,
+        seed: int = 0,
+        threads: int | None = None,
+        decode_step: str = "auto",
+        implementation: Implementation = "ring",
+        cache_dir: Path | None = None,
+    ) -> None:
+        attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
+        super().__init__(case, attention=attention, seed=seed, threads=threads, cache_dir=cache_dir)
+        self._facts["attention"] = attention
+        self._decode_step = decode_step
+        self._implementation: Implementation = implementation
+        self._seed = seed
+        self._base_attention = attention
+        self._flow = self._new_flow(Method())
+
+    @property
+    def ratio_requested(self) -> float | None:
+        return self._flow.method.ratio_requested
+
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+        plans = self._flow.plan(prompt_tokens, new_tokens - 1)
+        if plans is None:
+            return None
+        policy, layers = self._flow.method.policy, range(self.decoder.layers)
+        skipped = policy.skip_layers if policy else layers
+        return self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
+
+    def prepare(self, case: Case) -> None:
+        self.finish()
+        if self.decoder.sliding_window:
+            raise CaseInvalid(
+                f"the model has its own sliding window of {self.decoder.sliding_window}: a policy's window would be "
+                "measured on top of it; use a model without one"
+            )
+        if case.partition is not None:
+            raise CaseInvalid("SM partitions need the serving runtime; engine hf runs on the whole device")
+        method = method_for(case, layers=self.decoder.layers)
+        press, policy = method.press, method.policy
+        if press:
+            press.supports_layout(self._loaded.model)
+        attention = "eager" if press and press.info.attention == "eager" else self._base_attention
+        self.decoder.set_attention(attention)
+        self._flow = self._new_flow(method)
+        reason = self._eager_reason(method)
+        if reason and self._decode_step == "graph":
+            raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
+        self.effective = self._facts | {
+            "attention": attention,
+            "decode_step": "eager" if reason else "cuda_graph",
+            "implementation": "press" if press else self._implementation,
+            "positions": policy.positions if policy else press.info.positions if press else "original",
+            "skip_layers": sorted(policy.skip_layers) if policy else [],
+            "frees_memory": method.frees_memory,
+        }
+        if reason and self.device.type == "cuda":
+            self.effective["decode_step_reason"] = reason
+
+    def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
+        if self.effective["decode_step"] != "cuda_graph":
+            return
+        try:
+            self._flow.capture(prompt, new_tokens - 1)
+        except RuntimeError as error:
+            if self._decode_step == "graph":
+                raise CaseInvalid(f"--kv-decode-step=graph: the step cannot be captured: {error}") from error
+            self.effective |= {"decode_step": "eager", "decode_step_reason": f"not capturable: {error}"}
+            self._flow.drop_cache()
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
+        flow, steps = self._flow, new_tokens - 1
+        captured = flow.captured(len(prompt), steps)
+        # a press is built before the clock starts: it is part of loading, not of the request
+        with torch.inference_mode(), flow.pressed():
+            ids = flow.ids(prompt)
+            cache = flow.persistent_cache(len(prompt), steps)
+            clock.start()
+            logits = flow.forward_prompt(ids, cache)
+            clock.mark()
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            cache = flow.settle(cache, steps)
+            clock.mark()
+            output = [token]
+            if captured:
+                output.append(captured.run(token, clock))
+            else:
+                for _ in range(steps):
+                    output.append(flow.step(output[-1], cache))
+                    clock.mark()
+            prefill_end, *times = clock.seconds()
+        self.last_tokens = _token_list(output)
+        return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
+
+    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        flow, steps = self._flow, new_tokens - 1
+        with torch.inference_mode(), flow.pressed():
+            cache = flow.new_cache(len(prompt), steps)
+            output = [flow.prefill(flow.ids(prompt), cache)]
+            cache = flow.settle(cache, steps)
+            for _ in range(steps):
+                output.append(flow.step(output[-1], cache))
+        return _token_list(output)
+
+    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
+        return measure_memory(self._flow, self._flow.ids(prompt), new_tokens)
+
+    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
+        return score_tokens(self._flow, tokens, protocol, prefix, progress)
+
+    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
+        return score_reference(self.decoder, tokens, first)
+
+    def score_windows(
+        self,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> WindowScores:
+        return score_windows(
+            self._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token, progress=progress
+        )
+
+    def compare_windows(
+        self,
+        reference: Session,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> TokenDivergence:
+        if not isinstance(reference, HfSession):
+            raise UserError("--kv-reference: only two models of engine hf can be compared position by position")
+        return compare_windows(
+            self._loaded.model, reference._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token,
+            progress=progress,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        self._flow.drop_cache()
+        self._flow = self._new_flow(Method())
+
+    def close(self) -> None:
+        self.finish()
+        del self._loaded, self.decoder, self._flow
+
+    def _new_flow(self, method: Method) -> Flow:
+        return Flow(
+            self.decoder, method, implementation=self._implementation, tokenizer=self.tokenizer, seed=self._seed
+        )
+
+    def _eager_reason(self, method: Method) -> str | None:
+        if self.device.type != "cuda":
+            return "CUDA graphs need a CUDA device"
+        if self._decode_step == "eager":
+            return "--kv-decode-step=eager"
+        if self._implementation == "copy":
+            return "a copying cache moves at every step"
+        return method.eager_only
+
+
+def _token_list(output: list[Tensor]) -> list[int]:
+    """Token ids of ``[1, n]`` pieces, in order."""
+    return [int(token) for token in torch.cat(output, dim=1)[0].tolist()]

@@ -1,0 +1,1 @@
+"""Engine `mlc`: MLC-LLM in processes of its own."""

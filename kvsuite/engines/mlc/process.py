@@ -1,0 +1,147 @@
+"""Processes of mlc_llm: in a group of their own, with a deadline, killed with all they started, their output kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+_GUARD = Path(__file__).with_name("guard.py")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_OUT_OF_MEMORY = re.compile(
+    r"Insufficient GPU memory|std::bad_alloc|out of memory|OUT_OF_(DEVICE|HOST)_MEMORY|Cannot allocate memory", re.I
+)
+_TAIL_LINES = 15
+_TAIL_CHARACTERS = 2000
+_POLL_S = 0.05
+_QUIET_S = 0.5
+_QUIET_AT_MOST_S = 10.0
+
+
+class MlcFailed(RuntimeError):
+    """mlc_llm ended, hung or answered what cannot be; the message ends with the last lines that it printed."""
+
+
+class MlcProcess:
+    """A running command of mlc_llm.
+
+    Parameters
+    ----------
+    command
+        Program and arguments.
+    log
+        File that takes its standard output and error: mlc_llm writes what matters to descriptor 2 from C++.
+    environment
+        Variables beside those of this process.
+    """
+
+    def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.command, self.log = list(command), log
+        self._read: tuple[int, str] = 0, ""
+        with log.open("ab") as stream:
+            # a session of its own: Ctrl-C in the terminal is for us, and we end what we started
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), *self.command],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=stream,
+                env=dict(os.environ) | dict(environment or {}),
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the guard, which is also the process group."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code, ``None`` while it runs."""
+        return self._process.poll()
+
+    def text(self) -> str:
+        """All it has printed, without colours."""
+        size = self.log.stat().st_size
+        # asked many times a second while requests are timed
+        if size != self._read[0]:
+            self._read = size, _COLOURS.sub("", self.log.read_text(encoding="utf-8", errors="replace"))
+        return self._read[1]
+
+    def wait(self, deadline_s: float) -> int | None:
+        """Exit code, ``None`` if the deadline came first."""
+        ends = time.monotonic() + deadline_s
+        while self.exit_code is None and time.monotonic() < ends:
+            time.sleep(_POLL_S)
+        return self.exit_code
+
+    def wait_until_quiet(self) -> None:
+        """Wait until it prints no more: a message is of use when its last line is there."""
+        ends, before = time.monotonic() + _QUIET_AT_MOST_S, ""
+        while before != (before := self.text()) and time.monotonic() < ends:
+            time.sleep(_QUIET_S)
+
+    def kill(self) -> None:
+        """End it and everything it has started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def __enter__(self) -> MlcProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+def run_step(
+    what: str, command: Sequence[str], *, log: Path, deadline_s: float, environment: Mapping[str, str] | None = None
+) -> str:
+    """Run a command to its end.
+
+    Parameters
+    ----------
+    what
+        For messages: ``mlc_llm compile``.
+    command, log, environment
+        Of `MlcProcess`.
+    deadline_s
+        Seconds after which it is killed.
+
+    Returns
+    -------
+    str
+        What it printed.
+
+    Raises
+    ------
+    MlcFailed, MemoryError
+        If it fails or is too slow, with the end of what it printed.
+    """
+    with MlcProcess(command, log=log, environment=environment) as process:
+        code = process.wait(deadline_s)
+        printed = process.text()
+    if code is None:
+        raise failure(f"{what} was killed after {deadline_s:g} s without an end", printed)
+    if code:
+        raise failure(f"{what} failed with exit code {code}", printed)
+    return printed
+
+
+def failure(message: str, printed: str) -> Exception:
+    """The error of a process that failed: `MemoryError` where it ran out of memory, else `MlcFailed`."""
+    kind = MemoryError if _OUT_OF_MEMORY.search(printed) else MlcFailed
+    return kind(f"{message}; the last it printed:\n{tail(printed)}")
+
+
+def tail(printed: str) -> str:
+    """The last lines of an output, as many as a message can take."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:] or "(nothing)"

@@ -1,0 +1,1 @@
+"""Engine `nano`: the paged-KV runtime of kvsuite."""

@@ -1,0 +1,174 @@
+"""The runtime behind a `nano` session: one at a time, made for the work at hand, and said what it really is."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from kvsuite.compression.base import Policy
+from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.errors import CaseInvalid
+from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
+from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.quantization.modules import PackedWeight
+
+BLOCK_SIZE = 16
+# a step's tokens at most: prompts longer than this are fed in chunks
+_STEP_TOKENS = {"cpu": 2048}
+_STEP_TOKENS_ELSEWHERE = 8192
+
+
+class RuntimeHolder:
+    """Makes runtimes on one loaded model; the last one stays until another is needed.
+
+    Parameters
+    ----------
+    loaded
+        The model.
+    decode_step
+        ``eager``, ``graph``, or ``auto``: captured where the runner can.
+    """
+
+    def __init__(self, loaded: LoadedModel, decode_step: str) -> None:
+        self._loaded = loaded
+        self._decode_step = decode_step
+        self._rotary: Rotary | None = None
+        self._held: tuple[tuple[Any, ...], Runtime] | None = None
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step."""
+        return _STEP_TOKENS.get(self._loaded.device.type, _STEP_TOKENS_ELSEWHERE)
+
+    def limits(self, longest: int, *, sequences: int = 1, step_tokens: int | None = None) -> Limits:
+        """Limits with a pool that holds ``sequences`` requests of ``longest`` tokens at the same time, and no more.
+
+        Prefixes are not shared: every prompt of the suites is to be computed.
+        """
+        blocks = -(-longest // BLOCK_SIZE)
+        return Limits(
+            max_model_len=longest,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=max(step_tokens or self.step_tokens, sequences),
+            block_size=BLOCK_SIZE,
+            num_blocks=sequences * blocks,
+            prefix_caching=False,
+        )
+
+    def get(self, limits: Limits, policy: Policy | None, *, captures: bool) -> Runtime:
+        """A runtime with these limits and this very policy, with nothing to do.
+
+        Parameters
+        ----------
+        limits, policy
+            As for `Runtime`.
+        captures
+            Whether capturing decode steps is worth its time.
+
+        Raises
+        ------
+        CaseInvalid
+            If the model, or the policy on it, is nothing for paged attention, or ``--kv-decode-step=graph`` cannot be.
+        UserError
+            If the device has no room for the pool.
+        """
+        key = (limits, policy, captures)
+        if self._held is not None and self._held[0] == key:
+            return self._held[1]
+        self.drop()
+        runtime = self._make(limits, policy, captures)
+        self._held = (key, runtime)
+        return runtime
+
+    def drop(self) -> None:
+        """Give the pool back."""
+        if self._held is None:
+            return
+        self._held[1].close()
+        self._held = None
+        if self._loaded.device.type == "cuda":
+            # captured steps and FlashInfer's wrappers hold cycles, and a pool is most of the memory
+            gc.collect()
+
+    def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
+        """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
+        effective.pop("decode_step_reason", None)
+        effective |= self.facts(runtime)
+
+    def facts(self, runtime: Runtime) -> dict[str, Any]:
+        """What a runtime really applies, in JSON types."""
+        limits = runtime.limits
+        done = dict(runtime.runner.facts)
+        step, _, reason = str(done.pop("decode_step")).partition(" (")
+        step = step.replace(" ", "_")
+        found = done | {
+            "decode_step": step,
+            "block_size": limits.block_size,
+            "num_blocks": runtime.num_blocks,
+            "max_model_len": limits.max_model_len,
+            "max_num_seqs": limits.max_num_seqs,
+            "max_num_batched_tokens": limits.max_num_batched_tokens,
+            "prefix_caching": limits.prefix_caching,
+            "layer_groups": [list(group.layers) for group in runtime.groups],
+            "overlap": runtime.overlap,
+        }
+        if step != "cuda_graph" and reason:
+            found.setdefault("decode_step_reason", reason.removesuffix(")"))
+        return found
+
+    def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
+        rotation = None
+        if policy is not None and policy.positions == "cache":
+            # made while the model has its own attention
+            rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
+        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
+        if policy is not None:
+            # what a policy does to a sequence comes between two of its tokens
+            options["overlap"] = False
+        if self._loaded.device.type == "cuda":
+            from kvsuite.nanovllm.cuda_runner import cuda_runner
+
+            graphs = captures and self._decode_step != "eager"
+            options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
+        runtime = Runtime(self._loaded, limits, **options)
+        if captures and self._decode_step == "graph":
+            facts = self.facts(runtime)
+            if facts["decode_step"] != "cuda_graph":
+                runtime.close()
+                reason = facts.get("decode_step_reason") or "CUDA graphs need a CUDA device"
+                raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
+        return runtime
+
+
+def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
+    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS and FlashInfer.
+
+    As `kvsuite.memory_model.nano.NanoMemory` predicts them.
+    """
+    config = loaded.text_config
+    hidden = int(config.hidden_size)
+    attention = attention_workspace(
+        device=loaded.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // int(config.num_attention_heads)),
+    )
+    wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
+    element = loaded.dtype.itemsize
+    logits = limits.max_num_seqs * int(config.vocab_size) * (element + torch.float32.itemsize)
+    packed = loaded.device.type == "cuda" and any(isinstance(module, PackedWeight) for module in loaded.model.modules())
+    activations = activation_bytes(
+        tokens=tokens, hidden=hidden, intermediate=wide, element_bytes=element, unpacks=packed
+    )
+    products = LIBRARY_WORKSPACE if loaded.device.type == "cuda" else 0
+    return activations + logits + products + attention
+
+
+def pool_bytes(runtime: Runtime, element_bytes: int) -> int:
+    """Predicted bytes of the pools: ``(blocks + 1 for scratch) * block_size * 2 * layers * kv_heads * head_dim * element``."""
+    tokens = (runtime.num_blocks + 1) * runtime.limits.block_size
+    return sum(group.token_bytes(element_bytes) * tokens for group in runtime.groups)

@@ -1,0 +1,1 @@
+"""One case, measured, whatever happens; and what suites share in measuring."""

@@ -1,0 +1,171 @@
+"""Memory and speed of a case: warm-up, the instrumented pass, the timed rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.errors import CaseInvalid
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.timing import RoundTimes
+
+if TYPE_CHECKING:
+    from .case_passes import CasePasses
+
+# coefficient of variation above which times are shown and not judged
+_MAX_CV = 0.10
+_NO_PREFILL_END = "the server does not tell when a prompt is computed; engine_ttft_s is what it says itself"
+
+
+def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence[int]]) -> None:
+    """Memory pass and timed rounds of one request; ``prompts`` are one for each warm-up and round, and one more."""
+    options, workload, record = work.runner.options, work.case.workload, work.record
+    work.phase = "memory"
+    length, new_tokens = int(workload["prompt_tokens"]), int(workload["max_new_tokens"])
+    for index in range(max(options.num_warmup - 1, 0)):
+        work.progress("warm-up", index + 1, options.num_warmup)
+        session.warm(prompts[index], new_tokens)
+    _memory(work, session, session.memory_pass(prompts[-1], new_tokens), length, new_tokens)
+    work.phase = "decode"
+    session.capture(prompts[0], new_tokens)
+    clock = work.runner.clock(session.device)
+    if options.num_warmup and session.effective.get("decode_step") == "cuda_graph":
+        session.generate(prompts[-1], new_tokens, clock)
+    rounds: list[RoundTimes] = []
+    waiting = iter(prompts[options.num_warmup :])
+
+    def one_round() -> None:
+        times = session.generate(next(waiting), new_tokens, clock)
+        if times.generated != new_tokens:
+            raise CaseInvalid(f"generated {times.generated} tokens instead of {new_tokens}: no timing is comparable")
+        rounds.append(RoundTimes([times], clock.name))
+        work.progress("timed rounds", len(rounds), options.rounds)
+
+    reason = session.effective.get("decode_step_reason")
+    if reason and options.decode_step == "auto":
+        record.warnings.append(f"decode steps ran uncaptured: {reason}")
+    work.run_rounds(one_round, options.rounds)
+    put_timing(work, rounds, [one.metrics() for one in rounds])
+    judge_spread(work)
+    _first_step(work, session, prompts[0][:1], clock)
+    record.tokens |= {"prompt": length, "prefill_computed": length, "generated": new_tokens, "requested": new_tokens}
+    if length + new_tokens > (session.model.get("trained_length") or length + new_tokens):
+        record.warnings.append(
+            f"{length + new_tokens} positions are more than the trained length {session.model['trained_length']}"
+        )
+
+
+def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) -> None:
+    """Say in the record where times cannot be compared: too few rounds, or a spread of one of ``names`` above `_MAX_CV`."""
+    metrics, warnings = work.record.metrics, work.record.warnings
+    if work.runner.options.rounds < 2:
+        warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
+    for name in names:
+        cv = metrics[name].get("cv")
+        if cv is not None and cv > _MAX_CV:
+            warnings.append(
+                f"unstable: {name} varies by {cv:.0%} between rounds (bound {_MAX_CV:.0%}), so its differences mean "
+                "nothing; is the machine busy?"
+            )
+
+
+def _first_step(work: CasePasses, session: Session, prompt: Sequence[int], clock: Clock) -> None:
+    try:
+        steps = [session.generate(prompt, 1, clock).ttft_s for _ in range(work.runner.options.rounds)]
+    except CaseInvalid as invalid:
+        work.put("first_step_s", None, reason=f"a prompt of one token: {invalid}")
+        return
+    work.put("first_step_s", steps, clock=clock.name)
+
+
+def put_timing(work: CasePasses, rounds: Sequence[RoundTimes], rows: Sequence[Mapping[str, float | None]]) -> None:
+    """Write timing metrics: ``rows`` are those of ``rounds`` by name, ``None`` where one is not defined."""
+    clock = rounds[0].clock
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        known = [value for value in values if value is not None]
+        reason = _NO_PREFILL_END if name.startswith("prefill_") else "needs at least two output tokens"
+        work.put(name, known or None, clock=clock, reason=reason)
+    gaps = [gap for one in rounds for request in one.requests for gap in request.itl_s]
+    work.put("itl_s", gaps or None, clock=clock, pooled="pooled_tokens", reason="needs at least two output tokens")
+    work.record.samples["rounds"] = [
+        dict(row) | {"itl_s": [gap for request in one.requests for gap in request.itl_s]}
+        for row, one in zip(rows, rounds, strict=True)
+    ]
+
+
+def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, new_tokens: int) -> None:
+    record = work.record
+    if work.case.policy and found.kv_bytes_decode == session.full_kv_bytes(length + new_tokens - 1):
+        record.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
+    planned = session.planned_kv_bytes(length, new_tokens)
+    put_memory(work, found, planned)
+    asked = session.ratio_requested
+    work.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
+    # every engine of this pass knows its cache
+    assert found.kv_bytes_prefill is not None
+    assert found.kv_bytes_decode is not None
+    work.put("ratio_effective", 1 - found.kv_bytes_prefill / session.full_kv_bytes(length))
+    work.put("mem_weights_bytes", session.model["weights_bytes"])
+    for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
+        work.put(name, seconds, clock=work.runner.clock(session.device).name, reason="nothing is compressed then")
+    floor = (
+        session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
+    ) / session.bandwidth
+    work.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
+    record.memory["predicted"] = {
+        "kv_bytes": planned,
+        "weights_bytes": session.model["weights_bytes"],
+    } | found.predicted
+
+
+def put_memory(work: CasePasses, found: MemoryPass, planned: int | None) -> None:
+    """Write what a memory pass found: bytes and tokens of the cache, peaks, what the engine reported.
+
+    Parameters
+    ----------
+    work
+        The case's passes.
+    found
+        The pass.
+    planned
+        Predicted cache bytes at the end of decode, ``None`` where only the method knows.
+    """
+    work.record.warnings += found.warnings
+    peaks = [found.prefill.peak.value, found.decode.peak.value]
+    known = None if None in peaks else max(p for p in peaks if p is not None)
+    before = found.prefill.before.value
+    reason = found.prefill.peak.reason
+    lengths = found.lengths_decode
+    for name, value, why in (
+        ("kv_bytes_exact", found.kv_bytes_decode, found.unseen),
+        ("kv_bytes_exact_prefill", found.kv_bytes_prefill, found.unseen),
+        ("mem_predicted_kv_bytes", planned, "the press decides how much it keeps"),
+        ("cache_tokens_mean", sum(lengths) / len(lengths) if lengths else None, found.unseen),
+        ("cache_tokens_min", min(lengths, default=None), found.unseen),
+        ("cache_tokens_max", max(lengths, default=None), found.unseen),
+        ("mem_measured_before_bytes", before, reason),
+        ("mem_measured_prefill_peak_bytes", peaks[0], reason),
+        ("mem_measured_decode_peak_bytes", peaks[1], reason),
+        ("mem_measured_peak_bytes", known, reason),
+        ("mem_measured_dynamic_bytes", None if known is None or before is None else known - before, reason),
+        ("mem_measured_reserved_bytes", found.decode.reserved.value, reason),
+        ("mem_measured_driver_bytes", found.driver.value, found.driver.reason),
+        ("mem_measured_rss_peak_bytes", found.resident.value, found.resident.reason),
+    ):
+        work.put(name, value, **({"reason": why} if value is None else {}))
+    work.record.metrics["mem_measured_driver_bytes"] |= found.driver.facts
+    if found.reported:
+        work.record.memory["reported"] = dict(found.reported)
+    if found.unseen:
+        work.record.memory["measured"] = {
+            "driver_bytes": found.driver.value,
+            "rss_peak_bytes": found.resident.value,
+        }
+        return
+    work.record.memory["measured"] = {
+        "kv_bytes_allocated": found.kv_bytes_allocated,
+        "cache_tokens_per_layer": found.lengths_decode,
+        "cache_tokens_per_layer_prefill": found.lengths_prefill,
+    }

@@ -1,0 +1,1 @@
+"""Metrics: what a number is called, which way is better, how it comes about."""

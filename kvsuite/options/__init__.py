@@ -1,0 +1,1 @@
+"""The `--kv-*` options: what an option is, the table, and resolving them. Syntax alone."""

@@ -1,0 +1,301 @@
+"""The controller's side: rows to disk the moment a case ends, derived files and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvsuite.case import Case
+from kvsuite.errors import UserError
+from kvsuite.options.resolve import Options
+from kvsuite.record import metric_value
+from kvsuite.suites.registry import RUN_NAMES
+
+from .progress import Progress
+from .stash import BOX, ORDER_SEED
+
+if TYPE_CHECKING:
+    from kvsuite.store.store import RecordStore
+    from kvsuite.survival.resume import EarlierRun
+
+
+class Reporter:
+    """Receives the records of a run, in the one process that writes.
+
+    Parameters
+    ----------
+    config
+        pytest's configuration.
+    options
+        Resolved options.
+    """
+
+    def __init__(self, config: pytest.Config, options: Options) -> None:
+        self._config = config
+        self._options = options
+        self._started = datetime.now(UTC)
+        self._store: RecordStore | None = None
+        self._cases: int | None = None
+        self._progress = Progress(self._write, 1)
+        self._code: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._earlier: EarlierRun | None = None
+        #: ids of the cases that have a row of this session
+        self.measured: set[str] = set()
+        #: whether selected cases were left out: another shard has them, or the run that goes on
+        self.left_out = False
+        self.rows: list[dict[str, Any]] = []
+        self.run: dict[str, Any] = {}
+        self.files: list[Path] = []
+        self.page: Path | None = None
+        self.failure: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, ``None`` before the first record."""
+        if self._store is None:
+            return None if self._earlier is None else self._earlier.folder
+        return self._store.folder
+
+    def go_on(self, earlier: EarlierRun) -> None:
+        """Take up an earlier run: new rows belong to it."""
+        self._earlier = earlier
+        self.run, self.rows = dict(earlier.run), list(earlier.rows)
+        self._places = {row["id"]: place for place, row in enumerate(self.rows)}
+
+    def expect(self, cases: Sequence[Case], ids: Sequence[str]) -> None:
+        """``cases`` were collected: find out before anything is measured whether the report folder can take their files.
+
+        Parameters
+        ----------
+        cases
+            What is to be measured.
+        ids
+            Their node ids, and those of other tests.
+
+        Raises
+        ------
+        UserError
+            Naming ``--kv-report-dir`` or the file in the way, and the mend; or in what this run differs from the one that it
+            goes on with.
+        """
+        from kvsuite.measure.source_hash import code_hashes
+        from kvsuite.store.records_file import code_of
+
+        then = {} if self._earlier is None else code_of(self._earlier.run) or {}
+        self._code = code_hashes(self._config.rootpath, ids, then)
+        if self._earlier is not None:
+            from kvsuite.meters.environment import host_facts
+
+            self._earlier.require_same(
+                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()}
+            )
+        if not cases:
+            return
+        self._cases = len(cases)
+        self._progress = Progress(self._write, len(cases))
+        base = Path(self._options.report_dir)
+        probe = base / ".kvsuite-probe"
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
+            ) from error
+        points = [(case.model, case.quantization) for case in cases if case.suite == "dse"]
+        if points:
+            from kvsuite.suites.dse.files import check_dse
+
+            check_dse(base, points)
+        datasets = {str(case.workload["dataset"]) for case in cases if "dataset" in case.workload}
+        if datasets:
+            from kvsuite.suites.perplexity.csv_files import check_results
+
+            check_results(base, datasets)
+        if self._earlier is not None:
+            # and whether another process still writes that run
+            self._store = self._reopened(self._earlier)
+
+    def phases(self, case: Case) -> Any:
+        """Progress callback for the phases of ``case``."""
+        self._progress.case(case.name)
+        return self._progress.phase
+
+    # first, so that what ends the run is told once and not as a failed test as well
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what a report carries, from this process or from a worker of xdist."""
+        usage_error = getattr(report, "kvsuite_usage_error", None)
+        payload = getattr(report, "kvsuite", None)
+        try:
+            if payload is not None:
+                self.add(payload)
+        except UserError as error:
+            usage_error = str(error)
+        if usage_error is not None:
+            pytest.exit(f"kvsuite: {usage_error}", returncode=pytest.ExitCode.USAGE_ERROR)
+
+    def opening(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """What starts the files of a run whose first row this is: arguments of `kvsuite.store.store.open_run`."""
+        name_run = RUN_NAMES.get(row["suite"])
+        return {
+            "method": name_run(self._options) if name_run else row["suite"],
+            "model": row["model"].get("label") or _model_label(row["case"]["model"]),
+            "facts": self._facts(environment),
+        }
+
+    def _facts(self, environment: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "command": environment["command"],
+            "options": self._options.to_dict(),
+            "environment": environment,
+            "seed": self._options.seed,
+            "order_seed": self._config.stash[ORDER_SEED],
+            "cases": self._cases,
+            "code": self._code,
+        }
+
+    def destination(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """Where a row goes that another process has to write for this one: JSON types."""
+        if self.folder is not None:
+            return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
+        base = str(Path(self._options.report_dir).absolute())
+        place = {"base": base, "started": self._started.isoformat()}
+        return {"folder": None, "opening": place | self.opening(row, environment)}
+
+    def add(self, payload: dict[str, Any]) -> None:
+        """Write one case's row (and its raw tokens) and say so."""
+        row, environment = payload["record"], payload["environment"]
+        if self._earlier is not None:
+            self._earlier.require_same_case(row, environment)
+        store = self._open(row, environment)
+        if payload["tokens"]:
+            row["sidecar"] = store.write_sidecar(row["id"], payload["tokens"])
+        store.append(row)
+        self._config.stash[BOX].written()
+        self.measured.add(row["id"])
+        place = self._places.setdefault(row["id"], len(self.rows))
+        self.rows[place : place + 1] = [row]
+        self._progress.case(row["case"]["name"])
+        self._progress.finished(_summary(row))
+
+    def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
+        """The store, which knows the environment of the row that comes next."""
+        from kvsuite.store.records_file import read_records
+        from kvsuite.store.store import open_run
+
+        if self._store is None and self._earlier is not None:
+            self._store = self._reopened(self._earlier)
+        elif self._store is None:
+            base = Path(self._options.report_dir)
+            self._store = open_run(base, started=self._started, **self.opening(row, environment))
+            self.run = read_records(self._store.folder)[0]
+        self.run = self._store.with_session(self.run, self._facts(environment))
+        return self._store
+
+    @staticmethod
+    def _reopened(earlier: EarlierRun) -> RecordStore:
+        from kvsuite.store.store import RecordStore
+
+        return RecordStore.reopen(earlier.folder)
+
+    def finish(self) -> None:
+        """Write the derived files; a failure there is told, the rows are safe."""
+        from kvsuite.reporting.aggregate import in_space_order
+        from kvsuite.reporting.page.render import write_page
+        from kvsuite.reporting.report import write_outputs
+        from kvsuite.store.records_file import RECORDS_FILE
+        from kvsuite.suites.dse.files import append_dse
+        from kvsuite.suites.perplexity.csv_files import append_results, csv_rows
+
+        folder = self.folder
+        if self._store is not None:
+            self._store.close()
+        if folder is None or not (self.measured or self.left_out):
+            # nothing was measured, and the run that might have gone on is as it was
+            self.rows = []
+            return
+        self.rows = [dict(row) for row in in_space_order(self.rows)]
+        hook = self._config.hook
+        try:
+            hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
+            self.files = write_outputs(folder, self.run, self.rows, figures=False)
+            self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
+            self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
+            for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
+                self.files += list(paths)
+            self.page = write_page(folder, self.run, self.rows)
+            self.files.append(self.page)
+        except Exception as error:  # hooks of users are among what may fail
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.failure = (
+                f"{what}; the records are safe in {folder / RECORDS_FILE}, redraw with python -m kvsuite report"
+            )
+
+    @property
+    def kept_failures(self) -> int:
+        """Failed cases of the earlier run that were not measured again."""
+        failed = ("oom", "error", "crashed")
+        return sum(row["status"] in failed and row["id"] not in self.measured for row in self.rows)
+
+    @property
+    def nothing_ran(self) -> str | None:
+        """The reason, if cases were selected and not one could run."""
+        # what is the same as a case of another shard has nothing to run
+        if (
+            self._options.shard is not None
+            or not self.rows
+            or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
+        ):
+            return None
+        return str(self.rows[0]["reason"])
+
+    def tell(self, line: str) -> None:
+        """Print a line among those of the cases."""
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or self._config.getoption("verbose") < 0:
+            return
+        capture = self._config.pluginmanager.get_plugin("capturemanager")
+        if capture is None:
+            terminal.ensure_newline()
+            terminal.write_line(line)
+            return
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(line)
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        error = row["error"] or {}
+        return f"{row['status']}: {row['reason'] or error.get('message')}"
+    parts = []
+    for name, label, scale, unit in (
+        ("perplexity", "PPL", 1.0, ""),
+        ("ttft_s", "TTFT", 1e3, " ms"),
+        ("tpot_s", "TPOT", 1e3, " ms"),
+        ("kv_bytes_exact", "KV", 2**-20, " MiB"),
+    ):
+        value = metric_value(row, name)
+        if value is not None:
+            parts.append(f"{label} {value * scale:.2f}{unit}")
+    return ", ".join(parts)
+
+
+def _model_label(request: str) -> str:
+    """Label of a model that was never loaded: the one it would have had, so that its folders are found together."""
+    from kvsuite.models.resolve import resolve_model
+
+    try:
+        return resolve_model(request).label
+    except UserError:
+        return request

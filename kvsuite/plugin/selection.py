@@ -1,0 +1,91 @@
+"""Which of the collected cases this process runs, and in what order: shard, rotation, what an earlier run has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvsuite.case import Case
+from kvsuite.distribution.order import rotated
+from kvsuite.distribution.shards import Shard, assign
+from kvsuite.survival.resume import find_earlier, is_finished
+
+from .case_watch import case_of
+from .reporter import Reporter
+from .stash import FINISHED, OPTIONS, ORDER_SEED, PLACES, PLANNED, is_worker
+
+
+def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
+    """Read the run that ``--kv-resume`` names; return what to say of it.
+
+    Raises
+    ------
+    UserError
+        If it cannot be resumed.
+    """
+    options = config.stash[OPTIONS]
+    if options.resume is None:
+        return None
+    report_dir = Path(options.report_dir)
+    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=options.shard)
+    if earlier is None:
+        of = "without --kv-shard" if options.shard is None else f"of --kv-shard={options.shard}"
+        return f"--kv-resume={options.resume}: no run {of} under {report_dir}/ yet, a new one begins"
+    reporter.go_on(earlier)
+    config.stash[FINISHED] = frozenset(earlier.finished())
+    # every case keeps its place, so that the finished run is the one that was not disturbed
+    config.stash[ORDER_SEED] = int(earlier.run.get("order_seed", config.stash[ORDER_SEED]))
+    again = len(earlier.rows) - len(earlier.kept)
+    told = [f"resumes {earlier.folder}: {len(earlier.kept)} cases have a record"]
+    told += [f"{again} failed ones run again ({','.join(options.resume_rerun)})"] if again else []
+    return "; ".join([*told, *earlier.notes])
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> list[tuple[str, Case]]:
+    """Order ``items`` and leave out what others run or ran; other tests keep their places.
+
+    Returns
+    -------
+    list of (str, Case)
+        Node ids and cases that are left.
+    """
+    found = {item: case for item in items if (case := case_of(config, item)) is not None}
+    config.stash[PLACES] = {item.nodeid: place for place, item in enumerate(items)}
+    if not found:
+        return []
+    config.stash[PLANNED] = list(found.values())
+    left_out = _of_other_shards(config, found)
+    kept = [item for item in items if item not in left_out]
+    _rotate(config, kept, found)
+    config.stash[PLACES] = {item.nodeid: place for place, item in enumerate(kept)}
+    finished = config.stash[FINISHED]
+    left_out |= {item for item, case in found.items() if is_finished(item.nodeid, case, finished)}
+    items[:] = [item for item in kept if item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=sorted(left_out, key=lambda item: item.nodeid))
+        if is_worker(config):
+            config.workeroutput["kv_left_out"] = True  # type: ignore[attr-defined]
+    return [(item.nodeid, found[item]) for item in items if item in found]
+
+
+def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> set[pytest.Item]:
+    options = config.stash[OPTIONS]
+    if options.shard is None:
+        return set()
+    from kvsuite.distribution.cost import work_of
+
+    shard = Shard.parse(options.shard)
+    # in whichever order they were collected: by paths that were given, or by a plugin that shuffles
+    items = sorted(found, key=lambda item: item.nodeid)
+    parts = assign([work_of(found[item], options).units for item in items], shard.of)
+    return {item for item, part in zip(items, parts, strict=True) if part != shard.index}
+
+
+def _rotate(config: pytest.Config, items: list[pytest.Item], cases: dict[pytest.Item, Case]) -> None:
+    # no method always runs first: the order inside a suite is rotated by a seed that the records carry
+    for suite in dict.fromkeys(cases[item].suite for item in items if item in cases):
+        ours = [index for index, item in enumerate(items) if item in cases and cases[item].suite == suite]
+        order = rotated([(cases[items[index]], items[index]) for index in ours], config.stash[ORDER_SEED])
+        for index, item in zip(ours, order, strict=True):
+            items[index] = item

@@ -1,0 +1,55 @@
+"""What the plugin keeps between hooks, in ``config.stash``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvsuite.case import Case
+from kvsuite.options.resolve import Options
+
+if TYPE_CHECKING:
+    from kvsuite.distribution.gpus import Gpus
+    from kvsuite.measure.case_passes import Measured
+    from kvsuite.measure.runner import CaseRunner
+    from kvsuite.survival.black_box import BlackBox
+
+    from .reporter import Reporter
+    from .xdist_controller import WorkerGuard
+
+OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
+CASES: pytest.StashKey[dict[str, Case]] = pytest.StashKey()
+#: the selected cases, in the order of their space
+PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
+ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
+RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
+REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
+MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
+#: why the run cannot go on, found by a worker of xdist
+USAGE_ERROR: pytest.StashKey[str] = pytest.StashKey()
+#: GPUs of the files that --benchmark-compare named
+SAVED_GPUS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
+#: place of each collected case in the order of the run, by node id; cases of an earlier run keep theirs
+PLACES: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+#: names of the cases that an earlier run has finished
+FINISHED: pytest.StashKey[frozenset[str]] = pytest.StashKey()
+#: what to say of the run that goes on
+RESUMED: pytest.StashKey[str | None] = pytest.StashKey()
+WORKERS: pytest.StashKey[WorkerGuard] = pytest.StashKey()
+BOX: pytest.StashKey[BlackBox] = pytest.StashKey()
+#: the GPUs that workers are spread over, and the one that this worker is bound to
+GPUS: pytest.StashKey[Gpus | None] = pytest.StashKey()
+BOUND_GPU: pytest.StashKey[str] = pytest.StashKey()
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is an xdist worker: its records are written by the controller."""
+    return hasattr(config, "workerinput")
+
+
+def worker_input(config: pytest.Config) -> dict[str, Any]:
+    """What the controller told this worker, ``{}`` elsewhere."""
+    found: dict[str, Any] = getattr(config, "workerinput", {})
+    return found

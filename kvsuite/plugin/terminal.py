@@ -1,0 +1,59 @@
+"""What a run says on the terminal: its header, what it is going to measure, the table at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvsuite import __version__
+from kvsuite.suites.compression.cases import unread_options
+
+from .case_watch import case_of
+from .pytest_benchmark import other_gpus
+from .stash import OPTIONS, ORDER_SEED, REPORTER, RESUMED
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    resumed = config.stash.get(RESUMED, None)
+    return [f"kvsuite: {__version__}", *([f"kvsuite: {resumed}"] if resumed else [])]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    cases = [case for item in items if (case := case_of(config, item)) is not None]
+    if not cases or config.getoption("verbose") < 0:
+        return []
+    first = cases[0]
+    order = config.stash[ORDER_SEED]
+    return [
+        f"kvsuite: {len(cases)} cases on {first.device} ({first.engine}, {first.model}), order seed {order}, "
+        f"reports under {config.stash[OPTIONS].report_dir}/"
+    ]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is None or not reporter.rows:
+        return
+    from kvsuite.suites.compression.table import run_table
+
+    terminalreporter.section("kvsuite")
+    terminalreporter.write_line(run_table(reporter.rows, reporter.run.get("cases")))
+    compresses = any(row["suite"] == "compression" for row in reporter.rows)
+    for option in unread_options(config.stash[OPTIONS]) if compresses else ():
+        terminalreporter.write_line(f"warning: {option}: no selected method reads it")
+    if reporter.folder is not None:
+        terminalreporter.write_line(f"records and figures: {reporter.folder}")
+        if reporter.page is not None:
+            terminalreporter.write_line(f"report: {reporter.page}")
+    if reporter.kept_failures:
+        terminalreporter.write_line(
+            f"error: {reporter.kept_failures} failed cases of the resumed run were kept; --kv-resume-rerun measures them again",
+            red=True,
+        )
+    for note in other_gpus(config):
+        terminalreporter.write_line(note, yellow=True)
+    if reporter.failure:
+        terminalreporter.write_line(f"error: {reporter.failure}", red=True)
+    if reporter.nothing_ran:
+        terminalreporter.write_line(f"error: no selected case could run: {reporter.nothing_ran}", red=True)

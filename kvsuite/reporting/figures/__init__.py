@@ -1,1 +1,0 @@
-"""Figures drawn from record rows; matplotlib is imported where a figure is drawn."""

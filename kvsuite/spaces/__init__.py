@@ -1,1 +1,0 @@
-"""Design spaces: which cases a suite runs, in which order, and which of them cannot exist."""

@@ -1,0 +1,1 @@
+"""Suites: one folder each, with all that belongs to it."""

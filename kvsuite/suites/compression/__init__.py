@@ -1,0 +1,1 @@
+"""The compression suite: what cache policies do to quality, memory and speed of one request."""

@@ -1,0 +1,223 @@
+"""The compression suite's space: the groups of the program it replaces, and kvpress presses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsuite.case import Case
+from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
+from kvsuite.compression.kvpress import find_press
+from kvsuite.compression.kvpress_table import PRESSES
+from kvsuite.errors import UserError
+from kvsuite.options.devices import resolve_device
+from kvsuite.options.resolve import Options
+from kvsuite.quantization.registry import NONE
+from kvsuite.suites.perplexity.cases import dtype_of
+
+PRESS_PREFIX = "kvpress:"
+# the policies whose sizes and ratios have options of their own
+_SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
+# order of the original's compare_all
+_CROSS_SECTION = ("l2", "fix_size", "streaming")
+# options that only some methods read
+_READERS = {
+    "keep_ratios": ("l2_compress", "fix_size_l2", PRESS_PREFIX),
+    "prune_after": ("l2_compress",),
+    "l2_mode": ("l2_compress",),
+    "fix_kv_sizes": ("fix_size_l2",),
+    "strategies": ("fix_size_l2",),
+    "start_size": ("streaming_llm", "recent_only"),
+    "recent_sizes": ("streaming_llm", "recent_only"),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One variant: its name in tables and figures, and the policy behind it."""
+
+    name: str
+    kind: str
+    policy: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    budget: int | None = None
+
+
+def compression_cases(options: Options) -> list[Case]:
+    """Cases of the suite in the original's order: baseline, controls, then each method's groups.
+
+    Raises
+    ------
+    UserError
+        Naming the option whose value cannot be.
+    """
+    groups = list(_groups(options))
+    names = [group.name for group in groups]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--kv-method: the groups {', '.join(twice)} occur twice; name every size and ratio once")
+    device = resolve_device(options.device)
+    workload = {
+        "protocol": protocol_of(options, groups),
+        "corpus": options.corpus,
+        "num_samples": options.num_samples,
+        "max_tokens": options.max_tokens,
+        "prompt_tokens": options.prompt_tokens,
+        "max_new_tokens": options.max_new_tokens,
+        "batch": 1,
+    }
+    return [
+        Case(
+            suite="compression",
+            engine="hf" if options.engine == "auto" else options.engine,
+            model=options.model,
+            name=group.name if chosen == NONE else f"{group.name}_{chosen}",
+            device=device,
+            dtype=dtype_of(options, device, chosen),
+            quantization=None if chosen == NONE else chosen,
+            policy=group.policy,
+            policy_params=group.parameters,
+            workload=workload,
+            params={"group": group.kind, "budget": group.budget},
+        )
+        for chosen in options.quantization or (NONE,)
+        for group in groups
+    ]
+
+
+def protocol_of(options: Options, groups: Iterable[Group]) -> str:
+    """One quality protocol for all groups of a run: perplexities of different protocols do not compare."""
+    pressed = [group.name for group in groups if group.kind == "press"]
+    if options.protocol == "auto":
+        return "prefix-continuation" if pressed else "streaming-decode"
+    if pressed and options.protocol == "streaming-decode":
+        raise UserError(
+            f"--kv-protocol=streaming-decode: {pressed[0]} compresses a prefilled prompt and never acts on single tokens; "
+            "use prefix-continuation"
+        )
+    return str(options.protocol)
+
+
+def method_name(options: Options) -> str:
+    """The run's method as the original names its folders: one method, or ``compare_all``."""
+    if options.compare_all or len(options.method) > 1:
+        return "compare_all"
+    return str(options.method[0]).replace(":", "_").lower()
+
+
+def unread_options(options: Options) -> list[str]:
+    """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
+    if options.compare_all:
+        unread = {"method", "keep_ratios", "strategies"} & options.given
+    else:
+        unread = {
+            name
+            for name in _READERS.keys() & options.given
+            if not any(m.startswith(_READERS[name]) for m in options.method)
+        }
+    return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]
+
+
+def _groups(options: Options) -> Iterator[Group]:
+    if not options.no_baseline:
+        yield Group("baseline", "baseline")
+    handlings = ("original", "cache") if options.positions == "both" else (options.positions,)
+    for positions in handlings:
+        groups = list(_policy_groups(options, positions))
+        if options.compare_all:
+            groups.sort(key=lambda group: _CROSS_SECTION.index(group.kind))
+        yield from groups
+    for method in _methods(options):
+        if method.startswith(PRESS_PREFIX):
+            yield from _presses(options, method)
+
+
+def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
+    common = {"positions": positions, "skip_layers": list(options.skip_layers)}
+    mark = "_poscache" if positions == "cache" else ""
+
+    def group(name: str, kind: str, policy: str, budget: int | None = None, **parameters: Any) -> Group:
+        built = get_policy(policy, **parameters, **common)
+        return Group(name + mark, kind, policy, built.to_dict(), budget)
+
+    methods = _methods(options)
+    totals = [options.start_size + recent for recent in options.recent_sizes]
+    streaming = totals if "streaming_llm" in methods else []
+    fixed = list(options.fix_kv_sizes) if "fix_size_l2" in methods else []
+    ratios = list(options.keep_ratios)
+    if options.compare_all:
+        streaming, fixed, ratios = totals[-2:], [max(options.fix_kv_sizes)], [0.8, 0.5]
+    controls = list(dict.fromkeys([*streaming, *fixed]))
+    if "recent_only" in methods and not controls:
+        controls = totals
+    if options.compare_all or (options.no_recent_only and "recent_only" not in methods):
+        controls = []
+    for total in controls:
+        yield group(f"recent_only_{total}", "recent_only", "recent_only", total, window=total)
+    for total in streaming:
+        recent = total - options.start_size
+        if options.start_size > recent:
+            raise UserError(
+                f"--kv-start-size={options.start_size}: more sinks than recent tokens (--kv-recent-sizes={recent}); "
+                "lower --kv-start-size or raise --kv-recent-sizes"
+            )
+        yield group(
+            f"streaming_{total}", "streaming", "streaming_llm", total, start_size=options.start_size, recent_size=recent
+        )
+    for size in fixed:
+        for strategy in ["keep_low"] if options.compare_all else options.strategies:
+            for ratio in [0.5] if options.compare_all else ratios:
+                seed = {"seed": options.seed} if strategy == "random" else {}
+                yield group(
+                    f"fix{size}_{strategy}_kr={ratio}", "fix_size", "fix_size_l2", size,
+                    size=size, strategy=strategy, keep_ratio=ratio, **seed,
+                )  # fmt: skip
+    if "l2_compress" in methods or options.compare_all:
+        for ratio in _below_one(ratios, options):
+            mode = {"prune_after": options.prune_after, "mode": options.l2_mode}
+            label = options.l2_mode.replace("=", "")
+            yield group(f"l2_kr={ratio}_{label}", "l2", "l2_compress", None, keep_ratio=ratio, **mode)
+    for name in methods:
+        if name not in _SWEPT and not name.startswith(PRESS_PREFIX):
+            # registered by a user: one group with its own defaults
+            yield group(name, "policy", name)
+
+
+def _presses(options: Options, method: str) -> Iterator[Group]:
+    info = find_press(method)
+    if options.positions == "cache":
+        raise UserError(
+            f"--kv-positions=cache: {method} decides on positions itself; use kvpress:KeyRerotation, or positions=original"
+        )
+    if options.skip_layers:
+        raise UserError(f"--kv-skip-layers: {method} treats all layers; leave --kv-skip-layers at none")
+    if not info.takes_ratio:
+        yield Group(info.name, "press", PRESS_PREFIX + info.name, {"keep_ratio": 1.0})
+        return
+    for ratio in _below_one(list(options.keep_ratios), options):
+        yield Group(f"{info.name}_kr={ratio}", "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio})
+
+
+def _below_one(ratios: list[float], options: Options) -> list[float]:
+    # keeping everything is the baseline
+    return [ratio for ratio in ratios if ratio < 1 or options.no_baseline]
+
+
+def _methods(options: Options) -> list[str]:
+    if options.compare_all:
+        return []
+    for method in options.method:
+        if method in REPLACEMENTS:
+            raise UserError(f"--kv-method={method}: not part of kvsuite; use {REPLACEMENTS[method]}")
+        if method.startswith(PRESS_PREFIX):
+            try:
+                find_press(method)
+            except UserError as error:
+                raise UserError(f"--kv-method={method}: {error}") from error
+        elif method not in list_policies():
+            press = {name.lower(): f"; did you mean {PRESS_PREFIX}{name}?" for name in PRESSES}.get(method.lower(), "")
+            raise UserError(
+                f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{press}"
+            )
+    return list(options.method)

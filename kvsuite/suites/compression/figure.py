@@ -1,0 +1,291 @@
+"""``benchmark_comparison``: six panels that put cost and quality of cache compression side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvsuite.reporting.aggregate import (
+    COMPRESSION,
+    GIB,
+    Row,
+    by_name,
+    ci_half_width,
+    missing_reason,
+    paired,
+    suite_rows,
+    value,
+)
+from kvsuite.reporting.figure_style import colour, figure_bytes, fixed, house_style
+from kvsuite.store.files import write_atomic
+
+from .captions import caption, subtitle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLE = "KV Cache Compression Benchmark Results"
+NAME = "benchmark_comparison"
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: which metric, how it is labelled, and what its whisker is (distances below and above the bar)."""
+
+    metric: str
+    title: str
+    measured: str
+    y_label: str
+    scale: float
+    text: Callable[[float], str]
+    whisker: Callable[[Row], Interval | None]
+
+
+def _ci(metric: str) -> Callable[[Row], Interval | None]:
+    def whisker(row: Row) -> Interval | None:
+        half = ci_half_width(row, metric)
+        return None if half is None else (half, half)
+
+    return whisker
+
+
+def _standard_error(row: Row) -> Interval | None:
+    se = value(row, "perplexity_se")
+    return None if se is None else (se, se)
+
+
+def _layers(row: Row) -> Interval | None:
+    low, mean, high = (value(row, f"cache_tokens_{which}") for which in ("min", "mean", "max"))
+    if low is None or mean is None or high is None or low == high:
+        return None
+    return mean - low, high - mean
+
+
+PANELS = (
+    Panel(
+        "output_tok_s",
+        "Throughput (higher is better)",
+        "generated tokens / wall time, first token included",
+        "Tokens / Second",
+        1.0,
+        lambda v: fixed(v, 1),
+        _ci("output_tok_s"),
+    ),
+    Panel(
+        "tpot_s",
+        "TPOT / Latency (lower is better)",
+        "(last token - first token) / (n - 1), eviction included",
+        "Milliseconds",
+        1e3,
+        lambda v: fixed(v, 1),
+        _ci("tpot_s"),
+    ),
+    Panel(
+        "ttft_s",
+        "TTFT / Prefill (lower is better)",
+        "prefill + compression + first token",
+        "Milliseconds",
+        1e3,
+        lambda v: fixed(v, 1),
+        _ci("ttft_s"),
+    ),
+    Panel(
+        "perplexity",
+        "Perplexity / Quality (lower is better)",
+        "exp(loss pooled over texts); axis does not start at 0",
+        "PPL Score",
+        1.0,
+        lambda v: fixed(v, 2),
+        _standard_error,
+    ),
+    Panel(
+        "mem_measured_peak_bytes",
+        "Peak VRAM Usage (lower is better)",
+        "peak allocated, weights included; 1 GB = 1024³ bytes",
+        "Memory (GB)",
+        1 / GIB,
+        lambda v: fixed(v, 2) + " GB",
+        lambda row: None,
+    ),
+    Panel(
+        "cache_tokens_mean",
+        "KV Cache Size",
+        "at the end of decode, mean over layers",
+        "Tokens",
+        1.0,
+        lambda v: f"{v:.0f}",
+        _layers,
+    ),
+)
+
+
+def draw_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw the comparison into ``folder`` as ``benchmark_comparison.png`` and ``.svg``.
+
+    Raises
+    ------
+    UserError
+        If no row is of the compression suite or the folder cannot be written.
+    """
+    rendered = render_benchmark_comparison(run, rows)
+    for name, content in rendered.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in rendered]
+
+
+def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
+    """The same two files as bytes by name."""
+    figure = build_figure(run, rows)
+    return {f"{NAME}.{kind}": figure_bytes(figure, kind) for kind in ("png", "svg")}
+
+
+def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """Build the figure from rows alone: 2 x 3 panels, bars in run order, each control beside its partner.
+
+    Bars are headline values (medians of the rounds); whiskers are half the 95 % interval of the mean for timed
+    metrics, one standard error for perplexity, fewest and most tokens of a layer for the cache. A case that did not
+    finish has no bar and is named below the panels.
+
+    Raises
+    ------
+    UserError
+        If no row is of the compression suite.
+    """
+    from matplotlib.figure import Figure
+
+    labelled = paired(by_name(suite_rows(rows, COMPRESSION)))
+    finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
+    with house_style():
+        figure = Figure(figsize=(20, 12), layout="constrained")
+        figure.suptitle(TITLE, fontsize=16, fontweight="bold", y=0.985)
+        heading = textwrap.wrap(subtitle(finished or labelled), 200)
+        figure.text(0.5, 0.958, "\n".join(heading), ha="center", va="top", fontsize=11)
+        engine = figure.get_layout_engine()
+        assert engine is not None
+        engine.set(rect=(0, 0, 1, 0.955 - 0.018 * len(heading)), h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
+        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+            _draw(axes, panel, finished)
+        figure.text(0.01, -0.01, caption(run, labelled), ha="left", va="top", fontsize=10)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
+    axes.set_title(f"{panel.title}\n{panel.measured}")
+    axes.set_ylabel(panel.y_label)
+    places = {name: place for place, name in enumerate(finished)}
+    values = {name: value(row, panel.metric) for name, row in finished.items()}
+    heights = {name: number * panel.scale for name, number in values.items() if number is not None}
+    if not heights:
+        _say_why_empty(axes, panel, finished)
+        return
+    axes.bar(
+        [places[name] for name in heights],
+        list(heights.values()),
+        color=[colour(str(finished[name]["case"]["name"])) for name in heights],
+        alpha=0.8,
+        edgecolor="black",
+    )
+    found = {name: panel.whisker(finished[name]) for name in heights}
+    whiskers = {name: (low * panel.scale, high * panel.scale) for name, (low, high) in _present(found)}
+    if whiskers:
+        axes.errorbar(
+            [places[name] for name in whiskers],
+            [heights[name] for name in whiskers],
+            yerr=list(zip(*whiskers.values(), strict=True)),
+            fmt="none",
+            ecolor="black",
+            capsize=4,
+        )
+    floors = _draw_floors(axes, finished, places, panel.scale) if panel.metric == "tpot_s" else False
+    crowded = len(finished) > 8 and max(len(panel.text(height)) for height in heights.values()) > 5
+    _limits(axes, panel, heights, whiskers, room=0.1 * (crowded + floors))
+    for name, place in places.items():
+        if name in heights:
+            # a whisker over layers is far longer than the bar: the value stays at the bar, on a ground of its own
+            beside = panel.whisker is _layers
+            top = heights[name] + (0 if beside or name not in whiskers else whiskers[name][1])
+            _write(axes, place, top, panel.text(heights[name]), rotation=90 if crowded else 0, ground=beside)
+        else:
+            _write(axes, place, axes.get_ylim()[0], "n/a")
+    axes.set_xlim(-0.6, len(finished) - 0.4)
+    axes.set_xticks(
+        range(len(finished)), list(finished), rotation=45, ha="right", rotation_mode="anchor", parse_math=False
+    )
+    axes.grid(axis="y", linestyle="--", alpha=0.3)
+
+
+def _present(found: Mapping[str, Interval | None]) -> list[tuple[str, Interval]]:
+    return [(name, whisker) for name, whisker in found.items() if whisker is not None]
+
+
+def _say_why_empty(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
+    reasons = dict.fromkeys(missing_reason(row, panel.metric) for row in finished.values())
+    text = "; ".join(reasons) or "no case finished"
+    text = text if text.startswith("not measured") else f"not measured: {text}"
+    axes.text(
+        0.5,
+        0.5,
+        textwrap.fill(text, 48),
+        ha="center",
+        va="center",
+        fontsize=13,
+        color="#444444",
+        transform=axes.transAxes,
+    )
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _write(axes: Axes, x: float, y: float, text: str, *, rotation: float = 0, ground: bool = False) -> None:
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=9,
+        rotation=rotation,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1} if ground else None,
+        zorder=5,
+    )
+
+
+def _draw_floors(axes: Axes, finished: Mapping[str, Row], places: Mapping[str, int], scale: float) -> bool:
+    floors = {name: floor for name, row in finished.items() if (floor := value(row, "tpot_floor_s")) is not None}
+    if floors:
+        axes.plot(
+            [places[name] for name in floors],
+            [floor * scale for floor in floors.values()],
+            linestyle="none",
+            marker="_",
+            markersize=22,
+            markeredgewidth=2.5,
+            color="black",
+            label="floor (bytes / measured bandwidth)",
+        )
+        axes.legend(loc="upper right", fontsize=9)
+    return bool(floors)
+
+
+def _limits(
+    axes: Axes, panel: Panel, heights: Mapping[str, float], whiskers: Mapping[str, Interval], *, room: float
+) -> None:
+    """Set the y range; ``room`` is added on top, as a share of the range."""
+    lows = [heights[name] - below for name, (below, _) in whiskers.items()]
+    highs = [heights[name] + above for name, (_, above) in whiskers.items()]
+    if panel.metric == "perplexity":
+        low, high = 0.95 * min(heights.values()), 1.05 * max(heights.values())
+        span = max([high, *highs]) - min([low, *lows])
+        # whiskers beyond the range move it, with room for the number above them
+        low = min([low, *(end - 0.05 * span for end in lows)])
+        high = max([high, *(end + 0.08 * span for end in highs)])
+    else:
+        low, high = 0.0, 1.15 * max([*heights.values(), *highs]) or 1.0
+    axes.set_ylim(low, high + room * (high - low))

@@ -1,0 +1,161 @@
+"""The design-space suite's cases: a design point each, served with prompts that are a share of its context window."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvsuite.case import Case
+from kvsuite.errors import UserError
+from kvsuite.memory_model.design_point import AXES, DesignPoint
+from kvsuite.options.devices import resolve_device
+from kvsuite.options.resolve import Options
+from kvsuite.quantization.registry import NONE, QUANTIZATIONS
+from kvsuite.suites.perplexity.cases import dtype_of
+
+from .parser import parse_space
+from .space import DesignSpace, Entry, broken_rules
+
+DSE = "dse"
+#: the protocol of its workload
+SERVING = "serving"
+DEFAULT_FORMATS = (NONE, "q4f16_1")
+_MLC_FORMATS = ("q4f16_1",)
+# MLC's own names end so: Llama-3-8B-Instruct-q4f16_1-MLC
+_MLC_NAME = re.compile(r"-([eq]\d\w+)-MLC$")
+#: kinds of devices that nano, which runs on torch, has nothing for
+_MLC_ONLY = ("vulkan", "metal", "rocm", "opencl")
+# what the axes are called in a case's params
+CONTEXT, CHUNK, BATCH, WINDOW, SINK = "context", "prefill_chunk", "batch", "window", "sink"
+PARAMS = dict(zip((axis.name for axis in AXES), (CONTEXT, CHUNK, BATCH, WINDOW, SINK), strict=True))
+ROOM = "room-for-output"
+
+
+def dse_cases(options: Options) -> list[Case]:
+    """Cases of the suite in the space's order: weight format outermost, so that weights load once each.
+
+    Points that break a rule are among them; their cases end as ``invalid`` with the rule (`refusals`).
+
+    Raises
+    ------
+    UserError
+        Naming the option whose value cannot be.
+    """
+    device = resolve_device(options.device)
+    return [_case(options, device, entry.point) for entry in design_space(options).entries]
+
+
+def design_space(options: Options) -> DesignSpace:
+    """The space that the options ask for: ``--kv-space``, ``--kv-dse``, or the single point of the original's options.
+
+    Raises
+    ------
+    UserError
+        If they ask for two of these, or for a space that cannot be.
+    """
+    formats = {"quantizations": options.quantization, "default": default_formats(options)}
+    single = {axis.name: value for axis in AXES if (value := getattr(options, axis.name)) is not None}
+    typed = [f"--kv-{name.replace('_', '-')}" for name in single if name in options.given]
+    spaces = [name for name, asked in (("--kv-space", "space" in options.given), ("--kv-dse", options.dse)) if asked]
+    if typed and spaces:
+        raise UserError(
+            f"{spaces[0]} and {typed[0]}: a space and a single point exclude each other; give the values of an axis in "
+            "--kv-space, or leave the space out"
+        )
+    if len(spaces) > 1 and options.space.strip() != "full":
+        raise UserError(f"--kv-space={options.space} and --kv-dse: the latter is --kv-space=full; give one of them")
+    if options.dse:
+        space = parse_space("full", **formats, option="--kv-dse")
+    elif single and not spaces:
+        space = parse_space(";".join(f"{name}={value}" for name, value in single.items()), **formats, option="kvsuite")
+    else:
+        space = parse_space(options.space, **formats)
+    unknown = [point for entry in space.entries if (point := entry.point.quantization) not in QUANTIZATIONS]
+    if unknown:
+        raise UserError(
+            f"--kv-space={options.space}: unknown weight format {unknown[0]}; use {', '.join(QUANTIZATIONS)}"
+        )
+    return space
+
+
+def dse_engine(options: Options, device: str) -> str:
+    """The engine of the suite: ``auto`` is nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed."""
+    if options.engine != "auto":
+        return str(options.engine)
+    kind = device.partition(":")[0]
+    return "mlc" if kind in _MLC_ONLY or (kind == "cuda" and _mlc_is_here(options.mlc_python)) else "nano"
+
+
+def default_formats(options: Options) -> tuple[str, ...]:
+    """Weight formats of the suite if nobody names one: on mlc q4f16_1, or what MLC weights are in already."""
+    if dse_engine(options, resolve_device(options.device)) != "mlc":
+        return DEFAULT_FORMATS
+    config = Path(options.model).expanduser() / "mlc-chat-config.json"
+    try:
+        return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
+    except (OSError, ValueError, KeyError):
+        named = _MLC_NAME.search(options.model)
+        return _MLC_FORMATS if named is None else (named[1],)
+
+
+@functools.cache
+def _mlc_is_here(python: str | None) -> bool:
+    return python is not None or importlib.util.find_spec("mlc_llm") is not None
+
+
+def point_of(case: Case) -> DesignPoint:
+    """The design point of a case."""
+    settings = {axis: int(case.params[short]) for axis, short in PARAMS.items()}
+    return DesignPoint(case.quantization or NONE, **settings)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a case may run: the rules that it breaks, in words, and what its record must say although it may."""
+
+    broken: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = False) -> Verdict:
+    """Judge a case by the rules of the space; before its model is loaded without the trained length."""
+    point = point_of(case)
+    entry = Entry(point, broken_rules(point)).judged(trained_length, is_dummy=is_dummy)
+    broken = [str(one) for one in entry.broken]
+    prompt, new_tokens = int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
+    # one token to spare: the blocks of a request are read while it still runs
+    if prompt < 1 or prompt + new_tokens >= point.context_window_size:
+        broken.append(
+            f"breaks {ROOM}: a prompt of {prompt} tokens and {new_tokens} new ones do not fit "
+            f"context_window_size={point.context_window_size}; change --kv-prompt-share or lower --kv-max-new-tokens"
+        )
+    return Verdict(tuple(broken), entry.flags)
+
+
+def _case(options: Options, device: str, point: DesignPoint) -> Case:
+    chosen = point.quantization
+    return Case(
+        suite=DSE,
+        engine=dse_engine(options, device),
+        model=options.model,
+        name=point.id,
+        device=device,
+        dtype=dtype_of(options, device, chosen),
+        quantization=None if chosen == NONE else chosen,
+        workload={
+            "protocol": SERVING,
+            "prompt_tokens": int(point.context_window_size * options.prompt_share),
+            "max_new_tokens": options.max_new_tokens,
+            "batch": point.max_batch_size,
+            "prefix_caching": options.prefix_caching,
+            "corpus": options.corpus,
+            "num_samples": options.num_samples,
+            "eval_tokens": options.eval_tokens,
+        },
+        params={short: getattr(point, axis) for axis, short in PARAMS.items()}
+        | ({} if options.model_lib is None else {"model_lib": options.model_lib}),
+    )

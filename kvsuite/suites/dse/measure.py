@@ -1,0 +1,231 @@
+"""A design point, measured: memory and speed of requests that are served together, perplexity through the same limits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvsuite.case import Case
+from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.serving import Reach, Served, Serving
+from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
+from kvsuite.measure.single_request import judge_spread, put_memory, put_timing
+from kvsuite.memory_model.config import architecture_of
+from kvsuite.meters.clock import Clock
+from kvsuite.meters.timing import RoundTimes
+from kvsuite.quantization.registry import NONE, quantization
+
+from .cases import DSE, Verdict, judge, point_of
+from .quality import score_streams
+
+if TYPE_CHECKING:
+    from kvsuite.measure.case_passes import CasePasses
+
+
+def measure_point(work: CasePasses) -> None:
+    """Measure one design point: quality, memory, speed.
+
+    Raises
+    ------
+    CaseInvalid
+        If the point breaks a rule, or this engine or model cannot take it.
+    CaseSkipped
+        If it differs from an earlier point of the run in inert axes only.
+    """
+    case, record = work.case, work.record
+    _require(judge(case).broken)
+    if quantization(case.quantization or NONE).quality_only:
+        raise CaseInvalid(
+            f"--kv-quantization={case.quantization}: quality only, its weights stay dense; the design space is about memory "
+            "and speed, name another format"
+        )
+    session = work.open()
+    judged = functools.partial(
+        judge, trained_length=session.model.get("trained_length"), is_dummy=bool(session.model.get("is_dummy"))
+    )
+    verdict = judged(case)
+    _require(verdict.broken)
+    record.warnings += verdict.flags
+    serving = session.serving(case)
+    reach = serving.reach(dict(case.params), dict(case.workload))
+    record.inert |= reach.inert
+    _skip_a_second_run(work, serving, reach, judged)
+    length, new_tokens = int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
+    prompts = _prompts(work, session, length)
+    work.phase = "quality"
+    score_streams(work, session, serving)
+    work.name_case()
+    work.put_weight_format(session)
+    work.phase = "memory"
+    _memory(work, session, serving, serving.memory_pass(prompts.pop(), new_tokens))
+    work.phase = "decode"
+    _speed(work, session, serving, prompts)
+    work.take_over(session)
+
+
+def _require(broken: Sequence[str]) -> None:
+    if broken:
+        raise CaseInvalid("; ".join(broken))
+
+
+def _skip_a_second_run(work: CasePasses, serving: Serving, reach: Reach, judged: Callable[[Case], Verdict]) -> None:
+    """Of points that reach the runtime as the same settings the first of the space is measured, in whatever order they run."""
+    for other in work.runner.planned:
+        if other == work.case:
+            return
+        if _but_for_the_point(other) != _but_for_the_point(work.case) or judged(other).broken:
+            continue
+        if serving.reach(dict(other.params), dict(other.workload)).settings == reach.settings:
+            raise CaseSkipped(f"axis inert, same as {other.id}")
+
+
+def _but_for_the_point(case: Case) -> Case | None:
+    # prompt and batch of the workload follow from the point
+    workload = {name: value for name, value in case.workload.items() if name not in ("prompt_tokens", "batch")}
+    return replace(case, name="", params={}, workload=workload) if case.suite == DSE else None
+
+
+def _prompts(work: CasePasses, session: Session, length: int) -> list[list[list[int]]]:
+    """Prompts of every warm-up and round, and of the memory pass: as many as are served together, no two alike."""
+    options, batch = work.runner.options, int(work.case.workload["batch"])
+    # random tokens: no text is long enough for many different prompts of a large context
+    found = work.runner.texts.prompts(
+        session, {"prompt_tokens": length}, count=(options.num_warmup + options.rounds + 1) * batch, seed=options.seed
+    )
+    return [found[at : at + batch] for at in range(0, len(found), batch)]
+
+
+def _memory(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> None:
+    workload = work.case.workload
+    shape = int(workload["prompt_tokens"]), int(workload["max_new_tokens"]), int(workload["batch"])
+    planned = serving.planned_kv_bytes(*shape)
+    put_memory(work, found, planned)
+    weights = session.model["weights_bytes"]
+    work.put("mem_weights_bytes", weights, reason="the engine fetches the weights itself")
+    if reason := serving.floor_unknown():
+        work.put("tpot_floor_s", None, reason=reason)
+    else:
+        read = session.model["step_weight_bytes"] + serving.step_kv_bytes(*shape)
+        work.put("tpot_floor_s", read / session.bandwidth, bandwidth_bytes_s=session.bandwidth, bytes=read)
+    work.record.memory["predicted"] = {"kv_bytes": planned} | _predicted(work, session, serving, found)
+
+
+def _predicted(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> dict[str, int | None]:
+    """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
+    case, folder = work.case, work.runner.options.cache_dir
+    try:
+        architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
+        memory = serving.predictor(architecture).predict(point_of(case))
+    except UserError as error:
+        work.record.warnings.append(f"memory is predicted from the loaded model: {error}")
+        weights = (session.model.get("quantization") or {}).get("predicted_weight_bytes")
+        return {"weights_bytes": weights} | found.predicted
+    parts = {name: memory.part(part) for part, name in serving.memory_parts.items()}
+    parts |= {"total_bytes": memory.total, "needed_bytes": memory.needed}
+    work.record.warnings += [f"memory is predicted in part only: {reason}" for reason in memory.reasons]
+    return {name: None if size is None else int(size) for name, size in parts.items()}
+
+
+def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[list[list[int]]]) -> None:
+    """Warm-ups and timed rounds: each serves prompts of its own."""
+    options, workload = work.runner.options, work.case.workload
+    new_tokens, batch, caches = int(workload["max_new_tokens"]), int(workload["batch"]), workload["prefix_caching"]
+    clock = serving.clock(work.runner.clock(session.device))
+    warmups, prompts = prompts[: options.num_warmup], prompts[options.num_warmup :]
+    # the memory pass was the first
+    for index, warmup in enumerate(warmups[1:]):
+        work.progress("warm-up", index + 2, options.num_warmup)
+        serving.serve(warmup, new_tokens, clock)
+    waiting = iter(prompts)
+    rounds: list[RoundTimes] = []
+    served: list[Served] = []
+    again: list[Served] = []
+
+    def one_round() -> None:
+        own = next(waiting)
+        served.append(_served(serving, own, new_tokens, clock))
+        if caches:
+            again.append(_served(serving, own, new_tokens, clock))
+        rounds.append(RoundTimes(served[-1].times, clock.name))
+        work.progress("timed rounds", len(rounds), options.rounds)
+
+    work.run_rounds(one_round, options.rounds)
+    put_timing(work, rounds, [_row(one) for one in rounds])
+    judge_spread(work, ("ttft_s", "decode_step_s"))
+    _cached(work, clock, again)
+    counts = served[0].counts
+    work.put("prefill_steps", counts.get("prefill_steps"), reason="the engine does not count them")
+    work.put("decode_batch", counts["largest_batch"])
+    _engine_view(work, serving, served)
+    prompt = int(workload["prompt_tokens"]) * batch
+    computed = sum(times.prefill_computed for times in served[0].times)
+    work.record.tokens |= {
+        "prompt": prompt,
+        "prefill_computed": computed,
+        "generated": new_tokens * batch,
+        "requested": new_tokens * batch,
+        "requests": batch,
+    }
+    session.effective["served"] = counts
+    _warn(work, counts, prompt, batch)
+    # the original's unit of output
+    if all(one.texts is not None for one in served):
+        work.record.samples["approx_chars"] = [sum(map(len, one.texts or ())) for one in served]
+    elif session.tokenizer is not None:
+        decode = session.tokenizer.decode
+        work.record.samples["approx_chars"] = [sum(len(decode(output)) for output in one.outputs) for one in served]
+
+
+def _engine_view(work: CasePasses, serving: Serving, served: Sequence[Served]) -> None:
+    """What a server says itself of the timed rounds: its times beside ours, its counters by its own names."""
+    times = [{} if one.engine is None else one.engine.times for one in served]
+    for name in ("engine_ttft_s", "engine_tpot_s"):
+        found = [each[name] for each in times if name in each]
+        if len(found) == len(served):
+            work.put(name, found, clock="engine")
+    if counters := serving.engine_metrics(served):
+        work.record.samples["engine_metrics"] = counters
+
+
+def _served(serving: Serving, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Clock) -> Served:
+    found = serving.serve(prompts, new_tokens, clock)
+    for times in found.times:
+        if times.generated != new_tokens:
+            raise CaseInvalid(f"generated {times.generated} tokens instead of {new_tokens}: no timing is comparable")
+    return found
+
+
+def _row(one: RoundTimes) -> dict[str, float | None]:
+    """Timing metrics of a round: prompts share steps, so the prefill is that of all of them."""
+    row = one.metrics()
+    names = ("prefill_s", "prefill_tok_s_computed", "prefill_tok_s_logical")
+    row |= dict(zip(names, one.prefill_phase() or (None,) * len(names), strict=True))
+    together = one.full_batch()
+    return row | dict(zip(("decode_step_s", "decode_tok_s_batch"), together or (None, None), strict=True))
+
+
+def _cached(work: CasePasses, clock: Clock, again: Sequence[Served]) -> None:
+    reason = "prefixes are not cached; give --kv-prefix-caching"
+    times = [RoundTimes(one.times, clock.name).metrics()["ttft_s"] for one in again if one.counts["prefix_hit_tokens"]]
+    if again:
+        reason = "no block of a prompt was found again: the pool had to give them away, or a prompt fills none"
+        work.record.tokens["prefix_hits"] = again[0].counts["prefix_hit_tokens"]
+    work.put("ttft_cached_s", [x for x in times if x is not None] or None, clock=clock.name, reason=reason)
+
+
+def _warn(work: CasePasses, counts: dict[str, int], prompt: int, batch: int) -> None:
+    warnings = work.record.warnings
+    if counts["computed_prefill_tokens"] != prompt:
+        warnings.append(
+            f"{counts['computed_prefill_tokens']} prompt tokens were computed for prompts of {prompt}: prefill numbers are "
+            "not those of the prompts"
+        )
+    if counts["preemptions"]:
+        warnings.append(
+            f"{counts['preemptions']} preemptions: the pool was too small for all requests at the same time"
+        )
+    if counts["largest_batch"] < batch:
+        warnings.append(f"no more than {counts['largest_batch']} of {batch} requests decoded at the same time")

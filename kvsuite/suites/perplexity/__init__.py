@@ -1,0 +1,1 @@
+"""The perplexity suite: weight formats judged over windows of text."""

@@ -1,0 +1,231 @@
+"""Perplexity over token windows, and the distance to a reference weight format of the same model."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from kvsuite.case import Case
+from kvsuite.engines.engine import Session
+from kvsuite.errors import CaseInvalid, CaseSkipped
+from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
+from kvsuite.meters.quality import paired_ratio, perplexity
+from kvsuite.workloads.windowed import WindowedTexts, WindowRule
+from kvsuite.workloads.windows import original_perplexity
+
+if TYPE_CHECKING:
+    from kvsuite.measure.case_passes import CasePasses
+
+_DIVERGENCE = ("kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
+               "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se")  # fmt: skip
+# protocols whose windows the original program's formula knows
+_ORIGINAL = ("hf-strided", "disjoint")
+
+
+class WindowQuality:
+    """Scores the windows of one case.
+
+    Parameters
+    ----------
+    work
+        The case's passes.
+    session
+        The loaded engine.
+
+    Raises
+    ------
+    UserError
+        If the text cannot be read or is too short.
+    CaseInvalid
+        If the windows are longer than the model was trained for; `score`: if a loss is not finite.
+    CaseSkipped
+        If another data set of this run has the same text: it is one result.
+    """
+
+    def __init__(self, work: CasePasses, session: Session) -> None:
+        self.work, self.session, self.case = work, session, work.case
+        workload = self.case.workload
+        rule = WindowRule(
+            protocol=str(workload["protocol"]),
+            max_length=int(workload["max_length"]),
+            stride=int(workload["stride"]),
+            rule=None if workload["bos"] == "auto" else str(workload["bos"]),
+            eval_tokens=workload["eval_tokens"],
+        )
+        trained = session.model.get("trained_length")
+        if trained is not None and rule.max_length > trained:
+            raise CaseInvalid(
+                f"--kv-max-length={rule.max_length}: longer than the {trained} tokens that the model was trained for"
+            )
+        self.texts: WindowedTexts = work.runner.texts.windowed(session, workload, rule)
+        work.record.dataset = self.texts.facts
+        work.dataset_revision = self.texts.revision
+        self._refuse_a_second_result(rule)
+
+    def score(self, *, timed: bool) -> None:
+        """Write perplexity, its error and what goes with it into the record."""
+        work, texts, workload = self.work, self.texts, self.case.workload
+        if timed and self.case.device_kind == "cuda":
+            # kernels are compiled and chosen in the first forward; a first window of one token has none
+            first = next(window for window in texts.texts[0].windows if window.targets)
+            self.session.score_windows(texts.texts[0].tokens, [first], **self._prefix)
+        begin = time.perf_counter()
+        scores = []
+        for index, text in enumerate(texts.texts):
+            report = functools.partial(self._report, f"scoring text {index + 1}/{len(texts.texts)}")
+            scores.append(self.session.score_windows(text.tokens, text.windows, **self._prefix, progress=report))
+        score_s = time.perf_counter() - begin
+        nll = [x for score in scores for x in score.tokens.nll]
+        hits = [hit for score in scores for hit in score.tokens.correct]
+        self._require_finite(nll)
+        pooled = perplexity(nll)
+        facts = {
+            "protocol": workload["protocol"],
+            "max_length": workload["max_length"],
+            "stride": workload["stride"],
+            "bos": texts.rule,
+        }
+        work.put("perplexity", pooled.value, **facts)
+        work.put("perplexity_se", pooled.standard_error, reason="one token only")
+        work.put("nll_sum", pooled.nll_sum, **facts)
+        work.put("nll_tokens", pooled.n)
+        work.put("next_token_acc", sum(hits) / len(hits), **facts)
+        if workload["protocol"] in _ORIGINAL and texts.rule == "none":
+            found = original_perplexity(nll, texts.texts[0].windows) if len(texts.texts) == 1 else None
+            work.put("ppl_original_formula", found, reason="several texts, or a window of one token")
+        if workload["protocol"] == "lm-eval-rolling":
+            self._per_word(pooled.nll_sum)
+        if timed:
+            clock = {"clock": "perf_counter, until the losses are on the host"}
+            work.put("score_s", score_s, **clock)
+            work.put("score_tok_s", pooled.n / score_s, **clock)
+        work.record.tokens |= {
+            "text": sum(len(text.tokens) for text in texts.texts),
+            "scored": pooled.n,
+            "scored_forward": sum(score.forward_tokens for score in scores),
+        }
+        self.session.effective["scoring"] = scores[0].effective
+        work.record.samples["texts"] = [
+            {
+                "index": i,
+                "nll_sum": math.fsum(s.tokens.nll),
+                "tokens": len(s.tokens.nll),
+                "correct": sum(s.tokens.correct),
+            }
+            for i, s in enumerate(scores)
+        ]
+        work.measured.tokens = {
+            "text": [index for index, score in enumerate(scores) for _ in score.tokens.nll],
+            "position": [at for score in scores for at in score.tokens.positions],
+            "token": [token for score in scores for token in score.tokens.targets],
+            "nll": nll,
+            "correct": hits,
+        }
+
+    def compare(self) -> None:
+        """Compare with the reference weight format, loaded beside the case's own model."""
+        work, reference = self.work, dict(self.case.params["reference"])
+        if reference["quantization"] == self.case.quantization:
+            self._without_divergence("this is the reference")
+            return
+        case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
+        try:
+            beside = work.runner.sessions.beside(case, threads=self.session.effective.get("threads"))
+        except CaseSkipped as skip:
+            self._without_divergence(f"the reference cannot run: {skip}")
+            return
+        try:
+            found = [
+                self.session.compare_windows(
+                    beside, text.tokens, text.windows, **self._prefix,
+                    progress=functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}"),
+                )
+                for index, text in enumerate(self.texts.texts)
+            ]  # fmt: skip
+        finally:
+            beside.close()
+        self._divergence(_joined(found), reference["quantization"] or "none", case.dtype)
+
+    @property
+    def _prefix(self) -> dict[str, Any]:
+        return {"prefix": self.texts.rule, "prefix_token": self.texts.prefix_token}
+
+    def _report(self, phase: str, done: int, of: int, mean: float) -> None:
+        self.work.progress(phase, done, of, f", perplexity so far {math.exp(min(mean, 700.0)):.3f}")
+
+    def _per_word(self, nll_sum: float) -> None:
+        counts = [text.counts for text in self.texts.texts]
+        names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
+        if len(counts) != 1 or counts[0] is None:
+            for name in names:
+                self.work.put(
+                    name, None, reason="several texts, or a tokenizer that does not say which characters it cut"
+                )
+            return
+        for name in names:
+            self.work.put(name, getattr(counts[0], name)(nll_sum))
+
+    def _divergence(self, tokens: TokenDivergence, reference: str, dtype: str) -> None:
+        put = functools.partial(self.work.put, reference=reference, reference_dtype=dtype)
+        summary = summarise_divergence(tokens)
+        put("kld", summary.kld_mean)
+        put("kld_median", summary.kld_median)
+        put("kld_p99", summary.kld_p99, reason="fewer than 100 positions")
+        put("kld_max", summary.kld_max)
+        for name in ("same_top1", "rms_delta_p", "mean_delta_p"):
+            put(name, getattr(summary, name))
+        theirs, pair = perplexity(tokens.nll_reference), paired_ratio(tokens.nll, tokens.nll_reference)
+        put("perplexity_reference", theirs.value)
+        put("delta_perplexity", perplexity(tokens.nll).value - theirs.value)
+        put("ppl_ratio_reference", pair.ratio)
+        put("ppl_ratio_reference_se", pair.standard_error, reason="one token only")
+
+    def _without_divergence(self, reason: str) -> None:
+        for name in _DIVERGENCE:
+            self.work.put(name, None, reason=reason)
+
+    def _require_finite(self, nll: list[float]) -> None:
+        broken = sum(not math.isfinite(x) for x in nll)
+        if broken:
+            raise CaseInvalid(
+                f"{broken} of {len(nll)} losses are not finite: the model overflows in {self.session.dtype_name}; give "
+                "another --kv-dtype or --kv-quantization"
+            )
+
+    def _refuse_a_second_result(self, rule: WindowRule) -> None:
+        for other in self.work.runner.planned:
+            if other == self.case:
+                return
+            if _but_for_the_text(other) == _but_for_the_text(self.case):
+                texts = self.work.runner.texts.windowed(self.session, other.workload, rule)
+                if texts.revision == self.texts.revision:
+                    name = other.workload["dataset"]
+                    raise CaseSkipped(f"the same text as {name}, whose result it is: never two results of one text")
+
+
+def _but_for_the_text(case: Case) -> Case:
+    return replace(case, name="", workload={**case.workload, "dataset": ""})
+
+
+def refuse_before_loading(case: Case) -> None:
+    """Refuse what has no perplexity before a model is loaded.
+
+    Raises
+    ------
+    CaseSkipped
+        For random weights.
+    """
+    if case.model.startswith("dummy:"):
+        raise CaseSkipped(f"--kv-model={case.model}: random weights have no perplexity; name a real model")
+
+
+def _joined(found: list[TokenDivergence]) -> TokenDivergence:
+    return TokenDivergence(
+        nll=[x for one in found for x in one.nll],
+        nll_reference=[x for one in found for x in one.nll_reference],
+        kld=[x for one in found for x in one.kld],
+        same_top1=[x for one in found for x in one.same_top1],
+    )

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_matrix import MATRIX
+
+from kvsuite.compression import FixSizeL2, L2Compress, Policy, RecentOnly, StreamingLLM
+from kvsuite.engines.hf.cache_plan import CachePlan, kv_bytes, plan
+from kvsuite.models.presets import build_config
+
+FED = 1999  # 2,000 tokens are 1,999 predictions
+
+
+def bytes_of(preset: str, lengths: list[int], element_bytes: int = 2) -> int:
+    config = build_config(preset)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert len(lengths) == config.num_hidden_layers
+    return kv_bytes(lengths, batch=1, kv_heads=heads, head_dim=head_dim, element_bytes=element_bytes)
+
+
+def lengths_of(policy: Policy, layers: int) -> list[int]:
+    compressed, full = plan(policy, 1, FED - 1), plan(None, 1, FED - 1)
+    return [full.final if layer in policy.skip_layers else compressed.final for layer in range(layers)]
+
+
+def test_pythia_full_cache() -> None:
+    assert bytes_of("Pythia-2.8b", [1] * 32) == 327_680
+    assert plan(None, 1, FED - 1) == CachePlan(capacity=FED, prefill=1, final=FED)
+    assert bytes_of("Pythia-2.8b", [FED] * 32) == 655_032_320
+    assert bytes_of("Pythia-2.8b", [FED] * 32, element_bytes=4) == 2 * 655_032_320
+
+
+@pytest.mark.parametrize(("total", "expected"), [(256, 119_582_720), (512, 198_225_920), (1024, 355_512_320)])
+def test_pythia_with_two_skipped_layers(total: int, expected: int) -> None:
+    policy = StreamingLLM.of_total(total, skip_layers=[0, 1])
+    lengths = lengths_of(policy, 32)
+    assert lengths == [FED, FED] + [total] * 30
+    assert bytes_of("Pythia-2.8b", lengths) == expected
+    for other in (RecentOnly(window=total, skip_layers=[0, 1]), FixSizeL2(size=total, skip_layers=[0, 1])):
+        assert lengths_of(other, 32) == lengths
+
+
+def test_the_same_bytes_a_token_everywhere() -> None:
+    assert bytes_of("Llama-3-8B", [1] * 32) == 131_072
+
+
+@pytest.mark.parametrize(("ratio", "final", "low"), [(0.8, 99, 81), (0.5, 99, 51), (0.3, 39, 31)])
+def test_defect_04_l2_after_every_token_saws(ratio: float, final: int, low: int) -> None:
+    policy = L2Compress(keep_ratio=ratio, prune_after=100, mode="every_token")
+    assert plan(policy, 1, FED - 1).final == final
+    held = [plan(policy, 1, steps).final for steps in range(100, FED)]
+    assert (min(held), max(held)) == (low, 100)
+    assert plan(policy, 1, FED - 1).capacity == 101
+
+
+def test_l2_single_shot_is_a_ratio_once() -> None:
+    policy = L2Compress(keep_ratio=0.3, prune_after=100, mode="single_shot")
+    assert plan(policy, 1000, 0) == CachePlan(capacity=300, prefill=300, final=300)
+    # afterwards the cache grows again
+    assert plan(policy, 1000, 50) == CachePlan(capacity=350, prefill=300, final=350)
+    assert plan(policy, 1, FED - 1).final == 31 + FED - 101
+
+
+def test_l2_interval() -> None:
+    policy = L2Compress(keep_ratio=0.5, prune_after=100, mode="interval=64")
+    assert plan(policy, 1, 126).final == 127
+    assert plan(policy, 1, 127).final == 64
+    assert plan(policy, 1, 126).capacity == 127
+    assert plan(policy, 1, 127).capacity == 128
+
+
+def test_a_compressed_prompt_never_counts_whole() -> None:
+    assert plan(StreamingLLM.of_total(64), 1000, 31) == CachePlan(capacity=65, prefill=64, final=64)
+    assert plan(StreamingLLM.of_total(64), 1000, 0) == CachePlan(capacity=64, prefill=64, final=64)
+    assert plan(None, 1000, 31) == CachePlan(capacity=1031, prefill=1000, final=1031)
+
+
+@settings(deadline=None)
+@given(line=st.sampled_from(MATRIX), prompt=st.integers(1, 40), steps=st.integers(0, 40))
+def test_a_plan_holds_together(line: Any, prompt: int, steps: int) -> None:
+    policy = line.build()
+    found = plan(policy, prompt, steps)
+    assert found.prefill <= prompt
+    assert found.final <= min(found.capacity, prompt + steps)
+    assert found.capacity <= max(prompt + steps, 1)
+    further = plan(policy, prompt, steps + 1)
+    assert further.capacity == max(found.capacity, found.final + 1)
+    assert further.prefill == found.prefill
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
+    batch=st.integers(1, 8),
+    heads=st.integers(1, 64),
+    dim=st.sampled_from([16, 80, 128]),
+    element=st.sampled_from([2, 4]),
+)
+def test_bytes_are_keys_and_values_of_every_layer(
+    lengths: list[int], batch: int, heads: int, dim: int, element: int
+) -> None:
+    shape: dict[str, int] = {"batch": batch, "kv_heads": heads, "head_dim": dim, "element_bytes": element}
+    assert kv_bytes(lengths, **shape) == sum(2 * batch * heads * dim * element * n for n in lengths)
+    assert kv_bytes(lengths, **shape) == sum(kv_bytes([n], **shape) for n in lengths)

@@ -1,0 +1,402 @@
+"""Options: where a value comes from, how it is parsed, what is refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvsuite.errors import UserError
+from kvsuite.options.resolve import (
+    OPTIONS,
+    REJECTED,
+    Option,
+    Options,
+    add_options,
+    default_options,
+    names,
+    resolve_options,
+)
+
+BY_NAME = {option.name: option for option in OPTIONS}
+FLAGS = {"compare-all", "no-baseline", "no-recent-only"}
+
+
+def resolve(cli: dict[str, str] | None = None, ini: dict[str, str] | None = None) -> Options:
+    return resolve_options(lambda dest: (cli or {}).get(dest), lambda dest: (ini or {}).get(dest))
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for option in OPTIONS:
+        monkeypatch.delenv(option.dest.upper(), raising=False)
+
+
+# another value than the default for each option, as typed and as resolved
+OTHER: dict[str, tuple[str, Any]] = {
+    "model": ("dummy:tiny", "dummy:tiny"),
+    "device": ("vulkan:1", "vulkan:1"),
+    "dtype": ("bf16", "bfloat16"),
+    "engine": ("hf", "hf"),
+    "quantization": ("none,q4f16_1", ("none", "q4f16_1")),
+    "load-in-4bit": ("true", True),
+    "load-in-8bit": ("true", True),
+    "fake-q3bit": ("true", True),
+    "dataset": ("wikitext2,c4", ("wikitext2", "c4")),
+    "dataset-path": ("/texts/wiki.raw", "/texts/wiki.raw"),
+    "split": ("validation", "validation"),
+    "blank-rows": ("drop", "drop"),
+    "ppl-protocol": ("disjoint,llama.cpp-half", ("disjoint", "llama.cpp-half")),
+    "max-length": ("2048", 2048),
+    "stride": ("512", 512),
+    "bos": ("bos_first", "bos_first"),
+    "eval-tokens": ("all", None),
+    "reference": ("none", "none"),
+    "mlc-python": ("/opt/mlc/bin/python", "/opt/mlc/bin/python"),
+    "model-lib": ("model-vulkan.so", "model-vulkan.so"),
+    "mlc-timeout": ("20", 20),
+    "mlc-compile-timeout": ("60", 60),
+    "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),
+    "method": ("recent_only, kvpress:SnapKV", ("recent_only", "kvpress:SnapKV")),
+    "compare-all": ("true", True),
+    "no-baseline": ("yes", True),
+    "no-recent-only": ("1", True),
+    "keep-ratios": ("1.0,0.25", (1.0, 0.25)),
+    "prune-after": ("0", 0),
+    "l2-mode": ("interval=16", "interval=16"),
+    "fix-kv-sizes": ("7", (7,)),
+    "strategies": ("keep_high,random", ("keep_high", "random")),
+    "start-size": ("0", 0),
+    "recent-sizes": ("252,508", (252, 508)),
+    "skip-layers": ("0,1", (0, 1)),
+    "positions": ("both", "both"),
+    "protocol": ("prefix-continuation", "prefix-continuation"),
+    "corpus": ("pydoc", "pydoc"),
+    "num-samples": ("3", 3),
+    "max-tokens": ("2000", 2000),
+    "prompt-tokens": ("1500", 1500),
+    "max-new-tokens": ("500", 500),
+    "num-warmup": ("0", 0),
+    "rounds": ("9", 9),
+    "space": ("schemes", "schemes"),
+    "dse": ("on", True),
+    "context-window-size": ("1024", 1024),
+    "prefill-chunk-size": ("256", 256),
+    "max-batch-size": ("16", 16),
+    "sliding-window-size": ("off", -1),
+    "attention-sink-size": ("4", 4),
+    "prompt-share": ("0.25", 0.25),
+    "prefix-caching": ("true", True),
+    "decode-step": ("eager", "eager"),
+    "impl": ("copy", "copy"),
+    "threads": ("4", 4),
+    "seed": ("17", 17),
+    "report-dir": ("/tmp/runs", "/tmp/runs"),
+    "compare": ("reports/run_1", "reports/run_1"),
+    "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
+    "cache-dir": ("/tmp/cache", "/tmp/cache"),
+    "timeout": ("60", 60.0),
+    "resume": ("latest", "latest"),
+    "resume-rerun": ("oom,error", ("oom", "error")),
+    "shard": ("2/3", "2/3"),
+    "plan": ("true", True),
+    "plan-card": ("24GiB", "24GiB"),
+    "preset": ("original", "original"),
+}
+
+
+def attribute(option: Option) -> str:
+    return option.dest.removeprefix("kv_")
+
+
+def test_the_table_above_is_whole() -> None:
+    assert set(OTHER) == set(BY_NAME)
+    assert names() == [f"--kv-{name}" for name in BY_NAME]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_source_and_their_precedence(option: Option, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, value = OTHER[option.name]
+    default = getattr(resolve(), attribute(option))
+    assert default != value
+    assert attribute(option) not in resolve().given
+
+    from_ini = resolve(ini={option.dest: text})
+    assert getattr(from_ini, attribute(option)) == value
+    assert from_ini.given == {attribute(option)}
+    # a switch has no third value, so that the losing source says what the default says
+    losing = option.default or "/somewhere/else"
+    monkeypatch.setenv(option.dest.upper(), text)
+    assert getattr(resolve(ini={option.dest: losing}), attribute(option)) == value
+    monkeypatch.setenv(option.dest.upper(), losing)
+    typed = resolve(cli={option.dest: text}, ini={option.dest: losing})
+    assert getattr(typed, attribute(option)) == value
+    monkeypatch.setenv(option.dest.upper(), "")
+    assert getattr(resolve(ini={option.dest: text}), attribute(option)) == value, "an empty variable is not set"
+
+
+class RecordingParser:
+    """Takes what `add_options` declares, as pytest's parser does."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, dict[str, Any]] = {}
+        self.ini: set[str] = set()
+
+    def getgroup(self, name: str, description: str) -> RecordingParser:
+        return self
+
+    def addoption(self, *names: str, **kwargs: Any) -> None:
+        for name in names:
+            assert name not in self.options, f"{name} is declared twice"
+            self.options[name] = kwargs
+
+    def addini(self, name: str, help: str, default: Any = None) -> None:
+        self.ini.add(name)
+
+
+@pytest.fixture
+def declared() -> RecordingParser:
+    parser = RecordingParser()
+    add_options(parser)
+    return parser
+
+
+def test_both_spellings_set_the_same_value(declared: RecordingParser) -> None:
+    for option in OPTIONS:
+        for name in (option.name, *option.aliases):
+            for spelling in (f"--kv-{name}", f"--kv_{name.replace('-', '_')}"):
+                assert declared.options[spelling]["dest"] == option.dest
+                assert declared.options[spelling]["default"] is None, "else it could not be told from a given value"
+    assert declared.ini == {option.dest for option in OPTIONS}
+
+
+# systems.md 4.2: the options of the program that the suite replaces, with their defaults
+ORIGINAL_DEFAULTS = {
+    "model_id": "EleutherAI/pythia-2.8b",
+    "num_samples": 2,
+    "max_tokens": 2000,
+    "max_new_tokens": 500,
+    "skip_layers": (0, 1),
+    "no_baseline": False,
+    "no_recent_only": False,
+    "num_warmup": 3,
+    "keep_ratios": (0.8, 0.5, 0.3),
+    "prune_after": 100,
+    "fix_kv_sizes": (256, 512),
+    "strategies": ("keep_low",),
+    "start_size": 4,
+    "recent_sizes": (252, 508, 1020),
+    "compare_all": False,
+}
+ORIGINAL_WITHOUT_COUNTERPART = {
+    "classifications_path", "compare_new", "heavy_hitter_sizes", "h2o_recent_size", "observation_windows",
+    "snapkv_keep_sizes", "base_sizes", "layer_decay", "min_size", "pyramid_profile", "target_sizes", "soft_limit",
+    "hard_limit",
+}  # fmt: skip
+
+
+def test_preset_original_has_the_defaults_of_the_original() -> None:
+    options = resolve(cli={"kv_preset": "original"}).to_dict()
+    options["model_id"] = options["model"]
+    assert {name: options[name] for name in ORIGINAL_DEFAULTS} == {
+        name: list(value) if isinstance(value, tuple) else value for name, value in ORIGINAL_DEFAULTS.items()
+    }
+    assert (options["corpus"], options["l2_mode"], options["positions"]) == ("pg19", "every_token", "original")
+
+
+def test_a_given_value_beats_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_PRESET", "original")
+    assert resolve(cli={"kv_recent_sizes": "28"}).recent_sizes == (28,)
+    assert resolve().recent_sizes == (252, 508, 1020)
+
+
+def test_every_option_of_the_original_exists_or_is_refused(declared: RecordingParser) -> None:
+    for name in (*ORIGINAL_DEFAULTS, "method", *ORIGINAL_WITHOUT_COUNTERPART):
+        assert f"--kv_{name}" in declared.options
+        assert f"--kv-{name.replace('_', '-')}" in declared.options
+    assert set(REJECTED) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+@pytest.mark.parametrize("value", ["", "256,512"])
+def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"^--kv-{name}: .*use --kv-method=kvpress:(AdaKV|SnapKV)"):
+        resolve(cli={f"kv_rejected_{name}": value})
+
+
+# names that are looked up later: spaces, models, corpora, the file system
+FREE_TEXT = {
+    "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
+    "cache-dir", "compare", "resume",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_the_example_in_a_message_is_one_that_works(option: Option) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(cli={option.dest: " " if option.name in FREE_TEXT else "nonsense"})
+    message = str(caught.value)
+    assert message.startswith(f"--kv-{option.name}=")
+    example = re.search(r"for example --kv-([\w-]+)=(.*)$", message)
+    if example is None:
+        assert re.search(r"; (use|choose) \w+", message)
+    else:
+        assert example[1] == option.name
+        resolve(cli={option.dest: example[2]})
+
+
+def test_an_empty_value_on_the_command_line_is_a_mistake() -> None:
+    with pytest.raises(UserError, match=r"^--kv-cache-dir=: is empty; for example --kv-cache-dir=PATH$"):
+        resolve(cli={"kv_cache_dir": ""})
+    assert resolve(cli={"kv_skip_layers": ""}).skip_layers == ()
+    assert resolve(cli={"kv_skip_layers": "none"}).skip_layers == ()
+
+
+MESSAGES = {
+    "wrong element": (
+        {"kv_quantization": "none,nonsense"},
+        "--kv-quantization=none,nonsense: unknown weight format nonsense; use none, ",
+        "; for example --kv-quantization=none,q4f16_1",
+    ),
+    "list for one": (
+        {"kv_reference": "none,q4f16_1"},
+        "--kv-reference=none,q4f16_1: one weight format is wanted, not a list",
+        "; for example --kv-reference=none",
+    ),
+    "twice, as typed": ({"kv_keep_ratios": "0.5,0.50"}, "--kv-keep-ratios=0.5,0.50: names the same value twice, 0.50;", ""),
+    "neither number nor all": (
+        {"kv_eval_tokens": "alll"},
+        "--kv-eval-tokens=alll: neither a whole number nor all; for example",
+        "",
+    ),
+    "a label": (
+        {"kv_mlc_model": ""},
+        "--kv-mlc-model=: is empty, and a label is wanted; ",
+        "for example --kv-mlc-model=Llama-3-8B-Instruct-q4f16_1-MLC",
+    ),
+    "switch beside a list": (
+        {"kv_load_in_4bit": "true", "kv_quantization": "none"},
+        "--kv-load-in-4bit and --kv-quantization: one of them hides the other; ",
+        "give --kv-quantization=none,4bit",
+    ),
+    "switch that the list has": (
+        {"kv_load_in_4bit": "true", "kv_quantization": "4bit,none"},
+        "--kv-load-in-4bit and --kv-quantization: ",
+        "give --kv-quantization=4bit,none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "begin", "end"), MESSAGES.values(), ids=MESSAGES)
+def test_messages_name_what_is_wrong_and_the_mend(given: dict[str, str], begin: str, end: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(cli=given)
+    assert str(caught.value).startswith(begin)
+    assert str(caught.value).endswith(end)
+
+
+def test_default_options_take_overrides_and_refuse_unknown_names() -> None:
+    assert default_options(rounds="3").rounds == 3
+    assert default_options().given == set()
+    with pytest.raises(UserError, match="unknown options round"):
+        default_options(round="3")
+    with pytest.raises(AttributeError):
+        _ = default_options().round
+
+
+def test_to_dict_is_json() -> None:
+    import json
+
+    options = default_options(skip_layers="0,1", method="recent_only")
+    again = json.loads(json.dumps(options.to_dict(), allow_nan=False))
+    assert again == options.to_dict()
+    assert (again["skip_layers"], again["method"], again["threads"]) == ([0, 1], ["recent_only"], None)
+
+
+# properties of parsing
+
+SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=8, unique=True)
+RATIOS = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=8, unique=True)
+# what no shell passes on without quotes is no use here
+LINE = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1)
+
+
+@given(SIZES, st.sampled_from([",", ", ", " ,", ",,"]))
+def test_lists_of_sizes_round_trip(sizes: list[int], comma: str) -> None:
+    assert resolve(cli={"kv_recent_sizes": comma.join(map(str, sizes))}).recent_sizes == tuple(sizes)
+
+
+@given(RATIOS)
+def test_lists_of_ratios_round_trip_exactly(ratios: list[float]) -> None:
+    assert resolve(cli={"kv_keep_ratios": ",".join(map(repr, ratios))}).keep_ratios == tuple(ratios)
+
+
+@given(st.one_of(st.floats(max_value=0), st.floats(min_value=1, exclude_min=True), st.just(math.nan)))
+def test_ratios_outside_their_range_are_refused(ratio: float) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(cli={"kv_keep_ratios": f"0.5,{ratio!r}"})
+    assert str(caught.value) == (
+        f"--kv-keep-ratios=0.5,{ratio!r}: must lie in (0, 1]; for example --kv-keep-ratios=0.8,0.5,0.3"
+    )
+
+
+@given(SIZES, st.integers(max_value=0))
+def test_sizes_below_one_are_refused(sizes: list[int], bad: int) -> None:
+    text = ",".join(map(str, [*sizes, bad]))
+    with pytest.raises(UserError, match="must be at least 1") as caught:
+        resolve(cli={"kv_fix_kv_sizes": text})
+    assert str(caught.value).startswith(f"--kv-fix-kv-sizes={text}: ")
+
+
+@given(SIZES, st.data())
+def test_a_value_named_twice_is_refused(sizes: list[int], data: st.DataObject) -> None:
+    text = ",".join(map(str, [*sizes, data.draw(st.sampled_from(sizes))]))
+    with pytest.raises(UserError, match=rf"names the same value twice, {text.rpartition(',')[2]};"):
+        resolve(cli={"kv_recent_sizes": text})
+
+
+@given(st.sampled_from(["cuda", "xpu", "vulkan", "metal", "rocm", "opencl"]), st.none() | st.integers(0, 10**6))
+def test_devices_round_trip(kind: str, index: int | None) -> None:
+    text = kind if index is None else f"{kind}:{index}"
+    assert resolve(cli={"kv_device": text}).device == text
+
+
+@given(LINE)
+def test_any_device_is_known_or_refused_by_name(text: str) -> None:
+    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?", text)
+    if known:
+        assert resolve(cli={"kv_device": text}).device == text
+        return
+    with pytest.raises(UserError) as caught:
+        resolve(cli={"kv_device": text})
+    assert str(caught.value).startswith(f"--kv-device={text}: unknown device; use cpu, cuda[:N], ")
+
+
+@given(st.sampled_from([option for option in OPTIONS if option.name not in FLAGS]), LINE)
+def test_any_text_gives_a_value_or_one_line_that_names_option_and_value(option: Option, text: str) -> None:
+    try:
+        resolve(cli={option.dest: text})
+    except UserError as error:
+        message = str(error)
+        assert message.startswith(f"--kv-{option.name}={text}: ")
+        assert "\n" not in message
+        assert len(message) > len(f"--kv-{option.name}={text}: ") + 10
+
+
+@given(st.sampled_from(["true", "True", "1", "yes", "on"]), st.sampled_from(["false", "FALSE", "0", "no", "off"]))
+def test_switches(yes: str, no: str) -> None:
+    assert resolve(ini={"kv_no_baseline": yes}).no_baseline is True
+    assert resolve(ini={"kv_no_baseline": no}).no_baseline is False
+
+
+def test_the_parser_is_told_everything_as_text(declared: RecordingParser) -> None:
+    # a type= of argparse would answer with its own message and exit code 4 without the mend
+    callables: list[Callable[..., Any]] = [one["type"] for one in declared.options.values() if "type" in one]
+    assert callables == []
+    assert isinstance(SimpleNamespace(**declared.options["--kv-rounds"]).help, str)
