@@ -105,10 +105,11 @@ _COMMON: tuple[Option, ...] = (
            "of c4, which has no test split.", original="test"),
     Option("blank-rows", _choice("keep", "drop"), "keep", "Whether blank rows of WikiText belong to its text: keep (the "
            "Hugging Face documentation), drop (the original program).", original="drop"),
-    Option("ppl-protocol", _list(_choice("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")), "hf-strided",
-           "Windows of the perplexity suite, comma separated: hf-strided, disjoint, lm-eval-rolling, llama.cpp-half."),
+    Option("ppl-protocol", _list(_choice("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")), "hf-strided",
+           "Windows of the perplexity suite, comma separated: hf-strided (the original program's), hf-docs (the Hugging Face "
+           "documentation's), disjoint, lm-eval-rolling, llama.cpp-half."),
     Option("max-length", _int(3), "512", "Tokens in a window of the perplexity suite.", original="2048"),
-    Option("stride", _int(1), "256", "Step from window to window of hf-strided, at most --kv-max-length.", original="512"),
+    Option("stride", _int(1), "256", "Step from window to window of hf-strided and hf-docs, at most --kv-max-length.", original="512"),
     Option("bos", _choice("auto", "none", "bos_first", "bos_each_window", "bos_over_first"), "auto", "Token before a text or "
            "window: auto is the protocol's own rule; the others are in docs/perplexity.md."),
     Option("eval-tokens", _all_or, "2048", "Most tokens of each text that the perplexity suite takes, or all.", original="all"),

@@ -15,6 +15,7 @@ from kvsuite.reporting.table_parts import (
     scaled,
     tpot_spread,
 )
+from kvsuite.workloads.windows import protocol_title
 
 _QUALITY: tuple[Column, ...] = (("PPL", 10, "perplexity"), ("PPL±", 8, "perplexity_se"), ("Acc", 8, "accuracy"))
 _DISTANCE: tuple[Column, ...] = (("PPL/ref", 15, "ppl_ratio_reference"), ("KLD", 9, "kld"), ("Top1", 8, "same_top1"))
@@ -89,7 +90,7 @@ def _settings(labelled: Mapping[str, Row]) -> list[str]:
             continue
         workload, dataset = row["case"]["workload"], row["dataset"]
         lines.append(
-            f"{dataset['name']}: {workload['protocol']}, window {workload['max_length']}, step {workload['stride']}, prefix "
+            f"{dataset['name']}: {protocol_title(workload['protocol'])}, window {workload['max_length']}, step {workload['stride']}, prefix "
             f"rule {dataset['bos']}, {row['tokens']['scored']:,} of {row['tokens']['text']:,} tokens scored, text "
             f"{dataset['text_hash'].removeprefix('sha256:')[:8]}"
         )
