@@ -48,7 +48,7 @@ def main(
     session.prepare(case)
     tokens = [(7 * i + 3) % session.vocab_size for i in range(int(prompt))]
     session.serve([ServeRequest(tokens, int(new))])
-    session.capture(tokens, int(new))
+    session.capture([ServeRequest(tokens, int(new))])
     dense = clock_for(session.device)
     clocks = {"on": dense, "off": Sparse(clock_for(session.device), int(new))}
     samples: dict[str, list[float]] = {"on": [], "off": []}
