@@ -15,7 +15,7 @@ from .bytes import predicted_weight_bytes, weight_bytes
 from .convert import cast_parameters, convert_groups
 from .fake_int3 import apply_fake_int3, is_tied, linear_paths
 from .formats import CAST_FORMATS, GROUP_FORMATS
-from .modules import PackedWeight
+from .packed import PackedWeight
 from .registry import FAKE, label, quantization, unavailable
 from .targets import count_kinds, find_targets, require_most
 

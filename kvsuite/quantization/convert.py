@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .formats import GroupFormat
-from .modules import GroupEmbedding, GroupLinear, PackedWeight
+from .modules import GroupEmbedding, GroupLinear
+from .packed import PackedWeight
 from .targets import Target, replace_module
 
 

@@ -6,75 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .formats import GroupFormat
-from .group import dequantize_groups, quantize_groups
+from .packed import PackedWeight
 
 # elements of a dequantised block: on a CPU it stays in the caches
 _BLOCK = 1 << 20
-
-
-class PackedWeight(nn.Module):
-    """A packed matrix. A module of its own, so that a tied table stays one tensor whatever `nn.Module.to` does.
-
-    Parameters
-    ----------
-    words, scales
-        As `kvsuite.quantization.group.quantize_groups` returns them.
-    columns
-        Input features.
-    spec
-        The format.
-    transposed
-        Whether the tensors lie input-major.
-    """
-
-    words: Tensor
-    scales: Tensor
-
-    def __init__(self, words: Tensor, scales: Tensor, *, columns: int, spec: GroupFormat, transposed: bool) -> None:
-        super().__init__()
-        self.register_buffer("words", words)
-        self.register_buffer("scales", scales)
-        self.rows = words.shape[1] if transposed else words.shape[0]
-        self.columns = columns
-        self.spec = spec
-        self.transposed = transposed
-
-    @classmethod
-    def pack(cls, weight: Tensor, spec: GroupFormat, *, transposed: bool) -> PackedWeight:
-        """Quantise ``weight`` ``[rows, columns]``."""
-        words, scales = quantize_groups(
-            weight, bits=spec.bits, group=spec.group, dtype=getattr(torch, spec.dtype), transposed=transposed
-        )
-        return cls(words, scales, columns=weight.shape[1], spec=spec, transposed=transposed)
-
-    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Dequantised rows ``[start, stop)``, ``[rows, columns]``."""
-        part = slice(start, stop)
-        if self.transposed:
-            return self._dense(self.words[:, part], self.scales[:, part], transposed=True)
-        return self._dense(self.words[part], self.scales[part])
-
-    def gather(self, index: Tensor) -> Tensor:
-        """Dequantised rows ``index`` ``[n]`` of a table that lies row by row, ``[n, columns]``."""
-        assert not self.transposed
-        return self._dense(self.words[index], self.scales[index])
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias`` for ``x`` ``[tokens, columns]``, in the dtype of ``x``."""
-        if x.is_cuda:
-            from .triton_kernels import group_matmul
-
-            return group_matmul(x, self, bias)
-        return _blockwise_product(x, self, bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.rows} x {self.columns}, {self.spec.bits} bits, groups of {self.spec.group}"
-
-    def _dense(self, words: Tensor, scales: Tensor, *, transposed: bool = False) -> Tensor:
-        return dequantize_groups(
-            words, scales, bits=self.spec.bits, group=self.spec.group, columns=self.columns, transposed=transposed
-        )
 
 
 class GroupLinear(nn.Module):
@@ -100,7 +35,7 @@ class GroupLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         flat = x.reshape(-1, self.in_features)
-        return self.packed.product(flat, self.bias).view(*x.shape[:-1], self.out_features)
+        return product(flat, self.packed, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 class GroupEmbedding(nn.Module):
@@ -114,6 +49,15 @@ class GroupEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """``[...]`` to ``[..., embedding_dim]`` in the compute dtype."""
         return self.packed.gather(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` for ``x`` ``[tokens, columns]``, in the dtype of ``x``."""
+    if x.is_cuda:
+        from .triton_kernels import group_matmul
+
+        return group_matmul(x, weight, bias)
+    return _blockwise_product(x, weight, bias)
 
 
 def _blockwise_product(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ No postponed annotations here: triton reads ``tl.constexpr`` from the signatures
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .formats import DENSE_TILE, values_per_word
-
-if TYPE_CHECKING:
-    from .modules import PackedWeight
+from .packed import PackedWeight
 
 #: tokens up to which the product reads the packed words itself, by the bytes of an activation; above, tiles are dequantised
 #: for torch's matmul, which on an H200 is then the faster way in float32
@@ -183,7 +181,7 @@ def _rows(words, scales, n, rows, groups, GROUP_WORDS: tl.constexpr, TRANSPOSED:
     return word_rows, scale_rows, step
 
 
-def group_matmul(x: Tensor, weight: "PackedWeight", bias: Tensor | None) -> Tensor:
+def group_matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` on CUDA.
 
     Parameters
@@ -214,7 +212,7 @@ def group_matmul(x: Tensor, weight: "PackedWeight", bias: Tensor | None) -> Tens
     return out
 
 
-def few_rows_product(x: Tensor, weight: "PackedWeight", bias: Tensor | None, tile: Tile | None = None) -> Tensor:
+def few_rows_product(x: Tensor, weight: PackedWeight, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
     """The product on the tensor cores for up to `FEW_ROWS` tokens: every word is read once.
 
     Parameters
@@ -256,7 +254,7 @@ def few_rows_product(x: Tensor, weight: "PackedWeight", bias: Tensor | None, til
     return out
 
 
-def dequantize(weight: "PackedWeight", start: int = 0, stop: int | None = None) -> Tensor:
+def dequantize(weight: PackedWeight, start: int = 0, stop: int | None = None) -> Tensor:
     """Rows ``[start, stop)`` of the weight as a dense ``[rows, columns]``."""
     rows = (weight.rows if stop is None else stop) - start
     out = weight.scales.new_empty(rows, weight.columns)
@@ -274,7 +272,7 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _constants(weight: "PackedWeight") -> dict[str, Any]:
+def _constants(weight: PackedWeight) -> dict[str, Any]:
     # the kernels compute addresses themselves
     assert weight.words.is_contiguous()
     assert weight.scales.is_contiguous()

@@ -56,9 +56,9 @@ def protocol_title(protocol: str) -> str:
 def default_prefix(protocol: str, *, has_bos: bool) -> str:
     """Prefix rule of a protocol as its own program has it.
 
-    ``hf-strided``, ``hf-docs`` and ``disjoint`` take the tokens as the tokenizer made them. ``lm-eval-rolling`` puts BOS, or EOS where
-    there is none, in front of a text that is tokenised without special tokens. ``llama.cpp-half`` overwrites the first
-    token of each chunk where the vocabulary says that a text begins with BOS (``has_bos``).
+    ``hf-strided``, ``hf-docs`` and ``disjoint`` take the tokens as the tokenizer made them. ``lm-eval-rolling`` puts BOS,
+    or EOS where there is none, in front of a text that is tokenised without special tokens. ``llama.cpp-half`` overwrites
+    the first token of each chunk where the vocabulary says that a text begins with BOS (``has_bos``).
     """
     if protocol == "lm-eval-rolling":
         return "bos_first"

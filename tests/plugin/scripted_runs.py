@@ -18,7 +18,7 @@ import pytest
 from kvsuite.metrics import MetricRegistry
 from kvsuite.measure.case_passes import Measured
 from kvsuite.record import Record
-from kvsuite.state import RUNNER
+from kvsuite.plugin.stash import RUNNER
 
 
 def pytest_configure(config):

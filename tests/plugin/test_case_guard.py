@@ -21,7 +21,7 @@ LOADED = (pyarrow, rich, scipy)
 # copies the box where a fixture of a user could hang
 CONFTEST = """
 import shutil
-from kvsuite.state import BOX
+from kvsuite.plugin.stash import BOX
 
 
 @pytest.fixture(autouse=True)

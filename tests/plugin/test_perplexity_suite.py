@@ -285,7 +285,7 @@ def double_model(checkpoint: Path, chosen: str) -> Any:
     from kvsuite.models import resolve_model
     from kvsuite.models.load import load_model
     from kvsuite.quantization.apply import apply_quantization
-    from kvsuite.quantization.modules import PackedWeight
+    from kvsuite.quantization.packed import PackedWeight
 
     dtype = "float16" if "f16" in chosen else "float32"
     loaded = load_model(resolve_model(str(checkpoint)), device="cpu", dtype=dtype)

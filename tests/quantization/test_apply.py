@@ -170,7 +170,7 @@ def test_the_peak_is_one_matrix_above_the_model():
     """Dense weights must go as the packed ones come: weak references to all of them, checked while converting."""
     import weakref
 
-    from kvsuite.quantization.modules import PackedWeight
+    from kvsuite.quantization.packed import PackedWeight
 
     model = tiny_llama()
     dense = [weakref.ref(m) for m in model.model.modules() if type(m) in (nn.Linear, nn.Embedding)]

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kvsuite.quantization.formats import GROUP_FORMATS, GroupFormat
-from kvsuite.quantization.modules import GroupEmbedding, GroupLinear, PackedWeight
+from kvsuite.quantization.modules import GroupEmbedding, GroupLinear
+from kvsuite.quantization.packed import PackedWeight
 
 FORMATS = [pytest.param(spec, id=name) for name, spec in GROUP_FORMATS.items()]
 ROWS, COLUMNS = 50, 90

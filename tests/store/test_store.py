@@ -363,7 +363,7 @@ import resource, signal, sys
 from pathlib import Path
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA
-from kvsuite.reporting.store import RecordStore
+from kvsuite.store.store import RecordStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RecordStore.reopen(Path(sys.argv[1])) as store:
     size = store.path.stat().st_size

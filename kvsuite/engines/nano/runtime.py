@@ -14,7 +14,7 @@ from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, atten
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
-from kvsuite.quantization.modules import PackedWeight
+from kvsuite.quantization.packed import PackedWeight
 
 BLOCK_SIZE = 16
 # a step's tokens at most: prompts longer than this are fed in chunks

@@ -89,8 +89,9 @@ def _settings(labelled: Mapping[str, Row]) -> list[str]:
         if row["status"] != "ok":
             continue
         workload, dataset = row["case"]["workload"], row["dataset"]
+        protocol = protocol_title(workload["protocol"])
         lines.append(
-            f"{dataset['name']}: {protocol_title(workload['protocol'])}, window {workload['max_length']}, step {workload['stride']}, prefix "
+            f"{dataset['name']}: {protocol}, window {workload['max_length']}, step {workload['stride']}, prefix "
             f"rule {dataset['bos']}, {row['tokens']['scored']:,} of {row['tokens']['text']:,} tokens scored, text "
             f"{dataset['text_hash'].removeprefix('sha256:')[:8]}"
         )

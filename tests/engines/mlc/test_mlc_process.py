@@ -23,7 +23,7 @@ NESTED = (
 HOST = """
 import sys, time
 from pathlib import Path
-from kvsuite.engines.mlc_process import MlcProcess
+from kvsuite.engines.mlc.process import MlcProcess
 process = MlcProcess([sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]))
 print(process.pid, flush=True)
 time.sleep(600)

@@ -175,7 +175,7 @@ _WRITER = """
 import sys
 import tempfile
 from pathlib import Path
-from kvsuite.reporting.perplexity_csv import append_row, read_rows
+from kvsuite.suites.perplexity.csv_files import append_row, read_rows
 path, worker = Path(sys.argv[1]), sys.argv[2]
 (first,) = read_rows(path)[:1]
 for index in range(10):
