@@ -27,7 +27,7 @@ from kvsuite.suites.perplexity.columns import COLUMNS, ORIGINAL_COLUMNS
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
-VOCABULARY = {"case", "record", "metrics", "errors", "__version__"}
+VOCABULARY = {"case", "record", "metrics", "errors", "foreign_text", "__version__"}
 
 
 def text(name: str) -> str:

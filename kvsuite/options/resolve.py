@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 
 from .option import Option
 from .table import FLAGS, OPTIONS, REJECTED
@@ -123,7 +124,7 @@ def _parse(option: Option, text: str) -> Any:
             detail = "not a number"
         elif "invalid literal" in detail:
             detail = "not a whole number"
-        raise UserError(f"--kv-{option.name}={text}: {detail}; {_mend(option)}") from error
+        raise UserError(f"--kv-{option.name}={visible(text, VALUE_LIMIT)}: {detail}; {_mend(option)}") from error
 
 
 def _mend(option: Option) -> str:
