@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from kvsuite.case import Case, canonical_json
 from kvsuite.errors import UserError
 from kvsuite.options.devices import resolve_device
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.record import Record
 
@@ -56,7 +56,7 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
         threads=kv_options.threads,
         decode_step=kv_options.decode_step,
         implementation=kv_options.impl,
-        cache_dir=None if kv_options.cache_dir is None else Path(kv_options.cache_dir).expanduser(),
+        cache_dir=None if kv_options.cache_dir is None else expanded(kv_options.cache_dir),
         mlc={
             "python": kv_options.mlc_python,
             "model_lib": kv_options.model_lib,
