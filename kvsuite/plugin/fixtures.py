@@ -12,7 +12,6 @@ import pytest
 from kvsuite.case import Case, canonical_json
 from kvsuite.errors import UserError
 from kvsuite.options.devices import resolve_device
-from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.record import Record
 
@@ -51,19 +50,7 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
     environment = host_facts() | {"gpu": gpu_facts(resolve_device(kv_options.device))}
     pytestconfig.hook.pytest_kvsuite_update_env(config=pytestconfig, environment=environment)
     _require_json(environment, "pytest_kvsuite_update_env")
-    sessions = SessionPool(
-        seed=kv_options.seed,
-        threads=kv_options.threads,
-        decode_step=kv_options.decode_step,
-        implementation=kv_options.impl,
-        cache_dir=None if kv_options.cache_dir is None else expanded(kv_options.cache_dir),
-        mlc={
-            "python": kv_options.mlc_python,
-            "model_lib": kv_options.model_lib,
-            "timeout_s": kv_options.mlc_timeout,
-            "compile_timeout_s": kv_options.mlc_compile_timeout,
-        },
-    )
+    sessions = SessionPool(kv_options)
     runner = pytestconfig.stash[RUNNER] = CaseRunner(
         kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ()),
         watch=partial(tell_box, pytestconfig),
