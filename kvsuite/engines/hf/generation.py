@@ -19,7 +19,7 @@ from .graph import CapturedDecode
 from .press_cache import PressCache
 
 if TYPE_CHECKING:
-    from kvsuite.compression.kvpress_session import KvpressSession
+    from kvsuite.compression.kvpress.session import KvpressSession
 
 AnyCache = EvictionCache | PressCache
 
