@@ -147,6 +147,7 @@ class NanoSession(LoadedSession):
             [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
             [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
+            evicts=self._method.acts_in_decode,
         )
 
     def score(
