@@ -33,6 +33,17 @@ class Method:
             return self.press.requested_removed_ratio
         return self.policy.ratio_requested if self.policy else None
 
+    def caveats(self, prompt_tokens: int) -> list[str]:
+        """What a record must say where a prompt is too short for the method to be what its name says."""
+        found = (
+            self.press.caveat(prompt_tokens)
+            if self.press
+            else self.policy.caveat(prompt_tokens)
+            if self.policy
+            else None
+        )
+        return [] if found is None else [f"not what its name says: {found}"]
+
     @property
     def acts_in_decode(self) -> bool:
         """Whether the method may change the cache between generated tokens."""

@@ -140,7 +140,7 @@ class NanoSession(LoadedSession):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
-        return measure_memory(
+        found = measure_memory(
             self._loaded,
             lambda: self._runtime(requests),
             # one token more: blocks are read while a request still runs
@@ -149,6 +149,8 @@ class NanoSession(LoadedSession):
             compresses=self._method.policy is not None,
             evicts=self._method.acts_in_decode,
         )
+        found.warnings += self._method.caveats(min(len(one.prompt) for one in requests))
+        return found
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
