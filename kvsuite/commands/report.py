@@ -126,7 +126,7 @@ def _make(folder: Path) -> None:
 
 
 def _redraw(path: Path, folder: Path) -> int:
-    from kvsuite.reporting.report import write_outputs
+    from kvsuite.suites.outputs import write_outputs
     from kvsuite.store.records_file import read_records
 
     run_line, rows, notes = read_records(path)

@@ -1,0 +1,64 @@
+"""What packages bring to kvsuite through entry points, kvsuite's own by the same way. Loads none until it is asked for.
+
+One that cannot be used is one line on stderr that names package, object and mend; the others go on working.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+from kvsuite.errors import UserError
+
+OURS = "kvsuite"
+
+
+def find(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by name: kvsuite's first, then those of other packages, both in alphabetical order.
+
+    Of two of one name the first stays, and the other is told of (`warn`).
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(
+        entry_points(group=group), key=lambda entry: (package(entry) != OURS, package(entry), entry.name)
+    ):
+        taken = found.setdefault(entry.name, entry)
+        if taken is not entry:
+            warn(f"{described(entry)}: the name {entry.name} is taken by {package(taken)} ({taken.value}); rename it")
+    return found
+
+
+def load(entry: EntryPoint) -> object:
+    """Import what an entry point names.
+
+    Raises
+    ------
+    UserError
+        If that fails, naming package, object and mend.
+    """
+    try:
+        return entry.load()
+    except Exception as error:  # the module is somebody else's: anything may happen
+        lines = str(error).splitlines()
+        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise UserError(
+            f"{described(entry)}: cannot be imported ({what}); correct it, or uninstall {package(entry)}"
+        ) from error
+
+
+def package(entry: EntryPoint) -> str:
+    """Name of the distribution that brings an entry point."""
+    return entry.dist.name if entry.dist is not None else "unknown package"
+
+
+def described(entry: EntryPoint) -> str:
+    """An entry point as messages name it: package, group, name and object."""
+    return f"{package(entry)}: entry point {entry.group}, {entry.name} = {entry.value}"
+
+
+def warn(line: str) -> None:
+    """Tell of an entry point that is left out: on stderr, since what reads options has no other place to write to yet."""
+    # the controller of xdist has said it
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"kvsuite: warning: {line}", file=sys.stderr)
