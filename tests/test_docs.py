@@ -20,10 +20,12 @@ from kvsuite.compression import REPLACEMENTS, CacheView, Policy
 from kvsuite.compression.kvpress_table import PRESSES
 from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric
 from kvsuite.models.presets import PRESETS, build_config
-from kvsuite.options.resolve import OPTIONS, REJECTED, Option
+from kvsuite.options.groups import all_options, refused_names
+from kvsuite.options.option import Option
 from kvsuite.record import STATUSES
 from kvsuite.suites.perplexity.columns import COLUMNS, ORIGINAL_COLUMNS
 
+OPTIONS = all_options()
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
@@ -79,7 +81,7 @@ def test_no_option_of_the_docs_is_unknown() -> None:
 
 def test_refused_options_and_methods_name_their_replacement() -> None:
     page = text("options.md")
-    for name, mend in REJECTED.items():
+    for name, mend in refused_names().items():
         (cells,) = [cells for cells in tables(page) if f"--{name.replace('-', '_')}" in cells[0].split(", ")]
         assert set(re.findall(r"kvpress:\w+|fix_size_l2", mend)) == set(
             re.findall(r"kvpress:\w+|fix_size_l2", cells[1])

@@ -1,28 +1,35 @@
 """The `--kv-*` options of a comparison."""
 
-from __future__ import annotations
+# no postponed annotations: an option that is written wrongly is an error where it stands
 
-from .option import Option
+from typing import Annotated
 
-
-def _base(text: str) -> str | None:
-    if not text.strip():
-        raise ValueError("is empty")
-    return None if text.strip() == "off" else text.strip()
+from .option import Option, OptionGroup, off_or, text
 
 
-def _rules(text: str) -> str | None:
+def _rules(typed: str) -> str | None:
     from kvsuite.comparison.rules import parse_rules
 
-    if text.strip() == "off":
+    if typed.strip() == "off":
         return None
-    parse_rules(text)  # whether the metrics exist is asked when those of the hooks and of the base are known
-    return text.strip()
+    parse_rules(typed)  # whether the metrics exist is asked when those of the hooks and of the base are known
+    return typed.strip()
 
 
-COMPARISON_OPTIONS: tuple[Option, ...] = (
-    Option("compare", _base, "off", "Compare every metric with an earlier run: its folder, records.jsonl or report.json, a "
-           "file of pytest-benchmark, a folder of runs, or latest, e.g. --kv-compare=latest.", example="latest"),
-    Option("fail", _rules, "off", "Rules of the comparison; what breaks one fails its test, e.g. "
-           '--kv-fail="peak_vram:+2%,perplexity:+0.5%,decode_tok_s:-5%,missing" or --kv-fail=default.', example="default"),
-)  # fmt: skip
+class ComparisonOptions(OptionGroup, frozen=True, kw_only=True):
+    """The base of a comparison, and its rules."""
+
+    # fmt: off
+    compare: Annotated[str | None, Option(
+        off_or(text), "off",
+        "Compare every metric with an earlier run: its folder, records.jsonl or report.json, a file of "
+        "pytest-benchmark, a folder of runs, or latest, e.g. --kv-compare=latest.",
+        example="latest",
+    )]
+    fail: Annotated[str | None, Option(
+        _rules, "off",
+        "Rules of the comparison; what breaks one fails its test, e.g. "
+        '--kv-fail="peak_vram:+2%,perplexity:+0.5%,decode_tok_s:-5%,missing" or --kv-fail=default.',
+        example="default",
+    )]
+    # fmt: on

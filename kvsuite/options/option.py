@@ -1,28 +1,32 @@
-"""What an option is: its name, default and help, and how its text is parsed."""
+"""What an option is, what a group of them is, and how an option's text is parsed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+import msgspec
+
+from kvsuite.errors import UserError
 
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?")
+T = TypeVar("T")
 DEVICES = "cpu, cuda[:N], mps, xpu[:N], vulkan[:N], metal[:N], rocm[:N], opencl[:N], auto"
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """One option: the metadata of a field of an `OptionGroup`, whose name is the option's.
 
     Parameters
     ----------
-    name
-        Without the prefix: ``num-samples`` is ``--kv-num-samples`` and ``kv_num_samples`` in the ini file.
     parse
-        Text to value; raises ValueError or UserError.
+        Text to value; raises ValueError or UserError. Knows syntax alone.
     default
-        Text, as a user would write it.
+        Text, as a user would write it; without any the value is ``None``.
     help
         One or two sentences with an example.
     original
@@ -31,23 +35,112 @@ class Option:
         Other names.
     example
         Value that error messages show, where the default says too little.
+    is_flag
+        Whether it takes no value on the command line.
+    name
+        Without the prefix: ``num-samples`` is ``--kv-num-samples`` and ``kv_num_samples`` in the ini file. The field's.
     """
 
-    name: str
     parse: Callable[[str], Any]
     default: str
     help: str
     original: str | None = None
     aliases: tuple[str, ...] = ()
     example: str | None = None
+    is_flag: bool = False
+    name: str = ""
 
     @property
     def dest(self) -> str:
         """Attribute and ini name: ``kv_num_samples``."""
-        return "kv_" + self.name.replace("-", "_")
+        return "kv_" + self.field
+
+    @property
+    def field(self) -> str:
+        """Field of the group: ``num_samples``."""
+        return self.name.replace("-", "_")
+
+    @property
+    def spellings(self) -> list[str]:
+        """All ways to type it, with hyphens and with underscores, aliases included."""
+        return spellings(self.name, *self.aliases)
+
+    def refused(self, text: str, detail: str) -> UserError:
+        """The error for a value that cannot be: option, value, what is wrong, and an example."""
+        example = self.example or self.default or "PATH"
+        return UserError(f"--kv-{self.name}={text}: {detail}; for example --kv-{self.name}={example}")
 
 
-def _int(minimum: int) -> Callable[[str], int]:
+def spellings(*names: str) -> list[str]:
+    """``--kv-a-b`` and ``--kv_a_b`` for every name ``a-b``."""
+    typed = [f"--kv-{name}" for name in names]
+    return typed + [other for name in typed if (other := "--" + name[2:].replace("-", "_")) not in typed]
+
+
+class OptionGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of a group of options: the fields of a subclass are the resolved values.
+
+    Each field is ``Annotated`` with its type and its `Option`. A package brings a group in by an entry point of the group
+    ``kvsuite.options``, in a module that imports nothing of kvsuite but `kvsuite.options`, and reads it by ``options.of``::
+
+        class MyOptions(OptionGroup, frozen=True, kw_only=True):
+            my_depth: Annotated[int, Option(whole_number(1), "3", "How deep to look, e.g. --kv-my-depth=4.")]
+
+        options.of(MyOptions).my_depth
+    """
+
+    #: options that are named only to be refused: name to what does the job
+    refused_names: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+        """Values that depend on each other: the fields' values as parsed, to the fields' values.
+
+        Parameters
+        ----------
+        values
+            Parsed values by field.
+        given
+            Fields that a user set.
+
+        Raises
+        ------
+        UserError
+            If they exclude each other.
+        """
+        return values
+
+
+@cache
+def options_in(group: type[OptionGroup]) -> tuple[Option, ...]:
+    """The options of a group in the order of its fields.
+
+    Raises
+    ------
+    UserError
+        If a field has none.
+    """
+    found = []
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        if name in group.__struct_fields__:
+            option = next((one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Option)), None)
+            if option is None:
+                raise UserError(f"{group.__name__}.{name}: has no Option; write {name}: Annotated[type, Option(...)]")
+            found.append(replace(option, name=name.replace("_", "-")))
+    return tuple(found)
+
+
+def option_of(group: type[OptionGroup], field: str) -> Option:
+    """The option of one field."""
+    return next(option for option in options_in(group) if option.field == field)
+
+
+# parsers
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """A whole number of at least ``minimum``."""
+
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
@@ -57,8 +150,10 @@ def _int(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def parse(text: str) -> tuple[Any, ...]:
+def list_of(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """A comma-separated list that names no value twice."""
+
+    def parse(text: str) -> tuple[T, ...]:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         values = tuple(item(part) for part in parts)
         if not values:
@@ -71,26 +166,25 @@ def _list(item: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return parse
 
 
-def _ratio(text: str) -> float:
+def ratio(text: str) -> float:
+    """A number in (0, 1]."""
     value = float(text)
     if not 0 < value <= 1:
         raise ValueError("must lie in (0, 1]")
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """A number between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise ValueError("must lie between 0 and 1")
     return value
 
 
-def _window(text: str) -> int:
-    """A sliding window as in ``--kv-space``; -1 for none."""
-    return -1 if text.lower() in ("off", "-1") else _int(1)(text)
+def choice(*choices: str) -> Callable[[str], str]:
+    """One of some words."""
 
-
-def _choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError(f"use {', '.join(choices)}")
@@ -99,7 +193,8 @@ def _choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def _switch(text: str) -> bool:
+def switch(text: str) -> bool:
+    """On or off."""
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off", ""):
@@ -107,69 +202,47 @@ def _switch(text: str) -> bool:
     raise ValueError("use true or false")
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return () if text.strip().lower() in ("", "none") else _list(_int(0))(text)
-
-
-def _device(text: str) -> str:
+def device(text: str) -> str:
+    """A device by name, or ``auto``."""
     if not _DEVICE.fullmatch(text):
         raise ValueError(f"unknown device; use {DEVICES}")
     return text
 
 
-def _threads(text: str) -> int | None:
-    return None if text == "auto" else _int(1)(text)
+def all_or_number(minimum: int) -> Callable[[str], int | None]:
+    """``all``, which is ``None``, or a whole number of at least ``minimum``."""
+
+    def parse(text: str) -> int | None:
+        if text == "all":
+            return None
+        try:
+            int(text)
+        except ValueError:
+            raise ValueError("neither a whole number nor all") from None
+        return whole_number(minimum)(text)
+
+    return parse
 
 
-def _dtype(text: str) -> str | None:
-    from kvsuite.models.load import parse_dtype
-
-    return None if text == "auto" else parse_dtype(text)
-
-
-def _schedule(text: str) -> str:
-    from kvsuite.compression.base import Schedule
-
-    return Schedule(text).name
+def auto_or(parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """``auto``, which is ``None``, or what ``parse`` takes."""
+    return lambda typed: None if typed == "auto" else parse(typed)
 
 
-def _formats(text: str) -> tuple[str, ...] | None:
-    if text == "auto":
-        return None
-    return _list(_format)(text)
+def off_or(parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """``off``, which is ``None``, or what ``parse`` takes."""
+    return lambda typed: None if typed.strip() == "off" else parse(typed)
 
 
-def _format(text: str) -> str:
-    from kvsuite.quantization.registry import QUANTIZATIONS
-
-    if text not in QUANTIZATIONS:
-        raise ValueError(f"unknown weight format {text}; use {', '.join(QUANTIZATIONS)}")
-    return text
-
-
-def _reference(text: str) -> str | None:
-    if "," in text:
-        raise ValueError("one weight format is wanted, not a list")
-    return None if text == "off" else _format(text)
-
-
-def _all_or(text: str) -> int | None:
-    if text == "all":
-        return None
-    try:
-        int(text)
-    except ValueError:
-        raise ValueError("neither a whole number nor all") from None
-    return _int(2)(text)
-
-
-def _text(text: str) -> str:
-    if not text.strip():
+def text(typed: str) -> str:
+    """Any text that is not empty."""
+    if not typed.strip():
         raise ValueError("is empty")
-    return text.strip()
+    return typed.strip()
 
 
-def _label(text: str) -> str:
-    if not text.strip():
+def label(typed: str) -> str:
+    """A text that stands for something which is not read."""
+    if not typed.strip():
         raise ValueError("is empty, and a label is wanted")
-    return text.strip()
+    return typed.strip()

@@ -13,19 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
-from kvsuite.options.resolve import (
-    OPTIONS,
-    REJECTED,
-    Option,
-    Options,
-    add_options,
-    default_options,
-    names,
-    resolve_options,
-)
+from kvsuite.options.groups import all_options, refused_names
+from kvsuite.options.option import Option
+from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
 
+OPTIONS = all_options()
 BY_NAME = {option.name: option for option in OPTIONS}
-FLAGS = {"compare-all", "no-baseline", "no-recent-only"}
 
 
 def resolve(cli: dict[str, str] | None = None, ini: dict[str, str] | None = None) -> Options:
@@ -117,7 +110,6 @@ def attribute(option: Option) -> str:
 
 def test_the_table_above_is_whole() -> None:
     assert set(OTHER) == set(BY_NAME)
-    assert names() == [f"--kv-{name}" for name in BY_NAME]
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -220,10 +212,10 @@ def test_every_option_of_the_original_exists_or_is_refused(declared: RecordingPa
     for name in (*ORIGINAL_DEFAULTS, "method", *ORIGINAL_WITHOUT_COUNTERPART):
         assert f"--kv_{name}" in declared.options
         assert f"--kv-{name.replace('_', '-')}" in declared.options
-    assert set(REJECTED) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
+    assert set(refused_names()) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
 
 
-@pytest.mark.parametrize("name", REJECTED)
+@pytest.mark.parametrize("name", refused_names())
 @pytest.mark.parametrize("value", ["", "256,512"])
 def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^--kv-{name}: .*use --kv-method=kvpress:(AdaKV|SnapKV)"):
@@ -378,7 +370,7 @@ def test_any_device_is_known_or_refused_by_name(text: str) -> None:
     assert str(caught.value).startswith(f"--kv-device={text}: unknown device; use cpu, cuda[:N], ")
 
 
-@given(st.sampled_from([option for option in OPTIONS if option.name not in FLAGS]), LINE)
+@given(st.sampled_from([option for option in OPTIONS if not option.is_flag]), LINE)
 def test_any_text_gives_a_value_or_one_line_that_names_option_and_value(option: Option, text: str) -> None:
     try:
         resolve(cli={option.dest: text})

@@ -7,9 +7,11 @@ import re
 import pytest
 from pytest_runs import run_pytest
 
-from kvsuite.options.resolve import OPTIONS, REJECTED, Option
-from kvsuite.options.table import FLAGS
+from kvsuite.options.groups import all_options, refused_names
+from kvsuite.options.option import Option
 from kvsuite.quantization.registry import QUANTIZATIONS
+
+OPTIONS = all_options()
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_option_is_listed_with_its_default(option: Option, entries: dict[str, str]) -> None:
-    flag = option.name in FLAGS
+    flag = option.is_flag
     entry = entries[f"--kv-{option.name}" + ("" if flag else "=VALUE")]
     listed = set(re.findall(r"--kv[-_][\w-]+", entry.partition(option.help)[0]))
     names = [f"--kv-{name}" for name in (option.name, *option.aliases)]
@@ -42,7 +44,7 @@ def test_option_has_an_ini_and_an_environment_twin(option: Option, entries: dict
     assert f"as an environment variable {option.dest.upper()}" in entries[option.dest]
 
 
-@pytest.mark.parametrize("name", REJECTED)
+@pytest.mark.parametrize("name", refused_names())
 def test_options_that_are_refused_name_what_does_the_job(name: str, entries: dict[str, str]) -> None:
     entry = entries[f"--kv-{name}=[VALUE]"]
     assert f"--kv_{name.replace('-', '_')}" in entry

