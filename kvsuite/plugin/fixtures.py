@@ -18,7 +18,20 @@ from kvsuite.record import Record
 from kvsuite.suites.registry import suite_of_rows
 
 from .case_watch import note_place, tell_box
-from .stash import BOUND_GPU, CASES, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
+from .stash import (
+    BOUND_GPU,
+    CASES,
+    GPUS,
+    MEASURED,
+    OPTIONS,
+    PLACES,
+    PLANNED,
+    REPORTER,
+    RUNNER,
+    UNUSABLE,
+    USAGE_ERROR,
+    is_worker,
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +45,9 @@ def kv_case(request: pytest.FixtureRequest) -> Case:
     """The case of this test; parametrised by the ``kv_suite`` marker."""
     if not hasattr(request, "param"):
         raise UserError(f"{request.node.nodeid}: kv_case needs the marker @pytest.mark.kv_suite('compression')")
-    return request.config.stash[CASES][request.param]
+    if str(request.param).startswith(UNUSABLE):
+        pytest.fail(f"kvsuite: {str(request.param).removeprefix(UNUSABLE)}", pytrace=False)
+    return request.config.stash[CASES][request.node.get_closest_marker("kv_suite").args[0], request.param]
 
 
 @pytest.fixture(scope="session")

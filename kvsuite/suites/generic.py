@@ -70,9 +70,7 @@ def generic_files(suite: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, st
 def _metrics(rows: Sequence[Row]) -> list[str]:
     """Metrics that any of the rows has a value of, in the order of the records."""
     return list(
-        dict.fromkeys(
-            name for row in rows for name, entry in row["metrics"].items() if entry.get("value") is not None
-        )
+        dict.fromkeys(name for row in rows for name, entry in row["metrics"].items() if entry.get("value") is not None)
     )
 
 

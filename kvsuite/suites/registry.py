@@ -133,7 +133,9 @@ def cases_of(name: str, options: Options) -> list[Case]:
             f"{_where(suite)}: cases() failed ({type(error).__name__}: {error}); correct it, or leave the suite out"
         ) from error
     if not cases:
-        raise UnusableSuite(f"{_where(suite)}: cases() gave no case; give at least one, or raise a UserError that says why")
+        raise UnusableSuite(
+            f"{_where(suite)}: cases() gave no case; give at least one, or raise a UserError that says why"
+        )
     wrong = next((case for case in cases if not isinstance(case, Case) or case.suite != name), None)
     if wrong is not None:
         raise UnusableSuite(f"{_where(suite)}: cases() gave {wrong!r}, which is no case of suite {name}; set its suite")

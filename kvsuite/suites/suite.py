@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvsuite.case import Case
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.option import OptionGroup
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 
@@ -43,6 +45,8 @@ class Suite(ABC):
 
     #: the name of its marker, its entry point and its rows
     name: ClassVar[str]
+    #: its own ``--kv-*`` options; they are registered by the entry-point group ``kvsuite.options``, which loads no suite
+    option_group: ClassVar[type[OptionGroup] | None] = None
     #: metrics in the order in which they are looked at; the first four stand in the line of a finished case
     headline: ClassVar[tuple[str, ...]] = ()
     #: place among the suites of a bare ``pytest``; ``None``: it runs only if it is asked for
@@ -60,6 +64,15 @@ class Suite(ABC):
         ------
         UserError
             Naming the option whose value cannot be, or which leaves no case.
+        """
+
+    def check(self, options: Options) -> None:  # noqa: B027
+        """Refuse what options of this suite name and is not there (a file, a data set); before anything is collected.
+
+        Raises
+        ------
+        UserError
+            Naming the option, the value and the mend.
         """
 
     def run_name(self, options: Options) -> str:
@@ -111,9 +124,11 @@ class Suite(ABC):
 def served_work(case: Case, options: Options) -> Work:
     """Warm-ups, rounds and the memory pass of the requests that a case serves, by its workload."""
     workload = case.workload
-    passes = options.num_warmup + options.rounds + 1
+    common = options.of(CommonOptions)
+    passes = common.num_warmup + common.rounds + 1
     batch, prompt, new = (
-        int(workload.get(name) or default) for name, default in (("batch", 0), ("prompt_tokens", 0), ("max_new_tokens", 0))
+        int(workload.get(name) or default)
+        for name, default in (("batch", 0), ("prompt_tokens", 0), ("max_new_tokens", 0))
     )
     served = 2 if workload.get("prefix_caching") else 1
     return Work(passes * batch * prompt, passes * new * served)

@@ -11,6 +11,7 @@ from kvsuite.reporting.aggregate import Row, json_text
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
+from .options import CompressionOptions
 
 
 class CompressionSuite(Suite):
@@ -21,6 +22,7 @@ class CompressionSuite(Suite):
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip
     bare_run_place = 1
+    option_group = CompressionOptions
 
     def cases(self, options: Options) -> list[Case]:
         return compression_cases(options)

@@ -12,6 +12,7 @@ from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import dse_cases, judge
+from .options import DseOptions
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
@@ -25,6 +26,7 @@ class DseSuite(Suite):
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip
     bare_run_place = 3
+    option_group = DseOptions
 
     def cases(self, options: Options) -> list[Case]:
         return dse_cases(options)

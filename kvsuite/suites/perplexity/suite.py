@@ -12,6 +12,7 @@ from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import perplexity_cases
+from .options import PerplexityOptions
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
@@ -26,9 +27,21 @@ class PerplexitySuite(Suite):
     )  # fmt: skip
     bare_run_place = 2
     is_quality_alone = True
+    option_group = PerplexityOptions
 
     def cases(self, options: Options) -> list[Case]:
         return perplexity_cases(options)
+
+    def check(self, options: Options) -> None:
+        if not {"dataset", "dataset_path"} & options.given:
+            return
+        from kvsuite.workloads.corpus import check_corpus
+
+        own = options.of(PerplexityOptions)
+        option = "--kv-dataset-path" if own.dataset_path else "--kv-dataset"
+        split = None if own.split == "auto" else own.split
+        for request in own.dataset:
+            check_corpus(request, option=option, path=own.dataset_path, split=split)
 
     def cost(self, case: Case, options: Options) -> Work:
         workload = case.workload

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
-from kvsuite.suites.dse.csv_files import METRICS, RESULTS, Sheet
 from kvsuite.reporting.figure_style import figure_bytes
+from kvsuite.suites.dse.csv_files import METRICS, RESULTS, Sheet
 
 from .captions import (
     cache_caption,
