@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,19 +64,7 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
     environment = host_facts() | {"gpu": gpu_facts(resolve_device(kv_options.device))}
     pytestconfig.hook.pytest_kvsuite_update_env(config=pytestconfig, environment=environment)
     _require_json(environment, "pytest_kvsuite_update_env")
-    sessions = SessionPool(
-        seed=kv_options.seed,
-        threads=kv_options.threads,
-        decode_step=kv_options.decode_step,
-        implementation=kv_options.impl,
-        cache_dir=None if kv_options.cache_dir is None else Path(kv_options.cache_dir).expanduser(),
-        mlc={
-            "python": kv_options.mlc_python,
-            "model_lib": kv_options.model_lib,
-            "timeout_s": kv_options.mlc_timeout,
-            "compile_timeout_s": kv_options.mlc_compile_timeout,
-        },
-    )
+    sessions = SessionPool(kv_options)
     runner = pytestconfig.stash[RUNNER] = CaseRunner(
         kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ()),
         watch=partial(tell_box, pytestconfig),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.case import canonical_json, id_token
+from kvsuite.foreign_text import csv_cell
 from kvsuite.record import metric_value
 from kvsuite.reporting.aggregate import Row, by_name, failure, value
 from kvsuite.reporting.table_parts import MISSING, footnotes, join_cells
@@ -85,4 +86,4 @@ def _number(row: Row, metric: str) -> str:
 
 
 def _field(value: Any) -> Any:
-    return canonical_json(value) if isinstance(value, dict | list) else value
+    return csv_cell(canonical_json(value) if isinstance(value, dict | list) else value)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.groups import all_options, refused_names
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
@@ -343,7 +344,7 @@ def test_sizes_below_one_are_refused(sizes: list[int], bad: int) -> None:
     text = ",".join(map(str, [*sizes, bad]))
     with pytest.raises(UserError, match="must be at least 1") as caught:
         resolve(cli={"kv_fix_kv_sizes": text})
-    assert str(caught.value).startswith(f"--kv-fix-kv-sizes={text}: ")
+    assert str(caught.value).startswith(f"--kv-fix-kv-sizes={visible(text, VALUE_LIMIT)}: ")
 
 
 @given(SIZES, st.data())
@@ -367,7 +368,7 @@ def test_any_device_is_known_or_refused_by_name(text: str) -> None:
         return
     with pytest.raises(UserError) as caught:
         resolve(cli={"kv_device": text})
-    assert str(caught.value).startswith(f"--kv-device={text}: unknown device; use cpu, cuda[:N], ")
+    assert str(caught.value).startswith(f"--kv-device={visible(text)}: unknown device; use cpu, cuda[:N], ")
 
 
 @given(st.sampled_from([option for option in OPTIONS if not option.is_flag]), LINE)
@@ -376,9 +377,10 @@ def test_any_text_gives_a_value_or_one_line_that_names_option_and_value(option: 
         resolve(cli={option.dest: text})
     except UserError as error:
         message = str(error)
-        assert message.startswith(f"--kv-{option.name}={text}: ")
+        shown = visible(text, VALUE_LIMIT)
+        assert message.startswith(f"--kv-{option.name}={shown}: ")
         assert "\n" not in message
-        assert len(message) > len(f"--kv-{option.name}={text}: ") + 10
+        assert len(message) > len(f"--kv-{option.name}={shown}: ") + 10
 
 
 @given(st.sampled_from(["true", "True", "1", "yes", "on"]), st.sampled_from(["false", "FALSE", "0", "no", "off"]))

@@ -10,7 +10,7 @@ from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, quantization
 from kvsuite.workloads.corpus import NAMES
-from kvsuite.workloads.windows import plan_windows
+from kvsuite.workloads.windows import STRIDED, plan_windows
 
 DEFAULT_FORMATS = ("none", "q4f16_1", "fake_q3")
 # the original's one rule: published MLC Instruct models stand beside the base model
@@ -65,7 +65,7 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
             "eval_tokens": options.eval_tokens,
             "max_length": options.max_length,
             # the others step from window to window by its length
-            "stride": options.stride if protocol == "hf-strided" else options.max_length,
+            "stride": options.stride if protocol in STRIDED else options.max_length,
             "bos": options.bos,
             "prompt_tokens": options.prompt_tokens,
             "max_new_tokens": options.max_new_tokens,
