@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 OURS = "kvsuite"
 
@@ -62,7 +63,7 @@ def described(entry: EntryPoint) -> str:
 
 
 def warn(line: str) -> None:
-    """Tell of an entry point that is left out: on stderr, since what reads options has no other place to write to yet."""
+    """Tell of an entry point or a variable that is left out: on stderr, since what reads options has no other place yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"kvsuite: warning: {line}", file=sys.stderr)
+        print(f"kvsuite: warning: {visible(line)}", file=sys.stderr)

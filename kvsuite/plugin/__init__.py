@@ -14,7 +14,9 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.distribution.gpus import bind, gpus_for, require_gpu_each
+from kvsuite.entry_points import warn
 from kvsuite.errors import UserError
+from kvsuite.options.misspelt import misspelt_options, misspelt_variables
 from kvsuite.options.resolve import add_options, resolve_options
 from kvsuite.suites.registry import (
     UnusableSuite,
@@ -79,6 +81,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> None:
+    # what pytest shows below an argument that it does not know
+    parser.extra_info |= {
+        f"kvsuite {line.partition(':')[0]}": line.partition(": ")[2] for line in misspelt_options(args)
+    }
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
@@ -100,6 +109,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CaseGuard(config), "kvsuite-cases")
     if is_worker(config):
         return
+    for line in misspelt_variables(os.environ):
+        warn(line)
     reporter = config.stash[REPORTER] = Reporter(config, options)
     config.pluginmanager.register(reporter, "kvsuite-reporter")
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.streaming_llm import StreamingLLM
-from kvsuite.engines.hf.decoder import Decoder
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.hf.decoder import CachedDecoder
+from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Status
@@ -35,7 +35,7 @@ LENGTHS = (30, 1, 12, 47, 13)
 @torch.inference_mode()
 def on_hf(of: LoadedModel, policy: Policy, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
     """Logits ``[output, vocab]`` of the hf engine's cache."""
-    decoder = Decoder(of.model, of.text_config, of.device)
+    decoder = CachedDecoder(of.model, of.text_config, of.device)
     rotary = Rotary(of.model) if policy.positions == "cache" else None
     cache = decoder.new_cache(policy, (64, 128), "ring", rotary)
     logits = [decoder.forward(torch.tensor([list(prompt)]), cache)[0, -1]]

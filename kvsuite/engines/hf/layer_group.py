@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
+from kvsuite.engines.decoder import refuse_while_capturing
 
-from .cache_store import Hole, Store, refuse_while_capturing
+from .cache_store import Hole, Store
 
 
 class LayerGroup:
