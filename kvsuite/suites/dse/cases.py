@@ -7,12 +7,12 @@ import importlib.util
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.options.devices import resolve_device
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, QUANTIZATIONS
 from kvsuite.suites.perplexity.cases import dtype_of
@@ -94,7 +94,7 @@ def default_formats(options: Options) -> tuple[str, ...]:
     """Weight formats of the suite if nobody names one: on mlc q4f16_1, or what MLC weights are in already."""
     if dse_engine(options, resolve_device(options.device)) != "mlc":
         return DEFAULT_FORMATS
-    config = Path(options.model).expanduser() / "mlc-chat-config.json"
+    config = expanded(options.model) / "mlc-chat-config.json"
     try:
         return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
     except (OSError, ValueError, KeyError):

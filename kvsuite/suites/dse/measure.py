@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.case import Case
@@ -16,6 +15,7 @@ from kvsuite.measure.single_request import judge_spread, put_memory, put_timing
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
+from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 
 from .cases import DSE, Verdict, judge, point_of
@@ -117,7 +117,7 @@ def _predicted(work: CasePasses, session: Session, found: MemoryPass) -> dict[st
     """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
     case, folder = work.case, work.runner.options.cache_dir
     try:
-        architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
+        architecture = architecture_of(case.model, cache_dir=None if folder is None else expanded(folder))
         predictor = session.memory_model(architecture)
         memory = None if predictor is None else predictor.predict(point_of(case))
     except UserError as error:
