@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvsuite.metrics.registry import BUILTIN, Metric
+from kvsuite.metrics import BUILTIN, Metric
+from kvsuite.metrics.installed import installed_metrics
 
 
 def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
-    return BUILTIN
+    return (*BUILTIN, *installed_metrics())
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
