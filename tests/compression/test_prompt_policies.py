@@ -165,7 +165,7 @@ def test_a_group_of_query_heads_shares_its_key_head() -> None:
     torch.testing.assert_close(attention_weights(query, keys, 0.3, 0), attention_weights(query, wide, 0.3, 0))
 
 
-@given(st.floats(1e-20, 1e20), st.integers(0, 2**31))
+@given(st.floats(1e-3, 1e3), st.integers(0, 2**31))
 def test_norms_that_differ_by_rounding_are_equal_and_others_keep_their_order(size: float, seed: int) -> None:
     keys = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(seed)) * size
     angle = torch.arange(7) * 0.9
