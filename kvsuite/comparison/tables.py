@@ -17,27 +17,33 @@ _STYLES: dict[Word, str] = {
 _HEADER = ("case", "metric", "base", "now", "change", "verdict", "rule or reason")
 #: rows of a table that a person may still read; beyond, what matters most is shown
 MOST_ROWS = 200
+#: rows that a screen has room for, with what stands around them
+SCREEN_ROWS = 24
 
 
 def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Verdict]:
-    """Rows that a reader looks for: what moved, what is gated, the headline metrics; or all.
+    """Rows that a reader looks for, what matters most first: regressions, what moved, what is gated, the headline metrics.
 
-    Of more than `MOST_ROWS` those that matter most, in the order of the rows.
+    What moved is shown up to `MOST_ROWS`; the others fill a screen (`SCREEN_ROWS`) and are counted beyond. A number that is
+    the same to the last digit is no news because its spread would forbid a verdict.
     """
     if everything:
         return list(rows)
-    ranks: list[list[int]] = [[], [], [], []]
-    for index, row in enumerate(rows):
+    moved: list[list[Verdict]] = [[], []]
+    others: list[list[Verdict]] = [[], []]
+    for row in rows:
         if row.verdict == "regression":
-            ranks[0].append(index)
+            moved[0].append(row)
         elif row.verdict in ("worse", "better") or row.metric == STATUS:
-            ranks[1].append(index)
+            moved[1].append(row)
+        elif row.verdict == "unstable" and row.change == 0:
+            continue
         elif row.rule:
-            ranks[2 if row.verdict == "unstable" else 3].append(index)
+            others[0 if row.verdict == "unstable" else 1].append(row)
         elif is_headline(row.metric):
-            ranks[3].append(index)
-    chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
-    return [rows[index] for index in sorted(chosen)]
+            others[1].append(row)
+    news = [*moved[0], *moved[1]][:MOST_ROWS]
+    return news + [*others[0], *others[1]][: max(SCREEN_ROWS - len(news), 0)]
 
 
 def comparison_text(

@@ -298,7 +298,9 @@ def _summary(row: dict[str, Any]) -> str:
         if value is not None:
             label, scale, unit = _NUMBERS.get(name, (name, 1.0, f" {row['metrics'][name]['unit']}".replace(" 1", "")))
             shown.append(f"{label} {value * scale:{'.2f' if name in _NUMBERS else '.5g'}}{unit}")
-    return ", ".join(shown)
+    # where rounds scatter so much that their differences mean nothing; the row's warning has the figures
+    unstable = any(str(warning).startswith("unstable: ") for warning in row["warnings"])
+    return ", ".join(shown) + (" (unstable times)" if unstable else "")
 
 
 def _model_label(request: str) -> str:
