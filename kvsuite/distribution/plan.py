@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.case import Case
+from kvsuite.measure.progress import duration
 from kvsuite.memory_model.fit import parse_card
 from kvsuite.meters.environment import host_facts
 from kvsuite.options.resolve import Options
-from kvsuite.plugin.progress import duration
 from kvsuite.record import RECORD_SCHEMA
 from kvsuite.store.records_file import RECORDS_FILE
 from kvsuite.survival.resume import planned_key

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.comparison import ComparisonOptions
 from kvsuite.options.resolve import Options
 
 from .stash import REPORTER
@@ -33,16 +35,19 @@ class Base:
     """
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
-        self._config, self._options = config, options
+        self._config = config
+        self._options = options.of(ComparisonOptions)
+        self._report_dir = Path(options.of(CommonOptions).report_dir)
         self._sections: list[dict[str, Any]] = []
         self._saved_without_records = False
         self._given: Side | None = None
         #: what a reader must know if there is no base
         self.problem: str | None = None
-        if options.compare not in (None, "latest"):
+        compare = self._options.compare
+        if compare not in (None, "latest"):
             from kvsuite.comparison.sides import read_side
 
-            self._given = read_side(options.compare, option="--kv-compare")
+            self._given = read_side(compare, option="--kv-compare")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
@@ -73,9 +78,7 @@ class Base:
             brackets = frozenset(bracket(node_id) for node_id in ids)
             # a resumed run goes on in its own folder, which is no base
             going_on = self._config.stash[REPORTER].folder
-            return self._given or latest_run(
-                Path(self._options.report_dir), option="--kv-compare", brackets=brackets, but=going_on
-            )
+            return self._given or latest_run(self._report_dir, option="--kv-compare", brackets=brackets, but=going_on)
         if self._sections:
             section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
             return side_of_section(section)

@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.errors import UserError
+from kvsuite.options.comparison import ComparisonOptions
+from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RUN_SCHEMA
 from kvsuite.suites.registry import SPACES, cases_of
 
@@ -23,6 +26,7 @@ from .stash import REPORTER, is_worker
 if TYPE_CHECKING:
     from kvsuite.comparison.compare import Comparison
     from kvsuite.comparison.matching import Matcher
+    from kvsuite.comparison.rules import Rules
     from kvsuite.comparison.verdicts import Verdict
 
 FILE = "comparison.json"
@@ -30,11 +34,29 @@ FILE = "comparison.json"
 
 def register_gate(config: pytest.Config, options: Options) -> None:
     """Register the gate where a comparison is asked for, by us or by pytest-benchmark; workers measure and do not judge."""
-    asked = options.compare or options.fail or config.getoption("benchmark_compare", default=None)
-    if asked and not options.plan and not is_worker(config):
+    own = options.of(ComparisonOptions)
+    asked = own.compare or own.fail or config.getoption("benchmark_compare", default=None)
+    if asked and not options.of(SweepOptions).plan and not is_worker(config):
         base = Base(config, options)
         config.pluginmanager.register(base, "kvsuite-comparison-base")
         config.pluginmanager.register(Gate(config, options, base), "kvsuite-comparison")
+
+
+def rules_of(options: Options) -> Rules:
+    """The rules of ``--kv-fail``; whether their metrics exist is asked when those of the hooks and of the base are known.
+
+    Raises
+    ------
+    UserError
+        If one of them is none.
+    """
+    from kvsuite.comparison.rules import Rules, parse_rules
+
+    text = options.of(ComparisonOptions).fail
+    try:
+        return Rules() if text is None else parse_rules(text)
+    except ValueError as error:
+        raise option_of(ComparisonOptions, "fail").refused(str(text), str(error)) from error
 
 
 class Gate:
@@ -105,12 +127,12 @@ class Gate:
     def _prepare(self, ids: frozenset[str]) -> None:
         from kvsuite.comparison.compare import Comparison, gated_times, select
         from kvsuite.comparison.matching import Matcher, cases_of_side
-        from kvsuite.comparison.rules import Known, Rules, known_metrics, parse_rules
+        from kvsuite.comparison.rules import Known, known_metrics
 
         base = self._base.find(ids)
         if base is None:
             return
-        rules = parse_rules(self._options.fail) if self._options.fail else Rules()
+        rules = rules_of(self._options)
         hooks = self._config.hook.pytest_kvsuite_metrics(config=self._config)
         more = [(one.name, Known(one.unit, one.better, one.metric_class)) for metrics in hooks for one in metrics]
         suites = {row.suite for run in base.runs for row in run.rows} | set(SPACES)

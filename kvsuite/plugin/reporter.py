@@ -11,11 +11,13 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
+from kvsuite.measure.progress import Progress
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
 from kvsuite.suites.registry import RUN_NAMES
 
-from .progress import Progress
 from .stash import BOX, ORDER_SEED
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Reporter:
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._config = config
         self._options = options
+        self._common = options.of(CommonOptions)
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
         self._cases: int | None = None
@@ -98,7 +101,7 @@ class Reporter:
             return
         self._cases = len(cases)
         self._progress = Progress(self._write, len(cases))
-        base = Path(self._options.report_dir)
+        base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
             base.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,7 @@ class Reporter:
             "command": environment["command"],
             "options": self._options.to_dict(),
             "environment": environment,
-            "seed": self._options.seed,
+            "seed": self._common.seed,
             "order_seed": self._config.stash[ORDER_SEED],
             "cases": self._cases,
             "code": self._code,
@@ -165,7 +168,7 @@ class Reporter:
         """Where a row goes that another process has to write for this one: JSON types."""
         if self.folder is not None:
             return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
-        base = str(Path(self._options.report_dir).absolute())
+        base = str(Path(self._common.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
 
@@ -193,7 +196,7 @@ class Reporter:
         if self._store is None and self._earlier is not None:
             self._store = self._reopened(self._earlier)
         elif self._store is None:
-            base = Path(self._options.report_dir)
+            base = Path(self._common.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
         self.run = self._store.with_session(self.run, self._facts(environment))
@@ -226,8 +229,8 @@ class Reporter:
         try:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
-            self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
-            self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
+            self.files += append_results(Path(self._common.report_dir), csv_rows(self.run, self.rows))
+            self.files += append_dse(Path(self._common.report_dir), self.run, self.rows)
             for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
             self.page = write_page(folder, self.run, self.rows)
@@ -249,7 +252,7 @@ class Reporter:
         """The reason, if cases were selected and not one could run."""
         # what is the same as a case of another shard has nothing to run
         if (
-            self._options.shard is not None
+            self._options.of(SweepOptions).shard is not None
             or not self.rows
             or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
         ):

@@ -19,6 +19,7 @@ import pytest
 from kvsuite.case import Case, digest
 from kvsuite.distribution.order import session_key
 from kvsuite.measure.deadline import is_overdue, killed
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.survival.black_box import read_box
 from kvsuite.survival.death import Cause, cause_of, crashed_row
 
@@ -85,7 +86,7 @@ class WorkerGuard:
         entry = read_box(self._box(node))
         if entry is None or entry["id"] != crashitem or self.has_row(crashitem):
             return
-        limit = self._config.stash[OPTIONS].timeout
+        limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
         timed_out = self._killed.get(node.gateway.id) == crashitem
         cause = Cause("Timeout", killed(limit)) if timed_out else cause_of(_returncode(node))
         row = crashed_row(entry, cause)
@@ -132,7 +133,7 @@ class WorkerGuard:
         if session is not None and self._config.getoption("maxworkerrestart") is None:
             # by default four deaths a worker end a run, but each may cost one case of a long sweep
             session._max_worker_restart = max(session._max_worker_restart or 0, len(self._cases) + 4 * len(self._slots))
-        if self._config.stash[OPTIONS].timeout is not None and self._watcher is None:
+        if self._config.stash[OPTIONS].of(SweepOptions).timeout is not None and self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name="kvsuite-timeouts", daemon=True)
             self._watcher.start()
 
@@ -169,7 +170,7 @@ class WorkerGuard:
         return self._folder / f"{node.gateway.id}.json"
 
     def _watch(self) -> None:
-        limit = self._config.stash[OPTIONS].timeout
+        limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
         while not self._over.wait(_POLL_S):
             for path in self._folder.glob("*.json"):
                 entry = read_box(path)

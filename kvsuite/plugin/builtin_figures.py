@@ -1,21 +1,13 @@
-"""Our own metrics and figures: they come in through the hooks that everybody uses. Imports no torch."""
+"""Our own figures, which come in through the hook that everybody uses. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 
-from kvsuite.metrics.registry import BUILTIN, Metric
-
-
-def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
-    return BUILTIN
-
-
-def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
+def draw(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Draw the figures of every suite that has rows; return their paths."""
     drawn: list[Path] = []
     if any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
         from kvsuite.suites.compression.figure import draw_benchmark_comparison

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvsuite.plugin.progress import Progress, duration
+from kvsuite.measure.progress import Progress, duration
 
 
 class Now:
