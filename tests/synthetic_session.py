@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.engine import Session
 from kvsuite.engines.registry import SessionPool
+from kvsuite.engines.results import MemoryPass, Served, ServeRequest
 from kvsuite.measure.case_passes import Measured
 from kvsuite.measure.runner import CaseRunner
 from kvsuite.meters.clock import Clock
@@ -111,20 +112,15 @@ class SyntheticSession(Session):
     def full_kv_bytes(self, tokens: int) -> int:
         return 10 * tokens
 
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         return 60
 
-    def score_windows(self, tokens: Any, windows: Any, **rule: Any) -> Any:
-        raise NotImplementedError("the script has no windows")
-
-    def compare_windows(self, reference: Any, tokens: Any, windows: Any, **rule: Any) -> Any:
-        raise NotImplementedError("the script has no windows")
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        self._note("warm", tuple(prompt), new_tokens)
-
-    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        self._note("generate", tuple(prompt), new_tokens)
+    def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        [request] = requests
+        prompt, new_tokens = request.prompt, request.new_tokens
+        self._note("warm" if clock is None else "generate", tuple(prompt), new_tokens)
+        if clock is None:
+            return Served([], [[0] * new_tokens])
         script = self.script
         assert isinstance(clock, ScriptedClock)
         factor = 1.0
@@ -142,10 +138,12 @@ class SyntheticSession(Session):
             clock.mark()
         prefill_end, *times = clock.seconds()
         chunks = (script.chunks if new_tokens > 1 else None) or [1] * len(times)
-        return RequestTimes(len(prompt), len(prompt), list(zip(times, chunks, strict=True)), prefill_end=prefill_end)
+        stamps = list(zip(times, chunks, strict=True))
+        return Served([RequestTimes(len(prompt), len(prompt), stamps, prefill_end=prefill_end)], [[0] * new_tokens])
 
-    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
-        self._note("memory", tuple(prompt), new_tokens)
+    def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
+        [request] = requests
+        self._note("memory", tuple(request.prompt), request.new_tokens)
         reason = None if self.script.peaks[0] is not None else "no allocator"
         prefill, decode = (
             Phase(Reading(500 if reason is None else None, reason), Reading(peak, reason), Reading(1_000, reason))
@@ -170,9 +168,6 @@ class SyntheticSession(Session):
         return TokenScores(
             list(tokens[first:]), positions, [nll(p) for p in positions], [self.script.hit(p) for p in positions]
         )
-
-    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        return [0] * new_tokens
 
     def finish(self) -> None:
         self._note("finish")

@@ -29,7 +29,7 @@ OPTIONS = all_options()
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md")])
-VOCABULARY = {"case", "record", "metrics", "errors", "__version__"}
+VOCABULARY = {"case", "record", "metrics", "errors", "foreign_text", "__version__"}
 
 
 def text(name: str) -> str:

@@ -12,6 +12,7 @@ import sys
 from statistics import median
 
 from kvsuite.engines.registry import SessionPool
+from kvsuite.engines.results import ServeRequest
 from kvsuite.meters.clock import Clock, clock_for
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.compression.cases import compression_cases
@@ -46,14 +47,14 @@ def main(
     session = SessionPool(seed=0, threads=None).get(case)
     session.prepare(case)
     tokens = [(7 * i + 3) % session.vocab_size for i in range(int(prompt))]
-    session.warm(tokens, int(new))
-    session.capture(tokens, int(new))
+    session.serve([ServeRequest(tokens, int(new))])
+    session.capture([ServeRequest(tokens, int(new))])
     dense = clock_for(session.device)
     clocks = {"on": dense, "off": Sparse(clock_for(session.device), int(new))}
     samples: dict[str, list[float]] = {"on": [], "off": []}
     for index in range(int(rounds) + 1):
         for arm in ("on", "off") if index % 2 else ("off", "on"):
-            tpot = session.generate(tokens, int(new), clocks[arm]).tpot_s
+            tpot = session.serve([ServeRequest(tokens, int(new))], clocks[arm]).times[0].tpot_s
             if index and tpot is not None:
                 samples[arm].append(tpot)
     on, off = median(samples["on"]), median(samples["off"])

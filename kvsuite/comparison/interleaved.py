@@ -65,9 +65,9 @@ def run_process(revision: Revision, inside: Path, arguments: Sequence[str], repo
     # 1: a case failed, which is a result; anything else is none
     if done.returncode not in (0, 1) or not new:
         tail = log.read_text(errors="replace").splitlines()[-_TAIL:]
-        said = "\n  ".join(line for line in tail if line.strip())
+        said = " | ".join(line.strip() for line in tail if line.strip())
         raise UserError(
-            f"{revision.label}: pytest measured nothing (exit code {done.returncode}); its output is in {log}:\n  {said}"
+            f"{revision.label}: pytest measured nothing (exit code {done.returncode}); its output is in {log}: {said}"
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from kvsuite.foreign_text import visible
+
 from .compare import Comparison
-from .verdicts import STATUS, Verdict, Word, change_text, number_pair, printable
+from .verdicts import STATUS, Verdict, Word, change_text, number_pair
 
 #: shown even where nothing moved
 HEADLINE = (
@@ -68,7 +70,7 @@ def comparison_text(
         legacy_windows=False,
     )
     rows = shown_rows(result.rows, everything=everything)
-    console.print(Text(f"base: {printable(result.base.label)}\nnow:  {printable(result.now.label)}"))
+    console.print(Text(f"base: {visible(result.base.label)}\nnow:  {visible(result.now.label)}"))
     if rows:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for title in _HEADER:
@@ -77,13 +79,13 @@ def comparison_text(
         names = short_names([row.case for row in rows])
         for row in rows:
             cells = (names[row.case], *_cells(row))
-            table.add_row(*(Text(printable(cell)) for cell in cells), style=_STYLES[row.verdict])
+            table.add_row(*(Text(visible(cell)) for cell in cells), style=_STYLES[row.verdict])
         console.print(table)
     left_out = len(result.rows) - len(rows)
     if left_out:
         console.print(Text(f"{left_out} more rows that matter less: {more}"))
     for line in _lists(result):
-        console.print(Text(printable(line)), soft_wrap=True)
+        console.print(Text(visible(line)), soft_wrap=True)
     console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
     return stream.getvalue()
 
@@ -157,7 +159,7 @@ def _plural(word: Word, count: int) -> str:
 
 def _escaped(cell: str) -> str:
     """Text that Markdown and the HTML inside it leave alone."""
-    text = printable(" ".join(cell.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = visible(" ".join(cell.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for mark in ("\\", "|", "*", "_", "`", "[", "]", "~", "#"):
         text = text.replace(mark, "\\" + mark)
     return text

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvsuite.foreign_text import visible
+
 Word = Literal["better", "same", "worse", "regression", "unstable", "information"]
 #: the metric of a verdict on how a case ended
 STATUS = "status"
@@ -52,7 +54,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         parts = [f"{self.case}: {self.metric} {values}", self.verdict]
         parts += [f"rule {self.rule}"] if self.rule else []
         parts += [self.note] if self.note else []
-        return printable("; ".join(parts))
+        return visible("; ".join(parts))
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON types; a number that JSON cannot hold is null."""
@@ -71,13 +73,6 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters and line ends written out: a name from a file must not steer the reader's terminal."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def change_text(change: float | str | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsuite.case import Case
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.suites.dse.cases import DSE, SERVING, judge
 from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
@@ -46,7 +47,8 @@ def work_of(case: Case, options: Options) -> Work:
     if case.suite == DSE and judge(case).broken:
         return Work(0, 0)
     workload = case.workload
-    passes = options.num_warmup + options.rounds + 1
+    common = options.of(CommonOptions)
+    passes = common.num_warmup + common.rounds + 1
     batch, prompt, new = (int(workload.get(name, 0)) for name in ("batch", "prompt_tokens", "max_new_tokens"))
     served = 2 if workload.get("prefix_caching") else 1
     bulk, steps = passes * batch * prompt, passes * new * served

@@ -11,9 +11,11 @@ from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.measure.progress import duration
-from kvsuite.memory_model.fit import parse_card
 from kvsuite.meters.environment import host_facts
+from kvsuite.options.card import card_bytes
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RECORD_SCHEMA
 from kvsuite.store.records_file import RECORDS_FILE
 from kvsuite.survival.resume import planned_key
@@ -63,7 +65,7 @@ def plan(cases: Sequence[Case], options: Options, known: Mapping[str, tuple[floa
     loaded: set[tuple[str | None, ...]] = set()
     found: list[Planned] = []
     for case in cases:
-        memory = footprint(case, options.cache_dir)
+        memory = footprint(case, options.of(CommonOptions).cache_dir)
         key = session_key(case)
         measured = known.get(planned_key(case.to_dict()))
         if measured is not None:
@@ -86,7 +88,8 @@ def measured_durations(report_dir: Path, options: Options) -> dict[str, tuple[fl
     What cannot be read is left out: a plan needs no whole archive.
     """
     host = host_facts()["host"]
-    wanted = {"rounds": options.rounds, "num_warmup": options.num_warmup}
+    common = options.of(CommonOptions)
+    wanted = {"rounds": common.rounds, "num_warmup": common.num_warmup}
     found: dict[str, tuple[float, str]] = {}
     paths = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
     for _, path in sorted(paths):
@@ -136,9 +139,9 @@ def device_bytes(options: Options, device_kind: str) -> tuple[int, str] | None:
     UserError
         If ``--kv-plan-card`` is no size.
     """
-    if options.plan_card is not None:
-        card = parse_card(options.plan_card, 1.0, option="--kv-plan-card")
-        return card.bytes, f"--kv-plan-card={options.plan_card}"
+    card = options.of(SweepOptions).plan_card
+    if card is not None:
+        return card_bytes(card, "--kv-plan-card"), f"--kv-plan-card={card}"
     if device_kind == "cpu":
         ram = host_facts()["host"]["ram_bytes"]
         return None if ram is None else (int(ram), "this machine's RAM")
@@ -182,7 +185,7 @@ def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> s
     """
     if not cases:
         return "no cases: another shard, or the run that goes on, has all"
-    rows = plan(cases, options, measured_durations(Path(options.report_dir), options))
+    rows = plan(cases, options, measured_durations(Path(options.of(CommonOptions).report_dir), options))
     kinds = Counter(row.case.device_kind for row in rows)
     card = device_bytes(options, next(iter(kinds)))
     width = max(len(row.case.id) for row in rows)

@@ -3,54 +3,49 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.prediction import Part, Predictor
 from kvsuite.meters.clock import Clock
-from kvsuite.meters.memory import Phase, Reading
-from kvsuite.meters.quality import TokenScores
-from kvsuite.meters.timing import RequestTimes
-from kvsuite.workloads.windows import Window
 
-if TYPE_CHECKING:
-    from kvsuite.meters.divergence import TokenDivergence
-
-    from .serving import Serving
-    from .window_scoring import Progress as WindowProgress
-    from .window_scoring import WindowScores
+from .results import MemoryPass, Reach, Served, ServeRequest
 
 
-@dataclass
-class MemoryPass:
-    """What the instrumented pass of a case found; it is never timed.
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What every engine is told beside the case.
 
-    An engine that does not tell what its cache holds leaves ``kv_bytes_*`` out and says why in ``unseen``.
+    Parameters
+    ----------
+    seed
+        Of a dummy model's weights.
+    threads
+        CPU threads, ``None`` for the engine's own choice.
+    decode_step
+        ``eager``, ``graph``, or ``auto``: captured on CUDA where the engine can.
+    implementation
+        Slot handling of policies on `hf`: ``ring`` or ``copy``.
+    cache_dir
+        Where converted models lie.
     """
 
-    prefill: Phase
-    decode: Phase
-    resident: Reading
-    driver: Reading
-    kv_bytes_prefill: int | None
-    kv_bytes_decode: int | None
-    kv_bytes_allocated: int | None
-    lengths_prefill: list[int]
-    lengths_decode: list[int]
-    compress_s: float | None = None
-    evict_s: float | None = None
-    unseen: str | None = None
-    effective: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    #: further terms in bytes, predicted from formulas and reported by the engine, for an engine that has them
-    predicted: dict[str, int] = field(default_factory=dict)
-    reported: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    threads: int | None = None
+    decode_step: str = "auto"
+    implementation: str = "ring"
+    cache_dir: Path | None = None
 
 
 class Session(ABC):
-    """One loaded engine. The vocabulary of a case goes in, stamps, losses and bytes come out.
+    """One loaded engine. The vocabulary of a case goes in, stamps, bytes and what its capabilities give come out.
+
+    What not every engine can do is a protocol of `kvsuite.engines.capabilities`: a session has it by having its members.
 
     Attributes
     ----------
@@ -64,8 +59,14 @@ class Session(ABC):
         Facts of the loaded model: label, kind, revision, parameters, notes.
     """
 
-    #: why an engine cannot do what it leaves out
-    refusal: ClassVar[str] = "this engine cannot do that"
+    #: why a capability is missing, for those where the engine has more to say than that
+    lacks: ClassVar[Mapping[type, str]] = {}
+    #: what the parts of predicted memory are called in a record
+    memory_parts: ClassVar[Mapping[Part, str]] = {
+        "parameters": "weights_bytes",
+        "kv_cache": "pool_bytes",
+        "temporary": "workspace_bytes",
+    }
 
     def __init__(self) -> None:
         self._bandwidth: float | None = None
@@ -76,7 +77,7 @@ class Session(ABC):
 
     @abstractmethod
     def prepare(self, case: Case) -> None:
-        """Make ready what ``case`` needs (policy, method); called before any other method.
+        """Make ready what ``case`` needs (policy, limits of a design point); called before any other method.
 
         Raises
         ------
@@ -113,82 +114,48 @@ class Session(ABC):
             self._bandwidth = copy_bandwidth(self.device)
         return self._bandwidth
 
+    # requests
+
     @abstractmethod
-    def full_kv_bytes(self, tokens: int) -> int:
-        """Bytes of the full cache of ``tokens`` tokens."""
+    def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        """Serve all requests at once: prefill, then exactly the tokens that each wants, greedily.
 
-    # what measures one request or one text at a time; an engine that serves several at once may leave it out
+        With prefix caching on, prompts that were served just before are found again.
 
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
-        """Predicted cache bytes of the prepared case at the end of decode, ``None`` where only the method knows."""
-        raise CaseInvalid(self.refusal)
-
-    @property
-    def ratio_requested(self) -> float | None:
-        """Fraction removed that the prepared case asks for, ``None`` where it asks for sizes."""
-        return None
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """Run the timed shape once, untimed."""
-        raise CaseInvalid(self.refusal)
-
-    def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
-        """Make ready what only the timed rounds need (captured decode steps)."""
-        return None
-
-    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        """Prefill ``prompt``, then decode exactly ``new_tokens`` greedily, stamping ``clock``."""
-        raise CaseInvalid(self.refusal)
-
-    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
-        """Run the shape of `generate` once with the memory meters on."""
-        raise CaseInvalid(self.refusal)
-
-    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
-        """Teacher-forced losses of ``tokens`` through the case's cache by ``protocol``."""
-        raise CaseInvalid(self.refusal)
-
-    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
-        """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
-        raise CaseInvalid(self.refusal)
-
-    def score_windows(
-        self,
-        tokens: Sequence[int],
-        windows: Sequence[Window],
-        *,
-        prefix: str,
-        prefix_token: int | None,
-        progress: WindowProgress | None = None,
-    ) -> WindowScores:
-        """Teacher-forced losses of the targets of ``windows`` (`kvsuite.workloads.windows`), each in its own window."""
-        raise CaseInvalid(self.refusal)
-
-    def compare_windows(
-        self,
-        reference: Session,
-        tokens: Sequence[int],
-        windows: Sequence[Window],
-        *,
-        prefix: str,
-        prefix_token: int | None,
-        progress: WindowProgress | None = None,
-    ) -> TokenDivergence:
-        """Losses of this session and of ``reference``, another one of this engine, and their divergence, by position.
+        Parameters
+        ----------
+        requests
+            One or more.
+        clock
+            Started when the requests go in and marked when tokens are there. Without one nothing is timed: a warm-up, or a
+            run for its tokens.
 
         Raises
         ------
-        UserError
-            If the two do not share a vocabulary.
+        CaseInvalid
+            For more requests than this engine serves at a time.
         """
-        raise CaseInvalid(self.refusal)
 
-    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        """Greedy output of the prepared case: ``new_tokens`` token ids."""
-        raise CaseInvalid(self.refusal)
+    @abstractmethod
+    def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
+        """Run the shape of `serve` once with the memory meters on; bytes are those of all requests together.
 
-    def serving(self, case: Case) -> Serving:
-        """The prepared ``case`` as requests that are served together.
+        Raises
+        ------
+        CaseInvalid
+            For more requests than this engine serves at a time.
+        """
+
+    def capture(self, requests: Sequence[ServeRequest]) -> None:
+        """Make ready what only timed runs of this shape need (captured decode steps)."""
+        return None
+
+    def clock(self, usual: Clock) -> Clock:
+        """The clock of its times: ``usual``, that of the device, unless only a client can tell."""
+        return usual
+
+    def reach(self, case: Case) -> Reach:
+        """What of a design point, the prepared one or another of the same model, reaches the runtime.
 
         Raises
         ------
@@ -197,8 +164,40 @@ class Session(ABC):
         """
         raise CaseInvalid(f"engine {case.engine} serves one request at a time; use --kv-engine=nano")
 
+    def engine_metrics(self, served: Sequence[Served]) -> dict[str, float]:
+        """What the engine itself counted in these runs, by its own names; ``{}`` where it counts nothing."""
+        return {}
+
+    # bytes
+
     @abstractmethod
-    def finish(self) -> None:
+    def full_kv_bytes(self, tokens: int) -> int:
+        """Bytes of the full cache of ``tokens`` tokens."""
+
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
+        """Predicted cache bytes of so many requests of the prepared case at the end of decode.
+
+        ``None`` where only the method knows.
+        """
+        return None
+
+    def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
+        """Cache bytes that a decode step of so many requests reads: those its queries can see, mean over the steps."""
+        lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
+        return requests * sum(map(self.full_kv_bytes, lengths)) / len(lengths)
+
+    def floor_unknown(self) -> str | None:
+        """Why the floor of a decode step is not known, ``None`` if it is."""
+        return None
+
+    def memory_model(self, architecture: Architecture) -> Predictor | None:
+        """Predicts the memory of the prepared design point, ``None`` where there are no formulas.
+
+        As `Engine.memory_model`, with what only a loaded session knows.
+        """
+        return None
+
+    def finish(self) -> None:  # noqa: B027
         """End of the case: drop what it held."""
 
     def close(self) -> None:  # noqa: B027
@@ -215,5 +214,11 @@ class Engine(ABC):
         """Why this engine cannot use ``device`` here, with the install line or the mend; ``None`` if it can."""
 
     @abstractmethod
-    def load(self, case: Case, **options: Any) -> Session:
-        """Load the model of ``case``."""
+    def load(self, case: Case, settings: EngineSettings) -> Session:
+        """Load the model of ``case``.
+
+        Raises
+        ------
+        UserError, CaseSkipped, CaseInvalid
+            If it cannot be loaded, or not for such a case.
+        """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ import torch
 from kvsuite.case import Case
 from kvsuite.models.load import LoadedModel
 
-from .engine import Session
+from .engine import EngineSettings, Session
 from .hf.decoder import Decoder
 from .loading import load_case_model
 from .threads import choose_threads
@@ -24,22 +22,19 @@ class LoadedSession(Session):
     ----------
     case
         Names model, device and dtype.
+    settings
+        Without ``threads`` a probe chooses them.
     attention
         What transformers calls its attention implementation.
-    seed
-        Seed of a dummy model's weights.
-    threads
-        CPU threads, ``None`` for the probe.
-    cache_dir
-        Where converted models lie.
     """
 
-    def __init__(self, case: Case, *, attention: str, seed: int, threads: int | None, cache_dir: Path | None) -> None:
+    def __init__(self, case: Case, settings: EngineSettings, *, attention: str) -> None:
         super().__init__()
-        made = load_case_model(case, attention=attention, seed=seed, cache_dir=cache_dir)
+        made = load_case_model(case, attention=attention, seed=settings.seed, cache_dir=settings.cache_dir)
         self._loaded: LoadedModel = made.loaded
         self.model = made.facts
         self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
+        threads = settings.threads
         if case.device_kind != "cpu":
             threads = None
         elif threads is None:
@@ -52,8 +47,6 @@ class LoadedSession(Session):
             "weight_format": made.weight_format,
             "threads": threads,
         }
-        #: output of the last `generate`
-        self.last_tokens: list[int] = []
 
     @property
     def dtype_name(self) -> str:
@@ -73,6 +66,3 @@ class LoadedSession(Session):
 
     def full_kv_bytes(self, tokens: int) -> int:
         return self.decoder.kv_bytes([tokens] * self.decoder.layers)
-
-    def warm(self, prompt: Sequence[int], new_tokens: int) -> None:
-        self.generate_tokens(prompt, new_tokens)

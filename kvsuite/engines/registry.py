@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseSkipped, UserError
 
-from .engine import Engine, Session
+from .engine import Engine, EngineSettings, Session
 
 ENGINES = ("hf", "nano", "mlc")
 
@@ -43,13 +44,13 @@ class SessionPool:
     ----------
     mlc
         Settings of engine `mlc` (`kvsuite.engines.mlc.engine.MlcEngine`).
-    options
-        Passed to `Engine.load`.
+    settings
+        Fields of `EngineSettings`, for `Engine.load`.
     """
 
-    def __init__(self, *, mlc: Mapping[str, Any] | None = None, **options: Any) -> None:
-        self._settings = {"mlc": dict(mlc or {})}
-        self._options = options
+    def __init__(self, *, mlc: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        self._own = {"mlc": dict(mlc or {})}
+        self._settings = EngineSettings(**settings)
         self._key: tuple[Any, ...] | None = None
         self._session: Session | None = None
 
@@ -75,11 +76,11 @@ class SessionPool:
         CaseSkipped
             If the engine cannot use the device here.
         """
-        engine = get_engine(case.engine, **self._settings.get(case.engine, {}))
+        engine = get_engine(case.engine, **self._own.get(case.engine, {}))
         reason = engine.unavailable(case.device)
         if reason:
             raise CaseSkipped(reason)
-        return engine.load(case, **(self._options | overrides))
+        return engine.load(case, replace(self._settings, **overrides))
 
     @property
     def current(self) -> Session | None:

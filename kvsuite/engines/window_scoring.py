@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,37 +14,12 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.models.language_head import LanguageHead, token_losses
 from kvsuite.workloads.windows import Window
 
+from .results import WindowProgress, WindowScores
 from .window_batches import Batches, Pass, WindowText
-
-#: called with targets done, targets in all, and the mean loss so far in nats
-Progress = Callable[[int, int, float], None]
 
 # logits of so many bytes are made at a time: few enough to stay small beside the weights, enough rows for a fast product
 _LOGIT_BYTES = {"cpu": 32 * 2**20}
 _LOGIT_BYTES_ELSEWHERE = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class WindowScores:
-    """Scores of a text, and what it took.
-
-    Parameters
-    ----------
-    tokens
-        The scores, in the order of the text.
-    forward_tokens
-        Tokens that went through the model.
-    forwards
-        Forward passes.
-    effective
-        What was really done: ``head`` (``split``: only scored rows were projected, or ``whole``), ``batch_windows`` (most
-        windows in one forward), ``batch_tokens`` (the budget), ``logit_rows`` (rows projected at a time).
-    """
-
-    tokens: TokenScores
-    forward_tokens: int
-    forwards: int
-    effective: dict[str, Any] = field(default_factory=dict)
 
 
 def score_windows(
@@ -57,7 +31,7 @@ def score_windows(
     device: torch.device | str | None = None,
     prefix: str = "none",
     prefix_token: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> WindowScores:
     """Score the targets of ``windows``.
 
@@ -129,7 +103,7 @@ def compare_windows(
     device: torch.device | str | None = None,
     prefix: str = "none",
     prefix_token: int | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> TokenDivergence:
     """Compare a model with a reference on the same windows, position by position; both are in memory, no logits are kept.
 
@@ -194,7 +168,7 @@ def _pieces(states: Tensor, rows: int, done: int) -> Iterator[tuple[slice, Tenso
 class _Report:
     """Passes the running mean loss on, adding up only what is new."""
 
-    def __init__(self, progress: Progress | None, nll: Tensor) -> None:
+    def __init__(self, progress: WindowProgress | None, nll: Tensor) -> None:
         self._progress, self._nll = progress, nll
         self._done, self._sum = 0, 0.0
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.capabilities import AppliesPolicy
+from kvsuite.engines.engine import Session
+from kvsuite.engines.results import MemoryPass, ServeRequest
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
+from kvsuite.options.common import CommonOptions
 
 if TYPE_CHECKING:
     from .case_passes import CasePasses
@@ -20,23 +23,23 @@ _NO_PREFILL_END = "the server does not tell when a prompt is computed; engine_tt
 
 def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence[int]]) -> None:
     """Memory pass and timed rounds of one request; ``prompts`` are one for each warm-up and round, and one more."""
-    options, workload, record = work.runner.options, work.case.workload, work.record
+    options, workload, record = work.runner.options.of(CommonOptions), work.case.workload, work.record
     work.phase = "memory"
     length, new_tokens = int(workload["prompt_tokens"]), int(workload["max_new_tokens"])
     for index in range(max(options.num_warmup - 1, 0)):
         work.progress("warm-up", index + 1, options.num_warmup)
-        session.warm(prompts[index], new_tokens)
-    _memory(work, session, session.memory_pass(prompts[-1], new_tokens), length, new_tokens)
+        session.serve([ServeRequest(prompts[index], new_tokens)])
+    _memory(work, session, session.memory([ServeRequest(prompts[-1], new_tokens)]), length, new_tokens)
     work.phase = "decode"
-    session.capture(prompts[0], new_tokens)
+    session.capture([ServeRequest(prompts[0], new_tokens)])
     clock = work.runner.clock(session.device)
     if options.num_warmup and session.effective.get("decode_step") == "cuda_graph":
-        session.generate(prompts[-1], new_tokens, clock)
+        session.serve([ServeRequest(prompts[-1], new_tokens)], clock)
     rounds: list[RoundTimes] = []
     waiting = iter(prompts[options.num_warmup :])
 
     def one_round() -> None:
-        times = session.generate(next(waiting), new_tokens, clock)
+        [times] = session.serve([ServeRequest(next(waiting), new_tokens)], clock).times
         if times.generated != new_tokens:
             raise CaseInvalid(f"generated {times.generated} tokens instead of {new_tokens}: no timing is comparable")
         rounds.append(RoundTimes([times], clock.name))
@@ -59,7 +62,7 @@ def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence
 def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) -> None:
     """Say in the record where times cannot be compared: too few rounds, or a spread of one of ``names`` above `_MAX_CV`."""
     metrics, warnings = work.record.metrics, work.record.warnings
-    if work.runner.options.rounds < 2:
+    if work.runner.options.of(CommonOptions).rounds < 2:
         warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
     for name in names:
         cv = metrics[name].get("cv")
@@ -72,11 +75,13 @@ def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) 
 
 def _first_step(work: CasePasses, session: Session, prompt: Sequence[int], clock: Clock) -> None:
     try:
-        steps = [session.generate(prompt, 1, clock).ttft_s for _ in range(work.runner.options.rounds)]
+        served = [
+            session.serve([ServeRequest(prompt, 1)], clock) for _ in range(work.runner.options.of(CommonOptions).rounds)
+        ]
     except CaseInvalid as invalid:
         work.put("first_step_s", None, reason=f"a prompt of one token: {invalid}")
         return
-    work.put("first_step_s", steps, clock=clock.name)
+    work.put("first_step_s", [one.times[0].ttft_s for one in served], clock=clock.name)
 
 
 def put_timing(work: CasePasses, rounds: Sequence[RoundTimes], rows: Sequence[Mapping[str, float | None]]) -> None:
@@ -101,7 +106,7 @@ def _memory(work: CasePasses, session: Session, found: MemoryPass, length: int, 
         record.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
     planned = session.planned_kv_bytes(length, new_tokens)
     put_memory(work, found, planned)
-    asked = session.ratio_requested
+    asked = session.ratio_requested if isinstance(session, AppliesPolicy) else None
     work.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
     # every engine of this pass knows its cache
     assert found.kv_bytes_prefill is not None

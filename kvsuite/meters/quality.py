@@ -32,7 +32,10 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``exp(nll_sum / n)`` with llama.cpp's standard error ``ppl * sqrt(var(nll) / (n - 1))``, a lower bound."""
+    """``exp(nll_sum / n)`` with llama.cpp's standard error ``ppl * sqrt(var(nll) / (n - 1))``, a lower bound.
+
+    ``n`` is the number of scored tokens; where losses have weights, the sum of these.
+    """
 
     nll_sum: float
     n: int
@@ -40,12 +43,22 @@ class Perplexity:
     standard_error: float | None
 
 
-def perplexity(nll: Sequence[float]) -> Perplexity:
-    """Pool the losses of all texts; a mean of perplexities would be another, larger number."""
-    total, n = math.fsum(nll), len(nll)
-    value = math.exp(total / n)
+def perplexity(nll: Sequence[float], weights: Sequence[float] | None = None) -> Perplexity:
+    """Pool the losses of all texts; a mean of perplexities would be another, larger number.
+
+    Parameters
+    ----------
+    nll
+        Losses in nats.
+    weights
+        How much each of them counts, a whole number in all; ``None``: 1 each.
+    """
+    weights = [1.0] * len(nll) if weights is None else weights
+    total = math.fsum(w * x for w, x in zip(weights, nll, strict=True))
+    n = round(math.fsum(weights))
     mean = total / n
-    variance = math.fsum((x - mean) ** 2 for x in nll) / n
+    value = math.exp(mean)
+    variance = math.fsum(w * (x - mean) ** 2 for w, x in zip(weights, nll, strict=True)) / n
     return Perplexity(total, n, value, value * math.sqrt(variance / (n - 1)) if n > 1 else None)
 
 
@@ -59,8 +72,12 @@ class PairedRatio:
     difference_se: float | None
 
 
-def paired_ratio(arm: Sequence[float], reference: Sequence[float]) -> PairedRatio:
+def paired_ratio(
+    arm: Sequence[float], reference: Sequence[float], weights: Sequence[float] | None = None
+) -> PairedRatio:
     """Compare two arms token by token: far sharper than two separate error bars, since both find the same tokens hard.
+
+    ``weights`` as in `perplexity`.
 
     Raises
     ------
@@ -68,7 +85,7 @@ def paired_ratio(arm: Sequence[float], reference: Sequence[float]) -> PairedRati
         If the arms did not score the same number of tokens.
     """
     differences = [a - b for a, b in zip(arm, reference, strict=True)]
-    mean = fmean(differences)
+    mean = fmean(differences, weights)
     se = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
     ratio = math.exp(mean)
     return PairedRatio(ratio, None if se is None else ratio * se, mean, se)

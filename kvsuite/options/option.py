@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 import msgspec
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?")
 T = TypeVar("T")
@@ -68,7 +69,9 @@ class Option:
     def refused(self, text: str, detail: str) -> UserError:
         """The error for a value that cannot be: option, value, what is wrong, and an example."""
         example = self.example or self.default or "PATH"
-        return UserError(f"--kv-{self.name}={text}: {detail}; for example --kv-{self.name}={example}")
+        return UserError(
+            f"--kv-{self.name}={visible(text, VALUE_LIMIT)}: {detail}; for example --kv-{self.name}={example}"
+        )
 
 
 def spellings(*names: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The half of the plugin that selects, measures, judges and reports cases. Comes in when there may be some; imports no torch."""
+"""The half of the plugin that selects, judges and reports cases; it comes in when there may be some. Imports no torch."""
 
 from __future__ import annotations
 

@@ -30,11 +30,10 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
     if options.resume is None:
         return None
     report_dir = Path(config.stash[OPTIONS].of(CommonOptions).report_dir)
-    earlier = find_earlier(
-        options.resume, report_dir, options.resume_rerun, shard=None if options.shard is None else str(options.shard)
-    )
+    shard = None if options.shard is None else str(options.shard)
+    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=shard)
     if earlier is None:
-        of = "without --kv-shard" if options.shard is None else f"of --kv-shard={options.shard}"
+        of = "without --kv-shard" if shard is None else f"of --kv-shard={shard}"
         return f"--kv-resume={options.resume}: no run {of} under {report_dir}/ yet, a new one begins"
     reporter.go_on(earlier)
     config.stash[FINISHED] = frozenset(earlier.finished())

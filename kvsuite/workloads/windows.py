@@ -9,10 +9,14 @@ from dataclasses import dataclass, replace
 
 from kvsuite.errors import UserError
 
-PROTOCOLS = ("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")
+PROTOCOLS = ("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")
+#: protocols that step by ``--kv-stride``; the others step by their window
+STRIDED = ("hf-strided", "hf-docs")
+_TITLES = {"hf-strided": "strided (original program)", "hf-docs": "strided (Hugging Face documentation)"}
 PREFIX_RULES = ("none", "bos_first", "bos_each_window", "bos_over_first")
 _RULES = {
     "hf-strided": PREFIX_RULES,
+    "hf-docs": ("none",),
     "disjoint": PREFIX_RULES,
     "lm-eval-rolling": ("bos_first",),
     "llama.cpp-half": ("bos_over_first", "none"),
@@ -44,12 +48,17 @@ class Window:
         return self.end - self.first_scored
 
 
+def protocol_title(protocol: str) -> str:
+    """A protocol as tables and figures name it."""
+    return _TITLES.get(protocol, protocol)
+
+
 def default_prefix(protocol: str, *, has_bos: bool) -> str:
     """Prefix rule of a protocol as its own program has it.
 
-    ``hf-strided`` and ``disjoint`` take the tokens as the tokenizer made them. ``lm-eval-rolling`` puts BOS, or EOS where
-    there is none, in front of a text that is tokenised without special tokens. ``llama.cpp-half`` overwrites the first
-    token of each chunk where the vocabulary says that a text begins with BOS (``has_bos``).
+    ``hf-strided``, ``hf-docs`` and ``disjoint`` take the tokens as the tokenizer made them. ``lm-eval-rolling`` puts BOS,
+    or EOS where there is none, in front of a text that is tokenised without special tokens. ``llama.cpp-half`` overwrites
+    the first token of each chunk where the vocabulary says that a text begins with BOS (``has_bos``).
     """
     if protocol == "lm-eval-rolling":
         return "bos_first"
@@ -71,8 +80,11 @@ def plan_windows(
     ----------
     protocol
         ``hf-strided``: for i = 0, stride, 2 stride, ... the window ``[max(i + stride - ctx, 0), min(i + stride, N))``, whose
-        tokens from i on are targets (the Hugging Face documentation; only targets that have a token before them count:
-        N - 1 in all, and for ``stride == ctx`` N - windows). ``disjoint``: the same with ``stride == ctx``.
+        tokens from i on are targets (the program that this suite replaces; only targets that have a token before them
+        count: N - 1 in all, and for ``stride == ctx`` N - windows). ``hf-docs``: the windows ``[i, min(i + ctx, N))`` up to
+        the first that ends the text, whose tokens from the end of the window before on are targets (the Hugging Face
+        documentation's "Perplexity of fixed-length models"); `target_weights` has its weights. ``disjoint``: ``hf-strided``
+        with ``stride == ctx``.
         ``lm-eval-rolling``: ctx targets a window, each window conditioned on the one token before it, the first on the
         prefix token; the last window has fewer targets and as much context as fits (``get_rolling_token_windows`` of
         lm-evaluation-harness with ``context_len=1``, then ``make_disjoint_window``): all N tokens are scored.
@@ -82,7 +94,7 @@ def plan_windows(
     ctx
         Most tokens that a forward pass may hold.
     stride
-        Step of ``hf-strided``; the other protocols have none and do not read it.
+        Step of ``hf-strided`` and ``hf-docs``; the other protocols have none and do not read it.
     prefix
         One of `PREFIX_RULES`, ``None`` for the protocol's own. ``none``: the tokens as they are. ``bos_first``: one token
         before the text, which makes its first token a target. ``bos_each_window``: one before every window, which then
@@ -127,6 +139,8 @@ def plan_windows(
             f"--kv-stride={step}: longer than the window of {room} tokens, so that tokens would be skipped; "
             f"give a --kv-stride of at most {room} or a longer --kv-max-length"
         )
+    if protocol == "hf-docs":
+        return _documented(n_tokens, ctx, step)
     if rule == "bos_first":
         # the prefix token is a token like any other, in front of position 0
         return [_shift(window, -1) for window in _strided(n_tokens + 1, room, step)]
@@ -145,6 +159,18 @@ def _strided(n_tokens: int, ctx: int, stride: int, *, own_prefix: bool = False) 
         begin, end = max(i + stride - ctx, 0), min(i + stride, n_tokens)
         # a window's first token has nothing to be predicted from, unless a prefix token of its own stands before it
         windows.append(Window(begin, end, i if own_prefix or i > begin else i + 1))
+    return windows
+
+
+def _documented(n_tokens: int, ctx: int, stride: int) -> list[Window]:
+    windows: list[Window] = []
+    before = 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + ctx, n_tokens)
+        windows.append(Window(begin, end, max(before, begin + 1)))
+        before = end
+        if end == n_tokens:
+            break
     return windows
 
 
@@ -211,6 +237,24 @@ def window_inputs(tokens: Sequence[int], window: Window, *, prefix: str, prefix_
 def target_positions(windows: Sequence[Window]) -> list[int]:
     """Positions of all targets, in the order of the text."""
     return [position for window in windows for position in range(window.first_scored, window.end)]
+
+
+def target_weights(protocol: str, windows: Sequence[Window]) -> list[float] | None:
+    """How much each target's loss counts, in the order of the windows; ``None`` where all count alike.
+
+    The documentation's code (``hf-docs``) multiplies the mean loss of a window by the number of its labels minus one and
+    divides by the sum of these numbers. That is right for the first window, whose first label has nothing to be predicted
+    from; of every other window it counts one token too few, so that each of its losses weighs ``(labels - 1) / labels``.
+    """
+    if protocol != "hf-docs":
+        return None
+    weights: list[float] = []
+    before = 0
+    for window in windows:
+        if window.targets:
+            weights += [(window.end - before - 1) / window.targets] * window.targets
+        before = window.end
+    return weights
 
 
 def original_perplexity(nll: Sequence[float], windows: Sequence[Window]) -> float | None:

@@ -21,8 +21,9 @@ from kvsuite.__main__ import main
 from kvsuite.quantization.registry import unavailable
 from kvsuite.store.validate import validate
 from kvsuite.suites.perplexity.csv_files import COLUMNS, ORIGINAL_COLUMNS, read_rows
+from kvsuite.workloads.windows import protocol_title
 
-PROTOCOLS = ("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")
+PROTOCOLS = ("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")
 FORMATS = ("none", "q4f16_1", "fake_q3")
 NAMES = [f"text.txt-{chosen}-{protocol}" for protocol in PROTOCOLS for chosen in FORMATS]
 CTX, STRIDE = 32, 16
@@ -222,6 +223,8 @@ def contexts(protocol: str, tokens: Sequence[int], bos: int) -> dict[int, list[i
     for t in range(n):
         if protocol == "hf-strided":
             seen = list(tokens[max(t // STRIDE * STRIDE + STRIDE - CTX, 0) : t])
+        elif protocol == "hf-docs":
+            seen = list(tokens[next(b for b in range(0, n, STRIDE) if t < b + CTX) : t])
         elif protocol == "disjoint":
             seen = list(tokens[t // CTX * CTX : t])
         elif protocol == "lm-eval-rolling":
@@ -252,6 +255,27 @@ def loop(model: Any, tokens: Sequence[int], seen: dict[int, list[int]]) -> dict[
             picked = torch.log_softmax(logits, -1)[range(len(targets)), [tokens[t] for t in targets]]
             losses |= dict(zip(targets, (-picked).tolist(), strict=True))
     return dict(sorted(losses.items()))
+
+
+def documentation_loop(model: Any, tokens: Sequence[int]) -> tuple[float, int]:
+    """Sum of losses and number of tokens by the code of the Hugging Face documentation, "Perplexity of fixed-length models"."""
+    import torch
+
+    encoded = torch.tensor([tokens])
+    nll_sum, n_tokens, before = 0.0, 0, 0
+    for begin in range(0, len(tokens), STRIDE):
+        end = min(begin + CTX, len(tokens))
+        input_ids = encoded[:, begin:end]
+        labels = input_ids.clone()
+        labels[:, : -(end - before)] = -100
+        with torch.no_grad():
+            logits = model(input_ids).logits  # its own loss is taken in float32
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:])
+        loss_tokens = int((labels != -100).sum()) - 1
+        nll_sum, n_tokens, before = nll_sum + float(loss) * loss_tokens, n_tokens + loss_tokens, end
+        if end == len(tokens):
+            break
+    return nll_sum, n_tokens
 
 
 def double_model(checkpoint: Path, chosen: str) -> Any:
@@ -289,16 +313,19 @@ def test_perplexity_is_a_plain_float64_loop(chosen: str, full: Run, checkpoint: 
         row = found[f"text.txt-{chosen}-{protocol}"]
         workload = row["case"]["workload"]
         assert (workload["protocol"], workload["max_length"]) == (protocol, CTX)
-        assert workload["stride"] == (STRIDE if protocol == "hf-strided" else CTX)
+        assert workload["stride"] == (STRIDE if protocol in ("hf-strided", "hf-docs") else CTX)
         tokens = text_tokens(checkpoint, protocol)
         expected = loop(model, tokens, contexts(protocol, tokens, 256))
         # activations of q4f16_1 are float16
         tolerance = {"abs": 2e-2} if chosen == "q4f16_1" else {"abs": 1e-4}
-        total = math.fsum(expected.values())
-        assert value(row, "nll_tokens") == len(expected)
-        assert value(row, "nll_sum") / len(expected) == pytest.approx(total / len(expected), abs=tolerance["abs"] / 4)
-        relative = 5e-3 if chosen == "q4f16_1" else 1e-4 / math.exp(total / len(expected))
-        assert value(row, "perplexity") == pytest.approx(math.exp(total / len(expected)), rel=relative)
+        total, n = math.fsum(expected.values()), len(expected)
+        if protocol == "hf-docs":
+            total, n = documentation_loop(model, tokens)
+            assert n < len(expected)
+        assert value(row, "nll_tokens") == n
+        assert value(row, "nll_sum") / n == pytest.approx(total / n, abs=tolerance["abs"] / 4)
+        relative = 5e-3 if chosen == "q4f16_1" else 1e-4 / math.exp(total / n)
+        assert value(row, "perplexity") == pytest.approx(math.exp(total / n), rel=relative)
         side = parquet.read_table(run_folder(full) / row["sidecar"]).to_pydict()
         assert side["position"] == list(expected)
         assert side["token"] == [tokens[t] for t in expected]
@@ -306,7 +333,7 @@ def test_perplexity_is_a_plain_float64_loop(chosen: str, full: Run, checkpoint: 
 
 
 def test_the_record_holds_all_that_the_number_depends_on(full: Run, checkpoint: Path) -> None:
-    rules = dict(zip(PROTOCOLS, ("none", "none", "bos_first", "bos_over_first"), strict=True))
+    rules = dict(zip(PROTOCOLS, ("none", "none", "none", "bos_first", "bos_over_first"), strict=True))
     for row in rows(full).values():
         protocol, dataset = row["case"]["workload"]["protocol"], row["dataset"]
         assert dataset["name"] == "text.txt"
@@ -315,12 +342,13 @@ def test_the_record_holds_all_that_the_number_depends_on(full: Run, checkpoint: 
         assert dataset["source"] == "text.txt"
         entry = row["metrics"]["perplexity"]
         assert (entry["protocol"], entry["max_length"], entry["bos"]) == (protocol, CTX, rules[protocol])
-        assert entry["stride"] == (STRIDE if protocol == "hf-strided" else CTX)
+        assert entry["stride"] == (STRIDE if protocol in ("hf-strided", "hf-docs") else CTX)
         assert value(row, "perplexity") == pytest.approx(math.exp(value(row, "nll_sum") / value(row, "nll_tokens")))
         assert 0 < value(row, "perplexity_se") < value(row, "perplexity")
         assert re.fullmatch("sha256:[0-9a-f]{64}", row["model"]["tokenizer_hash"])
         assert row["tokens"]["text"] == len(text_tokens(checkpoint, protocol))
-        assert row["tokens"]["scored"] == value(row, "nll_tokens")
+        if protocol != "hf-docs":  # whose windows count a token less than they score
+            assert row["tokens"]["scored"] == value(row, "nll_tokens")
         assert row["effective"]["scoring"]["head"] == "split"
     # tokens with and without BOS are two revisions of one text
     assert len({row["dataset"]["tokens_hash"] for row in rows(full).values()}) == 2
@@ -353,11 +381,12 @@ def test_the_table_names_the_protocol_of_every_number(full: Run, checkpoint: Pat
     digest = hashlib.sha256(TEXT.encode()).hexdigest()[:8]
     n = len(text_tokens(checkpoint, "hf-strided"))
     assert (
-        f"text.txt: hf-strided, window 32, step 16, prefix rule none, {n - 1:,} of {n:,} tokens scored, text {digest}"
-        in table.splitlines()
+        "text.txt: strided (original program), window 32, step 16, prefix rule none, "
+        f"{n - 1:,} of {n:,} tokens scored, text {digest}" in table.splitlines()
     )
     for protocol in PROTOCOLS:
-        assert len([line for line in table.splitlines() if line.startswith(f"text.txt: {protocol}, window 32, ")]) == 1
+        shown = f"text.txt: {protocol_title(protocol)}, window 32, "
+        assert len([line for line in table.splitlines() if line.startswith(shown)]) == 1
     for name in NAMES:
         assert len([line for line in table.splitlines() if line.startswith(f"{name} ")]) == 1
     # numbers as in the records
@@ -528,7 +557,7 @@ def assert_refused(code: int, said: str, message: str) -> None:
             ("--kv-dataset=in/a b =[x]: no such", "a path that has one goes into --kv-dataset-path, its name"),
         ),
         (("--kv-dataset=c4", "--kv-split=test"), ("--kv-dataset=c4: no split 'test'; c4 has validation, train",)),
-        (("--kv-ppl-protocol=strided",), ("--kv-ppl-protocol=strided: use hf-strided, disjoint, lm-eval-rolling,",)),
+        (("--kv-ppl-protocol=strided",), ("--kv-ppl-protocol=strided: use hf-strided, hf-docs, disjoint, lm-eval-rolling,",)),
         (("--kv-reference=q5",), ("--kv-reference=q5: unknown weight format q5; use none,",)),
         (("--kv-eval-tokens=1",), ("--kv-eval-tokens=1: must be at least 2",)),
         (("--kv-max-length=2",), ("--kv-max-length=2: must be at least 3",)),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
 from kvsuite.workloads.windows import (
+    PREFIX_RULES,
     PROTOCOLS,
     TextCounts,
     Window,
@@ -15,7 +16,9 @@ from kvsuite.workloads.windows import (
     merge_windows,
     original_perplexity,
     plan_windows,
+    protocol_title,
     target_positions,
+    target_weights,
     window_inputs,
 )
 
@@ -64,6 +67,54 @@ def test_strided_targets(n: int, ctx: int, data: st.DataObject) -> None:
     assert set(target_positions(windows)) == set(range(n)) - missing
     for target, begin in first_context(windows).items():
         assert begin == max(target // stride * stride + stride - ctx, 0)
+
+
+def documentation(n: int, ctx: int, stride: int) -> tuple[list[tuple[int, int, list[int]]], list[int]]:
+    """The documentation's loop without the model: begin and end of each window with its scored positions, and its weight."""
+    windows, weights, before = [], [], 0
+    for begin in range(0, n, stride):
+        end = min(begin + ctx, n)
+        labels = end - before
+        # the model shifts the labels: the first one of a window is predicted by nothing
+        windows.append((begin, end, [t for t in range(end - labels, end) if t > begin]))
+        weights.append(labels - 1)
+        before = end
+        if end == n:
+            break
+    return windows, weights
+
+
+@given(lengths, contexts, st.data())
+def test_the_documentations_windows_and_weights(n: int, ctx: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, ctx))
+    windows = plan_windows("hf-docs", n, ctx, stride)
+    expected, counts = documentation(n, ctx, stride)
+    assert [(w.begin, w.end, list(range(w.first_scored, w.end))) for w in windows] == expected
+    check_windows(windows, ctx)
+    weights = target_weights("hf-docs", windows)
+    assert weights is not None
+    for window, count in zip(windows, counts, strict=True):
+        own, weights = weights[: window.targets], weights[window.targets :]
+        if own:
+            assert own == [count / len(own)] * len(own)
+    assert weights == []
+
+
+def test_the_documentations_windows_are_not_the_original_programs() -> None:
+    documented, original = plan_windows("hf-docs", 3000, 512, 200), plan_windows("hf-strided", 3000, 512, 200)
+    assert [w.begin for w in documented] == list(range(0, 2601, 200))
+    assert [w.begin for w in original[:5]] == [0, 0, 88, 288, 488]
+    assert target_positions(documented) == target_positions(original) == list(range(1, 3000))
+    weights = target_weights("hf-docs", documented)
+    assert weights is not None
+    assert sum(weights) == pytest.approx(2999 - 13)  # a token less in every window but the first
+    assert all(target_weights(p, original) is None for p in PROTOCOLS if p != "hf-docs")
+
+
+def test_protocols_are_shown_by_whose_rule_they_are() -> None:
+    assert protocol_title("hf-strided") == "strided (original program)"
+    assert protocol_title("hf-docs") == "strided (Hugging Face documentation)"
+    assert protocol_title("disjoint") == "disjoint"
 
 
 @given(lengths, contexts)
@@ -125,12 +176,10 @@ def test_prefix_rules(protocol: str, n: int, ctx: int, data: st.DataObject) -> N
 
 @given(n=lengths, ctx=st.integers(4, 60), data=st.data())
 def test_inputs_end_where_the_last_target_begins(n: int, ctx: int, data: st.DataObject) -> None:
-    protocol = data.draw(st.sampled_from(PROTOCOLS[:3]))
+    protocol = data.draw(st.sampled_from(("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling")))
     stride = data.draw(st.integers(1, ctx - 1))
-    rules = (
-        ["bos_first"] if protocol == "lm-eval-rolling" else ["none", "bos_first", "bos_each_window", "bos_over_first"]
-    )
-    rule = data.draw(st.sampled_from(rules))
+    own = {"lm-eval-rolling": ("bos_first",), "hf-docs": ("none",)}
+    rule = data.draw(st.sampled_from(own.get(protocol, PREFIX_RULES)))
     text = list(range(n))
     for window in merge_windows(plan_windows(protocol, n, ctx, stride, prefix=rule)):
         inputs = window_inputs(text, window, prefix=rule, prefix_token=PREFIX)
@@ -174,6 +223,8 @@ def test_a_last_window_of_one_token_scores_nothing() -> None:
         (("hf-strided", 100, 16, 16), "bos_each_window", "--kv-stride=16: longer than the window of 15 tokens"),
         (("hf-strided", 100, 16, 0), "none", "--kv-stride=0"),
         (("hf-strided", 100, 16, None), "none", "--kv-stride=None"),
+        (("hf-docs", 100, 16, 17), "none", "--kv-stride=17: longer than the window of 16 tokens"),
+        (("hf-docs", 100, 16, 8), "bos_first", "--kv-bos=bos_first: hf-docs cannot have it; choose one of auto, none"),
         (("hf-strided", 0, 16, 8), "none", "the text is empty"),
         (("disjoint", 1, 16), "none", "the text has one token only"),
         (("lm-eval-rolling", 1, 16), "bos_first", "the text has one token only"),
@@ -200,7 +251,9 @@ def test_a_rule_without_a_token_is_refused() -> None:
 
 
 def test_defaults_are_the_programs_own() -> None:
-    assert [default_prefix(p, has_bos=True) for p in PROTOCOLS] == ["none", "none", "bos_first", "bos_over_first"]
+    assert [default_prefix(p, has_bos=True) for p in PROTOCOLS] == [
+        "none", "none", "none", "bos_first", "bos_over_first",
+    ]  # fmt: skip
     assert default_prefix("llama.cpp-half", has_bos=False) == "none"
 
 

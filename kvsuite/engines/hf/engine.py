@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import Engine
+from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.engines.loading import torch_cannot_use
 
 from .session import HfSession
@@ -21,5 +21,5 @@ class HfEngine(Engine):
     def unavailable(self, device: str) -> str | None:
         return torch_cannot_use(self.name, device, _TORCH_DEVICES)
 
-    def load(self, case: Case, **options: Any) -> HfSession:
-        return HfSession(case, **options)
+    def load(self, case: Case, settings: EngineSettings) -> HfSession:
+        return HfSession(case, settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvsuite.engines.engine import MemoryPass
+from kvsuite.engines.results import MemoryPass
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.clock import clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from kvsuite.case import Case
 from kvsuite.engines.cache_method import Method, method_for
-from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.window_scoring import Progress as WindowProgress
-from kvsuite.engines.window_scoring import WindowScores, compare_windows, score_windows
+from kvsuite.engines.results import MemoryPass, Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
+from kvsuite.engines.window_scoring import compare_windows, score_windows
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
@@ -36,34 +35,17 @@ class HfSession(LoadedSession):
     ----------
     case
         Names model, device and dtype.
-    seed
-        Seed of a dummy model's weights.
-    threads
-        CPU threads, ``None`` for the probe.
-    decode_step
-        ``eager``, ``graph``, or ``auto``: captured on CUDA where the method allows.
-    implementation
-        Slot handling of policies: ``ring`` or ``copy``.
-    cache_dir
-        Where converted models lie.
+    settings
+        With ``decode_step=auto`` steps are captured on CUDA where the method allows.
     """
 
-    def __init__(
-        self,
-        case: Case,
-        *,
-        seed: int = 0,
-        threads: int | None = None,
-        decode_step: str = "auto",
-        implementation: Implementation = "ring",
-        cache_dir: Path | None = None,
-    ) -> None:
+    def __init__(self, case: Case, settings: EngineSettings) -> None:
         attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
-        super().__init__(case, attention=attention, seed=seed, threads=threads, cache_dir=cache_dir)
+        super().__init__(case, settings, attention=attention)
         self._facts["attention"] = attention
-        self._decode_step = decode_step
-        self._implementation: Implementation = implementation
-        self._seed = seed
+        self._decode_step = settings.decode_step
+        self._implementation = cast(Implementation, settings.implementation)
+        self._seed = settings.seed
         self._base_attention = attention
         self._flow = self._new_flow(Method())
 
@@ -71,13 +53,13 @@ class HfSession(LoadedSession):
     def ratio_requested(self) -> float | None:
         return self._flow.method.ratio_requested
 
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         plans = self._flow.plan(prompt_tokens, new_tokens - 1)
         if plans is None:
             return None
         policy, layers = self._flow.method.policy, range(self.decoder.layers)
         skipped = policy.skip_layers if policy else layers
-        return self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
+        return requests * self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
 
     def prepare(self, case: Case) -> None:
         self.finish()
@@ -109,19 +91,24 @@ class HfSession(LoadedSession):
         if reason and self.device.type == "cuda":
             self.effective["decode_step_reason"] = reason
 
-    def capture(self, prompt: Sequence[int], new_tokens: int) -> None:
+    def capture(self, requests: Sequence[ServeRequest]) -> None:
+        request = _only(requests)
         if self.effective["decode_step"] != "cuda_graph":
             return
         try:
-            self._flow.capture(prompt, new_tokens - 1)
+            self._flow.capture(request.prompt, request.new_tokens - 1)
         except RuntimeError as error:
             if self._decode_step == "graph":
                 raise CaseInvalid(f"--kv-decode-step=graph: the step cannot be captured: {error}") from error
             self.effective |= {"decode_step": "eager", "decode_step_reason": f"not capturable: {error}"}
             self._flow.drop_cache()
 
-    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        flow, steps = self._flow, new_tokens - 1
+    def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        request = _only(requests)
+        return self._untimed(request) if clock is None else self._timed(request, clock)
+
+    def _timed(self, request: ServeRequest, clock: Clock) -> Served:
+        flow, prompt, steps = self._flow, request.prompt, request.new_tokens - 1
         captured = flow.captured(len(prompt), steps)
         # a press is built before the clock starts: it is part of loading, not of the request
         with torch.inference_mode(), flow.pressed():
@@ -141,23 +128,27 @@ class HfSession(LoadedSession):
                     output.append(flow.step(output[-1], cache))
                     clock.mark()
             prefill_end, *times = clock.seconds()
-        self.last_tokens = _token_list(output)
-        return RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
+        taken = RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
+        return Served([taken], [_token_list(output)])
 
-    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        flow, steps = self._flow, new_tokens - 1
+    def _untimed(self, request: ServeRequest) -> Served:
+        """The same tokens on a cache of its own, which is not kept, and by eager steps."""
+        flow, prompt, steps = self._flow, request.prompt, request.new_tokens - 1
         with torch.inference_mode(), flow.pressed():
             cache = flow.new_cache(len(prompt), steps)
             output = [flow.prefill(flow.ids(prompt), cache)]
             cache = flow.settle(cache, steps)
             for _ in range(steps):
                 output.append(flow.step(output[-1], cache))
-        return _token_list(output)
+        return Served([], [_token_list(output)])
 
-    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
-        return measure_memory(self._flow, self._flow.ids(prompt), new_tokens)
+    def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
+        request = _only(requests)
+        return measure_memory(self._flow, self._flow.ids(request.prompt), request.new_tokens)
 
-    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
+    def score(
+        self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
+    ) -> TokenScores:
         return score_tokens(self._flow, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
@@ -214,6 +205,12 @@ class HfSession(LoadedSession):
         if self._implementation == "copy":
             return "a copying cache moves at every step"
         return method.eager_only
+
+
+def _only(requests: Sequence[ServeRequest]) -> ServeRequest:
+    if len(requests) != 1:
+        raise CaseInvalid("engine hf serves one request at a time; use --kv-engine=nano")
+    return requests[0]
 
 
 def _token_list(output: list[Tensor]) -> list[int]:

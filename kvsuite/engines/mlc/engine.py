@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import Engine
+from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.errors import CaseSkipped
 
 from .install import MlcInstall, find_install, missing_device
@@ -35,8 +35,8 @@ class MlcEngine(Engine):
         except CaseSkipped as skip:
             return str(skip)
 
-    def load(self, case: Case, **options: Any) -> MlcSession:
-        return MlcSession(case, self._find(), **(options | self._settings))
+    def load(self, case: Case, settings: EngineSettings) -> MlcSession:
+        return MlcSession(case, self._find(), settings, **self._settings)
 
     def _find(self) -> MlcInstall:
         if self._install is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvsuite.engines.results import ServeRequest
 from kvsuite.meters.clock import Clock
 
 from .client import HOST, Reply, ask, complete
@@ -139,8 +140,8 @@ class MlcServer:
         assert isinstance(found, dict)
         return found
 
-    def complete(self, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Clock) -> list[Reply]:
-        """Send all prompts at once, greedily and to exactly ``new_tokens`` each.
+    def complete(self, requests: Sequence[ServeRequest], clock: Clock) -> list[Reply]:
+        """Send all requests at once, greedily and to exactly the tokens that each wants.
 
         Raises
         ------
@@ -150,14 +151,14 @@ class MlcServer:
         bodies = [
             {
                 "model": self.settings.model,
-                "prompt": list(prompt),
-                "max_tokens": new_tokens,
+                "prompt": list(one.prompt),
+                "max_tokens": one.new_tokens,
                 "temperature": 0.0,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 "debug_config": {"ignore_eos": True},
             }
-            for prompt in prompts
+            for one in requests
         ]
         try:
             return complete(

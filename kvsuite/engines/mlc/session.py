@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import Session
+from kvsuite.engines.capabilities import ScoresWindows
+from kvsuite.engines.engine import EngineSettings, Session
+from kvsuite.engines.results import EngineView, MemoryPass, Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid, UserError
-from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.mlc import MlcMemory
+from kvsuite.memory_model.prediction import Part
+from kvsuite.meters.clock import ClientClock, Clock
+from kvsuite.meters.memory import DriverMeter, Phase, Reading, peak_resident_set
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
 
 from .install import MlcInstall
+from .metrics import between
 from .models import Compiled, MlcModels, Overrides
 from .server import MlcServer, Settings
-from .serving import MlcServing
+from .serving import counts_between, engine_times, refuse_what_hangs, request_times, tokens_per_sequence
 from .source import short_key
+
+_UNSEEN = "MLC-LLM does not say how many bytes of its pages are in use"
+_NO_ALLOCATIONS = "MLC-LLM counts no allocations; memory.reported has its own estimate"
+_REFUSAL = (
+    "engine mlc runs the design-space suite alone: MLC-LLM returns no losses and takes no cache policies; use "
+    "--kv-engine=hf or nano"
+)
 
 _SHORT = {"sliding_window_size": "window", "attention_sink_size": "sink"}
 
@@ -46,44 +61,37 @@ class MlcSession(Session):
         Names model, weight format and device.
     install
         The mlc_llm that runs it.
-    seed
-        Seed of a dummy model's weights.
-    threads
-        CPU threads, ``None`` for TVM's own choice.
-    cache_dir
-        Where converted models lie.
+    settings
+        Without ``threads`` TVM chooses; decode step and implementation are of other engines and do not reach this one.
     model_lib
         A compiled library that replaces our own, ``None`` for none.
     timeout_s, compile_timeout_s
         Deadlines in seconds: of a start and of requests, and of a step of preparation.
-    decode_step, implementation
-        Of other engines: they do not reach this one.
     """
 
-    refusal = (
-        "engine mlc runs the design-space suite alone: MLC-LLM returns no losses and takes no cache policies; use "
-        "--kv-engine=hf or nano"
-    )
+    lacks: ClassVar[Mapping[type, str]] = {ScoresWindows: "MLC-LLM returns no losses of a given text"}
+    memory_parts: ClassVar[Mapping[Part, str]] = {
+        "parameters": "params_bytes",
+        "kv_cache": "kvcache_bytes",
+        "temporary": "temp_bytes",
+    }
 
     def __init__(
         self,
         case: Case,
         install: MlcInstall,
+        settings: EngineSettings,
         *,
-        seed: int = 0,
-        threads: int | None = None,
-        cache_dir: Path | None = None,
         model_lib: str | None = None,
         timeout_s: float = 300,
         compile_timeout_s: float = 3600,
-        decode_step: str = "auto",
-        implementation: str = "ring",
     ) -> None:
         super().__init__()
         if case.workload.get("protocol") != "serving":
-            raise CaseInvalid(self.refusal)
+            raise CaseInvalid(_REFUSAL)
+        cache_dir = settings.cache_dir
         self._install, self._device_name = install, case.device
-        self._timeout_s, self._threads, self._library = timeout_s, threads, model_lib
+        self._timeout_s, self._threads, self._library = timeout_s, settings.threads, model_lib
         self._root = cache_root(cache_dir) / "mlc"
         self._spec = resolve_model(case.model, cache_dir=cache_dir)
         self._architecture = architecture_of(case.model, cache_dir=cache_dir)
@@ -95,15 +103,17 @@ class MlcSession(Session):
         elif self._spec.kind != "mlc" or Path(self._spec.source).is_dir():
             self._models = MlcModels(
                 self._spec, self._format.name, install, device=case.device, root=self._root,
-                deadline_s=compile_timeout_s, seed=seed, cache_dir=cache_dir,
+                deadline_s=compile_timeout_s, seed=settings.seed, cache_dir=cache_dir,
             )  # fmt: skip
         self._load_s = time.monotonic() - began
-        self._serving: MlcServing | None = None
+        self._own_inert = self._inert_axes()
+        self._case = case
+        self._server: MlcServer | None = None
         self.model = self._facts()
         self.inert = {}
-        if implementation != "ring":
+        if settings.implementation != "ring":
             self.inert["impl"] = "the pages of MLC-LLM are the cache; ring and copy are caches of engine hf"
-        if decode_step != "auto":
+        if settings.decode_step != "auto":
             self.inert["decode_step"] = "MLC-LLM decides itself what it captures"
 
     @property
@@ -131,9 +141,10 @@ class MlcSession(Session):
     def prepare(self, case: Case) -> None:
         self.finish()
         if case.workload.get("protocol") != "serving":
-            raise CaseInvalid(self.refusal)
+            raise CaseInvalid(_REFUSAL)
         if case.partition is not None:
             raise CaseInvalid("engine mlc has no SM partitions; leave the partition out")
+        self._case = case
         self.effective = {
             "device": self._device_name,
             "dtype": self._format.dtype,
@@ -142,21 +153,128 @@ class MlcSession(Session):
             "mlc_llm": self._install.mlc_llm,
             "tvm": self._install.tvm,
         }
+        refuse_what_hangs(case)
 
-    def serving(self, case: Case) -> MlcServing:
-        self._serving = MlcServing(
-            case, self._architecture, self._format, self._inert_axes(), self._models is not None, self.effective,
-            self._start, self.device,
+    def clock(self, usual: Clock) -> Clock:
+        return ClientClock()
+
+    def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        server = self._up()
+        before = server.metrics()
+        stamps = clock or ClientClock()
+        replies = server.complete(requests, stamps)
+        after = server.metrics()
+        seconds = stamps.seconds()
+        times = [request_times(reply, one.prompt, seconds) for reply, one in zip(replies, requests, strict=True)]
+        counts = counts_between(before, after, times)
+        return Served(
+            [] if clock is None else times, [], counts, texts=[reply.text for reply in replies],
+            engine=EngineView(engine_times(replies), before, after),
         )  # fmt: skip
-        return self._serving
+
+    def engine_metrics(self, served: Sequence[Served]) -> dict[str, float]:
+        views = [one.engine for one in served if one.engine is not None]
+        return between(views[0].before, views[-1].after)
+
+    def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
+        self._stop()
+        with self._driver() as driver:
+            server = self._up()
+            self.serve(requests)
+        reported: dict[str, int] = dict(server.memory)
+        warnings = [] if reported else ["mlc_llm printed no memory estimate"]
+        nothing = [Reading(reason=_NO_ALLOCATIONS) for _ in range(6)]
+        return MemoryPass(
+            prefill=Phase(*nothing[:3]),
+            decode=Phase(*nothing[3:]),
+            resident=peak_resident_set(server.pid),
+            driver=driver,
+            kv_bytes_prefill=None,
+            kv_bytes_decode=None,
+            kv_bytes_allocated=None,
+            lengths_prefill=[],
+            lengths_decode=[],
+            unseen=_UNSEEN,
+            warnings=warnings,
+            reported=reported,
+        )
+
+    def reach(self, case: Case) -> Reach:
+        settings = {name: value for name, value in case.params.items() if name not in self._own_inert}
+        settings["tokens_per_sequence"] = tokens_per_sequence(case)
+        asked = {"window": int(case.params["window"]) > 0, "sink": int(case.params["sink"]) > 0}
+        inert = {axis: reason for axis, reason in self._own_inert.items() if asked.get(axis, True)}
+        return Reach(settings, inert)
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        return tokens * self._architecture.kv_bytes_per_token(self._format.element_bytes)
+
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
+        return requests * self.full_kv_bytes(self._visible(prompt_tokens + new_tokens - 2))
+
+    def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
+        seen = [self._visible(position) for position in range(prompt_tokens, prompt_tokens + new_tokens - 1)]
+        return requests * self.full_kv_bytes(sum(seen)) / len(seen)
+
+    def floor_unknown(self) -> str | None:
+        if self.device.type not in ("cpu", "cuda"):
+            return f"the copy bandwidth of {self.device} cannot be measured by torch"
+        if isinstance(self._architecture.weights, str):
+            return self._architecture.weights
+        return None
+
+    def memory_model(self, architecture: Architecture) -> MlcMemory:
+        # whether mlc-chat-config.json is written here, with the point's values; else it is the model's own
+        chunk = None if self._models is None else int(self._case.params["prefill_chunk"])
+        memory = MlcMemory.of(architecture, chunk, per_sequence=True)
+        # only what is compiled can tell; the pass asks when the server is up
+        library_bytes = None if self._server is None else self._server.settings.function_bytes
+        return replace(memory, sequence_tokens=tokens_per_sequence(self._case), library_bytes=library_bytes)
 
     def finish(self) -> None:
-        if self._serving is not None:
-            self._serving.stop()
-            self._serving = None
+        self._stop()
 
     def close(self) -> None:
-        self.finish()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def _up(self) -> MlcServer:
+        if self._server is None:
+            point = self._case.params
+            batch = int(point["batch"])
+            slides = "window" not in self._own_inert
+            overrides = Overrides(
+                context_window_size=int(point["context"]),
+                prefill_chunk_size=int(point["prefill_chunk"]),
+                max_batch_size=batch,
+                sliding_window_size=int(point["window"]) if slides else None,
+                attention_sink_size=int(point["sink"]) if slides else None,
+            )
+            caches = bool(self._case.workload["prefix_caching"])
+            self._server = self._start(overrides, batch * tokens_per_sequence(self._case), caches)
+            self.effective |= overrides.given() | self._server.limits
+            self.effective |= {
+                "prefix_caching": caches,
+                "start_s": self._server.start_seconds,
+                "own_library": self._server.settings.library is not None,
+            }
+        return self._server
+
+    def _visible(self, position: int) -> int:
+        """Tokens that the query at a position sees: MLC's window counts the sinks."""
+        window = -1 if "window" in self._own_inert else int(self._case.params["window"])
+        return position + 1 if window <= 0 else min(position + 1, window)
+
+    def _driver(self) -> AbstractContextManager[Reading]:
+        import torch
+
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            return nullcontext(Reading(reason="this torch sees no CUDA device, and NVML is asked about torch's"))
+        return DriverMeter(self.device).peak()
 
     def _start(self, overrides: Overrides, total_tokens: int, caches: bool) -> MlcServer:
         compiled = self._compiled(overrides)
@@ -231,9 +349,6 @@ class MlcSession(Session):
             "load_s": self._load_s,
             "is_dummy": self._spec.is_dummy,
         }
-
-    def full_kv_bytes(self, tokens: int) -> int:
-        return tokens * self._architecture.kv_bytes_per_token(self._format.element_bytes)
 
 
 def _format_of(case: Case, own: str | None) -> str:

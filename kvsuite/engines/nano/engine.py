@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import Engine
+from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.engines.loading import torch_cannot_use
 
 from .session import NanoSession
@@ -19,5 +19,5 @@ class NanoEngine(Engine):
     def unavailable(self, device: str) -> str | None:
         return torch_cannot_use(self.name, device, ("cpu", "cuda"))
 
-    def load(self, case: Case, **options: Any) -> NanoSession:
-        return NanoSession(case, **options)
+    def load(self, case: Case, settings: EngineSettings) -> NanoSession:
+        return NanoSession(case, settings)

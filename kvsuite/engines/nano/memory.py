@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvsuite.engines.engine import MemoryPass
 from kvsuite.engines.hf.intervals import IntervalClock
+from kvsuite.engines.results import MemoryPass
 from kvsuite.meters.clock import clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
 from kvsuite.models.load import LoadedModel
@@ -28,7 +28,7 @@ def measure_memory(
     loaded: LoadedModel,
     make: Callable[[], Runtime],
     requests: Sequence[Request],
-    new_tokens: int,
+    new_tokens: Sequence[int],
     *,
     compresses: bool = False,
 ) -> MemoryPass:
@@ -44,9 +44,9 @@ def measure_memory(
     make
         Makes the runtime; an earlier one has been given back.
     requests
-        Have prompts of one length, and more tokens to go than are decoded here: their blocks are read before they end.
+        Have more tokens to go than are decoded here: their blocks are read before they end.
     new_tokens
-        Tokens decoded for each.
+        Tokens decoded for each of them.
     compresses
         Whether a policy acts.
 
@@ -63,7 +63,7 @@ def measure_memory(
             # tokens are counted as they come, so none may be under way
             overlap, runtime.overlap = runtime.overlap, False
             compress = IntervalClock(clock_for(loaded.device))
-            at_first = _serve(runtime, requests, 1, compress)
+            at_first = _serve(runtime, requests, [1] * len(requests), compress)
         with allocator.phase() as decode:
             evict = IntervalClock(clock_for(loaded.device))
             at_last = _serve(runtime, requests, new_tokens, evict)
@@ -83,7 +83,7 @@ def measure_memory(
         lengths_prefill=_longest(at_first),
         lengths_decode=_longest(at_last),
         compress_s=compress.total() if compresses else None,
-        evict_s=evict.total() / max(new_tokens - 1, 1) if compresses else None,
+        evict_s=evict.total() / max(max(new_tokens) - 1, 1) if compresses else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(loaded, runtime.limits),
@@ -124,8 +124,10 @@ def stored_bytes(runtime: Runtime, lengths: Sequence[int], element_bytes: int) -
     )
 
 
-def _serve(runtime: Runtime, requests: Sequence[Request], tokens: int, intervals: IntervalClock) -> list[Holding]:
-    """Step until every request had so many output tokens; what each held when it got the last of them."""
+def _serve(
+    runtime: Runtime, requests: Sequence[Request], tokens: Sequence[int], intervals: IntervalClock
+) -> list[Holding]:
+    """Step until every request had its number of output tokens; what each held when it got the last of them."""
     held: dict[Request, Holding] = {}
     runtime.compression.on_interval = intervals
     try:
@@ -133,10 +135,10 @@ def _serve(runtime: Runtime, requests: Sequence[Request], tokens: int, intervals
             if request.id is None:
                 runtime.add(request)
         while True:
-            for request in requests:
+            for request, wanted in zip(requests, tokens, strict=True):
                 if request not in held and request.status.over:
                     raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
-                if request not in held and request.output_length >= tokens:
+                if request not in held and request.output_length >= wanted:
                     blocks = [int(table.blocks[request.row]) for table in runtime.tables]
                     held[request] = Holding(stored_tokens(runtime, request), blocks)
             if len(held) == len(requests):

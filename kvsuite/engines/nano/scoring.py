@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvsuite.compression.base import Policy
+from kvsuite.engines.results import TokenProgress, WindowProgress, WindowScores
 from kvsuite.engines.window_batches import WindowText
-from kvsuite.engines.window_scoring import Progress, WindowScores
 from kvsuite.errors import UserError
 from kvsuite.meters.divergence import TokenDivergence, row_divergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.models.language_head import token_losses
 from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.scoring import Passage, rows_at_once, score_passages, score_steps, visit_rows
 from kvsuite.workloads.windows import Window, window_inputs
@@ -33,7 +35,7 @@ def score_text(
     tokens: Sequence[int],
     protocol: str,
     prefix: int,
-    progress: Callable[[int, int], None] | None,
+    progress: TokenProgress | None,
 ) -> TokenScores:
     """Score ``tokens`` by a cache protocol (docs/protocols.md).
 
@@ -51,7 +53,7 @@ def score_text(
 
 
 def score_rows(
-    holder: RuntimeHolder, tokens: Sequence[int], first: int, progress: Callable[[int, int], None] | None = None
+    holder: RuntimeHolder, tokens: Sequence[int], first: int, progress: TokenProgress | None = None
 ) -> TokenScores:
     """Score ``tokens[first:]`` by chunks of one text through the full cache."""
     runtime = holder.get(holder.limits(len(tokens)), None, captures=False)
@@ -68,7 +70,7 @@ class WindowPassages:
     loaded
         The model that will score them.
     tokens, windows, prefix, prefix_token
-        As for `kvsuite.engines.engine.Session.score_windows`.
+        As for `kvsuite.engines.capabilities.ScoresWindows`.
 
     Raises
     ------
@@ -97,17 +99,16 @@ class WindowPassages:
         self.together = max(1, min(budget // self.longest, len(self.passages)))
         self.step_tokens = max(budget, self.longest) if self.together > 1 else self.longest
 
-    def runtime(self, holder: RuntimeHolder) -> Runtime:
-        """A runtime of ``holder`` that takes as many windows as share a step."""
+    def runtime(self, holder: RuntimeHolder, point: Limits | None = None) -> Runtime:
+        """A runtime of ``holder`` with the limits of a design point, or one that takes as many windows as share a step."""
         limits = holder.limits(self.longest, sequences=self.together, step_tokens=self.step_tokens)
+        if point is not None:
+            limits = replace(point, prefix_caching=False)
         return holder.get(limits, None, captures=False)
 
 
-def score_windows(
-    loaded: LoadedModel, holder: RuntimeHolder, given: WindowPassages, progress: Progress | None
-) -> WindowScores:
+def score_windows(given: WindowPassages, runtime: Runtime, progress: WindowProgress | None) -> WindowScores:
     """Score the targets of windows, each a request of its own."""
-    runtime = given.runtime(holder)
     before = runtime.counters.to_dict()
     found = score_passages(runtime, given.passages, progress=progress)
     taken = {name: count - before[name] for name, count in runtime.counters.to_dict().items()}
@@ -122,7 +123,10 @@ def score_windows(
 
 
 def compare_windows(
-    given: WindowPassages, arms: tuple[RuntimeHolder, RuntimeHolder], sizes: tuple[int, int], progress: Progress | None
+    given: WindowPassages,
+    arms: tuple[RuntimeHolder, RuntimeHolder],
+    sizes: tuple[int, int],
+    progress: WindowProgress | None,
 ) -> TokenDivergence:
     """Losses of a model and of its reference (``arms``) on the same windows, and their divergence, position by position.
 

@@ -3,81 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.engines.cache_method import Method, method_for
-from kvsuite.engines.engine import MemoryPass, Session
+from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.hf.cache_plan import plan
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.window_scoring import Progress as WindowProgress
-from kvsuite.engines.window_scoring import WindowScores
+from kvsuite.engines.results import (
+    MemoryPass,
+    Reach,
+    Served,
+    ServeRequest,
+    TokenProgress,
+    WindowProgress,
+    WindowScores,
+)
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
-from kvsuite.meters.timing import RequestTimes
-from kvsuite.nanovllm.request import Request, Status
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
-from kvsuite.nanovllm.sampling import SamplingParameters
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
+from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
 from .scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
-from .serving import NanoServing
+from .serving import exactly, serve_requests
 
 
 class NanoSession(LoadedSession):
     """A loaded model behind the paged runtime.
 
+    A design point (the workload's protocol is ``serving``) is served with its own limits, as many requests at a time as its
+    batch. Of any other case requests are served one by one, with a pool for the longest.
+
     Parameters
     ----------
     case
         Names model, device and dtype.
-    seed
-        Seed of a dummy model's weights.
-    threads
-        CPU threads, ``None`` for the probe.
-    decode_step
-        ``eager``, ``graph``, or ``auto``: captured on CUDA where the runtime can.
-    implementation
-        Of the ``hf`` engine's caches: does not reach this one.
-    cache_dir
-        Where converted models lie.
+    settings
+        With ``decode_step=auto`` steps are captured on CUDA where the runtime can; ``implementation`` is of the caches of
+        engine `hf` and does not reach this one.
     """
 
-    def __init__(
-        self,
-        case: Case,
-        *,
-        seed: int = 0,
-        threads: int | None = None,
-        decode_step: str = "auto",
-        implementation: str = "ring",
-        cache_dir: Path | None = None,
-    ) -> None:
-        super().__init__(case, attention="sdpa", seed=seed, threads=threads, cache_dir=cache_dir)
+    def __init__(self, case: Case, settings: EngineSettings) -> None:
+        super().__init__(case, settings, attention="sdpa")
         self._facts |= {"implementation": "paged", "frees_memory": True}
-        if implementation != "ring":
+        if settings.implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
-        self._decode_step = decode_step
-        self._holder = RuntimeHolder(self._loaded, decode_step)
+        self._decode_step = settings.decode_step
+        self._holder = RuntimeHolder(self._loaded, settings.decode_step)
         self._method = Method()
         self._longest = 0
+        #: of the prepared design point, ``None`` for any other case
+        self._limits: Limits | None = None
+        self._prompt_tokens: int | None = None
 
     @property
     def ratio_requested(self) -> float | None:
         return self._method.ratio_requested
 
-    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int) -> int | None:
+    def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         policy, layers = self._method.policy, range(self.decoder.layers)
+        if self._limits is not None:
+            # the last token is chosen and never fed
+            return requests * self.full_kv_bytes(stored_tokens(self._limits, prompt_tokens + new_tokens - 2))
         skipped = policy.skip_layers if policy else layers
         finals = [
             plan(policy if layer not in skipped else None, prompt_tokens, new_tokens - 1).final for layer in layers
         ]
-        return self.decoder.kv_bytes(finals)
+        return requests * self.decoder.kv_bytes(finals)
+
+    def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
+        if self._limits is None:
+            return super().step_kv_bytes(prompt_tokens, new_tokens, requests)
+        positions = range(prompt_tokens, prompt_tokens + new_tokens - 1)
+        visible = [visible_tokens(self._limits, position) for position in positions]
+        return requests * self.full_kv_bytes(1) * sum(visible) / len(visible)
+
+    def memory_model(self, architecture: Architecture) -> NanoMemory:
+        return NanoMemory(architecture, self.dtype_name, self.device.type, self._prompt_tokens)
+
+    def reach(self, case: Case) -> Reach:
+        return point_reach(case)
 
     def prepare(self, case: Case) -> None:
         self.finish()
@@ -104,72 +117,41 @@ class NanoSession(LoadedSession):
             "skip_layers": sorted(policy.skip_layers) if policy else [],
         }
         self._longest = 0
-        if case.workload.get("protocol") != "serving":
+        if case.workload.get("protocol") == "serving":
+            self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
+            self._prompt_tokens = length
+        else:
             # whether model and policy are something for paged blocks is to be known before anything is measured
-            self._serving(length, new_tokens, captures=False)
+            self._runtime([ServeRequest(range(length), new_tokens)], captures=False)
 
-    def serving(self, case: Case) -> NanoServing:
-        return NanoServing(case, self._loaded, self.decoder, self._holder, self.effective)
+    def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        runtime = self._runtime(requests)
+        served = serve_requests(runtime, requests, clock, stamps_on_delivery=self._limits is None)
+        if clock is not None and self._limits is None:
+            taken = served.counts
+            self.effective["tokens"] = {
+                "computed": taken["computed_prefill_tokens"] + taken["computed_decode_tokens"],
+                "logical": taken["logical_prompt_tokens"] + taken["logical_output_tokens"],
+                "prefix_hits": taken["prefix_hit_tokens"],
+                "evicted": taken["evicted_tokens"],
+                "preemptions": taken["preemptions"],
+            }
+        return served
 
-    def generate(self, prompt: Sequence[int], new_tokens: int, clock: Clock) -> RequestTimes:
-        runtime = self._serving(len(prompt), new_tokens)
-        before = runtime.counters.to_dict()
-        ends_prefill = True
-
-        def on_logits(requests: Sequence[Request], logits: Any) -> None:
-            # work that was submitted reaches to the chosen token; under overlap the host is told one step later
-            nonlocal ends_prefill
-            if ends_prefill:
-                clock.mark()
-            if runtime.overlap:
-                clock.mark()
-            ends_prefill = False
-
-        def on_token(request: Request, token: int, at: float) -> None:
-            if not runtime.overlap:
-                clock.mark()
-
-        request = Request(list(prompt), _exactly(new_tokens), on_token=on_token)
-        runtime.on_logits = on_logits
-        try:
-            clock.start()
-            runtime.run([request])
-            prefill_end, *times = clock.seconds()
-        finally:
-            runtime.on_logits = None
-            runtime.cancel(request)
-        self.last_tokens = _output(request)
-        after = runtime.counters.to_dict()
-        taken = {name: after[name] - before[name] for name in after}
-        self.effective["tokens"] = {
-            "computed": taken["computed_prefill_tokens"] + taken["computed_decode_tokens"],
-            "logical": taken["logical_prompt_tokens"] + taken["logical_output_tokens"],
-            "prefix_hits": taken["prefix_hit_tokens"],
-            "evicted": taken["evicted_tokens"],
-            "preemptions": taken["preemptions"],
-        }
-        return RequestTimes(
-            len(prompt), taken["computed_prefill_tokens"], [(at, 1) for at in times], prefill_end=prefill_end
-        )
-
-    def generate_tokens(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
-        runtime = self._serving(len(prompt), new_tokens)
-        [request] = runtime.run([Request(list(prompt), _exactly(new_tokens))])
-        return _output(request)
-
-    def memory_pass(self, prompt: Sequence[int], new_tokens: int) -> MemoryPass:
+    def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
-        found = measure_memory(
+        return measure_memory(
             self._loaded,
-            lambda: self._serving(len(prompt), new_tokens),
-            [Request(list(prompt), _exactly(new_tokens + 1))],
-            new_tokens,
+            lambda: self._runtime(requests),
+            # one token more: blocks are read while a request still runs
+            [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
+            [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
         )
-        found.predicted["weights_bytes"] = self.model["weights_bytes"]
-        return found
 
-    def score(self, tokens: Sequence[int], protocol: str, prefix: int, progress: Any = None) -> TokenScores:
+    def score(
+        self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
+    ) -> TokenScores:
         return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
@@ -185,7 +167,7 @@ class NanoSession(LoadedSession):
         progress: WindowProgress | None = None,
     ) -> WindowScores:
         given = WindowPassages(self._loaded, tokens, windows, prefix, prefix_token)
-        return score_windows(self._loaded, self._holder, given, progress)
+        return score_windows(given, given.runtime(self._holder, self._limits), progress)
 
     def compare_windows(
         self,
@@ -206,31 +188,35 @@ class NanoSession(LoadedSession):
     def finish(self) -> None:
         self._holder.drop()
         self._method = Method()
+        self._limits = self._prompt_tokens = None
 
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
 
-    def _serving(self, prompt_tokens: int, new_tokens: int, *, captures: bool = True) -> Runtime:
-        """The runtime of one request at a time; its pool holds the longest one so far, and one token more."""
-        self._longest = max(self._longest, prompt_tokens + new_tokens + 1)
+    def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
+        """The runtime of the point, or of one request at a time: its pool holds the longest so far, and one token more.
+
+        Raises
+        ------
+        CaseInvalid
+            For several requests of a case that is no design point.
+        """
+        if self._limits is not None:
+            runtime = self._holder.get(self._limits, None, captures=captures)
+            self._holder.state(runtime, self.effective)
+            self.effective |= {
+                "sliding_window": runtime.limits.sliding_window,
+                "attention_sinks": runtime.limits.attention_sinks,
+                "prefill_first": runtime.limits.prefill_first,
+            }
+            return runtime
+        if len(requests) != 1:
+            raise CaseInvalid(
+                f"engine nano serves {len(requests)} requests together in a design point alone, whose batch sizes its pool; "
+                "use the design-space suite"
+            )
+        self._longest = max(self._longest, len(requests[0].prompt) + requests[0].new_tokens + 1)
         runtime = self._holder.get(self._holder.limits(self._longest), self._method.policy, captures=captures)
         self._holder.state(runtime, self.effective)
         return runtime
-
-
-def _exactly(new_tokens: int) -> SamplingParameters:
-    return SamplingParameters(max_new_tokens=new_tokens, ignore_eos=True)
-
-
-def _output(request: Request) -> list[int]:
-    """Output of a request that was served to its end.
-
-    Raises
-    ------
-    RuntimeError
-        If it was not, with the reason.
-    """
-    if request.status is not Status.FINISHED:
-        raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
-    return request.output

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.engines.capabilities import ScoresThroughCache, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores, paired_ratio, perplexity
@@ -25,6 +26,10 @@ def score_through_cache(work: CasePasses, session: Session) -> None:
         work.record.inert["corpus"] = "random weights: nothing is scored, and prompts are random tokens"
         for name in names:
             work.put(name, None, reason="random weights")
+        return
+    if not isinstance(session, ScoresThroughCache):
+        for name in names:
+            work.put(name, None, reason=lacking(session, ScoresThroughCache))
         return
     workload = work.case.workload
     protocol, max_tokens = str(workload["protocol"]), int(workload["max_tokens"])

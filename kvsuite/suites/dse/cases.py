@@ -61,7 +61,7 @@ def design_space(options: Options) -> DesignSpace:
         If they ask for two of these, or for a space that cannot be.
     """
     own = options.of(DseOptions)
-    formats = {"quantizations": selected_formats(options), "default": default_formats(options)}
+    parse = functools.partial(parse_space, quantizations=selected_formats(options), default=default_formats(options))
     single = {axis.name: value for axis in AXES if (value := getattr(own, axis.name)) is not None}
     typed = [f"--kv-{name.replace('_', '-')}" for name in single if name in options.given]
     spaces = [name for name, asked in (("--kv-space", "space" in options.given), ("--kv-dse", own.dse)) if asked]
@@ -73,11 +73,11 @@ def design_space(options: Options) -> DesignSpace:
     if len(spaces) > 1 and own.space.strip() != "full":
         raise UserError(f"--kv-space={own.space} and --kv-dse: the latter is --kv-space=full; give one of them")
     if own.dse:
-        space = parse_space("full", **formats, option="--kv-dse")
+        space = parse("full", option="--kv-dse")
     elif single and not spaces:
-        space = parse_space(";".join(f"{name}={value}" for name, value in single.items()), **formats, option="kvsuite")
+        space = parse(";".join(f"{name}={value}" for name, value in single.items()), option="kvsuite")
     else:
-        space = parse_space(own.space, **formats)
+        space = parse(own.space)
     unknown = [point for entry in space.entries if (point := entry.point.quantization) not in QUANTIZATIONS]
     if unknown:
         raise UserError(f"--kv-space={own.space}: unknown weight format {unknown[0]}; use {', '.join(QUANTIZATIONS)}")

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.case import Case
-from kvsuite.engines.engine import MemoryPass, Session
-from kvsuite.engines.serving import Reach, Served, Serving
+from kvsuite.engines.engine import Session
+from kvsuite.engines.results import MemoryPass, Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.measure.single_request import judge_spread, put_memory, put_timing
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
+from kvsuite.options.common import CommonOptions
 from kvsuite.quantization.registry import NONE, quantization
 
 from .cases import DSE, Verdict, judge, point_of
@@ -49,20 +50,19 @@ def measure_point(work: CasePasses) -> None:
     verdict = judged(case)
     _require(verdict.broken)
     record.warnings += verdict.flags
-    serving = session.serving(case)
-    reach = serving.reach(dict(case.params), dict(case.workload))
+    reach = session.reach(case)
     record.inert |= reach.inert
-    _skip_a_second_run(work, serving, reach, judged)
+    _skip_a_second_run(work, session, reach, judged)
     length, new_tokens = int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
-    prompts = _prompts(work, session, length)
+    requests = _requests(work, session, length, new_tokens)
     work.phase = "quality"
-    score_streams(work, session, serving)
+    score_streams(work, session)
     work.name_case()
     work.put_weight_format(session)
     work.phase = "memory"
-    _memory(work, session, serving, serving.memory_pass(prompts.pop(), new_tokens))
+    _memory(work, session, session.memory(requests.pop()))
     work.phase = "decode"
-    _speed(work, session, serving, prompts)
+    _speed(work, session, requests)
     work.take_over(session)
 
 
@@ -71,14 +71,14 @@ def _require(broken: Sequence[str]) -> None:
         raise CaseInvalid("; ".join(broken))
 
 
-def _skip_a_second_run(work: CasePasses, serving: Serving, reach: Reach, judged: Callable[[Case], Verdict]) -> None:
+def _skip_a_second_run(work: CasePasses, session: Session, reach: Reach, judged: Callable[[Case], Verdict]) -> None:
     """Of points that reach the runtime as the same settings the first of the space is measured, in whatever order they run."""
     for other in work.runner.planned:
         if other == work.case:
             return
         if _but_for_the_point(other) != _but_for_the_point(work.case) or judged(other).broken:
             continue
-        if serving.reach(dict(other.params), dict(other.workload)).settings == reach.settings:
+        if session.reach(other).settings == reach.settings:
             raise CaseSkipped(f"axis inert, same as {other.id}")
 
 
@@ -88,67 +88,70 @@ def _but_for_the_point(case: Case) -> Case | None:
     return replace(case, name="", params={}, workload=workload) if case.suite == DSE else None
 
 
-def _prompts(work: CasePasses, session: Session, length: int) -> list[list[list[int]]]:
-    """Prompts of every warm-up and round, and of the memory pass: as many as are served together, no two alike."""
-    options, batch = work.runner.options, int(work.case.workload["batch"])
+def _requests(work: CasePasses, session: Session, length: int, new_tokens: int) -> list[list[ServeRequest]]:
+    """Requests of every warm-up and round, and of the memory pass: as many as are served together, no two alike."""
+    options, batch = work.runner.options.of(CommonOptions), int(work.case.workload["batch"])
     # random tokens: no text is long enough for many different prompts of a large context
-    found = work.runner.texts.prompts(
+    prompts = work.runner.texts.prompts(
         session, {"prompt_tokens": length}, count=(options.num_warmup + options.rounds + 1) * batch, seed=options.seed
     )
+    found = [ServeRequest(prompt, new_tokens) for prompt in prompts]
     return [found[at : at + batch] for at in range(0, len(found), batch)]
 
 
-def _memory(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> None:
+def _memory(work: CasePasses, session: Session, found: MemoryPass) -> None:
     workload = work.case.workload
     shape = int(workload["prompt_tokens"]), int(workload["max_new_tokens"]), int(workload["batch"])
-    planned = serving.planned_kv_bytes(*shape)
+    planned = session.planned_kv_bytes(*shape)
     put_memory(work, found, planned)
     weights = session.model["weights_bytes"]
     work.put("mem_weights_bytes", weights, reason="the engine fetches the weights itself")
-    if reason := serving.floor_unknown():
+    if reason := session.floor_unknown():
         work.put("tpot_floor_s", None, reason=reason)
     else:
-        read = session.model["step_weight_bytes"] + serving.step_kv_bytes(*shape)
+        read = session.model["step_weight_bytes"] + session.step_kv_bytes(*shape)
         work.put("tpot_floor_s", read / session.bandwidth, bandwidth_bytes_s=session.bandwidth, bytes=read)
-    work.record.memory["predicted"] = {"kv_bytes": planned} | _predicted(work, session, serving, found)
+    work.record.memory["predicted"] = {"kv_bytes": planned} | _predicted(work, session, found)
 
 
-def _predicted(work: CasePasses, session: Session, serving: Serving, found: MemoryPass) -> dict[str, int | None]:
+def _predicted(work: CasePasses, session: Session, found: MemoryPass) -> dict[str, int | None]:
     """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
-    case, folder = work.case, work.runner.options.cache_dir
+    case, folder = work.case, work.runner.options.of(CommonOptions).cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
-        memory = serving.predictor(architecture).predict(point_of(case))
+        predictor = session.memory_model(architecture)
+        memory = None if predictor is None else predictor.predict(point_of(case))
     except UserError as error:
         work.record.warnings.append(f"memory is predicted from the loaded model: {error}")
+        memory = None
+    if memory is None:
         weights = (session.model.get("quantization") or {}).get("predicted_weight_bytes")
         return {"weights_bytes": weights} | found.predicted
-    parts = {name: memory.part(part) for part, name in serving.memory_parts.items()}
+    parts = {name: memory.part(part) for part, name in session.memory_parts.items()}
     parts |= {"total_bytes": memory.total, "needed_bytes": memory.needed}
     work.record.warnings += [f"memory is predicted in part only: {reason}" for reason in memory.reasons]
     return {name: None if size is None else int(size) for name, size in parts.items()}
 
 
-def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[list[list[int]]]) -> None:
+def _speed(work: CasePasses, session: Session, requests: list[list[ServeRequest]]) -> None:
     """Warm-ups and timed rounds: each serves prompts of its own."""
-    options, workload = work.runner.options, work.case.workload
+    options, workload = work.runner.options.of(CommonOptions), work.case.workload
     new_tokens, batch, caches = int(workload["max_new_tokens"]), int(workload["batch"]), workload["prefix_caching"]
-    clock = serving.clock(work.runner.clock(session.device))
-    warmups, prompts = prompts[: options.num_warmup], prompts[options.num_warmup :]
+    clock = session.clock(work.runner.clock(session.device))
+    warmups, waiting = requests[: options.num_warmup], iter(requests[options.num_warmup :])
     # the memory pass was the first
     for index, warmup in enumerate(warmups[1:]):
         work.progress("warm-up", index + 2, options.num_warmup)
-        serving.serve(warmup, new_tokens, clock)
-    waiting = iter(prompts)
+        session.serve(warmup, clock)
     rounds: list[RoundTimes] = []
     served: list[Served] = []
     again: list[Served] = []
 
     def one_round() -> None:
         own = next(waiting)
-        served.append(_served(serving, own, new_tokens, clock))
+        served.append(_served(session, own, clock))
         if caches:
-            again.append(_served(serving, own, new_tokens, clock))
+            again.append(_served(session, own, clock))
         rounds.append(RoundTimes(served[-1].times, clock.name))
         work.progress("timed rounds", len(rounds), options.rounds)
 
@@ -159,7 +162,7 @@ def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[l
     counts = served[0].counts
     work.put("prefill_steps", counts.get("prefill_steps"), reason="the engine does not count them")
     work.put("decode_batch", counts["largest_batch"])
-    _engine_view(work, serving, served)
+    _engine_view(work, session, served)
     prompt = int(workload["prompt_tokens"]) * batch
     computed = sum(times.prefill_computed for times in served[0].times)
     work.record.tokens |= {
@@ -179,22 +182,24 @@ def _speed(work: CasePasses, session: Session, serving: Serving, prompts: list[l
         work.record.samples["approx_chars"] = [sum(len(decode(output)) for output in one.outputs) for one in served]
 
 
-def _engine_view(work: CasePasses, serving: Serving, served: Sequence[Served]) -> None:
+def _engine_view(work: CasePasses, session: Session, served: Sequence[Served]) -> None:
     """What a server says itself of the timed rounds: its times beside ours, its counters by its own names."""
     times = [{} if one.engine is None else one.engine.times for one in served]
     for name in ("engine_ttft_s", "engine_tpot_s"):
         found = [each[name] for each in times if name in each]
         if len(found) == len(served):
             work.put(name, found, clock="engine")
-    if counters := serving.engine_metrics(served):
+    if counters := session.engine_metrics(served):
         work.record.samples["engine_metrics"] = counters
 
 
-def _served(serving: Serving, prompts: Sequence[Sequence[int]], new_tokens: int, clock: Clock) -> Served:
-    found = serving.serve(prompts, new_tokens, clock)
-    for times in found.times:
-        if times.generated != new_tokens:
-            raise CaseInvalid(f"generated {times.generated} tokens instead of {new_tokens}: no timing is comparable")
+def _served(session: Session, requests: Sequence[ServeRequest], clock: Clock) -> Served:
+    found = session.serve(requests, clock)
+    for times, request in zip(found.times, requests, strict=True):
+        if times.generated != request.new_tokens:
+            raise CaseInvalid(
+                f"generated {times.generated} tokens instead of {request.new_tokens}: no timing is comparable"
+            )
     return found
 
 

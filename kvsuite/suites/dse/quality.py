@@ -6,8 +6,8 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.engines.capabilities import ScoresWindows, lacking
 from kvsuite.engines.engine import Session
-from kvsuite.engines.serving import Serving
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import perplexity
 from kvsuite.workloads.windows import plan_windows
@@ -19,7 +19,7 @@ PROTOCOL = "stream"
 _METRICS = ("perplexity", "perplexity_se", "nll_sum", "nll_tokens", "next_token_acc")
 
 
-def score_streams(work: CasePasses, session: Session, serving: Serving) -> None:
+def score_streams(work: CasePasses, session: Session) -> None:
     """Score the case's texts in streams as long as its context.
 
     A text is cut into streams that share nothing, so all points of a run score the same text; of a stream of `context` tokens
@@ -30,8 +30,8 @@ def score_streams(work: CasePasses, session: Session, serving: Serving) -> None:
     CaseInvalid
         If a loss is not finite.
     """
-    reason = "random weights" if session.model.get("is_dummy") else serving.cannot_score
-    if reason:
+    reason = "random weights" if session.model.get("is_dummy") else lacking(session, ScoresWindows)
+    if reason or not isinstance(session, ScoresWindows):
         for name in _METRICS:
             work.put(name, None, reason=reason)
         return
@@ -45,7 +45,7 @@ def score_streams(work: CasePasses, session: Session, serving: Serving) -> None:
     for index, tokens in enumerate(texts.tokens):
         windows = plan_windows("disjoint", len(tokens), context, context)
         report = functools.partial(_report, work, f"scoring text {index + 1}/{len(texts.tokens)}")
-        scores = serving.score(tokens, windows, report)
+        scores = session.score_windows(tokens, windows, prefix="none", prefix_token=None, progress=report).tokens
         table["text"] += [index] * len(scores.nll)
         table["position"] += scores.positions
         table["token"] += scores.targets

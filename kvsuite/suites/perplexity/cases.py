@@ -12,7 +12,7 @@ from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, quantization, require_known, selected_formats
 from kvsuite.workloads.corpus import NAMES
-from kvsuite.workloads.windows import plan_windows
+from kvsuite.workloads.windows import STRIDED, plan_windows
 
 from .options import PerplexityOptions
 
@@ -68,7 +68,7 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
             "eval_tokens": common.eval_tokens,
             "max_length": own.max_length,
             # the others step from window to window by its length
-            "stride": own.stride if protocol == "hf-strided" else own.max_length,
+            "stride": own.stride if protocol in STRIDED else own.max_length,
             "bos": own.bos,
             "prompt_tokens": common.prompt_tokens,
             "max_new_tokens": common.max_new_tokens,

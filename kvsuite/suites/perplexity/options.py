@@ -40,8 +40,9 @@ class PerplexityOptions(OptionGroup, frozen=True, kw_only=True):
         original="drop",
     )]
     ppl_protocol: Annotated[tuple[str, ...], Option(
-        list_of(choice("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")), "hf-strided",
-        "Windows of the perplexity suite, comma separated: hf-strided, disjoint, lm-eval-rolling, llama.cpp-half.",
+        list_of(choice("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")), "hf-strided",
+        "Windows of the perplexity suite, comma separated: hf-strided (the original program's), hf-docs "
+        "(the Hugging Face documentation's), disjoint, lm-eval-rolling, llama.cpp-half.",
     )]
     max_length: Annotated[int, Option(
         whole_number(3), "512",
@@ -50,7 +51,7 @@ class PerplexityOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     stride: Annotated[int, Option(
         whole_number(1), "256",
-        "Step from window to window of hf-strided, at most --kv-max-length.",
+        "Step from window to window of hf-strided and hf-docs, at most --kv-max-length.",
         original="512",
     )]
     bos: Annotated[str, Option(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvsuite.workloads.windows import STRIDED, protocol_title
+
 from .rows import quantization_tag
 
 CsvRow = Mapping[str, Any]
@@ -130,8 +132,10 @@ def _short(value: object) -> str:
 
 def _title(dataset: str, rows: Sequence[CsvRow]) -> tuple[str, ...]:
     row = rows[-1]
-    protocol = row["protocol"] or "hf-strided, original program and formula"
-    step = f"/{row['stride']}" if "strided" in protocol else ""
+    # a row without a protocol is the original program's own, with its formula
+    protocol = row["protocol"] or "hf-strided"
+    name = protocol_title(protocol) + ("" if row["protocol"] else ", its own formula")
+    step = f"/{row['stride']}" if protocol in STRIDED else ""
     names = list(dict.fromkeys(str(each["dataset"]) for each in rows))
     facts = (
         "" if dataset in names else " and ".join(names),
@@ -140,7 +144,7 @@ def _title(dataset: str, rows: Sequence[CsvRow]) -> tuple[str, ...]:
         f"prefix rule {row['bos']}" if row["bos"] else "",
         f"text {row['text_sha256'][:8]}" if row["text_sha256"] else "",
     )
-    return str(row["hf_model"]), f"{protocol}, {row['max_length']}{step}", ", ".join(filter(None, facts))
+    return str(row["hf_model"]), f"{name}, {row['max_length']}{step}", ", ".join(filter(None, facts))
 
 
 def _wrapped(lines: Sequence[str]) -> str:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
 from kvsuite.meters.quality import paired_ratio, perplexity
 from kvsuite.workloads.windowed import WindowedTexts, WindowRule
-from kvsuite.workloads.windows import original_perplexity
+from kvsuite.workloads.windows import original_perplexity, target_weights
 
 if TYPE_CHECKING:
     from kvsuite.measure.case_passes import CasePasses
@@ -47,6 +48,9 @@ class WindowQuality:
 
     def __init__(self, work: CasePasses, session: Session) -> None:
         self.work, self.session, self.case = work, session, work.case
+        if not isinstance(session, ScoresWindows):
+            raise CaseInvalid(f"no perplexity: {lacking(session, ScoresWindows)}")
+        self._scorer: ScoresWindows = session
         workload = self.case.workload
         rule = WindowRule(
             protocol=str(workload["protocol"]),
@@ -63,6 +67,7 @@ class WindowQuality:
         self.texts: WindowedTexts = work.runner.texts.windowed(session, workload, rule)
         work.record.dataset = self.texts.facts
         work.dataset_revision = self.texts.revision
+        self._weights = [target_weights(rule.protocol, text.windows) for text in self.texts.texts]
         self._refuse_a_second_result(rule)
 
     def score(self, *, timed: bool) -> None:
@@ -71,17 +76,17 @@ class WindowQuality:
         if timed and self.case.device_kind == "cuda":
             # kernels are compiled and chosen in the first forward; a first window of one token has none
             first = next(window for window in texts.texts[0].windows if window.targets)
-            self.session.score_windows(texts.texts[0].tokens, [first], **self._prefix)
+            self._scorer.score_windows(texts.texts[0].tokens, [first], **self._prefix)
         begin = time.perf_counter()
         scores = []
         for index, text in enumerate(texts.texts):
             report = functools.partial(self._report, f"scoring text {index + 1}/{len(texts.texts)}")
-            scores.append(self.session.score_windows(text.tokens, text.windows, **self._prefix, progress=report))
+            scores.append(self._scorer.score_windows(text.tokens, text.windows, **self._prefix, progress=report))
         score_s = time.perf_counter() - begin
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
         self._require_finite(nll)
-        pooled = perplexity(nll)
+        pooled = perplexity(nll, self._all_weights)
         facts = {
             "protocol": workload["protocol"],
             "max_length": workload["max_length"],
@@ -101,21 +106,22 @@ class WindowQuality:
         if timed:
             clock = {"clock": "perf_counter, until the losses are on the host"}
             work.put("score_s", score_s, **clock)
-            work.put("score_tok_s", pooled.n / score_s, **clock)
+            work.put("score_tok_s", len(nll) / score_s, **clock)
         work.record.tokens |= {
             "text": sum(len(text.tokens) for text in texts.texts),
-            "scored": pooled.n,
+            "scored": len(nll),
             "scored_forward": sum(score.forward_tokens for score in scores),
         }
         self.session.effective["scoring"] = scores[0].effective
         work.record.samples["texts"] = [
             {
                 "index": i,
-                "nll_sum": math.fsum(s.tokens.nll),
-                "tokens": len(s.tokens.nll),
+                "nll_sum": one.nll_sum,
+                "tokens": one.n,
                 "correct": sum(s.tokens.correct),
             }
-            for i, s in enumerate(scores)
+            for i, (s, weights) in enumerate(zip(scores, self._weights, strict=True))
+            for one in [perplexity(s.tokens.nll, weights)]
         ]
         work.measured.tokens = {
             "text": [index for index, score in enumerate(scores) for _ in score.tokens.nll],
@@ -131,6 +137,10 @@ class WindowQuality:
         if reference["quantization"] == self.case.quantization:
             self._without_divergence("this is the reference")
             return
+        session = self.session
+        if not isinstance(session, ComparesWindows):
+            self._without_divergence(str(lacking(session, ComparesWindows)))
+            return
         case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
         try:
             beside = work.runner.sessions.beside(case, threads=self.session.effective.get("threads"))
@@ -139,7 +149,7 @@ class WindowQuality:
             return
         try:
             found = [
-                self.session.compare_windows(
+                session.compare_windows(
                     beside, text.tokens, text.windows, **self._prefix,
                     progress=functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}"),
                 )
@@ -148,6 +158,11 @@ class WindowQuality:
         finally:
             beside.close()
         self._divergence(_joined(found), reference["quantization"] or "none", case.dtype)
+
+    @property
+    def _all_weights(self) -> list[float] | None:
+        lists = [weights for weights in self._weights if weights is not None]
+        return [weight for weights in lists for weight in weights] if lists else None
 
     @property
     def _prefix(self) -> dict[str, Any]:
@@ -177,9 +192,11 @@ class WindowQuality:
         put("kld_max", summary.kld_max)
         for name in ("same_top1", "rms_delta_p", "mean_delta_p"):
             put(name, getattr(summary, name))
-        theirs, pair = perplexity(tokens.nll_reference), paired_ratio(tokens.nll, tokens.nll_reference)
+        weights = self._all_weights
+        ours, theirs = perplexity(tokens.nll, weights), perplexity(tokens.nll_reference, weights)
+        pair = paired_ratio(tokens.nll, tokens.nll_reference, weights)
         put("perplexity_reference", theirs.value)
-        put("delta_perplexity", perplexity(tokens.nll).value - theirs.value)
+        put("delta_perplexity", ours.value - theirs.value)
         put("ppl_ratio_reference", pair.ratio)
         put("ppl_ratio_reference_se", pair.standard_error, reason="one token only")
 

@@ -15,6 +15,7 @@ from kvsuite.reporting.table_parts import (
     scaled,
     tpot_spread,
 )
+from kvsuite.workloads.windows import protocol_title
 
 _QUALITY: tuple[Column, ...] = (("PPL", 10, "perplexity"), ("PPL±", 8, "perplexity_se"), ("Acc", 8, "accuracy"))
 _DISTANCE: tuple[Column, ...] = (("PPL/ref", 15, "ppl_ratio_reference"), ("KLD", 9, "kld"), ("Top1", 8, "same_top1"))
@@ -88,8 +89,9 @@ def _settings(labelled: Mapping[str, Row]) -> list[str]:
         if row["status"] != "ok":
             continue
         workload, dataset = row["case"]["workload"], row["dataset"]
+        protocol = protocol_title(workload["protocol"])
         lines.append(
-            f"{dataset['name']}: {workload['protocol']}, window {workload['max_length']}, step {workload['stride']}, prefix "
+            f"{dataset['name']}: {protocol}, window {workload['max_length']}, step {workload['stride']}, prefix "
             f"rule {dataset['bos']}, {row['tokens']['scored']:,} of {row['tokens']['text']:,} tokens scored, text "
             f"{dataset['text_hash'].removeprefix('sha256:')[:8]}"
         )

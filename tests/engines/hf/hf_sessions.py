@@ -9,6 +9,7 @@ import torch
 from shared_weights import share
 
 from kvsuite.case import Case
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.session import HfSession
 from kvsuite.meters.clock import Clock
 
@@ -31,7 +32,7 @@ def streaming(total: int, *, sinks: int = 4, **common: Any) -> Case:
 @functools.cache
 def session() -> HfSession:
     """Weights are widened tenfold: with the usual ones attention is flat, and nothing that a cache does would show."""
-    built = HfSession(case(), threads=1)
+    built = HfSession(case(), EngineSettings(threads=1))
     with torch.no_grad():
         for name, weight in built.decoder.model.named_parameters():
             if "norm" not in name and "embed" not in name:

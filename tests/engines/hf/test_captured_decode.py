@@ -8,7 +8,10 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("captured steps need a CUDA device", allow_module_level=True)
 
+from requests_served import timed, tokens_of  # noqa: E402
+
 from kvsuite.engines.registry import SessionPool  # noqa: E402
+from kvsuite.engines.results import ServeRequest  # noqa: E402
 from kvsuite.meters.clock import clock_for  # noqa: E402
 from kvsuite.options.resolve import default_options  # noqa: E402
 from kvsuite.suites.compression.cases import compression_cases  # noqa: E402
@@ -48,11 +51,11 @@ def test_captured_steps_give_the_tokens_of_eager_steps(case, sessions):
     if case.policy and case.policy.startswith("kvpress:"):
         pytest.importorskip("kvpress")
     session.prepare(case)
-    session.warm([(7 * i + 3) % 500 for i in range(PROMPT)], NEW)
-    session.capture([(7 * i + 3) % 500 for i in range(PROMPT)], NEW)
+    tokens_of(session, [(7 * i + 3) % 500 for i in range(PROMPT)], NEW)
+    session.capture([ServeRequest([(7 * i + 3) % 500 for i in range(PROMPT)], NEW)])
     assert session.effective["decode_step"] == "cuda_graph"
     for shift in range(3):
         prompt = [(11 * i + shift) % 500 for i in range(PROMPT)]
-        times = session.generate(prompt, NEW, clock_for(session.device))
+        times, output = timed(session, prompt, NEW, clock_for(session.device))
         assert times.generated == NEW
-        assert session.last_tokens == session.generate_tokens(prompt, NEW)
+        assert output == tokens_of(session, prompt, NEW)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hf_sessions import LAYERS, TOKEN_BYTES, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
+from requests_served import memory_of
 from synthetic_session import ScriptedClock
 
 from kvsuite.engines.hf.cache_store import RingStore
@@ -22,7 +23,7 @@ PROMPT = random_tokens(64)
 def test_defect_03_what_the_memory_pass_counts(line: Line, skip: list[int]) -> None:
     on = session()
     on.prepare(case(policy=line.policy, policy_params=line.parameters | {"skip_layers": skip}))
-    found = on.memory_pass(PROMPT, 8)
+    found = memory_of(on, PROMPT, 8)
     plans = on._flow.plan(64, 7)
     assert plans is not None
     compressed, full = plans
@@ -43,7 +44,7 @@ def test_defect_03_what_the_memory_pass_counts(line: Line, skip: list[int]) -> N
 def test_the_full_cache_in_the_memory_pass() -> None:
     on = session()
     on.prepare(case())
-    found = on.memory_pass(PROMPT, 8)
+    found = memory_of(on, PROMPT, 8)
     assert found.lengths_decode == [71] * LAYERS
     assert found.kv_bytes_decode == 71 * TOKEN_BYTES == on.full_kv_bytes(71) == on.planned_kv_bytes(64, 8)
     assert found.compress_s is found.evict_s is None
@@ -58,7 +59,7 @@ def test_a_cache_that_keeps_more_than_its_tokens_is_a_warning(monkeypatch: pytes
     on = session()
     on.prepare(streaming(16))
     monkeypatch.setattr(RingStore, "headroom", lambda self, slots: 0)
-    found = on.memory_pass(PROMPT, 8)
+    found = memory_of(on, PROMPT, 8)
     assert len(found.warnings) == 1
     assert "something is kept alive" in found.warnings[0]
 
@@ -68,7 +69,7 @@ def test_a_press_is_measured_by_what_it_left(asked: float) -> None:
     pytest.importorskip("kvpress")
     on = session()
     on.prepare(case(policy="kvpress:Knorm", policy_params={"keep_ratio": asked}))
-    found = on.memory_pass(PROMPT, 8)
+    found = memory_of(on, PROMPT, 8)
     kept = int(64 * asked)
     assert found.lengths_prefill == [kept] * LAYERS
     assert found.lengths_decode == [kept + 7] * LAYERS
@@ -88,7 +89,7 @@ def test_a_press_that_did_nothing_is_invalid(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         CaseInvalid, match=r"kvpress:Knorm was asked to remove 0\.500 of the prompt's cache and removed 0\.000"
     ):
-        on.memory_pass(PROMPT, 8)
+        memory_of(on, PROMPT, 8)
 
 
 def test_intervals_add_up() -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from hf_sessions import LAYERS, TOKEN_BYTES, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
+from requests_served import timed, times_of, tokens_of
 from transformers import MistralConfig, MistralForCausalLM
 
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.cache import EvictionCache
 from kvsuite.engines.hf.engine import HfEngine
 from kvsuite.engines.hf.session import HfSession
@@ -63,21 +65,21 @@ def test_greedy_output_is_that_of_transformers() -> None:
     on = session()
     for of in (case(), streaming(10**6), streaming(10**6, positions="cache")):
         on.prepare(of)
-        assert on.generate_tokens(PROMPT, 24) == greedy(PROMPT, 24)
+        assert tokens_of(on, PROMPT, 24) == greedy(PROMPT, 24)
     on.prepare(streaming(8))
-    assert on.generate_tokens(PROMPT, 24) != greedy(PROMPT, 24)
+    assert tokens_of(on, PROMPT, 24) != greedy(PROMPT, 24)
 
 
 @EVERY_LINE
 def test_cases_do_not_reach_one_another(line: Line) -> None:
     on = session()
     on.prepare(case_of(line))
-    first = on.generate_tokens(PROMPT, 16)
+    first = tokens_of(on, PROMPT, 16)
     for other in (streaming(8, positions="cache", skip_layers=[1]), case()):
         on.prepare(other)
-        on.generate_tokens(random_tokens(30, seed=5), 8)
+        tokens_of(on, random_tokens(30, seed=5), 8)
     on.prepare(case_of(line))
-    assert on.generate_tokens(PROMPT, 16) == first
+    assert tokens_of(on, PROMPT, 16) == first
 
 
 def test_defect_06_ttft_holds_the_whole_prefill() -> None:
@@ -85,7 +87,7 @@ def test_defect_06_ttft_holds_the_whole_prefill() -> None:
     on.prepare(streaming(16))
     with fed_tokens(on) as fed:
         clock = CountingClock(lambda: sum(fed))
-        times = on.generate(PROMPT, 8, clock)
+        times = times_of(on, PROMPT, 8, clock)
     # prefill, first token, seven more; the first two stamps stand after all of the prompt
     assert clock.starts == 1
     assert clock.at_start == 0
@@ -100,9 +102,9 @@ def test_defect_06_a_long_prompt_has_a_longer_ttft_than_one_token() -> None:
     on.prepare(case())
     long, clock = random_tokens(1500), PerfCounterClock()
     for prompt in (long, long[:1]):
-        on.generate(prompt, 1, clock)
-    prefill = min(on.generate(long, 1, clock).ttft_s for _ in range(3))
-    first_step = min(on.generate(long[:1], 1, clock).ttft_s for _ in range(3))
+        times_of(on, prompt, 1, clock)
+    prefill = min(times_of(on, long, 1, clock).ttft_s for _ in range(3))
+    first_step = min(times_of(on, long[:1], 1, clock).ttft_s for _ in range(3))
     assert prefill > 2 * first_step
 
 
@@ -111,18 +113,18 @@ def test_defect_06_as_many_tokens_as_asked(new_tokens: int) -> None:
     on = session()
     on.prepare(case())
     with fed_tokens(on) as fed:
-        times = on.generate(PROMPT, new_tokens, CountingClock())
+        times, output = timed(on, PROMPT, new_tokens, CountingClock())
     assert times.generated == new_tokens
     assert len(fed) == new_tokens
-    assert len(on.last_tokens) == new_tokens
-    assert len(on.generate_tokens(PROMPT, new_tokens)) == new_tokens
+    assert len(output) == new_tokens
+    assert len(tokens_of(on, PROMPT, new_tokens)) == new_tokens
 
 
 def test_defect_05_warm_up_runs_the_timed_shape() -> None:
     on = session()
     on.prepare(streaming(16))
     with fed_tokens(on) as fed:
-        on.warm(PROMPT, 8)
+        tokens_of(on, PROMPT, 8)
     assert fed == [64] + [1] * 7
 
 
@@ -135,11 +137,11 @@ def test_timed_rounds_reuse_their_buffers() -> None:
         assert isinstance(cache, EvictionCache)
         return [t.data_ptr() for layer in cache.layers for t in layer.store.tensors()]
 
-    on.generate(PROMPT, 8, CountingClock())
+    times_of(on, PROMPT, 8, CountingClock())
     at = buffers()
     assert len(at) == 2 * LAYERS
     for seed in (1, 2):
-        on.generate(random_tokens(64, seed=seed), 8, CountingClock())
+        times_of(on, random_tokens(64, seed=seed), 8, CountingClock())
     assert buffers() == at
 
 
@@ -147,13 +149,13 @@ def test_the_last_output_is_that_of_an_untimed_run() -> None:
     on = session()
     for of in (case(), streaming(16), streaming(16, positions="cache")):
         on.prepare(of)
-        on.generate(PROMPT, 12, CountingClock())
-        assert on.last_tokens == on.generate_tokens(PROMPT, 12)
+        _, output = timed(on, PROMPT, 12, CountingClock())
+        assert output == tokens_of(on, PROMPT, 12)
 
 
 def test_defect_15_the_dtype_is_said() -> None:
     for asked, found in (("float32", "float32"), ("bfloat16", "bfloat16"), ("checkpoint", "float32")):
-        on = HfSession(case(dtype=asked), threads=1)
+        on = HfSession(case(dtype=asked), EngineSettings(threads=1))
         on.prepare(case(dtype=asked))
         assert on.dtype_name == on.effective["dtype"] == found
         assert on.decoder.model.dtype == getattr(torch, found)
@@ -185,7 +187,7 @@ def test_what_a_method_was_asked_to_remove() -> None:
 
 
 def test_a_graph_on_a_cpu_is_invalid() -> None:
-    on = HfSession(case(), threads=1, decode_step="graph")
+    on = HfSession(case(), EngineSettings(threads=1, decode_step="graph"))
     with pytest.raises(CaseInvalid, match="--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager"):
         on.prepare(case())
 
@@ -210,10 +212,10 @@ def test_a_model_with_its_own_window_is_invalid(tmp_path: Path) -> None:
     MistralForCausalLM(config).save_pretrained(tmp_path)
     of = case(model=str(tmp_path))
     with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
-        HfSession(of, threads=1).prepare(of)
+        HfSession(of, EngineSettings(threads=1)).prepare(of)
     config.sliding_window = None
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    HfSession(of, threads=1).prepare(of)
+    HfSession(of, EngineSettings(threads=1)).prepare(of)
 
 
 def test_devices_that_are_not_here() -> None:
@@ -248,7 +250,7 @@ def test_a_closed_session_gives_its_weights_back() -> None:
     on = pool.get(case())
     assert isinstance(on, HfSession)
     on.prepare(streaming(8))
-    on.generate(PROMPT, 4, CountingClock())
+    times_of(on, PROMPT, 4, CountingClock())
     weights = weakref.ref(on.decoder.model.lm_head.weight)
     del on
     pool.close()
@@ -257,7 +259,7 @@ def test_a_closed_session_gives_its_weights_back() -> None:
 
 
 def test_decode_reads_all_weights_but_an_untied_embedding() -> None:
-    on = HfSession(case(), threads=1)
+    on = HfSession(case(), EngineSettings(threads=1))
     model = on.decoder.model
     total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert on.model["step_weight_bytes"] == step_weight_bytes(model) == total - 512 * 64 * 4
@@ -266,12 +268,12 @@ def test_decode_reads_all_weights_but_an_untied_embedding() -> None:
 
 
 def test_copy_and_ring_generate_the_same() -> None:
-    copying = HfSession(case(), threads=1, implementation="copy")
+    copying = HfSession(case(), EngineSettings(threads=1, implementation="copy"))
     copying.decoder.model.load_state_dict(session().decoder.model.state_dict())
     for line in MATRIX:
         tokens = []
         for on in (session(), copying):
             on.prepare(case_of(line))
-            tokens.append(on.generate_tokens(PROMPT, 24))
+            tokens.append(tokens_of(on, PROMPT, 24))
         assert tokens[0] == tokens[1], line.id
         assert (session().effective["implementation"], copying.effective["implementation"]) == ("ring", "copy")

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from hf_sessions import VOCAB, case, random_tokens, session, streaming
+from requests_served import memory_of
 from transformers import DynamicCache
 
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.scoring import PROTOCOLS
 from kvsuite.engines.hf.session import HfSession
 from kvsuite.errors import CaseInvalid
@@ -146,7 +148,7 @@ def test_two_thousand_tokens_are_1999_predictions() -> None:
 
 
 def test_a_uniform_model_scores_the_logarithm_of_its_vocabulary() -> None:
-    on = HfSession(case(), threads=1)
+    on = HfSession(case(), EngineSettings(threads=1))
     on.decoder.model.lm_head.weight.data.zero_()
     for of in (case(), streaming(8), streaming(8, positions="cache")):
         on.prepare(of)
@@ -206,7 +208,7 @@ class TestPresses:
         pytest.importorskip("kvpress")
         on = session()
         on.prepare(case(policy=f"kvpress:{press}", policy_params={"keep_ratio": 0.25}))
-        found = on.memory_pass(self.TEXT[: self.PREFIX], 5)
+        found = memory_of(on, self.TEXT[: self.PREFIX], 5)
         assert found.lengths_prefill == [25] * 4
         assert found.lengths_decode == [29] * 4
         assert found.kv_bytes_prefill == on.full_kv_bytes(25)
@@ -236,6 +238,6 @@ def test_a_model_that_kvpress_does_not_know_is_skipped() -> None:
 def neox_session() -> HfSession:
     from tiny_decoders import decoder
 
-    built = HfSession(case(), threads=1)
+    built = HfSession(case(), EngineSettings(threads=1))
     built._loaded.model = decoder("neox").model
     return built

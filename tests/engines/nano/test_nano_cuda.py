@@ -15,10 +15,12 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 pytest.importorskip("flashinfer")
 
+from requests_served import memory_of, tokens_of  # noqa: E402
 from synthetic_session import ENVIRONMENT  # noqa: E402
 from tiny_checkpoint import TEXT, byte_tokenizer  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from kvsuite.engines.engine import EngineSettings  # noqa: E402
 from kvsuite.engines.nano.session import NanoSession  # noqa: E402
 from kvsuite.engines.registry import SessionPool  # noqa: E402
 from kvsuite.measure.runner import CaseRunner  # noqa: E402
@@ -134,14 +136,14 @@ def test_runtimes_in_turn_leave_no_memory_behind(checkpoint: Path) -> None:
         method="streaming_llm", recent_sizes="28", start_size="4",
     )  # fmt: skip
     cases = cases_of("compression", options)
-    session = NanoSession(cases[0])
+    session = NanoSession(cases[0], EngineSettings())
     levels = []
     for turn in range(4):
         for case in cases:
             session.prepare(case)
             prompt = list(range(3, 60 + 20 * turn))
-            assert len(session.generate_tokens(prompt, 8)) == 8
-            session.memory_pass(prompt, 8)
+            assert len(tokens_of(session, prompt, 8)) == 8
+            memory_of(session, prompt, 8)
             assert session.effective["decode_step"] == "cuda_graph"
             session.finish()
         torch.cuda.synchronize()

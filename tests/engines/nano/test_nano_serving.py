@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,21 +13,23 @@ from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.case import Case
-from kvsuite.engines.nano.serving import NanoServing, point_limits
+from kvsuite.engines.nano.point import point_limits
+from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.registry import SessionPool
+from kvsuite.engines.results import Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.nano import NanoMemory, pool_blocks
 from kvsuite.meters.clock import PerfCounterClock
-from kvsuite.meters.quality import perplexity
+from kvsuite.meters.quality import TokenScores, perplexity
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.dse.cases import dse_cases
-from kvsuite.workloads.windows import plan_windows
+from kvsuite.workloads.windows import Window, plan_windows
 
 # two layers with two key heads of 16 in float32
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 PLAIN = {"context": 48, "prefill_chunk": 16, "batch": 1, "window": -1, "sink": 0}
-Serve = Callable[..., NanoServing]
+Serve = Callable[..., NanoSession]
 
 
 def case_of(model: str, *, engine: str = "nano", **options: str) -> Case:
@@ -58,15 +60,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 def serve(sessions: SessionPool, checkpoint: str) -> Serve:
     """A prepared point of the tiny model."""
 
-    def prepared(*, caching: bool = False, **axes: int) -> NanoServing:
+    def prepared(*, caching: bool = False, **axes: int) -> NanoSession:
         case = case_of(checkpoint, space=space(**axes), prefix_caching=str(caching).lower(), max_new_tokens="6")
         session = sessions.get(case)
         session.prepare(case)
-        found = session.serving(case)
-        assert isinstance(found, NanoServing)
-        return found
+        assert isinstance(session, NanoSession)
+        return session
 
     return prepared
+
+
+def requests(prompts: list[list[int]], new_tokens: int) -> list[ServeRequest]:
+    return [ServeRequest(prompt, new_tokens) for prompt in prompts]
+
+
+def served(session: NanoSession, prompts: list[list[int]], new_tokens: int) -> Served:
+    return session.serve(requests(prompts, new_tokens), PerfCounterClock())
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -85,7 +94,7 @@ def test_what_is_served_counted_and_stored(axes: dict[str, int], length: int, se
     point, new_tokens = PLAIN | axes, 6
     batch = point["batch"]
     serving = serve(**axes)
-    found = serving.serve(prompts(batch, length), new_tokens, PerfCounterClock())
+    found = served(serving, prompts(batch, length), new_tokens)
     assert [len(output) for output in found.outputs] == [new_tokens] * batch
     for times in found.times:
         assert (times.prompt_tokens, times.prefill_computed, times.generated) == (length, length, new_tokens)
@@ -100,10 +109,10 @@ def test_what_is_served_counted_and_stored(axes: dict[str, int], length: int, se
         assert found.counts["prefill_steps"] == math.ceil(batch * length / max(point["prefill_chunk"], batch))
         assert found.counts["decode_steps"] == new_tokens - 1
         assert len({times.chunks[-1][0] for times in found.times}) == 1
-    memory = serving.memory_pass(prompts(batch, length), new_tokens)
+    memory = serving.memory(requests(prompts(batch, length), new_tokens))
     assert memory.kv_bytes_decode == serving.planned_kv_bytes(length, new_tokens, batch)
     assert memory.kv_bytes_decode <= memory.reported["kv_block_bytes"] < memory.kv_bytes_allocated
-    assert memory.kv_bytes_allocated == (serving.limits.num_blocks + 1) * 16 * TOKEN_BYTES
+    assert memory.kv_bytes_allocated == (serving.effective["num_blocks"] + 1) * 16 * TOKEN_BYTES
     if point["window"] < 0:
         assert memory.kv_bytes_decode == batch * (length + new_tokens - 1) * TOKEN_BYTES
         assert memory.kv_bytes_prefill == batch * length * TOKEN_BYTES
@@ -117,24 +126,24 @@ def test_what_is_served_counted_and_stored(axes: dict[str, int], length: int, se
 
 
 def test_together_as_alone(serve: Serve) -> None:
-    alone = [serve().serve([prompt], 6, PerfCounterClock()).outputs[0] for prompt in prompts(4, 30)]
-    assert serve(batch=4, prefill_chunk=13).serve(prompts(4, 30), 6, PerfCounterClock()).outputs == alone
+    alone = [served(serve(), [prompt], 6).outputs[0] for prompt in prompts(4, 30)]
+    assert served(serve(batch=4, prefill_chunk=13), prompts(4, 30), 6).outputs == alone
     assert len({tuple(output) for output in alone}) > 1
     # a window that has to leave something out is another model
-    assert serve(batch=4, window=8).serve(prompts(4, 30), 6, PerfCounterClock()).outputs != alone
+    assert served(serve(batch=4, window=8), prompts(4, 30), 6).outputs != alone
 
 
 def test_prompts_are_found_again_where_prefixes_are_cached(serve: Serve) -> None:
     given = prompts(2, 40)
     serving = serve(batch=2, caching=True)
-    first, second = (serving.serve(given, 4, PerfCounterClock()) for _ in range(2))
+    first, second = (served(serving, given, 4) for _ in range(2))
     assert first.counts["prefix_hit_tokens"] == 0
     # whole blocks of 16, and never the last token
     assert second.counts["prefix_hit_tokens"] == 2 * 32
     assert [times.prefill_computed for times in second.times] == [8, 8]
     assert second.outputs == first.outputs
     uncached = serve(batch=2)
-    assert [uncached.serve(given, 4, PerfCounterClock()).counts["prefix_hit_tokens"] for _ in range(2)] == [0, 0]
+    assert [served(uncached, given, 4).counts["prefix_hit_tokens"] for _ in range(2)] == [0, 0]
 
 
 def test_an_engine_for_single_requests_says_so(sessions: SessionPool, checkpoint: str) -> None:
@@ -142,7 +151,10 @@ def test_an_engine_for_single_requests_says_so(sessions: SessionPool, checkpoint
     session = sessions.get(case)
     session.prepare(case)
     with pytest.raises(CaseInvalid, match=r"^engine hf serves one request at a time; use --kv-engine=nano$"):
-        session.serving(case)
+        session.reach(case)
+    # one alone is no design point, and two are none either
+    with pytest.raises(CaseInvalid, match=r"^engine hf serves one request at a time; use --kv-engine=nano$"):
+        session.serve(requests(prompts(2, 8), 4))
 
 
 # limits
@@ -180,15 +192,19 @@ def test_the_pool_is_the_memory_models(serve: Serve, checkpoint: str) -> None:
         point = PLAIN | axes
         predicted = memory.predict(DesignPoint("none", *point.values()))
         assert (
-            predicted.part("kv_cache") == serve(**axes).memory_pass(prompts(point["batch"], 20), 4).kv_bytes_allocated
+            predicted.part("kv_cache")
+            == serve(**axes).memory(requests(prompts(point["batch"], 20), 4)).kv_bytes_allocated
         )
 
 
 # what reaches the runtime
 
 
-def reach(serve: Serve, prompt_tokens: int = 24, **axes: int) -> Any:
-    return serve().reach(PLAIN | axes, {"prompt_tokens": prompt_tokens, "prefix_caching": False})
+def reach(serve: Serve, prompt_tokens: int = 24, **axes: int) -> Reach:
+    """Of a point, asked of a session that is prepared for another one."""
+    workload = {"protocol": "serving", "prompt_tokens": prompt_tokens, "prefix_caching": False}
+    other = Case("dse", "nano", "model", "point", "cpu", "float32", params=PLAIN | axes, workload=workload)
+    return serve().reach(other)
 
 
 def test_a_chunk_that_never_splits_a_step_is_inert(serve: Serve) -> None:
@@ -240,23 +256,28 @@ def test_points_that_reach_the_runtime_alike_are_one_measurement(
     for axes in (one, other):
         serving = serve(**axes)
         batch = (PLAIN | axes)["batch"]
-        served = serving.serve(prompts(batch, 24), 6, PerfCounterClock())
-        memory = serving.memory_pass(prompts(batch, 24), 6)
-        scores = serving.score(list(TEXT.encode()[:90]), plan_windows("disjoint", 90, 48, 48), None)
-        found.append((served.outputs, served.counts, memory.kv_bytes_allocated, memory.kv_bytes_decode, scores.nll))
+        together = served(serving, prompts(batch, 24), 6)
+        memory = serving.memory(requests(prompts(batch, 24), 6))
+        scores = streams(serving, list(TEXT.encode()[:90]), plan_windows("disjoint", 90, 48, 48))
+        found.append((together.outputs, together.counts, memory.kv_bytes_allocated, memory.kv_bytes_decode, scores.nll))
     assert found[0] == found[1]
 
 
 # quality
 
 
-def test_streams_are_scored_as_windows_are(serve: Serve, sessions: SessionPool) -> None:
+def streams(session: NanoSession, tokens: list[int], windows: list[Window]) -> TokenScores:
+    return session.score_windows(tokens, windows, prefix="none", prefix_token=None).tokens
+
+
+def test_streams_are_scored_as_windows_are(serve: Serve, checkpoint: str) -> None:
     tokens = list(TEXT.encode()[:130])
     windows = plan_windows("disjoint", 130, 48, 48)
     for axes in ({}, {"batch": 3, "prefill_chunk": 11}):
-        scores = serve(**axes).score(tokens, windows, None)
-        assert sessions.current is not None
-        plain = sessions.current.score_windows(tokens, windows, prefix="none", prefix_token=None).tokens
+        on = serve(**axes)
+        scores = streams(on, tokens, windows)
+        on.prepare(replace(case_of(checkpoint, space=space()), workload={"prompt_tokens": 8}, params={}))
+        plain = streams(on, tokens, windows)
         assert (scores.positions, scores.targets) == (plain.positions, plain.targets)
         assert scores.nll == pytest.approx(plain.nll, abs=1e-5)
 
@@ -265,14 +286,14 @@ def test_a_window_and_its_sinks_change_what_lies_behind_them_only(serve: Serve) 
     tokens = list(TEXT.encode()[:48])
     windows = plan_windows("disjoint", 48, 48, 48)
     full, slid, sunk = (
-        serve(**axes).score(tokens, windows, None).nll for axes in ({}, {"window": 8}, {"window": 8, "sink": 1})
+        streams(serve(**axes), tokens, windows).nll for axes in ({}, {"window": 8}, {"window": 8, "sink": 1})
     )
     assert slid[:8] == pytest.approx(full[:8], abs=1e-5)
     assert sunk[:9] == pytest.approx(full[:9], abs=1e-5)
     assert max(abs(a - b) for a, b in zip(slid[8:], full[8:], strict=True)) > 1e-3
     assert max(abs(a - b) for a, b in zip(slid[9:], sunk[9:], strict=True)) > 1e-3
     # chunks and company change nothing
-    again = serve(window=8, sink=1, prefill_chunk=5, batch=2).score(tokens, windows, None).nll
+    again = streams(serve(window=8, sink=1, prefill_chunk=5, batch=2), tokens, windows).nll
     assert again == pytest.approx(sunk, abs=1e-5)
 
 
@@ -288,7 +309,7 @@ def test_sinks_save_the_perplexity_of_a_long_stream() -> None:
         session = pool.get(case)
         session.prepare(case)
         tokens = session.tokenizer(load_corpus("default", num_texts=1).texts[0])["input_ids"][:256]
-        scores = session.serving(case).score(tokens, plan_windows("disjoint", 256, 256, 256), None)
+        scores = streams(session, tokens, plan_windows("disjoint", 256, 256, 256))
         found[name] = perplexity(scores.nll).value
     pool.close()
     # 15.9, 82.3 and 21.1 where this was written

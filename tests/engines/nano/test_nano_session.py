@@ -12,13 +12,16 @@ import pytest
 import torch
 from hf_sessions import LAYERS, TOKEN_BYTES, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
+from requests_served import memory_of, timed, times_of, tokens_of
 from transformers import MistralConfig, MistralForCausalLM
 
 from kvsuite.case import Case
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.scoring import PROTOCOLS
 from kvsuite.engines.nano.engine import NanoEngine
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.registry import SessionPool, get_engine
+from kvsuite.engines.results import ServeRequest
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.workloads.windows import plan_windows
 
@@ -35,7 +38,7 @@ def nano(of: Case) -> Case:
 @functools.cache
 def served() -> NanoSession:
     """The same weights as `hf_sessions.session`."""
-    built = NanoSession(nano(case()), threads=1)
+    built = NanoSession(nano(case()), EngineSettings(threads=1))
     with torch.no_grad():
         for name, weight in built._loaded.model.named_parameters():
             if "norm" not in name and "embed" not in name:
@@ -59,13 +62,13 @@ def lines(line: Line, **common: Any) -> Case:
 def test_policies_give_the_tokens_of_hf(line: Line, positions: str) -> None:
     for skip in ([], [0, 2]):
         hf, on = both(lines(line, positions=positions, skip_layers=skip))
-        assert on.generate_tokens(PROMPT, 24) == hf.generate_tokens(PROMPT, 24)
+        assert tokens_of(on, PROMPT, 24) == tokens_of(hf, PROMPT, 24)
 
 
 def test_the_full_cache_gives_the_tokens_of_hf() -> None:
     hf, on = both(case())
     for prompt in (PROMPT, PROMPT[:1], random_tokens(200, seed=2)):
-        assert on.generate_tokens(prompt, 16) == hf.generate_tokens(prompt, 16)
+        assert tokens_of(on, prompt, 16) == tokens_of(hf, prompt, 16)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -158,7 +161,7 @@ def test_the_divergence_from_a_reference_is_that_of_hf(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("skip", [[], [0, 1]], ids=["all", "skip01"])
 def test_the_memory_pass_counts_what_hf_counts(line: Line, skip: list[int]) -> None:
     hf, on = both(lines(line, skip_layers=skip))
-    found, wanted = on.memory_pass(PROMPT, 8), hf.memory_pass(PROMPT, 8)
+    found, wanted = memory_of(on, PROMPT, 8), memory_of(hf, PROMPT, 8)
     for name in ("lengths_prefill", "lengths_decode", "kv_bytes_prefill", "kv_bytes_decode"):
         assert getattr(found, name) == getattr(wanted, name), name
     assert found.kv_bytes_decode == on.planned_kv_bytes(64, 8) == hf.planned_kv_bytes(64, 8)
@@ -171,14 +174,13 @@ def test_the_memory_pass_counts_what_hf_counts(line: Line, skip: list[int]) -> N
 
 def test_memory_by_term() -> None:
     _, on = both(case())
-    found = on.memory_pass(PROMPT, 8)
+    found = memory_of(on, PROMPT, 8)
     assert found.lengths_decode == [71] * LAYERS
     assert found.kv_bytes_decode == 71 * TOKEN_BYTES == on.full_kv_bytes(71)
     # 73 tokens at most: five blocks of 16 and the scratch block; 71 of them fill five
     assert found.kv_bytes_allocated == 6 * 16 * TOKEN_BYTES
     assert found.predicted["pool_bytes"] == found.reported["pool_bytes"] == found.kv_bytes_allocated
     assert (found.reported["kv_blocks"], found.reported["kv_block_bytes"]) == (5, 5 * 16 * TOKEN_BYTES)
-    assert found.predicted["weights_bytes"] == on.model["weights_bytes"]
     # of 73 tokens: 3 vectors as wide as the model and 3 as wide as its MLP; logits of one row, and a float32 copy
     assert found.predicted["workspace_bytes"] == 73 * 3 * (64 + 128) * 4 + 512 * 8
     assert found.compress_s is found.evict_s is None
@@ -187,15 +189,15 @@ def test_memory_by_term() -> None:
 def test_stamps_of_a_request() -> None:
     on = served()
     on.prepare(nano(streaming(16)))
-    runtime = on._serving(64, 8)
+    runtime = on._runtime([ServeRequest(PROMPT, 8)])
     clock = CountingClock(lambda: runtime.counters.computed_prefill_tokens + runtime.counters.computed_decode_tokens)
-    times = on.generate(PROMPT, 8, clock)
+    times, output = timed(on, PROMPT, 8, clock)
     # the end of the prompt, the first token, seven more: each behind the step that made it
     assert clock.starts == 1
     assert [count - clock.at_start for count in clock.counts] == [64, *range(64, 72)]
     assert (times.prefill_end, times.ttft_s, times.e2e_s) == (1.0, 2.0, 9.0)
     assert (times.prompt_tokens, times.prefill_computed, times.generated) == (64, 64, 8)
-    assert on.last_tokens == on.generate_tokens(PROMPT, 8)
+    assert output == tokens_of(on, PROMPT, 8)
     assert on.effective["tokens"] == {
         "computed": 71,
         "logical": 72,
@@ -209,10 +211,10 @@ def test_stamps_while_tokens_are_under_way() -> None:
     """The next step is launched before the host has the token: the stamp belongs to the step that made it."""
     on = served()
     on.prepare(nano(case()))
-    runtime = on._serving(64, 8)
+    runtime = on._runtime([ServeRequest(PROMPT, 8)])
     runtime.overlap = True
     clock = CountingClock(lambda: runtime.counters.computed_prefill_tokens + runtime.counters.computed_decode_tokens)
-    times = on.generate(PROMPT, 8, clock)
+    times = times_of(on, PROMPT, 8, clock)
     assert [count - clock.at_start for count in clock.counts] == [64, *range(64, 72)]
     assert times.generated == 8
 
@@ -222,15 +224,15 @@ def test_a_long_prompt_is_fed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
     long = random_tokens(300, seed=8)
     for of in (case(), streaming(40)):
         hf, on = both(of)
-        assert on.generate_tokens(long, 8) == hf.generate_tokens(long, 8)
+        assert tokens_of(on, long, 8) == tokens_of(hf, long, 8)
         assert on.effective["max_num_batched_tokens"] == 50
-        assert on._serving(300, 8).counters.steps == 6 + 7
+        assert on._runtime([ServeRequest(long, 8)]).counters.steps == 6 + 7
 
 
 def test_what_is_in_effect() -> None:
     on = served()
     on.prepare(nano(streaming(16, skip_layers=[2])))
-    on.generate_tokens(PROMPT, 8)
+    tokens_of(on, PROMPT, 8)
     assert on.effective == {
         "device": "cpu", "dtype": "float32", "weight_format": "fp32", "threads": 1, "implementation": "paged",
         "frees_memory": True, "positions": "original", "skip_layers": [2], "attention": "paged: reference",
@@ -238,7 +240,11 @@ def test_what_is_in_effect() -> None:
         "max_num_batched_tokens": 2048, "prefix_caching": False, "layer_groups": [[0, 1, 3], [2]], "overlap": False,
     }  # fmt: skip
     assert on.inert == {}
-    assert NanoSession(nano(case()), threads=1, implementation="copy").inert["impl"].startswith("the pool of blocks")
+    assert (
+        NanoSession(nano(case()), EngineSettings(threads=1, implementation="copy"))
+        .inert["impl"]
+        .startswith("the pool of blocks")
+    )
 
 
 def test_rules_of_a_case(tmp_path: Path) -> None:
@@ -250,20 +256,20 @@ def test_rules_of_a_case(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--kv-skip-layers=.*4: the model has layers 0 to 3"):
         on.prepare(nano(streaming(16, skip_layers=[4])))
     with pytest.raises(CaseInvalid, match="--kv-decode-step=graph: CUDA graphs need a CUDA device"):
-        NanoSession(nano(case()), threads=1, decode_step="graph").prepare(nano(case()))
+        NanoSession(nano(case()), EngineSettings(threads=1, decode_step="graph")).prepare(nano(case()))
     config = MistralConfig(
         num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         vocab_size=512, sliding_window=16,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    windowed = NanoSession(nano(case(model=str(tmp_path))), threads=1)
+    windowed = NanoSession(nano(case(model=str(tmp_path))), EngineSettings(threads=1))
     with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
         windowed.prepare(nano(streaming(8)))
     with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
         windowed.prepare(nano(case(workload={"prompt_tokens": 12, "max_new_tokens": 5})))
     # one that is never reached is none
     windowed.prepare(nano(case(workload={"prompt_tokens": 12, "max_new_tokens": 4})))
-    assert len(windowed.generate_tokens(PROMPT[:12], 4)) == 4
+    assert len(tokens_of(windowed, PROMPT[:12], 4)) == 4
 
 
 def test_devices_that_are_not_here() -> None:
@@ -279,11 +285,11 @@ def test_a_session_serves_the_cases_of_one_model_and_gives_everything_back() -> 
     assert isinstance(on, NanoSession)
     assert pool.get(nano(streaming(8))) is on
     assert pool.get(case()) is not on
-    on = NanoSession(nano(case()), threads=1)
+    on = NanoSession(nano(case()), EngineSettings(threads=1))
     attention = on._loaded.text_config._attn_implementation
     on.prepare(nano(streaming(8)))
-    on.generate(PROMPT, 4, CountingClock())
-    keys = weakref.ref(on._serving(64, 4).pools[0].keys)
+    times_of(on, PROMPT, 4, CountingClock())
+    keys = weakref.ref(on._runtime([ServeRequest(PROMPT, 4)]).pools[0].keys)
     on.finish()
     assert on._loaded.text_config._attn_implementation == attention
     gc.collect()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from requests_served import tokens_of
 from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import TEXT, save_checkpoint
 
@@ -155,7 +156,7 @@ def test_smollm2_gives_the_same_tokens_and_the_same_perplexity() -> None:
                 "The river rises in the Black Forest, where two streams meet, and ends in a delta on the Black Sea. "
             )
             tokens = session.tokenizer(words * 3)["input_ids"]
-            output = session.generate_tokens(tokens[:40], 12)
+            output = tokens_of(session, tokens[:40], 12)
             found.setdefault(name, []).append((output, session.score(tokens[:50], "prefix-continuation", 40)))
             session.finish()
         pool.close()

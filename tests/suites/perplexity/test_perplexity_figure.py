@@ -46,7 +46,7 @@ def test_the_originals_figure() -> None:
     assert words(axes) == ["5.46", "15.25", "5.83"]
     assert {label.get_rotation() for label in axes.get_xticklabels()} == {30.0}
     title = axes.get_title()
-    for fact in ("meta-llama/Meta-Llama-3-8B", "2048/512", "test split", "original program and formula"):
+    for fact in ("meta-llama/Meta-Llama-3-8B", "2048/512", "test split", "strided (original program), its own formula"):
         assert fact in title.replace("\n", " ")
     assert whiskers(axes) == []
     assert "no standard error" in caption(figure)
@@ -76,7 +76,7 @@ def test_models_and_protocols_have_panels_of_their_own_with_one_scale() -> None:
     axes = build_figures(rows)["wikitext2"].axes
     titles = [each.get_title().replace("\n", " ") for each in axes]
     assert [list(bars(each).values()) for each in axes] == [[20.0], [40.0], [10.0], [9.0]]
-    assert "smollm2 hf-strided, 2048/512 test split, 4,999 scored tokens" in titles[0]
+    assert "smollm2 strided (original program), 2048/512 test split, 4,999 scored tokens" in titles[0]
     assert "disjoint, 2048 test" in titles[1]
     assert titles[2].startswith("other ")
     assert len({each.get_ylim() for each in axes}) == 1

@@ -17,7 +17,7 @@ from kvsuite.suites.perplexity.cases import perplexity_cases
 from kvsuite.suites.registry import cases_of, require_measurable
 
 MLC = "HF://mlc-ai/Llama-3-8B-Instruct-q0f16-MLC"
-PROTOCOLS = ("hf-strided", "disjoint", "lm-eval-rolling", "llama.cpp-half")
+PROTOCOLS = ("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")
 
 
 def cases(**options: str) -> list[Case]:
@@ -64,7 +64,7 @@ def test_every_id_can_be_selected_and_written() -> None:
         max_length="512",
         stride="512",
     )
-    assert len(found) == len(set(found)) == 5 * len(QUANTIZATIONS) * 4
+    assert len(found) == len(set(found)) == 5 * len(QUANTIZATIONS) * len(PROTOCOLS)
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", one) for one in found)
 
 
@@ -155,14 +155,15 @@ def test_a_rule_that_the_protocol_cannot_have_is_refused() -> None:
 def test_sizes(max_length: int, stride: int, protocols: list[str]) -> None:
     options = {"max_length": str(max_length), "stride": str(stride), "ppl_protocol": ",".join(protocols)}
     impossible = max_length < 3 or stride < 1
-    # only one protocol has a stride of its own to be wrong
-    if impossible or (stride > max_length and "hf-strided" in protocols):
+    # only two protocols have a stride of their own to be wrong
+    strided = {"hf-strided", "hf-docs"}
+    if impossible or (stride > max_length and strided & set(protocols)):
         message = refusal(**options)
         assert message.startswith("--kv-max-length=" if max_length < 3 else f"--kv-stride={stride}: ")
         return
     found = cases(**options, quantization="none,fake_q3")
     assert [(case.workload["protocol"], case.workload["stride"]) for case in found] == [
-        (protocol, stride if protocol == "hf-strided" else max_length) for protocol in protocols for _ in range(2)
+        (protocol, stride if protocol in strided else max_length) for protocol in protocols for _ in range(2)
     ]
     assert {case.workload["max_length"] for case in found} == {max_length}
 

@@ -41,6 +41,12 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     return perplexity_table(rows).rpartition("=\n")[2].split("\n")[1:-1]
 
 
+def test_a_protocol_is_named_by_whose_rule_it_is(scored: Rows) -> None:
+    table = perplexity_table([scored("one"), scored("two", "hf-docs")])
+    assert "text.txt: strided (original program), window 512, step 256" in table
+    assert "text.txt: strided (Hugging Face documentation), window 512, step 256" in table
+
+
 def test_a_note_names_the_column_that_lacks_its_value(scored: Rows) -> None:
     one = scored("one", metrics={"perplexity_se": "one token only"})
     assert notes([one, scored("two")]) == ["PPL±: one token only (one)"]

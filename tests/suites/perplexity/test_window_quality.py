@@ -59,6 +59,24 @@ def test_the_originals_formula_is_beside_it(tmp_path: Path) -> None:
     assert value(measured, "ppl_original_formula") != pytest.approx(value(measured, "perplexity"), rel=1e-6)
 
 
+def test_the_documentations_perplexity_has_its_weights(tmp_path: Path) -> None:
+    # by hand: 40 tokens at 16/6 begin at 0, 6, ..., 24 and have 16, 6, 6, 6, 6 labels, of which the first one scores 15
+    options = {"ppl_protocol": "hf-docs", "max_length": "16", "stride": "6"}
+    measured = Bench(tmp_path, WindowSession(lambda position: position / 10), text=TEXT[:40], options=options).run()
+    windows = [range(1, 16), range(16, 22), range(22, 28), range(28, 34), range(34, 40)]
+    counts = (15, 5, 5, 5, 5)
+    total = sum(statistics.fmean(window) / 10 * count for window, count in zip(windows, counts, strict=True))
+    assert value(measured, "nll_tokens") == 35
+    assert value(measured, "nll_sum") == pytest.approx(total, rel=1e-12)
+    assert value(measured, "perplexity") == pytest.approx(math.exp(total / 35), rel=1e-12)
+    (text,) = measured.record.samples["texts"]
+    assert (text["nll_sum"], text["tokens"]) == (pytest.approx(total, rel=1e-12), 35)
+    # tokens that were scored, whatever they weigh
+    assert measured.record.tokens["scored"] == 39
+    assert value(measured, "score_tok_s") == pytest.approx(39 / value(measured, "score_s"))
+    assert "ppl_original_formula" not in measured.record.metrics
+
+
 @pytest.mark.parametrize(
     "options",
     [{"bos": "bos_first"}, {"ppl_protocol": "lm-eval-rolling"}, {"ppl_protocol": "llama.cpp-half", "bos": "bos_over_first"}],

@@ -12,7 +12,7 @@ from synthetic_session import ENVIRONMENT, OnePool, Script, SyntheticSession
 from tiny_checkpoint import TEXT, byte_tokenizer
 
 from kvsuite.case import Case
-from kvsuite.engines.window_scoring import WindowScores
+from kvsuite.engines.results import WindowScores
 from kvsuite.errors import CaseSkipped
 from kvsuite.measure.case_passes import Measured
 from kvsuite.measure.runner import CaseRunner

@@ -1,0 +1,104 @@
+"""What some engines can do and others cannot: a session has a capability if it has its members.
+
+A suite asks with `lacking` before it uses one; what is missing is a reason in the record, never another method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from kvsuite.meters.quality import TokenScores
+from kvsuite.workloads.windows import Window
+
+from .results import TokenProgress, WindowProgress, WindowScores
+
+if TYPE_CHECKING:
+    from kvsuite.meters.divergence import TokenDivergence
+
+    from .engine import Session
+
+
+@runtime_checkable
+class AppliesPolicy(Protocol):
+    """Applies a cache policy or a press: `Session.prepare` takes cases that name one."""
+
+    @property
+    def ratio_requested(self) -> float | None:
+        """Fraction removed that the prepared case asks for, ``None`` where it asks for sizes."""
+        ...
+
+
+@runtime_checkable
+class ScoresThroughCache(Protocol):
+    """Gives teacher-forced losses of a text through the cache as the prepared case treats it."""
+
+    def score(
+        self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
+    ) -> TokenScores:
+        """Losses of ``tokens`` by ``protocol`` (docs/protocols.md), of which the first ``prefix`` are its prompt."""
+        ...
+
+    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
+        """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+        ...
+
+
+@runtime_checkable
+class ScoresWindows(Protocol):
+    """Gives teacher-forced losses of token windows, each a stream of its own."""
+
+    def score_windows(
+        self,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> WindowScores:
+        """Losses of the targets of ``windows`` (`kvsuite.workloads.windows`).
+
+        Of a prepared design point the limits hold: a token sees what the sliding window and the sinks leave.
+        """
+        ...
+
+
+@runtime_checkable
+class ComparesWindows(Protocol):
+    """Compares two loaded models position by position: that takes the logits of both."""
+
+    def compare_windows(
+        self,
+        reference: Session,
+        tokens: Sequence[int],
+        windows: Sequence[Window],
+        *,
+        prefix: str,
+        prefix_token: int | None,
+        progress: WindowProgress | None = None,
+    ) -> TokenDivergence:
+        """Losses of this session and of ``reference``, another one of this engine, and their divergence, by position.
+
+        Raises
+        ------
+        UserError
+            If the two do not share a vocabulary.
+        """
+        ...
+
+
+#: in words, for reasons
+_NAMES: dict[type, str] = {
+    AppliesPolicy: "applies no cache policies",
+    ScoresThroughCache: "returns no losses of a text through its cache",
+    ScoresWindows: "returns no losses of a given text",
+    ComparesWindows: "returns no logits to compare",
+}
+
+
+def lacking(session: Session, capability: type) -> str | None:
+    """Why ``session`` does not have ``capability``, one of the protocols here; ``None`` if it has it."""
+    if isinstance(session, capability):
+        return None
+    return session.lacks.get(capability) or f"this engine {_NAMES.get(capability, f'lacks {capability.__name__}')}"
