@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import MESSAGE_LIMIT, visible
 
 OURS = "kvsuite"
 
@@ -61,4 +62,4 @@ def warn(line: str) -> None:
     """Tell of an entry point that is left out: on stderr, since what reads options has no other place to write to yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        print(f"kvsuite: warning: {line}", file=sys.stderr)
+        print(visible(f"kvsuite: warning: {line}", MESSAGE_LIMIT), file=sys.stderr)

@@ -10,6 +10,7 @@ from sweep_rows import case
 from kvsuite.distribution.cost import SPEEDS, Work, seconds, work_of
 from kvsuite.distribution.shards import assign
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 from kvsuite.options.resolve import default_options
 from kvsuite.options.shard import Shard
 from kvsuite.suites.compression.cases import compression_cases
@@ -40,7 +41,7 @@ def test_any_text_is_a_shard_or_a_message(text: str) -> None:
         assert 1 <= shard.index <= shard.of
         assert Shard.parse(str(shard)) == shard
         return
-    assert message.startswith(f"--kv-shard={text}: ")
+    assert message.startswith(f"--kv-shard={visible(text)}: ")
 
 
 @given(st.integers(-3, 40), st.integers(-3, 40))
