@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import MESSAGE_LIMIT, visible
@@ -15,7 +18,8 @@ from kvsuite.foreign_text import MESSAGE_LIMIT, visible
 OURS = "kvsuite"
 
 
-def find(group: str) -> dict[str, EntryPoint]:
+@cache
+def find(group: str) -> Mapping[str, EntryPoint]:
     """Entry points of a group by name: kvsuite's first, then those of other packages, both in alphabetical order.
 
     Of two of one name the first stays, and the other is told of (`warn`).
@@ -27,7 +31,7 @@ def find(group: str) -> dict[str, EntryPoint]:
         taken = found.setdefault(entry.name, entry)
         if taken is not entry:
             warn(f"{described(entry)}: the name {entry.name} is taken by {package(taken)} ({taken.value}); rename it")
-    return found
+    return MappingProxyType(found)
 
 
 def load(entry: EntryPoint) -> object:

@@ -63,7 +63,6 @@ def _requirements() -> Iterator[Finding]:
             "torch",
             "transformers",
             "numpy",
-            "pandas",
             "scipy",
             "matplotlib",
             "jsonschema",

@@ -13,6 +13,9 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Part, Predictor
 from kvsuite.meters.clock import Clock
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.option import OptionGroup
+from kvsuite.options.resolve import Options, default_options
 
 from .results import MemoryPass, Reach, Served, ServeRequest
 
@@ -40,6 +43,18 @@ class EngineSettings:
     decode_step: str = "auto"
     implementation: str = "ring"
     cache_dir: Path | None = None
+
+    @classmethod
+    def of(cls, options: Options) -> EngineSettings:
+        """Those of a run."""
+        common = options.of(CommonOptions)
+        return cls(
+            seed=common.seed,
+            threads=common.threads,
+            decode_step=common.decode_step,
+            implementation=common.impl,
+            cache_dir=None if common.cache_dir is None else Path(common.cache_dir).expanduser(),
+        )
 
 
 class Session(ABC):
@@ -205,13 +220,34 @@ class Session(ABC):
 
 
 class Engine(ABC):
-    """One runtime, by name."""
+    """One runtime, by the name of its entry point in the group ``kvsuite.engines``.
+
+    Its module is imported when a case, or a plan, asks for the engine; what needs the runtime is imported inside functions,
+    so that memory is predicted without it.
+
+    Parameters
+    ----------
+    options
+        Of the run, the defaults if left out; an engine reads its own by ``self.options.of(...)``.
+    """
 
     name: ClassVar[str]
+    #: its own options, which come in by the entry-point group ``kvsuite.options``
+    option_group: ClassVar[type[OptionGroup] | None] = None
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = default_options() if options is None else options
 
     @abstractmethod
     def unavailable(self, device: str) -> str | None:
         """Why this engine cannot use ``device`` here, with the install line or the mend; ``None`` if it can."""
+
+    @abstractmethod
+    def version(self) -> dict[str, str]:
+        """Versions of all that computes, by name: numbers of other versions are other measurements.
+
+        Asked for every case; the runtime need not be loaded for it.
+        """
 
     @abstractmethod
     def load(self, case: Case, settings: EngineSettings) -> Session:

@@ -1,40 +1,53 @@
-"""Engines by name, and the loaded session that cases of one model share."""
+"""Engines by name, from the entry-point group ``kvsuite.engines``, and the loaded session that cases of one model share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from kvsuite.case import Case
+from kvsuite.entry_points import described, find, load
 from kvsuite.errors import CaseSkipped, UserError
+from kvsuite.options.common import ENGINES
+from kvsuite.options.resolve import Options
 
 from .engine import Engine, EngineSettings, Session
 
-ENGINES = ("hf", "nano", "mlc")
+
+def engine_names() -> tuple[str, ...]:
+    """The installed engines; none is imported."""
+    return tuple(find(ENGINES))
 
 
-def get_engine(name: str, **settings: Any) -> Engine:
-    """Build engine ``name`` with settings of its own; imports its runtime only then."""
-    if name == "hf":
-        try:
-            from .hf.engine import HfEngine
-        except ImportError as error:
-            raise CaseSkipped(f"engine hf: {error}; pip install kvsuite") from error
+def get_engine(name: str, options: Options | None = None) -> Engine:
+    """Engine ``name``, with the options of the run or the defaults; its module is imported only now.
 
-        return HfEngine()
-    if name == "nano":
-        try:
-            from .nano.engine import NanoEngine
-        except ImportError as error:
-            raise CaseSkipped(f"engine nano: {error}; pip install kvsuite") from error
+    Raises
+    ------
+    UserError
+        If there is no such engine, or what its entry point names is none: with package, object and mend.
+    """
+    return _engine_class(name)(options)
 
-        return NanoEngine()
-    if name == "mlc":
-        from .mlc.engine import MlcEngine
 
-        return MlcEngine(**settings)
-    raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(ENGINES)}")
+@cache
+def _engine_class(name: str) -> type[Engine]:
+    entries = find(ENGINES)
+    if name not in entries:
+        raise UserError(f"--kv-engine={name}: unknown engine; use auto, {', '.join(entries)}")
+    return _checked(entries[name], load(entries[name]))
+
+
+def _checked(entry: EntryPoint, found: object) -> type[Engine]:
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise UserError(f"{described(entry)}: is no subclass of kvsuite.engines.engine.Engine; name one")
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{described(entry)}: lacks {', '.join(missing)}; an engine has all members of Engine")
+    if getattr(found, "name", None) != entry.name:
+        raise UserError(f"{described(entry)}: the name of the class is another one; write name = {entry.name!r} there")
+    return found
 
 
 class SessionPool:
@@ -42,17 +55,46 @@ class SessionPool:
 
     Parameters
     ----------
-    mlc
-        Settings of engine `mlc` (`kvsuite.engines.mlc.engine.MlcEngine`).
+    options
+        Of the run: what engines are told, and what they read themselves; the defaults if left out.
     settings
-        Fields of `EngineSettings`, for `Engine.load`.
+        Fields of `EngineSettings` in the place of the options.
     """
 
-    def __init__(self, *, mlc: Mapping[str, Any] | None = None, **settings: Any) -> None:
-        self._own = {"mlc": dict(mlc or {})}
-        self._settings = EngineSettings(**settings)
+    def __init__(self, options: Options | None = None, **settings: Any) -> None:
+        self._options = options
+        common = EngineSettings() if options is None else EngineSettings.of(options)
+        self._settings = replace(common, **settings)
+        self._engines: dict[str, Engine] = {}
         self._key: tuple[Any, ...] | None = None
         self._session: Session | None = None
+
+    def engine(self, name: str) -> Engine:
+        """The engine of that name, the same for all cases.
+
+        Raises
+        ------
+        UserError
+            If there is none.
+        """
+        if name not in self._engines:
+            self._engines[name] = get_engine(name, self._options)
+        return self._engines[name]
+
+    def versions(self, name: str) -> dict[str, str]:
+        """`Engine.version`, with the error in the place of what an engine fails to tell: a record comes out all the same.
+
+        Raises
+        ------
+        UserError
+            If there is no such engine.
+        """
+        try:
+            return self.engine(name).version()
+        except UserError:
+            raise
+        except Exception as error:  # the engine may be somebody else's
+            return {"unknown": f"{type(error).__name__}: {error}"}
 
     def get(self, case: Case) -> Session:
         """Session for ``case``, loaded if need be.
@@ -76,7 +118,7 @@ class SessionPool:
         CaseSkipped
             If the engine cannot use the device here.
         """
-        engine = get_engine(case.engine, **self._own.get(case.engine, {}))
+        engine = self.engine(case.engine)
         reason = engine.unavailable(case.device)
         if reason:
             raise CaseSkipped(reason)

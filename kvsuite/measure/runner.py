@@ -167,6 +167,7 @@ class CaseRunner:
 
     def _settings(self, case: Case, record: Record) -> str:
         options = self.options.of(CommonOptions)
+        versions = self.sessions.versions(case.engine)
         return digest(
             {
                 "rounds": options.rounds,
@@ -174,7 +175,7 @@ class CaseRunner:
                 "seed": options.seed,
                 "metrics": {name: self.registry[name].version for name in sorted(record.metrics)},
                 "source": source_hash(),
-                "fingerprint": fingerprint(self.environment, engine=case.engine),
+                "fingerprint": fingerprint(self.environment, engine=case.engine, versions=versions),
             }
         )
 

@@ -111,7 +111,7 @@ class MlcMemory:
     def compile_report(self, point: DesignPoint) -> CompileReport:
         """What the compiler would say of the library of a point."""
         chosen = mlc_format(point.quantization)
-        doubled, _, _ = temporary_bytes(self.architecture, chosen, point.prefill_chunk_size)
+        doubled = temporary_bytes(self.architecture, chosen, point.prefill_chunk_size, point.max_batch_size).total
         size = 4 if "f32" in chosen.name else 2
         return CompileReport(
             self._weights(chosen).bytes,
@@ -191,17 +191,34 @@ class MlcMemory:
         hidden = model.head_dim * model.query_heads
         states = None if chunk is None else 4 * chunk + 4 * batch + 2 * hidden * (2 * chunk + batch)
         logits = 20 * batch + 16.125 * batch * model.vocabulary
-        size, basis, reason = temporary_bytes(model, chosen, point.prefill_chunk_size)
-        formula = "2 max, fitted: c chunk"
-        if self.library_bytes is not None:
-            size, basis, reason, formula = 2 * self.library_bytes, "exact", None, "2 max, of the compiled library"
         return [
             self._by_json_chunk(
                 "temporary", "hidden states", states, ("max_batch_size",), "4 P + 4 B + 2 D Hq (2 P + B)"
             ),
             _exact("temporary", "logits and sampling", logits, ("max_batch_size",), "20 B + 16.125 B V"),
-            Term("temporary", "functions of the library", size, basis, ("prefill_chunk_size",), formula, reason),
+            *self._library(point, chosen),
         ]  # fmt: skip
+
+    def _library(self, point: DesignPoint, chosen: WeightFormat) -> list[Term]:
+        name, settings = "functions of the library", ("prefill_chunk_size",)
+        if self.library_bytes is not None:
+            formula = "2 max, of the compiled library"
+            return [Term("temporary", name, 2 * self.library_bytes, "exact", settings, formula, None)]
+        found = temporary_bytes(self.architecture, chosen, point.prefill_chunk_size, point.max_batch_size)
+        formula = "2 max, fitted: (a i + b h) chunk"
+        terms = [Term("temporary", name, found.by_chunk, found.basis, settings, formula, found.reason)]
+        if found.by_batch:
+            terms.append(
+                Term(
+                    "temporary",
+                    "last states in the library",
+                    found.by_batch,
+                    found.basis,
+                    ("max_batch_size",),
+                    "2 max, fitted: h B",
+                )
+            )
+        return terms
 
     def _by_json_chunk(self, part: Part, name: str, size: float | None, also: tuple[str, ...], formula: str) -> Term:
         reason = None

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,14 @@ def machine(environment: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def fingerprint(environment: dict[str, Any], *, engine: str) -> str:
-    """Hash of `machine` and of the engine's version."""
-    version = environment["packages"]["transformers"] if engine == "hf" else __version__
-    return digest(machine(environment) | {"engine": [engine, version]})
+def fingerprint(environment: dict[str, Any], *, engine: str, versions: Mapping[str, str]) -> str:
+    """Hash of `machine`, and of the engine with the versions of all that computes in it (`Engine.version`)."""
+    return digest(machine(environment) | {"engine": [engine, dict(versions)]})
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of those of ``packages`` that are installed here; none is imported."""
+    return {name: version for name in packages if (version := _version(name)) is not None}
 
 
 def _nvml_facts(device: Any) -> dict[str, Any]:

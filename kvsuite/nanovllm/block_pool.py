@@ -58,10 +58,6 @@ class BlockPool:
         """How many tables hold the block."""
         return self._references[block]
 
-    def is_published(self, block: int) -> bool:
-        """Whether the block can be found by its tokens."""
-        return block in self._digest
-
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` free blocks; each is referred to once.
 

@@ -4,13 +4,22 @@
 
 from typing import Annotated, Any
 
+from kvsuite.entry_points import find
 from kvsuite.errors import UserError
 
 from .dtypes import parse_dtype
 from .option import Option, OptionGroup, all_or_number, auto_or, choice, device, list_of, switch, text, whole_number
 
+#: the entry-point group of engines: their names are known without importing them
+ENGINES = "kvsuite.engines"
 # the original's way to name a weight format
 _SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
+
+
+def _engine(typed: str) -> str:
+    if typed != "auto" and typed not in find(ENGINES):
+        raise ValueError(f"use auto, {', '.join(find(ENGINES))}")
+    return typed
 
 
 class CommonOptions(OptionGroup, frozen=True, kw_only=True):
@@ -55,7 +64,7 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         is_flag=True,
     )]
     engine: Annotated[str, Option(
-        choice("auto", "hf", "nano", "mlc"), "auto",
+        _engine, "auto",
         "Runtime under test: hf (transformers), nano (the paged runtime of kvsuite, on cpu and cuda) or mlc "
         "(MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is hf, and in the design-space suite "
         "nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed.",

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvsuite.case import Case, canonical_json
-from kvsuite.engines.mlc.options import MlcOptions
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
@@ -31,27 +29,14 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     from kvsuite.metrics.registry import MetricRegistry
 
     options = config.stash[OPTIONS]
-    common, mlc = options.of(CommonOptions), options.of(MlcOptions)
     registry = MetricRegistry(())
     for metrics in config.hook.pytest_kvsuite_metrics(config=config):
         for metric in metrics:
             registry.add(metric)
-    environment = host_facts() | {"gpu": gpu_facts(resolve_device(common.device))}
+    environment = host_facts() | {"gpu": gpu_facts(resolve_device(options.of(CommonOptions).device))}
     config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
     _require_json(environment, "pytest_kvsuite_update_env")
-    sessions = SessionPool(
-        seed=common.seed,
-        threads=common.threads,
-        decode_step=common.decode_step,
-        implementation=common.impl,
-        cache_dir=None if common.cache_dir is None else Path(common.cache_dir).expanduser(),
-        mlc={
-            "python": mlc.mlc_python,
-            "model_lib": mlc.model_lib,
-            "timeout_s": mlc.mlc_timeout,
-            "compile_timeout_s": mlc.mlc_compile_timeout,
-        },
-    )
+    sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
         options, registry, environment, sessions, planned=config.stash.get(PLANNED, ()),
         watch=partial(tell_box, config),

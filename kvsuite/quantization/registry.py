@@ -25,8 +25,6 @@ class Quantization:
     ----------
     name
         What ``--kv-quantization`` takes.
-    description
-        What it does, in a few words.
     quality_only
         Whether its memory and speed mean nothing, because the weights stay dense.
     compute_dtype
@@ -34,28 +32,19 @@ class Quantization:
     """
 
     name: str
-    description: str
     quality_only: bool = False
     compute_dtype: str | None = None
-
-
-def _group(name: str) -> Quantization:
-    spec = GROUP_FORMATS[name]
-    layout = "input x output" if spec.transposed else "output x input"
-    ends = "" if spec.ends else ", embeddings and final layer left alone"
-    text = f"MLC group format: {spec.bits} bits, groups of {spec.group}, {layout}{ends}"
-    return Quantization(name, text, compute_dtype=spec.dtype)
 
 
 QUANTIZATIONS: dict[str, Quantization] = {
     item.name: item
     for item in (
-        Quantization(NONE, "weights as loaded"),
-        Quantization(FAKE, "3-bit rounding in groups of 40, kept dense", quality_only=True),
-        Quantization("4bit", "bitsandbytes nf4 with double quantisation, final layer left alone"),
-        Quantization("8bit", "bitsandbytes int8, final layer left alone"),
-        *(Quantization(name, f"no quantisation, {dtype}", compute_dtype=dtype) for name, dtype in CAST_FORMATS.items()),
-        *(_group(name) for name in GROUP_FORMATS),
+        Quantization(NONE),
+        Quantization(FAKE, quality_only=True),
+        Quantization("4bit"),
+        Quantization("8bit"),
+        *(Quantization(name, compute_dtype=dtype) for name, dtype in CAST_FORMATS.items()),
+        *(Quantization(name, compute_dtype=spec.dtype) for name, spec in GROUP_FORMATS.items()),
     )
 }
 _LABELS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

@@ -52,19 +52,6 @@ def assemble_report(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, An
     return report
 
 
-def write_report(folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> Path:
-    """Validate and write ``report.json``.
-
-    Raises
-    ------
-    UserError
-        If the report is not valid, or the folder holds a ``report.json`` of another schema or another run.
-    """
-    path = folder / REPORT_FILE
-    write_atomic(path, _report_text(path, assemble_report(run, rows)))
-    return path
-
-
 def write_outputs(
     folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True, source: Path | None = None
 ) -> list[Path]:
@@ -82,7 +69,7 @@ def write_outputs(
     Raises
     ------
     UserError
-        As `write_report`.
+        If the report is not valid, or the folder holds a ``report.json`` of another schema or another run.
     """
     # valid before anything is asked of a row
     report = assemble_report(run, rows)

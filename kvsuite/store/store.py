@@ -6,13 +6,12 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite import __version__
 from kvsuite.case import digest, id_token
@@ -23,9 +22,14 @@ from .files import sync_folder, utf8, write_atomic
 from .records_file import RECORDS_FILE, code_of, session_of, whole_lines
 from .validate import validate
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 __all__ = ["RecordStore", "create_run_folder", "open_run"]
 
 _NAME_LIMIT = 80  # of each part: a file name may have 255 bytes
+#: held by the process that writes the records; free once that process is gone, however it ended
+_LOCK_FILE = ".records.lock"
 
 
 def create_run_folder(base: Path, *, method: str, model: str, started: datetime) -> Path:
@@ -100,10 +104,11 @@ def open_run(base: Path, *, method: str, model: str, started: datetime, facts: M
 class RecordStore:
     """Writer of one run's ``records.jsonl``. What ``append`` has returned from is on the disk."""
 
-    def __init__(self, folder: Path, fd: int) -> None:
+    def __init__(self, folder: Path, fd: int, lock: BaseFileLock) -> None:
         self.folder = folder
         self.path = folder / RECORDS_FILE
         self._fd: int | None = fd
+        self._lock = lock
 
     @classmethod
     def create(cls, folder: Path, run: Mapping[str, Any]) -> RecordStore:
@@ -137,8 +142,7 @@ class RecordStore:
             raise UserError(
                 f"cannot start {path} ({error.strerror}); give another folder with --kv-report-dir"
             ) from error
-        store = cls(folder, fd)
-        _lock(fd, path)
+        store = cls(folder, fd, _locked(fd, path))
         store._write(data)
         sync_folder(folder)
         return store
@@ -159,15 +163,14 @@ class RecordStore:
             raise UserError(
                 f"cannot go on with {path} ({error.strerror}); give the folder of a run that you may write to"
             ) from error
-        _lock(fd, path)
+        store = cls(folder, fd, _locked(fd, path))
         try:
             data = path.read_bytes()
             whole = whole_lines(data)
             os.ftruncate(fd, len(whole))
         except OSError as error:
-            os.close(fd)
+            store.close()
             raise UserError(f"cannot go on with {path} ({error.strerror}); make it readable and writable") from error
-        store = cls(folder, fd)
         if whole and not whole.endswith(b"\n"):
             store._write(b"\n")
         return store
@@ -269,6 +272,10 @@ class RecordStore:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+            # while it is held: whoever has it open already finds it gone and asks for a new one
+            with suppress(OSError):
+                os.unlink(self._lock.lock_file)
+            self._lock.release()
 
     def __enter__(self) -> RecordStore:
         return self
@@ -301,16 +308,16 @@ def _line(row: Mapping[str, Any], name: str) -> bytes:
         raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
 
 
-def _lock(fd: int, path: Path) -> None:
-    """Keep other writers out for as long as this process has the file open."""
-    if sys.platform == "win32":
-        return
-    import fcntl
+def _locked(fd: int, path: Path) -> BaseFileLock:
+    """Keep other writers out of ``path``, which is open as ``fd``, until the lock is released or this process is gone."""
+    from filelock import FileLock, Timeout
 
+    lock = FileLock(path.with_name(_LOCK_FILE))
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        lock.acquire(timeout=0)
+    except Timeout as error:
         os.close(fd)
         raise UserError(f"{path}: another process is writing it; wait for that run, or end it") from error
-    except OSError:
+    except (OSError, NotImplementedError):
         pass  # a file system without locks
+    return lock

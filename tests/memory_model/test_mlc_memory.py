@@ -16,6 +16,7 @@ from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.mlc import MlcMemory, default_json_chunk
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, PARTS, Part, Prediction
 from kvsuite.memory_model.published import PUBLISHED, find_published
+from kvsuite.memory_model.temporaries import temporary_bytes
 from kvsuite.suites.dse.space import named_space
 
 SAMPLE = Path(__file__).parents[1] / "data" / "mlc_dse_results_sample.csv"
@@ -137,11 +138,33 @@ def test_every_term_to_the_byte() -> None:
     }
 
 
-def test_mistrals_temporary_buffer_is_as_close_as_its_fit() -> None:
-    # 0.13 MB are what the published rows allow
-    predicted = memory("Mistral-7B", 2048).predict(point(4096, 1024, 1, quantization="q0f16"))
+@pytest.mark.parametrize("batch", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunk", [1024, 2048, 4096])
+def test_mistrals_temporary_buffer_has_a_row_of_each_sequence(chunk: int, batch: int) -> None:
+    # published: 0.2890625 MiB of each token of the chunk, and 16 KiB of each sequence, beside the engine's own buffers
+    predicted = memory("Mistral-7B", 2048).predict(point(4096, chunk, batch, quantization="q0f16"))
+    states = 4 * 2048 + 4 * batch + 2 * 4096 * (2 * 2048 + batch)
+    logits = 20 * batch + 16.125 * batch * 32768
+    library = 0.2890625 * MIB * chunk + 16 * 1024 * batch
+    assert predicted.part("temporary") == states + logits + library
     assert {term.basis for term in predicted.terms if term.part == "temporary"} == {"exact", "fitted"}
+    report = memory("Mistral-7B", 2048).compile_report(point(4096, chunk, batch, quantization="q0f16"))
+    assert report.temporary == library / 2
     assert mib(predicted, "parameters") == pytest.approx(13824.508, abs=0.0005)
+
+
+def test_published_libraries_hold_whole_rows() -> None:
+    # MiB of each token of the chunk, as fitted to the published rows, the engine's factor 2 in
+    published = {
+        ("Llama-3-8B", "float16"): 0.3046875, ("Llama-3-8B", "float32"): 0.46875,
+        ("Llama-3.2-1B", "float16"): 0.171875, ("Llama-3.2-1B", "float32"): 0.265625,
+        ("Mistral-7B", "float16"): 0.2890625,
+    }  # fmt: skip
+    for (preset, dtype), mib_per_token in published.items():
+        chosen = mlc_format({"float16": "q0f16", "float32": "q0f32"}[dtype])
+        found = temporary_bytes(architecture_of(f"dummy:{preset}"), chosen, 1024, 4)
+        assert found.by_chunk == mib_per_token * MIB * 1024
+        assert found.by_batch == (4 * 16 * 1024 if preset == "Mistral-7B" else 0)
 
 
 # what the original got wrong

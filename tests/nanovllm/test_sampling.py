@@ -36,6 +36,33 @@ def test_successive_draws_and_seeds_are_independent() -> None:
         assert abs(float(agreement) - 0.5) < 4 * 0.5 / math.sqrt(pair[0].numel())
 
 
+def test_first_tokens_of_50000_neighbouring_seeds_are_independent() -> None:
+    """The tokens have their probabilities, and neighbours agree as often as strangers; every statistic in sigmas."""
+    seeds, vocabulary, temperature = 50_000, 512, 0.5
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
+    tokens = torch.cat([
+        sample(
+            logits.expand(1000, vocabulary),
+            [SamplingParameters(temperature=temperature, seed=first + k) for k in range(1000)],
+            [0] * 1000,
+        )
+        for first in range(0, seeds, 1000)
+    ])  # fmt: skip
+    p = (logits.double() / temperature).softmax(-1)
+    # tokens that are expected less than five times are one cell
+    often = p * seeds >= 5
+    counts, expected = tokens.bincount(minlength=vocabulary).double(), p * seeds
+    rest = torch.stack([counts[~often].sum(), expected[~often].sum()])
+    observed, expected = torch.cat([counts[often], rest[:1]]), torch.cat([expected[often], rest[1:]])
+    freedom = len(observed) - 1
+    assert abs(float(((observed - expected) ** 2 / expected).sum()) - freedom) < 4 * math.sqrt(2 * freedom)
+    same = float((p**2).sum())
+    for lag in (1, 2, 3, 4, 8, 16, 256, 4096):
+        agreeing = int((tokens[lag:] == tokens[:-lag]).sum())
+        pairs = seeds - lag
+        assert abs(agreeing - pairs * same) < 4 * math.sqrt(pairs * same * (1 - same)), lag
+
+
 def test_truncation() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert set(draws(logits, 300, temperature=1.0, top_k=2)) == {0, 1}

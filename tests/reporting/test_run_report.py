@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 
 from kvsuite.errors import UserError
 from kvsuite.record import schema
-from kvsuite.reporting.report import assemble_report, write_outputs, write_report
+from kvsuite.reporting.report import assemble_report, write_outputs
 from kvsuite.store.records_file import read_records
 from kvsuite.store.validate import validate
 
@@ -81,7 +81,7 @@ def test_bad_records_are_refused_with_the_place(row, run, tmp_path, change, plac
         validate("record", bad, "row")
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="records/1"):
-        write_report(tmp_path, run, [row("baseline"), bad])
+        write_outputs(tmp_path, run, [row("baseline"), bad], figures=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -96,10 +96,10 @@ def test_report_counts_and_keeps_unknown_fields(run, rows, row):
 
 
 def test_rewrite_keeps_unknown_fields_of_the_report(tmp_path, run, rows):
-    path = write_report(tmp_path, run, rows)
+    path = write_outputs(tmp_path, run, rows, figures=False)[0]
     report = json.loads(path.read_text()) | {"note": "added by hand"}
     path.write_text(json.dumps(report))
-    write_report(tmp_path, run, rows)
+    write_outputs(tmp_path, run, rows, figures=False)
     assert json.loads(path.read_text()) == report
 
 
@@ -124,7 +124,7 @@ def test_a_foreign_report_is_never_overwritten(tmp_path, run, rows, old, message
 def test_not_finite_is_refused(tmp_path, run, rows, bad):
     rows[0]["metrics"]["tpot_s"]["value"] = bad
     with pytest.raises(UserError, match="NaN or an infinity"):
-        write_report(tmp_path, run, rows)
+        write_outputs(tmp_path, run, rows, figures=False)
     assert not list(tmp_path.iterdir())
     with_nan = json.dumps(rows[0])
     assert "NaN" in with_nan or "Infinity" in with_nan

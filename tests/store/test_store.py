@@ -16,7 +16,7 @@ from sweep_rows import environment, row, store_run
 
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA
-from kvsuite.reporting.report import write_outputs, write_report
+from kvsuite.reporting.report import write_outputs
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import read_records
 from kvsuite.store.store import RecordStore, create_run_folder
@@ -80,7 +80,7 @@ def test_round_trip(tmp_path, run, rows):
     assert [json.loads(line)["schema"] for line in lines[1:]] == [RECORD_SCHEMA] * len(rows)
     for source in (tmp_path, path):
         assert read_records(source) == (run, rows, [])
-    write_report(tmp_path, run, rows)
+    write_outputs(tmp_path, run, rows, figures=False)
     path.unlink()
     for source in (tmp_path, tmp_path / "report.json"):
         assert read_records(source) == (run, rows, [])

@@ -222,7 +222,21 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True) as other,
     ):
         assert "another process is writing it; wait for that run, or end it" in other.communicate()[1]
-    # its end, however it came, frees the file
+    RecordStore.reopen(folder).close()
+
+
+def test_a_killed_writer_frees_its_run(tmp_path: Path) -> None:
+    folder = store_run(tmp_path, [row("a")])
+    code = (
+        "import sys, time; from pathlib import Path; from kvsuite.store.store import RecordStore\n"
+        "store = RecordStore.reopen(Path(sys.argv[1])); print('open', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match="another process is writing it"):
+            RecordStore.reopen(folder)
+        writer.kill()
     RecordStore.reopen(folder).close()
 
 

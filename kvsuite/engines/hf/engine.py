@@ -1,16 +1,18 @@
-"""The `hf` engine: where it runs, and loading a session."""
+"""The `hf` engine: where it runs, its versions, and loading a session."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.engines.loading import torch_cannot_use
+from kvsuite.meters.environment import installed_versions
 
-from .session import HfSession
+if TYPE_CHECKING:
+    from .session import HfSession
 
-_TORCH_DEVICES = ("cpu", "cuda", "mps")
+_DEVICES = ("cpu", "cuda", "mps")
+_COMPUTING = ("torch", "transformers")
 
 
 class HfEngine(Engine):
@@ -19,7 +21,16 @@ class HfEngine(Engine):
     name: ClassVar[str] = "hf"
 
     def unavailable(self, device: str) -> str | None:
-        return torch_cannot_use(self.name, device, _TORCH_DEVICES)
+        try:
+            from kvsuite.engines.loading import torch_cannot_use
+        except ImportError as error:
+            return f"engine {self.name}: {error}; pip install kvsuite"
+        return torch_cannot_use(self.name, device, _DEVICES)
+
+    def version(self) -> dict[str, str]:
+        return installed_versions(*_COMPUTING)
 
     def load(self, case: Case, settings: EngineSettings) -> HfSession:
+        from .session import HfSession
+
         return HfSession(case, settings)

@@ -1,44 +1,62 @@
-"""The `mlc` engine: where it runs, and loading a session."""
+"""The `mlc` engine: where it runs, its versions, and loading a session."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.errors import CaseSkipped
+from kvsuite.options.option import OptionGroup
+from kvsuite.options.resolve import Options
 
 from .install import MlcInstall, find_install, missing_device
-from .session import MlcSession
+from .options import MlcOptions
+
+if TYPE_CHECKING:
+    from .session import MlcSession
 
 
 class MlcEngine(Engine):
-    """Serves models that MLC-LLM compiled, in processes of their own.
-
-    Parameters
-    ----------
-    python
-        Interpreter that has mlc_llm, ``None`` for this one.
-    settings
-        Of its sessions: ``model_lib``, ``timeout_s``, ``compile_timeout_s``.
-    """
+    """Serves models that MLC-LLM compiled, in processes of their own."""
 
     name: ClassVar[str] = "mlc"
+    option_group: ClassVar[type[OptionGroup] | None] = MlcOptions
 
-    def __init__(self, *, python: str | None = None, **settings: Any) -> None:
-        self._python, self._settings = python, settings
-        self._install: MlcInstall | None = None
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self._own = self.options.of(MlcOptions)
+        self._found: MlcInstall | CaseSkipped | None = None
 
     def unavailable(self, device: str) -> str | None:
         try:
-            return missing_device(self._find(), device)
+            return missing_device(self._install(), device)
         except CaseSkipped as skip:
             return str(skip)
 
-    def load(self, case: Case, settings: EngineSettings) -> MlcSession:
-        return MlcSession(case, self._find(), settings, **self._settings)
+    def version(self) -> dict[str, str]:
+        try:
+            # a source build has the same version for ever, so its library is part of what it is
+            return {name: found for name, found in self._install().identity.items() if found is not None}
+        except CaseSkipped:
+            return {}
 
-    def _find(self) -> MlcInstall:
-        if self._install is None:
-            self._install = find_install(self._python)
-        return self._install
+    def load(self, case: Case, settings: EngineSettings) -> MlcSession:
+        from .session import MlcSession
+
+        own = self._own
+        return MlcSession(
+            case, self._install(), settings, model_lib=own.model_lib, timeout_s=own.mlc_timeout,
+            compile_timeout_s=own.mlc_compile_timeout,
+        )  # fmt: skip
+
+    def _install(self) -> MlcInstall:
+        """The mlc_llm there is, looked for once: that takes a process, and seconds."""
+        if self._found is None:
+            try:
+                self._found = find_install(self._own.mlc_python)
+            except CaseSkipped as skip:
+                self._found = skip
+        if isinstance(self._found, CaseSkipped):
+            raise self._found
+        return self._found

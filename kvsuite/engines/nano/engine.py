@@ -1,14 +1,18 @@
-"""The `nano` engine: where it runs, and loading a session."""
+"""The `nano` engine: where it runs, its versions, and loading a session."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.engines.loading import torch_cannot_use
+from kvsuite.meters.environment import installed_versions
 
-from .session import NanoSession
+if TYPE_CHECKING:
+    from .session import NanoSession
+
+_DEVICES = ("cpu", "cuda")
+_COMPUTING = ("torch", "transformers", "flashinfer-python", "triton")
 
 
 class NanoEngine(Engine):
@@ -17,7 +21,16 @@ class NanoEngine(Engine):
     name: ClassVar[str] = "nano"
 
     def unavailable(self, device: str) -> str | None:
-        return torch_cannot_use(self.name, device, ("cpu", "cuda"))
+        try:
+            from kvsuite.engines.loading import torch_cannot_use
+        except ImportError as error:
+            return f"engine {self.name}: {error}; pip install kvsuite"
+        return torch_cannot_use(self.name, device, _DEVICES)
+
+    def version(self) -> dict[str, str]:
+        return installed_versions(*_COMPUTING)
 
     def load(self, case: Case, settings: EngineSettings) -> NanoSession:
+        from .session import NanoSession
+
         return NanoSession(case, settings)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from kvsuite.options.resolve import Options, default_options
+
 DOUBLE = Path(__file__).with_name("mlc_double")
 
 
@@ -24,9 +26,9 @@ def mlc_double(log: Path | None = None) -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def settings(**given: Any) -> dict[str, Any]:
-    """Settings of engine `mlc` on the stand-in."""
-    return {"python": sys.executable, "timeout_s": 60, "compile_timeout_s": 60} | given
+def options(**given: str) -> Options:
+    """Options with engine `mlc` on the stand-in."""
+    return default_options(**({"mlc_python": sys.executable, "mlc_timeout": "60", "mlc_compile_timeout": "60"} | given))
 
 
 def commands(log: Path, name: str = "") -> list[list[str]]:

@@ -16,10 +16,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from mlc_doubles import commands, mlc_double, settings
+from mlc_doubles import commands, mlc_double
+from mlc_doubles import options as on_the_double
 from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import save_checkpoint
 
+from kvsuite.engines.mlc.engine import MlcEngine
 from kvsuite.engines.registry import SessionPool
 from kvsuite.measure.runner import CaseRunner
 from kvsuite.memory_model.config import architecture_of
@@ -53,14 +55,14 @@ def patch(place: Path) -> Iterator[pytest.MonkeyPatch]:
 def run(place: Path, patch: pytest.MonkeyPatch) -> Run:
     """Records of a space by the name of the case without its weight format; libraries are shared by all tests."""
 
-    def measure(space: str, *, fault: str = "", timeout_s: float = 60, **options: str) -> dict[str, Record]:
+    def measure(space: str, *, fault: str = "", timeout_s: int = 60, **options: str) -> dict[str, Record]:
         given = {
             "engine": "mlc", "model": str(place / "tiny-llama"), "device": "vulkan:0", "rounds": "2", "num_warmup": "1",
             "max_new_tokens": str(NEW_TOKENS), "cache_dir": str(place / "cache"),
         }  # fmt: skip
         resolved = default_options(**(given | options), space=space)
         patch.setenv("MLC_DOUBLE", fault)
-        sessions = SessionPool(cache_dir=place / "cache", mlc=settings(timeout_s=timeout_s))
+        sessions = SessionPool(on_the_double(mlc_timeout=str(timeout_s)), cache_dir=place / "cache")
         cases = dse_cases(resolved)
         runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, planned=cases)
         found = {}
@@ -271,12 +273,12 @@ def test_what_cannot_run_says_why(options: dict[str, str], status: str, message:
 
 
 def test_without_mlc_llm_the_install_line_is_the_reason(place: Path) -> None:
-    for mlc in ({}, {"python": "/no/such/python"}, {"python": sys.executable}):
-        resolved = default_options(engine="mlc", model=str(place / "tiny-llama"), device="cpu")
+    for mlc in ({}, {"mlc_python": "/no/such/python"}, {"mlc_python": sys.executable}):
+        resolved = default_options(engine="mlc", model=str(place / "tiny-llama"), device="cpu", **mlc)
         case, *_ = dse_cases(resolved)
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("PYTHONPATH", raising=False)
-            sessions = SessionPool(mlc=mlc)
+            sessions = SessionPool(resolved)
             record = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions).run(case, case.id).record
         assert record.status == "skipped"
         assert "https://mlc.ai/wheels" in str(record.reason)
@@ -286,7 +288,14 @@ def test_without_mlc_llm_the_install_line_is_the_reason(place: Path) -> None:
 def test_other_suites_are_not_for_it(place: Path, patch: pytest.MonkeyPatch) -> None:
     resolved = default_options(engine="mlc", model=str(place / "tiny-llama"), device="vulkan:0")
     case, *_ = compression_cases(resolved)
-    sessions = SessionPool(cache_dir=place / "cache", mlc=settings())
+    sessions = SessionPool(on_the_double(), cache_dir=place / "cache")
     record = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions).run(case, case.id).record
     assert record.status == "invalid"
     assert "engine mlc runs the design-space suite alone" in str(record.reason)
+
+
+def test_versions_are_those_of_the_interpreter_that_runs_it(patch: pytest.MonkeyPatch) -> None:
+    found = MlcEngine(on_the_double()).version()
+    assert (found["mlc_llm"], found["tvm"]) == ("0.20.0.dev0", "0.26.0")
+    # what is not there computes nothing
+    assert MlcEngine(on_the_double(mlc_python="/no/such/python")).version() == {}

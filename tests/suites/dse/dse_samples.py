@@ -9,7 +9,7 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import Record
-from kvsuite.suites.dse.columns import METRICS, RESULTS
+from kvsuite.suites.dse.columns import METRICS, RESULTS, series_tag
 from kvsuite.suites.dse.csv_files import Sheet, read_sheet
 from kvsuite.suites.dse.rows import csv_rows, metric_rows
 
@@ -107,6 +107,6 @@ def own_sheets(rows: list[dict[str, Any]] | None = None) -> list[Sheet]:
     for table, make in ((RESULTS, csv_rows), (METRICS, metric_rows)):
         by_tag: dict[str, list[dict[str, Any]]] = {}
         for row in make(RUN, found):
-            by_tag.setdefault(f"SmolLM2-{row['quantization']}", []).append(row)
+            by_tag.setdefault(series_tag(row["model"], row["quantization"]), []).append(row)
         sheets += [Sheet(table, tag, f"kv_cache_dse_{table.kind}_{tag}.csv", own) for tag, own in by_tag.items()]
     return sheets

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvsuite.reporting.figure_style import house_style
 from kvsuite.suites.dse.columns import AXES
 
-from .inert import MEASURED, pairs_along, verdicts
+from .inert import pairs_along, verdicts
 from .points import QUANTITIES, Sample, source_of, spreads
 from .series import WORDS, short_tags
 
@@ -37,14 +37,11 @@ class Elasticity:
         One a pair; empty unless live.
     steps
         Ratios of the number where the window is on, or the sink above 0, to where it is not: what has no logarithm.
-    change
-        What the numbers of an inert axis do, in words.
     """
 
     state: str
     values: tuple[float, ...] = ()
     steps: tuple[float, ...] = ()
-    change: str = ""
 
 
 def elasticities(samples: Sequence[Sample], name: str) -> dict[str, Elasticity]:
@@ -63,7 +60,7 @@ def elasticities(samples: Sequence[Sample], name: str) -> dict[str, Elasticity]:
     found = {}
     for axis, verdict in verdicts(samples, name).items():
         if verdict.state != "live":
-            found[axis] = Elasticity(verdict.state, change=verdict.reason.partition(MEASURED)[2])
+            found[axis] = Elasticity(verdict.state)
             continue
         values, steps = [], []
         for group in pairs_along(points, axis).values():
@@ -78,7 +75,7 @@ def elasticities(samples: Sequence[Sample], name: str) -> dict[str, Elasticity]:
 
 
 def draw_knobs(results: Sequence[Sample], metrics: Sequence[Sample], captions: Sequence[str]) -> Figure | str:
-    """Draw the page: a table for every tag, and one of the weight formats where there are several; or say why not.
+    """Draw the page: a table for every tag, and one of the weight formats for every model that has several; or say why not.
 
     Parameters
     ----------
@@ -94,30 +91,34 @@ def draw_knobs(results: Sequence[Sample], metrics: Sequence[Sample], captions: S
     names = [name for name in QUANTITIES if any(name in sample.readings for sample in every)]
     if not names:
         return "the files have no number that a figure shows"
-    ratios = format_ratios(results, metrics, tags, names)
-    tables = len(tags) + bool(ratios)
+    by_model: dict[str, list[str]] = {}
+    for tag in tags:
+        by_model.setdefault(next(sample.model for sample in every if sample.tag == tag), []).append(tag)
+    found = {model: format_ratios(results, metrics, own, names) for model, own in by_model.items()}
+    formats = {model: ratios for model, ratios in found.items() if ratios}
+    tables = len(tags) + len(formats)
     cols = 1 if tables == 1 else 2
     rows = math.ceil(tables / cols)
     size = (cols * (_CELL[0] * len(names) + 1.6), rows * (_CELL[1] * len(AXES) + 1.1) + 1.6)
     with house_style():
         figure = Figure(figsize=(max(size[0], 8.0), size[1]), layout="constrained")
         figure.suptitle("Which knob buys what: d log number / d log axis", fontsize=13, fontweight="bold")
-        grid = figure.subplots(rows, cols, squeeze=False).flat
+        grid = list(figure.subplots(rows, cols, squeeze=False).flat)
         for axes, tag in zip(grid, tags, strict=False):
             _table(axes, tag, results, metrics, names)
-        if ratios:
-            _formats(grid[len(tags)], ratios, names)
-        for axes in list(grid)[tables:] if tables < rows * cols else []:
+        for axes, (model, ratios) in zip(grid[len(tags) :], formats.items(), strict=False):
+            _formats(axes, model, ratios, names)
+        for axes in grid[tables:]:
             axes.set_axis_off()
         lines = [
             "Elasticity: when the axis doubles, +1 doubles the number, +0.1 adds 7 %, -1 halves it. Median, smallest to "
             "largest, over all pairs of points that differ in that axis alone. A window that is off and a sink of 0 have no "
             "logarithm; where there are no other pairs, the cell has the ratio of on to off.",
             "Green: turning the knob up makes the number better; pink: worse. Grey: the number does not answer to the axis "
-            "(inert: see docs/dse_figures.md for how that is decided; its measured end-to-end change is below), or no pair.",
+            "(inert: see docs/dse_figures.md for how that is decided), or no pair.",
             *captions,
         ]
-        if ratios and any(not sample.own for sample in every):
+        if formats and any(not sample.own for sample in every):
             lines.append(
                 "The original's files do not say which machine ran which row: a ratio between files may hold one."
             )
@@ -133,6 +134,15 @@ def format_ratios(
     results: Sequence[Sample], metrics: Sequence[Sample], tags: Sequence[str], names: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
     """Numbers of every tag over those of the one that needs most memory, at points that differ in nothing else.
+
+    Parameters
+    ----------
+    results, metrics
+        Samples of both kinds of files.
+    tags
+        Weight formats of one model: a ratio between models would be no weight format's.
+    names
+        Of `QUANTITIES`.
 
     Returns
     -------
@@ -172,7 +182,7 @@ def _table(axes: Axes, tag: str, results: Sequence[Sample], metrics: Sequence[Sa
 def _elasticity_cell(axes: Axes, row: int, column: int, found: Elasticity, better: str) -> None:
     sign = -1 if better == "lower" else 1
     if found.state != "live":
-        words = "one setting" if found.state == "fixed" else f"inert\n{found.change}".rstrip()
+        words = "one setting" if found.state == "fixed" else "inert"
         _cell(axes, row, column, words, _GREY)
     elif found.values:
         middle, low, high = median(found.values), min(found.values), max(found.values)
@@ -186,9 +196,11 @@ def _elasticity_cell(axes: Axes, row: int, column: int, found: Elasticity, bette
         _cell(axes, row, column, "no pair", _GREY)
 
 
-def _formats(axes: Axes, ratios: dict[str, dict[str, list[float]]], names: Sequence[str]) -> None:
+def _formats(axes: Axes, model: str, ratios: dict[str, dict[str, list[float]]], names: Sequence[str]) -> None:
     short = short_tags(list(ratios))
-    axes.set_title("the weight format: ratios at points that differ in nothing else", fontsize=10)
+    axes.set_title(
+        f"{model}\nthe weight format: ratios at points that differ in nothing else", fontsize=10, parse_math=False
+    )
     for row, found in enumerate(ratios.values()):
         for column, name in enumerate(names):
             values = found[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MEMORY, _SPEEDS, _QUALITY = "total_mb", ("decode_tok_s", "chars_s"), "perplexity"
-_FORMAT = re.compile(r"-?(?:q\d+b?f\d+(?:_\d+|_\w+)?|e\dm\d_\w+|fp8_\w+)(?=-|$)")
 _LISTED = 12
 
 
@@ -133,7 +131,7 @@ def pareto_points(results: Sequence[Sample], metrics: Sequence[Sample], speed: s
                 if held is None or fast is None:
                     continue
                 found = _at(quality, settings, live[_QUALITY])
-                family = (_FORMAT.sub("", tag), own[0].condition.device, own[0].condition.machine)
+                family = (own[0].model, own[0].condition.device, own[0].condition.machine)
                 points.append(Point(label, family, settings, held.middle, fast, found.middle if found else None))
     return points
 

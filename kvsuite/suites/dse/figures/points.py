@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+from kvsuite.case import model_tag
 from kvsuite.reporting.gathered_csv import CsvRow
 from kvsuite.suites.dse.columns import AXES, KEY
 from kvsuite.suites.dse.csv_files import METRICS, Sheet
@@ -57,6 +59,8 @@ QUANTITIES = {
 }
 _FROM_RESULTS = ("prefill_tok_s", "decode_tok_s", "ttft_s", "perplexity")
 _BY_BATCH = "decode_time_by_batch_size_count{batch_size="
+# a weight format in a model's name, as MLC writes it
+_FORMAT = re.compile(r"-?(?:q\d+b?f\d+(?:_\d+|_\w+)?|e\dm\d_\w+|fp8_\w+)(?=-|$)")
 #: the original's prompt has 39 tokens on Llama, 66 on Mistral
 _SHORT_PROMPT = 128
 #: memory columns by quantity, and what they are; the first that a file has is drawn
@@ -100,6 +104,8 @@ class Sample:
     ----------
     tag
         Series by model and weight format.
+    model
+        What its weight formats have in common.
     settings
         By `AXES`.
     own
@@ -113,6 +119,7 @@ class Sample:
     """
 
     tag: str
+    model: str
     settings: Settings
     condition: Condition
     own: bool
@@ -223,6 +230,7 @@ def _sample(tag: str, row: CsvRow, by_name: Mapping[str, CsvRow], readings: Mapp
     machine = " ".join(str(row[name]) for name in ("host", "device_name") if row[name]) or None
     return Sample(
         tag=tag,
+        model=_FORMAT.sub("", model_tag(str(row["model"]))),
         # any value below 1 means off
         settings=tuple(-1 if axis == "sliding_window_size" and row[axis] <= 0 else row[axis] for axis in AXES),
         condition=Condition(row["device"], machine, row["num_runs"], row["max_tokens"], _is_cached(by_name)),
