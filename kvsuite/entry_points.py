@@ -62,8 +62,9 @@ def described(entry: EntryPoint) -> str:
     return f"{package(entry)}: entry point {entry.group}, {entry.name} = {entry.value}"
 
 
+@cache
 def warn(line: str) -> None:
-    """Tell of an entry point that is left out: on stderr, since what reads options has no other place to write to yet."""
+    """Tell of an entry point that is left out, once: on stderr, since what reads options has no other place to write to yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
         print(visible(f"kvsuite: warning: {line}", MESSAGE_LIMIT), file=sys.stderr)
