@@ -10,6 +10,7 @@ from io import TextIOWrapper
 
 from . import __version__
 from .commands import ab, compare, doctor, figures, merge, predict, report
+from .commands.arguments import Parser
 from .errors import UserError
 
 USAGE_ERROR = 4  # pytest's exit code for the same thing
@@ -18,7 +19,7 @@ BROKEN_PIPE = 128 + 13  # what a shell reports for a process that SIGPIPE ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; bad input is one line on stderr and exit code 4."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="python -m kvsuite", description="Work with the records of a kvsuite run, or predict memory."
     )
     parser.add_argument("--version", action="version", version=f"kvsuite {__version__}")

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from kvsuite.errors import UserError
-from kvsuite.foreign_text import MESSAGE_LIMIT, visible
+from kvsuite.foreign_text import visible
 
 OURS = "kvsuite"
 
@@ -64,7 +64,7 @@ def described(entry: EntryPoint) -> str:
 
 @cache
 def warn(line: str) -> None:
-    """Tell of an entry point that is left out, once: on stderr, since what reads options has no other place to write to yet."""
+    """Tell, once, of an entry point or a variable that is left out: on stderr, since options have no other place yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        print(visible(f"kvsuite: warning: {line}", MESSAGE_LIMIT), file=sys.stderr)
+        print(f"kvsuite: warning: {visible(line)}", file=sys.stderr)

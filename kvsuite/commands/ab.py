@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 
+from .arguments import path_argument, whole_number
 from .compare import BAD_INPUT, add_rules, rules_of, show
 
 if TYPE_CHECKING:
@@ -45,10 +46,14 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("base", metavar="BASE", help="a revision, or . for the working tree")
     parser.add_argument("head", metavar="HEAD", help="a revision, or . for the working tree")
     parser.add_argument(
-        "--processes", metavar="N", type=int, default=4, help="processes a side, at least 2 (default: 4)"
+        "--processes",
+        metavar="N",
+        type=whole_number(1, 1000),
+        default=4,
+        help="processes a side, at least 2 (default: 4)",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="new folder for records and logs (default: reports/ab_...)"
+        "--out", metavar="DIR", type=path_argument, help="new folder for records and logs (default: reports/ab_...)"
     )
     add_rules(parser)
     parser.set_defaults(run=run)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 
+from .arguments import path_argument
+
 if TYPE_CHECKING:
     from kvsuite.comparison import Comparison, Rules, Side
 
@@ -44,7 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("base", metavar="A", help="the base")
     parser.add_argument("runs", metavar="B", nargs="+", help="what is compared with it")
     add_rules(parser)
-    parser.add_argument("--report-dir", metavar="DIR", type=Path, default=Path("reports"), help="where latest looks")
+    parser.add_argument(
+        "--report-dir", metavar="DIR", type=path_argument, default=Path("reports"), help="where latest looks"
+    )
     parser.set_defaults(run=run)
 
 
@@ -58,7 +62,7 @@ def add_rules(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="print Markdown for a pull request")
     parser.add_argument("--all", action="store_true", help="print every row, also those without a change")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the comparison into this file")
+    parser.add_argument("--json", metavar="FILE", type=path_argument, help="also write the comparison into this file")
 
 
 def run(arguments: argparse.Namespace) -> int:

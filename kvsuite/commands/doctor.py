@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 
+from .arguments import number, path_argument
+
 if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -39,10 +41,10 @@ def add_parser(subparsers: Subparsers) -> None:
     test = parser.add_mutually_exclusive_group()
     test.add_argument("--no-self-test", action="store_true", help="leave the noise of the machine out")
     test.add_argument(
-        "--seconds", metavar="S", type=float, default=5.0, help="length of the self-test of each device (default: 5)"
+        "--seconds", metavar="S", type=number, default=5.0, help="length of the self-test of each device (default: 5)"
     )
     parser.add_argument(
-        "--report-dir", "--kv-report-dir", metavar="FOLDER", type=Path, default=Path("reports"),
+        "--report-dir", "--kv-report-dir", metavar="FOLDER", type=path_argument, default=Path("reports"),
         help="folder for runs that has to be writable (default: reports)",
     )  # fmt: skip
     parser.set_defaults(run=run)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 
+from .arguments import path_argument
+
 if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -40,14 +42,17 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--csv",
         metavar="CSV",
-        type=Path,
+        type=path_argument,
         nargs="+",
         action="extend",
         required=True,
         help="files to draw, of both kinds",
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, help=f"write into that folder (default: {_FOLDER} beside the first CSV)"
+        "--out",
+        metavar="FOLDER",
+        type=path_argument,
+        help=f"write into that folder (default: {_FOLDER} beside the first CSV)",
     )
     parser.add_argument("--svg", action="store_true", help="also write every figure as .svg")
     parser.set_defaults(run=run)

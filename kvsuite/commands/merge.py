@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 
+from .arguments import path_argument
+
 if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -34,10 +36,14 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "paths", metavar="PART", type=Path, nargs="+", help="run folders, their records.jsonl, or report.json files"
+        "paths",
+        metavar="PART",
+        type=path_argument,
+        nargs="+",
+        help="run folders, their records.jsonl, or report.json files",
     )
     parser.add_argument(
-        "-o", "--out", metavar="FOLDER", type=Path, required=True, help="a new folder for the whole run"
+        "-o", "--out", metavar="FOLDER", type=path_argument, required=True, help="a new folder for the whole run"
     )
     parser.add_argument(
         "--other-machines",

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.options.numbers import MOST_TOKENS
+
+from .arguments import number, path_argument, whole_number
 
 if TYPE_CHECKING:
     from kvsuite.memory_model.config import Architecture
@@ -69,13 +72,13 @@ def add_parser(subparsers: Subparsers) -> None:
     add(
         "--card-share",
         metavar="SHARE",
-        type=float,
+        type=number,
         help="share of the card that the engine uses (default: 0.85 with mlc, 0.9 with nano)",
     )
     add(
         "--json-prefill-chunk",
         metavar="TOKENS",
-        type=int,
+        type=whole_number(-MOST_TOKENS, MOST_TOKENS),
         help="mlc: prefill_chunk_size of mlc-chat-config.json (default: the model's, else what gen_config would write)",
     )
     add(
@@ -92,7 +95,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add("--device", choices=("cuda", "cpu"), help="nano: kind of the device (default: cuda)")
     add("--explain", metavar="ID", help="instead of the tables, print where the memory of this point of the space goes")
-    add("--csv", metavar="FILE", type=Path, help="write every point as a row into this file")
+    add("--csv", metavar="FILE", type=path_argument, help="write every point as a row into this file")
     parser.set_defaults(run=run)  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
 
+from .arguments import path_argument
+
 if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -42,12 +44,15 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "path", metavar="PATH", type=Path, help="a run folder, its records.jsonl, a report.json, or a perplexity CSV"
+        "path",
+        metavar="PATH",
+        type=path_argument,
+        help="a run folder, its records.jsonl, a report.json, or a perplexity CSV",
     )
     parser.add_argument(
         "--out",
         metavar="PATH",
-        type=Path,
+        type=path_argument,
         help="write into that folder (default: beside the records); of a CSV also a .png or .svg file",
     )
     parser.set_defaults(run=run)

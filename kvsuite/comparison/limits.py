@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvsuite.metrics.registry import MetricClass
 
-_LIMIT = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)((?:[eE][+-]?\d+)?)\s*(\S*)")
+_LIMIT = re.compile(r"([+-]?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)((?:[eE][+-]?[0-9]+)?)\s*(\S*)")
 # unit of a limit: unit of the metric, factor
 _UNITS = {
     "B": ("bytes", 1.0),

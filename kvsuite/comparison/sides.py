@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
+from kvsuite.options.paths import expanded
 from kvsuite.record import REPORT_SCHEMA, RUN_SCHEMA, check_schema
 from kvsuite.store.records_file import RECORDS_FILE, REPORT_FILE
 
@@ -80,11 +82,11 @@ def read_side(given: str, *, option: str, report_dir: Path = Path("reports")) ->
     """
     if given == LATEST:
         return latest_run(report_dir, option=option)
-    path = Path(given)
     try:
+        path = expanded(given)
         return _read(path)
     except UserError as error:
-        raise UserError(f"{option}={given}: {str(error).removeprefix(f'{path}: ')}") from error
+        raise UserError(f"{option}={given}: {str(error).removeprefix(visible(f'{given}: '))}") from error
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option}={given}: cannot be read ({reason}); {_GIVE}") from error

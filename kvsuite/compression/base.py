@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positions = Literal["original", "cache"]
-_INTERVAL = re.compile(r"interval=([1-9]\d*)")
+_INTERVAL = re.compile(r"interval=([1-9][0-9]{0,6})")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class FixSizeL2(RankedPolicy):
         assert view.scores is not None
         layer = torch.as_tensor(view.layer, device=view.positions.device)
         heads = torch.as_tensor(view.heads, device=view.positions.device)
-        stream = _mix(_mix(_mix(layer + 0x9E37) ^ (heads + 0x79B9)) ^ (view.step + self.seed * 0x7F4A7C15))
+        stream = _mix(_mix(_mix(layer + 0x9E37) ^ (heads + 0x79B9)) ^ (view.step + (self.seed * 0x7F4A7C15 & _MASK)))
         word = _mix(stream.unsqueeze(-1) ^ _mix(view.positions))
         return ((word & 0xFFFFFF).float() / float(1 << 24)).expand(view.scores.shape)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
@@ -11,6 +10,7 @@ from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.fit import SHARES
 from kvsuite.memory_model.formats import nano_format
 from kvsuite.memory_model.nano import NanoMemory
+from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 from kvsuite.suites.dse.cases import DSE, judge, point_of
 
@@ -55,9 +55,7 @@ class Footprint:
 def footprint(case: Case, cache_dir: str | None) -> Footprint:
     """Memory of ``case`` from its model's configuration alone; what cannot be known has a reason."""
     try:
-        architecture = architecture_of(
-            case.model, cache_dir=None if cache_dir is None else Path(cache_dir).expanduser()
-        )
+        architecture = architecture_of(case.model, cache_dir=None if cache_dir is None else expanded(cache_dir))
     except UserError as error:
         return Footprint(reason=str(error))
     if isinstance(architecture.weights, str):

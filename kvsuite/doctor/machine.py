@@ -11,6 +11,7 @@ import psutil
 
 from kvsuite.meters.environment import host_facts
 from kvsuite.models.smollm2 import cache_root
+from kvsuite.options.paths import expanded
 
 from .findings import Finding
 
@@ -68,7 +69,7 @@ def _memory() -> Finding:
 
 def _folder(part: str, folder: Path, option: str) -> Finding:
     """Whether files can be made in ``folder``, or in the nearest one above it that is there, and how much room there is."""
-    folder = folder.expanduser().absolute()
+    folder = expanded(folder).absolute()
     try:
         there = next(path for path in (folder, *folder.parents) if _is_there(path))
         with tempfile.TemporaryFile(dir=there):

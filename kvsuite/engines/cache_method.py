@@ -12,7 +12,7 @@ from kvsuite.compression.ratio import removed_from_keep
 from kvsuite.errors import UserError
 
 if TYPE_CHECKING:
-    from kvsuite.compression.kvpress import KvpressMethod
+    from kvsuite.compression.kvpress.adapter import KvpressMethod
 
 
 @dataclass
@@ -62,7 +62,7 @@ def method_for(case: Case, *, layers: int) -> Method:
     if case.policy is None:
         return Method()
     if case.policy.startswith("kvpress:"):
-        from kvsuite.compression.kvpress import KvpressMethod
+        from kvsuite.compression.kvpress.adapter import KvpressMethod
 
         return Method(press=KvpressMethod.create(case.policy, **parameters))
     policy = get_policy(case.policy, **parameters)

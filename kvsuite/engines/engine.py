@@ -53,7 +53,7 @@ class EngineSettings:
             threads=common.threads,
             decode_step=common.decode_step,
             implementation=common.impl,
-            cache_dir=None if common.cache_dir is None else Path(common.cache_dir).expanduser(),
+            cache_dir=None if common.cache_dir is None else Path(common.cache_dir),
         )
 
 

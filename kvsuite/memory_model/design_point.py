@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvsuite.errors import UserError
+from kvsuite.options.numbers import MOST_REQUESTS, MOST_TOKENS
 
 #: ``sliding_window_size`` of a point without a window
 OFF = -1
 # the engine's own rule is sink < window; an eighth is the original's choice
 _SINK_SHARE = 8
 _ID = re.compile(
-    r"(?P<quantization>[A-Za-z0-9_]+)-ctx(?P<context_window_size>\d+)-pc(?P<prefill_chunk_size>\d+)"
-    r"-bs(?P<max_batch_size>\d+)-sw(?P<sliding_window_size>off|\d+)-sink(?P<attention_sink_size>\d+)"
+    r"(?P<quantization>[A-Za-z0-9_]+)-ctx(?P<context_window_size>[0-9]{1,9})-pc(?P<prefill_chunk_size>[0-9]{1,9})"
+    r"-bs(?P<max_batch_size>[0-9]{1,9})-sw(?P<sliding_window_size>off|[0-9]{1,9})-sink(?P<attention_sink_size>[0-9]{1,9})"
 )
 _FORMAT = re.compile(r"[A-Za-z0-9_]+")
 
@@ -58,7 +59,7 @@ class DesignPoint:
             value = getattr(self, axis.name)
             if axis.name == "sliding_window_size" and value == OFF:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < axis.minimum:
+            if isinstance(value, bool) or not isinstance(value, int) or not axis.minimum <= value <= axis.maximum:
                 raise UserError(f"{axis.name}={value}: {axis.must_be}")
 
     @property
@@ -119,8 +120,8 @@ class Axis:
         The original's values.
     unnamed
         The one value of an axis that ``--kv-space`` does not name.
-    minimum
-        Smallest value.
+    minimum, maximum
+        Smallest and largest value.
     must_be
         For messages.
     """
@@ -130,19 +131,24 @@ class Axis:
     values: tuple[int, ...]
     unnamed: int
     minimum: int = 1
-    must_be: str = "must be a whole number of at least 1"
+    maximum: int = MOST_TOKENS
+    must_be: str = f"must be a whole number of at least 1 and at most {MOST_TOKENS}"
 
 
 AXES: tuple[Axis, ...] = (
     Axis("context_window_size", ("ctx", "context"), (4096, 8192, 16384), 4096),
     Axis("prefill_chunk_size", ("chunk", "pc", "prefill"), (1024, 2048, 4096), 1024),
-    Axis("max_batch_size", ("batch", "bs"), (1, 2, 4, 8), 1),
     Axis(
-        "sliding_window_size", ("window", "sw"), (OFF, 2048, 4096), OFF,
-        must_be="must be off (-1) or a whole number of at least 1",
+        "max_batch_size", ("batch", "bs"), (1, 2, 4, 8), 1, maximum=MOST_REQUESTS,
+        must_be=f"must be a whole number of at least 1 and at most {MOST_REQUESTS}",
     ),
     Axis(
-        "attention_sink_size", ("sink",), (0, 32, 64, 128, 256), 0, 0, must_be="must be a whole number of at least 0"
+        "sliding_window_size", ("window", "sw"), (OFF, 2048, 4096), OFF,
+        must_be=f"must be off (-1) or a whole number of at least 1 and at most {MOST_TOKENS}",
+    ),
+    Axis(
+        "attention_sink_size", ("sink",), (0, 32, 64, 128, 256), 0, 0,
+        must_be=f"must be a whole number of at least 0 and at most {MOST_TOKENS}",
     ),
 )  # fmt: skip
 QUANTIZATION = "quantization"

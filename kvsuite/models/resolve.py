@@ -11,6 +11,7 @@ from typing import Literal
 
 from kvsuite.case import id_token
 from kvsuite.errors import UserError
+from kvsuite.options.paths import NO_HOME, expanded
 
 from . import smollm2
 from .hub import cached_commit
@@ -139,7 +140,10 @@ def _is_path(text: str) -> bool:
 
 
 def _resolve_path(request: str) -> ModelSpec:
-    path = Path(request).expanduser().absolute()
+    try:
+        path = expanded(request).absolute()
+    except UserError as error:
+        raise UserError(f"--kv-model={request}: {NO_HOME}") from error
     # "." and ".." are legitimate requests without a usable name of their own
     label = id_token(path.resolve().name.removesuffix(".gguf")) or "model"
     try:

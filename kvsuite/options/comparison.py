@@ -4,7 +4,7 @@
 
 from typing import Annotated
 
-from .option import Option, OptionGroup, off_or, text
+from .option import Option, OptionGroup, off_or, path, text
 
 
 class ComparisonOptions(OptionGroup, frozen=True, kw_only=True):
@@ -12,7 +12,7 @@ class ComparisonOptions(OptionGroup, frozen=True, kw_only=True):
 
     # fmt: off
     compare: Annotated[str | None, Option(
-        off_or(text), "off",
+        off_or(path), "off",
         "Compare every metric with an earlier run: its folder, records.jsonl or report.json, a file of "
         "pytest-benchmark, a folder of runs, or latest, e.g. --kv-compare=latest.",
         example="latest",

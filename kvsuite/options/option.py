@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import msgspec
@@ -13,7 +14,10 @@ import msgspec
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 
-_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?")
+from .numbers import LEAST_RATIO, MOST_TOKENS, decimal, whole
+from .paths import NO_HOME, expanded
+
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]{1,7})?")
 T = TypeVar("T")
 DEVICES = "cpu, cuda[:N], mps, xpu[:N], vulkan[:N], metal[:N], rocm[:N], opencl[:N], auto"
 
@@ -141,16 +145,9 @@ def option_of(group: type[OptionGroup], field: str) -> Option:
 # parsers
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """A whole number of at least ``minimum``."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise ValueError(f"must be at least {minimum}")
-        return value
-
-    return parse
+def whole_number(minimum: int, maximum: int = MOST_TOKENS) -> Callable[[str], int]:
+    """A whole number from ``minimum`` to ``maximum``."""
+    return lambda typed: whole(typed, minimum, maximum)
 
 
 def list_of(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
@@ -171,17 +168,29 @@ def list_of(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 
 def ratio(text: str) -> float:
     """A number in (0, 1]."""
-    value = float(text)
+    value = _number(text, "must lie in (0, 1]")
     if not 0 < value <= 1:
         raise ValueError("must lie in (0, 1]")
-    return value
+    return _not_nothing(value)
 
 
 def share(text: str) -> float:
     """A number between 0 and 1."""
-    value = float(text)
+    value = _number(text, "must lie between 0 and 1")
     if not 0 < value < 1:
         raise ValueError("must lie between 0 and 1")
+    return _not_nothing(value)
+
+
+def _number(text: str, bounds: str) -> float:
+    if text.strip().lower().lstrip("-") in ("nan", "inf"):
+        raise ValueError(bounds)
+    return decimal(text)
+
+
+def _not_nothing(value: float) -> float:
+    if value < LEAST_RATIO:
+        raise ValueError(f"must be at least {LEAST_RATIO:g}; nothing would be left")
     return value
 
 
@@ -212,17 +221,18 @@ def device(text: str) -> str:
     return text
 
 
-def all_or_number(minimum: int) -> Callable[[str], int | None]:
-    """``all``, which is ``None``, or a whole number of at least ``minimum``."""
+def all_or_number(minimum: int, maximum: int = MOST_TOKENS) -> Callable[[str], int | None]:
+    """``all``, which is ``None``, or a whole number from ``minimum`` to ``maximum``."""
 
     def parse(text: str) -> int | None:
         if text == "all":
             return None
         try:
-            int(text)
-        except ValueError:
-            raise ValueError("neither a whole number nor all") from None
-        return whole_number(minimum)(text)
+            return whole(text, minimum, maximum)
+        except ValueError as error:
+            if str(error) == "not a whole number":
+                raise ValueError("neither a whole number nor all") from None
+            raise
 
     return parse
 
@@ -242,6 +252,27 @@ def text(typed: str) -> str:
     if not typed.strip():
         raise ValueError("is empty")
     return typed.strip()
+
+
+def path(typed: str) -> str:
+    """A path, with the home folder in the place of ``~``."""
+    return str(_expanded(text(typed)))
+
+
+def path_or_name(typed: str) -> str:
+    """A name, or a path that stays as typed, because it is a part of what is measured; its ``~`` can be expanded."""
+    typed = text(typed)
+    _expanded(typed)
+    return typed
+
+
+def _expanded(typed: str) -> Path:
+    if "\0" in typed:
+        raise ValueError("has a NUL character, which no path can have")
+    try:
+        return expanded(typed)
+    except UserError as error:
+        raise ValueError(NO_HOME) from error
 
 
 def label(typed: str) -> str:

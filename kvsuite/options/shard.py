@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 
 _SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 
@@ -28,7 +29,7 @@ class Shard:
         """
         found = _SHARD.fullmatch(text.strip())
         if found is None:
-            raise UserError(f"--kv-shard={text}: write I/N, for example --kv-shard=1/4")
+            raise UserError(f"--kv-shard={visible(text, VALUE_LIMIT)}: write I/N, for example --kv-shard=1/4")
         shard = cls(int(found[1]), int(found[2]))
         if not 1 <= shard.index <= shard.of:
             raise UserError(

@@ -5,17 +5,19 @@
 from typing import Annotated
 
 from .card import card_bytes
-from .option import Option, OptionGroup, list_of, switch, text
+from .numbers import decimal
+from .option import Option, OptionGroup, list_of, path, switch
 from .shard import Shard
 
+_LEAST_S = 0.001
 _STATUSES = ("oom", "error", "crashed", "invalid", "skipped")
 
 
 def _seconds(typed: str) -> float:
-    value = float(typed)
-    # an alarm of more than a few years is refused by the system
-    if not 0 < value <= 1e8:
-        raise ValueError("must lie above 0, and below 1e8 s")
+    value = decimal(typed)
+    # the system's clock has microseconds, and takes an alarm of nothing for none; of more than a few years it refuses one
+    if not _LEAST_S <= value <= 1e8:
+        raise ValueError(f"must lie between {_LEAST_S:g} and 1e8 s")
     return value
 
 
@@ -45,7 +47,7 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
         example="600",
     )]
     resume: Annotated[str | None, Option(
-        text, "",
+        path, "",
         "Finish an earlier run in its own folder: latest, or a run folder, e.g. --kv-resume=latest. Finished "
         "cases are left out.",
         example="latest",

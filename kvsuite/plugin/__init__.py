@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite import __version__
+from kvsuite.entry_points import warn
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
+from kvsuite.options.misspelt import misspelt_options, misspelt_variables
 from kvsuite.options.resolve import Options, add_options, resolve_options
 
 from . import hookspec
@@ -43,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
+def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> None:
+    # what pytest shows below an argument that it does not know
+    parser.extra_info |= {
+        f"kvsuite {line.partition(':')[0]}": line.partition(": ")[2] for line in misspelt_options(args)
+    }
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
@@ -57,6 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
             begin(config)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
+    if not is_worker(config):
+        for line in misspelt_variables(os.environ):
+            warn(line)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from kvsuite.errors import UserError
+from kvsuite.options.paths import expanded
 
 from .hub_texts import HUB, check_split, hub_rows
 from .text_files import is_plain, text_rows
@@ -70,9 +72,9 @@ def check_corpus(
         If it is neither a known name nor an existing path, has no such split, or goes with no ``path``.
     """
     typed = f"{option}={path or request}"
-    if path and not Path(path).expanduser().exists():
+    if path and not os.path.exists(expanded(path)):
         raise UserError(f"{typed}: no such file or folder; check the path")
-    is_file = request not in NAMES and Path(request).expanduser().exists()
+    is_file = request not in NAMES and os.path.exists(expanded(request))
     if not path and not is_file and request not in NAMES:
         # this option's list was cut before it came here
         comma = (
@@ -141,7 +143,7 @@ def load_corpus(
         raise UserError(f"{typed}: {num_texts} texts asked; ask for at least 1")
     check_corpus(request, option=option, path=path, split=split)
     split = split or (HUB[request].usual_split if request in HUB else "test")
-    has_splits = request in HUB or Path(path or request).expanduser().is_dir()
+    has_splits = request in HUB or expanded(path or request).is_dir()
     notes: tuple[str, ...] = ()
     revision: str | None = None
     name = request
@@ -158,7 +160,7 @@ def load_corpus(
         source = f"{HUB[request].repo_id}:{HUB[request].place(split)}"
         candidates, join_rule = _texts_of(request, rows, drop_blank=drop_blank)
     else:
-        file = Path(path or request).expanduser()
+        file = expanded(path or request)
         source = str(file)
         # the name goes into file names
         name = Path(request).name if path else file.name

@@ -227,3 +227,5 @@ def test_random_changes_with_every_part_of_its_seed() -> None:
     ]
     assert first not in others
     assert len({tuple(other) for other in others}) == 4
+    # the largest seed that --kv-seed takes
+    assert len({tuple(pick(seed)) for seed in (0, 2**33, 2**64 - 1)}) == 3

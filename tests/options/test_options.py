@@ -16,6 +16,7 @@ from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.groups import all_options, option_groups, refused_names
+from kvsuite.options.numbers import LEAST_RATIO, MOST_TOKENS
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
 from kvsuite.options.shard import Shard
@@ -313,8 +314,8 @@ def test_to_dict_is_json() -> None:
 
 # properties of parsing
 
-SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=8, unique=True)
-RATIOS = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=8, unique=True)
+SIZES = st.lists(st.integers(1, MOST_TOKENS), min_size=1, max_size=8, unique=True)
+RATIOS = st.lists(st.floats(LEAST_RATIO, 1), min_size=1, max_size=8, unique=True)
 # what no shell passes on without quotes is no use here
 LINE = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1)
 
@@ -365,7 +366,7 @@ def test_devices_round_trip(kind: str, index: int | None) -> None:
 
 @given(LINE)
 def test_any_device_is_known_or_refused_by_name(text: str) -> None:
-    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]+)?", text)
+    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]{1,7})?", text)
     if known:
         assert resolve(cli={"kv_device": text}).of(CommonOptions).device == text
         return

@@ -45,6 +45,14 @@ BAD = {
     "corpus name": ("--kv-corpus=pg20", "no such corpus or file; check the path, or choose one of default"),
     "empty": ("--kv-model=", "is empty; for example --kv-model=smollm2"),
     "report folder": ("--kv-report-dir=taken", "cannot write there (File exists); choose a folder you may write to"),
+    "digits of another alphabet": ("--kv-rounds=٥", "not a whole number; use the digits 0 to 9 alone; for example"),
+    "digits with a line": ("--kv-prompt-tokens=1_000", "not a whole number; use the digits 0 to 9 alone; for example"),
+    "sign": ("--kv-seed=+5", "not a whole number; use the digits 0 to 9 alone; for example --kv-seed=0"),
+    "seed beyond 64 bits": (f"--kv-seed={2**64}", f"must be at most {2**64 - 1}; for example --kv-seed=0"),
+    "prompt of any size": ("--kv-prompt-tokens=100000000", "must be at most 10000000; for example"),
+    "time that is none": ("--kv-timeout=1e-320", "must lie between 0.001 and 1e8 s; for example --kv-timeout=600"),
+    "home of nobody": ("--kv-report-dir=~nosuch/x", "no home folder is known for it; give the whole path; for example"),
+    "model at the home of nobody": ("--kv-model=~nosuch/x", "no home folder is known for it; give the whole path"),
     "below a file": ("--kv-report-dir=taken/runs", "cannot write there (Not a directory); choose a folder"),
 }  # fmt: skip
 
@@ -108,6 +116,33 @@ def test_a_bad_environment_variable_and_ini_line_are_found_too(
     result = benchmarks.runpytest_inprocess(*TINY)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: kvsuite: --kv-impl=list: use ring, copy; for example --kv-impl=ring"])
+
+
+def test_a_misspelt_option_is_told_with_the_one_that_was_meant(benchmarks: pytest.Pytester) -> None:
+    result = benchmarks.runpytest_inprocess(*TINY, "--kv-methd=recent_only")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["*unrecognized arguments: --kv-methd=recent_only", "*--kv-methd: did you mean --kv-method[?]"]
+    )
+
+
+def test_a_misspelt_variable_is_told_once(tmp_path: Path) -> None:
+    arguments = (*TINY, "-k", "recent_only", "--collect-only", "-q")
+    run = run_pytest(copy_benchmarks(tmp_path), *arguments, KV_ROUNDZ="7")
+    assert run.code == pytest.ExitCode.OK
+    assert run.said("KV_ROUNDZ") == [
+        "kvsuite: warning: KV_ROUNDZ in the environment is read by nothing; did you mean KV_ROUNDS?"
+    ]
+
+
+def test_no_folder_is_named_after_the_sign_of_the_home_folder(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    project = copy_benchmarks(tmp_path / "project")
+    arguments = (*TINY, "-k", "recent_only", "--kv-report-dir=~/runs", "-W", "ignore", "--kv-rounds=1")
+    run = run_pytest(project, *arguments, HOME=str(home))
+    assert run.code == pytest.ExitCode.OK, run.out
+    assert len(list((home / "runs").glob("*/records.jsonl"))) == 1
+    assert not list(tmp_path.rglob("~*"))
 
 
 def test_xdist_finds_bad_options_before_it_starts_a_worker(benchmarks: pytest.Pytester) -> None:

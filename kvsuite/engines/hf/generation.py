@@ -19,7 +19,7 @@ from .press_cache import PressCache
 from .rotary import Rotary
 
 if TYPE_CHECKING:
-    from kvsuite.compression.kvpress_session import KvpressSession
+    from kvsuite.compression.kvpress.session import KvpressSession
 
 AnyCache = EvictionCache | PressCache
 

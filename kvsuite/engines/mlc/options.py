@@ -4,7 +4,7 @@
 
 from typing import Annotated
 
-from kvsuite.options.option import Option, OptionGroup, text, whole_number
+from kvsuite.options.option import Option, OptionGroup, path, whole_number
 
 
 class MlcOptions(OptionGroup, frozen=True, kw_only=True):
@@ -12,22 +12,22 @@ class MlcOptions(OptionGroup, frozen=True, kw_only=True):
 
     # fmt: off
     mlc_python: Annotated[str | None, Option(
-        text, "",
+        path, "",
         "Python interpreter whose environment has mlc_llm; without it this one.",
         example="/opt/mlc/bin/python",
     )]
     model_lib: Annotated[str | None, Option(
-        text, "",
+        path, "",
         "Library that mlc_llm compile made for MLC weights, in the place of our own: engine mlc.",
         example="model-vulkan.so",
     )]
     mlc_timeout: Annotated[int, Option(
-        whole_number(1), "300",
+        whole_number(1, 10**7), "300",
         "Seconds after which a start of mlc_llm serve, or requests sent together, are taken for hanging: the "
         "server is killed and the case fails.",
     )]
     mlc_compile_timeout: Annotated[int, Option(
-        whole_number(1), "3600",
+        whole_number(1, 10**7), "3600",
         "Seconds that mlc_llm convert_weight or compile may take.",
     )]
     # fmt: on

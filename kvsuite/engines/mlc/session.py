@@ -23,6 +23,7 @@ from kvsuite.meters.clock import ClientClock, Clock
 from kvsuite.meters.memory import DriverMeter, Phase, Reading, peak_resident_set
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
+from kvsuite.options.paths import expanded
 
 from .install import MlcInstall
 from .metrics import between
@@ -317,7 +318,7 @@ class MlcSession(Session):
         """Home of mlc_llm for libraries of this version: its own cache knows no versions. Weights are shared by all."""
         home = self._root / f"home-{short_key(dict(self._install.identity))}"
         usual = os.environ.get("MLC_LLM_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlc_llm"
-        weights = Path(usual).expanduser() / "model_weights"
+        weights = expanded(usual) / "model_weights"
         for folder in (home, weights):
             folder.mkdir(parents=True, exist_ok=True)
         link = home / "model_weights"

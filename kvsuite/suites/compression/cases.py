@@ -9,8 +9,8 @@ from typing import Any
 from kvsuite.case import Case
 from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
 from kvsuite.compression.base import Schedule
-from kvsuite.compression.kvpress import find_press
-from kvsuite.compression.kvpress_table import PRESSES
+from kvsuite.compression.kvpress.adapter import find_press
+from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device

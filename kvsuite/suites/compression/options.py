@@ -23,7 +23,7 @@ _REFUSED = {
 
 
 def _layers(typed: str) -> tuple[int, ...]:
-    return () if typed.strip().lower() in ("", "none") else list_of(whole_number(0))(typed)
+    return () if typed.strip().lower() in ("", "none") else list_of(whole_number(0, 10_000))(typed)
 
 
 class CompressionOptions(OptionGroup, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvsuite.case import Case
 from kvsuite.engines.mlc.options import MlcOptions
@@ -15,6 +14,7 @@ from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, QUANTIZATIONS, selected_formats
 from kvsuite.suites.perplexity.cases import dtype_of
@@ -100,7 +100,7 @@ def default_formats(options: Options) -> tuple[str, ...]:
     if dse_engine(options, resolve_device(options.of(CommonOptions).device)) != "mlc":
         return DEFAULT_FORMATS
     model = options.of(CommonOptions).model
-    config = Path(model).expanduser() / "mlc-chat-config.json"
+    config = expanded(model) / "mlc-chat-config.json"
     try:
         return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
     except (OSError, ValueError, KeyError):

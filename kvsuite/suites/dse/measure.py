@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.case import Case
@@ -17,6 +16,7 @@ from kvsuite.memory_model.config import architecture_of
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
 from kvsuite.options.common import CommonOptions
+from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 
 from .cases import DSE, Verdict, judge, point_of
@@ -118,7 +118,7 @@ def _predicted(work: CasePasses, session: Session, found: MemoryPass) -> dict[st
     """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
     case, folder = work.case, work.runner.options.of(CommonOptions).cache_dir
     try:
-        architecture = architecture_of(case.model, cache_dir=None if folder is None else Path(folder).expanduser())
+        architecture = architecture_of(case.model, cache_dir=None if folder is None else expanded(folder))
         predictor = session.memory_model(architecture)
         memory = None if predictor is None else predictor.predict(point_of(case))
     except UserError as error:

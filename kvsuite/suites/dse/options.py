@@ -4,6 +4,7 @@
 
 from typing import Annotated
 
+from kvsuite.options.numbers import MOST_REQUESTS
 from kvsuite.options.option import Option, OptionGroup, share, switch, text, whole_number
 
 
@@ -37,7 +38,7 @@ class DseOptions(OptionGroup, frozen=True, kw_only=True):
         original="8192", example="256",
     )]
     max_batch_size: Annotated[int | None, Option(
-        whole_number(1), "",
+        whole_number(1, MOST_REQUESTS), "",
         "Sequences at the same time, of a single design point.",
         original="4", example="4",
     )]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.memory_model.design_point import AXES, OFF, QUANTIZATION, Axis
+from kvsuite.options.numbers import whole
 
 from .space import NAMED, DesignSpace, named_space, union
 
@@ -14,6 +16,8 @@ Value = TypeVar("Value", int, str)
 
 #: joins products of axes
 UNION = "|"
+# what is shown of a space: products of many axes are long
+SPACE_LIMIT = 400
 EXAMPLE = "ctx=4096,8192;batch=1,4;window=off,2048;sink=0,4"
 _SHORT_QUANTIZATION = ("quant", "q")
 _AXES: dict[str, Axis] = {name: axis for axis in AXES for name in (axis.name, *axis.short)}
@@ -49,7 +53,7 @@ def parse_space(
         If the text names no space, an axis or a value twice or in a way that cannot be, or weight formats that were asked
         for elsewhere as well.
     """
-    shown = f"{option}={text}"
+    shown = f"{option}={visible(text, SPACE_LIMIT)}"
     text = text.strip()
     if text in NAMED:
         return named_space(text, _formats(shown, list(quantizations or default)))
@@ -108,9 +112,10 @@ def _completed(axes: dict[str, list[int]]) -> dict[str, list[int]]:
 def _value(shown: str, name: str, axis: Axis, text: str) -> int:
     if axis.name == "sliding_window_size" and text.lower() in ("off", str(OFF)):
         return OFF
-    if not text.isascii() or not text.isdigit() or int(text) < axis.minimum:
-        raise UserError(f"{shown}: {name}={text} {axis.must_be}")
-    return int(text)
+    try:
+        return whole(text, axis.minimum, axis.maximum)
+    except ValueError as error:
+        raise UserError(f"{shown}: {name}={visible(text, VALUE_LIMIT)} {axis.must_be}") from error
 
 
 def _formats(shown: str, given: list[str]) -> list[str]:

@@ -4,7 +4,7 @@
 
 from typing import Annotated
 
-from kvsuite.options.option import Option, OptionGroup, choice, label, list_of, off_or, text, whole_number
+from kvsuite.options.option import Option, OptionGroup, choice, label, list_of, off_or, path_or_name, text, whole_number
 
 
 def _reference(typed: str) -> str | None:
@@ -18,13 +18,13 @@ class PerplexityOptions(OptionGroup, frozen=True, kw_only=True):
 
     # fmt: off
     dataset: Annotated[tuple[str, ...], Option(
-        list_of(text), "default",
+        list_of(path_or_name), "default",
         "Texts of the perplexity suite, comma separated: default (embedded), pydoc, wikitext2, wikitext103, "
         "pg19, c4, or a local file or folder, e.g. --kv-dataset=wikitext2,c4.",
         original="wikitext2",
     )]
     dataset_path: Annotated[str | None, Option(
-        text, "",
+        path_or_name, "",
         "Local text, parquet, arrow or saved data set to read for the one --kv-dataset, which stays its name, "
         "e.g. --kv-dataset=wikitext2 --kv-dataset-path=wiki.test.raw.",
     )]

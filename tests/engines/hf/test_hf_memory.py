@@ -81,7 +81,7 @@ def test_a_press_is_measured_by_what_it_left(asked: float) -> None:
 
 def test_a_press_that_did_nothing_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("kvpress")
-    from kvsuite.compression.kvpress_session import KvpressSession
+    from kvsuite.compression.kvpress.session import KvpressSession
 
     on = session()
     on.prepare(case(policy="kvpress:Knorm", policy_params={"keep_ratio": 0.5}))

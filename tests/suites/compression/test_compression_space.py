@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kvsuite.compression as compression
 from kvsuite.case import Case
 from kvsuite.compression import RecentOnly, register_policy
-from kvsuite.compression.kvpress_table import PRESSES
+from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.compression.cases import compression_cases, method_name, unread_options

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.compression.ratio import removed_from_keep
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 
-from .kvpress_compat import load_kvpress
-from .kvpress_session import KvpressSession, cleanup, open_session
-from .kvpress_table import INNER, PER_LAYER, PRESSES, TARGET, Attention, PressInfo
-from .ratio import removed_from_keep
+from .compat import load_kvpress
+from .session import KvpressSession, cleanup, open_session
+from .table import INNER, PER_LAYER, PRESSES, TARGET, Attention, PressInfo
 
 if TYPE_CHECKING:
     from torch import nn
