@@ -112,7 +112,7 @@ def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
-    from .builtin_figures import draw
+    from .suite_figures import draw
 
     return draw(run, rows, folder)
 

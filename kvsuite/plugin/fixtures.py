@@ -10,7 +10,7 @@ import pytest
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 
-from .stash import CASES, OPTIONS
+from .stash import CASES, OPTIONS, UNUSABLE
 
 if TYPE_CHECKING:
     from kvsuite.case import Case
@@ -28,7 +28,9 @@ def kv_case(request: pytest.FixtureRequest) -> Case:
     """The case of this test; parametrised by the ``kv_suite`` marker."""
     if not hasattr(request, "param"):
         raise UserError(f"{request.node.nodeid}: kv_case needs the marker @pytest.mark.kv_suite('compression')")
-    return request.config.stash[CASES][request.param]
+    if str(request.param).startswith(UNUSABLE):
+        pytest.fail(f"kvsuite: {str(request.param).removeprefix(UNUSABLE)}", pytrace=False)
+    return request.config.stash[CASES][request.node.get_closest_marker("kv_suite").args[0], request.param]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RUN_SCHEMA
-from kvsuite.suites.registry import SPACES, cases_of
+from kvsuite.suites.registry import suite_names, usable_cases
 
 from .comparison_base import Base, bracket
 from .stash import REPORTER, is_worker
@@ -104,7 +104,7 @@ class Gate:
         """As `pytest_collection_finish`: the controller of xdist collects nothing itself, and sees ids alone."""
         if self._matcher is not None or self._unprepared is not None:
             return
-        known = self._space_ids(SPACES)
+        known = self._space_ids(suite_names())
         if any(bracket(node_id) in known for node_id in ids):
             self._expect(frozenset(ids))
             return
@@ -115,7 +115,7 @@ class Gate:
             self._unprepared = error
 
     def _space_ids(self, suites: Any) -> set[str]:
-        return {case.id for suite in suites if suite in SPACES for case in cases_of(suite, self._options)}
+        return {case.id for suite in suites for case in usable_cases(suite, self._options)}
 
     def _expect(self, ids: frozenset[str]) -> None:
         self._ours = True
@@ -135,7 +135,7 @@ class Gate:
         rules = rules_of(self._options)
         hooks = self._config.hook.pytest_kvsuite_metrics(config=self._config)
         more = [(one.name, Known(one.unit, one.better, one.metric_class)) for metrics in hooks for one in metrics]
-        suites = {row.suite for run in base.runs for row in run.rows} | set(SPACES)
+        suites = {row.suite for run in base.runs for row in run.rows} | set(suite_names())
         rules.check(known_metrics(base, more=more), suites, "--kv-fail")
         cases = cases_of_side(base)
         self._selected = ids
@@ -226,7 +226,7 @@ class Gate:
         if case_id in self._selected:
             return True
         # only the cases of a space are known to be all there: of others, what is not selected may have been left out
-        if case_id in self._deselected or suite not in SPACES or suite not in {row["suite"] for row in rows}:
+        if case_id in self._deselected or suite not in suite_names() or suite not in {row["suite"] for row in rows}:
             return False
         if self._config.getoption("dist", default="no") != "no" and (
             self._config.option.keyword or self._config.option.markexpr

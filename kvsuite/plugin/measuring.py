@@ -14,11 +14,10 @@ from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.record import Record
+from kvsuite.suites.registry import suite_of_rows
 
 from .case_watch import note_place, tell_box
 from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
-
-_HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes")
 
 
 def open_runner(config: pytest.Config) -> Iterator[Any]:
@@ -140,5 +139,6 @@ def _require_json(facts: dict[str, Any], hook: str) -> None:
 
 def headline(record: Record) -> dict[str, Any]:
     """The few numbers that pytest-benchmark's ``extra_info`` repeats."""
-    found = {name: record.metrics[name]["value"] for name in _HEADLINE if name in record.metrics}
+    names = suite_of_rows(record.case.suite).headline or record.metrics
+    found = {name: record.metrics[name]["value"] for name in names if name in record.metrics}
     return {"case_key": record.case_key, **found}

@@ -18,8 +18,15 @@ from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
-from kvsuite.suites.perplexity.options import PerplexityOptions
-from kvsuite.suites.registry import SPACES, cases_of, require_measurable
+from kvsuite.suites.registry import (
+    UnusableSuite,
+    cases_of,
+    require_measurable,
+    suite_names,
+    take_hooked,
+    usable_cases,
+    usable_suites,
+)
 
 from .case_watch import CaseGuard, case_of
 from .gate import register_gate, rules_of
@@ -43,6 +50,7 @@ from .stash import (
     RESUMED,
     RUNNER,
     SAVED_GPUS,
+    UNUSABLE,
     USAGE_ERROR,
     WORKERS,
     is_worker,
@@ -102,23 +110,38 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     Raises
     ------
     UserError
-        If the marker names no suite, or the options leave no case.
+        If the marker names no suite, or an option's value cannot be.
     """
     marker = metafunc.definition.get_closest_marker("kv_suite")
     if marker is None or "kv_case" not in metafunc.fixturenames:
         return
+    config = metafunc.config
     if len(marker.args) != 1:
         raise UserError(f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')")
-    cases = cases_of(marker.args[0], metafunc.config.stash[OPTIONS])
-    metafunc.config.stash[CASES].update({case.id: case for case in cases})
+    name = str(marker.args[0])
+    _ask_hook(config, metafunc.definition.ihook)
+    try:
+        cases = cases_of(name, config.stash[OPTIONS])
+    except UnusableSuite as error:
+        # a test that says so, and the other suites go on
+        metafunc.parametrize("kv_case", [f"{UNUSABLE}{error}"], ids=["unusable"], indirect=True)
+        return
+    config.stash[CASES].update({(name, case.id): case for case in cases})
     ids = [case.id for case in cases]
     # strings, so that pytest-benchmark can store and compare the parameter
     metafunc.parametrize("kv_case", ids, ids=ids, indirect=True)
 
 
+def _ask_hook(config: pytest.Config, hook: Any) -> None:
+    """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
+    for suites in hook.pytest_kvsuite_suites(config=config):
+        take_hooked(suites, "pytest_kvsuite_suites")
+
+
 def _check(options: Options) -> None:
-    for suite in SPACES:
-        cases_of(suite, options)
+    for suite in usable_suites():
+        usable_cases(suite.name, options)
+        suite.check(options)
     common = options.of(CommonOptions)
     rules_of(options)
     if "model" in options.given:
@@ -129,14 +152,6 @@ def _check(options: Options) -> None:
         from kvsuite.workloads.corpus import check_corpus
 
         check_corpus(common.corpus)
-    if {"dataset", "dataset_path"} & options.given:
-        from kvsuite.workloads.corpus import check_corpus
-
-        texts = options.of(PerplexityOptions)
-        option = "--kv-dataset-path" if texts.dataset_path else "--kv-dataset"
-        split = None if texts.split == "auto" else texts.split
-        for request in texts.dataset:
-            check_corpus(request, option=option, path=texts.dataset_path, split=split)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -182,10 +197,17 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     if workers.is_expecting:
         return
     options = config.stash[OPTIONS]
-    known = {case.id: case for suite in SPACES for case in cases_of(suite, options)}
     brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
-    selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
     try:
+        _ask_hook(config, config.hook)
+        known: dict[str, Case] = {}
+        for case in (case for name in suite_names() for case in usable_cases(name, options)):
+            if case.id in brackets.values() and known.setdefault(case.id, case) != case:
+                raise UserError(
+                    f"suites {known[case.id].suite} and {case.suite} both have a case {case.id}, which the controller of "
+                    "xdist cannot tell apart; name one otherwise, or leave -n out"
+                )
+        selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
         if selected:
             device = options.of(CommonOptions).device
             require_gpu_each(gpus_for(device), device, workers.workers)

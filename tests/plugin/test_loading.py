@@ -66,7 +66,7 @@ def test_what_asks_for_the_rest_loads_it(source: str, options: tuple[str, ...], 
     (tmp_path / "test_mine.py").write_text(f"import pytest\n\n{source}\n")
     command = ["-q", "-p", "no:cacheprovider", "test_mine.py", *options]
     loaded = imported_by(f"import pytest\nassert pytest.main({command!r}) == 0", tmp_path)
-    assert {"kvsuite.plugin.run", "kvsuite.plugin.reporter", "kvsuite.suites.compression.cases"} <= loaded
+    assert {"kvsuite.plugin.run", "kvsuite.plugin.reporter"} <= loaded
     assert not HEAVY & loaded
 
 

@@ -51,9 +51,12 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
     common, own = options.of(CommonOptions), options.of(PerplexityOptions)
     # for its error messages: the length of the text comes later
     plan_windows(protocol, 4 * own.max_length, own.max_length, own.stride, prefix=bos_rule(own.bos))
+    engine = "hf" if common.engine == "auto" else common.engine
     return Case(
         suite="perplexity",
-        engine="hf" if common.engine == "auto" else common.engine,
+        engine=engine,
+        # the reference engine is left out: wikitext2-4bit
+        shows_engine=engine != "hf",
         model=model_of(options),
         name="-".join([dataset, chosen, *([protocol] if len(own.ppl_protocol) > 1 else [])]),
         device=device,
