@@ -12,8 +12,6 @@ from kvsuite.options.card import card_bytes
 from .design_point import OFF, DesignPoint
 from .prediction import Prediction, Predictor
 
-#: share of a card that an engine uses: gpu_memory_utilization of MLC, memory_share of the runtime
-SHARES = {"mlc": 0.85, "nano": 0.9}
 # below these a setting is not worth proposing
 _SMALLEST = {"context_window_size": 256, "prefill_chunk_size": 128, "max_batch_size": 1}
 _SMALLEST_WINDOW = 256

@@ -25,7 +25,7 @@ from .fixtures import kv_case, kv_options, kv_run, kv_runner
 from .stash import CASES, OPTIONS, RESUMED, is_worker
 
 if TYPE_CHECKING:
-    from kvsuite.metrics.registry import Metric
+    from kvsuite.metrics import Metric
 
 # fixtures stand in a file of their own: pytest finds them by name in this module
 __all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
@@ -106,9 +106,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
-    from kvsuite.metrics.registry import BUILTIN
+    from kvsuite.metrics import BUILTIN
+    from kvsuite.metrics.installed import installed_metrics
 
-    return BUILTIN
+    return (*BUILTIN, *installed_metrics())
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:

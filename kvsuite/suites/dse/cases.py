@@ -12,6 +12,7 @@ from kvsuite.case import Case
 from kvsuite.engines.mlc.options import MlcOptions
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
+from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.paths import expanded
@@ -21,7 +22,6 @@ from kvsuite.suites.perplexity.cases import dtype_of
 
 from .options import DseOptions
 from .parser import parse_space
-from .space import DesignSpace, Entry, broken_rules
 
 DSE = "dse"
 #: the protocol of its workload
