@@ -62,12 +62,6 @@ class Options:
             )
         return found
 
-    def __getattr__(self, name: str) -> Any:
-        for group in self.__dict__["_groups"].values():
-            if name in group.__struct_fields__:
-                return getattr(group, name)
-        raise AttributeError(name)
-
     def to_dict(self) -> dict[str, Any]:
         """All values as JSON types."""
         return {name: _json(value) for group in self._groups.values() for name, value in structs.asdict(group).items()}

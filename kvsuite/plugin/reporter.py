@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.case import Case
+from kvsuite.distribution.progress import Progress
+from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
-from kvsuite.measure.progress import Progress
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
@@ -66,6 +67,8 @@ class Reporter:
         self.files: list[Path] = []
         self.page: Path | None = None
         self.failure: str | None = None
+        #: seconds that the cases are expected to take, ``None`` where nothing tells
+        self.expected_s: float | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -110,7 +113,7 @@ class Reporter:
         if not cases:
             return
         self._cases = len(cases)
-        self._progress = Progress(self._write, len(cases))
+        self._progress = Progress(self._write, len(cases), self._time_left(cases))
         base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -126,6 +129,18 @@ class Reporter:
         if self._earlier is not None:
             # and whether another process still writes that run
             self._store = self._reopened(self._earlier)
+
+    def _time_left(self, cases: Sequence[Case]) -> TimeLeft | None:
+        from kvsuite.distribution.plan import measured_cases, plan
+
+        try:
+            planned = plan(cases, self._options, measured_cases(Path(self._common.report_dir), self._options))
+        except Exception as error:  # an estimate ends no run: a suite of somebody else may not count its cases
+            self._write(f"kvsuite: how long the cases take is not known: {type(error).__name__}: {error}")
+            return None
+        left = TimeLeft(planned, int(self._config.getoption("numprocesses", default=None) or 1))
+        self.expected_s = left.seconds
+        return left
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
@@ -187,7 +202,7 @@ class Reporter:
         place = self._places.setdefault(row["id"], len(self.rows))
         self.rows[place : place + 1] = [row]
         self._progress.case(row["case"]["name"])
-        self._progress.finished(_summary(row))
+        self._progress.finished(_summary(row), row)
 
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
