@@ -109,7 +109,7 @@ def _learnt(known: Iterable[Measured], models: Collection[str], options: Options
     correction = Correction()
     for measured in known:
         if measured.case.model in models:
-            memory = footprint(measured.case, options.of(CommonOptions).cache_dir)
+            memory = footprint(measured.case, options)
             expected = _by_model(measured.case, options, memory, loads=False)
             if expected is not None:
                 correction.add(kind_of(measured.case), expected, measured.seconds)
