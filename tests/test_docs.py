@@ -17,7 +17,7 @@ import torch
 
 from kvsuite.__main__ import main
 from kvsuite.compression import REPLACEMENTS, CacheView, Policy
-from kvsuite.compression.kvpress_table import PRESSES
+from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric
 from kvsuite.models.presets import PRESETS, build_config
 from kvsuite.options.groups import all_options, refused_names

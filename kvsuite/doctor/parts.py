@@ -74,7 +74,7 @@ def _default_model() -> Finding:
 
 
 def _presses() -> Finding:
-    from kvsuite.compression.kvpress_compat import load_kvpress
+    from kvsuite.compression.kvpress.compat import load_kvpress
 
     return _tried("presses of kvpress", lambda: f"kvpress {load_kvpress() and installed('kvpress')}")
 

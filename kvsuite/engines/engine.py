@@ -249,6 +249,13 @@ class Engine(ABC):
         Asked for every case; the runtime need not be loaded for it.
         """
 
+    def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
+        """Predicts the memory of design points on the device of ``case``, ``None`` where there are no formulas.
+
+        From the configuration alone: nothing is loaded, and the runtime is not imported.
+        """
+        return None
+
     @abstractmethod
     def load(self, case: Case, settings: EngineSettings) -> Session:
         """Load the model of ``case``.

@@ -12,7 +12,7 @@ from shared_weights import share
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvsuite.compression.kvpress import KvpressMethod
+from kvsuite.compression.kvpress.adapter import KvpressMethod
 
 LAYERS, KV_HEADS, VOCAB, PROMPT, STEPS = 4, 2, 512, 512, 8
 FULL_BYTES = PROMPT * LAYERS * 2 * KV_HEADS * 16 * 4

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from kvsuite.compression.kvpress import KvpressMethod
-from kvsuite.compression.kvpress_compat import load_kvpress
-from kvsuite.compression.kvpress_table import PRESSES
+from kvsuite.compression.kvpress.adapter import KvpressMethod
+from kvsuite.compression.kvpress.compat import load_kvpress
+from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.errors import CaseInvalid, CaseSkipped
 
 try:

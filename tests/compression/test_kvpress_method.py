@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from kvsuite.compression.kvpress import KvpressMethod
-from kvsuite.compression.kvpress_compat import attention_patch, cache_position, load_kvpress
-from kvsuite.compression.kvpress_session import attention_modules
+from kvsuite.compression.kvpress.adapter import KvpressMethod
+from kvsuite.compression.kvpress.compat import attention_patch, cache_position, load_kvpress
+from kvsuite.compression.kvpress.session import attention_modules
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 
 try:
@@ -111,10 +111,10 @@ import sys, warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
-from kvsuite.compression import kvpress, kvpress_table
-from kvsuite.compression.kvpress_compat import attention_patch, load_kvpress
+from kvsuite.compression.kvpress import adapter, table
+from kvsuite.compression.kvpress.compat import attention_patch, load_kvpress
 from kvsuite.errors import CaseSkipped
-assert kvpress.find_press("kvpress:tova").name == "TOVA"
+assert adapter.find_press("kvpress:tova").name == "TOVA"
 assert "kvpress" not in sys.modules
 sys.modules["cachetools"] = None
 try:

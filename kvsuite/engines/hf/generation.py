@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvsuite.engines.cache_method import Method
+from kvsuite.engines.cache_compression import CacheCompression
+from kvsuite.engines.cache_plan import CachePlan, plan
+from kvsuite.engines.rotary import Rotary
 
 from .cache import EvictionCache, Implementation
-from .cache_plan import CachePlan, plan
-from .decoder import Decoder
+from .decoder import CachedDecoder
 from .graph import CapturedDecode
 from .press_cache import PressCache
-from .rotary import Rotary
 
 if TYPE_CHECKING:
-    from kvsuite.compression.kvpress_session import KvpressSession
+    from kvsuite.compression.kvpress.session import KvpressSession
 
 AnyCache = EvictionCache | PressCache
 
 
-class Flow:
+class Generation:
     """What `HfSession.prepare` makes ready for a case; generation, scoring and the memory pass run on it.
 
     Parameters
@@ -42,7 +42,13 @@ class Flow:
     """
 
     def __init__(
-        self, decoder: Decoder, method: Method, *, implementation: Implementation, tokenizer: Any, seed: int
+        self,
+        decoder: CachedDecoder,
+        method: CacheCompression,
+        *,
+        implementation: Implementation,
+        tokenizer: Any,
+        seed: int,
     ) -> None:
         self.decoder = decoder
         self.method = method
@@ -51,7 +57,8 @@ class Flow:
         self._tokenizer = tokenizer
         self._seed = seed
         policy = method.policy
-        self._rotary = Rotary(decoder.model) if policy and policy.positions == "cache" else None
+        turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
+        self._rotary = Rotary(decoder.model) if turns else None
         self._captured: dict[tuple[int, int], CapturedDecode] = {}
         self._cache: tuple[tuple[int, int], EvictionCache] | None = None
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvsuite.engines.hf.intervals import IntervalClock
 from kvsuite.engines.results import MemoryPass
-from kvsuite.meters.clock import clock_for
+from kvsuite.meters.clock import IntervalClock, clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request
@@ -31,6 +30,7 @@ def measure_memory(
     new_tokens: Sequence[int],
     *,
     compresses: bool = False,
+    evicts: bool = False,
 ) -> MemoryPass:
     """Serve requests together with every memory meter on.
 
@@ -83,7 +83,7 @@ def measure_memory(
         lengths_prefill=_longest(at_first),
         lengths_decode=_longest(at_last),
         compress_s=compress.total() if compresses else None,
-        evict_s=evict.total() / max(max(new_tokens) - 1, 1) if compresses else None,
+        evict_s=evict.total() / max(max(new_tokens) - 1, 1) if evicts else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(loaded, runtime.limits),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsuite.case import Case
-from kvsuite.engines.cache_method import Method, method_for
+from kvsuite.engines.cache_compression import CacheCompression, compression_of
+from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
-from kvsuite.engines.hf.cache_plan import plan
 from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -20,7 +21,6 @@ from kvsuite.engines.results import (
 )
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
-from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
@@ -58,7 +58,7 @@ class NanoSession(LoadedSession):
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
         self._decode_step = settings.decode_step
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
-        self._method = Method()
+        self._method = CacheCompression()
         self._longest = 0
         #: of the prepared design point, ``None`` for any other case
         self._limits: Limits | None = None
@@ -110,7 +110,7 @@ class NanoSession(LoadedSession):
             )
         if self._decode_step == "graph" and self.device.type != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
-        self._method = method_for(case, layers=self.decoder.layers)
+        self._method = compression_of(case, layers=self.decoder.layers)
         policy = self._method.policy
         self.effective = self._facts | {
             "positions": policy.positions if policy else "original",
@@ -140,14 +140,17 @@ class NanoSession(LoadedSession):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
-        return measure_memory(
+        found = measure_memory(
             self._loaded,
             lambda: self._runtime(requests),
             # one token more: blocks are read while a request still runs
             [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
             [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
+            evicts=self._method.acts_in_decode,
         )
+        found.warnings += self._method.caveats(min(len(one.prompt) for one in requests))
+        return found
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
@@ -187,7 +190,7 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        self._method = Method()
+        self._method = CacheCompression()
         self._limits = self._prompt_tokens = None
 
     def close(self) -> None:

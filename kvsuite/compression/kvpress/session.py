@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.compression.ratio import keep_count
 from kvsuite.errors import CaseInvalid
 
-from .kvpress_compat import attention_patch, cache_position
-from .kvpress_replay import raw_text_tokenizer, replays
-from .kvpress_table import PressInfo
-from .ratio import keep_count
+from .compat import attention_patch, cache_position
+from .replay import raw_text_tokenizer, replays
+from .table import PressInfo
 
 if TYPE_CHECKING:
     import torch

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 from kvsuite.case import Case
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
-from kvsuite.compression.ratio import removed_from_keep
 from kvsuite.errors import UserError
 
 if TYPE_CHECKING:
-    from kvsuite.compression.kvpress import KvpressMethod
+    from kvsuite.compression.kvpress.adapter import KvpressMethod
 
 
 @dataclass
-class Method:
+class CacheCompression:
     """Exactly one of ``policy`` and ``press``, or neither for the full cache."""
 
     policy: Policy | None = None
@@ -32,13 +31,25 @@ class Method:
         """Fraction removed that a ratio-based method was asked for; a size-based one was asked for none."""
         if self.press:
             return self.press.requested_removed_ratio
-        keep = getattr(self.policy, "keep_ratio", None) if self.policy and self.policy.name == "l2_compress" else None
-        return None if keep is None else removed_from_keep(keep)
+        return self.policy.ratio_requested if self.policy else None
+
+    def caveats(self, prompt_tokens: int) -> list[str]:
+        """What a record must say where a prompt is too short for the method to be what its name says."""
+        found = (
+            self.press.caveat(prompt_tokens)
+            if self.press
+            else self.policy.caveat(prompt_tokens)
+            if self.policy
+            else None
+        )
+        return [] if found is None else [f"not what its name says: {found}"]
 
     @property
     def acts_in_decode(self) -> bool:
         """Whether the method may change the cache between generated tokens."""
-        return self.policy is not None or (self.press is not None and "decode" in self.press.info.compresses)
+        if self.policy is not None:
+            return self.policy.acts == "decode"
+        return self.press is not None and "decode" in self.press.info.compresses
 
     @property
     def eager_only(self) -> str | None:
@@ -50,7 +61,7 @@ class Method:
         return None
 
 
-def method_for(case: Case, *, layers: int) -> Method:
+def compression_of(case: Case, *, layers: int) -> CacheCompression:
     """Build the method of ``case``, a new object for every case.
 
     Raises
@@ -60,11 +71,11 @@ def method_for(case: Case, *, layers: int) -> Method:
     """
     parameters: dict[str, Any] = dict(case.policy_params)
     if case.policy is None:
-        return Method()
+        return CacheCompression()
     if case.policy.startswith("kvpress:"):
-        from kvsuite.compression.kvpress import KvpressMethod
+        from kvsuite.compression.kvpress.adapter import KvpressMethod
 
-        return Method(press=KvpressMethod.create(case.policy, **parameters))
+        return CacheCompression(press=KvpressMethod.create(case.policy, **parameters))
     policy = get_policy(case.policy, **parameters)
     beyond = [layer for layer in policy.skip_layers if layer >= layers]
     if beyond:
@@ -72,4 +83,4 @@ def method_for(case: Case, *, layers: int) -> Method:
             f"--kv-skip-layers={','.join(map(str, sorted(policy.skip_layers)))}: the model has layers 0 to {layers - 1}; "
             f"leave out {', '.join(map(str, sorted(beyond)))}"
         )
-    return Method(policy=policy)
+    return CacheCompression(policy=policy)

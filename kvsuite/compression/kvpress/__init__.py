@@ -1,0 +1,1 @@
+"""Presses of kvpress as cache methods of the `hf` engine."""
