@@ -68,8 +68,9 @@ def main() -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime
     print(
-        f"{count} records, {len(lines) / 2**20:.0f} MiB: {seconds:.1f} s, {used.ru_utime + used.ru_stime:.1f} s of a processor, "
+        f"{count} records, {len(lines) / 2**20:.0f} MiB: {seconds:.1f} s, {processor:.1f} s of a processor, "
         f"peak {used.ru_maxrss / 1024:.0f} MiB, load {os.getloadavg()[0]:.1f}"
     )
 
