@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.case import Case
-from kvsuite.memory_model.fit import parse_card
 from kvsuite.meters.environment import host_facts
+from kvsuite.options.card import card_bytes
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.quantization.formats import GROUP_FORMATS
 from kvsuite.record import RECORD_SCHEMA
 from kvsuite.store.records_file import RECORDS_FILE
@@ -107,7 +109,7 @@ def _learnt(known: Iterable[Measured], models: Collection[str], options: Options
     correction = Correction()
     for measured in known:
         if measured.case.model in models:
-            memory = footprint(measured.case, options.cache_dir)
+            memory = footprint(measured.case, options)
             expected = _by_model(measured.case, options, memory, loads=False)
             if expected is not None:
                 correction.add(kind_of(measured.case), expected, measured.seconds)
@@ -120,7 +122,8 @@ def measured_cases(report_dir: Path, options: Options) -> dict[str, Measured]:
     What cannot be read is left out: a plan needs no whole archive.
     """
     host = host_facts()["host"]
-    wanted = {"rounds": options.rounds, "num_warmup": options.num_warmup}
+    common = options.of(CommonOptions)
+    wanted = {"rounds": common.rounds, "num_warmup": common.num_warmup}
     found: dict[str, Measured] = {}
     paths = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
     for _, path in sorted(paths)[-_LAST_RUNS:]:
@@ -178,9 +181,9 @@ def device_bytes(options: Options, device_kind: str) -> tuple[int, str] | None:
     UserError
         If ``--kv-plan-card`` is no size.
     """
-    if options.plan_card is not None:
-        card = parse_card(options.plan_card, 1.0, option="--kv-plan-card")
-        return card.bytes, f"--kv-plan-card={options.plan_card}"
+    card = options.of(SweepOptions).plan_card
+    if card is not None:
+        return card_bytes(card, "--kv-plan-card"), f"--kv-plan-card={card}"
     if device_kind == "cpu":
         ram = host_facts()["host"]["ram_bytes"]
         return None if ram is None else (int(ram), "this machine's RAM")
@@ -224,7 +227,7 @@ def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> s
     """
     if not cases:
         return "no cases: another shard, or the run that goes on, has all"
-    rows = plan(cases, options, measured_cases(Path(options.report_dir), options))
+    rows = plan(cases, options, measured_cases(Path(options.of(CommonOptions).report_dir), options))
     kinds = Counter(row.case.device_kind for row in rows)
     card = device_bytes(options, next(iter(kinds)))
     width = max(len(row.case.id) for row in rows)
