@@ -38,6 +38,21 @@ def list_policies() -> list[str]:
     return sorted(_POLICIES)
 
 
+def find_policy(name: str) -> type[Policy]:
+    """The class of policy ``name``.
+
+    Raises
+    ------
+    UserError
+        For an unknown name; the message lists the known ones.
+    """
+    if name in REPLACEMENTS:
+        raise UserError(f"--kv-method={name}: not part of kvsuite; use {REPLACEMENTS[name]}")
+    if name not in _POLICIES:
+        raise UserError(f"--kv-method={name}: unknown policy; known: {', '.join(list_policies())}, kvpress:<Name>")
+    return _POLICIES[name]
+
+
 def get_policy(name: str, **parameters: Any) -> Policy:
     """Build the policy ``name``.
 
@@ -46,11 +61,7 @@ def get_policy(name: str, **parameters: Any) -> Policy:
     UserError
         For an unknown name (listing the known ones) or bad parameters.
     """
-    if name in REPLACEMENTS:
-        raise UserError(f"--kv-method={name}: not part of kvsuite; use {REPLACEMENTS[name]}")
-    if name not in _POLICIES:
-        raise UserError(f"--kv-method={name}: unknown policy; known: {', '.join(list_policies())}, kvpress:<Name>")
-    return _POLICIES[name](**parameters)
+    return find_policy(name)(**parameters)
 
 
 def _discover() -> None:
@@ -75,6 +86,7 @@ __all__ = [
     "RecentOnly",
     "Schedule",
     "StreamingLLM",
+    "find_policy",
     "get_policy",
     "list_policies",
     "register_policy",

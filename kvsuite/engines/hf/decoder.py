@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvsuite.compression.base import Policy
 
+from .attention import showing
 from .cache import EvictionCache, Implementation
 from .cache_plan import kv_bytes
 from .rotary import Rotary
@@ -48,9 +49,10 @@ class Decoder:
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
         positions = cache.begin(ids.shape[1])
-        logits: Tensor = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
+        with showing(cache if cache.views_prompt else None):
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
         cache.commit()
         return logits
 

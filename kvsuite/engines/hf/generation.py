@@ -51,7 +51,8 @@ class Flow:
         self._tokenizer = tokenizer
         self._seed = seed
         policy = method.policy
-        self._rotary = Rotary(decoder.model) if policy and policy.positions == "cache" else None
+        turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
+        self._rotary = Rotary(decoder.model) if turns else None
         self._captured: dict[tuple[int, int], CapturedDecode] = {}
         self._cache: tuple[tuple[int, int], EvictionCache] | None = None
 

@@ -122,7 +122,7 @@ class RuntimeHolder:
 
     def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
         rotation = None
-        if policy is not None and policy.positions == "cache":
+        if policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
         options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}

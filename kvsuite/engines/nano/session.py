@@ -140,14 +140,17 @@ class NanoSession(LoadedSession):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
-        return measure_memory(
+        found = measure_memory(
             self._loaded,
             lambda: self._runtime(requests),
             # one token more: blocks are read while a request still runs
             [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
             [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
+            evicts=self._method.acts_in_decode,
         )
+        found.warnings += self._method.caveats(min(len(one.prompt) for one in requests))
+        return found
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None

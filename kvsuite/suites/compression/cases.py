@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvsuite.case import Case
-from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
+from kvsuite.compression import REPLACEMENTS, find_policy, get_policy, list_policies
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
+from kvsuite.compression.method_text import MethodText, parameter_types
 from kvsuite.errors import UserError
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
@@ -17,6 +19,8 @@ from kvsuite.quantization.registry import NONE
 from kvsuite.suites.perplexity.cases import dtype_of
 
 PRESS_PREFIX = "kvpress:"
+# short forms in names
+_SHORT = {"keep_ratio": "kr"}
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
 # order of the original's compare_all
@@ -42,6 +46,7 @@ class Group:
     policy: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
+    acts: str = "decode"
 
 
 def compression_cases(options: Options) -> list[Case]:
@@ -88,7 +93,7 @@ def compression_cases(options: Options) -> list[Case]:
 
 def protocol_of(options: Options, groups: Iterable[Group]) -> str:
     """One quality protocol for all groups of a run: perplexities of different protocols do not compare."""
-    pressed = [group.name for group in groups if group.kind == "press"]
+    pressed = [group.name for group in groups if group.acts == "prompt"]
     if options.protocol == "auto":
         return "prefix-continuation" if pressed else "streaming-decode"
     if pressed and options.protocol == "streaming-decode":
@@ -103,7 +108,7 @@ def method_name(options: Options) -> str:
     """The run's method as the original names its folders: one method, or ``compare_all``."""
     if options.compare_all or len(options.method) > 1:
         return "compare_all"
-    return str(options.method[0]).replace(":", "_").lower()
+    return MethodText.parse(options.method[0]).name.replace(":", "_").lower()
 
 
 def unread_options(options: Options) -> list[str]:
@@ -111,12 +116,18 @@ def unread_options(options: Options) -> list[str]:
     if options.compare_all:
         unread = {"method", "keep_ratios", "strategies"} & options.given
     else:
+        methods = [MethodText.parse(method) for method in options.method]
         unread = {
-            name
-            for name in _READERS.keys() & options.given
-            if not any(m.startswith(_READERS[name]) for m in options.method)
+            name for name in _READERS.keys() & options.given if not any(_reads(method, name) for method in methods)
         }
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]
+
+
+def _reads(method: MethodText, option: str) -> bool:
+    if method.name.startswith(_READERS[option]):
+        return True
+    swept = {} if method.name.startswith(PRESS_PREFIX) else find_policy(method.name).swept_by_options
+    return any(source == option and name not in method.values for name, source in swept.items())
 
 
 def _groups(options: Options) -> Iterator[Group]:
@@ -129,7 +140,7 @@ def _groups(options: Options) -> Iterator[Group]:
             groups.sort(key=lambda group: _CROSS_SECTION.index(group.kind))
         yield from groups
     for method in _methods(options):
-        if method.startswith(PRESS_PREFIX):
+        if method.name.startswith(PRESS_PREFIX):
             yield from _presses(options, method)
 
 
@@ -139,9 +150,11 @@ def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
 
     def group(name: str, kind: str, policy: str, budget: int | None = None, **parameters: Any) -> Group:
         built = get_policy(policy, **parameters, **common)
-        return Group(name + mark, kind, policy, built.to_dict(), budget)
+        return Group(name + mark, kind, policy, built.to_dict(), budget, built.acts)
 
-    methods = _methods(options)
+    asked = _methods(options)
+    # those with parameters of their own are swept by these alone
+    methods = [method.name for method in asked if not method.values]
     totals = [options.start_size + recent for recent in options.recent_sizes]
     streaming = totals if "streaming_llm" in methods else []
     fixed = list(options.fix_kv_sizes) if "fix_size_l2" in methods else []
@@ -178,25 +191,47 @@ def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
             mode = {"prune_after": options.prune_after, "mode": options.l2_mode}
             label = options.l2_mode.replace("=", "")
             yield group(f"l2_kr={ratio}_{label}", "l2", "l2_compress", None, keep_ratio=ratio, **mode)
-    for name in methods:
-        if name not in _SWEPT and not name.startswith(PRESS_PREFIX):
-            # registered by a user: one group with its own defaults
-            yield group(name, "policy", name)
+    for method in asked:
+        if method.name.startswith(PRESS_PREFIX) or (method.name in _SWEPT and not method.values):
+            continue
+        for parameters in _variants(options, method):
+            label = "_".join(
+                [method.name, *(f"{_SHORT.get(name, name)}={value}" for name, value in parameters.items())]
+            )
+            yield group(label, "policy", method.name, None, **parameters)
 
 
-def _presses(options: Options, method: str) -> Iterator[Group]:
-    info = find_press(method)
+def _variants(options: Options, method: MethodText) -> Iterator[dict[str, Any]]:
+    """Parameters of a policy's variants: those given, those that options sweep, else the policy's own defaults."""
+    policy = find_policy(method.name)
+    swept = {
+        name: getattr(options, source) for name, source in policy.swept_by_options.items() if name not in method.values
+    }
+    if not swept and not method.values:
+        yield from map(dict, policy.sweep())
+        return
+    lists = {name: list(value) if isinstance(value, tuple) else [value] for name, value in swept.items()}
+    if "keep_ratio" in lists:
+        lists["keep_ratio"] = _below_one(lists["keep_ratio"], options)
+    for given in method.variants(parameter_types(policy)):
+        for chosen in itertools.product(*lists.values()):
+            yield given | dict(zip(lists, chosen, strict=True))
+
+
+def _presses(options: Options, method: MethodText) -> Iterator[Group]:
+    info = find_press(method.name)
     if options.positions == "cache":
         raise UserError(
-            f"--kv-positions=cache: {method} decides on positions itself; use kvpress:KeyRerotation, or positions=original"
+            f"--kv-positions=cache: {method.name} decides on positions itself; use kvpress:KeyRerotation, or positions=original"
         )
     if options.skip_layers:
-        raise UserError(f"--kv-skip-layers: {method} treats all layers; leave --kv-skip-layers at none")
-    if not info.takes_ratio:
-        yield Group(info.name, "press", PRESS_PREFIX + info.name, {"keep_ratio": 1.0})
-        return
-    for ratio in _below_one(list(options.keep_ratios), options):
-        yield Group(f"{info.name}_kr={ratio}", "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio})
+        raise UserError(f"--kv-skip-layers: {method.name} treats all layers; leave --kv-skip-layers at none")
+    ratios = _below_one(list(options.keep_ratios), options) if info.takes_ratio else [1.0]
+    for given in method.variants(dict.fromkeys(method.values)):
+        marks = [f"{name}={value}" for name, value in given.items() if name != "keep_ratio"]
+        for ratio in [given.pop("keep_ratio")] if "keep_ratio" in given else ratios:
+            name = "_".join([info.name, *marks, *([f"kr={ratio}"] if info.takes_ratio else [])])
+            yield Group(name, "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio, **given}, acts="prompt")
 
 
 def _below_one(ratios: list[float], options: Options) -> list[float]:
@@ -204,10 +239,11 @@ def _below_one(ratios: list[float], options: Options) -> list[float]:
     return [ratio for ratio in ratios if ratio < 1 or options.no_baseline]
 
 
-def _methods(options: Options) -> list[str]:
+def _methods(options: Options) -> list[MethodText]:
     if options.compare_all:
         return []
-    for method in options.method:
+    asked = [MethodText.parse(method) for method in options.method]
+    for method in (one.name for one in asked):
         if method in REPLACEMENTS:
             raise UserError(f"--kv-method={method}: not part of kvsuite; use {REPLACEMENTS[method]}")
         if method.startswith(PRESS_PREFIX):
@@ -220,4 +256,4 @@ def _methods(options: Options) -> list[str]:
             raise UserError(
                 f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{press}"
             )
-    return list(options.method)
+    return asked

@@ -40,8 +40,9 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
     # fmt: off
     method: Annotated[tuple[str, ...], Option(
         list_of(text), "streaming_llm",
-        "Compression methods, comma separated: streaming_llm, recent_only, fix_size_l2, l2_compress, "
-        "kvpress:<Name>, e.g. --kv-method=streaming_llm,kvpress:SnapKV.",
+        "Compression methods, comma separated: streaming_llm, recent_only, fix_size_l2, l2_compress, snapkv, h2o, tova, knorm, "
+        "expected_attention, kvpress:<Name>, with parameters in parentheses, several values in brackets, e.g. "
+        "--kv-method='streaming_llm,snapkv(window=32,keep_ratio=[0.2,0.5])'.",
     )]
     compare_all: Annotated[bool, Option(
         switch, "false",
@@ -60,7 +61,7 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     keep_ratios: Annotated[tuple[float, ...], Option(
         list_of(ratio), "0.8,0.5,0.3",
-        "Fractions in (0, 1]: kept by l2_compress and presses, protected as recent by fix_size_l2.",
+        "Fractions in (0, 1]: kept by presses and policies that keep a share, protected as recent by fix_size_l2.",
     )]
     prune_after: Annotated[int, Option(
         whole_number(0), "100",
