@@ -19,7 +19,7 @@ class Sections:
     """Seconds in some methods of a runtime's parts, by step; a section inside another one is counted in both."""
 
     def __init__(self, runtime: Runtime) -> None:
-        work, runner = runtime._work, runtime.runner
+        work, runner = runtime._launcher, runtime.runner
         builder = work._inputs._builder
         graphs = getattr(runner, "graphs", None)
         self._places: list[tuple[Any, str, str]] = [

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from kvsuite.case import Case
 from kvsuite.models.load import LoadedModel
 
+from .decoder import Decoder
 from .engine import EngineSettings, Session
-from .hf.decoder import Decoder
 from .loading import load_case_model
 from .threads import choose_threads
 
@@ -28,12 +28,15 @@ class LoadedSession(Session):
         What transformers calls its attention implementation.
     """
 
+    #: of what kind `decoder` is
+    decoder_class: ClassVar[type[Decoder]] = Decoder
+
     def __init__(self, case: Case, settings: EngineSettings, *, attention: str) -> None:
         super().__init__()
         made = load_case_model(case, attention=attention, seed=settings.seed, cache_dir=settings.cache_dir)
         self._loaded: LoadedModel = made.loaded
         self.model = made.facts
-        self.decoder = Decoder(self._loaded.model, self._loaded.text_config, self._loaded.device)
+        self.decoder = self.decoder_class(self._loaded.model, self._loaded.text_config, self._loaded.device)
         threads = settings.threads
         if case.device_kind != "cpu":
             threads = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvsuite.errors import CaseSkipped
 
 from .batch import StepBatch
-from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, PooledLayers, split
+from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
 from .kv_pool import KVPool
 from .reference_attention import KeyRotation, ReferenceAttention
 
@@ -42,7 +42,7 @@ def flashinfer_module() -> Any:
     return flashinfer
 
 
-class FlashInferAttention(PooledLayers):
+class FlashInferAttention(FlashInferLayers):
     """Attention of steps of any make-up; `captured` makes one for a graph.
 
     Parameters
@@ -71,7 +71,7 @@ class FlashInferAttention(PooledLayers):
         prompt_backend: str | None = None,
     ) -> None:
         super().__init__(pools)
-        self._flashinfer = flashinfer_module()
+        self.flashinfer = flashinfer_module()
         self.query_heads = query_heads
         device = self.pools[0].keys.device
         # FlashInfer wants it zeroed at first use
@@ -81,7 +81,7 @@ class FlashInferAttention(PooledLayers):
         self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
         self._exact = ReferenceAttention(pools, rotation)
         self._by_reference = [pool.group.places for pool in self.pools]
-        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        wrapper = self.flashinfer.BatchPrefillWithPagedKVCacheWrapper
         self._prompts = [
             None
             if pool.group.places or pool.group.window is not None

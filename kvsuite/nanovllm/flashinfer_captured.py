@@ -8,7 +8,7 @@ step (docs/measurements).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
 from .kv_pool import KVPool
-
-if TYPE_CHECKING:
-    from .flashinfer_attention import FlashInferAttention
 
 #: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
 FEW_PROGRAMS = 512
@@ -52,6 +49,15 @@ class PooledLayers:
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         number, index, pool = self._where[layer]
         return self._attend[number](query.contiguous(), *pool.layer(index), scale)
+
+
+class FlashInferLayers(PooledLayers):
+    """What eager attention by FlashInfer holds and captured attention uses: sizes, the workspace, the module itself."""
+
+    flashinfer: Any
+    query_heads: int
+    workspace: Tensor
+    processors: int
 
 
 def split(
@@ -101,7 +107,7 @@ class CapturedAttention(PooledLayers):
         ``sequences * kv_heads`` up to which keys are cut for our own kernel.
     """
 
-    def __init__(self, owner: FlashInferAttention, batch: StepBatch, few_programs: int) -> None:
+    def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
         device = owner.workspace.device
@@ -146,7 +152,7 @@ class CapturedAttention(PooledLayers):
 class PlannedDecode:
     """FlashInfer's decode of one group and batch size over fixed buffers."""
 
-    def __init__(self, owner: FlashInferAttention, pool: KVPool, table_shape: Sequence[int]) -> None:
+    def __init__(self, owner: FlashInferLayers, pool: KVPool, table_shape: Sequence[int]) -> None:
         size, most = table_shape
         device = owner.workspace.device
         self._shape = (owner.query_heads, pool.group.kv_heads, pool.group.head_dim, pool.block_size)
@@ -157,7 +163,7 @@ class PlannedDecode:
         self.starts, last = self._sent[: size + 1], self._sent[size + 1 :]
         self.blocks = torch.zeros(size * most, dtype=torch.int32, device=device)
         self._size = size
-        self._wrapper = owner._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        self._wrapper = owner.flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             owner.workspace,
             "NHD",
             use_cuda_graph=True,
@@ -167,7 +173,7 @@ class PlannedDecode:
             paged_kv_last_page_len_buffer=last,
             backend="fa2",
         )
-        self._quick = owner._flashinfer.decode.fast_decode_plan
+        self._quick = owner.flashinfer.decode.fast_decode_plan
         self._copied = _event()
         self._first = True
         self.prepare(torch.ones(size, dtype=torch.int32))

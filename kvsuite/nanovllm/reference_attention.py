@@ -15,7 +15,7 @@ from .kv_pool import KVPool
 
 
 class KeyRotation(Protocol):
-    """Turns keys to other positions, as `kvsuite.engines.hf.rotary.Rotary` does with the model's own rotary embedding."""
+    """Turns keys to other positions, as `kvsuite.engines.rotary.Rotary` does with the model's own rotary embedding."""
 
     def table(self, length: int) -> None:
         """Make positions ``0 .. length - 1`` ready."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -72,7 +71,6 @@ class Request:
     #: tokens whose keys were found in the prefix cache when it was first admitted
     prefix_hits: int = field(default=0, init=False)
     preemptions: int = field(default=0, init=False)
-    arrived: float = field(default=0.0, init=False)
     #: `time.perf_counter` of every output token
     times: list[float] = field(default_factory=list, init=False)
     #: row of the block tables while it runs
@@ -92,7 +90,6 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.prompt_length = len(self.tokens)
-        self.arrived = time.perf_counter()
 
     @property
     def output(self) -> list[int]:

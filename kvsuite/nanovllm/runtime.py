@@ -29,7 +29,7 @@ from .runner import ModelRunner, Runner
 from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
 from .step_inputs import StepInputs
-from .step_work import OnRows, StepWork, still_wanted
+from .step_launcher import OnRows, StepLauncher, still_wanted
 
 BackendFactory = Callable[[Sequence[KVPool]], AttentionBackend]
 RunnerFactory = Callable[[LoadedModel, Sequence[KVPool], Limits], Runner]
@@ -48,7 +48,7 @@ class Runtime:
     policy
         What stays in the cache: it acts at the end of a prompt and after every further token.
     rotation
-        Re-rotates keys; needed where the policy's positions are ``cache`` (`kvsuite.engines.hf.rotary.Rotary`).
+        Re-rotates keys; needed where the policy's positions are ``cache`` (`kvsuite.engines.rotary.Rotary`).
     backend
         Builds the attention over the pools; the exact reference if left out.
     runner
@@ -118,7 +118,7 @@ class Runtime:
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
         inputs = StepInputs(self.groups, self.tables, evictions, self.device)
-        self._work = StepWork(self.runner, inputs, self.pools, self.tables, self.counters)
+        self._launcher = StepLauncher(self.runner, inputs, self.pools, self.tables, self.counters)
         self.compression = CompressionStage(evictions, self.scheduler, self._end)
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
@@ -243,8 +243,8 @@ class Runtime:
             self._delivery.land()
             return self._ended
         try:
-            flight, logits = self._work.launch(plan, self._delivery.flight, self.on_rows)
-            self._work.commit(plan)
+            flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
+            self._launcher.commit(plan)
             self._delivery.land()
             if flight is not None and self.on_logits:
                 self.on_logits(*still_wanted(flight, logits))

@@ -15,8 +15,8 @@ from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.streaming_llm import StreamingLLM
 from kvsuite.engines.hf.attention import register_observed_attention
-from kvsuite.engines.hf.decoder import Decoder
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.hf.decoder import CachedDecoder
+from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Status
@@ -46,7 +46,7 @@ def rotation_of(of: LoadedModel, policy: Policy) -> Rotary | None:
 @torch.inference_mode()
 def on_hf(of: LoadedModel, policy: Policy, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
     """Logits ``[output, vocab]`` of the hf engine's cache."""
-    decoder = Decoder(of.model, of.text_config, of.device)
+    decoder = CachedDecoder(of.model, of.text_config, of.device)
     rotary = rotation_of(of, policy)
     decoder.set_attention(register_observed_attention("sdpa"))
     cache = decoder.new_cache(policy, (64, 128), "ring", rotary)

@@ -12,10 +12,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsuite.compression.base import Policy
 from kvsuite.compression.prompt_view import PromptObservation, PromptView
+from kvsuite.engines.rotary import Rotary
 
 from .cache_store import CopyStore, RingStore, Store, gather
 from .layer_group import LayerGroup
-from .rotary import Rotary
 
 Implementation = Literal["ring", "copy"]
 OnInterval = Callable[[bool], None]

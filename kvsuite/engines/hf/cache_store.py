@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from kvsuite.engines.decoder import refuse_while_capturing
+
 Hole = int | Tensor | None
 
 
@@ -36,12 +38,6 @@ class Store(ABC):
     @abstractmethod
     def headroom(self, slots: int) -> int:
         """Bytes set aside beyond the first ``slots``."""
-
-
-def refuse_while_capturing(what: str) -> None:
-    """Guard of everything that may move: a captured step would go on with the old place."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"{what} must not move while a step is captured: reserve it beforehand")
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:

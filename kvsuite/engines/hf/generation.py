@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvsuite.engines.cache_method import Method
+from kvsuite.engines.cache_compression import CacheCompression
+from kvsuite.engines.cache_plan import CachePlan, plan
+from kvsuite.engines.rotary import Rotary
 
 from .cache import EvictionCache, Implementation
-from .cache_plan import CachePlan, plan
-from .decoder import Decoder
+from .decoder import CachedDecoder
 from .graph import CapturedDecode
 from .press_cache import PressCache
-from .rotary import Rotary
 
 if TYPE_CHECKING:
     from kvsuite.compression.kvpress.session import KvpressSession
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 AnyCache = EvictionCache | PressCache
 
 
-class Flow:
+class Generation:
     """What `HfSession.prepare` makes ready for a case; generation, scoring and the memory pass run on it.
 
     Parameters
@@ -42,7 +42,13 @@ class Flow:
     """
 
     def __init__(
-        self, decoder: Decoder, method: Method, *, implementation: Implementation, tokenizer: Any, seed: int
+        self,
+        decoder: CachedDecoder,
+        method: CacheCompression,
+        *,
+        implementation: Implementation,
+        tokenizer: Any,
+        seed: int,
     ) -> None:
         self.decoder = decoder
         self.method = method

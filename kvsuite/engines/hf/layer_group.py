@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.prompt_view import PromptView
+from kvsuite.engines.decoder import refuse_while_capturing
 
-from .cache_store import Hole, Store, refuse_while_capturing
+from .cache_store import Hole, Store
 
 
 class LayerGroup:

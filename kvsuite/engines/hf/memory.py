@@ -10,56 +10,55 @@ from torch import Tensor
 
 from kvsuite.engines.results import MemoryPass
 from kvsuite.errors import CaseInvalid
-from kvsuite.meters.clock import clock_for
+from kvsuite.meters.clock import IntervalClock, clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
 
 from .cache import EvictionCache
-from .intervals import IntervalClock
 
 if TYPE_CHECKING:
-    from .generation import AnyCache, Flow
+    from .generation import AnyCache, Generation
 
 # chunked presses keep whole chunks: 0.52 was seen where 0.5 was asked of 512 tokens
 _RATIO_TOLERANCE = 0.05
 
 
-def measure_memory(flow: Flow, ids: Tensor, new_tokens: int) -> MemoryPass:
+def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> MemoryPass:
     """Prefill and decode once with every memory meter on.
 
     The decode steps are eager also where the timed ones are captured, so a graph's private pool is in no number.
     """
-    flow.drop_cache()
-    allocator = AllocatorMeter(flow.device)
+    generation.drop_cache()
+    allocator = AllocatorMeter(generation.device)
     allocator.settle()
-    method = flow.method
+    method = generation.method
     with (
         torch.inference_mode(),
-        DriverMeter(flow.device).peak() as driver,
+        DriverMeter(generation.device).peak() as driver,
         resident_set_peak() as resident,
-        flow.pressed(),
+        generation.pressed(),
     ):
-        compress = IntervalClock(clock_for(flow.device))
+        compress = IntervalClock(clock_for(generation.device))
         with allocator.phase() as prefill:
-            cache: AnyCache = flow.new_cache(ids.shape[1], new_tokens - 1)
+            cache: AnyCache = generation.new_cache(ids.shape[1], new_tokens - 1)
             if isinstance(cache, EvictionCache):
                 cache.on_interval = compress if method.policy else None
-                token = flow.prefill(ids, cache)
+                token = generation.prefill(ids, cache)
             else:
-                assert flow.press is not None
-                with flow.press.timed(compress):
-                    token = flow.prefill(ids, cache)
+                assert generation.press is not None
+                with generation.press.timed(compress):
+                    token = generation.prefill(ids, cache)
         compress_s = compress.total()
         live, lengths = _live_bytes(cache), cache.lengths()
         with allocator.phase() as decode:
-            cache = flow.settle(cache, new_tokens - 1)
-            evict = IntervalClock(clock_for(flow.device))
+            cache = generation.settle(cache, new_tokens - 1)
+            evict = IntervalClock(clock_for(generation.device))
             with contextlib.ExitStack() as timed:
                 if isinstance(cache, EvictionCache) and method.policy:
                     cache.on_interval = evict
-                elif flow.press is not None and method.acts_in_decode:
-                    timed.enter_context(flow.press.timed(evict))
+                elif generation.press is not None and method.acts_in_decode:
+                    timed.enter_context(generation.press.timed(evict))
                 for _ in range(new_tokens - 1):
-                    token = flow.step(token, cache)
+                    token = generation.step(token, cache)
         evict_s = evict.total() / max(new_tokens - 1, 1)
         allocated, headroom = cache.kv_bytes()
     result = MemoryPass(
@@ -76,22 +75,22 @@ def measure_memory(flow: Flow, ids: Tensor, new_tokens: int) -> MemoryPass:
         evict_s=evict_s if method.acts_in_decode else None,
     )
     result.warnings += method.caveats(ids.shape[1])
-    counted = flow.decoder.kv_bytes(result.lengths_decode)
+    counted = generation.decoder.kv_bytes(result.lengths_decode)
     if counted != result.kv_bytes_decode:
         result.warnings.append(
             f"the cache's storages hold {result.kv_bytes_decode} bytes, its tokens {counted}: something is kept alive"
         )
-    flow.drop_cache()
-    _check_ratio(flow, live, ids.shape[1])
+    generation.drop_cache()
+    _check_ratio(generation, live, ids.shape[1])
     return result
 
 
-def _check_ratio(flow: Flow, live: int, prompt_tokens: int) -> None:
+def _check_ratio(generation: Generation, live: int, prompt_tokens: int) -> None:
     """A press that silently did nothing (prefilled in chunks, say) must not pass for one that compressed."""
-    press, asked = flow.method.press, flow.method.ratio_requested
+    press, asked = generation.method.press, generation.method.ratio_requested
     if press is None or asked is None or not press.info.frees_memory or "decode" in press.info.compresses:
         return
-    removed = 1 - live / flow.decoder.kv_bytes([prompt_tokens] * flow.decoder.layers)
+    removed = 1 - live / generation.decoder.kv_bytes([prompt_tokens] * generation.decoder.layers)
     if abs(removed - asked) > _RATIO_TOLERANCE:
         raise CaseInvalid(
             f"{press.name} was asked to remove {asked:.3f} of the prompt's cache and removed {removed:.3f}"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvsuite.meters.quality import TokenScores
 
-from .decoder import Decoder
+from .decoder import CachedDecoder
 
 if TYPE_CHECKING:
-    from .generation import Flow
+    from .generation import Generation
 
 PROTOCOLS = ("streaming-decode", "prefix-continuation")
 Progress = Callable[[int, int], None]
@@ -21,7 +21,7 @@ _ROWS = 256
 
 
 def score_tokens(
-    flow: Flow, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
+    generation: Generation, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
 ) -> TokenScores:
     """Score ``tokens`` one forward a token (docs/protocols.md).
 
@@ -39,24 +39,24 @@ def score_tokens(
         Called with tokens done and in all.
     """
     start = prefix if protocol == "prefix-continuation" else 0
-    targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=flow.device)
-    ids = flow.ids(tokens)
-    nll = torch.empty(len(targets), dtype=torch.float32, device=flow.device)
-    hits = torch.empty(len(targets), dtype=torch.bool, device=flow.device)
+    targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=generation.device)
+    ids = generation.ids(tokens)
+    nll = torch.empty(len(targets), dtype=torch.float32, device=generation.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=generation.device)
     steps = len(targets)
-    with torch.inference_mode(), flow.pressed():
+    with torch.inference_mode(), generation.pressed():
         # streaming-decode feeds its first token as a step: one more than there are targets after it
-        cache = flow.new_cache(max(start, 1), steps)
+        cache = generation.new_cache(max(start, 1), steps)
         if start:
-            flow.prefill(ids[:, :start], cache)
-            cache = flow.settle(cache, steps)
+            generation.prefill(ids[:, :start], cache)
+            cache = generation.settle(cache, steps)
         for step in range(steps):
             at = start + step
-            logits = flow.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
+            logits = generation.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
             _score_rows(logits, targets[step : step + 1], nll[step : step + 1], hits[step : step + 1])
             if progress and (step % 16 == 15 or step == steps - 1):
                 progress(step + 1, steps)
-    flow.drop_cache()
+    generation.drop_cache()
     return TokenScores(
         targets=[int(t) for t in tokens[start + 1 :]],
         positions=list(range(start + 1, len(tokens))),
@@ -65,7 +65,7 @@ def score_tokens(
     )
 
 
-def score_reference(decoder: Decoder, tokens: Sequence[int], first: int) -> TokenScores:
+def score_reference(decoder: CachedDecoder, tokens: Sequence[int], first: int) -> TokenScores:
     """Score ``tokens[first:]`` by one teacher-forced forward over the whole text with the full cache."""
     ids = torch.tensor([list(tokens)], dtype=torch.int64, device=decoder.device)
     targets = ids[0, first:]

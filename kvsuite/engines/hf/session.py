@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from kvsuite.case import Case
-from kvsuite.engines.cache_method import Method, method_for
+from kvsuite.engines.cache_compression import CacheCompression, compression_of
+from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
 from kvsuite.engines.results import MemoryPass, Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
@@ -23,7 +24,8 @@ from kvsuite.workloads.windows import Window
 
 from .attention import register_grouped_attention, register_observed_attention
 from .cache import Implementation
-from .generation import Flow
+from .decoder import CachedDecoder
+from .generation import Generation
 from .memory import measure_memory
 from .scoring import score_reference, score_tokens
 
@@ -39,6 +41,9 @@ class HfSession(LoadedSession):
         With ``decode_step=auto`` steps are captured on CUDA where the method allows.
     """
 
+    decoder: CachedDecoder
+    decoder_class: ClassVar[type[Decoder]] = CachedDecoder
+
     def __init__(self, case: Case, settings: EngineSettings) -> None:
         attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
         super().__init__(case, settings, attention=attention)
@@ -47,17 +52,17 @@ class HfSession(LoadedSession):
         self._implementation = cast(Implementation, settings.implementation)
         self._seed = settings.seed
         self._base_attention = attention
-        self._flow = self._new_flow(Method())
+        self._generation = self._new_generation(CacheCompression())
 
     @property
     def ratio_requested(self) -> float | None:
-        return self._flow.method.ratio_requested
+        return self._generation.method.ratio_requested
 
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
-        plans = self._flow.plan(prompt_tokens, new_tokens - 1)
+        plans = self._generation.plan(prompt_tokens, new_tokens - 1)
         if plans is None:
             return None
-        policy, layers = self._flow.method.policy, range(self.decoder.layers)
+        policy, layers = self._generation.method.policy, range(self.decoder.layers)
         skipped = policy.skip_layers if policy else layers
         return requests * self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
 
@@ -70,7 +75,7 @@ class HfSession(LoadedSession):
             )
         if case.partition is not None:
             raise CaseInvalid("SM partitions need the serving runtime; engine hf runs on the whole device")
-        method = method_for(case, layers=self.decoder.layers)
+        method = compression_of(case, layers=self.decoder.layers)
         press, policy = method.press, method.policy
         if press:
             press.supports_layout(self._loaded.model)
@@ -78,7 +83,7 @@ class HfSession(LoadedSession):
         if policy and policy.needs.prompt:
             attention = register_observed_attention(attention)
         self.decoder.set_attention(attention)
-        self._flow = self._new_flow(method)
+        self._generation = self._new_generation(method)
         reason = self._eager_reason(method)
         if reason and self._decode_step == "graph":
             raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
@@ -98,36 +103,36 @@ class HfSession(LoadedSession):
         if self.effective["decode_step"] != "cuda_graph":
             return
         try:
-            self._flow.capture(request.prompt, request.new_tokens - 1)
+            self._generation.capture(request.prompt, request.new_tokens - 1)
         except RuntimeError as error:
             if self._decode_step == "graph":
                 raise CaseInvalid(f"--kv-decode-step=graph: the step cannot be captured: {error}") from error
             self.effective |= {"decode_step": "eager", "decode_step_reason": f"not capturable: {error}"}
-            self._flow.drop_cache()
+            self._generation.drop_cache()
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
         request = _only(requests)
         return self._untimed(request) if clock is None else self._timed(request, clock)
 
     def _timed(self, request: ServeRequest, clock: Clock) -> Served:
-        flow, prompt, steps = self._flow, request.prompt, request.new_tokens - 1
-        captured = flow.captured(len(prompt), steps)
+        generation, prompt, steps = self._generation, request.prompt, request.new_tokens - 1
+        captured = generation.captured(len(prompt), steps)
         # a press is built before the clock starts: it is part of loading, not of the request
-        with torch.inference_mode(), flow.pressed():
-            ids = flow.ids(prompt)
-            cache = flow.persistent_cache(len(prompt), steps)
+        with torch.inference_mode(), generation.pressed():
+            ids = generation.ids(prompt)
+            cache = generation.persistent_cache(len(prompt), steps)
             clock.start()
-            logits = flow.forward_prompt(ids, cache)
+            logits = generation.forward_prompt(ids, cache)
             clock.mark()
             token = logits[:, -1].argmax(-1, keepdim=True)
-            cache = flow.settle(cache, steps)
+            cache = generation.settle(cache, steps)
             clock.mark()
             output = [token]
             if captured:
                 output.append(captured.run(token, clock))
             else:
                 for _ in range(steps):
-                    output.append(flow.step(output[-1], cache))
+                    output.append(generation.step(output[-1], cache))
                     clock.mark()
             prefill_end, *times = clock.seconds()
         taken = RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
@@ -135,23 +140,23 @@ class HfSession(LoadedSession):
 
     def _untimed(self, request: ServeRequest) -> Served:
         """The same tokens on a cache of its own, which is not kept, and by eager steps."""
-        flow, prompt, steps = self._flow, request.prompt, request.new_tokens - 1
-        with torch.inference_mode(), flow.pressed():
-            cache = flow.new_cache(len(prompt), steps)
-            output = [flow.prefill(flow.ids(prompt), cache)]
-            cache = flow.settle(cache, steps)
+        generation, prompt, steps = self._generation, request.prompt, request.new_tokens - 1
+        with torch.inference_mode(), generation.pressed():
+            cache = generation.new_cache(len(prompt), steps)
+            output = [generation.prefill(generation.ids(prompt), cache)]
+            cache = generation.settle(cache, steps)
             for _ in range(steps):
-                output.append(flow.step(output[-1], cache))
+                output.append(generation.step(output[-1], cache))
         return Served([], [_token_list(output)])
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         request = _only(requests)
-        return measure_memory(self._flow, self._flow.ids(request.prompt), request.new_tokens)
+        return measure_memory(self._generation, self._generation.ids(request.prompt), request.new_tokens)
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
     ) -> TokenScores:
-        return score_tokens(self._flow, tokens, protocol, prefix, progress)
+        return score_tokens(self._generation, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         return score_reference(self.decoder, tokens, first)
@@ -187,19 +192,19 @@ class HfSession(LoadedSession):
         )  # fmt: skip
 
     def finish(self) -> None:
-        self._flow.drop_cache()
-        self._flow = self._new_flow(Method())
+        self._generation.drop_cache()
+        self._generation = self._new_generation(CacheCompression())
 
     def close(self) -> None:
         self.finish()
-        del self._loaded, self.decoder, self._flow
+        del self._loaded, self.decoder, self._generation
 
-    def _new_flow(self, method: Method) -> Flow:
-        return Flow(
+    def _new_generation(self, method: CacheCompression) -> Generation:
+        return Generation(
             self.decoder, method, implementation=self._implementation, tokenizer=self.tokenizer, seed=self._seed
         )
 
-    def _eager_reason(self, method: Method) -> str | None:
+    def _eager_reason(self, method: CacheCompression) -> str | None:
         if self.device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if self._decode_step == "eager":

@@ -112,7 +112,6 @@ class MlcModels:
     ) -> None:
         self._spec, self._quantization, self._install = spec, quantization, install
         self._device, self._root, self._deadline_s = device, root, deadline_s
-        self._cache_dir, self._seed = cache_dir, seed
         self._is_mlc = spec.kind == "mlc"
         self._content = content_key(spec, seed)
         self._source = Path(spec.source) if self._is_mlc else source_folder(spec, root, seed, cache_dir)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvsuite.engines.hf.intervals import IntervalClock
 from kvsuite.engines.results import MemoryPass
-from kvsuite.meters.clock import clock_for
+from kvsuite.meters.clock import IntervalClock, clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request

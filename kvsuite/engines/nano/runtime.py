@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvsuite.compression.base import Policy
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.models.load import LoadedModel

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvsuite.case import Case
-from kvsuite.engines.cache_method import Method, method_for
+from kvsuite.engines.cache_compression import CacheCompression, compression_of
+from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
-from kvsuite.engines.hf.cache_plan import plan
 from kvsuite.engines.loaded_session import LoadedSession
 from kvsuite.engines.results import (
     MemoryPass,
@@ -58,7 +58,7 @@ class NanoSession(LoadedSession):
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
         self._decode_step = settings.decode_step
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
-        self._method = Method()
+        self._method = CacheCompression()
         self._longest = 0
         #: of the prepared design point, ``None`` for any other case
         self._limits: Limits | None = None
@@ -110,7 +110,7 @@ class NanoSession(LoadedSession):
             )
         if self._decode_step == "graph" and self.device.type != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
-        self._method = method_for(case, layers=self.decoder.layers)
+        self._method = compression_of(case, layers=self.decoder.layers)
         policy = self._method.policy
         self.effective = self._facts | {
             "positions": policy.positions if policy else "original",
@@ -190,7 +190,7 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        self._method = Method()
+        self._method = CacheCompression()
         self._limits = self._prompt_tokens = None
 
     def close(self) -> None:

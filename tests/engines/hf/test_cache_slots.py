@@ -11,9 +11,9 @@ from policy_matrix import MATRIX, Line
 from tiny_decoders import HEAD_DIM, LAYERS, chunks_of, decoder, feed, text
 
 from kvsuite.compression import FixSizeL2, RecentOnly, StreamingLLM
+from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.hf.cache import EvictionCache
-from kvsuite.engines.hf.cache_plan import plan
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.rotary import Rotary
 
 TOKEN_BYTES = 2 * 2 * HEAD_DIM * 4
 

@@ -10,7 +10,7 @@ from policy_matrix import MATRIX, Line
 from tiny_decoders import HEAD_DIM, LAYERS, Reference, chunks_of, decoder, feed, model, text
 
 from kvsuite.compression import StreamingLLM
-from kvsuite.engines.hf.cache_plan import plan
+from kvsuite.engines.cache_plan import plan
 
 TOKENS = 48
 ROTARY_DIM = {"llama": 16, "neox": 8}

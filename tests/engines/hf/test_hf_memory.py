@@ -12,8 +12,8 @@ from requests_served import memory_of
 from synthetic_session import ScriptedClock
 
 from kvsuite.engines.hf.cache_store import RingStore
-from kvsuite.engines.hf.intervals import IntervalClock
 from kvsuite.errors import CaseInvalid
+from kvsuite.meters.clock import IntervalClock
 
 PROMPT = random_tokens(64)
 
@@ -24,7 +24,7 @@ def test_defect_03_what_the_memory_pass_counts(line: Line, skip: list[int]) -> N
     on = session()
     on.prepare(case(policy=line.policy, policy_params=line.parameters | {"skip_layers": skip}))
     found = memory_of(on, PROMPT, 8)
-    plans = on._flow.plan(64, 7)
+    plans = on._generation.plan(64, 7)
     assert plans is not None
     compressed, full = plans
     assert found.lengths_prefill == [full.prefill if i in skip else compressed.prefill for i in range(LAYERS)]

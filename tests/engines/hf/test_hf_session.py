@@ -133,7 +133,7 @@ def test_timed_rounds_reuse_their_buffers() -> None:
     on.prepare(streaming(16))
 
     def buffers() -> list[int]:
-        cache = on._flow.persistent_cache(64, 7)
+        cache = on._generation.persistent_cache(64, 7)
         assert isinstance(cache, EvictionCache)
         return [t.data_ptr() for layer in cache.layers for t in layer.store.tensors()]
 

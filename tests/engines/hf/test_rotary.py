@@ -11,7 +11,7 @@ from tiny_decoders import HEAD_DIM, model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvsuite.compression import StreamingLLM
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "neox"])

@@ -119,7 +119,7 @@ def test_the_first_continuation_token_comes_from_the_whole_prompt() -> None:
     logits = []
     for of in (case(), streaming(8)):
         on.prepare(of)
-        cache = on._flow.new_cache(20, 1)
+        cache = on._generation.new_cache(20, 1)
         with torch.inference_mode():
             logits.append([on.decoder.forward(ids[:, :20], cache), on.decoder.forward(ids[:, 20:21], cache)])
     assert torch.equal(logits[0][0], logits[1][0])

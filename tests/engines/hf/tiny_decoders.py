@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from kvsuite.compression.base import CacheView, Policy
+from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.hf.cache import EvictionCache
-from kvsuite.engines.hf.cache_plan import plan
-from kvsuite.engines.hf.decoder import Decoder
-from kvsuite.engines.hf.rotary import Rotary
+from kvsuite.engines.hf.decoder import CachedDecoder
+from kvsuite.engines.rotary import Rotary
 
 LAYERS, VOCAB, HEAD_DIM = 4, 512, 16
 # wide weights: with the usual 0.02 attention is flat, and no mistake in a cache would show in the logits
@@ -57,9 +57,9 @@ def _made(kind: str, attention: str) -> Any:
 
 
 @functools.cache
-def decoder(kind: str) -> Decoder:
+def decoder(kind: str) -> CachedDecoder:
     built = model(kind)
-    return Decoder(built, built.config, torch.device("cpu"))
+    return CachedDecoder(built, built.config, torch.device("cpu"))
 
 
 def text(tokens: int, *, batch: int = 1, seed: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from policy_matrix import MATRIX
 
 from kvsuite.compression import FixSizeL2, L2Compress, Policy, RecentOnly, StreamingLLM
-from kvsuite.engines.hf.cache_plan import CachePlan, kv_bytes, plan
+from kvsuite.engines.cache_plan import CachePlan, kv_bytes, plan
 from kvsuite.models.presets import build_config
 
 FED = 1999  # 2,000 tokens are 1,999 predictions

@@ -20,7 +20,7 @@ from .step_inputs import ScoredRows, StepInputs
 OnRows = Callable[[Sequence[ScoredRows], Tensor], None]
 
 
-class StepWork:
+class StepLauncher:
     """Launches steps and counts them.
 
     Parameters

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvsuite.errors import CaseInvalid
 
-from .cache_store import refuse_while_capturing
+from .decoder import refuse_while_capturing
 
 _CHANGING_ROPE = ("dynamic", "longrope")
 

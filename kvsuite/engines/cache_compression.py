@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Method:
+class CacheCompression:
     """Exactly one of ``policy`` and ``press``, or neither for the full cache."""
 
     policy: Policy | None = None
@@ -61,7 +61,7 @@ class Method:
         return None
 
 
-def method_for(case: Case, *, layers: int) -> Method:
+def compression_of(case: Case, *, layers: int) -> CacheCompression:
     """Build the method of ``case``, a new object for every case.
 
     Raises
@@ -71,11 +71,11 @@ def method_for(case: Case, *, layers: int) -> Method:
     """
     parameters: dict[str, Any] = dict(case.policy_params)
     if case.policy is None:
-        return Method()
+        return CacheCompression()
     if case.policy.startswith("kvpress:"):
         from kvsuite.compression.kvpress.adapter import KvpressMethod
 
-        return Method(press=KvpressMethod.create(case.policy, **parameters))
+        return CacheCompression(press=KvpressMethod.create(case.policy, **parameters))
     policy = get_policy(case.policy, **parameters)
     beyond = [layer for layer in policy.skip_layers if layer >= layers]
     if beyond:
@@ -83,4 +83,4 @@ def method_for(case: Case, *, layers: int) -> Method:
             f"--kv-skip-layers={','.join(map(str, sorted(policy.skip_layers)))}: the model has layers 0 to {layers - 1}; "
             f"leave out {', '.join(map(str, sorted(beyond)))}"
         )
-    return Method(policy=policy)
+    return CacheCompression(policy=policy)
