@@ -78,6 +78,8 @@ class Case:
         Other axes of the suite's space, JSON types only.
     partition
         Requested SM partition, ``None`` for the whole device.
+    shows_engine
+        Whether the engine stands in the id; no part of what is measured.
     """
 
     suite: str
@@ -92,18 +94,16 @@ class Case:
     workload: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
     partition: Mapping[str, Any] | None = None
+    shows_engine: bool = field(default=True, compare=False)
 
     def __hash__(self) -> int:
         return hash(digest(self.to_dict()))
 
     @property
     def id(self) -> str:
-        """The pytest id of the case: the engine first, so that ``-k "compression and hf"`` works.
-
-        The perplexity suite's reference engine is left out: ``wikitext2-4bit``.
-        """
+        """The pytest id of the case: the engine first, so that ``-k "compression and hf"`` works."""
         name = id_token(self.name)
-        return name if (self.suite, self.engine) == ("perplexity", "hf") else f"{self.engine}-{name}"
+        return f"{self.engine}-{name}" if self.shows_engine else name
 
     @property
     def device_kind(self) -> str:

@@ -104,14 +104,15 @@ def rules_of(text: str, *sides: Side, complete: bool = True) -> Rules:
         Naming the rule and the mend.
     """
     from kvsuite.comparison import known_metrics, parse_rules
-    from kvsuite.suites.registry import SPACES
+    from kvsuite.suites.registry import suite_names
 
+    known = known_metrics(*sides)
     try:
-        rules = parse_rules(text)
+        rules = parse_rules(text, known)
     except ValueError as error:
         raise UserError(f"--fail={text}: {error}") from error
-    suites = {row.suite for side in sides for run in side.runs for row in run.rows} | set(SPACES)
-    rules.check(known_metrics(*sides), suites, "--fail", complete=complete)
+    suites = {row.suite for side in sides for run in side.runs for row in run.rows} | set(suite_names())
+    rules.check(known, suites, "--fail", complete=complete)
     return rules
 
 

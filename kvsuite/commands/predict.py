@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         If the model, the space, an option or the output cannot be used.
     """
     from kvsuite.memory_model.config import architecture_of
-    from kvsuite.memory_model.fit import SHARES, parse_card
+    from kvsuite.memory_model.fit import parse_card
     from kvsuite.memory_model.survey import survey
     from kvsuite.memory_model.tables import survey_text
     from kvsuite.suites.dse.parser import parse_space
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     space = parse_space(arguments.space, quantizations=named, default=[default], option="--space")
     card = None
     if arguments.card is not None:
-        share = SHARES[arguments.engine] if arguments.card_share is None else arguments.card_share
+        share = predictor.share if arguments.card_share is None else arguments.card_share
         card = parse_card(arguments.card, share)
     found = survey(space.judged(architecture.trained_length, is_dummy=architecture.is_dummy), predictor, card)
     print(_explained(found, arguments.explain) if arguments.explain else survey_text(found), end="")
@@ -133,8 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _predictor(arguments: argparse.Namespace, architecture: Architecture) -> Predictor:
-    from kvsuite.memory_model.mlc import MlcMemory
-    from kvsuite.memory_model.nano import NanoMemory
+    from kvsuite.engines.mlc.memory_model import MlcMemory
+    from kvsuite.engines.nano.memory_model import NanoMemory
 
     if arguments.engine == "mlc":
         chunk = arguments.json_prefill_chunk

@@ -131,8 +131,8 @@ def _make(folder: Path) -> None:
 
 
 def _redraw(path: Path, folder: Path) -> int:
-    from kvsuite.reporting.report import write_outputs
     from kvsuite.store.records_file import read_records
+    from kvsuite.suites.outputs import write_outputs
 
     run_line, rows, notes = read_records(path)
     _make(folder)

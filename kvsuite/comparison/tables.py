@@ -6,15 +6,11 @@ import io
 from collections.abc import Sequence
 
 from kvsuite.foreign_text import visible
+from kvsuite.metrics.registry import is_headline
 
 from .compare import Comparison
 from .verdicts import STATUS, Verdict, Word, change_text, number_pair
 
-#: shown even where nothing moved
-HEADLINE = (
-    "perplexity", "next_token_acc", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes",
-    "mem_weights_bytes",
-)  # fmt: skip
 _STYLES: dict[Word, str] = {
     "better": "green", "same": "", "worse": "yellow", "regression": "bold red", "unstable": "magenta", "information": "dim",
 }  # fmt: skip
@@ -38,7 +34,7 @@ def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Ver
             ranks[1].append(index)
         elif row.rule:
             ranks[2 if row.verdict == "unstable" else 3].append(index)
-        elif row.metric in HEADLINE:
+        elif is_headline(row.metric):
             ranks[3].append(index)
     chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
     return [rows[index] for index in sorted(chosen)]

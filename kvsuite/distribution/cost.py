@@ -10,60 +10,23 @@ from dataclasses import dataclass
 
 from kvsuite.case import Case
 from kvsuite.options.resolve import Options
-from kvsuite.suites.dse.cases import DSE, SERVING, judge
-from kvsuite.workloads.windows import PROTOCOLS as WINDOW_PROTOCOLS
+from kvsuite.suites.registry import suite_of_rows
+from kvsuite.suites.suite import Work
 
 # a decode step reads all weights for a token a sequence, and costs about as much as a prompt of so many tokens
 _STEP_TOKENS = 32
 # loading, probing, writing: what every case costs, in tokens of a prompt
 _CASE_TOKENS = 2_000
-_FULL_TEXT_TOKENS = 300_000
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a case computes.
-
-    Parameters
-    ----------
-    bulk
-        Tokens that are forwarded many at a time: prompts, scored windows.
-    steps
-        Forwards of one token a sequence: decode steps, scoring through a cache.
-    """
-
-    bulk: int
-    steps: int
-
-    @property
-    def units(self) -> float:
-        """Cost in tokens of a prompt, the unit of shards."""
-        return _CASE_TOKENS + self.bulk + _STEP_TOKENS * self.steps
 
 
 def work_of(case: Case, options: Options) -> Work:
-    """Count what a case computes."""
-    if case.suite == DSE and judge(case).broken:
-        return Work(0, 0)
-    workload = case.workload
-    passes = options.num_warmup + options.rounds + 1
-    batch, prompt, new = (int(workload.get(name, 0)) for name in ("batch", "prompt_tokens", "max_new_tokens"))
-    served = 2 if workload.get("prefix_caching") else 1
-    bulk, steps = passes * batch * prompt, passes * new * served
-    protocol = workload["protocol"]
-    if protocol in WINDOW_PROTOCOLS:
-        scored = int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"])
-        overlap = int(workload["max_length"]) / max(int(workload["stride"]), 1)
-        bulk += int(scored * max(overlap, 1.0)) * (2 if case.params.get("reference") else 1)
-    elif case.model.startswith("dummy:"):
-        pass  # random weights have no quality to score
-    elif protocol == SERVING:
-        bulk += int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"])
-    elif "max_tokens" in workload:
-        # once through the cache, token by token, and once through the full one
-        scored = int(workload["max_tokens"]) * int(workload["num_samples"])
-        steps, bulk = steps + scored, bulk + scored
-    return Work(bulk, steps)
+    """What a case computes, as its suite counts it."""
+    return suite_of_rows(case.suite).cost(case, options)
+
+
+def units(work: Work) -> float:
+    """Cost in tokens of a prompt, the unit of shards."""
+    return _CASE_TOKENS + work.bulk + _STEP_TOKENS * work.steps
 
 
 @dataclass(frozen=True)

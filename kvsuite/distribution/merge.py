@@ -158,7 +158,7 @@ def write_merged(merged: Merged, folder: Path) -> Path:
 
 
 def _derive(folder: Path, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    from kvsuite.reporting.report import write_outputs
+    from kvsuite.suites.outputs import write_outputs
 
     try:
         write_outputs(folder, run, rows)

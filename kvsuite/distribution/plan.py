@@ -63,7 +63,7 @@ def plan(cases: Sequence[Case], options: Options, known: Mapping[str, tuple[floa
     loaded: set[tuple[str | None, ...]] = set()
     found: list[Planned] = []
     for case in cases:
-        memory = footprint(case, options.cache_dir)
+        memory = footprint(case, options)
         key = session_key(case)
         measured = known.get(planned_key(case.to_dict()))
         if measured is not None:

@@ -17,8 +17,6 @@ _UNITS = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1 << 30}
 _CARD = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([a-zA-Z]*)")
 # more than all the memory of any cluster, and still a number whose bytes are exact
 _LARGEST_CARD = 1 << 53
-#: share of a card that an engine uses: gpu_memory_utilization of MLC, memory_share of the runtime
-SHARES = {"mlc": 0.85, "nano": 0.9}
 # below these a setting is not worth proposing
 _SMALLEST = {"context_window_size": 256, "prefill_chunk_size": 128, "max_batch_size": 1}
 _SMALLEST_WINDOW = 256

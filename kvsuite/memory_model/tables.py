@@ -9,7 +9,6 @@ from itertools import groupby
 from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
 from .formats import ELEMENT_BYTES
-from .mlc import MlcMemory
 from .prediction import MIB, PARTS, Part, Prediction, Predictor, Term
 from .survey import Row, Survey, largest, weakest
 
@@ -44,12 +43,7 @@ def _heading(found: Survey) -> Iterator[str]:
         f"{model.label}{weights}: {model.layers} layers, {model.kv_heads} of {model.query_heads} heads with keys and values "
         f"of {model.head_dim}, vocabulary {model.vocabulary:,}{trained}"
     )
-    if isinstance(predictor, MlcMemory):
-        chunk = "not known" if predictor.json_chunk is None else f"{predictor.json_chunk}"
-        total = "batch x context" if predictor.per_sequence else "context, shared by all sequences"
-        yield f"engine mlc; prefill_chunk_size of mlc-chat-config.json: {chunk}; max_total_sequence_length: {total}"
-    else:
-        yield f"engine {predictor.engine}"
+    yield predictor.described()
     if found.card is not None:
         share = f"{found.card.bytes / 2**30:g} GiB, of which the engine uses {found.card.share:g}"
         yield f"card: {share}: {found.card.usable / MIB:,.0f} MB"
@@ -99,13 +93,7 @@ def _kv_line(first: Prediction, predictor: Predictor) -> str:
     if first.allocation is not None:
         size = model.kv_bytes_per_token(ELEMENT_BYTES[first.allocation.dtype])
         stored = f"; a token's keys and values {size / 1024:g} KiB in {first.allocation.dtype}"
-    if not isinstance(predictor, MlcMemory):
-        return stored
-    report = predictor.compile_report(first.point)
-    return (
-        f"{stored}, {model.kv_bytes_per_token(2) / 1024:g} KiB in the engine's line, "
-        f"{report.kv_bytes_per_token / 1024:g} KiB in the compiler's report"
-    )
+    return stored + predictor.kv_notes(first.point)
 
 
 def _merged(rows: list[Row]) -> Iterator[list[Row]]:
@@ -162,7 +150,7 @@ def breakdown(row: Row, found: Survey, *, what: str = "") -> Iterator[str]:
             f"stored: ({allocation.blocks} + {allocation.extra}) blocks of {allocation.block_bytes:,} bytes in "
             f"{allocation.dtype}: {_mb(allocation.bytes)} MB"
         )
-    if found.card is not None and isinstance(found.predictor, MlcMemory):
+    if found.card is not None:
         room = found.predictor.capacity(row.entry.point, found.card.usable)
         if room is not None:
             yield f"by the engine's own estimate the card has room for {max(room, 0):,} tokens with the other settings"

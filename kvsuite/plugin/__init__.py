@@ -18,7 +18,15 @@ from kvsuite.entry_points import warn
 from kvsuite.errors import UserError
 from kvsuite.options.misspelt import misspelt_options, misspelt_variables
 from kvsuite.options.resolve import add_options, resolve_options
-from kvsuite.suites.registry import SPACES, cases_of, require_measurable
+from kvsuite.suites.registry import (
+    UnusableSuite,
+    cases_of,
+    require_measurable,
+    suite_names,
+    take_hooked,
+    usable_cases,
+    usable_suites,
+)
 
 from . import hookspec
 from .builtin_hooks import pytest_kvsuite_figures, pytest_kvsuite_metrics
@@ -45,6 +53,7 @@ from .stash import (
     RESUMED,
     RUNNER,
     SAVED_GPUS,
+    UNUSABLE,
     USAGE_ERROR,
     WORKERS,
     is_worker,
@@ -117,8 +126,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _check(options: Any) -> None:
-    for suite in SPACES:
-        cases_of(suite, options)
+    for suite in usable_suites():
+        usable_cases(suite.name, options)
+        suite.check(options)
     if "model" in options.given:
         from kvsuite.models.resolve import resolve_model
 
@@ -127,13 +137,6 @@ def _check(options: Any) -> None:
         from kvsuite.workloads.corpus import check_corpus
 
         check_corpus(options.corpus)
-    if {"dataset", "dataset_path"} & options.given:
-        from kvsuite.workloads.corpus import check_corpus
-
-        option = "--kv-dataset-path" if options.dataset_path else "--kv-dataset"
-        split = None if options.split == "auto" else options.split
-        for request in options.dataset:
-            check_corpus(request, option=option, path=options.dataset_path, split=split)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -158,13 +161,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             raise UserError(
                 f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')"
             )
-        cases = cases_of(marker.args[0], metafunc.config.stash[OPTIONS])
+        name = str(marker.args[0])
+        _ask_hook(metafunc.config, metafunc.definition.ihook)
+        cases = cases_of(name, metafunc.config.stash[OPTIONS])
+    except UnusableSuite as error:
+        # a test that says so, and the other suites go on
+        metafunc.parametrize("kv_case", [f"{UNUSABLE}{error}"], ids=["unusable"], indirect=True)
+        return
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
-    metafunc.config.stash[CASES].update({case.id: case for case in cases})
+    metafunc.config.stash[CASES].update({(name, case.id): case for case in cases})
     ids = [case.id for case in cases]
     # strings, so that pytest-benchmark can store and compare the parameter
     metafunc.parametrize("kv_case", ids, ids=ids, indirect=True)
+
+
+def _ask_hook(config: pytest.Config, hook: Any) -> None:
+    """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
+    for suites in hook.pytest_kvsuite_suites(config=config):
+        take_hooked(suites, "pytest_kvsuite_suites")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -210,10 +225,17 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     if workers.is_expecting:
         return
     options = config.stash[OPTIONS]
-    known = {case.id: case for suite in SPACES for case in cases_of(suite, options)}
     brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
-    selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
     try:
+        _ask_hook(config, config.hook)
+        known: dict[str, Case] = {}
+        for case in (case for name in suite_names() for case in usable_cases(name, options)):
+            if case.id in brackets.values() and known.setdefault(case.id, case) != case:
+                raise UserError(
+                    f"suites {known[case.id].suite} and {case.suite} both have a case {case.id}, which the controller of "
+                    "xdist cannot tell apart; name one otherwise, or leave -n out"
+                )
+        selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
         if selected:
             require_gpu_each(gpus_for(options.device), options.device, workers.workers)
             workers.expect(selected)

@@ -1,4 +1,4 @@
-"""Our own metrics and figures: they come in through the hooks that everybody uses. Imports no torch."""
+"""Our own metrics, and the figures of all suites: they come in through the hooks that everybody uses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,20 @@ from typing import Any
 
 import pytest
 
-from kvsuite.metrics.registry import BUILTIN, Metric
+from kvsuite.metrics import BUILTIN, Metric
+from kvsuite.metrics.installed import installed_metrics
 
 
 def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
-    return BUILTIN
+    return (*BUILTIN, *installed_metrics())
 
 
 def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
-    drawn: list[Path] = []
-    if any(row["suite"] == "compression" and row["status"] == "ok" for row in rows):
-        from kvsuite.suites.compression.figure import draw_benchmark_comparison
+    from kvsuite.store.files import write_atomic
+    from kvsuite.suites.outputs import run_figures
 
-        drawn += draw_benchmark_comparison(run, rows, folder)
-    from kvsuite.suites.perplexity.csv_files import csv_rows
-
-    if results := csv_rows(run, rows):
-        from kvsuite.suites.perplexity.figure import draw_perplexity
-
-        drawn += draw_perplexity(results, folder)
-    if any(row["suite"] == "dse" and row["status"] == "ok" for row in rows):
-        from kvsuite.store.files import write_atomic
-        from kvsuite.suites.dse.figures.draw import render_dse
-        from kvsuite.suites.dse.files import dse_sheets
-
-        for name, content in render_dse(dse_sheets(run, rows)).files.items():
-            write_atomic(folder / name, content)
-            drawn.append(folder / name)
-    return drawn
+    finished = {row["suite"] for row in rows if row["status"] == "ok"}
+    drawn = run_figures(run, [row for row in rows if row["suite"] in finished])
+    for name, content in drawn.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in drawn]

@@ -134,14 +134,18 @@ def _known(config: pytest.Config, record: Record, environment: dict[str, Any] | 
 def note_place(config: pytest.Config, record: Record) -> None:
     """Write into a record where its case stands in the space and how the run was rotated."""
     cases = [*config.stash[CASES]]
-    record.case_index = cases.index(record.case.id) if record.case.id in cases else 0
+    key = record.case.suite, record.case.id
+    record.case_index = cases.index(key) if key in cases else 0
     record.order_seed = config.stash[ORDER_SEED]
 
 
 def case_of(config: pytest.Config, item: pytest.Item) -> Case | None:
     """The case of a collected test, ``None`` if it has none."""
     name = getattr(getattr(item, "callspec", None), "params", {}).get("kv_case")
-    return config.stash[CASES].get(name) if isinstance(name, str) else None
+    marker = item.get_closest_marker("kv_suite")
+    if marker is None or not isinstance(name, str) or len(marker.args) != 1:
+        return None
+    return config.stash[CASES].get((str(marker.args[0]), name))
 
 
 def _leave() -> NoReturn:

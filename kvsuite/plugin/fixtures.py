@@ -14,11 +14,23 @@ from kvsuite.errors import UserError
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
 from kvsuite.record import Record
+from kvsuite.suites.registry import suite_of_rows
 
 from .case_watch import note_place, tell_box
-from .stash import BOUND_GPU, CASES, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
-
-_HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes")
+from .stash import (
+    BOUND_GPU,
+    CASES,
+    GPUS,
+    MEASURED,
+    OPTIONS,
+    PLACES,
+    PLANNED,
+    REPORTER,
+    RUNNER,
+    UNUSABLE,
+    USAGE_ERROR,
+    is_worker,
+)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +44,9 @@ def kv_case(request: pytest.FixtureRequest) -> Case:
     """The case of this test; parametrised by the ``kv_suite`` marker."""
     if not hasattr(request, "param"):
         raise UserError(f"{request.node.nodeid}: kv_case needs the marker @pytest.mark.kv_suite('compression')")
-    return request.config.stash[CASES][request.param]
+    if str(request.param).startswith(UNUSABLE):
+        pytest.fail(f"kvsuite: {str(request.param).removeprefix(UNUSABLE)}", pytrace=False)
+    return request.config.stash[CASES][request.node.get_closest_marker("kv_suite").args[0], request.param]
 
 
 @pytest.fixture(scope="session")
@@ -155,5 +169,6 @@ def _require_json(facts: dict[str, Any], hook: str) -> None:
 
 def headline(record: Record) -> dict[str, Any]:
     """The few numbers that pytest-benchmark's ``extra_info`` repeats."""
-    found = {name: record.metrics[name]["value"] for name in _HEADLINE if name in record.metrics}
+    names = suite_of_rows(record.case.suite).headline or record.metrics
+    found = {name: record.metrics[name]["value"] for name in names if name in record.metrics}
     return {"case_key": record.case_key, **found}

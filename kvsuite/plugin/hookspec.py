@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvsuite.engines.engine import Session
     from kvsuite.metrics.registry import Metric
     from kvsuite.record import Record
+    from kvsuite.suites.suite import Suite
 
 
 @pytest.hookspec
@@ -22,6 +23,18 @@ def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
 
         def pytest_kvsuite_metrics(config):
             return [Metric("joules_per_token", "J", "lower", "timed", "energy of the decode phase / generated tokens")]
+    """
+    raise NotImplementedError
+
+
+@pytest.hookspec
+def pytest_kvsuite_suites(config: pytest.Config) -> Iterable[Suite | type[Suite]]:
+    """Define suites, which have no options of their own; packages use the entry-point group ``kvsuite.suites``.
+
+    Example::
+
+        def pytest_kvsuite_suites(config):
+            return [MySuite]
     """
     raise NotImplementedError
 

@@ -13,7 +13,7 @@ from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 from kvsuite.record import metric_value
-from kvsuite.suites.registry import RUN_NAMES
+from kvsuite.suites.registry import in_order, suite_of_rows
 
 from .progress import Progress
 from .stash import BOX, ORDER_SEED
@@ -21,6 +21,16 @@ from .stash import BOX, ORDER_SEED
 if TYPE_CHECKING:
     from kvsuite.store.store import RecordStore
     from kvsuite.survival.resume import EarlierRun
+
+#: of the line of a finished case
+_MOST_NUMBERS = 4
+#: label, scale and unit of those that have short ones
+_NUMBERS = {
+    "perplexity": ("PPL", 1.0, ""),
+    "ttft_s": ("TTFT", 1e3, " ms"),
+    "tpot_s": ("TPOT", 1e3, " ms"),
+    "kv_bytes_exact": ("KV", 2**-20, " MiB"),
+}
 
 
 class Reporter:
@@ -108,16 +118,8 @@ class Reporter:
             raise UserError(
                 f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
             ) from error
-        points = [(case.model, case.quantization) for case in cases if case.suite == "dse"]
-        if points:
-            from kvsuite.suites.dse.files import check_dse
-
-            check_dse(base, points)
-        datasets = {str(case.workload["dataset"]) for case in cases if "dataset" in case.workload}
-        if datasets:
-            from kvsuite.suites.perplexity.csv_files import check_results
-
-            check_results(base, datasets)
+        for suite in in_order(suite_of_rows(name) for name in {case.suite for case in cases}):
+            suite.check_gathered(base, [case for case in cases if case.suite == suite.name])
         if self._earlier is not None:
             # and whether another process still writes that run
             self._store = self._reopened(self._earlier)
@@ -143,9 +145,8 @@ class Reporter:
 
     def opening(self, row: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
         """What starts the files of a run whose first row this is: arguments of `kvsuite.store.store.open_run`."""
-        name_run = RUN_NAMES.get(row["suite"])
         return {
-            "method": name_run(self._options) if name_run else row["suite"],
+            "method": suite_of_rows(row["suite"]).run_name(self._options),
             "model": row["model"].get("label") or _model_label(row["case"]["model"]),
             "facts": self._facts(environment),
         }
@@ -209,10 +210,8 @@ class Reporter:
         """Write the derived files; a failure there is told, the rows are safe."""
         from kvsuite.reporting.aggregate import in_space_order
         from kvsuite.reporting.page.render import write_page
-        from kvsuite.reporting.report import write_outputs
         from kvsuite.store.records_file import RECORDS_FILE
-        from kvsuite.suites.dse.files import append_dse
-        from kvsuite.suites.perplexity.csv_files import append_results, csv_rows
+        from kvsuite.suites.outputs import by_suite, write_outputs
 
         folder = self.folder
         if self._store is not None:
@@ -226,8 +225,8 @@ class Reporter:
         try:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
-            self.files += append_results(Path(self._options.report_dir), csv_rows(self.run, self.rows))
-            self.files += append_dse(Path(self._options.report_dir), self.run, self.rows)
+            for suite, own in by_suite(self.rows):
+                self.files += suite.gather(Path(self._options.report_dir), self.run, own)
             for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
             self.page = write_page(folder, self.run, self.rows)
@@ -278,17 +277,13 @@ def _summary(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         error = row["error"] or {}
         return f"{row['status']}: {row['reason'] or error.get('message')}"
-    parts = []
-    for name, label, scale, unit in (
-        ("perplexity", "PPL", 1.0, ""),
-        ("ttft_s", "TTFT", 1e3, " ms"),
-        ("tpot_s", "TPOT", 1e3, " ms"),
-        ("kv_bytes_exact", "KV", 2**-20, " MiB"),
-    ):
+    shown = []
+    for name in suite_of_rows(row["suite"]).headline[:_MOST_NUMBERS] or list(row["metrics"])[:_MOST_NUMBERS]:
         value = metric_value(row, name)
         if value is not None:
-            parts.append(f"{label} {value * scale:.2f}{unit}")
-    return ", ".join(parts)
+            label, scale, unit = _NUMBERS.get(name, (name, 1.0, f" {row['metrics'][name]['unit']}".replace(" 1", "")))
+            shown.append(f"{label} {value * scale:{'.2f' if name in _NUMBERS else '.5g'}}{unit}")
+    return ", ".join(shown)
 
 
 def _model_label(request: str) -> str:

@@ -73,12 +73,12 @@ def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> s
     options = config.stash[OPTIONS]
     if options.shard is None:
         return set()
-    from kvsuite.distribution.cost import work_of
+    from kvsuite.distribution.cost import units, work_of
 
     shard = Shard.parse(options.shard)
     # in whichever order they were collected: by paths that were given, or by a plugin that shuffles
     items = sorted(found, key=lambda item: item.nodeid)
-    parts = assign([work_of(found[item], options).units for item in items], shard.of)
+    parts = assign([units(work_of(found[item], options)) for item in items], shard.of)
     return {item for item, part in zip(items, parts, strict=True) if part != shard.index}
 
 

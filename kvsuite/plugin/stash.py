@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .xdist_controller import WorkerGuard
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
-CASES: pytest.StashKey[dict[str, Case]] = pytest.StashKey()
+#: by suite and id
+CASES: pytest.StashKey[dict[tuple[str, str], Case]] = pytest.StashKey()
+#: begin of a parameter that stands for a suite which cannot be used; the rest says why
+UNUSABLE = "unusable: "
 #: the selected cases, in the order of their space
 PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
 ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()

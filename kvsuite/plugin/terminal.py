@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from kvsuite import __version__
-from kvsuite.suites.compression.cases import unread_options
 
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
@@ -35,13 +34,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or not reporter.rows:
         return
-    from kvsuite.suites.compression.table import run_table
+    from kvsuite.suites.outputs import by_suite, run_table
 
     terminalreporter.section("kvsuite")
-    terminalreporter.write_line(run_table(reporter.rows, reporter.run.get("cases")))
-    compresses = any(row["suite"] == "compression" for row in reporter.rows)
-    for option in unread_options(config.stash[OPTIONS]) if compresses else ():
-        terminalreporter.write_line(f"warning: {option}: no selected method reads it")
+    terminalreporter.write_line(run_table(reporter.run, reporter.rows))
+    for suite, _ in by_suite(reporter.rows):
+        for option in suite.unread_options(config.stash[OPTIONS]):
+            terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
         terminalreporter.write_line(f"records and figures: {reporter.folder}")
         if reporter.page is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,23 @@ from kvsuite.record import metric_value
 
 Row = Mapping[str, Any]
 
-COMPRESSION = "compression"
-PERPLEXITY = "perplexity"
 NOT_IN_RECORD = "not in the record"
 GIB = 1024**3
 MIB = 1024**2
+
+
+def json_text(document: Mapping[str, Any], where: str) -> str:
+    """A document as it stands in a file.
+
+    Raises
+    ------
+    UserError
+        If it holds NaN or an infinity.
+    """
+    try:
+        return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"{where}: holds NaN or an infinity ({error}); write null with a reason instead") from error
 
 
 def in_space_order(rows: Sequence[Row]) -> list[Row]:

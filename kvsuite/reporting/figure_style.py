@@ -48,8 +48,8 @@ def fixed(number: float, decimals: int) -> str:
     return f"{number:.1g}" if number and not float(text) else text
 
 
-def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """Render to ``"png"`` (300 dpi) or ``"svg"``, tight, the same bytes for the same figure."""
+def figure_bytes(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
+    """Render to ``"png"`` (of ``dpi``) or ``"svg"``, tight, the same bytes for the same figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # the canvas of this figure only; the backend of the user's process stays what it is
@@ -57,5 +57,5 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
     undated = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     buffer = BytesIO()
     with house_style():
-        figure.savefig(buffer, format=kind, dpi=300, bbox_inches="tight", metadata=undated)
+        figure.savefig(buffer, format=kind, dpi=dpi if kind == "png" else 300, bbox_inches="tight", metadata=undated)
     return buffer.getvalue()

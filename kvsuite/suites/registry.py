@@ -1,41 +1,165 @@
-"""Suites by name: which space gives their cases, and how a run of theirs is named."""
+"""Suites by name. kvsuite's own come through the entry-point group that everybody uses; conftests have a hook."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint
 
 from kvsuite.case import Case
+from kvsuite.entry_points import OURS, described, find, load, package
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 
-from .compression.cases import compression_cases, method_name
-from .dse.cases import DSE, dse_cases
-from .perplexity.cases import perplexity_cases
+from .suite import Suite
 
-SPACES: dict[str, Callable[[Options], list[Case]]] = {
-    "compression": compression_cases,
-    "perplexity": perplexity_cases,
-    DSE: dse_cases,
-}
-RUN_NAMES: dict[str, Callable[[Options], str]] = {"compression": method_name}
-# suites of which nothing is left without trained weights
-_QUALITY_ALONE = ("perplexity",)
+ENTRY_POINTS = "kvsuite.suites"
+
+# suites that a hook gave, by name
+_hooked: dict[str, Suite] = {}
 
 
-def cases_of(suite: str, options: Options) -> list[Case]:
-    """Cases of ``suite`` in the space's order.
+class UnusableSuite(UserError):
+    """A suite that is installed and cannot be used: the message names package, object and mend. Others go on working."""
+
+
+class _Rows(Suite):
+    """Stands for a suite that is not installed here: its rows can be shown all the same."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+
+    def cases(self, options: Options) -> list[Case]:
+        raise UserError(f"suite {self.name}: is not installed here, only rows of it are known; install its package")
+
+
+def suite_names() -> list[str]:
+    """Names of all suites, usable or not, in alphabetical order; imports none."""
+    return sorted({*_entries(), *_hooked})
+
+
+def suite_named(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises
+    ------
+    UnusableSuite
+        If it cannot be imported, or is no suite.
+    UserError
+        If there is none.
+    """
+    if name in _hooked:
+        return _hooked[name]
+    entry = _entries().get(name)
+    if entry is None:
+        raise UserError(f"kv_suite({name!r}): unknown suite; known: {', '.join(suite_names())}")
+    return _loaded(entry)
+
+
+def suite_of_rows(name: str) -> Suite:
+    """The suite that shows rows of that name: one with tables of a general kind where it is not installed or unusable."""
+    try:
+        return suite_named(name)
+    except UserError:
+        return _Rows(name)
+
+
+def usable_suites() -> list[Suite]:
+    """Every suite that can be used: those of a bare run in their order, then the others by name."""
+    found = []
+    for name in suite_names():
+        try:
+            found.append(suite_named(name))
+        except UnusableSuite:
+            continue
+    return in_order(found)
+
+
+def unusable_suites() -> list[str]:
+    """A line for every suite that cannot be used: package, object and mend."""
+    found = []
+    for name in suite_names():
+        try:
+            suite_named(name)
+        except UnusableSuite as fault:
+            found.append(str(fault))
+    return found
+
+
+def in_order(suites: Iterable[Suite]) -> list[Suite]:
+    """Suites of a bare run in their order, then the others by name."""
+    return sorted(
+        suites, key=lambda suite: (suite.bare_run_place is None, suite.bare_run_place or 0, suite.name)
+    )  # fmt: skip
+
+
+def take_hooked(suites: Iterable[Suite | type[Suite]], where: str) -> None:
+    """Add suites that a hook of a conftest or plugin gave; the same class may come again.
 
     Raises
     ------
     UserError
+        If one is no suite, or has a name that is taken.
+    """
+    for given in suites:
+        suite = _checked(given, f"{where}: {_described(given)}", None)
+        known = _hooked.get(suite.name)
+        if suite.name in _entries() or (known is not None and type(known) is not type(suite)):
+            taken = type(known).__qualname__ if known is not None else described(_entries()[suite.name])
+            raise UserError(f"{where}: {_described(given)}: the name {suite.name} is taken by {taken}; rename it")
+        _hooked[suite.name] = suite
+
+
+def cases_of(name: str, options: Options) -> list[Case]:
+    """Cases of a suite in the order of its space.
+
+    Raises
+    ------
+    UnusableSuite
+        If it cannot be used, or gives no cases whatever the options.
+    UserError
         For an unknown suite, or options that give no case.
     """
-    if suite not in SPACES:
-        raise UserError(f"kv_suite({suite!r}): unknown suite; known: {', '.join(sorted(SPACES))}")
-    cases = SPACES[suite](options)
+    suite = suite_named(name)
+    try:
+        cases = suite.cases(options)
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(suite):
+            raise
+        raise UnusableSuite(
+            f"{_where(suite)}: cases() failed ({type(error).__name__}: {error}); correct it, or leave the suite out"
+        ) from error
     if not cases:
-        raise UserError(f"suite {suite}: the options leave no case; drop --kv-no-baseline or name a --kv-method")
+        raise UnusableSuite(
+            f"{_where(suite)}: cases() gave no case; give at least one, or raise a UserError that says why"
+        )
+    wrong = next((case for case in cases if not isinstance(case, Case) or case.suite != name), None)
+    if wrong is not None:
+        raise UnusableSuite(f"{_where(suite)}: cases() gave {wrong!r}, which is no case of suite {name}; set its suite")
     return cases
+
+
+def usable_cases(name: str, options: Options) -> list[Case]:
+    """Cases of a suite; none of one that is not there or cannot be used.
+
+    Raises
+    ------
+    UserError
+        For options that give no case of a suite of a bare run.
+    """
+    try:
+        return cases_of(name, options)
+    except UnusableSuite:
+        return []
+    except UserError:
+        suite = suite_of_rows(name)
+        if suite.bare_run_place is None:
+            # whoever asks for it is told
+            return []
+        raise
 
 
 def require_measurable(cases: Sequence[Case]) -> None:
@@ -46,8 +170,72 @@ def require_measurable(cases: Sequence[Case]) -> None:
     UserError
         If all cases ask for quality alone, of a model with random weights.
     """
-    if cases and all(case.suite in _QUALITY_ALONE and case.model.startswith("dummy:") for case in cases):
+    if cases and all(suite_of_rows(case.suite).is_quality_alone and case.model.startswith("dummy:") for case in cases):
         raise UserError(
             f"--kv-model={cases[0].model}: random weights have no perplexity, and nothing else is selected; name a real "
             "model"
         )
+
+
+@functools.cache
+def _entries() -> Mapping[str, EntryPoint]:
+    found = find(ENTRY_POINTS)
+    if not any(package(entry) == OURS for entry in found.values()):
+        raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
+    return found
+
+
+@functools.cache
+def _loaded_or_fault(name: str) -> Suite | str:
+    entry = _entries()[name]
+    try:
+        return _checked(load(entry), described(entry), name)
+    except UserError as error:
+        if package(entry) == OURS:
+            raise
+        return str(error)
+
+
+def _loaded(entry: EntryPoint) -> Suite:
+    found = _loaded_or_fault(entry.name)
+    if isinstance(found, str):
+        raise UnusableSuite(found)
+    return found
+
+
+def _checked(given: object, where: str, name: str | None) -> Suite:
+    """An instance of what an entry point or a hook gave."""
+    suite = given
+    if isinstance(given, type) and issubclass(given, Suite):
+        if inspect.isabstract(given):
+            members = ", ".join(sorted(given.__abstractmethods__))
+            raise UserError(f"{where}: lacks {members}; define what kvsuite.suites.suite.Suite declares abstract")
+        try:
+            suite = given()
+        except Exception as error:  # its constructor is somebody else's
+            raise UserError(
+                f"{where}: cannot be made ({type(error).__name__}: {error}); give it a constructor without parameters"
+            ) from error
+    if not isinstance(suite, Suite):
+        raise UserError(f"{where}: is no subclass of kvsuite.suites.suite.Suite; name one")
+    own = getattr(suite, "name", None)
+    if not isinstance(own, str) or not own:
+        raise UserError(f"{where}: has no name; set its attribute name")
+    if name is not None and own != name:
+        raise UserError(f"{where}: is named {own}, its entry point {name}; give both the same name")
+    return suite
+
+
+def _described(given: object) -> str:
+    of = given if isinstance(given, type) else type(given)
+    return f"{of.__module__}:{of.__qualname__}"
+
+
+def _where(suite: Suite) -> str:
+    entry = None if suite.name in _hooked else _entries().get(suite.name)
+    return _described(suite) if entry is None else described(entry)
+
+
+def _is_ours(suite: Suite) -> bool:
+    entry = None if suite.name in _hooked else _entries().get(suite.name)
+    return entry is not None and package(entry) == OURS

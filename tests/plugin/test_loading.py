@@ -26,7 +26,7 @@ def imported_by(code: str, folder: Path) -> set[str]:
 
 def test_importing_the_plugin_loads_nothing_heavy(tmp_path: Path) -> None:
     loaded = imported_by("import kvsuite.plugin", tmp_path)
-    assert "kvsuite.suites.compression.cases" in loaded
+    assert not any(name.endswith(".cases") for name in loaded), "suites are loaded when they are asked for"
     assert not HEAVY & loaded
 
 

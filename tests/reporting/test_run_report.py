@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 
@@ -9,9 +10,10 @@ from jsonschema import Draft202012Validator
 
 from kvsuite.errors import UserError
 from kvsuite.record import schema
-from kvsuite.reporting.report import assemble_report, write_outputs
+from kvsuite.reporting.report import assemble_report
 from kvsuite.store.records_file import read_records
 from kvsuite.store.validate import validate
+from kvsuite.suites.outputs import write_outputs
 
 SUITE_FILES = [
     "benchmark_comparison.png",
@@ -96,7 +98,7 @@ def test_report_counts_and_keeps_unknown_fields(run, rows, row):
 
 
 def test_rewrite_keeps_unknown_fields_of_the_report(tmp_path, run, rows):
-    path = write_outputs(tmp_path, run, rows, figures=False)[0]
+    path, *_ = write_outputs(tmp_path, run, rows, figures=False)
     report = json.loads(path.read_text()) | {"note": "added by hand"}
     path.write_text(json.dumps(report))
     write_outputs(tmp_path, run, rows, figures=False)
@@ -146,7 +148,13 @@ def test_outputs_depend_on_the_rows_only(tmp_path, run, rows):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_other_suites_write_the_report_and_the_page_only(tmp_path, run, row):
-    written = write_outputs(tmp_path, run, [row("q4f16_1", suite="another")])
-    assert written == [tmp_path / "report.json", tmp_path / "report.html"]
+def test_rows_of_a_suite_that_is_not_installed_have_a_table_and_a_csv_of_a_general_kind(tmp_path, run, row):
+    rows = [row("a", suite="another"), row("b", suite="another", status="skipped", reason="no such card")]
+    written = write_outputs(tmp_path, run, rows)
+    assert [path.name for path in written] == ["report.json", "another_results.csv", "table.txt", "report.html"]
     assert {*tmp_path.iterdir()} == {*written}
+    table = (tmp_path / "table.txt").read_text()
+    assert "skipped: no such card" in table
+    (first, second) = csv.DictReader((tmp_path / "another_results.csv").read_text().splitlines())
+    assert float(first["tpot_s"]) == rows[0]["metrics"]["tpot_s"]["value"]
+    assert (second["name"], second["status"], second["reason"]) == ("b", "skipped", "skipped: no such card")

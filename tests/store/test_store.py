@@ -16,10 +16,10 @@ from sweep_rows import environment, row, store_run
 
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA
-from kvsuite.reporting.report import write_outputs
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import read_records
 from kvsuite.store.store import RecordStore, create_run_folder
+from kvsuite.suites.outputs import write_outputs
 
 NAME = re.compile(r"^[a-z0-9_]+_[A-Za-z0-9._-]+_\d{8}_\d{6}$")
 START = datetime(2024, 12, 30, 15, 30, 45)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kvsuite.compression.base import Policy
+from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
@@ -147,7 +147,7 @@ class RuntimeHolder:
 def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
     """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS and FlashInfer.
 
-    As `kvsuite.memory_model.nano.NanoMemory` predicts them.
+    As `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)

@@ -9,6 +9,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -20,7 +21,6 @@ from kvsuite.engines.results import (
 )
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
-from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores

@@ -5,11 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.reporting.aggregate import (
-    COMPRESSION,
     GIB,
     Row,
     by_name,
@@ -20,7 +18,6 @@ from kvsuite.reporting.aggregate import (
     value,
 )
 from kvsuite.reporting.figure_style import colour, figure_bytes, fixed, house_style
-from kvsuite.store.files import write_atomic
 
 from .captions import caption, subtitle
 
@@ -125,22 +122,14 @@ PANELS = (
 )
 
 
-def draw_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw the comparison into ``folder`` as ``benchmark_comparison.png`` and ``.svg``.
+def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
+    """``benchmark_comparison.png`` and ``.svg`` as bytes by name.
 
     Raises
     ------
     UserError
-        If no row is of the compression suite or the folder cannot be written.
+        If no row is of the compression suite.
     """
-    rendered = render_benchmark_comparison(run, rows)
-    for name, content in rendered.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in rendered]
-
-
-def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
-    """The same two files as bytes by name."""
     figure = build_figure(run, rows)
     return {f"{NAME}.{kind}": figure_bytes(figure, kind) for kind in ("png", "svg")}
 
@@ -159,7 +148,7 @@ def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    labelled = paired(by_name(suite_rows(rows, COMPRESSION)))
+    labelled = paired(by_name(suite_rows(rows, "compression")))
     finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
     with house_style():
         figure = Figure(figsize=(20, 12), layout="constrained")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvsuite.reporting.aggregate import COMPRESSION, GIB, Row, by_name, failure, is_baseline, suite_rows, value
+from kvsuite.reporting.aggregate import GIB, Row, by_name, failure, is_baseline, suite_rows, value
 
 
 def results_json(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def results_json(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     UserError
         If no row is of the compression suite.
     """
-    labelled = by_name(suite_rows(rows, COMPRESSION))
+    labelled = by_name(suite_rows(rows, "compression"))
     finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
     stats = {name: _stats(row) for name, row in finished.items()}
     baseline = next((name for name, row in finished.items() if is_baseline(row)), None)

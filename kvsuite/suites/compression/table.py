@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from kvsuite.reporting.aggregate import (
-    COMPRESSION,
     GIB,
     MIB,
-    PERPLEXITY,
     Row,
     baseline_for,
     by_name,
@@ -29,9 +26,6 @@ from kvsuite.reporting.table_parts import (
     scaled,
     tpot_spread,
 )
-from kvsuite.suites.dse.rows import DSE
-from kvsuite.suites.dse.table import dse_legend, dse_table
-from kvsuite.suites.perplexity.table import perplexity_legend, perplexity_table
 
 # the original's columns and widths; with single spaces between them they are its 100 characters
 _COLUMNS: tuple[Column, ...] = (
@@ -62,7 +56,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     UserError
         If no row is of the compression suite.
     """
-    rows = suite_rows(rows, COMPRESSION)
+    rows = suite_rows(rows, "compression")
     labelled = by_name(rows)
     first = max(25, *(len(name) for name in labelled))
     header = join_cells("Method", first, [f"{title:>{width}}" for title, width, _ in _COLUMNS])
@@ -137,34 +131,9 @@ def _signed(number: float | None) -> str:
     return MISSING if number is None else f"{round(100 * number, 1) + 0.0:+.1f}%"
 
 
-def run_table(rows: Sequence[Row], cases: int | None = None) -> str:
-    """The tables of every suite of a run, one below the other, with what their columns mean.
-
-    Parameters
-    ----------
-    rows
-        The run's records.
-    cases
-        How many the run was to have, where that is known: a run without all of them says so.
-    """
-    suites = Counter(str(row["suite"]) for row in rows)
-    tables = [f"{draw(rows)}\n{legend(rows)}\n" for suite, draw, legend in _TABLES if suite in suites]
-    others = suites.keys() - {suite for suite, *_ in _TABLES}
-    tables += [f"{suite}: {suites[suite]} cases; a suite without a table, see the report" for suite in sorted(others)]
-    if cases is not None and len(rows) < cases:
-        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
-    return "\n".join(tables)
-
-
-def _comparison_legend(rows: Sequence[Row]) -> str:
+def comparison_legend(rows: Sequence[Row]) -> str:
+    """What the columns of `comparison_table` mean."""
     return (
         f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
         "on the same tokens ± 2 standard errors."
     )
-
-
-_TABLES = (
-    (COMPRESSION, comparison_table, _comparison_legend),
-    (PERPLEXITY, perplexity_table, perplexity_legend),
-    (DSE, dse_table, dse_legend),
-)

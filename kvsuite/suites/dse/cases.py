@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
+from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
@@ -18,7 +19,6 @@ from kvsuite.quantization.registry import NONE, QUANTIZATIONS
 from kvsuite.suites.perplexity.cases import dtype_of
 
 from .parser import parse_space
-from .space import DesignSpace, Entry, broken_rules
 
 DSE = "dse"
 #: the protocol of its workload

@@ -45,9 +45,12 @@ def perplexity_cases(options: Options) -> list[Case]:
 def _case(options: Options, device: str, dataset: str, protocol: str, chosen: str) -> Case:
     # for its error messages: the length of the text comes later
     plan_windows(protocol, 4 * options.max_length, options.max_length, options.stride, prefix=bos_rule(options.bos))
+    engine = "hf" if options.engine == "auto" else options.engine
     return Case(
         suite="perplexity",
-        engine="hf" if options.engine == "auto" else options.engine,
+        engine=engine,
+        # the reference engine is left out: wikitext2-4bit
+        shows_engine=engine != "hf",
         model=model_of(options),
         name="-".join([dataset, chosen, *([protocol] if len(options.ppl_protocol) > 1 else [])]),
         device=device,

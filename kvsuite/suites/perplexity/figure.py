@@ -5,13 +5,10 @@ from __future__ import annotations
 import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, house_style
-from kvsuite.store.files import write_atomic
 
 from .csv_files import file_token
 from .panels import Chart, CsvRow, build_charts
@@ -50,22 +47,14 @@ COLOURS = {
 }
 
 
-def draw_perplexity(rows: Sequence[CsvRow], folder: Path) -> list[Path]:
-    """Draw into ``folder``: ``<dataset>_ppl_vs_quant.png`` and ``.svg`` for every data set.
+def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
+    """``<dataset>_ppl_vs_quant.png`` and ``.svg`` for every data set, as bytes by name.
 
     Raises
     ------
     UserError
-        If there is no row, or the folder cannot be written.
+        If there is no row.
     """
-    rendered = render_perplexity(rows)
-    for name, content in rendered.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in rendered]
-
-
-def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
-    """The same files as bytes by name."""
     rendered = {}
     for dataset, figure in build_figures(rows).items():
         for kind in ("png", "svg"):
@@ -75,15 +64,7 @@ def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
 
 def figure_file(figure: Figure, kind: str) -> bytes:
     """A figure as ``"png"`` (200 dpi, as the original's) or ``"svg"``."""
-    if kind != "png":
-        return figure_bytes(figure, kind)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = BytesIO()
-    with house_style():
-        figure.savefig(buffer, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure_bytes(figure, kind, dpi=_DPI)
 
 
 def build_figures(rows: Sequence[CsvRow]) -> dict[str, Figure]:

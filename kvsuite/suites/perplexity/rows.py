@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.record import metric_value
-from kvsuite.reporting.aggregate import PERPLEXITY, Row
+from kvsuite.reporting.aggregate import Row
 
 from .columns import COLUMNS, FLAGS, ORIGINAL_COLUMNS, SCHEMA_VERSION
 
@@ -96,7 +96,7 @@ def csv_rows(run: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]
     return [
         csv_row(row, run)
         for row in rows
-        if row["suite"] == PERPLEXITY and row["status"] == "ok" and metric_value(dict(row), "perplexity") is not None
+        if row["suite"] == "perplexity" and row["status"] == "ok" and metric_value(dict(row), "perplexity") is not None
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvsuite.reporting.aggregate import MIB, PERPLEXITY, Row, by_name, failure, suite_rows, value
+from kvsuite.reporting.aggregate import MIB, Row, by_name, failure, suite_rows, value
 from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
@@ -54,7 +54,7 @@ def perplexity_table(rows: Sequence[Row]) -> str:
     UserError
         If no row is of the perplexity suite.
     """
-    labelled = by_name(suite_rows(rows, PERPLEXITY))
+    labelled = by_name(suite_rows(rows, "perplexity"))
     first = max(25, *(len(name) for name in labelled))
     optional = (group for group in (_DISTANCE, _WORDS) if _has(labelled.values(), group))
     columns = (*_QUALITY, *(column for group in optional for column in group), *_REST)
@@ -74,7 +74,7 @@ def perplexity_table(rows: Sequence[Row]) -> str:
 def perplexity_legend(rows: Sequence[Row]) -> str:
     """What the columns mean that `perplexity_table` shows of these rows."""
     distance = " PPL/ref: against the reference weights on the same tokens ± 2 standard errors."
-    shown = distance if _has(suite_rows(rows, PERPLEXITY), _DISTANCE) else ""
+    shown = distance if _has(suite_rows(rows, "perplexity"), _DISTANCE) else ""
     return f"W: weights in memory. Bits/w: per weight, embeddings in. {SPREAD}{shown} Scored/s: scored tokens a second."
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.case import Case
+from kvsuite.engines.nano.memory_model import NanoMemory, pool_blocks
 from kvsuite.engines.nano.point import point_limits
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.registry import SessionPool
 from kvsuite.engines.results import Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.nano import NanoMemory, pool_blocks
 from kvsuite.meters.clock import PerfCounterClock
 from kvsuite.meters.quality import TokenScores, perplexity
 from kvsuite.nanovllm.limits import Limits

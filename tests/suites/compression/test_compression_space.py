@@ -16,7 +16,7 @@ from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.compression.cases import compression_cases, method_name, unread_options
-from kvsuite.suites.registry import RUN_NAMES, SPACES, cases_of
+from kvsuite.suites.registry import cases_of, suite_names, usable_suites
 
 
 def cases(**options: str) -> list[Case]:
@@ -276,9 +276,12 @@ def test_options_that_nothing_reads_are_named() -> None:
 
 
 def test_registry() -> None:
-    assert list(SPACES) == ["compression", "perplexity", "dse"]
+    assert suite_names() == ["compression", "dse", "perplexity"]
+    # tables stand in this order
+    suites = usable_suites()
+    assert [suite.name for suite in suites] == ["compression", "perplexity", "dse"]
     # other suites name their folders after themselves
-    assert list(RUN_NAMES) == ["compression"]
+    assert [suite.run_name(default_options()) for suite in suites] == ["streaming_llm", "perplexity", "dse"]
     assert cases_of("compression", default_options()) == cases()
     with pytest.raises(UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity"):
         cases_of("nope", default_options())

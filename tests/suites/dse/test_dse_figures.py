@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvsuite.errors import UserError
+from kvsuite.reporting.figure_style import figure_bytes
 from kvsuite.suites.dse.csv_files import Sheet, read_sheet
 from kvsuite.suites.dse.figures import draw as dse
 from kvsuite.suites.dse.figures.draw import render_dse
@@ -312,7 +313,7 @@ def test_the_same_bytes_again() -> None:
     def made(kind: str) -> bytes:
         layout = arrange(plan, samples)
         assert layout is not None
-        return dse.figure_file(draw(layout, "t", []), kind)
+        return figure_bytes(draw(layout, "t", []), kind, dpi=200)
 
     for kind in ("png", "svg"):
         assert made(kind) == made(kind)

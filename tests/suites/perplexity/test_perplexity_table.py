@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvsuite.metrics.registry import MetricRegistry
-from kvsuite.suites.compression.table import run_table
+from kvsuite.suites.outputs import run_table
 from kvsuite.suites.perplexity.table import perplexity_legend, perplexity_table
 
 Rows = Callable[..., dict[str, Any]]
@@ -91,9 +91,9 @@ def test_a_note_about_every_case_with_numbers_lists_none(scored: Rows) -> None:
 
 def test_the_legend_explains_the_columns_that_are_there(scored: Rows) -> None:
     without = [scored("none")]
-    assert "PPL/ref" not in run_table(without)
+    assert "PPL/ref" not in run_table({}, without)
     assert "PPL±: 1 standard error." in perplexity_legend(without)
     compared = [scored("none", metrics={"ppl_ratio_reference": "this is the reference"}), scored("q4f16_1")]
     assert "PPL/ref" in perplexity_table(compared)
     assert " PPL/ref: against the reference weights" in perplexity_legend(compared)
-    assert run_table(compared).endswith(perplexity_legend(compared) + "\n")
+    assert run_table({}, compared).endswith(perplexity_legend(compared) + "\n")

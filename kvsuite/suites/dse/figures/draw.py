@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.reporting.figure_style import figure_bytes
 from kvsuite.suites.dse.csv_files import METRICS, RESULTS, Sheet
-from kvsuite.suites.perplexity.figure import figure_file
 
 from .captions import (
     cache_caption,
@@ -28,6 +28,8 @@ from .series import Plan, arrange
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# as the original's
+_DPI = 200
 _CONTEXT, _BATCH = "context_window_size", "max_batch_size"
 _WINDOW, _SINK = "sliding_window_size", "attention_sink_size"
 _ALONE = ("batch 1", "window off", "sink 0")
@@ -93,7 +95,7 @@ def render_dse(sheets: Sequence[Sheet], kinds: Sequence[str] = ("png",)) -> Rend
     rendered = Rendered(notes=[*(note for sheet in sheets for note in sheet_notes(sheet)), *_shared_tags(sheets)])
     for name, figure in _figures(sheets, rendered.notes):
         for kind in kinds:
-            rendered.files[f"{name}.{kind}"] = figure_file(figure, kind)
+            rendered.files[f"{name}.{kind}"] = figure_bytes(figure, kind, dpi=_DPI)
     return rendered
 
 

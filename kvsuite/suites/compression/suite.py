@@ -1,0 +1,58 @@
+"""The compression suite: what cache eviction costs in quality, and what it saves in memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvsuite.case import Case
+from kvsuite.options.resolve import Options
+from kvsuite.reporting.aggregate import Row, json_text
+from kvsuite.suites.suite import Suite, Work, served_work
+
+from .cases import compression_cases, method_name, unread_options
+from .options import CompressionOptions
+
+
+class CompressionSuite(Suite):
+    """Policies and presses beside the full cache, one request at a time."""
+
+    name = "compression"
+    headline = (
+        "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
+    )  # fmt: skip
+    bare_run_place = 1
+    option_group = CompressionOptions
+
+    def cases(self, options: Options) -> list[Case]:
+        return compression_cases(options)
+
+    def run_name(self, options: Options) -> str:
+        return method_name(options)
+
+    def unread_options(self, options: Options) -> list[str]:
+        return unread_options(options)
+
+    def cost(self, case: Case, options: Options) -> Work:
+        work = served_work(case, options)
+        if case.model.startswith("dummy:"):
+            # random weights have no quality to score
+            return work
+        # once through the cache, token by token, and once through the full one
+        scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
+        return work + Work(scored, scored)
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+        from .table import comparison_legend, comparison_table
+
+        return f"{comparison_table(rows)}\n{comparison_legend(rows)}\n"
+
+    def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
+        from .results_json import results_json
+
+        return {"results.json": json_text(results_json(run, rows), "results.json")}
+
+    def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        from .figure import render_benchmark_comparison
+
+        return render_benchmark_comparison(run, rows)

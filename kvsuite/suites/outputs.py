@@ -1,0 +1,78 @@
+"""The files that are derived from a run's rows, by the suites whose rows they are. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsuite.reporting.aggregate import Row, in_space_order
+from kvsuite.reporting.report import assemble_report, report_text
+from kvsuite.store.files import write_atomic
+from kvsuite.store.records_file import REPORT_FILE
+
+from .registry import in_order, suite_of_rows
+from .suite import Suite
+
+TABLE_FILE = "table.txt"
+
+
+def by_suite(rows: Sequence[Row]) -> Iterator[tuple[Suite, list[Row]]]:
+    """Each suite that has rows, with its rows in their order."""
+    for suite in in_order(suite_of_rows(name) for name in dict.fromkeys(str(row["suite"]) for row in rows)):
+        yield suite, [row for row in rows if row["suite"] == suite.name]
+
+
+def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The tables of every suite of a run, one below the other, with what their columns mean.
+
+    A run that was to have more cases than rows (``cases`` of the run line) says so.
+    """
+    tables = [suite.table(run, own) for suite, own in by_suite(rows)]
+    cases = run.get("cases")
+    if cases is not None and len(rows) < cases:
+        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
+    return "\n".join(tables)
+
+
+def run_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
+    """Figures of every suite of a run by file name."""
+    return {name: drawn for suite, own in by_suite(rows) for name, drawn in suite.figures(run, own).items()}
+
+
+def write_outputs(
+    folder: Path, run: Mapping[str, Any], rows: Sequence[Row], *, figures: bool = True, source: Path | None = None
+) -> list[Path]:
+    """Write everything derived from a run: the report, and the tables, files and figures of its suites.
+
+    Nothing is written before everything is built, so a damaged run leaves older files alone. Rows come out in the order of
+    the suite's space, whatever order they ran in. ``figures=False`` leaves the drawing to the caller, and
+    the page that shows the figures. ``source`` is the run's own folder where ``folder`` is another one.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    UserError
+        If the report is not valid, or the folder holds a ``report.json`` of another schema or another run.
+    """
+    # valid before anything is asked of a row
+    report = assemble_report(run, rows)
+    rows = report["records"] = in_space_order(report["records"])
+    files: dict[str, str | bytes] = {REPORT_FILE: report_text(folder / REPORT_FILE, report)}
+    for suite, own in by_suite(rows):
+        files |= suite.files(run, own)
+        if figures:
+            files |= suite.figures(run, own)
+    if rows:
+        files[TABLE_FILE] = run_table(run, rows)
+    if figures:
+        from kvsuite.reporting.page.render import PAGE_FILE, build_page
+
+        files[PAGE_FILE] = build_page(folder, run, rows, files=files, source=source)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [folder / name for name in files]

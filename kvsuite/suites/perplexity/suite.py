@@ -1,0 +1,82 @@
+"""The perplexity suite: what a weight format costs in quality, and what it saves in memory and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsuite.case import Case
+from kvsuite.options.resolve import Options
+from kvsuite.reporting.aggregate import Row
+from kvsuite.suites.suite import Suite, Work, served_work
+
+from .cases import perplexity_cases
+from .options import PerplexityOptions
+
+# a text of which no number of tokens was asked for
+_FULL_TEXT_TOKENS = 300_000
+
+
+class PerplexitySuite(Suite):
+    """Token windows of data sets, scored by several protocols in several weight formats."""
+
+    name = "perplexity"
+    headline = (
+        "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
+    )  # fmt: skip
+    bare_run_place = 2
+    is_quality_alone = True
+    option_group = PerplexityOptions
+
+    def cases(self, options: Options) -> list[Case]:
+        return perplexity_cases(options)
+
+    def check(self, options: Options) -> None:
+        if not {"dataset", "dataset_path"} & options.given:
+            return
+        from kvsuite.workloads.corpus import check_corpus
+
+        own = options.of(PerplexityOptions)
+        option = "--kv-dataset-path" if own.dataset_path else "--kv-dataset"
+        split = None if own.split == "auto" else own.split
+        for request in own.dataset:
+            check_corpus(request, option=option, path=own.dataset_path, split=split)
+
+    def cost(self, case: Case, options: Options) -> Work:
+        workload = case.workload
+        scored = int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"])
+        overlap = int(workload["max_length"]) / max(int(workload["stride"]), 1)
+        twice = 2 if case.params.get("reference") else 1
+        return served_work(case, options) + Work(int(scored * max(overlap, 1.0)) * twice, 0)
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+        from .table import perplexity_legend, perplexity_table
+
+        return f"{perplexity_table(rows)}\n{perplexity_legend(rows)}\n"
+
+    def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
+        from .csv_files import csv_name, csv_rows, csv_text
+
+        results = csv_rows(run, rows)
+        return {
+            csv_name(dataset): csv_text([row for row in results if row["dataset"] == dataset])
+            for dataset in dict.fromkeys(str(row["dataset"]) for row in results)
+        }
+
+    def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        from .csv_files import csv_rows
+        from .figure import render_perplexity
+
+        results = csv_rows(run, rows)
+        return render_perplexity(results) if results else {}
+
+    def check_gathered(self, folder: Path, cases: Sequence[Case]) -> None:
+        from .csv_files import check_results
+
+        check_results(folder, {str(case.workload["dataset"]) for case in cases})
+
+    def gather(self, folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> list[Path]:
+        from .csv_files import append_results, csv_rows
+
+        return append_results(folder, csv_rows(run, rows))

@@ -1,0 +1,134 @@
+"""Suite: everything that belongs to one suite, as one object. Others ask it and know no suite by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvsuite.case import Case
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.option import OptionGroup
+from kvsuite.options.resolve import Options
+from kvsuite.reporting.aggregate import Row
+
+from .generic import generic_csv, generic_files, generic_table
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case computes.
+
+    Parameters
+    ----------
+    bulk
+        Tokens that are forwarded many at a time: prompts, scored windows.
+    steps
+        Forwards of one token a sequence: decode steps, scoring through a cache.
+    """
+
+    bulk: int
+    steps: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bulk + other.bulk, self.steps + other.steps)
+
+
+class Suite(ABC):
+    """One suite. A subclass needs `name`, `cases` and `measure`; the rest has defaults that work for any rows.
+
+    The half that reads rows (`table`, `files`, `figures`, `gather`) imports no engine and no torch, so that a run is redrawn
+    without them; what is heavy is imported inside methods.
+    """
+
+    #: the name of its marker, its entry point and its rows
+    name: ClassVar[str]
+    #: its own ``--kv-*`` options; they are registered by the entry-point group ``kvsuite.options``, which loads no suite
+    option_group: ClassVar[type[OptionGroup] | None] = None
+    #: metrics in the order in which they are looked at; the first four stand in the line of a finished case
+    headline: ClassVar[tuple[str, ...]] = ()
+    #: place among the suites of a bare ``pytest``; ``None``: it runs only if it is asked for
+    bare_run_place: ClassVar[int | None] = None
+    #: whether nothing is left of it without trained weights
+    is_quality_alone: ClassVar[bool] = False
+
+    # before a run
+
+    @abstractmethod
+    def cases(self, options: Options) -> list[Case]:
+        """Cases in the order of the suite's space.
+
+        Raises
+        ------
+        UserError
+            Naming the option whose value cannot be, or which leaves no case.
+        """
+
+    def check(self, options: Options) -> None:  # noqa: B027
+        """Refuse what options of this suite name and is not there (a file, a data set); before anything is collected.
+
+        Raises
+        ------
+        UserError
+            Naming the option, the value and the mend.
+        """
+
+    def run_name(self, options: Options) -> str:
+        """What the folder of a run is named after, if this suite's row is its first."""
+        return self.name
+
+    def unread_options(self, options: Options) -> list[str]:
+        """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
+        return []
+
+    def cost(self, case: Case, options: Options) -> Work:
+        """Count what a case computes, from the case and the options alone, so that every host cuts the same shards."""
+        return served_work(case, options)
+
+    # after a run: rows are of this suite, in the order of its space
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+        """The console table with what its columns mean: one or more lines."""
+        return generic_table(self.name, rows, self.headline)
+
+    def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
+        """CSV and JSON files of a run by file name."""
+        return generic_files(self.name, generic_csv(run, rows))
+
+    def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        """Figures of a run by file name; the caller writes them, so that none is written before all are drawn."""
+        return {}
+
+    def check_gathered(self, folder: Path, cases: Sequence[Case]) -> None:  # noqa: B027
+        """Find out before anything is measured whether rows of ``cases`` can be added to the CSVs that gather runs.
+
+        Raises
+        ------
+        UserError
+            If a file in ``folder`` cannot take them.
+        """
+
+    def gather(self, folder: Path, run: Mapping[str, Any], rows: Sequence[Row]) -> list[Path]:
+        """Add a run's rows to the CSVs in ``folder`` that gather runs; return the files that grew.
+
+        Raises
+        ------
+        UserError
+            If a file there has another header, or cannot be read or written.
+        """
+        return []
+
+
+def served_work(case: Case, options: Options) -> Work:
+    """Warm-ups, rounds and the memory pass of the requests that a case serves, by its workload."""
+    workload = case.workload
+    common = options.of(CommonOptions)
+    passes = common.num_warmup + common.rounds + 1
+    batch, prompt, new = (
+        int(workload.get(name) or default)
+        for name, default in (("batch", 0), ("prompt_tokens", 0), ("max_new_tokens", 0))
+    )
+    served = 2 if workload.get("prefix_caching") else 1
+    return Work(passes * batch * prompt, passes * new * served)
