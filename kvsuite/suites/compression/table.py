@@ -27,6 +27,8 @@ from kvsuite.reporting.table_parts import (
     tpot_spread,
 )
 
+from .figure import MOST_CASES
+
 # the original's columns and widths; with single spaces between them they are its 100 characters
 _COLUMNS: tuple[Column, ...] = (
     ("TTFT(s)", 10, "ttft"),
@@ -133,7 +135,12 @@ def _signed(number: float | None) -> str:
 
 def comparison_legend(rows: Sequence[Row]) -> str:
     """What the columns of `comparison_table` mean."""
-    return (
+    legend = (
         f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
         "on the same tokens ± 2 standard errors."
     )
+    if len(rows) > MOST_CASES:
+        legend += (
+            f"\nNo figure: its bars can show {MOST_CASES} cases, these are {len(rows)}; report.html plots them all."
+        )
+    return legend
