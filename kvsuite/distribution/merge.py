@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.options.shard import Shard
 from kvsuite.store.records_file import code_of, read_records
 from kvsuite.store.store import RecordStore
 from kvsuite.store.validate import validate
 from kvsuite.survival.resume import planned_key
 from kvsuite.survival.settings import differences, known_machine, machine_differences
-
-from .shards import Shard
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.prediction import Part
 from kvsuite.meters.clock import ClientClock, Clock
-from kvsuite.meters.memory import DriverMeter, Phase, Reading, peak_resident_set
+from kvsuite.meters.memory import DriverMeter, Reading, peak_resident_set
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
 from kvsuite.options.paths import expanded
@@ -184,21 +184,10 @@ class MlcSession(Session):
             self.serve(requests)
         reported: dict[str, int] = dict(server.memory)
         warnings = [] if reported else ["mlc_llm printed no memory estimate"]
-        nothing = [Reading(reason=_NO_ALLOCATIONS) for _ in range(6)]
-        return MemoryPass(
-            prefill=Phase(*nothing[:3]),
-            decode=Phase(*nothing[3:]),
-            resident=peak_resident_set(server.pid),
-            driver=driver,
-            kv_bytes_prefill=None,
-            kv_bytes_decode=None,
-            kv_bytes_allocated=None,
-            lengths_prefill=[],
-            lengths_decode=[],
-            unseen=_UNSEEN,
-            warnings=warnings,
+        return MemoryPass.unmeasured(
+            _NO_ALLOCATIONS, unseen=_UNSEEN, resident=peak_resident_set(server.pid), driver=driver, warnings=warnings,
             reported=reported,
-        )
+        )  # fmt: skip
 
     def reach(self, case: Case) -> Reach:
         settings = {name: value for name, value in case.params.items() if name not in self._own_inert}
