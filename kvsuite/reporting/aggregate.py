@@ -10,6 +10,7 @@ from typing import Any
 from kvsuite.errors import UserError
 from kvsuite.metrics.registry import ALIASES
 from kvsuite.record import metric_value
+from kvsuite.store.files import utf8
 
 Row = Mapping[str, Any]
 
@@ -26,7 +27,13 @@ def json_text(document: Mapping[str, Any], where: str) -> str:
     UserError
         If it holds NaN or an infinity.
     """
+    import msgspec
+
     try:
+        # Python's own indentation is slow, and msgspec would write null for NaN
+        packed = utf8(json.dumps(document, allow_nan=False, ensure_ascii=False))
+        return msgspec.json.format(packed, indent=2).decode("utf-8") + "\n"
+    except msgspec.DecodeError:  # a file name that is not UTF-8, which Python holds as half of a pair
         return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
         raise UserError(f"{where}: holds NaN or an infinity ({error}); write null with a reason instead") from error

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TITLE = "KV Cache Compression Benchmark Results"
 NAME = "benchmark_comparison"
+#: cases that six panels of bars can show
+MOST_CASES = 100
 
 Interval = tuple[float, float]
 
@@ -123,13 +125,15 @@ PANELS = (
 
 
 def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
-    """``benchmark_comparison.png`` and ``.svg`` as bytes by name.
+    """``benchmark_comparison.png`` and ``.svg`` as bytes by name; none of more than `MOST_CASES`, whose bars nobody could read.
 
     Raises
     ------
     UserError
         If no row is of the compression suite.
     """
+    if len(suite_rows(rows, "compression")) > MOST_CASES:
+        return {}
     figure = build_figure(run, rows)
     return {f"{NAME}.{kind}": figure_bytes(figure, kind) for kind in ("png", "svg")}
 

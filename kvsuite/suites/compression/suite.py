@@ -49,7 +49,7 @@ class CompressionSuite(Suite):
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import comparison_legend, comparison_table
 
-        return stacked([comparison_table(rows)], [comparison_legend(rows)])
+        return stacked([comparison_table(rows)], comparison_legend(rows).splitlines())
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json

@@ -25,6 +25,7 @@ from kvsuite.reporting.table_parts import (
     tpot_spread,
 )
 
+from .figure import MOST_CASES
 from .rows import baseline_for, is_baseline
 
 if TYPE_CHECKING:
@@ -108,7 +109,12 @@ def _signed(number: float | None) -> str:
 
 def comparison_legend(rows: Sequence[Row]) -> str:
     """What the columns of `comparison_table` mean."""
-    return (
+    legend = (
         f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
         "on the same tokens ± 2 standard errors."
     )
+    if len(rows) > MOST_CASES:
+        legend += (
+            f"\nNo figure: its bars can show {MOST_CASES} cases, these are {len(rows)}; report.html plots them all."
+        )
+    return legend

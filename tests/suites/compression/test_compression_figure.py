@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.figure_style import fixed
-from kvsuite.suites.compression.figure import build_figure, colour, render_benchmark_comparison
+from kvsuite.suites.compression.figure import MOST_CASES, build_figure, colour, render_benchmark_comparison
+from kvsuite.suites.compression.table import comparison_legend
 
 GREY, GREEN, RED, BLUE = "#808080", "#2ecc71", "#e74c3c", "#3498db"
 THROUGHPUT, TPOT, TTFT, PERPLEXITY, VRAM, CACHE = range(6)
@@ -221,3 +222,10 @@ def test_empty_selection_is_refused(run, row):
         build_figure(run, [])
     with pytest.raises(UserError, match="no compression case among the 1 records"):
         build_figure(run, [row(suite="dse")])
+
+
+def test_more_cases_than_bars_can_show_are_not_drawn_and_the_table_says_so(run, row):
+    many = [row(f"streaming_{budget}", budget=budget) for budget in range(MOST_CASES + 1)]
+    assert render_benchmark_comparison(run, many) == {}
+    assert f"No figure: its bars can show {MOST_CASES} cases, these are {MOST_CASES + 1}" in comparison_legend(many)
+    assert "No figure" not in comparison_legend(many[1:])
