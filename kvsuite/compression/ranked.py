@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import CacheView, Policy, key_norm, time_order
+from .base import CacheView, Policy, time_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class RankedPolicy(Policy):
 
     def token_score(self, keys: Tensor) -> Tensor:
         """L2 norm of each key in float32; a rotation leaves it unchanged, so it may be taken before or after RoPE."""
-        return key_norm(keys)
+        return keys.float().square().sum(dim=-1).sqrt()
 
     def keep(self, view: CacheView) -> Tensor:
         order = time_order(view)
