@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kvsuite.reporting.aggregate import Row, ci_half_width, in_space_order, suite_rows, value
-from kvsuite.reporting.figure_style import colour, figure_bytes, house_style
+from kvsuite.reporting.figure_style import figure_bytes, house_style
 from kvsuite.store.records_file import read_records
+from kvsuite.suites.compression.figure import colour
 
 KINDS = {"baseline": "full cache", "streaming_": "4 sinks and recent tokens", "recent_only_": "recent tokens alone"}
 
@@ -38,7 +39,7 @@ def draw(axes: Axes, rows: Sequence[Row], x: Sequence[float], spread: Sequence[f
     for index, name in enumerate(names):
         axes.errorbar(
             x[index], ratios[index], yerr=errors[index], xerr=None if spread is None else spread[index], fmt="o", markersize=9,
-            color=colour(name), ecolor=colour(name), markeredgecolor="black", capsize=4,
+            color=colour(rows[index]), ecolor=colour(rows[index]), markeredgecolor="black", capsize=4,
         )  # fmt: skip
         axes.annotate(
             name.replace("_", " "), (x[index], ratios[index]), xytext=(8, 8), textcoords="offset points", fontsize=10
@@ -72,9 +73,12 @@ def main() -> None:
         right.set_xlabel("time per output token (ms)")
         right.set_title("what it saves in time, as far as the rounds can tell")
         kinds = {
-            start: label for start, label in KINDS.items() if any(r["case"]["name"].startswith(start) for r in rows)
+            colour(row): label
+            for start, label in KINDS.items()
+            for row in rows
+            if row["case"]["name"].startswith(start)
         }
-        right.legend(handles=[Patch(facecolor=colour(start), label=label) for start, label in kinds.items()])
+        right.legend(handles=[Patch(facecolor=shade, label=label) for shade, label in kinds.items()])
         host, workload = run["environment"]["host"], first["case"]["workload"]
         figure.supxlabel(
             f"{first['model']['label']} on {host['cores']} cores ({host['cpu']}), {first['case']['dtype']}; "

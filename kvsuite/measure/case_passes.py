@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Session
+from kvsuite.options.common import CommonOptions
 from kvsuite.record import Record
 from kvsuite.suites.compression.quality import score_through_cache
 from kvsuite.suites.dse.cases import SERVING
@@ -134,7 +135,7 @@ class CasePasses:
         self.record.case_key = case.key(model_revision=model.get("revision"), dataset_revision=self.dataset_revision)
 
     def _prompts(self, session: Session) -> list[list[int]]:
-        options = self.runner.options
+        options = self.runner.options.of(CommonOptions)
         count = options.num_warmup + options.rounds + 1
         return self.runner.texts.prompts(session, self.case.workload, count=count, seed=options.seed)
 

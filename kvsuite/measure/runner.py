@@ -18,9 +18,12 @@ from kvsuite.meters.environment import fingerprint
 from kvsuite.meters.gpu_processes import GpuProcesses
 from kvsuite.meters.host_load import watched
 from kvsuite.metrics.registry import MetricRegistry
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.suites.perplexity.cases import dataset_name
+from kvsuite.suites.perplexity.options import PerplexityOptions
 from kvsuite.workloads.texts import TextSource
 
 from .deadline import CaseTimeout, alarm, stopped
@@ -89,7 +92,7 @@ class CaseRunner:
     timed_out: bool = False
 
     def __post_init__(self) -> None:
-        options = self.options
+        options = self.options.of(PerplexityOptions)
         self.texts.datasets = {dataset_name(request): request for request in options.dataset}
         self.texts.dataset_path = options.dataset_path
 
@@ -109,7 +112,7 @@ class CaseRunner:
         UserError
             For bad input that only loading could find: the run cannot go on.
         """
-        options = self.options
+        options = self.options.of(CommonOptions)
         record = Record(
             case=case, id=case_id, rounds=options.rounds, warmup=options.num_warmup, order_index=order_index,
             seed=options.seed, started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,13 +124,15 @@ class CaseRunner:
         record.settings_hash = self._settings(case, record)
         begin = time.monotonic()
         processes = GpuProcesses(case.device)
+        limit = self.options.of(SweepOptions).timeout
         try:
-            with alarm(options.timeout):
+            with alarm(limit):
                 if self.poisoned is not None and case.device_kind == "cuda":
                     raise DevicePoisoned(self.poisoned)
                 work.run()
         except CaseTimeout:
-            reason = stopped(options.timeout)
+            assert limit is not None, "without a limit there is no alarm"
+            reason = stopped(limit)
             record.status, record.reason, self.timed_out = "crashed", reason, True
             record.error = {"type": "Timeout", "message": reason, "phase": work.phase, "traceback": _traceback()}
         except CaseSkipped as skip:
@@ -161,7 +166,7 @@ class CaseRunner:
         return measured
 
     def _settings(self, case: Case, record: Record) -> str:
-        options = self.options
+        options = self.options.of(CommonOptions)
         versions = self.sessions.versions(case.engine)
         return digest(
             {

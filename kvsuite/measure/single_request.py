@@ -11,6 +11,7 @@ from kvsuite.engines.results import MemoryPass, ServeRequest
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
+from kvsuite.options.common import CommonOptions
 
 if TYPE_CHECKING:
     from .case_passes import CasePasses
@@ -22,7 +23,7 @@ _NO_PREFILL_END = "the server does not tell when a prompt is computed; engine_tt
 
 def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence[int]]) -> None:
     """Memory pass and timed rounds of one request; ``prompts`` are one for each warm-up and round, and one more."""
-    options, workload, record = work.runner.options, work.case.workload, work.record
+    options, workload, record = work.runner.options.of(CommonOptions), work.case.workload, work.record
     work.phase = "memory"
     length, new_tokens = int(workload["prompt_tokens"]), int(workload["max_new_tokens"])
     for index in range(max(options.num_warmup - 1, 0)):
@@ -61,7 +62,7 @@ def measure_speed(work: CasePasses, session: Session, prompts: Sequence[Sequence
 def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) -> None:
     """Say in the record where times cannot be compared: too few rounds, or a spread of one of ``names`` above `_MAX_CV`."""
     metrics, warnings = work.record.metrics, work.record.warnings
-    if work.runner.options.rounds < 2:
+    if work.runner.options.of(CommonOptions).rounds < 2:
         warnings.append("one timed round: no spread, so no difference in speed can be judged; raise --kv-rounds")
     for name in names:
         cv = metrics[name].get("cv")
@@ -74,7 +75,9 @@ def judge_spread(work: CasePasses, names: Sequence[str] = ("ttft_s", "tpot_s")) 
 
 def _first_step(work: CasePasses, session: Session, prompt: Sequence[int], clock: Clock) -> None:
     try:
-        served = [session.serve([ServeRequest(prompt, 1)], clock) for _ in range(work.runner.options.rounds)]
+        served = [
+            session.serve([ServeRequest(prompt, 1)], clock) for _ in range(work.runner.options.of(CommonOptions).rounds)
+        ]
     except CaseInvalid as invalid:
         work.put("first_step_s", None, reason=f"a prompt of one token: {invalid}")
         return

@@ -7,14 +7,18 @@ report before the terminal, the JUnit XML and the exit code see it.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.comparison import ComparisonOptions
+from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RUN_SCHEMA
 from kvsuite.suites.registry import suite_names, usable_cases
 
@@ -22,6 +26,7 @@ from .stash import REPORTER, is_worker
 
 if TYPE_CHECKING:
     from kvsuite.comparison.compare import Comparison, ComparisonBuilder
+    from kvsuite.comparison.rules import Known, Rules
     from kvsuite.comparison.sides import Side
 
 FILE = "comparison.json"
@@ -29,11 +34,36 @@ FILE = "comparison.json"
 
 def register_gate(config: pytest.Config, options: Options) -> None:
     """Register the gate where a comparison is asked for, by us or by pytest-benchmark; workers measure and do not judge."""
-    asked = options.compare or options.fail or config.getoption("benchmark_compare", default=None)
-    if asked and not options.plan and not is_worker(config):
+    own = options.of(ComparisonOptions)
+    asked = own.compare or own.fail or config.getoption("benchmark_compare", default=None)
+    if asked and not options.of(SweepOptions).plan and not is_worker(config):
         base = Base(config, options)
         config.pluginmanager.register(base, "kvsuite-comparison-base")
         config.pluginmanager.register(Gate(config, options, base), "kvsuite-comparison")
+
+
+def rules_of(options: Options, known: Mapping[str, Known] | None = None) -> Rules:
+    """The rules of ``--kv-fail``.
+
+    Parameters
+    ----------
+    options
+        Resolved options.
+    known
+        The metrics, ``None`` before those of the hooks and of the base are known: then nobody asks whether they exist.
+
+    Raises
+    ------
+    UserError
+        If one of them is none.
+    """
+    from kvsuite.comparison.rules import Rules, parse_rules
+
+    text = options.of(ComparisonOptions).fail
+    try:
+        return Rules() if text is None else parse_rules(text, known)
+    except ValueError as error:
+        raise option_of(ComparisonOptions, "fail").refused(str(text), str(error)) from error
 
 
 class Base:
@@ -53,16 +83,19 @@ class Base:
     """
 
     def __init__(self, config: pytest.Config, options: Options) -> None:
-        self._config, self._options = config, options
+        self._config = config
+        self._options = options.of(ComparisonOptions)
+        self._report_dir = Path(options.of(CommonOptions).report_dir)
         self._sections: list[dict[str, Any]] = []
         self._saved_without_records = False
         self._given: Side | None = None
         #: what a reader must know if there is no base
         self.problem: str | None = None
-        if options.compare not in (None, "latest"):
+        compare = self._options.compare
+        if compare not in (None, "latest"):
             from kvsuite.comparison.sides import read_side
 
-            self._given = read_side(options.compare, option="--kv-compare")
+            self._given = read_side(compare, option="--kv-compare")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
@@ -93,9 +126,7 @@ class Base:
             brackets = frozenset(bracket(node_id) for node_id in ids)
             # a resumed run goes on in its own folder, which is no base
             going_on = self._config.stash[REPORTER].folder
-            return self._given or latest_run(
-                Path(self._options.report_dir), option="--kv-compare", brackets=brackets, but=going_on
-            )
+            return self._given or latest_run(self._report_dir, option="--kv-compare", brackets=brackets, but=going_on)
         if self._sections:
             section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
             return side_of_section(section)
@@ -175,17 +206,14 @@ class Gate:
 
     def _prepare(self, ids: frozenset[str]) -> None:
         from kvsuite.comparison.compare import ComparisonBuilder
-        from kvsuite.comparison.rules import Rules, known_metrics, parse_rules
+        from kvsuite.comparison.rules import known_metrics
 
         base = self._base.find(ids)
         if base is None:
             return
         hooks = self._config.hook.pytest_kvsuite_metrics(config=self._config)
         known = known_metrics(base, more=[metric for metrics in hooks for metric in metrics])
-        try:
-            rules = parse_rules(self._options.fail, known) if self._options.fail else Rules()
-        except ValueError as error:
-            raise UserError(f"--kv-fail={self._options.fail}: {error}") from error
+        rules = rules_of(self._options, known)
         suites = {row.suite for run in base.runs for row in run.rows} | set(suite_names())
         rules.check(known, suites, "--kv-fail")
         self._selected = ids
@@ -318,11 +346,12 @@ class Gate:
         """Print the table."""
         if self.result is not None and self._judged:
             from kvsuite.comparison.tables import comparison_text
+            from kvsuite.console import console_width
 
             writer = self._config.get_terminal_writer()
             terminalreporter.section("kvsuite comparison")
             text = comparison_text(
-                self.result, width=writer.fullwidth if writer.hasmarkup else 200, color=writer.hasmarkup,
+                self.result, width=console_width(writer.hasmarkup), color=writer.hasmarkup,
                 everything=self._config.getoption("verbose") > 0, more=f"{FILE} and -v show them",
             )  # fmt: skip
             terminalreporter.write(text)

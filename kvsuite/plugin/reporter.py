@@ -13,7 +13,10 @@ from kvsuite.case import Case
 from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
+from kvsuite.metrics.registry import metric_of
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
 from kvsuite.suites.registry import in_order, suite_of_rows
 
@@ -25,13 +28,6 @@ if TYPE_CHECKING:
 
 #: of the line of a finished case
 _MOST_NUMBERS = 4
-#: label, scale and unit of those that have short ones
-_NUMBERS = {
-    "perplexity": ("PPL", 1.0, ""),
-    "ttft_s": ("TTFT", 1e3, " ms"),
-    "tpot_s": ("TPOT", 1e3, " ms"),
-    "kv_bytes_exact": ("KV", 2**-20, " MiB"),
-}
 
 
 class Reporter:
@@ -48,6 +44,7 @@ class Reporter:
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._config = config
         self._options = options
+        self._common = options.of(CommonOptions)
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
         self._cases: int | None = None
@@ -111,7 +108,7 @@ class Reporter:
             return
         self._cases = len(cases)
         self._progress = Progress(self._write, len(cases), self._time_left(cases))
-        base = Path(self._options.report_dir)
+        base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
             base.mkdir(parents=True, exist_ok=True)
@@ -131,7 +128,7 @@ class Reporter:
         from kvsuite.distribution.plan import measured_cases, plan
 
         try:
-            planned = plan(cases, self._options, measured_cases(Path(self._options.report_dir), self._options))
+            planned = plan(cases, self._options, measured_cases(Path(self._common.report_dir), self._options))
         except Exception as error:  # an estimate ends no run: a suite of somebody else may not count its cases
             self._write(f"kvsuite: how long the cases take is not known: {type(error).__name__}: {error}")
             return None
@@ -171,7 +168,7 @@ class Reporter:
             "command": environment["command"],
             "options": self._options.to_dict(),
             "environment": environment,
-            "seed": self._options.seed,
+            "seed": self._common.seed,
             "order_seed": self._config.stash[ORDER_SEED],
             "cases": self._cases,
             "code": self._code,
@@ -181,7 +178,7 @@ class Reporter:
         """Where a row goes that another process has to write for this one: JSON types."""
         if self.folder is not None:
             return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
-        base = str(Path(self._options.report_dir).absolute())
+        base = str(Path(self._common.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
 
@@ -209,7 +206,7 @@ class Reporter:
         if self._store is None and self._earlier is not None:
             self._store = self._reopened(self._earlier)
         elif self._store is None:
-            base = Path(self._options.report_dir)
+            base = Path(self._common.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
         self.run = self._store.with_session(self.run, self._facts(environment))
@@ -241,7 +238,7 @@ class Reporter:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
             for suite, own in by_suite(self.rows):
-                self.files += suite.gather(Path(self._options.report_dir), self.run, own)
+                self.files += suite.gather(Path(self._common.report_dir), self.run, own)
             for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
             self.page = write_page(folder, self.run, self.rows)
@@ -263,7 +260,7 @@ class Reporter:
         """The reason, if cases were selected and not one could run."""
         # what is the same as a case of another shard has nothing to run
         if (
-            self._options.shard is not None
+            self._options.of(SweepOptions).shard is not None
             or not self.rows
             or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
         ):
@@ -296,8 +293,7 @@ def _summary(row: dict[str, Any]) -> str:
     for name in suite_of_rows(row["suite"]).headline[:_MOST_NUMBERS] or list(row["metrics"])[:_MOST_NUMBERS]:
         value = metric_value(row, name)
         if value is not None:
-            label, scale, unit = _NUMBERS.get(name, (name, 1.0, f" {row['metrics'][name]['unit']}".replace(" 1", "")))
-            shown.append(f"{label} {value * scale:{'.2f' if name in _NUMBERS else '.5g'}}{unit}")
+            shown.append(metric_of(name, row["metrics"].get(name)).line(value))
     # where rounds scatter so much that their differences mean nothing; the row's warning has the figures
     unstable = any(str(warning).startswith("unstable: ") for warning in row["warnings"])
     return ", ".join(shown) + (" (unstable times)" if unstable else "")

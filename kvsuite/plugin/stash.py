@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite.case import Case
-from kvsuite.options.resolve import Options
-
 if TYPE_CHECKING:
+    from kvsuite.case import Case
     from kvsuite.distribution.gpus import Gpus
     from kvsuite.measure.case_passes import Measured
     from kvsuite.measure.runner import CaseRunner
+    from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
     from .reporter import Reporter

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.options.common import CommonOptions
@@ -15,6 +15,9 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 
 from .generic import generic_csv, generic_files, generic_table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class Suite(ABC):
 
     # after a run: rows are of this suite, in the order of its space
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-        """The console table with what its columns mean: one or more lines."""
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType | None:
+        """The console table with what its columns mean, as rich draws it; ``None`` for none. `kvsuite.console` has parts."""
         return generic_table(self.name, rows, self.headline)
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:

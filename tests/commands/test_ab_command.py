@@ -27,6 +27,7 @@ import pytest
 from kvsuite.metrics import MetricRegistry
 from kvsuite.measure.case_passes import Measured
 from kvsuite.record import Record
+from kvsuite.options.common import CommonOptions
 from kvsuite.plugin.stash import RUNNER
 from slow import step
 
@@ -58,7 +59,7 @@ class Loop:
 
 @pytest.fixture(scope="session")
 def kv_runner(pytestconfig, kv_options):
-    runner = pytestconfig.stash[RUNNER] = Loop(kv_options.rounds)
+    runner = pytestconfig.stash[RUNNER] = Loop(kv_options.of(CommonOptions).rounds)
     return runner
 """
 STEP = "import time\n\n\ndef step():\n    time.sleep({})\n"

@@ -11,10 +11,11 @@ from sweep_rows import case
 
 from kvsuite.distribution.cost import SPEEDS, Work, seconds, units, work_of
 from kvsuite.distribution.plan import Measured, plan
-from kvsuite.distribution.shards import Shard, assign
+from kvsuite.distribution.shards import assign
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 from kvsuite.options.resolve import default_options
+from kvsuite.options.shard import Shard
 from kvsuite.suites.compression.cases import compression_cases
 from kvsuite.suites.dse.cases import dse_cases
 from kvsuite.suites.perplexity.cases import perplexity_cases

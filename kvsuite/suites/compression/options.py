@@ -22,12 +22,6 @@ _REFUSED = {
 }  # fmt: skip
 
 
-def _schedule(typed: str) -> str:
-    from kvsuite.compression.base import Schedule
-
-    return Schedule(typed).name
-
-
 def _layers(typed: str) -> tuple[int, ...]:
     return () if typed.strip().lower() in ("", "none") else list_of(whole_number(0, 10_000))(typed)
 
@@ -68,7 +62,7 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
         "l2_compress leaves caches up to this many tokens alone.",
     )]
     l2_mode: Annotated[str, Option(
-        _schedule, "single_shot",
+        text, "single_shot",
         "When l2_compress acts: single_shot (the paper), every_token (the original program) or interval=N.",
         original="every_token",
     )]

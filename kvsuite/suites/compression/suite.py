@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row, json_text
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
 from .options import CompressionOptions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class CompressionSuite(Suite):
@@ -42,10 +46,10 @@ class CompressionSuite(Suite):
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
         return work + Work(scored, scored)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import comparison_legend, comparison_table
 
-        return f"{comparison_table(rows)}\n{comparison_legend(rows)}\n"
+        return stacked([comparison_table(rows)], comparison_legend(rows).splitlines())
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json

@@ -15,6 +15,7 @@ from kvsuite.measure.single_request import judge_spread, put_memory, put_timing
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RoundTimes
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 
@@ -89,7 +90,7 @@ def _but_for_the_point(case: Case) -> Case | None:
 
 def _requests(work: CasePasses, session: Session, length: int, new_tokens: int) -> list[list[ServeRequest]]:
     """Requests of every warm-up and round, and of the memory pass: as many as are served together, no two alike."""
-    options, batch = work.runner.options, int(work.case.workload["batch"])
+    options, batch = work.runner.options.of(CommonOptions), int(work.case.workload["batch"])
     # random tokens: no text is long enough for many different prompts of a large context
     prompts = work.runner.texts.prompts(
         session, {"prompt_tokens": length}, count=(options.num_warmup + options.rounds + 1) * batch, seed=options.seed
@@ -115,7 +116,7 @@ def _memory(work: CasePasses, session: Session, found: MemoryPass) -> None:
 
 def _predicted(work: CasePasses, session: Session, found: MemoryPass) -> dict[str, int | None]:
     """Weights, pool, workspace and their sum in bytes, from the model's configuration alone."""
-    case, folder = work.case, work.runner.options.cache_dir
+    case, folder = work.case, work.runner.options.of(CommonOptions).cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if folder is None else expanded(folder))
         predictor = session.memory_model(architecture)
@@ -134,7 +135,7 @@ def _predicted(work: CasePasses, session: Session, found: MemoryPass) -> dict[st
 
 def _speed(work: CasePasses, session: Session, requests: list[list[ServeRequest]]) -> None:
     """Warm-ups and timed rounds: each serves prompts of its own."""
-    options, workload = work.runner.options, work.case.workload
+    options, workload = work.runner.options.of(CommonOptions), work.case.workload
     new_tokens, batch, caches = int(workload["max_new_tokens"]), int(workload["batch"]), workload["prefix_caching"]
     clock = session.clock(work.runner.clock(session.device))
     warmups, waiting = requests[: options.num_warmup], iter(requests[options.num_warmup :])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
@@ -16,6 +17,9 @@ from .options import DseOptions
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class DseSuite(Suite):
@@ -41,10 +45,10 @@ class DseSuite(Suite):
         workload = case.workload
         return work + Work(int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"]), 0)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import dse_legend, dse_table
 
-        return f"{dse_table(rows)}\n{dse_legend(rows)}\n"
+        return stacked([dse_table(rows)], [dse_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .files import dse_files

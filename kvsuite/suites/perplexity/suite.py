@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
@@ -16,6 +17,9 @@ from .options import PerplexityOptions
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class PerplexitySuite(Suite):
@@ -50,10 +54,10 @@ class PerplexitySuite(Suite):
         twice = 2 if case.params.get("reference") else 1
         return served_work(case, options) + Work(int(scored * max(overlap, 1.0)) * twice, 0)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import perplexity_legend, perplexity_table
 
-        return f"{perplexity_table(rows)}\n{perplexity_legend(rows)}\n"
+        return stacked([perplexity_table(rows)], [perplexity_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .csv_files import csv_name, csv_rows, csv_text

@@ -133,6 +133,20 @@ def test_together_as_alone(serve: Serve) -> None:
     assert served(serve(batch=4, window=8), prompts(4, 30), 6).outputs != alone
 
 
+def test_requests_of_unlike_lengths(serve: Serve) -> None:
+    first, second = prompts(2, 30)
+    wanted = [ServeRequest(first[:24], 6), ServeRequest(second, 3)]
+    alone = [served(serve(), [list(one.prompt)], one.new_tokens).outputs[0] for one in wanted]
+    on = serve(batch=2, prefill_chunk=13)
+    together = on.serve(wanted, PerfCounterClock())
+    assert together.outputs == alone
+    assert [times.generated for times in together.times] == [6, 3]
+    memory = on.memory(wanted)
+    # the last token of each is chosen and never fed
+    assert memory.kv_bytes_prefill == (24 + 30) * TOKEN_BYTES
+    assert memory.kv_bytes_decode == (24 + 5 + 30 + 2) * TOKEN_BYTES
+
+
 def test_prompts_are_found_again_where_prefixes_are_cached(serve: Serve) -> None:
     given = prompts(2, 40)
     serving = serve(batch=2, caching=True)
