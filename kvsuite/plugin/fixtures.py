@@ -14,7 +14,7 @@ from kvsuite.errors import UserError
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
 from kvsuite.record import Record
-from kvsuite.suites.registry import suite_of_rows
+from kvsuite.suites.registry import suite_named, suite_of_rows
 
 from .case_watch import note_place, tell_box
 from .stash import (
@@ -66,7 +66,7 @@ def kv_runner(pytestconfig: pytest.Config, kv_options: Options) -> Iterator[Any]
     _require_json(environment, "pytest_kvsuite_update_env")
     sessions = SessionPool(kv_options)
     runner = pytestconfig.stash[RUNNER] = CaseRunner(
-        kv_options, registry, environment, sessions, planned=pytestconfig.stash.get(PLANNED, ()),
+        kv_options, registry, environment, sessions, suite_named, planned=pytestconfig.stash.get(PLANNED, ()),
         watch=partial(tell_box, pytestconfig),
     )  # fmt: skip
     yield runner

@@ -12,8 +12,7 @@ from kvsuite.options.resolve import Options
 
 if TYPE_CHECKING:
     from kvsuite.distribution.gpus import Gpus
-    from kvsuite.measure.case_passes import Measured
-    from kvsuite.measure.runner import CaseRunner
+    from kvsuite.measure.runner import CaseRunner, Measured
     from kvsuite.survival.black_box import BlackBox
 
     from .reporter import Reporter

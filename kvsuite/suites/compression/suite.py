@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
 from kvsuite.options.resolve import Options
@@ -12,6 +12,11 @@ from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
 from .options import CompressionOptions
+
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 
 class CompressionSuite(Suite):
@@ -41,6 +46,14 @@ class CompressionSuite(Suite):
         # once through the cache, token by token, and once through the full one
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
         return work + Work(scored, scored)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from kvsuite.measure.single_request import measure_single_request
+
+        from .quality import score_through_cache
+
+        measure_single_request(session, run, lambda timed: score_through_cache(run, session))
+        return run.found
 
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
         from .table import comparison_legend, comparison_table

@@ -14,8 +14,7 @@ from tiny_checkpoint import TEXT, byte_tokenizer
 from kvsuite.case import Case
 from kvsuite.engines.results import WindowScores
 from kvsuite.errors import CaseSkipped
-from kvsuite.measure.case_passes import Measured
-from kvsuite.measure.runner import CaseRunner
+from kvsuite.measure.runner import CaseRunner, Measured
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.metrics.registry import MetricRegistry
@@ -112,6 +111,7 @@ class Bench:
             MetricRegistry(),
             ENVIRONMENT,
             self.pool,
+            suite_named,
             clock=lambda device: self.session.clock,
             planned=self.cases,
         )
