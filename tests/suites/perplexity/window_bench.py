@@ -20,6 +20,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.perplexity.cases import perplexity_cases
+from kvsuite.suites.registry import suite_named
 from kvsuite.workloads.windows import target_positions
 
 
