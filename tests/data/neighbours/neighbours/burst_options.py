@@ -9,5 +9,6 @@ class BurstOptions(OptionGroup, frozen=True, kw_only=True):
     """How many requests come at once."""
 
     burst_sizes: Annotated[
-        tuple[int, ...], Option(list_of(whole_number(1)), "1,2", "Requests that come at once, e.g. --kv-burst-sizes=1,4.")
+        tuple[int, ...],
+        Option(list_of(whole_number(1)), "1,2", "Requests that come at once, e.g. --kv-burst-sizes=1,4."),
     ]

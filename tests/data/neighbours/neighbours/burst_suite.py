@@ -45,7 +45,9 @@ class BurstSuite(Suite):
         rounds: list[RoundTimes] = []
         run.phase("decode")
         session.serve(requests)
-        run.rounds(lambda: rounds.append(RoundTimes(session.serve(requests, clock).times, clock.name)), run.common.rounds)
+        run.rounds(
+            lambda: rounds.append(RoundTimes(session.serve(requests, clock).times, clock.name)), run.common.rounds
+        )
         for name in ("ttft_s", "output_tok_s"):
             run.found.put(name, [float(one.metrics()[name] or 0) for one in rounds], clock=clock.name)
         first = [[request.ttft_s for request in one.requests] for one in rounds]
