@@ -62,8 +62,9 @@ def described(entry: EntryPoint) -> str:
     return f"{package(entry)}: entry point {entry.group}, {entry.name} = {entry.value}"
 
 
+@cache
 def warn(line: str) -> None:
-    """Tell of an entry point or a variable that is left out: on stderr, since what reads options has no other place yet."""
+    """Tell, once, of an entry point or a variable that is left out: on stderr, since options have no other place yet."""
     # the controller of xdist has said it
     if "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"kvsuite: warning: {visible(line)}", file=sys.stderr)

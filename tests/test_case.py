@@ -14,6 +14,7 @@ from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 from kvsuite.record import RECORD_SCHEMA, Record, check_schema
 from kvsuite.suites.compression.cases import compression_cases
+from kvsuite.suites.compression.options import CompressionOptions
 
 CASE = Case(
     suite="compression",
@@ -137,13 +138,13 @@ def test_defect_09_names_are_unique_over_the_whole_cross_section() -> None:
 
 def test_defect_10_no_layer_skipped_can_be_said() -> None:
     for text in ("none", "NONE"):
-        assert default_options(skip_layers=text).skip_layers == ()
+        assert default_options(skip_layers=text).of(CompressionOptions).skip_layers == ()
         assert all(
             not case.policy_params.get("skip_layers") for case in compression_cases(default_options(skip_layers=text))
         )
     # also where the preset's default is 0,1
-    assert default_options(preset="original").skip_layers == (0, 1)
-    assert default_options(preset="original", skip_layers="none").skip_layers == ()
+    assert default_options(preset="original").of(CompressionOptions).skip_layers == (0, 1)
+    assert default_options(preset="original", skip_layers="none").of(CompressionOptions).skip_layers == ()
     streaming = next(c for c in compression_cases(default_options(skip_layers="0,1")) if c.policy == "streaming_llm")
     assert streaming.policy_params["skip_layers"] == [0, 1]
 

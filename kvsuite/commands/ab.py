@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from kvsuite.comparison.compare import compare
     from kvsuite.comparison.interleaved import MIN_PROCESSES, check_side, order, read_measured, run_process
     from kvsuite.comparison.revisions import checked_out
-    from kvsuite.plugin.progress import Progress
+    from kvsuite.distribution.progress import Progress
 
     if arguments.processes < MIN_PROCESSES:
         raise UserError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,12 +105,13 @@ def rules_of(text: str, *sides: Side, complete: bool = True) -> Rules:
     from kvsuite.comparison import known_metrics, parse_rules
     from kvsuite.suites.registry import suite_names
 
+    known = known_metrics(*sides)
     try:
-        rules = parse_rules(text)
+        rules = parse_rules(text, known)
     except ValueError as error:
         raise UserError(f"--fail={text}: {error}") from error
     suites = {row.suite for side in sides for run in side.runs for row in run.rows} | set(suite_names())
-    rules.check(known_metrics(*sides), suites, "--fail", complete=complete)
+    rules.check(known, suites, "--fail", complete=complete)
     return rules
 
 
@@ -124,6 +124,7 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
         If the sides have no case in common: nothing was compared, so nothing can have passed.
     """
     from kvsuite.comparison.tables import comparison_markdown, comparison_text
+    from kvsuite.console import console_width
     from kvsuite.store.files import write_atomic
 
     if not result.compared:
@@ -134,9 +135,8 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(comparison_markdown(result, everything=arguments.all))
     else:
-        # a pipe is as wide as its reader likes
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-        print(comparison_text(result, width=width, color=sys.stdout.isatty(), everything=arguments.all))
+        shown = sys.stdout.isatty()
+        print(comparison_text(result, width=console_width(shown), color=shown, everything=arguments.all))
     if arguments.json is not None:
         write_atomic(arguments.json, json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
     return REGRESSION if result.failures else 0

@@ -1,9 +1,9 @@
-"""A comparison: cases matched, every metric judged, what is missing, new or renamed."""
+"""A comparison: cases matched, every metric judged, what is missing, new or renamed; fed at once or case by case."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,13 +61,12 @@ class Comparison:
         """One line for everything that the rules make fail, the rule included; empty without rules."""
         if not self.rules:
             return []
-        # most rows are neither, and there are a hundred thousand of them
-        lines = [row.line for row in self.rows if row.verdict in _MAY_FAIL and fails(row, self.rules)]
-        lines += [f"{case}: missing; rule missing" for case in self.missing if "missing" in self.rules.words]
-        lines += [f"{case}: new, nothing to compare with; rule new" for case in self.new if "new" in self.rules.words]
-        if "renamed" in self.rules.words:
-            lines += [f"{after}: was {before}; rule renamed" for before, after in self.renamed]
-        return lines
+        return [
+            *_lines_of_verdicts(self.rows, self.rules),
+            *(line for case in self.missing for line in missing_lines(case, self.rules)),
+            *(line for case in self.new for line in _new_lines(case, self.rules)),
+            *(line for before, after in self.renamed for line in _renamed_lines(before, after, self.rules)),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON types: ``comparison.json``."""
@@ -86,47 +85,148 @@ class Comparison:
         }
 
 
-def fails(row: Verdict, rules: Rules) -> bool:
-    """Whether a verdict makes its case fail."""
-    if row.verdict == "regression":
+def missing_lines(case: str, rules: Rules) -> list[str]:
+    """A line if the rules make a case fail that the base alone has."""
+    return [f"{case}: missing, the base has it; rule missing"] if "missing" in rules.words else []
+
+
+def _new_lines(case: str, rules: Rules) -> list[str]:
+    return [f"{case}: new, nothing to compare with; rule new"] if "new" in rules.words else []
+
+
+def _renamed_lines(before: str, after: str, rules: Rules) -> list[str]:
+    return [f"{after}: was {before}; rule renamed"] if "renamed" in rules.words else []
+
+
+def _lines_of_verdicts(verdicts: Iterable[Verdict], rules: Rules) -> list[str]:
+    # most verdicts are neither, and there are a hundred thousand of them
+    return [one.line for one in verdicts if one.verdict in _MAY_FAIL and _fails(one, rules)]
+
+
+def _fails(verdict: Verdict, rules: Rules) -> bool:
+    if verdict.verdict == "regression":
         return bool(rules)
-    return row.verdict == "unstable" and bool(row.rule) and "unstable" in rules.words
+    return verdict.verdict == "unstable" and bool(verdict.rule) and "unstable" in rules.words
+
+
+@dataclass
+class _Judged:
+    """A case of now: its first row, what it is in the base, and the verdicts."""
+
+    row: Row
+    base: SideCase | None
+    verdicts: list[Verdict] = field(default_factory=list)
+
+
+class ComparisonBuilder:
+    """Compares cases with a base, all at once or one by one as they end.
+
+    Parameters
+    ----------
+    base
+        What they are compared with.
+    rules
+        What is gated.
+    ids
+        Ids of all cases of now, those to come included: a case that has kept its name is matched with no other.
+    """
+
+    def __init__(self, base: Side, rules: Rules, ids: Collection[str]) -> None:
+        self.base, self.rules = base, rules
+        cases = cases_of_side(base)
+        self._matcher = Matcher(cases, ids)
+        self._judged: dict[Hashable, _Judged] = {}
+        # before the cases of now are known, those of the base stand for them
+        self._family = self._timed(case.first for (_, case_id), case in cases.items() if case_id in ids)
+        self._judge: tuple[Side, Judge] | None = None
+        self._notes: list[str] = []
+
+    @property
+    def left(self) -> list[Row]:
+        """The first row of each case of the base that no case of now was."""
+        return [case.first for case in self._matcher.left.values()]
+
+    def compare_all(self, now: Side) -> None:
+        """Judge every case of a whole side; the gated times of those that have a base are one family."""
+        cases = cases_of_side(now)
+        for place, case in cases.items():
+            self._match(place, case.first)
+        self._family = self._timed(one.row for one in self._judged.values() if one.base is not None)
+        for place, case in cases.items():
+            self.add(place, now, case)
+
+    def add(self, place: Hashable, now: Side, case: SideCase) -> list[str]:
+        """Judge a case of ``now``.
+
+        Parameters
+        ----------
+        place
+            Names the case among those of now; one that comes again takes the place of what it was before.
+        now
+            The side that it is of.
+        case
+            The case.
+
+        Returns
+        -------
+        list of str
+            A line for everything that the rules make fail.
+        """
+        judged = self._match(place, case.first)
+        judged.row = case.first
+        if judged.base is None:
+            return _new_lines(judged.row.id, self.rules)
+        judged.verdicts = self._judge_of(now).case(Pair(judged.base, case))
+        lines = _lines_of_verdicts(judged.verdicts, self.rules)
+        before = judged.base.first.id
+        return lines + (_renamed_lines(before, judged.row.id, self.rules) if before != judged.row.id else [])
+
+    def result(self, now: Side, missing: Sequence[str]) -> Comparison:
+        """The comparison of what was added; ``missing`` are ids of the base's cases that should have come."""
+        compared = [(one.row, one.base.first) for one in self._judged.values() if one.base is not None]
+        return Comparison(
+            self.base,
+            now,
+            self.rules,
+            rows=[verdict for one in self._judged.values() for verdict in one.verdicts],
+            missing=list(missing),
+            new=[one.row.id for one in self._judged.values() if one.base is None],
+            renamed=[(old.id, new.id) for new, old in compared if old.id != new.id],
+            compared=len(compared),
+            notes=self._notes + (self.rules.about_nothing(_names(new) for new, _ in compared) if compared else []),
+        )
+
+    def _match(self, place: Hashable, row: Row) -> _Judged:
+        if place not in self._judged:
+            self._judged[place] = _Judged(row, self._matcher.take(row))
+        return self._judged[place]
+
+    def _judge_of(self, now: Side) -> Judge:
+        if self._judge is None or self._judge[0] is not now:
+            self._judge = now, Judge(self.base, now, self.rules, self._family)
+            self._notes += [note for note in _notes(self.base, now) if note not in self._notes]
+        return self._judge[1]
+
+    def _timed(self, rows: Iterable[Row]) -> int:
+        """How many timed comparisons a rule gates: all of them together may raise one false alarm in a hundred."""
+        count = 0
+        for row in rows:
+            active = self.rules.of_case(*_names(row))
+            count += sum(
+                entry.kind == "timed" and active.find(name, entry.unit, entry.better, entry.kind) is not None
+                for name, entry in row.metrics.items()
+            )
+        return count
 
 
 def compare(base: Side, now: Side, rules: Rules) -> Comparison:
     """Compare two sides."""
-    before, after = cases_of_side(base), cases_of_side(now)
-    matcher = Matcher(before, {case_id for _, case_id in after})
-    pairs: list[tuple[SideCase, SideCase | None]] = [(case, matcher.take(case.first)) for case in after.values()]
-    known = [Pair(old, case) for case, old in pairs if old is not None]
-    judge = Judge(base, now, rules, family=gated_times(known, rules))
-    result = Comparison(base, now, rules, notes=comparison_notes(base, now))
-    for case, old in pairs:
-        if old is None:
-            result.new.append(case.first.id)
-        else:
-            add_pair(result, judge, Pair(old, case))
-    result.missing = [case_id for _, case_id in matcher.left]
-    result.notes += rules.about_nothing(case_names(pair.now.first) for pair in known)
-    return result
+    builder = ComparisonBuilder(base, rules, {row.id for run in now.runs for row in run.rows})
+    builder.compare_all(now)
+    return builder.result(now, [row.id for row in builder.left])
 
 
-def case_names(row: Row) -> tuple[str, tuple[str, str, str]]:
-    """Suite and names of a case, as rules call it."""
-    return row.suite, (row.name, row.bracket, row.id)
-
-
-def add_pair(result: Comparison, judge: Judge, pair: Pair) -> list[Verdict]:
-    """Judge one case and add what comes out."""
-    verdicts = judge.case(pair)
-    result.rows += verdicts
-    result.compared += 1
-    if pair.base.first.id != pair.now.first.id:
-        result.renamed.append((pair.base.first.id, pair.now.first.id))
-    return verdicts
-
-
-def comparison_notes(base: Side, now: Side) -> list[str]:
+def _notes(base: Side, now: Side) -> list[str]:
     """What holds for all rows."""
     notes = [*base.notes, *now.notes]
     differences = machine_differences(base, now)
@@ -135,19 +235,6 @@ def comparison_notes(base: Side, now: Side) -> list[str]:
     return notes
 
 
-def gated_times(cases: Iterable[Pair | SideCase], rules: Rules) -> int:
-    """How many timed comparisons of these cases a rule gates: all of them together may raise one false alarm in a hundred."""
-    count = 0
-    for case in cases:
-        row = case.base.first if isinstance(case, Pair) else case.first
-        active = rules.of_case(*case_names(row))
-        count += sum(
-            entry.kind == "timed" and active.find(name, entry.unit, entry.better, entry.kind) is not None
-            for name, entry in row.metrics.items()
-        )
-    return count
-
-
-def select(cases: dict[tuple[str, str], SideCase], ids: Collection[str]) -> Sequence[SideCase]:
-    """The cases of a side with these ids."""
-    return [case for (_, case_id), case in cases.items() if case_id in ids]
+def _names(row: Row) -> tuple[str, tuple[str, str, str]]:
+    """Suite and names of a case, as rules call it."""
+    return row.suite, (row.name, row.bracket, row.id)

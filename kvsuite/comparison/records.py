@@ -28,6 +28,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
     protocol: str | None = None
     pooled: str | None = None
     reason: str | None = None
+    limit: str = ""
     n: int | None = None
     cv: float | None = None
     values: msgspec.Raw = msgspec.Raw(b"[]")

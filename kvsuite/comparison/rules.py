@@ -9,22 +9,14 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from kvsuite.errors import UserError
-from kvsuite.metrics.registry import ALIASES, BUILTIN, Better, MetricClass
+from kvsuite.metrics.registry import ALIASES, BUILTIN, Better, Metric, MetricClass, metric_of
 
 from .limits import Limit, parse_limit
 from .sides import Side
 
 #: what can fail beside metrics
 WORDS = ("missing", "new", "renamed", "unstable")
-#: gates of the commands, and of the word ``default``: what is exact by any increase, the rest by what can be told apart
-DEFAULT_RULES = (
-    "kv_bytes_exact:+0,kv_bytes_exact_prefill:+0,mem_predicted_kv_bytes:+0,mem_weights_bytes:+0,cache_tokens_max:+0,"
-    "ratio_effective:-0.01,peak_vram:+2%,mem_measured_dynamic_bytes:+2%,perplexity:+0.5%,kld:+0.001,accuracy:-0.005,"
-    "ttft:+10%,tpot:+5%,decode_tok_s:-5%,prefill_tok_s_computed:-5%"
-)
 _GLOB = frozenset("*?[")
-# raw gaps of all rounds, which are no rounds: who has their verdict
-_POOLED = {"itl_s": "tpot_s"}
 _SIGNS: dict[Better, str] = {"lower": "+", "higher": "-", "none": ""}
 
 
@@ -34,6 +26,13 @@ class Known(NamedTuple):
     unit: str
     better: Better
     kind: MetricClass
+    #: what the word ``default`` stands for
+    limit: str = ""
+
+    @classmethod
+    def of(cls, metric: Metric) -> Known:
+        """What is known of a metric that is defined here."""
+        return cls(metric.unit, metric.better, metric.metric_class, metric.limit)
 
 
 @dataclass(frozen=True)
@@ -132,20 +131,27 @@ class Rules:
                 raise UserError(f"{option}={rule.text}: {error}") from error
 
 
-def known_metrics(*sides: Side, more: Iterable[tuple[str, Known]] = ()) -> dict[str, Known]:
+def known_metrics(*sides: Side, more: Iterable[Metric] = ()) -> dict[str, Known]:
     """Metrics that rules may name: kvsuite's, ``more``, and those of the records."""
-    known = {metric.name: Known(metric.unit, metric.better, metric.metric_class) for metric in BUILTIN} | dict(more)
+    known = {metric.name: Known.of(metric) for metric in BUILTIN} | {metric.name: Known.of(metric) for metric in more}
     for side in sides:
         for run in side.runs:
             for row in run.rows:
                 for name in row.metrics.keys() - known.keys():
                     entry = row.metrics[name]
-                    known[name] = Known(entry.unit, entry.better, entry.kind)
+                    known[name] = Known(entry.unit, entry.better, entry.kind, entry.limit)
     return known
 
 
-def parse_rules(text: str) -> Rules:
-    """Parse rules without asking whether their metrics exist; `Rules.check` does.
+def default_rules(known: Mapping[str, Known] | None = None) -> list[str]:
+    """Gates of the commands, and of the word ``default``: the limits of kvsuite's metrics, and of others that are known."""
+    shorter = {name: alias for alias, name in ALIASES.items()}
+    limits = known_metrics() if known is None else known
+    return [f"{shorter.get(name, name)}:{metric.limit}" for name, metric in limits.items() if metric.limit]
+
+
+def parse_rules(text: str, known: Mapping[str, Known] | None = None) -> Rules:
+    """Parse rules without asking whether their metrics exist; `Rules.check` does. ``known`` is for `default_rules`.
 
     Raises
     ------
@@ -158,7 +164,7 @@ def parse_rules(text: str) -> Rules:
         if part in WORDS:
             words.append(part)
         elif part == "default":
-            rules += parse_rules(DEFAULT_RULES).rules
+            rules += map(_parse_rule, default_rules(known))
         elif part:
             rules.append(_parse_rule(part))
     if not rules and not words:
@@ -196,8 +202,7 @@ def _check_metric(rule: Rule, known: Mapping[str, Known]) -> None:
         raise ValueError(
             f"no metric {rule.metric}{_meant(rule.metric, [*known, *ALIASES])}; docs/metrics.md lists them"
         )
-    if rule.metric in _POOLED:
-        instead = _POOLED[rule.metric]
+    if instead := metric_of(rule.metric).judged_by:
         raise ValueError(f"{rule.metric} pools the gaps of all rounds and is never judged; write {instead}")
     metric, limit = known[rule.metric], rule.limit
     if metric.kind == "ambient" or metric.better == "none":

@@ -13,6 +13,7 @@ from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 from kvsuite.options.paths import expanded
 from kvsuite.record import REPORT_SCHEMA, RUN_SCHEMA, check_schema
+from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, REPORT_FILE
 
 from .records import Row, RunFacts, Section, decode_document, decode_row, decode_run, decode_section
@@ -123,7 +124,11 @@ def latest_run(
 def side_of_section(section: Section, label: str | None = None) -> Side:
     """The side that a file of pytest-benchmark holds; raw tokens are looked for where the run wrote its folder."""
     facts = section.run
-    folder = Path(str(facts.options.get("report_dir", "reports"))) / facts.run_id
+    folder: Path | None
+    try:
+        folder = inside(Path(str(facts.options.get("report_dir", "reports"))), facts.run_id)
+    except ValueError:  # the name of a folder is another's word
+        folder = None
     return Side(label or facts.run_id, (Run(facts, _last_by_id(section.records), folder),))
 
 

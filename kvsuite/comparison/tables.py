@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from kvsuite.console import WIDE, console_text, lines
 from kvsuite.foreign_text import visible
+from kvsuite.metrics.registry import is_headline
 
 from .compare import Comparison
 from .verdicts import STATUS, Verdict, Word, change_text, number_pair
 
-#: shown even where nothing moved
-HEADLINE = (
-    "perplexity", "next_token_acc", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "mem_measured_peak_bytes",
-    "mem_weights_bytes",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 _STYLES: dict[Word, str] = {
     "better": "green", "same": "", "worse": "yellow", "regression": "bold red", "unstable": "magenta", "information": "dim",
 }  # fmt: skip
@@ -38,7 +38,7 @@ def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Ver
             ranks[1].append(index)
         elif row.rule:
             ranks[2 if row.verdict == "unstable" else 3].append(index)
-        elif row.metric in HEADLINE:
+        elif is_headline(row.metric):
             ranks[3].append(index)
     chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
     return [rows[index] for index in sorted(chosen)]
@@ -47,7 +47,7 @@ def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Ver
 def comparison_text(
     result: Comparison,
     *,
-    width: int = 120,
+    width: int = WIDE,
     color: bool = False,
     everything: bool = False,
     more: str = "--all shows them",
@@ -56,21 +56,12 @@ def comparison_text(
 
     ``more`` says how the rows that are left out can be seen.
     """
-    from rich.console import Console
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    stream = io.StringIO()
-    console = Console(
-        file=stream,
-        width=max(width, 60),
-        force_terminal=color,
-        no_color=not color,
-        highlight=False,
-        legacy_windows=False,
-    )
     rows = shown_rows(result.rows, everything=everything)
-    console.print(Text(f"base: {visible(result.base.label)}\nnow:  {visible(result.now.label)}"))
+    shown: list[RenderableType] = [lines([f"base: {result.base.label}", f"now:  {result.now.label}"])]
     if rows:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for title in _HEADER:
@@ -80,39 +71,38 @@ def comparison_text(
         for row in rows:
             cells = (names[row.case], *_cells(row))
             table.add_row(*(Text(visible(cell)) for cell in cells), style=_STYLES[row.verdict])
-        console.print(table)
+        shown.append(table)
     left_out = len(result.rows) - len(rows)
     if left_out:
-        console.print(Text(f"{left_out} more rows that matter less: {more}"))
-    for line in _lists(result):
-        console.print(Text(visible(line)), soft_wrap=True)
-    console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
-    return stream.getvalue()
+        shown.append(lines([f"{left_out} more rows that matter less: {more}"]))
+    shown += [lines([line]) for line in _lists(result)]
+    shown.append(Text(summary(result), style="bold red" if result.failures else ""))
+    return console_text(Group(*shown), width=width, color=color)
 
 
 def comparison_markdown(result: Comparison, *, everything: bool = False) -> str:
     """Render for a pull request: the summary, what fails, and the table behind a fold."""
     rows, failures = shown_rows(result.rows, everything=everything), result.failures
-    lines = [
+    text = [
         f"**kvsuite: {summary(result)}**",
         "",
         f"{_escaped(result.now.label)} against {_escaped(result.base.label)}",
         "",
     ]
-    lines += [f"- {_escaped(line)}" for line in failures[:MOST_ROWS]]
-    lines += [f"- {len(failures) - MOST_ROWS} more against the rules"] if len(failures) > MOST_ROWS else []
-    lines += [f"- {_escaped(line)}" for line in _lists(result)]
+    text += [f"- {_escaped(line)}" for line in failures[:MOST_ROWS]]
+    text += [f"- {len(failures) - MOST_ROWS} more against the rules"] if len(failures) > MOST_ROWS else []
+    text += [f"- {_escaped(line)}" for line in _lists(result)]
     if rows:
-        lines += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+        text += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
+        text.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
         names = short_names([row.case for row in rows])
         for row in rows:
             cells = [names[row.case], *_cells(row)]
-            lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+            text.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
         left_out = len(result.rows) - len(rows)
-        lines += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
-        lines += ["", "</details>"]
-    return "\n".join(lines) + "\n"
+        text += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
+        text += ["", "</details>"]
+    return "\n".join(text) + "\n"
 
 
 def summary(result: Comparison) -> str:
@@ -142,15 +132,15 @@ def _cells(row: Verdict) -> tuple[str, str, str, str, str, str]:
 
 
 def _lists(result: Comparison) -> list[str]:
-    lines: list[str] = []
+    found_lines: list[str] = []
     for word, cases in (
         ("missing", result.missing),
         ("new", result.new),
         ("renamed", [f"{before} is now {after}" for before, after in result.renamed]),
     ):
-        lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
-        lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
-    return lines + [f"note: {note}" for note in result.notes]
+        found_lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
+        found_lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
+    return found_lines + [f"note: {note}" for note in result.notes]
 
 
 def _plural(word: Word, count: int) -> str:

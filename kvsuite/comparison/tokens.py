@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.store.inside import inside
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -42,10 +44,7 @@ def read_tokens(folder: Path, sidecar: str) -> Tokens | None:
     from pyarrow import parquet
 
     try:
-        path = (folder / sidecar).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            return None
-        return Tokens.of(parquet.read_table(path).to_pydict())
+        return Tokens.of(parquet.read_table(inside(folder, sidecar)).to_pydict())
     except (OSError, ValueError, pa.ArrowException):
         return None
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvsuite.errors import UserError
@@ -76,8 +76,36 @@ class Schedule:
         return self.name.replace("=", "")
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What of a prompt a policy looks at beside positions and its own `Policy.token_score`; nothing else is computed.
+
+    Parameters
+    ----------
+    prompt
+        Whether it looks at keys, values or queries at all: `Policy.keep` gets a `kvsuite.compression.prompt_view.PromptView`.
+    queries
+        How many of the prompt's last queries, 0 for none.
+    attention_sums
+        Whether it asks how much attention each token got from all queries of the prompt.
+    query_statistics
+        From which position on mean and covariance of the queries before rotation are taken, ``None`` for none.
+    """
+
+    prompt: bool = False
+    queries: int = 0
+    attention_sums: bool = False
+    query_statistics: int | None = None
+
+    @property
+    def looks_at_queries(self) -> bool:
+        """Whether the engine has to catch queries while the prompt is computed."""
+        return self.queries > 0 or self.attention_sums or self.query_statistics is not None
+
+
+@dataclass(kw_only=True, eq=False)
 class Policy(ABC):
-    """Decides which stored tokens stay.
+    """Decides which stored tokens stay. A policy is a dataclass: its fields are its parameters.
 
     Parameters
     ----------
@@ -92,15 +120,26 @@ class Policy(ABC):
     #: one decision serves every head, made from positions alone
     shared_across_heads: ClassVar[bool] = True
     frees_memory: ClassVar[bool] = True
+    #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
+    acts: ClassVar[Literal["prompt", "decode"]] = "decode"
+    #: parameters whose default variants come from an option of the compression suite: ``{"keep_ratio": "keep_ratios"}``
+    swept_by_options: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, *, positions: Positions = "original", skip_layers: Iterable[int] = ()) -> None:
-        if positions not in ("original", "cache"):
-            raise UserError(f"--kv-positions={positions}: unknown position handling; use original or cache")
-        self.positions = positions
-        self.skip_layers = frozenset(skip_layers)
+    positions: Positions = "original"
+    skip_layers: Iterable[int] = ()
+    schedule: Schedule = field(default_factory=Schedule, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("original", "cache"):
+            raise UserError(f"--kv-positions={self.positions}: unknown position handling; use original or cache")
+        self.skip_layers = frozenset(self.skip_layers)
         if any(layer < 0 for layer in self.skip_layers):
             raise UserError(f"--kv-skip-layers={sorted(self.skip_layers)}: layers count from 0")
-        self.schedule = Schedule()
+
+    @property
+    def needs(self) -> Needs:
+        """What the policy looks at beside positions and its own scores."""
+        return Needs()
 
     @abstractmethod
     def size_after(self, length: int) -> int:
@@ -127,9 +166,28 @@ class Policy(ABC):
         """Score of new tokens from their keys ``[batch, heads, q, head_dim]``: float32 ``[batch, heads, q]``, or ``None``."""
         return None
 
-    @abstractmethod
+    @property
+    def ratio_requested(self) -> float | None:
+        """Fraction removed that the policy is asked for, ``None`` where it is asked for sizes."""
+        return None
+
+    def caveat(self, length: int) -> str | None:
+        """Why on a prompt of ``length`` tokens the policy is something else than its name says, ``None`` if it is not."""
+        return None
+
+    @classmethod
+    def sweep(cls) -> Sequence[Mapping[str, Any]]:
+        """Parameters of the variants that a run has by default; one variant with the default parameters."""
+        return ({},)
+
+    def due(self, *, step: int, done: bool, prompt: bool) -> bool:
+        """Whether the policy acts after ``step`` tokens, of which the last one ends the prompt if ``prompt`` says so."""
+        return (prompt or self.acts == "decode") and self.schedule.due(step=step, done=done)
+
     def parameters(self) -> dict[str, Any]:
         """The policy's own parameters as JSON types; part of a case's identity."""
+        common = {one.name for one in fields(Policy)}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name not in common}
 
     def to_dict(self) -> dict[str, Any]:
         """All parameters, as `get_policy` takes them: the own ones, position handling, skipped layers."""

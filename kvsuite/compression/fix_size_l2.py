@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.errors import UserError
@@ -17,6 +18,7 @@ STRATEGIES = ("keep_low", "keep_high", "random")
 _MASK = (1 << 62) - 1
 
 
+@dataclass(kw_only=True, eq=False)
 class FixSizeL2(RankedPolicy):
     """Keep ``size`` tokens: the last ``int(size * keep_ratio)`` always, the others from the older zone by ``strategy``.
 
@@ -34,19 +36,19 @@ class FixSizeL2(RankedPolicy):
 
     name: ClassVar[str] = "fix_size_l2"
 
-    def __init__(
-        self, *, size: int = 1024, keep_ratio: float = 0.0, strategy: str = "keep_low", seed: int = 0, **common: Any
-    ) -> None:
-        super().__init__(**common)
-        self.size = require_size("--kv-fix-kv-sizes", size)
-        if strategy not in STRATEGIES:
-            raise UserError(f"--kv-strategies={strategy}: unknown strategy; use {', '.join(STRATEGIES)}")
-        if not 0 <= keep_ratio <= 1:
-            raise UserError(f"--kv-keep-ratios={keep_ratio}: the protected fraction must lie in [0, 1]")
-        self.keep_ratio = keep_ratio
-        self.strategy = strategy
-        self.seed = seed
-        self.protected = protected_count(size, keep_ratio)
+    size: int = 1024
+    keep_ratio: float = 0.0
+    strategy: str = "keep_low"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_size("--kv-fix-kv-sizes", self.size)
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"--kv-strategies={self.strategy}: unknown strategy; use {', '.join(STRATEGIES)}")
+        if not 0 <= self.keep_ratio <= 1:
+            raise UserError(f"--kv-keep-ratios={self.keep_ratio}: the protected fraction must lie in [0, 1]")
+        self.protected = protected_count(self.size, self.keep_ratio)
 
     def size_after(self, length: int) -> int:
         return min(length, self.size)

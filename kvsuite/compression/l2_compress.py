@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from .base import CacheView, Schedule, require_size
 from .ranked import RankedPolicy
-from .ratio import keep_count
+from .ratio import keep_count, removed_from_keep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(kw_only=True, eq=False)
 class L2Compress(RankedPolicy):
     """Keep ``ceil(keep_ratio * length)`` keys of lowest L2 norm per head once more than ``prune_after`` are stored.
 
@@ -31,14 +34,25 @@ class L2Compress(RankedPolicy):
 
     name: ClassVar[str] = "l2_compress"
 
-    def __init__(
-        self, *, keep_ratio: float = 1.0, prune_after: int = 1000, mode: str = "single_shot", **common: Any
-    ) -> None:
-        super().__init__(**common)
-        keep_count(1, keep_ratio)
-        self.keep_ratio = keep_ratio
-        self.prune_after = require_size("--kv-prune-after", prune_after, minimum=0)
-        self.schedule = Schedule(mode)
+    swept_by_options: ClassVar[Mapping[str, str]] = {
+        "keep_ratio": "keep_ratios",
+        "prune_after": "prune_after",
+        "mode": "l2_mode",
+    }
+
+    keep_ratio: float = 1.0
+    prune_after: int = 1000
+    mode: str = "single_shot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        keep_count(1, self.keep_ratio)
+        require_size("--kv-prune-after", self.prune_after, minimum=0)
+        self.schedule = Schedule(self.mode)
+
+    @property
+    def ratio_requested(self) -> float:
+        return removed_from_keep(self.keep_ratio)
 
     def size_after(self, length: int) -> int:
         return length if length <= self.prune_after else keep_count(length, self.keep_ratio)
@@ -46,6 +60,3 @@ class L2Compress(RankedPolicy):
     def priority(self, view: CacheView) -> Tensor:
         assert view.scores is not None
         return -view.scores
-
-    def parameters(self) -> dict[str, Any]:
-        return {"keep_ratio": self.keep_ratio, "prune_after": self.prune_after, "mode": self.schedule.name}

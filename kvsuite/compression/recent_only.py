@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from .base import CacheView, Policy, require_size, time_order
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(kw_only=True, eq=False)
 class RecentOnly(Policy):
     """Keep the last ``window`` tokens ("window attention" in arXiv 2309.17453, section 2).
 
@@ -21,15 +23,14 @@ class RecentOnly(Policy):
 
     name: ClassVar[str] = "recent_only"
 
-    def __init__(self, *, window: int = 512, **common: Any) -> None:
-        super().__init__(**common)
-        self.window = require_size("--kv-recent-sizes", window)
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_size("--kv-recent-sizes", self.window)
 
     def size_after(self, length: int) -> int:
         return min(length, self.window)
 
     def keep(self, view: CacheView) -> Tensor:
         return time_order(view)[..., view.length - self.size_after(view.length) :]
-
-    def parameters(self) -> dict[str, Any]:
-        return {"window": self.window}

@@ -15,6 +15,8 @@ from kvsuite.suites.suite import Work
 
 # a decode step reads all weights for a token a sequence, and costs about as much as a prompt of so many tokens
 _STEP_TOKENS = 32
+# tokens that a forward of many takes, where it is a chunk of a prompt
+_FORWARD_TOKENS = 128
 # loading, probing, writing: what every case costs, in tokens of a prompt
 _CASE_TOKENS = 2_000
 
@@ -43,6 +45,8 @@ class Speed:
         Bytes of weights a second that loading manages.
     step_s, case_s
         Seconds that a forward and a case cost whatever their size.
+    unpacked_s
+        Elements of packed weights a second that a forward unpacks before its products; ``None`` where kernels read them packed.
     """
 
     flops: float
@@ -50,19 +54,23 @@ class Speed:
     load_bytes_s: float
     step_s: float
     case_s: float
+    unpacked_s: float | None = None
 
 
 SPEEDS = {
-    "cpu": Speed(flops=50e9, bytes_s=10e9, load_bytes_s=0.5e9, step_s=0.002, case_s=1.0),
+    # one core of a server of 2023 under SmolLM2: 90e9 flops, 8e9 bytes/s, 0.35 s to unpack 134.5 million elements
+    "cpu": Speed(flops=80e9, bytes_s=10e9, load_bytes_s=0.2e9, step_s=0.005, case_s=2.0, unpacked_s=0.4e9),
     "cuda": Speed(flops=200e12, bytes_s=2e12, load_bytes_s=1e9, step_s=0.002, case_s=2.0),
     "mps": Speed(flops=5e12, bytes_s=200e9, load_bytes_s=1e9, step_s=0.005, case_s=2.0),
 }
 
 
-def seconds(work: Work, device_kind: str, *, elements: int, weight_bytes: int, loads: bool) -> float | None:
+def seconds(
+    work: Work, device_kind: str, *, elements: int, weight_bytes: int, loads: bool, packed: bool = False
+) -> float | None:
     """Expected seconds of a case; ``None`` for a device that no engine uses.
 
-    ``case + [load] + 2 P tokens / flops + steps (step + weights / bandwidth)``.
+    ``case + [load] + 2 P tokens / flops + steps (step + weights / bandwidth) + [forwards P / unpacked]``.
 
     Parameters
     ----------
@@ -76,10 +84,16 @@ def seconds(work: Work, device_kind: str, *, elements: int, weight_bytes: int, l
         Their bytes.
     loads
         Whether the case is the first of its model and weight format, and has to load it.
+    packed
+        Whether its weights are packed groups.
     """
     speed = SPEEDS.get(device_kind)
     if speed is None:
         return None
     loading = weight_bytes / speed.load_bytes_s if loads else 0.0
     bulk = 2 * elements * work.bulk / speed.flops
-    return speed.case_s + loading + bulk + work.steps * (speed.step_s + weight_bytes / speed.bytes_s)
+    steps = work.steps * (speed.step_s + weight_bytes / speed.bytes_s)
+    unpacking = 0.0
+    if packed and speed.unpacked_s is not None:
+        unpacking = (work.steps + work.bulk / _FORWARD_TOKENS) * elements / speed.unpacked_s
+    return speed.case_s + loading + bulk + steps + unpacking

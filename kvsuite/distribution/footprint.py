@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvsuite.case import Case
+from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
-from kvsuite.memory_model.config import Architecture, architecture_of
-from kvsuite.memory_model.fit import SHARES
+from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.formats import nano_format
-from kvsuite.memory_model.nano import NanoMemory
+from kvsuite.memory_model.prediction import Predictor
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.paths import expanded
+from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, quantization
 from kvsuite.suites.dse.cases import DSE, judge, point_of
 
@@ -52,8 +54,9 @@ class Footprint:
         return "yes" if self.is_whole else "likely"
 
 
-def footprint(case: Case, cache_dir: str | None) -> Footprint:
+def footprint(case: Case, options: Options) -> Footprint:
     """Memory of ``case`` from its model's configuration alone; what cannot be known has a reason."""
+    cache_dir = options.of(CommonOptions).cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if cache_dir is None else expanded(cache_dir))
     except UserError as error:
@@ -73,18 +76,24 @@ def footprint(case: Case, cache_dir: str | None) -> Footprint:
         return Footprint(elements=architecture.weights.elements, reason=f"the layout of {chosen} is not known")
     known = Footprint(weight_bytes=weights, elements=architecture.weights.elements, bytes=weights)
     if case.suite == DSE:
-        return _of_point(case, architecture, dtype, known)
+        predictor = get_engine(case.engine, options).memory_model(architecture, case)
+        if predictor is not None:
+            return _of_point(case, predictor, known)
     tokens = _tokens(case)
     cache = tokens * architecture.kv_bytes_per_token(format_.element_bytes)
     return Footprint(known.weight_bytes, known.elements, weights + cache)
 
 
-def _of_point(case: Case, architecture: Architecture, dtype: str, known: Footprint) -> Footprint:
+def _of_point(case: Case, predictor: Predictor, known: Footprint) -> Footprint:
+    architecture = predictor.architecture
     broken = judge(case, architecture.trained_length, is_dummy=architecture.is_dummy).broken
     if broken:
         return Footprint(known.weight_bytes, known.elements, 0.0, True, reason="; ".join(broken))
-    found = NanoMemory(architecture, dtype, case.device_kind).predict(point_of(case))
-    share = SHARES["nano"] if case.device_kind == "cuda" else 1.0
+    try:
+        found = predictor.predict(point_of(case))
+    except UserError as error:
+        return replace(known, reason=str(error))
+    share = 1.0 if case.device_kind == "cpu" else predictor.share
     reason = "; ".join(found.reasons) or None
     return Footprint(known.weight_bytes, known.elements, found.needed_at_least, found.needed is not None, share, reason)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.options.shard import Shard
+from kvsuite.store.inside import inside
 from kvsuite.store.records_file import code_of, read_records
-from kvsuite.store.store import RecordStore
+from kvsuite.store.store import SIDECAR_SUFFIX, RecordStore
 from kvsuite.store.validate import validate
 from kvsuite.survival.resume import planned_key
 from kvsuite.survival.settings import differences, known_machine, machine_differences
-
-from .shards import Shard
 
 
 @dataclass(frozen=True)
@@ -250,9 +250,16 @@ def _copy_sidecar(part: Part, row: Mapping[str, Any], folder: Path) -> None:
     name = row["sidecar"]
     if name is None:
         return
-    source = part.folder / name
     # a damaged or hostile record may name any file
-    if not source.resolve().is_relative_to(part.folder.resolve()) or not source.is_file():
+    try:
+        source, target = inside(part.folder, name), inside(folder, name)
+    except ValueError as error:
+        raise UserError(f"{part.path}: {row['id']} names {name}, which {error}; measure the case again") from error
+    if source.suffix != SIDECAR_SUFFIX:
+        raise UserError(f"{part.path}: {row['id']} names {name}, which is no {SIDECAR_SUFFIX}; measure the case again")
+    if not source.is_file():
         raise UserError(f"{part.path}: {row['id']} names {name}, which is not in its folder; restore it")
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, folder / name)
+    if target.exists():
+        raise UserError(f"{part.path}: {row['id']} names {name}, as another record does; measure the case again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

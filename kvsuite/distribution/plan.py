@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
-from kvsuite.memory_model.fit import parse_card
+from kvsuite.console import Column, Sheet, stacked
 from kvsuite.meters.environment import host_facts
+from kvsuite.options.card import card_bytes
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
-from kvsuite.plugin.progress import duration
+from kvsuite.options.sweep import SweepOptions
+from kvsuite.quantization.formats import GROUP_FORMATS
 from kvsuite.record import RECORD_SCHEMA
 from kvsuite.store.records_file import RECORDS_FILE
 from kvsuite.survival.resume import planned_key
@@ -22,10 +25,20 @@ from .cost import seconds, work_of
 from .footprint import Footprint, footprint
 from .gpus import visible_entries
 from .order import session_key
+from .progress import about
 from .shards import assign
+from .time_left import Correction, kind_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _MODEL = "model"
+_COLUMNS = (
+    Column("seconds", 9), Column("memory needed", 13), Column("fits", 8, "left"), Column("expected from", justify="left"),
+)  # fmt: skip
+# an archive of hundreds says no more of this machine
+_LAST_RUNS = 30
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class Planned:
     seconds
         Expected, ``None`` where nothing tells.
     source
-        Where they come from: ``model``, or the run that measured the case on this machine.
+        Where they come from: the run that measured the case on this machine, or ``model``, with how many measured cases
+        corrected it.
     memory
         Predicted.
     """
@@ -50,7 +64,16 @@ class Planned:
     memory: Footprint
 
 
-def plan(cases: Sequence[Case], options: Options, known: Mapping[str, tuple[float, str]]) -> list[Planned]:
+@dataclass(frozen=True)
+class Measured:
+    """A finished case of an earlier run on this machine."""
+
+    case: Case
+    seconds: float
+    run: str
+
+
+def plan(cases: Sequence[Case], options: Options, known: Mapping[str, Measured]) -> list[Planned]:
     """Plan ``cases`` in their order.
 
     Parameters
@@ -58,38 +81,59 @@ def plan(cases: Sequence[Case], options: Options, known: Mapping[str, tuple[floa
     cases, options
         What would run.
     known
-        Seconds and run by `planned_key` (`measured_durations`).
+        What was measured, by `planned_key` (`measured_cases`). What a case of these models took more than the model says is
+        taken to hold for others of its kind.
     """
+    correction = _learnt(known.values(), {case.model for case in cases}, options)
+    source = f"{_MODEL}, corrected by {correction.cases} measured cases" if correction.cases else _MODEL
     loaded: set[tuple[str | None, ...]] = set()
     found: list[Planned] = []
     for case in cases:
-        memory = footprint(case, options.cache_dir)
+        memory = footprint(case, options)
         key = session_key(case)
         measured = known.get(planned_key(case.to_dict()))
         if measured is not None:
-            found.append(Planned(case, *measured, memory))
+            found.append(Planned(case, measured.seconds, measured.run, memory))
         else:
-            expected = None
-            if memory.elements and memory.weight_bytes:
-                expected = seconds(
-                    work_of(case, options), case.device_kind, elements=memory.elements,
-                    weight_bytes=memory.weight_bytes, loads=key not in loaded,
-                )  # fmt: skip
-            found.append(Planned(case, expected, _MODEL, memory))
+            expected = _by_model(case, options, memory, loads=key not in loaded)
+            if expected is not None:
+                expected *= correction.factor(kind_of(case))
+            found.append(Planned(case, expected, source, memory))
         loaded.add(key)
     return found
 
 
-def measured_durations(report_dir: Path, options: Options) -> dict[str, tuple[float, str]]:
-    """Seconds of finished cases in earlier runs on this machine with as many rounds, the last run's first.
+def _by_model(case: Case, options: Options, memory: Footprint, *, loads: bool) -> float | None:
+    if not memory.elements or not memory.weight_bytes:
+        return None
+    return seconds(
+        work_of(case, options), case.device_kind, elements=memory.elements, weight_bytes=memory.weight_bytes, loads=loads,
+        packed=case.quantization in GROUP_FORMATS,
+    )  # fmt: skip
+
+
+def _learnt(known: Iterable[Measured], models: Collection[str], options: Options) -> Correction:
+    correction = Correction()
+    for measured in known:
+        if measured.case.model in models:
+            memory = footprint(measured.case, options)
+            expected = _by_model(measured.case, options, memory, loads=False)
+            if expected is not None:
+                correction.add(kind_of(measured.case), expected, measured.seconds)
+    return correction
+
+
+def measured_cases(report_dir: Path, options: Options) -> dict[str, Measured]:
+    """Finished cases of the last runs on this machine with as many rounds, by `planned_key`; the last measurement counts.
 
     What cannot be read is left out: a plan needs no whole archive.
     """
     host = host_facts()["host"]
-    wanted = {"rounds": options.rounds, "num_warmup": options.num_warmup}
-    found: dict[str, tuple[float, str]] = {}
+    common = options.of(CommonOptions)
+    wanted = {"rounds": common.rounds, "num_warmup": common.num_warmup}
+    found: dict[str, Measured] = {}
     paths = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
-    for _, path in sorted(paths):
+    for _, path in sorted(paths)[-_LAST_RUNS:]:
         lines = _lines(path)
         run = lines[0] if lines else {}
         if (
@@ -101,9 +145,17 @@ def measured_durations(report_dir: Path, options: Options) -> dict[str, tuple[fl
         for row in lines[1:]:
             if row.get("schema") == RECORD_SCHEMA and row.get("status") == "ok":
                 took = row.get("duration_s")
-                if isinstance(took, int | float) and isinstance(row.get("case"), dict) and "device" in row["case"]:
-                    found[planned_key(row["case"])] = (float(took), path.parent.name)
+                case = _case(row.get("case"))
+                if case is not None and isinstance(took, int | float):
+                    found[planned_key(case.to_dict())] = Measured(case, float(took), path.parent.name)
     return found
+
+
+def _case(found: Any) -> Case | None:
+    try:
+        return Case(**found)
+    except TypeError:  # of another version, or none
+        return None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -136,9 +188,9 @@ def device_bytes(options: Options, device_kind: str) -> tuple[int, str] | None:
     UserError
         If ``--kv-plan-card`` is no size.
     """
-    if options.plan_card is not None:
-        card = parse_card(options.plan_card, 1.0, option="--kv-plan-card")
-        return card.bytes, f"--kv-plan-card={options.plan_card}"
+    card = options.of(SweepOptions).plan_card
+    if card is not None:
+        return card_bytes(card, "--kv-plan-card"), f"--kv-plan-card={card}"
     if device_kind == "cpu":
         ram = host_facts()["host"]["ram_bytes"]
         return None if ram is None else (int(ram), "this machine's RAM")
@@ -165,7 +217,7 @@ def _smallest_gpu() -> int | None:
         return None
 
 
-def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> str:
+def plan_table(cases: Sequence[Case], options: Options, *, workers: int = 1) -> RenderableType:
     """The plan as a table with its sums.
 
     Parameters
@@ -181,20 +233,18 @@ def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> s
         If ``--kv-plan-card`` is no size.
     """
     if not cases:
-        return "no cases: another shard, or the run that goes on, has all"
-    rows = plan(cases, options, measured_durations(Path(options.report_dir), options))
+        return stacked(["no cases: another shard, or the run that goes on, has all"])
+    rows = plan(cases, options, measured_cases(Path(options.of(CommonOptions).report_dir), options))
     kinds = Counter(row.case.device_kind for row in rows)
     card = device_bytes(options, next(iter(kinds)))
-    width = max(len(row.case.id) for row in rows)
-    lines = [f"{'case':<{width}} {'seconds':>9}  {'memory':>11}  {'fits':<8} expected from"]
-    lines += [_line(row, width, card) for row in rows]
-    return "\n".join([*lines, "", *_sums(rows, card, workers), *_notes(rows)])
+    sheet = Sheet("case", _COLUMNS, [(row.case.id, _cells(row, card)) for row in rows], ruled=False)
+    return stacked([sheet], [*_sums(rows, card, workers), *_notes(rows)])
 
 
-def _line(row: Planned, width: int, card: tuple[int, str] | None) -> str:
+def _cells(row: Planned, card: tuple[int, str] | None) -> list[str]:
     took = "n/a" if row.seconds is None else f"{row.seconds:.1f}"
     fits = "n/a" if card is None else row.memory.fits(card[0])
-    return f"{row.case.id:<{width}} {took:>9}  {_size(row.memory):>11}  {fits:<8} {row.source}"
+    return [took, _size(row.memory), fits, row.source]
 
 
 def _size(memory: Footprint) -> str:
@@ -206,30 +256,33 @@ def _size(memory: Footprint) -> str:
 
 def _sums(rows: Sequence[Planned], card: tuple[int, str] | None, workers: int) -> list[str]:
     known = [row.seconds for row in rows if row.seconds is not None]
-    total = f"{len(rows)} cases, {duration(sum(known))} one after another"
+    total = f"{len(rows)} cases, {about(sum(known))} one after another"
     if workers > 1:
         loads = [0.0] * workers
         for part, took in zip(assign(known, workers), known, strict=True):
             loads[part - 1] += took
-        total += f", {duration(max(loads))} on {workers} workers"
+        total += f", {about(max(loads))} on {workers} workers"
     missing = len(rows) - len(known)
-    lines = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
+    found = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
     largest = max(rows, key=lambda row: row.memory.bytes or 0.0)
     if largest.memory.bytes is not None:
-        lines.append(f"largest: {_size(largest.memory)} ({largest.case.id})")
+        found.append(f"largest memory needed: {_size(largest.memory)} ({largest.case.id})")
     if card is None:
-        lines.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
-        return lines
+        found.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
+        return found
     large = [row.case.id for row in rows if row.memory.fits(card[0]) == "no"]
-    lines.append(
+    found.append(
         f"{len(large)} will not fit {card[0] / _GIB:.1f} GiB ({card[1]}){': ' if large else ''}{', '.join(large)}"
     )
-    return lines
+    return found
 
 
 def _notes(rows: Sequence[Planned]) -> list[str]:
-    notes: list[str] = []
-    if any(row.source == _MODEL for row in rows):
+    notes = [
+        "memory needed: predicted for weights, keys and values, and the engine's buffers; Python and torch themselves are "
+        "not in it"
+    ]
+    if any(row.source.startswith(_MODEL) for row in rows):
         notes.append(
             "model: counted tokens and steps over a stated speed of the device, which is rough (docs/distribution.md)"
         )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from kvsuite.case import Case
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
-from kvsuite.compression.ratio import removed_from_keep
 from kvsuite.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +31,25 @@ class CacheCompression:
         """Fraction removed that a ratio-based method was asked for; a size-based one was asked for none."""
         if self.press:
             return self.press.requested_removed_ratio
-        keep = getattr(self.policy, "keep_ratio", None) if self.policy and self.policy.name == "l2_compress" else None
-        return None if keep is None else removed_from_keep(keep)
+        return self.policy.ratio_requested if self.policy else None
+
+    def caveats(self, prompt_tokens: int) -> list[str]:
+        """What a record must say where a prompt is too short for the method to be what its name says."""
+        found = (
+            self.press.caveat(prompt_tokens)
+            if self.press
+            else self.policy.caveat(prompt_tokens)
+            if self.policy
+            else None
+        )
+        return [] if found is None else [f"not what its name says: {found}"]
 
     @property
     def acts_in_decode(self) -> bool:
         """Whether the method may change the cache between generated tokens."""
-        return self.policy is not None or (self.press is not None and "decode" in self.press.info.compresses)
+        if self.policy is not None:
+            return self.policy.acts == "decode"
+        return self.press is not None and "decode" in self.press.info.compresses
 
     @property
     def eager_only(self) -> str | None:

@@ -40,7 +40,7 @@ def plan(policy: Policy | None, prompt_tokens: int, steps: int) -> CachePlan:
 
     def after(length: int, seen: int) -> int:
         nonlocal done
-        if not policy.schedule.due(step=seen, done=done):
+        if not policy.due(step=seen, done=done, prompt=seen == prompt_tokens):
             return length
         size = policy.size_after(length)
         done = done or size < length

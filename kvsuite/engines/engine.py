@@ -71,7 +71,9 @@ class Session(ABC):
     partition
         Requested and realised SM partition.
     model
-        Facts of the loaded model: label, kind, revision, parameters, notes.
+        Facts of the loaded model. ``label``, ``kind``, ``revision`` (part of a record's key), ``weights_bytes``,
+        ``step_weight_bytes`` (weights that a decode step reads), ``trained_length`` and ``is_dummy`` (random weights: nothing
+        is scored) are read by suites and ``None`` where the engine does not tell; others are for the record.
     """
 
     #: why a capability is missing, for those where the engine has more to say than that
@@ -88,7 +90,9 @@ class Session(ABC):
         self.effective: dict[str, Any] = {}
         self.inert: dict[str, str] = {}
         self.partition: dict[str, Any] = {"requested": None, "realised": None}
-        self.model: dict[str, Any] = {}
+        self.model: dict[str, Any] = dict.fromkeys(
+            ("label", "kind", "revision", "weights_bytes", "step_weight_bytes", "trained_length")
+        ) | {"is_dummy": False}
 
     @abstractmethod
     def prepare(self, case: Case) -> None:
@@ -203,7 +207,7 @@ class Session(ABC):
 
     def floor_unknown(self) -> str | None:
         """Why the floor of a decode step is not known, ``None`` if it is."""
-        return None
+        return "the engine does not tell the bytes of its weights" if self.model["step_weight_bytes"] is None else None
 
     def memory_model(self, architecture: Architecture) -> Predictor | None:
         """Predicts the memory of the prepared design point, ``None`` where there are no formulas.
@@ -248,6 +252,13 @@ class Engine(ABC):
 
         Asked for every case; the runtime need not be loaded for it.
         """
+
+    def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
+        """Predicts the memory of design points on the device of ``case``, ``None`` where there are no formulas.
+
+        From the configuration alone: nothing is loaded, and the runtime is not imported.
+        """
+        return None
 
     @abstractmethod
     def load(self, case: Case, settings: EngineSettings) -> Session:

@@ -99,6 +99,33 @@ class MemoryPass:
     predicted: dict[str, int] = field(default_factory=dict)
     reported: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def unmeasured(cls, reason: str, *, unseen: str | None = None, **known: Any) -> MemoryPass:
+        """The pass of an engine that counts no allocations, for ``reason``.
+
+        Parameters
+        ----------
+        reason
+            Stands where a number is missing.
+        unseen
+            Why the bytes of the cache are not known, ``reason`` if left out.
+        known
+            Fields that are known all the same.
+        """
+        fields: dict[str, Any] = {
+            "prefill": Phase(*(Reading(reason=reason) for _ in range(3))),
+            "decode": Phase(*(Reading(reason=reason) for _ in range(3))),
+            "resident": Reading(reason=reason),
+            "driver": Reading(reason=reason),
+            "kv_bytes_prefill": None,
+            "kv_bytes_decode": None,
+            "kv_bytes_allocated": None,
+            "lengths_prefill": [],
+            "lengths_decode": [],
+            "unseen": unseen or reason,
+        }
+        return cls(**(fields | known))
+
 
 @dataclass(frozen=True)
 class Reach:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.foreign_text import VALUE_LIMIT, visible
+from kvsuite.options.card import card_bytes
 
 from .design_point import OFF, DesignPoint
 from .prediction import Prediction, Predictor
 
-_UNITS = {"gib": 1 << 30, "mib": 1 << 20, "gb": 10**9, "mb": 10**6, "": 1 << 30}
-_CARD = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([a-zA-Z]*)")
-# more than all the memory of any cluster, and still a number whose bytes are exact
-_LARGEST_CARD = 1 << 53
-#: share of a card that an engine uses: gpu_memory_utilization of MLC, memory_share of the runtime
-SHARES = {"mlc": 0.85, "nano": 0.9}
 # below these a setting is not worth proposing
 _SMALLEST = {"context_window_size": 256, "prefill_chunk_size": 128, "max_batch_size": 1}
 _SMALLEST_WINDOW = 256
@@ -49,20 +42,17 @@ class Card:
 
 
 def parse_card(text: str, share: float, *, option: str = "--card") -> Card:
-    """Read ``24GiB``, ``24`` (GiB), ``80GB`` (10^9) or ``6144MiB``.
+    """Read a size (`kvsuite.options.card`) and the share of it that an engine uses.
 
     Raises
     ------
     UserError
         If it is no size, or the share is not in (0, 1].
     """
-    found = _CARD.fullmatch(text.strip())
-    unit = None if found is None else _UNITS.get(found[2].lower())
-    if found is None or unit is None or not 1 <= float(found[1]) * unit <= _LARGEST_CARD:
-        raise UserError(f"{option}={visible(text, VALUE_LIMIT)}: no size of a card; use GiB, such as 24GiB")
+    size = card_bytes(text, option)
     if not 0 < share <= 1:
         raise UserError(f"{option}-share={share:g}: must lie above 0 and be at most 1")
-    return Card(int(float(found[1]) * unit), share)
+    return Card(size, share)
 
 
 def fits(prediction: Prediction, card: Card) -> bool | None:

@@ -145,8 +145,29 @@ class Predictor(Protocol):
         """The model."""
         ...
 
+    @property
+    def share(self) -> float:
+        """Part of a card that the engine uses, in (0, 1]."""
+        ...
+
+    def described(self) -> str:
+        """The engine and its own settings in a line, as the heading of a table."""
+        ...
+
+    def own_settings(self) -> dict[str, int | None]:
+        """Settings beside the axes by name, ``None`` where one is not known."""
+        ...
+
+    def kv_notes(self, point: DesignPoint) -> str:
+        """What is to be said of a token's keys and values beside their bytes, the end of a line; empty for nothing."""
+        ...
+
     def predict(self, point: DesignPoint) -> Prediction:
         """Memory of a point."""
+        ...
+
+    def capacity(self, point: DesignPoint, usable_bytes: float) -> int | None:
+        """Tokens for which a card has room by the engine's own estimate, ``None`` for an engine without one."""
         ...
 
     def smaller(self) -> list[tuple[str, int, Predictor]]:

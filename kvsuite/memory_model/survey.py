@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsuite.suites.dse.space import DesignSpace, Entry
-
+from .design_space import DesignSpace, Entry
 from .fit import Card, Mend, fits, mends
-from .mlc import MlcMemory
-from .prediction import MIB, PARTS, Basis, Part, Prediction, Predictor
+from .prediction import JSON_CHUNK, MIB, PARTS, Basis, Part, Prediction, Predictor
 
 _COLUMNS: dict[Part, str] = {"parameters": "params", "kv_cache": "kvcache", "temporary": "temp"}
 _ORDER: tuple[Basis, ...] = ("unknown", "rough", "extrapolated", "fitted", "exact")
@@ -119,7 +117,7 @@ def _cells(row: Row, found: Survey) -> dict[str, object]:
 def _cells_of_broken(entry: Entry | None, predictor: Predictor | None = None) -> dict[str, object]:
     cells: dict[str, object] = dict.fromkeys(
         ["id", "engine", "model", "quantization", "context_window_size", "prefill_chunk_size", "max_batch_size",
-         "sliding_window_size", "attention_sink_size", "json_prefill_chunk",
+         "sliding_window_size", "attention_sink_size", JSON_CHUNK,
          *(f"mem_predicted_{name}_mb" for name in (*_COLUMNS.values(), "total", "needed")),
          *(f"{name}_basis" for name in _COLUMNS.values()), "kv_blocks", "kv_allocated_bytes", "kv_dtype", "null_reason",
          "fits", "turn", "broken_rules", "flags", "inert_axes", "notes"],
@@ -127,12 +125,12 @@ def _cells_of_broken(entry: Entry | None, predictor: Predictor | None = None) ->
     )  # fmt: skip
     if entry is None or predictor is None:
         return cells
-    chunk = predictor.json_chunk if isinstance(predictor, MlcMemory) else None
+    chunk = predictor.own_settings().get(JSON_CHUNK)
     return (
         cells
         | {"id": entry.point.id, "engine": predictor.engine, "model": predictor.architecture.label}
         | {"quantization": entry.point.quantization, **entry.point.settings()}
-        | {"json_prefill_chunk": "" if chunk is None else chunk}
+        | {JSON_CHUNK: "" if chunk is None else chunk}
         | {"broken_rules": "; ".join(map(str, entry.broken)), "flags": "; ".join(entry.flags)}
         | {"inert_axes": ",".join(predictor.inert())}
     )

@@ -6,11 +6,14 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _TASKS = Path("/proc/self/task")
 _PROBES, _TURNS = 10, 100_000
+# this process itself is one that runs, and a desktop is never quite still
+_IDLE_LOAD, _BUSY_SHARE = 1.0, 0.25
+_STEADY_SPREAD = 0.5
 NO_ACCOUNT = "the kernel keeps no account of waiting (/proc/self/task/*/schedstat, Linux)"
 
 
@@ -47,6 +50,34 @@ def probe_seconds() -> list[float]:
             total += turn & 7
         stamps.append(time.perf_counter())
     return [end - begin for begin, end in itertools.pairwise(stamps)]
+
+
+def busy_words(load: float | None, cores: int, probes: Sequence[float]) -> str | None:
+    """Why times measured now would be those of a busy machine, ``None`` where nothing says so.
+
+    Parameters
+    ----------
+    load
+        Processes that ran or wanted to, mean of the last minute; ``None`` where the system does not count them.
+    cores
+        That this process may use.
+    probes
+        `probe_seconds`.
+    """
+    found = []
+    if load is not None and load > _IDLE_LOAD + _BUSY_SHARE * cores:
+        found.append(f"load {load:.1f} on {cores} cores")
+    spread = max(probes) / min(probes) - 1
+    if spread > _STEADY_SPREAD:
+        found.append(f"a fixed loop of the interpreter takes up to {spread:.0%} longer from one time to the next")
+    return ", ".join(found) or None
+
+
+def busy_now() -> str | None:
+    """`busy_words` of this machine as it is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return busy_words(load, cores, probe_seconds())
 
 
 def watched(

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, median, stdev
 from typing import Any
 
-from .builtin import BUILTIN, Better, Metric, MetricClass
+from .builtin import BUILTIN
+from .metric import Better, Metric, MetricClass
 
-__all__ = ["ALIASES", "BUILTIN", "Better", "Metric", "MetricClass", "MetricRegistry", "percentile", "summarise"]
+__all__ = [
+    "ALIASES",
+    "BUILTIN",
+    "Better",
+    "Metric",
+    "MetricClass",
+    "MetricRegistry",
+    "metric_of",
+    "percentile",
+    "summarise",
+]
 
+_OWN = {metric.name: metric for metric in BUILTIN}
 # one table serves the options, the originals' files and ours
-ALIASES = {
-    "peak_vram": "mem_measured_peak_bytes",
-    "ttft": "ttft_s",
-    "tpot": "tpot_s",
-    "decode_tok_s": "decode_tok_s_agg",
-    "throughput": "output_tok_s",
-    "accuracy": "next_token_acc",
-    "ppl": "perplexity",
-}
+ALIASES = {metric.alias: metric.name for metric in BUILTIN if metric.alias}
+
+
+def metric_of(name: str, entry: Mapping[str, Any] | None = None) -> Metric:
+    """The metric of that name or alias, defined as a record's ``entry`` says: another version may have measured it."""
+    name = ALIASES.get(name, name)
+    own = _OWN.get(name)
+    if entry is None and own is not None:
+        return own
+    told = Metric.of_entry(name, entry or {})
+    if own is None or own.unit != told.unit:
+        return told
+    return replace(own, better=told.better, metric_class=told.metric_class, formula=told.formula, version=told.version)
+
+
+def is_headline(name: str) -> bool:
+    """Whether the metric is shown before a reader chooses: kvsuite's headlines, and all metrics of others."""
+    return name not in _OWN or _OWN[name].headline is not None
+
+
+def is_builtin(name: str) -> bool:
+    """Whether kvsuite defines the metric."""
+    return name in _OWN
 
 
 class MetricRegistry:
@@ -66,6 +93,9 @@ class MetricRegistry:
             "version": metric.version,
             "formula": metric.formula,
         }
+        if not is_builtin(metric.name):
+            # who reads the record may not have the package that defines it
+            entry |= metric.shown_fields()
         values = [] if samples is None else list(samples) if isinstance(samples, Sequence) else [samples]
         if not values or not all(math.isfinite(v) for v in values):
             if not facts.get("reason"):

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import canonical_json
 from kvsuite.errors import UserError
+from kvsuite.options.dtypes import parse_dtype
 
 from .resolve import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
-_CANONICAL = ("float32", "float16", "bfloat16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 # text whose ids differ between tokenizers that share a vocabulary but cut text in another way
 _PROBE = "In 1969, Neil\u00a0Armstrong didn't say:\n\n  'x = 3.14159'  naïve 北京 🙂\r\n"
@@ -67,20 +66,6 @@ class LoadedModel:
     load_s: float
     notes: list[str] = field(default_factory=list)
     tokenizer_hash: str | None = None
-
-
-def parse_dtype(name: str) -> str:
-    """Return the canonical name of a dtype: ``float32``, ``float16`` or ``bfloat16``.
-
-    Raises
-    ------
-    UserError
-        If the name is not known.
-    """
-    canonical = _DTYPES.get(name.lower(), name.lower())
-    if canonical not in _CANONICAL:
-        raise UserError(f"--kv-dtype={name}: unknown dtype; choose float32, float16 or bfloat16 (fp32, fp16, bf16)")
-    return canonical
 
 
 def load_model(

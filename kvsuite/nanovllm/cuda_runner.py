@@ -188,7 +188,9 @@ class CudaRunner(ModelRunner):
 
         The result may be overwritten by the next step.
         """
-        captured = None if self.graphs is None else self.graphs.run(batch)
+        # a prompt's last token may come alone, and a captured step would show nobody its query
+        observed = self.observer is not None and self.observer.active
+        captured = None if self.graphs is None or observed else self.graphs.run(batch)
         if captured is not None:
             return captured
         return self._eager(batch)
@@ -197,14 +199,14 @@ class CudaRunner(ModelRunner):
         if self.decoder is None:
             return super().run(batch)
         self.attention.begin(batch)
-        return self.decoder.logits(batch, self.attention)
+        return self.decoder.logits(batch, self._observed(self.attention, batch))
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``."""
         if self.decoder is None:
             return super().hidden(batch)
         self.attention.begin(batch)
-        return self.decoder.hidden(batch, self.attention)
+        return self.decoder.hidden(batch, self._observed(self.attention, batch))
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.prompt_view import PromptView
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables
 from .groups import LayerGroup
 from .kv_pool import KVPool
+from .prompt_observer import PromptObserver
 
 
 @dataclass
@@ -44,13 +46,23 @@ class Eviction:
         ``None`` for groups that are only compressed by hand.
     group, tables, pool
         The group, its block tables, its keys and values.
+    observer
+        Has the queries of prompts, for a policy that looks at a prompt.
     """
 
-    def __init__(self, policy: Policy | None, group: LayerGroup, tables: BlockTables, pool: KVPool) -> None:
+    def __init__(
+        self,
+        policy: Policy | None,
+        group: LayerGroup,
+        tables: BlockTables,
+        pool: KVPool,
+        observer: PromptObserver | None = None,
+    ) -> None:
         self.policy = policy if group.compressed else None
         self.group = group
         self._tables = tables
         self._pool = pool
+        self._observer = observer
         self._device = pool.keys.device
         self._per_head = self.policy is not None and not self.policy.shared_across_heads
         self._sequences: dict[int, Stored] = {}
@@ -96,10 +108,14 @@ class Eviction:
         if stored is None or self.policy is None:
             return False
         length = int(self._tables.lengths[row])
-        due = self.policy.schedule.due(step=seen, done=stored.done)
+        due = self.policy.due(step=seen, done=stored.done, prompt=prompt)
         size = self.policy.size_after(length) if due else length
         if size == length:
             return False
+        if self.policy.needs.prompt and prompt:
+            self.select(row, self._keep_of_prompt(row))
+            stored.done = True
+            return True
         view = CacheView(
             stored.positions,
             seen - 1,
@@ -114,6 +130,25 @@ class Eviction:
             self.select(row, self.policy.keep(view))
         stored.done = True
         return True
+
+    def _keep_of_prompt(self, row: int) -> Tensor:
+        """What the policy keeps of a complete prompt, ``[layers, kv_heads, k]``, or ``[k]`` of one that all heads share."""
+        assert self.policy is not None
+        assert self._observer is not None
+        keys, values = self._pool.gather(self._slots(row))
+        positions = torch.arange(keys.shape[2], device=self._device)
+        kept = []
+        for index, layer in enumerate(self.group.layers):
+            own = keys[index]
+            if self.group.places:
+                own = self._observer.rotate(own[None], positions)[0]
+            view = PromptView(
+                positions.expand(own.shape[:2]), own.shape[1] - 1, keys=own, values=values[index],
+                observed=self._observer.observation(row, layer), layer=layer, layers=self._observer.layers,
+                rotate=self._observer.turn,
+            )  # fmt: skip
+            kept.append(self.policy.keep(view))
+        return torch.stack(kept)
 
     def require_indices(self, row: int, keep: Tensor) -> None:
         """Check what a caller wants to keep.
@@ -181,6 +216,8 @@ class Eviction:
     def leave(self, row: int) -> None:
         """Forget a sequence."""
         self._sequences.pop(row, None)
+        if self._observer is not None:
+            self._observer.leave(row)
 
     def _evict_one(self, row: int, stored: Stored, victim: Tensor) -> None:
         """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot."""

@@ -75,7 +75,7 @@ class ReferenceAttention:
         for sequence, mask in enumerate(masks):
             rows = slice(starts[sequence], starts[sequence + 1])
             length = int(part.kv_lengths_host[sequence])
-            slots = _slots(part.block_tables[sequence], length, pool.block_size)
+            slots = slots_of(part.block_tables[sequence], length, pool.block_size)
             own = keys[slots].transpose(0, 1)[None]
             its = values[slots].transpose(0, 1)[None]
             if pool.group.places:
@@ -150,7 +150,7 @@ def visible(
     return seen
 
 
-def _slots(table: Tensor, length: int, block_size: int) -> Tensor:
+def slots_of(table: Tensor, length: int, block_size: int) -> Tensor:
     """Slots of a sequence's first ``length`` tokens, int64 ``[length]``."""
     offsets = torch.arange(block_size, device=table.device)
     blocks = table[: -(-length // block_size)].to(torch.int64)

@@ -14,6 +14,7 @@ from kvsuite.models.load import LoadedModel
 from .attention_layers import set_attention
 from .batch import StepBatch
 from .paged_attention import AttentionBackend, attending, register_paged_attention
+from .prompt_observer import PromptObserver
 from .reference_attention import ReferenceAttention
 
 
@@ -36,6 +37,8 @@ class Runner(Protocol):
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
+
+    observer: PromptObserver | None
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -62,6 +65,8 @@ class ModelRunner:
         self._head: LanguageHead | None = None
         self._before = set_attention(self._config, register_paged_attention())
         self.captured_bytes = 0
+        #: sees the queries of prompts, for a policy that looks at them
+        self.observer: PromptObserver | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -80,7 +85,7 @@ class ModelRunner:
         # a step in the middle of a prompt wants no logits, and not every final layer takes zero rows
         rows = batch.sample_rows if wanted else batch.ids.new_zeros(1)
         self.backend.begin(batch)
-        with torch.inference_mode(), attending(self.backend):
+        with torch.inference_mode(), attending(self._observed(self.backend, batch)):
             logits: Tensor = self.model(
                 input_ids=batch.ids[None],
                 position_ids=batch.positions[None],
@@ -96,7 +101,7 @@ class ModelRunner:
         """
         head = self._language_head()
         self.backend.begin(batch)
-        with torch.inference_mode(), attending(self.backend):
+        with torch.inference_mode(), attending(self._observed(self.backend, batch)):
             return head.hidden(batch.ids[None], batch.positions[None])[0, batch.sample_rows]
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -107,6 +112,9 @@ class ModelRunner:
     def close(self) -> None:
         """Give the model its own attention back."""
         set_attention(self._config, self._before)
+
+    def _observed(self, backend: AttentionBackend, batch: StepBatch) -> AttentionBackend:
+        return backend if self.observer is None else self.observer.around(backend, batch)
 
     def _language_head(self) -> LanguageHead:
         """Made when it is first asked for: most runtimes score nothing."""

@@ -22,6 +22,7 @@ from .eviction import Eviction
 from .kv_pool import KVPool, blocks_that_fit
 from .limits import Limits
 from .paged_attention import AttentionBackend
+from .prompt_observer import PromptObserver
 from .reference_attention import KeyRotation, ReferenceAttention
 from .request import Request, Status
 from .runner import ModelRunner, Runner
@@ -104,7 +105,18 @@ class Runtime:
         #: sees the last hidden states ``[rows, hidden]`` of scored tokens (`Runner.hidden`); a resumed request's come again
         self.on_rows: OnRows | None = None
         self.vocab_size = int(loaded.text_config.vocab_size)
-        evictions = [Eviction(policy, *parts) for parts in zip(self.groups, self.tables, self.pools, strict=True)]
+        if policy is not None and policy.needs.prompt:
+            if limits.prefix_caching and policy.needs.looks_at_queries:
+                self.runner.close()
+                raise CaseInvalid(
+                    f"policy {policy.name}: it looks at the queries of a prompt, and those of a prefix that is found in the "
+                    "cache are not computed again; leave prefix caching off"
+                )
+            self.runner.observer = PromptObserver(policy.needs, self.pools, rotation, limits.max_model_len)
+        evictions = [
+            Eviction(policy, *parts, observer=self.runner.observer)
+            for parts in zip(self.groups, self.tables, self.pools, strict=True)
+        ]
         inputs = StepInputs(self.groups, self.tables, evictions, self.device)
         self._launcher = StepLauncher(self.runner, inputs, self.pools, self.tables, self.counters)
         self.compression = CompressionStage(evictions, self.scheduler, self._end)

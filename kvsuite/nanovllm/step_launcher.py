@@ -66,6 +66,9 @@ class StepLauncher:
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
+        observer = self._runner.observer
+        if observer is not None:
+            observer.begin(plan.requests)
         drawing = any(request.sampling.temperature for request in sampled)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
@@ -76,6 +79,8 @@ class StepLauncher:
             logits = self._runner.logits(states[: len(sampled)]) if sampled else states[:0]
         else:
             logits = self._runner.run(batch)
+        if observer is not None:
+            observer.end()
         self._counters.steps += 1
         self._counters.decode_steps += batch.decode_only
         if not sampled:

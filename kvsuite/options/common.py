@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from kvsuite.entry_points import find
 from kvsuite.errors import UserError
 
+from .dtypes import parse_dtype
 from .numbers import MOST_REPEATS, MOST_SEED
 from .option import (
     Option,
@@ -19,6 +20,7 @@ from .option import (
     path,
     path_or_name,
     switch,
+    text,
     whole_number,
 )
 
@@ -26,21 +28,6 @@ from .option import (
 ENGINES = "kvsuite.engines"
 # the original's way to name a weight format
 _SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
-
-
-def _dtype(typed: str) -> str:
-    from kvsuite.models.load import parse_dtype
-
-    return parse_dtype(typed)
-
-
-def weight_format(typed: str) -> str:
-    """A weight format by name."""
-    from kvsuite.quantization.registry import QUANTIZATIONS
-
-    if typed not in QUANTIZATIONS:
-        raise ValueError(f"unknown weight format {typed}; use {', '.join(QUANTIZATIONS)}")
-    return typed
 
 
 def _engine(typed: str) -> str:
@@ -64,11 +51,11 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "Device, e.g. cpu, cuda:0, vulkan:0; auto takes a CUDA or Apple GPU that torch can use, else the CPU.",
     )]
     dtype: Annotated[str | None, Option(
-        auto_or(_dtype), "auto",
+        auto_or(parse_dtype), "auto",
         "float32, bfloat16 or float16; auto is float32 on the CPU, the checkpoint's on a GPU.",
     )]
     quantization: Annotated[tuple[str, ...] | None, Option(
-        auto_or(list_of(weight_format)), "auto",
+        auto_or(list_of(text)), "auto",
         "Weight formats, comma separated: none (as loaded), q4f16_1, q4f16_0, q4f16_2, q4f32_1, q3f16_1, q0f16, "
         "q0f32 (MLC's), 4bit, 8bit (bitsandbytes), fake_q3 (quality only), e.g. --kv-quantization=none,q4f16_1. "
         "auto: none,q4f16_1,fake_q3 in the perplexity suite, none,q4f16_1 in the design-space suite (q4f16_1 on "

@@ -4,16 +4,7 @@
 
 from typing import Annotated
 
-from .option import Option, OptionGroup, off_or, path
-
-
-def _rules(typed: str) -> str | None:
-    from kvsuite.comparison.rules import parse_rules
-
-    if typed.strip() == "off":
-        return None
-    parse_rules(typed)  # whether the metrics exist is asked when those of the hooks and of the base are known
-    return typed.strip()
+from .option import Option, OptionGroup, off_or, path, text
 
 
 class ComparisonOptions(OptionGroup, frozen=True, kw_only=True):
@@ -27,7 +18,7 @@ class ComparisonOptions(OptionGroup, frozen=True, kw_only=True):
         example="latest",
     )]
     fail: Annotated[str | None, Option(
-        _rules, "off",
+        off_or(text), "off",
         "Rules of the comparison; what breaks one fails its test, e.g. "
         '--kv-fail="peak_vram:+2%,perplexity:+0.5%,decode_tok_s:-5%,missing" or --kv-fail=default.',
         example="default",

@@ -150,11 +150,23 @@ def whole_number(minimum: int, maximum: int = MOST_TOKENS) -> Callable[[str], in
     return lambda typed: whole(typed, minimum, maximum)
 
 
+def outside_brackets(text: str) -> list[str]:
+    """Parts between the commas of ``text`` that stand outside of all brackets."""
+    depth, parts = 0, [""]
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
 def list_of(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """A comma-separated list that names no value twice."""
+    """A comma-separated list that names no value twice; commas in brackets separate nothing."""
 
     def parse(text: str) -> tuple[T, ...]:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = [part.strip() for part in outside_brackets(text) if part.strip()]
         values = tuple(item(part) for part in parts)
         if not values:
             raise ValueError("is empty")

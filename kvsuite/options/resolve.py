@@ -62,19 +62,15 @@ class Options:
             )
         return found
 
-    def __getattr__(self, name: str) -> Any:
-        for group in self.__dict__["_groups"].values():
-            if name in group.__struct_fields__:
-                return getattr(group, name)
-        raise AttributeError(name)
-
     def to_dict(self) -> dict[str, Any]:
         """All values as JSON types."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for group in self._groups.values()
-            for name, value in structs.asdict(group).items()
-        }
+        return {name: _json(value) for group in self._groups.values() for name, value in structs.asdict(group).items()}
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json(one) for one in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 def resolve_options(raw: Callable[[str], str | None], ini: Callable[[str], str | None]) -> Options:

@@ -4,8 +4,10 @@
 
 from typing import Annotated
 
+from .card import card_bytes
 from .numbers import decimal
 from .option import Option, OptionGroup, list_of, path, switch
+from .shard import Shard
 
 _LEAST_S = 0.001
 _STATUSES = ("oom", "error", "crashed", "invalid", "skipped")
@@ -29,16 +31,8 @@ def _statuses(typed: str) -> tuple[str, ...]:
     return found
 
 
-def _shard(typed: str) -> str:
-    from kvsuite.distribution.shards import Shard
-
-    return str(Shard.parse(typed))
-
-
 def _card(typed: str) -> str:
-    from kvsuite.memory_model.fit import parse_card
-
-    parse_card(typed, 1.0, option="--kv-plan-card")
+    card_bytes(typed, "--kv-plan-card")
     return typed
 
 
@@ -63,8 +57,8 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
         "Statuses of cases that a resumed run measures again, comma separated: oom, error, crashed, invalid, "
         "skipped, or none.",
     )]
-    shard: Annotated[str | None, Option(
-        _shard, "",
+    shard: Annotated[Shard | None, Option(
+        Shard.parse, "",
         "Run part I of N of the selected cases, balanced by expected cost, e.g. --kv-shard=1/4; python -m "
         "kvsuite merge joins the parts.",
         example="1/4",

@@ -1,76 +1,37 @@
-"""The pytest plugin: wiring between pytest's hooks and kvsuite. Imports no torch."""
+"""The pytest plugin: the half that is always there. It registers options, hooks and fixtures, and imports nothing else.
+
+The other half, `kvsuite.plugin.run`, comes in when a test asks for a case, an option is given, a comparison is asked for, or
+xdist controls workers, so that tests which have nothing to do with kvsuite pay for nothing.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
-from collections.abc import Generator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite.case import Case
-from kvsuite.distribution.gpus import bind, gpus_for, require_gpu_each
+from kvsuite import __version__
 from kvsuite.entry_points import warn
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.misspelt import misspelt_options, misspelt_variables
-from kvsuite.options.resolve import add_options, resolve_options
-from kvsuite.suites.registry import (
-    UnusableSuite,
-    cases_of,
-    require_measurable,
-    suite_names,
-    take_hooked,
-    usable_cases,
-    usable_suites,
-)
+from kvsuite.options.resolve import Options, add_options, resolve_options
 
 from . import hookspec
-from .builtin_hooks import pytest_kvsuite_figures, pytest_kvsuite_metrics
-from .case_watch import CaseGuard, case_of
 from .fixtures import kv_case, kv_options, kv_run, kv_runner
-from .gate import register_gate
-from .pytest_benchmark import (
-    pytest_benchmark_compare_machine_info,
-    pytest_benchmark_update_json,
-    pytest_benchmark_update_machine_info,
-)
-from .reporter import Reporter
-from .selection import select, take_up
-from .stash import (
-    BOUND_GPU,
-    CASES,
-    FINISHED,
-    GPUS,
-    MEASURED,
-    OPTIONS,
-    ORDER_SEED,
-    PLACES,
-    REPORTER,
-    RESUMED,
-    RUNNER,
-    SAVED_GPUS,
-    UNUSABLE,
-    USAGE_ERROR,
-    WORKERS,
-    is_worker,
-    worker_input,
-)
-from .terminal import pytest_report_collectionfinish, pytest_report_header, pytest_terminal_summary
-from .xdist_controller import WorkerGuard
+from .stash import CASES, OPTIONS, RESUMED, is_worker
 
-# fixtures, and hooks that stand in files of their own: pytest finds them by name in this module
-__all__ = [
-    "kv_case", "kv_options", "kv_run", "kv_runner",
-    "pytest_benchmark_compare_machine_info", "pytest_benchmark_update_json", "pytest_benchmark_update_machine_info",
-    "pytest_kvsuite_figures", "pytest_kvsuite_metrics",
-    "pytest_report_collectionfinish", "pytest_report_header", "pytest_terminal_summary",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from kvsuite.metrics import Metric
+
+# fixtures stand in a file of their own: pytest finds them by name in this module
+__all__ = ["kv_case", "kv_options", "kv_run", "kv_runner"]
 
 _MARKERS = ("kv_suite(name): a kvsuite benchmark; its cases come from the suite's space",)
+_FIXTURES = frozenset({"kv_case", "kv_run", "kv_runner"})
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -78,7 +39,10 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add_options(parser)
+    try:
+        add_options(parser)
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_load_initial_conftests(parser: pytest.Parser, args: list[str]) -> None:
@@ -92,51 +56,24 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
     try:
-        options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
-        if options.given:
-            # only what was asked for is checked: a run without kvsuite cases pays nothing
-            _check(options)
-        register_gate(config, options)
+        options = config.stash[OPTIONS] = _resolve(config)
+        config.stash[CASES] = {}
+        compares = config.getoption("benchmark_compare", default=None)
+        controls = not is_worker(config) and config.getoption("dist", default="no") != "no"
+        if options.given or compares or controls:
+            from .run import begin
+
+            begin(config)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
-    config.stash[OPTIONS] = options
-    config.stash[CASES] = {}
-    config.stash[ORDER_SEED] = worker_input(config).get("kv_order_seed", time.time_ns() % 2**31)
-    config.stash[SAVED_GPUS] = []
-    config.stash[PLACES] = {}
-    config.stash[FINISHED] = frozenset(worker_input(config).get("kv_finished", ()))
-    # plugins of their own: some hooks are told no config
-    config.pluginmanager.register(CaseGuard(config), "kvsuite-cases")
-    if is_worker(config):
-        return
-    for line in misspelt_variables(os.environ):
-        warn(line)
-    reporter = config.stash[REPORTER] = Reporter(config, options)
-    config.pluginmanager.register(reporter, "kvsuite-reporter")
-    try:
-        config.stash[RESUMED] = take_up(config, reporter)
-    except UserError as error:
-        raise pytest.UsageError(f"kvsuite: {error}") from error
-    if options.plan:
-        # nothing is measured, so nothing is spread
-        config.option.dist, config.option.tx = "no", []
-    elif config.getoption("dist", default="no") != "no":
-        config.stash[WORKERS] = WorkerGuard(config, reporter)
-        config.pluginmanager.register(config.stash[WORKERS], "kvsuite-workers")
+    if not is_worker(config):
+        for line in misspelt_variables(os.environ):
+            warn(line)
 
 
-def _check(options: Any) -> None:
-    for suite in usable_suites():
-        usable_cases(suite.name, options)
-        suite.check(options)
-    if "model" in options.given:
-        from kvsuite.models.resolve import resolve_model
-
-        resolve_model(options.model, cache_dir=Path(options.cache_dir) if options.cache_dir else None)
-    if "corpus" in options.given:
-        from kvsuite.workloads.corpus import check_corpus
-
-        check_corpus(options.corpus)
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    resumed = config.stash.get(RESUMED, None)
+    return [f"kvsuite: {__version__}", *([f"kvsuite: {resumed}"] if resumed else [])]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -145,190 +82,41 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     try:
-        options = resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)
-        gpus = gpus_for(options.device) if options.given else None
+        options = _resolve(config)
+        if not options.given:
+            return None
+        from kvsuite.distribution.gpus import gpus_for
+
+        gpus = gpus_for(options.of(CommonOptions).device)
     except UserError:
         return None  # pytest_configure says what is wrong
     return len(gpus.entries) or None if gpus is not None else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marker = metafunc.definition.get_closest_marker("kv_suite")
-    if marker is None or "kv_case" not in metafunc.fixturenames:
+    if _FIXTURES.isdisjoint(metafunc.fixturenames):
         return
+    from .run import begin, parametrize
+
     try:
-        if len(marker.args) != 1:
-            raise UserError(
-                f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')"
-            )
-        name = str(marker.args[0])
-        _ask_hook(metafunc.config, metafunc.definition.ihook)
-        cases = cases_of(name, metafunc.config.stash[OPTIONS])
-    except UnusableSuite as error:
-        # a test that says so, and the other suites go on
-        metafunc.parametrize("kv_case", [f"{UNUSABLE}{error}"], ids=["unusable"], indirect=True)
-        return
-    except UserError as error:
-        raise pytest.UsageError(f"kvsuite: {error}") from error
-    metafunc.config.stash[CASES].update({(name, case.id): case for case in cases})
-    ids = [case.id for case in cases]
-    # strings, so that pytest-benchmark can store and compare the parameter
-    metafunc.parametrize("kv_case", ids, ids=ids, indirect=True)
-
-
-def _ask_hook(config: pytest.Config, hook: Any) -> None:
-    """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
-    for suites in hook.pytest_kvsuite_suites(config=config):
-        take_hooked(suites, "pytest_kvsuite_suites")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    # --benchmark-only and --benchmark-skip look for the name of a fixture that kv_run asks for only when rounds are timed
-    asked = any(config.getoption(name, default=False) for name in ("benchmark_only", "benchmark_skip"))
-    lacking: list[list[str]] = []
-    for item in items if asked else []:
-        # the list is shared by the cases of one test
-        if case_of(config, item) and "benchmark" not in item.fixturenames:  # type: ignore[attr-defined]
-            item.fixturenames.append("benchmark")  # type: ignore[attr-defined]
-            lacking.append(item.fixturenames)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for one in lacking:
-            one.remove("benchmark")
-    before = len(items)
-    cases = select(config, items)
-    try:
-        _bind(config, cases)
-        _expect(config, cases, [item.nodeid for item in items], left_out=len(items) < before)
+        begin(metafunc.config)
+        parametrize(metafunc)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
-def _bind(config: pytest.Config, cases: list[tuple[str, Case]]) -> None:
-    """Let a worker see its own GPU alone, before torch is loaded."""
-    if not cases or not is_worker(config):
-        return
-    gpus, slot = gpus_for(config.stash[OPTIONS].device), worker_input(config).get("kv_slot", 0)
-    # too many workers are refused by the controller
-    if gpus is not None and slot < len(gpus.entries):
-        config.stash[GPUS] = gpus
-        config.stash[BOUND_GPU] = bind(gpus, slot)
+def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:
+    from kvsuite.metrics import BUILTIN
+    from kvsuite.metrics.installed import installed_metrics
+
+    return (*BUILTIN, *installed_metrics())
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
-    # the controller of xdist collects nothing itself
-    config = node.config
-    workers = config.stash[WORKERS]
-    if workers.is_expecting:
-        return
-    options = config.stash[OPTIONS]
-    brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
-    try:
-        _ask_hook(config, config.hook)
-        known: dict[str, Case] = {}
-        for case in (case for name in suite_names() for case in usable_cases(name, options)):
-            if case.id in brackets.values() and known.setdefault(case.id, case) != case:
-                raise UserError(
-                    f"suites {known[case.id].suite} and {case.suite} both have a case {case.id}, which the controller of "
-                    "xdist cannot tell apart; name one otherwise, or leave -n out"
-                )
-        selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
-        if selected:
-            require_gpu_each(gpus_for(options.device), options.device, workers.workers)
-            workers.expect(selected)
-        _expect(config, selected, ids, left_out=False)
-    except UserError as error:
-        raise pytest.UsageError(f"kvsuite: {error}") from error
+def pytest_kvsuite_figures(run: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> Iterable[Path]:
+    from .suite_figures import draw
+
+    return draw(run, rows, folder)
 
 
-def _end_on_sigterm(config: pytest.Config) -> None:
-    """Let a scheduler's SIGTERM end the run as Ctrl-C does, so that reports of the finished cases are written."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def end(number: int, frame: Any) -> NoReturn:
-        # timeout(1) and schedulers send it to the process and to its group: the second must not cut off what the first began
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # an exit code of pytest's own, without which it shows no summary
-        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=pytest.ExitCode.INTERRUPTED)
-
-    before = signal.signal(signal.SIGTERM, end)
-
-    def restore() -> None:
-        signal.signal(signal.SIGTERM, before)
-
-    config.add_cleanup(restore)
-
-
-def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str], *, left_out: bool) -> None:
-    """The controller, or the only process, learns what is going to be measured."""
-    reporter = config.stash.get(REPORTER, None)
-    if reporter is None or config.option.collectonly or config.stash[OPTIONS].plan:
-        return
-    if cases:
-        require_measurable([case for _, case in cases])
-    if cases or left_out:
-        reporter.expect([case for _, case in cases], ids)
-    # not of a run that was refused
-    reporter.left_out = reporter.left_out or left_out
-    if cases:
-        _end_on_sigterm(config)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    measured = item.stash.get(MEASURED, None)
-    if measured is not None and report.when == "call":
-        environment = item.config.stash[RUNNER].environment
-        from kvsuite.case import digest
-
-        measured.record.env = digest(environment)
-        # an attribute of the report travels through xdist and stays out of the JUnit XML
-        report.kvsuite = {  # type: ignore[attr-defined]
-            "record": measured.record.to_dict(),
-            "tokens": measured.tokens,
-            "environment": environment,
-        }
-    if USAGE_ERROR in item.stash:
-        report.kvsuite_usage_error = item.stash[USAGE_ERROR]  # type: ignore[attr-defined]
-    return report
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    config = session.config
-    if not config.stash[OPTIONS].plan or is_worker(config):
-        return None
-    from kvsuite.distribution.plan import plan_text
-
-    cases = [case for item in session.items if (case := case_of(config, item)) is not None]
-    workers = int(config.getoption("numprocesses", default=None) or 1)
-    terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
-    try:
-        text = plan_text(cases, config.stash[OPTIONS], workers=workers)
-    except UserError as error:
-        raise pytest.UsageError(f"kvsuite: {error}") from error
-    if terminal is not None:
-        terminal.ensure_newline()
-        terminal.section("kvsuite plan")
-        terminal.write_line(text)
-    return True
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    reporter = session.config.stash.get(REPORTER, None)
-    if reporter is None:
-        return
-    reporter.finish()
-    if reporter.left_out and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        # the earlier run, or the other shards, have all
-        session.exitstatus = pytest.ExitCode.OK
-    failed = reporter.nothing_ran or reporter.failure or reporter.kept_failures
-    if failed and session.exitstatus in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+def _resolve(config: pytest.Config) -> Options:
+    return resolve_options(lambda dest: config.getoption(dest, default=None), config.getini)

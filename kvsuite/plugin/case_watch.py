@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 import pytest
 
 from kvsuite.case import Case, digest
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.survival.black_box import BlackBox
 
@@ -68,7 +70,7 @@ class CaseGuard:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _begin(self, case: Case, item: pytest.Item) -> None:
-        box, options = self._config.stash[BOX], self._config.stash[OPTIONS]
+        box, options = self._config.stash[BOX], self._config.stash[OPTIONS].of(CommonOptions)
         if not box.is_read:
             return
         record = Record(
@@ -93,7 +95,7 @@ class CaseGuard:
         if is_worker(self._config):
             _die_with_parent()
             return
-        limit = self._config.stash[OPTIONS].timeout
+        limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
         if limit is None or not hasattr(signal, "SIGKILL"):
             return
         self._folder = Path(tempfile.mkdtemp(prefix="kvsuite-"))

@@ -7,34 +7,137 @@ report before the terminal, the JUnit XML and the exit code see it.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.comparison import ComparisonOptions
+from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RUN_SCHEMA
 from kvsuite.suites.registry import suite_names, usable_cases
 
-from .comparison_base import Base, bracket
 from .stash import REPORTER, is_worker
 
 if TYPE_CHECKING:
-    from kvsuite.comparison.compare import Comparison
-    from kvsuite.comparison.matching import Matcher
-    from kvsuite.comparison.verdicts import Verdict
+    from kvsuite.comparison.compare import Comparison, ComparisonBuilder
+    from kvsuite.comparison.rules import Known, Rules
+    from kvsuite.comparison.sides import Side
 
 FILE = "comparison.json"
 
 
 def register_gate(config: pytest.Config, options: Options) -> None:
     """Register the gate where a comparison is asked for, by us or by pytest-benchmark; workers measure and do not judge."""
-    asked = options.compare or options.fail or config.getoption("benchmark_compare", default=None)
-    if asked and not options.plan and not is_worker(config):
+    own = options.of(ComparisonOptions)
+    asked = own.compare or own.fail or config.getoption("benchmark_compare", default=None)
+    if asked and not options.of(SweepOptions).plan and not is_worker(config):
         base = Base(config, options)
         config.pluginmanager.register(base, "kvsuite-comparison-base")
         config.pluginmanager.register(Gate(config, options, base), "kvsuite-comparison")
+
+
+def rules_of(options: Options, known: Mapping[str, Known] | None = None) -> Rules:
+    """The rules of ``--kv-fail``.
+
+    Parameters
+    ----------
+    options
+        Resolved options.
+    known
+        The metrics, ``None`` before those of the hooks and of the base are known: then nobody asks whether they exist.
+
+    Raises
+    ------
+    UserError
+        If one of them is none.
+    """
+    from kvsuite.comparison.rules import Rules, parse_rules
+
+    text = options.of(ComparisonOptions).fail
+    try:
+        return Rules() if text is None else parse_rules(text, known)
+    except ValueError as error:
+        raise option_of(ComparisonOptions, "fail").refused(str(text), str(error)) from error
+
+
+class Base:
+    """Finds the base of a comparison; a plugin, because pytest-benchmark hands over what its storage found.
+
+    Parameters
+    ----------
+    config
+        pytest's configuration.
+    options
+        Resolved options.
+
+    Raises
+    ------
+    UserError
+        If ``--kv-compare`` names what cannot be read.
+    """
+
+    def __init__(self, config: pytest.Config, options: Options) -> None:
+        self._config = config
+        self._options = options.of(ComparisonOptions)
+        self._report_dir = Path(options.of(CommonOptions).report_dir)
+        self._sections: list[dict[str, Any]] = []
+        self._saved_without_records = False
+        self._given: Side | None = None
+        #: what a reader must know if there is no base
+        self.problem: str | None = None
+        compare = self._options.compare
+        if compare not in (None, "latest"):
+            from kvsuite.comparison.sides import read_side
+
+            self._given = read_side(compare, option="--kv-compare")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
+        """Keep the records of a file that pytest-benchmark's own storage found for ``--benchmark-compare``."""
+        if "kvsuite" in compared_benchmark:
+            self._sections.append(compared_benchmark["kvsuite"])
+        else:
+            self._saved_without_records = True
+
+    def find(self, ids: frozenset[str]) -> Side | None:
+        """The base for a run of these cases, ``None`` if none is asked for.
+
+        Raises
+        ------
+        UserError
+            If there is none although one is asked for, naming the option and the mend.
+        """
+        from kvsuite.comparison.records import section_of
+        from kvsuite.comparison.sides import latest_run, side_of_section
+
+        saved = self._config.getoption("benchmark_compare", default=None)
+        if saved and self._config.getoption("dist", default="no") != "no":
+            raise UserError(
+                "--benchmark-compare: pytest-benchmark switches itself off under xdist (-n), so nothing would be compared; "
+                "use --kv-compare=latest, or leave out -n"
+            )
+        if self._options.compare is not None:
+            brackets = frozenset(bracket(node_id) for node_id in ids)
+            # a resumed run goes on in its own folder, which is no base
+            going_on = self._config.stash[REPORTER].folder
+            return self._given or latest_run(self._report_dir, option="--kv-compare", brackets=brackets, but=going_on)
+        if self._sections:
+            section = section_of(self._sections[-1], f"--benchmark-compare={saved}")
+            return side_of_section(section)
+        if saved and self._saved_without_records:
+            self.problem = "--benchmark-compare: that file holds no records of kvsuite, so only its times are compared"
+        if self._config.getoption("kv_fail", default=None):
+            raise UserError(
+                f"--kv-fail={self._options.fail}: there is nothing to compare with; add --kv-compare=latest (or a path) or "
+                "--benchmark-compare, after a run that saved records"
+            )
+        return None
 
 
 class Gate:
@@ -57,10 +160,9 @@ class Gate:
         # whether this run has cases of ours, and why they cannot be compared
         self._ours = False
         self._unprepared: UserError | None = None
-        self._matcher: Matcher | None = None
-        self._family = 1
-        self._matched: dict[str, Any] = {}
-        self._rows: dict[str, list[Verdict]] = {}
+        self._builder: ComparisonBuilder | None = None
+        self._judged: set[str] = set()
+        self._missing: list[str] = []
         self.result: Comparison | None = None
         self.problem: str | None = None
 
@@ -80,7 +182,7 @@ class Gate:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
         """As `pytest_collection_finish`: the controller of xdist collects nothing itself, and sees ids alone."""
-        if self._matcher is not None or self._unprepared is not None:
+        if self._builder is not None or self._unprepared is not None:
             return
         known = self._space_ids(suite_names())
         if any(bracket(node_id) in known for node_id in ids):
@@ -103,23 +205,19 @@ class Gate:
             raise pytest.UsageError(f"kvsuite: {error}") from error
 
     def _prepare(self, ids: frozenset[str]) -> None:
-        from kvsuite.comparison.compare import Comparison, gated_times, select
-        from kvsuite.comparison.matching import Matcher, cases_of_side
-        from kvsuite.comparison.rules import Known, Rules, known_metrics, parse_rules
+        from kvsuite.comparison.compare import ComparisonBuilder
+        from kvsuite.comparison.rules import known_metrics
 
         base = self._base.find(ids)
         if base is None:
             return
-        rules = parse_rules(self._options.fail) if self._options.fail else Rules()
         hooks = self._config.hook.pytest_kvsuite_metrics(config=self._config)
-        more = [(one.name, Known(one.unit, one.better, one.metric_class)) for metrics in hooks for one in metrics]
+        known = known_metrics(base, more=[metric for metrics in hooks for metric in metrics])
+        rules = rules_of(self._options, known)
         suites = {row.suite for run in base.runs for row in run.rows} | set(suite_names())
-        rules.check(known_metrics(base, more=more), suites, "--kv-fail")
-        cases = cases_of_side(base)
+        rules.check(known, suites, "--kv-fail")
         self._selected = ids
-        self._matcher = Matcher(cases, ids)
-        self._family = gated_times(select(cases, ids), rules)
-        self.result = Comparison(base, base, rules, notes=[])
+        self._builder = ComparisonBuilder(base, rules, ids)
 
     # verdicts
 
@@ -130,41 +228,26 @@ class Gate:
         if payload is not None:
             self._ours = True
             lines: list[str] = []
-            if self.result is not None:
-                lines = self._judge(payload["record"], payload.get("environment"), payload.get("tokens"))
+            if self._builder is not None:
+                lines = self._judge(self._builder, payload["record"], payload.get("environment"), payload.get("tokens"))
             elif self._unprepared is not None:
                 lines = [str(self._unprepared)]
             if lines:
                 self._fail(report, lines)
         return (yield)
 
-    def _judge(self, record: dict[str, Any], environment: Any, tokens: Any) -> list[str]:
+    def _judge(self, builder: ComparisonBuilder, record: dict[str, Any], environment: Any, tokens: Any) -> list[str]:
         """Lines that make the case fail."""
-        from kvsuite.comparison.compare import comparison_notes, fails
-        from kvsuite.comparison.judge import Judge, Pair
         from kvsuite.comparison.matching import SideCase
         from kvsuite.comparison.records import RunFacts, row_of
         from kvsuite.comparison.sides import Run, Side
 
-        assert self.result is not None
-        assert self._matcher is not None
-        result, row = self.result, row_of(record)
+        row = row_of(record)
         facts = RunFacts(RUN_SCHEMA, "now", environment=environment or {})
         now = Side("now", (Run(facts, (row,), None, {row.id: tokens} if tokens else {}),))
-        if row.id not in self._matched:
-            # a test that is run again has the same case
-            self._matched[row.id] = self._matcher.take(row)
-        old = self._matched[row.id]
-        if old is None:
-            self._rows[row.id] = []
-            return [f"{row.id}: new, nothing to compare with; rule new"] if "new" in result.rules.words else []
-        verdicts = Judge(result.base, now, result.rules, self._family).case(Pair(old, SideCase(((0, row),))))
-        self._rows[row.id] = verdicts
-        result.notes += [note for note in comparison_notes(result.base, now) if note not in result.notes]
-        lines = [verdict.line for verdict in verdicts if fails(verdict, result.rules)]
-        if old.first.id != row.id and "renamed" in result.rules.words:
-            lines.append(f"{row.id}: was {old.first.id}; rule renamed")
-        return lines
+        self._judged.add(row.id)
+        # by its id alone: a test that is run again has the same case
+        return builder.add(row.id, now, SideCase(((0, row),)))
 
     def _fail(self, report: pytest.TestReport, lines: Sequence[str]) -> None:
         text = self._text(lines)
@@ -176,28 +259,25 @@ class Gate:
         report.longrepr = text
 
     def _text(self, lines: Sequence[str]) -> str:
-        against = [] if self.result is None else [f"compared with {self.result.base.label}"]
+        against = [] if self._builder is None else [f"compared with {self._builder.base.label}"]
         return "\n".join([*(f"kvsuite: {line}" for line in lines), *against])
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
         """After the last test: rows that came without a report, and cases that are missing, become failed reports."""
+        from kvsuite.comparison.compare import missing_lines
+
         done = yield
-        if self.result is None or self._config.option.collectonly:
+        builder = self._builder
+        if builder is None or self._config.option.collectonly:
             return done
         rows = self._reporter_rows()
         for record in rows:
-            if record["id"] not in self._rows:
-                self._send(record["id"], self._judge(record, self._environment(), None))
-        assert self._matcher is not None
-        self.result.missing = [
-            case_id
-            for (_, case_id), case in self._matcher.left.items()
-            if self._is_missing(case_id, case.first.suite, rows)
-        ]
-        if "missing" in self.result.rules.words:
-            for case_id in self.result.missing:
-                self._send(case_id, [f"{case_id}: missing, the base has it; rule missing"])
+            if record["id"] not in self._judged:
+                self._send(record["id"], self._judge(builder, record, self._environment(), None))
+        self._missing = [row.id for row in builder.left if self._is_missing(row.id, row.suite, rows)]
+        for case_id in self._missing:
+            self._send(case_id, missing_lines(case_id, builder.rules))
         return done
 
     def _is_missing(self, case_id: str, suite: str, rows: Sequence[dict[str, Any]]) -> bool:
@@ -237,52 +317,48 @@ class Gate:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write ``comparison.json`` into the run's folder, before what is derived from it."""
-        from kvsuite.comparison.compare import case_names
         from kvsuite.comparison.sides import Side
         from kvsuite.store.files import write_atomic
 
         reporter = self._config.stash.get(REPORTER, None)
-        if self.result is None or not self._ours or self._config.option.collectonly:
+        builder = self._builder
+        if builder is None or not self._ours or self._config.option.collectonly:
             return
-        result = self.result
-        result.rows = [row for rows in self._rows.values() for row in rows]
-        result.new = [case for case, old in self._matched.items() if old is None]
-        result.renamed = [
-            (old.first.id, case) for case, old in self._matched.items() if old is not None and old.first.id != case
-        ]
-        compared = [old.first for old in self._matched.values() if old is not None]
-        result.compared = len(compared)
-        if compared:
-            result.notes += result.rules.about_nothing(case_names(row) for row in compared)
-        else:
+        folder = None if reporter is None else reporter.folder
+        result = self.result = builder.result(Side("now" if folder is None else folder.name, ()), self._missing)
+        if not result.compared:
             self.problem = (
                 f"nothing was compared: {result.base.label} has no case of this run; another model, dtype, device kind or "
                 "workload is another case"
             )
             if result.rules and session.exitstatus == 0:
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        if reporter is None or reporter.folder is None:
+        if reporter is None or folder is None:
             return
-        name = reporter.folder.name
-        result.now = Side(name, ())
         document = result.to_dict()
-        document["now"]["run"] = str(reporter.run.get("run_id", name))
+        document["now"]["run"] = str(reporter.run.get("run_id", folder.name))
         try:
-            write_atomic(reporter.folder / FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
+            write_atomic(folder / FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
         except UserError as error:
             self.problem = str(error)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Print the table."""
-        if self.result is not None and self._rows:
+        if self.result is not None and self._judged:
             from kvsuite.comparison.tables import comparison_text
+            from kvsuite.console import console_width
 
             writer = self._config.get_terminal_writer()
             terminalreporter.section("kvsuite comparison")
             text = comparison_text(
-                self.result, width=writer.fullwidth if writer.hasmarkup else 200, color=writer.hasmarkup,
+                self.result, width=console_width(writer.hasmarkup), color=writer.hasmarkup,
                 everything=self._config.getoption("verbose") > 0, more=f"{FILE} and -v show them",
             )  # fmt: skip
             terminalreporter.write(text)
         for problem in filter(None, (self._base.problem, self.problem)):
             terminalreporter.write_line(f"warning: {problem}", yellow=True)
+
+
+def bracket(node_id: str) -> str:
+    """The case's part of a pytest id, the whole id without one."""
+    return node_id.rpartition("[")[2].removesuffix("]")

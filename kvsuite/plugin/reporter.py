@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.case import Case
+from kvsuite.distribution.progress import Progress
+from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
+from kvsuite.metrics.registry import metric_of
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
 from kvsuite.suites.registry import in_order, suite_of_rows
 
-from .progress import Progress
 from .stash import BOX, ORDER_SEED
 
 if TYPE_CHECKING:
@@ -24,13 +28,6 @@ if TYPE_CHECKING:
 
 #: of the line of a finished case
 _MOST_NUMBERS = 4
-#: label, scale and unit of those that have short ones
-_NUMBERS = {
-    "perplexity": ("PPL", 1.0, ""),
-    "ttft_s": ("TTFT", 1e3, " ms"),
-    "tpot_s": ("TPOT", 1e3, " ms"),
-    "kv_bytes_exact": ("KV", 2**-20, " MiB"),
-}
 
 
 class Reporter:
@@ -47,6 +44,7 @@ class Reporter:
     def __init__(self, config: pytest.Config, options: Options) -> None:
         self._config = config
         self._options = options
+        self._common = options.of(CommonOptions)
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
         self._cases: int | None = None
@@ -63,6 +61,8 @@ class Reporter:
         self.files: list[Path] = []
         self.page: Path | None = None
         self.failure: str | None = None
+        #: seconds that the cases are expected to take, ``None`` where nothing tells
+        self.expected_s: float | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -107,8 +107,8 @@ class Reporter:
         if not cases:
             return
         self._cases = len(cases)
-        self._progress = Progress(self._write, len(cases))
-        base = Path(self._options.report_dir)
+        self._progress = Progress(self._write, len(cases), self._time_left(cases))
+        base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
             base.mkdir(parents=True, exist_ok=True)
@@ -123,6 +123,18 @@ class Reporter:
         if self._earlier is not None:
             # and whether another process still writes that run
             self._store = self._reopened(self._earlier)
+
+    def _time_left(self, cases: Sequence[Case]) -> TimeLeft | None:
+        from kvsuite.distribution.plan import measured_cases, plan
+
+        try:
+            planned = plan(cases, self._options, measured_cases(Path(self._common.report_dir), self._options))
+        except Exception as error:  # an estimate ends no run: a suite of somebody else may not count its cases
+            self._write(f"kvsuite: how long the cases take is not known: {type(error).__name__}: {error}")
+            return None
+        left = TimeLeft(planned, int(self._config.getoption("numprocesses", default=None) or 1))
+        self.expected_s = left.seconds
+        return left
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
@@ -156,7 +168,7 @@ class Reporter:
             "command": environment["command"],
             "options": self._options.to_dict(),
             "environment": environment,
-            "seed": self._options.seed,
+            "seed": self._common.seed,
             "order_seed": self._config.stash[ORDER_SEED],
             "cases": self._cases,
             "code": self._code,
@@ -166,7 +178,7 @@ class Reporter:
         """Where a row goes that another process has to write for this one: JSON types."""
         if self.folder is not None:
             return {"folder": str(self.folder.absolute()), "opening": {"facts": self._facts(environment)}}
-        base = str(Path(self._options.report_dir).absolute())
+        base = str(Path(self._common.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
 
@@ -184,7 +196,7 @@ class Reporter:
         place = self._places.setdefault(row["id"], len(self.rows))
         self.rows[place : place + 1] = [row]
         self._progress.case(row["case"]["name"])
-        self._progress.finished(_summary(row))
+        self._progress.finished(_summary(row), row)
 
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""
@@ -194,7 +206,7 @@ class Reporter:
         if self._store is None and self._earlier is not None:
             self._store = self._reopened(self._earlier)
         elif self._store is None:
-            base = Path(self._options.report_dir)
+            base = Path(self._common.report_dir)
             self._store = open_run(base, started=self._started, **self.opening(row, environment))
             self.run = read_records(self._store.folder)[0]
         self.run = self._store.with_session(self.run, self._facts(environment))
@@ -226,7 +238,7 @@ class Reporter:
             hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
             for suite, own in by_suite(self.rows):
-                self.files += suite.gather(Path(self._options.report_dir), self.run, own)
+                self.files += suite.gather(Path(self._common.report_dir), self.run, own)
             for paths in hook.pytest_kvsuite_figures(config=self._config, run=self.run, rows=self.rows, folder=folder):
                 self.files += list(paths)
             self.page = write_page(folder, self.run, self.rows)
@@ -248,7 +260,7 @@ class Reporter:
         """The reason, if cases were selected and not one could run."""
         # what is the same as a case of another shard has nothing to run
         if (
-            self._options.shard is not None
+            self._options.of(SweepOptions).shard is not None
             or not self.rows
             or any(row["status"] not in ("skipped", "invalid") for row in self.rows)
         ):
@@ -281,8 +293,7 @@ def _summary(row: dict[str, Any]) -> str:
     for name in suite_of_rows(row["suite"]).headline[:_MOST_NUMBERS] or list(row["metrics"])[:_MOST_NUMBERS]:
         value = metric_value(row, name)
         if value is not None:
-            label, scale, unit = _NUMBERS.get(name, (name, 1.0, f" {row['metrics'][name]['unit']}".replace(" 1", "")))
-            shown.append(f"{label} {value * scale:{'.2f' if name in _NUMBERS else '.5g'}}{unit}")
+            shown.append(metric_of(name, row["metrics"].get(name)).line(value))
     return ", ".join(shown)
 
 

@@ -8,7 +8,9 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.distribution.order import rotated
-from kvsuite.distribution.shards import Shard, assign
+from kvsuite.distribution.shards import assign
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.survival.resume import find_earlier, is_finished
 
 from .case_watch import case_of
@@ -24,13 +26,14 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
     UserError
         If it cannot be resumed.
     """
-    options = config.stash[OPTIONS]
+    options = config.stash[OPTIONS].of(SweepOptions)
     if options.resume is None:
         return None
-    report_dir = Path(options.report_dir)
-    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=options.shard)
+    report_dir = Path(config.stash[OPTIONS].of(CommonOptions).report_dir)
+    shard = None if options.shard is None else str(options.shard)
+    earlier = find_earlier(options.resume, report_dir, options.resume_rerun, shard=shard)
     if earlier is None:
-        of = "without --kv-shard" if options.shard is None else f"of --kv-shard={options.shard}"
+        of = "without --kv-shard" if shard is None else f"of --kv-shard={shard}"
         return f"--kv-resume={options.resume}: no run {of} under {report_dir}/ yet, a new one begins"
     reporter.go_on(earlier)
     config.stash[FINISHED] = frozenset(earlier.finished())
@@ -71,11 +74,11 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> list[tuple[str, C
 
 def _of_other_shards(config: pytest.Config, found: dict[pytest.Item, Case]) -> set[pytest.Item]:
     options = config.stash[OPTIONS]
-    if options.shard is None:
+    shard = options.of(SweepOptions).shard
+    if shard is None:
         return set()
     from kvsuite.distribution.cost import units, work_of
 
-    shard = Shard.parse(options.shard)
     # in whichever order they were collected: by paths that were given, or by a plugin that shuffles
     items = sorted(found, key=lambda item: item.nodeid)
     parts = assign([units(work_of(found[item], options)) for item in items], shard.of)

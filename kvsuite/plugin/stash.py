@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite.case import Case
-from kvsuite.options.resolve import Options
-
 if TYPE_CHECKING:
+    from kvsuite.case import Case
     from kvsuite.distribution.gpus import Gpus
     from kvsuite.measure.runner import CaseRunner, Measured
+    from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
     from .reporter import Reporter

@@ -1,4 +1,4 @@
-"""What a run says on the terminal: its header, what it is going to measure, the table at the end."""
+"""What a run says on the terminal: what it is going to measure, the table at the end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from kvsuite import __version__
+from kvsuite.distribution.progress import about
+from kvsuite.meters.host_load import busy_now
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.sweep import SweepOptions
 
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
-from .stash import OPTIONS, ORDER_SEED, REPORTER, RESUMED
-
-
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    resumed = config.stash.get(RESUMED, None)
-    return [f"kvsuite: {__version__}", *([f"kvsuite: {resumed}"] if resumed else [])]
+from .stash import OPTIONS, ORDER_SEED, REPORTER
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
@@ -24,20 +22,37 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
         return []
     first = cases[0]
     order = config.stash[ORDER_SEED]
-    return [
+    lines = [
         f"kvsuite: {len(cases)} cases on {first.device} ({first.engine}, {first.model}), order seed {order}, "
-        f"reports under {config.stash[OPTIONS].report_dir}/"
+        f"reports under {config.stash[OPTIONS].of(CommonOptions).report_dir}/"
     ]
+    reporter = config.stash.get(REPORTER, None)
+    if reporter is None or config.stash[OPTIONS].of(SweepOptions).plan:
+        return lines
+    if reporter.expected_s is not None:
+        lines.append(
+            f"kvsuite: {about(reporter.expected_s)} in all, by measured cases and a model (--kv-plan shows it)"
+        )
+    busy = busy_now()
+    if busy is not None:
+        lines.append(
+            f"kvsuite: this machine is busy ({busy}): times will scatter, and small differences mean nothing; close other "
+            "programs, or see what can be told with: python -m kvsuite doctor"
+        )
+    return lines
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or not reporter.rows:
         return
+    from kvsuite.console import console_text, console_width
     from kvsuite.suites.outputs import by_suite, run_table
 
     terminalreporter.section("kvsuite")
-    terminalreporter.write_line(run_table(reporter.run, reporter.rows))
+    is_terminal = config.get_terminal_writer().hasmarkup
+    table = console_text(run_table(reporter.run, reporter.rows), width=console_width(is_terminal))
+    terminalreporter.write_line(table)
     for suite, _ in by_suite(reporter.rows):
         for option in suite.unread_options(config.stash[OPTIONS]):
             terminalreporter.write_line(f"warning: {option}: no selected method reads it")

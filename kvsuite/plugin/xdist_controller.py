@@ -19,6 +19,7 @@ import pytest
 from kvsuite.case import Case, digest
 from kvsuite.distribution.order import session_key
 from kvsuite.measure.deadline import is_overdue, killed
+from kvsuite.options.sweep import SweepOptions
 from kvsuite.survival.black_box import read_box
 from kvsuite.survival.death import Cause, cause_of, crashed_row
 
@@ -85,9 +86,9 @@ class WorkerGuard:
         entry = read_box(self._box(node))
         if entry is None or entry["id"] != crashitem or self.has_row(crashitem):
             return
-        limit = self._config.stash[OPTIONS].timeout
+        limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
         timed_out = self._killed.get(node.gateway.id) == crashitem
-        cause = Cause("Timeout", killed(limit)) if timed_out else cause_of(_returncode(node))
+        cause = Cause("Timeout", killed(limit)) if limit is not None and timed_out else cause_of(_returncode(node))
         row = crashed_row(entry, cause)
         environment = entry["environment"]
         if environment is None:
@@ -132,8 +133,9 @@ class WorkerGuard:
         if session is not None and self._config.getoption("maxworkerrestart") is None:
             # by default four deaths a worker end a run, but each may cost one case of a long sweep
             session._max_worker_restart = max(session._max_worker_restart or 0, len(self._cases) + 4 * len(self._slots))
-        if self._config.stash[OPTIONS].timeout is not None and self._watcher is None:
-            self._watcher = threading.Thread(target=self._watch, name="kvsuite-timeouts", daemon=True)
+        limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
+        if limit is not None and self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch, args=(limit,), name="kvsuite-timeouts", daemon=True)
             self._watcher.start()
 
     @property
@@ -168,12 +170,11 @@ class WorkerGuard:
     def _box(self, node: Any) -> Path:
         return self._folder / f"{node.gateway.id}.json"
 
-    def _watch(self) -> None:
-        limit = self._config.stash[OPTIONS].timeout
+    def _watch(self, limit_s: float) -> None:
         while not self._over.wait(_POLL_S):
             for path in self._folder.glob("*.json"):
                 entry = read_box(path)
-                if entry is not None and path.stem not in self._killed and is_overdue(entry, limit):
+                if entry is not None and path.stem not in self._killed and is_overdue(entry, limit_s):
                     self._killed[path.stem] = entry["id"]
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(entry["pid"], signal.SIGKILL)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.option import Option, option_of
+from kvsuite.options.resolve import Options
 
 from .formats import CAST_FORMATS, GROUP_FORMATS
 
@@ -60,6 +64,34 @@ def quantization(name: str) -> Quantization:
         raise UserError(
             f"--kv-quantization={name}: unknown weight format; choose from {', '.join(QUANTIZATIONS)}"
         ) from None
+
+
+def selected_formats(options: Options) -> tuple[str, ...] | None:
+    """The weight formats of ``--kv-quantization``, ``None`` if each suite takes its own.
+
+    Raises
+    ------
+    UserError
+        If one of them is not known.
+    """
+    chosen = options.of(CommonOptions).quantization
+    if chosen is not None:
+        require_known(option_of(CommonOptions, "quantization"), chosen)
+    return chosen
+
+
+def require_known(option: Option, formats: Sequence[str]) -> None:
+    """Refuse the value of an option that names a weight format which is not known.
+
+    Raises
+    ------
+    UserError
+        Naming the option, its value and the formats.
+    """
+    for name in formats:
+        if name not in QUANTIZATIONS:
+            detail = f"unknown weight format {name}; use {', '.join(QUANTIZATIONS)}"
+            raise option.refused(",".join(formats), detail)
 
 
 def label(name: str, dtype: str) -> str:

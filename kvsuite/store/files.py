@@ -45,8 +45,11 @@ def utf8(text: str) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse strict JSON: ``ValueError`` for NaN and the infinities, which Python would accept."""
-    return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    """Parse strict JSON: ``ValueError`` for NaN and the infinities, which Python would accept, and for endless nesting."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -19,6 +19,7 @@ from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA, check_schema
 
 from .files import sync_folder, utf8, write_atomic
+from .inside import inside
 from .records_file import RECORDS_FILE, code_of, session_of, whole_lines
 from .validate import validate
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RecordStore", "create_run_folder", "open_run"]
 
+#: of the file with a case's raw tokens
+SIDECAR_SUFFIX = ".parquet"
 _NAME_LIMIT = 80  # of each part: a file name may have 255 bytes
 #: held by the process that writes the records; free once that process is gone, however it ended
 _LOCK_FILE = ".records.lock"
@@ -256,8 +259,12 @@ class RecordStore:
         from pyarrow import parquet
 
         # the digest keeps two ids apart that become the same file name
-        name = f"{id_token(row_id)[-_NAME_LIMIT:]}-{digest(row_id).removeprefix('sha256:')[:8]}.parquet"
-        path = self.folder / "tokens" / name
+        name = f"{id_token(row_id)[-_NAME_LIMIT:]}-{digest(row_id).removeprefix('sha256:')[:8]}{SIDECAR_SUFFIX}"
+        try:
+            # of a run that goes on, the folder is as somebody left it
+            path = inside(self.folder, f"tokens/{name}")
+        except ValueError as error:
+            raise UserError(f"{self.folder / 'tokens'}: {error}; remove it") from error
         buffer = pa.BufferOutputStream()
         parquet.write_table(pa.table({key: pa.array(column) for key, column in table.items()}), buffer)
         try:

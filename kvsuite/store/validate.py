@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kvsuite.errors import UserError
 from kvsuite.record import schema
 
+from .shapes import is_record
+
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
@@ -29,13 +31,25 @@ def validate(kind: str, document: object, where: str) -> None:
     UserError
         Naming the place inside the document and what is wrong with it.
     """
+    records = document.get("records") if kind == "report" and isinstance(document, dict) else None
+    if isinstance(document, dict) and isinstance(records, list):
+        _validate(kind, document | {"records": []}, where)
+        for index, record in enumerate(records):
+            if not is_record(record):
+                _validate("record", record, where, of=kind, below=("records", index))
+    elif kind != "record" or not is_record(document):
+        _validate(kind, document, where)
+
+
+def _validate(kind: str, document: object, where: str, *, of: str | None = None, below: tuple[Any, ...] = ()) -> None:
+    """By the schema, which is slow; ``below`` is the place of the document in a larger one of the kind ``of``."""
     from jsonschema.exceptions import best_match
 
     error = best_match(_validator(kind).iter_errors(document))
     if error is not None:
-        place = "/".join(str(part) for part in error.absolute_path) or "top level"
+        place = "/".join(str(part) for part in (*below, *error.absolute_path)) or "top level"
         raise UserError(
-            f"{where}: not a valid {kind}, at {place}: {_shorten(error.message)}; correct or re-run the case"
+            f"{where}: not a valid {of or kind}, at {place}: {_shorten(error.message)}; correct or re-run the case"
         )
 
 

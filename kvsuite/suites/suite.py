@@ -18,6 +18,8 @@ from .generic import generic_csv, generic_files, generic_table
 
 if TYPE_CHECKING:
     # the half that measures
+    from rich.console import RenderableType
+
     from kvsuite.engines.engine import Session
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
@@ -122,8 +124,8 @@ class Suite(ABC):
 
     # after a run: rows are of this suite, in the order of its space
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-        """The console table with what its columns mean: one or more lines."""
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType | None:
+        """The console table with what its columns mean, as rich draws it; ``None`` for none. `kvsuite.console` has parts."""
         return generic_table(self.name, rows, self.headline)
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:

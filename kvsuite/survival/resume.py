@@ -11,6 +11,7 @@ from typing import Any
 from kvsuite.case import Case, digest
 from kvsuite.errors import UserError
 from kvsuite.store.files import parse_json
+from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, read_records
 from kvsuite.store.validate import validate
 
@@ -155,8 +156,12 @@ def find_earlier(
     run, rows, notes = read_records(path)
     validate("run", run, str(path))
     for row in rows:
-        if not _is_row(row):
-            raise UserError(f"--kv-resume={request}: a record of {path} lacks fields; it is not kvsuite's")
+        where = f"--kv-resume={request}: {path}: {row.get('id')}"
+        validate("record", row, where)
+        try:
+            inside(folder, row["sidecar"] or "none")
+        except ValueError as error:
+            raise UserError(f"{where} names {row['sidecar']}, which {error}; it is not kvsuite's") from error
     return EarlierRun(folder, run, rows, [note for note in notes if "is there twice" not in note], tuple(rerun))
 
 
@@ -178,15 +183,6 @@ def _shard_of(line: bytes) -> str | None:
         # taken, so that reading it tells what is wrong
         return _UNREADABLE
     return None if found is None else str(found)
-
-
-def _is_row(row: Mapping[str, Any]) -> bool:
-    parts = [row.get(name) for name in ("case", "model")]
-    return (
-        all(isinstance(part, dict) for part in parts)
-        and {"device", "workload"} <= row["case"].keys()
-        and {"dataset", "id", "status", "suite"} <= row.keys()
-    )
 
 
 def _refuse(folder: Path, found: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ import pytest
 from kvsuite.metrics import MetricRegistry
 from kvsuite.measure.runner import Measured
 from kvsuite.record import Record
+from kvsuite.options.common import CommonOptions
 from kvsuite.plugin.stash import RUNNER
 from slow import step
 
@@ -58,7 +59,7 @@ class Loop:
 
 @pytest.fixture(scope="session")
 def kv_runner(pytestconfig, kv_options):
-    runner = pytestconfig.stash[RUNNER] = Loop(kv_options.rounds)
+    runner = pytestconfig.stash[RUNNER] = Loop(kv_options.of(CommonOptions).rounds)
     return runner
 """
 STEP = "import time\n\n\ndef step():\n    time.sleep({})\n"
@@ -137,7 +138,7 @@ def test_a_slower_loop_in_a_dirty_tree_is_named(repository: Path) -> None:
     assert line.split()[:2] == ["hf-baseline", "decode_tok_s_agg"]
     assert "tok/s" in line
     assert "[6/6] head-3: . (working tree)" in done.stdout
-    assert "ETA" in done.stdout
+    assert " left" in done.stdout
     found = json.loads((repository / "out" / "comparison.json").read_text())
     assert found["base"]["label"].startswith("fast (")
     assert found["now"]["label"] == ". (working tree)"

@@ -110,9 +110,8 @@ def test_token_losses_come_from_the_sidecar(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     row = record("a", METRICS)
     write_run(folder)
-    with RecordStore(folder, 0) as store:
+    with RecordStore.reopen(folder) as store:
         row["sidecar"] = store.write_sidecar(row["id"], columns)
-        store._fd = None
     report = as_report(folder) | {"records": [row]}
     (folder / "report.json").write_text(json.dumps(report))
     (one,) = read_side(str(folder / "report.json"), option="A").runs

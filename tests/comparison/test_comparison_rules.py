@@ -9,18 +9,19 @@ from comparison_samples import record, side
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.comparison import DEFAULT_RULES, compare, known_metrics, parse_rules
+from kvsuite.comparison import compare, default_rules, known_metrics, parse_rules
 from kvsuite.comparison.limits import parse_limit
 from kvsuite.comparison.rules import Rule
+from kvsuite.comparison.tables import comparison_text
 from kvsuite.errors import UserError
-from kvsuite.metrics.registry import ALIASES
+from kvsuite.metrics.registry import ALIASES, Metric, MetricRegistry
 
 KNOWN = known_metrics()
 SUITES = ["compression", "perplexity", "dse"]
 
 
 def find(text: str, metric: str, suite: str = "compression", case: str = "streaming_64") -> Rule | None:
-    return parse_rules(text).of_case(suite, (case, f"hf-{case}")).find(metric, *KNOWN[metric])
+    return parse_rules(text).of_case(suite, (case, f"hf-{case}")).find(metric, *KNOWN[metric][:3])
 
 
 LIMITS = {
@@ -91,7 +92,7 @@ def test_a_whole_id_is_a_name() -> None:
     whole = "benchmarks/test_compression.py::test_compression[hf-streaming_64]"
     rules = parse_rules(f"compression/{whole}/kv_bytes_exact:+0")
     assert rules.of_case("compression", ("streaming_64", "hf-streaming_64", whole)).find(
-        "kv_bytes_exact", *KNOWN["kv_bytes_exact"]
+        "kv_bytes_exact", *KNOWN["kv_bytes_exact"][:3]
     )
     assert rules.about_nothing([("compression", (whole,))]) == []
 
@@ -117,7 +118,7 @@ def test_rules_about_what_is_not_known_yet() -> None:
 def test_words_and_the_default() -> None:
     rules = parse_rules("default, missing ,new,renamed,unstable,ttft:off")
     assert rules.words == {"missing", "new", "renamed", "unstable"}
-    assert len(rules.rules) == len(DEFAULT_RULES.split(",")) + 1
+    assert len(rules.rules) == len(default_rules()) + 1
     rules.check(KNOWN, SUITES, "--fail")
     assert parse_rules("missing")
 
@@ -180,3 +181,19 @@ def test_any_text_is_rules_or_one_line(text: str) -> None:
         message = str(error)
     assert message
     assert "\n" not in message
+
+
+def test_the_default_gates_what_others_say_of_their_metrics() -> None:
+    energy = Metric("joules", "J", "lower", "near_deterministic", "energy", limit="+5%")
+    rows = []
+    for value in (10.0, 11.0):
+        rows.append(record("a"))
+        rows[-1]["metrics"]["joules"] = MetricRegistry([energy]).value("joules", value)
+    base, now = side([rows[0]]), side([rows[1]])
+    result = compare(base, now, parse_rules("default", known_metrics(base, now)))
+    assert [(row.metric, row.verdict, row.rule) for row in result.rows] == [("joules", "regression", "joules:+5%")]
+    assert "joules" in comparison_text(compare(base, base, parse_rules("default"))), "shown even where nothing moved"
+    rows[0]["metrics"]["joules"]["limit"] = "+5%,missing"
+    broken = side([rows[0]])
+    with pytest.raises(ValueError, match="%,missing"):
+        parse_rules("default", known_metrics(broken))

@@ -294,7 +294,7 @@ def test_missing_and_new_fail_by_their_words_alone() -> None:
     base, now = side([record("a"), record("b")]), side([record("a"), record("c")])
     assert compare(base, now, DEFAULT).failures == []
     assert [line.partition(": ")[2] for line in compared(base, now).failures] == [
-        "missing; rule missing", "new, nothing to compare with; rule new",
+        "missing, the base has it; rule missing", "new, nothing to compare with; rule new",
     ]  # fmt: skip
     assert compare(base, now, parse_rules("ttft:off")).counts == {}
 

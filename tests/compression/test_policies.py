@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvsuite.compression import (
     REPLACEMENTS,
@@ -95,7 +93,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
 def test_registry() -> None:
     assert {"fix_size_l2", "l2_compress", "recent_only", "streaming_llm"} <= set(list_policies())
-    with pytest.raises(UserError, match=r"nosuch: unknown policy; known: .*fix_size_l2, l2_compress"):
+    with pytest.raises(UserError, match=r"nosuch: unknown policy; known: .*fix_size_l2, .*l2_compress"):
         get_policy("nosuch")
     for name, instead in REPLACEMENTS.items():
         with pytest.raises(UserError) as caught:
@@ -142,42 +140,6 @@ def test_defect_11_sizes_are_checked(name: str, parameters: dict[str, Any], name
     message = str(caught.value)
     assert message.startswith(names)
     assert "\n" not in message
-
-
-def test_defect_11_evict_for_space_evicts() -> None:
-    policy = StreamingLLM(start_size=4, recent_size=4)
-    assert policy.evict_for_space(view(8), 1)[0].tolist() == [0, 1, 2, 3, 5, 6, 7]
-    # a slice from -0 would keep everything
-    assert policy.evict_for_space(view(8), 4)[0].tolist() == [0, 1, 2, 3]
-    assert policy.evict_for_space(view(5), 3)[0].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match="num_coming=5"):
-        policy.evict_for_space(view(8), 5)
-    with pytest.raises(UserError, match="num_coming=0"):
-        policy.evict_for_space(view(8), 0)
-
-
-@given(start=st.integers(0, 6), recent=st.integers(1, 8), length=st.integers(1, 30), data=st.data())
-def test_evict_for_space_then_append_is_append_then_evict(start: int, recent: int, length: int, data: Any) -> None:
-    policy = StreamingLLM(start_size=start, recent_size=recent)
-    stored = kept(policy, view(length))
-    coming = data.draw(st.integers(1, recent))
-    new = list(range(length, length + coming))
-    early = view(len(stored))
-    before = [stored[i] for i in policy.evict_for_space(early, coming)[0]] + new
-    both = stored + new
-    after = [both[i] for i in kept(policy, view(len(both)))]
-    assert before == after
-    assert len(before) == min(len(both), policy.size)
-
-
-@given(total=st.integers(1, 40), start=st.integers(0, 40))
-def test_of_total(total: int, start: int) -> None:
-    if start >= total:
-        with pytest.raises(UserError, match=f"--kv-start-size={start}: the sinks do not fit a window of {total}"):
-            StreamingLLM.of_total(total, start_size=start)
-        return
-    policy = StreamingLLM.of_total(total, start_size=start)
-    assert (policy.size, policy.start_size, policy.recent_size) == (total, start, total - start)
 
 
 def test_defect_04_the_schedule_is_named() -> None:

@@ -143,10 +143,41 @@ def test_sidecars_come_along_and_lead_nowhere_else(tmp_path: Path) -> None:
     (folder / "tokens" / "a.parquet").write_bytes(b"tokens")
     assert (write_merged(joined([folder]), tmp_path / "out") / "tokens" / "a.parquet").read_bytes() == b"tokens"
     (tmp_path / "secret").write_text("x")
-    hostile = store_run(tmp_path, [WHOLE["baseline"] | {"sidecar": "../secret"}])
-    with pytest.raises(UserError, match="is not in its folder"):
-        write_merged(joined([hostile]), tmp_path / "stolen")
-    assert not (tmp_path / "stolen").exists()
+
+
+PLANTED = {
+    "above": ("../secret", "leads out"),
+    # the one that once planted a file beside the merged run
+    "away and back": ("../{own}/conftest.py", "leads out"),
+    "absolute": ("/etc/passwd", "is no name"),
+    "through a link": ("out/secret.parquet", "leads out"),
+    "a program": ("conftest.py", "is no .parquet"),
+    "the records": ("records.jsonl", "is no .parquet"),
+}
+
+
+@pytest.mark.parametrize(("name", "told"), PLANTED.values(), ids=PLANTED)
+def test_a_sidecar_is_taken_from_its_folder_and_put_into_the_merged_one(tmp_path: Path, name: str, told: str) -> None:
+    base = tmp_path / "reports"
+    name = name.format(own=store_run(base, []).name + "_2")
+    (base / "secret").write_text("x")
+    (base / "secret.parquet").write_text("x")
+    hostile = store_run(base, [WHOLE["baseline"] | {"sidecar": name}])
+    (hostile / "conftest.py").write_text("raise SystemExit")
+    (hostile / "out").symlink_to(base)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"names {name}, which {told}"):
+        write_merged(joined([hostile]), tmp_path / "merged" / "whole")
+    assert sorted(tmp_path.rglob("*")) in (before, sorted([*before, tmp_path / "merged"]))
+
+
+def test_two_records_of_one_sidecar_are_refused(tmp_path: Path) -> None:
+    rows = [one | {"sidecar": "tokens/a.parquet"} for one in list(WHOLE.values())[:2]]
+    folder = store_run(tmp_path, rows)
+    (folder / "tokens").mkdir()
+    (folder / "tokens" / "a.parquet").write_bytes(b"tokens")
+    with pytest.raises(UserError, match="as another record does"):
+        write_merged(joined([folder]), tmp_path / "out")
 
 
 def test_bad_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sweep_rows import case
 
 from kvsuite.distribution.cost import SPEEDS, Work, seconds, units, work_of
-from kvsuite.distribution.shards import Shard, assign
+from kvsuite.distribution.plan import Measured, plan
+from kvsuite.distribution.shards import assign
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 from kvsuite.options.resolve import default_options
+from kvsuite.options.shard import Shard
 from kvsuite.suites.compression.cases import compression_cases
 from kvsuite.suites.dse.cases import dse_cases
 from kvsuite.suites.perplexity.cases import perplexity_cases
+from kvsuite.survival.resume import planned_key
 
 COSTS = st.lists(st.floats(0, 1e12), max_size=60)
 
@@ -83,5 +88,38 @@ def test_a_point_that_breaks_a_rule_costs_nothing_and_loading_counts_once() -> N
     first, second = (seconds(Work(1, 1), "cpu", elements=1, weight_bytes=10**9, loads=loads) for loads in (True, False))
     assert first is not None
     assert second is not None
-    assert first - second == pytest.approx(2.0)
+    assert first - second == pytest.approx(10**9 / SPEEDS["cpu"].load_bytes_s)
+
+
+def test_packed_weights_are_unpacked_for_every_forward_on_a_cpu() -> None:
+    """SmolLM2 at ctx512-pc128-bs01 with one round, seconds of one core: 15 dense and 60 packed were measured."""
+    options = default_options(
+        model="smollm2", device="cpu", rounds="1", num_warmup="1", space="ctx=512;chunk=128;batch=1"
+    )
+    work = work_of(dse_cases(options)[0], options)
+    facts: dict[str, Any] = {"elements": 134_515_008, "loads": False}
+    dense = seconds(work, "cpu", weight_bytes=538_060_032, **facts)
+    packed = seconds(work, "cpu", weight_bytes=75_718_656, packed=True, **facts)
+    assert dense is not None
+    assert packed is not None
+    assert 15 / 2 < dense < 15 * 2
+    assert 60 / 2 < packed < 60 * 2
+    # on a GPU kernels read them packed, and fewer bytes are faster
+    on_gpu = [seconds(work, "cuda", weight_bytes=size, packed=True, **facts) for size in (75_718_656, 538_060_032)]
+    assert on_gpu[0] < on_gpu[1]  # type: ignore[operator]
+
+
+def test_a_plan_learns_from_other_cases_of_the_same_kind() -> None:
+    options = default_options(model="dummy:tiny", device="cpu")
+    cases = compression_cases(options)
+    plain = plan(cases, options, {})
+    assert {row.source for row in plain} == {"model"}
+    first = plain[0]
+    assert first.seconds is not None
+    known = {planned_key(first.case.to_dict()): Measured(first.case, first.seconds * 10 + 100, "a run")}
+    learnt = plan(cases, options, known)
+    assert (learnt[0].seconds, learnt[0].source) == (first.seconds * 10 + 100, "a run")
+    for before, after in zip(plain[1:], learnt[1:], strict=True):
+        assert after.source == "model, corrected by 1 measured cases"
+        assert after.seconds > 3 * before.seconds  # type: ignore[operator]
     assert seconds(Work(1, 1), "vulkan", elements=1, weight_bytes=1, loads=True) is None

@@ -36,7 +36,7 @@ def test_pythia_full_cache() -> None:
 
 @pytest.mark.parametrize(("total", "expected"), [(256, 119_582_720), (512, 198_225_920), (1024, 355_512_320)])
 def test_pythia_with_two_skipped_layers(total: int, expected: int) -> None:
-    policy = StreamingLLM.of_total(total, skip_layers=[0, 1])
+    policy = StreamingLLM(recent_size=total - 4, skip_layers=[0, 1])
     lengths = lengths_of(policy, 32)
     assert lengths == [FED, FED] + [total] * 30
     assert bytes_of("Pythia-2.8b", lengths) == expected
@@ -74,8 +74,8 @@ def test_l2_interval() -> None:
 
 
 def test_a_compressed_prompt_never_counts_whole() -> None:
-    assert plan(StreamingLLM.of_total(64), 1000, 31) == CachePlan(capacity=65, prefill=64, final=64)
-    assert plan(StreamingLLM.of_total(64), 1000, 0) == CachePlan(capacity=64, prefill=64, final=64)
+    assert plan(StreamingLLM(recent_size=60), 1000, 31) == CachePlan(capacity=65, prefill=64, final=64)
+    assert plan(StreamingLLM(recent_size=60), 1000, 0) == CachePlan(capacity=64, prefill=64, final=64)
     assert plan(None, 1000, 31) == CachePlan(capacity=1031, prefill=1000, final=1031)
 
 

@@ -178,8 +178,10 @@ def test_predicting_needs_no_torch() -> None:
     code = """
 import sys
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model import fit, mlc, nano
-from kvsuite.suites.dse.space import named_space
+from kvsuite.engines.mlc import memory_model as mlc
+from kvsuite.engines.nano import memory_model as nano
+from kvsuite.memory_model import fit
+from kvsuite.memory_model.design_space import named_space
 for request in ("dummy:Llama-3-8B", "smollm2", "HF://mlc-ai/Llama-3-8B-Instruct-q4f16_1-MLC"):
     model = architecture_of(request)
     for predictor in (mlc.MlcMemory.of(model), nano.NanoMemory(model)):

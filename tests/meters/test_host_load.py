@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvsuite.meters import host_load
-from kvsuite.meters.host_load import probe_seconds, waited_seconds, watched
+from kvsuite.meters.host_load import busy_words, probe_seconds, waited_seconds, watched
 
 
 def measured(
@@ -92,3 +92,17 @@ def test_threads_that_fight_for_a_cpu_wait() -> None:
     new = [seconds for thread, seconds in during.items() if thread not in before]
     assert len(new) >= 3
     assert sum(new) > 0.1
+
+
+def test_a_busy_machine_is_told_from_a_quiet_one() -> None:
+    quiet, uneven = [0.004] * 10, [0.004] * 9 + [0.009]
+    assert busy_words(0.9, 2, quiet) is None
+    assert busy_words(1.2, 2, quiet) is None, "one process is this one"
+    assert busy_words(None, 2, quiet) is None, "a system without a load"
+    assert busy_words(9.4, 2, quiet) == "load 9.4 on 2 cores"
+    assert busy_words(9.4, 64, quiet) is None
+    assert (
+        busy_words(0.2, 2, uneven)
+        == "a fixed loop of the interpreter takes up to 125% longer from one time to the next"
+    )
+    assert busy_words(9.4, 2, uneven) == f"load 9.4 on 2 cores, {busy_words(0.2, 2, uneven)}"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric, MetricRegistry, percentile, summarise
+from kvsuite.metrics.metric import SHOWN_FIELDS
+from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric, MetricRegistry, metric_of, percentile, summarise
 from kvsuite.record import metric_value
 
 REGISTRY = MetricRegistry()
@@ -152,3 +153,52 @@ def test_metric_value_of_a_row() -> None:
     }
     assert metric_value(row, "ttft") == metric_value(row, "ttft_s") == 1.5
     assert metric_value(row, "tpot_s") is metric_value(row, "e2e_s") is metric_value({}, "e2e_s") is None
+
+
+def test_what_a_metric_is_shown_by_reaches_who_reads_the_record() -> None:
+    energy = Metric(
+        "joules_per_token", "J", "lower", "timed", "energy / tokens", title="Energy", label="E", format=".3f",
+        group="speed", limit="+5%",
+    )  # fmt: skip
+    entry = json.loads(json.dumps(MetricRegistry([energy]).value("joules_per_token", [1.0, 2.0])))
+    assert metric_of("joules_per_token", entry) == energy
+    assert (energy.column, energy.text(1.23456), energy.line(1.23456)) == ("E(J)", "1.235", "E 1.235 J")
+    # kvsuite's own are known without
+    assert not set(SHOWN_FIELDS) & set(REGISTRY.value("ttft_s", 0.5))
+    assert metric_of("ttft") is REGISTRY["ttft_s"]
+
+
+def test_a_record_of_another_version_keeps_its_definition() -> None:
+    entry = REGISTRY.value("ttft_s", 0.5) | {"formula": "t1 - t0, as it was", "version": 7}
+    found = metric_of("ttft_s", entry)
+    assert (found.formula, found.version, found.heading) == ("t1 - t0, as it was", 7, "TTFT")
+    # in another unit it is another number
+    assert metric_of("ttft_s", entry | {"unit": "ms"}).text(1.0) == "1"
+
+
+@pytest.mark.parametrize("entry", [{}, {"format": ".99f"}, {"format": "{0.__class__}"}, {"shown_in": "MiB", "unit": "s"},
+                                   {"group": "best", "better": 3, "class": None, "title": ["x"], "version": "1"}])  # fmt: skip
+def test_looks_that_a_file_made_up_are_left_out(entry: dict[str, Any]) -> None:
+    found = metric_of("mine", entry)
+    assert (found.heading, found.text(0.5), found.plot_group) == (
+        "mine",
+        "0.5",
+        "speed" if "unit" in entry else "other",
+    )
+
+
+def test_a_metric_that_cannot_be_shown_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'mine': 'x' is no format; write \.2f"):
+        Metric("mine", "1", "lower", "timed", "f", format="x")
+    with pytest.raises(ValueError, match="'mine': s cannot be shown in MiB"):
+        Metric("mine", "s", "lower", "timed", "f", shown_in="MiB")
+
+
+def test_numbers_in_tables_and_lines() -> None:
+    assert (metric_of("kv_bytes_exact").column, metric_of("kv_bytes_exact").text(3 * 2**19)) == ("KV MiB", "1.50")
+    assert (metric_of("ttft").column, metric_of("ttft").text(0.01234)) == ("TTFT(s)", "0.0123")
+    assert metric_of("accuracy").text(0.4531) == "45.31%"
+    lines = [
+        metric_of(name).line(value) for name, value in (("ppl", 15.481), ("tpot", 0.0123), ("kv_bytes_exact", 2**20))
+    ]
+    assert lines == ["PPL 15.48", "TPOT 12.30 ms", "KV 1.00 MiB"]

@@ -8,7 +8,8 @@ import torch
 
 from kvsuite.errors import UserError
 from kvsuite.models import resolve_model
-from kvsuite.models.load import load_model, parse_dtype
+from kvsuite.models.load import load_model
+from kvsuite.options.dtypes import parse_dtype
 
 TINY = resolve_model("dummy:tiny")
 

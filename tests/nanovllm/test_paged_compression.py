@@ -14,6 +14,7 @@ from torch import Tensor
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.streaming_llm import StreamingLLM
+from kvsuite.engines.hf.attention import register_observed_attention
 from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid, UserError
@@ -28,18 +29,30 @@ OTHERS = (
     ("l2_compress", {"keep_ratio": 0.5, "prune_after": 14, "mode": "interval=5"}),
     ("fix_size_l2", {"size": 12, "keep_ratio": 0.25, "strategy": "keep_low"}),
     ("fix_size_l2", {"size": 13, "keep_ratio": 0.25, "strategy": "random", "seed": 5}),
+    ("snapkv", {"keep_ratio": 0.5, "window": 4}),
+    ("tova", {"keep_ratio": 0.4}),
+    ("h2o", {"keep_ratio": 0.5, "recent_share": 0.25}),
+    ("knorm", {"keep_ratio": 0.5}),
+    ("expected_attention", {"keep_ratio": 0.5, "future": 16, "sinks": 2}),
 )
 LENGTHS = (30, 1, 12, 47, 13)
+
+
+def rotation_of(of: LoadedModel, policy: Policy) -> Rotary | None:
+    wanted = policy.positions == "cache" or policy.needs.query_statistics is not None
+    return Rotary(of.model) if wanted else None
 
 
 @torch.inference_mode()
 def on_hf(of: LoadedModel, policy: Policy, prompt: Sequence[int], output: Sequence[int]) -> Tensor:
     """Logits ``[output, vocab]`` of the hf engine's cache."""
     decoder = CachedDecoder(of.model, of.text_config, of.device)
-    rotary = Rotary(of.model) if policy.positions == "cache" else None
+    rotary = rotation_of(of, policy)
+    decoder.set_attention(register_observed_attention("sdpa"))
     cache = decoder.new_cache(policy, (64, 128), "ring", rotary)
     logits = [decoder.forward(torch.tensor([list(prompt)]), cache)[0, -1]]
     logits += [decoder.forward(torch.tensor([[token]]), cache)[0, -1] for token in output[:-1]]
+    decoder.set_attention("sdpa")
     return torch.stack(logits)
 
 
@@ -50,8 +63,9 @@ def compare(kind: str, name: str, parameters: dict[str, Any], tolerance: float, 
     texts = prompts([length + 25 for length in LENGTHS])
     given, outputs = [tokens[:-25] for tokens in texts], [tokens[-25:] for tokens in texts]
     expected = [on_hf(of, policy, prompt, output) for prompt, output in zip(given, outputs, strict=True)]
-    rotation = Rotary(of.model) if policy.positions == "cache" else None
-    with serving(of, policy=policy, rotation=rotation, block_size=4, max_num_batched_tokens=20) as runtime:
+    # what looks at queries has to compute them
+    limits: Any = {"block_size": 4, "max_num_batched_tokens": 20, "prefix_caching": not policy.needs.looks_at_queries}
+    with serving(of, policy=policy, rotation=rotation_of(of, policy), **limits) as runtime:
         seen = LogitsByRequest(runtime)
         requests = [runtime.add(greedy(p, 25, forced=output)) for p, output in zip(given, outputs, strict=True)]
         while runtime.unfinished:
@@ -80,7 +94,7 @@ def test_policies_equal_hf(name: str, parameters: dict[str, Any], positions: str
 
 
 @pytest.mark.parametrize("positions", ["original", "cache"])
-@pytest.mark.parametrize(("name", "parameters"), [STREAMING, OTHERS[2], OTHERS[4]])
+@pytest.mark.parametrize(("name", "parameters"), [STREAMING, OTHERS[2], OTHERS[4], OTHERS[8], OTHERS[10]])
 def test_a_preempted_request_is_compressed_again_as_before(
     name: str, parameters: dict[str, Any], positions: str
 ) -> None:
@@ -209,6 +223,17 @@ def test_a_policy_on_a_sliding_window_is_refused() -> None:
         serving(loaded("llama"), policy=policy, sliding_window=20),
     ):
         pass
+
+
+def test_a_policy_that_looks_at_queries_does_not_take_a_prefix_from_the_cache() -> None:
+    with (
+        pytest.raises(CaseInvalid, match=r"policy h2o: it looks at the queries of a prompt.* leave prefix caching off"),
+        serving(loaded("llama"), policy=get_policy("h2o")),
+    ):
+        pass
+    # keys are in the cache, whoever computed them
+    with serving(loaded("llama"), policy=get_policy("knorm")) as runtime:
+        assert runtime.limits.prefix_caching
 
 
 def test_cache_positions_need_something_to_rotate_with() -> None:

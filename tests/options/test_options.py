@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resolved_values import value_of
 
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.groups import all_options, refused_names
 from kvsuite.options.numbers import LEAST_RATIO, MOST_TOKENS
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
+from kvsuite.options.shard import Shard
+from kvsuite.suites.compression.options import CompressionOptions
 
 OPTIONS = all_options()
 BY_NAME = {option.name: option for option in OPTIONS}
@@ -99,15 +103,11 @@ OTHER: dict[str, tuple[str, Any]] = {
     "timeout": ("60", 60.0),
     "resume": ("latest", "latest"),
     "resume-rerun": ("oom,error", ("oom", "error")),
-    "shard": ("2/3", "2/3"),
+    "shard": ("2/3", Shard(2, 3)),
     "plan": ("true", True),
     "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }
-
-
-def attribute(option: Option) -> str:
-    return option.dest.removeprefix("kv_")
 
 
 def test_the_table_above_is_whole() -> None:
@@ -117,22 +117,22 @@ def test_the_table_above_is_whole() -> None:
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_source_and_their_precedence(option: Option, monkeypatch: pytest.MonkeyPatch) -> None:
     text, value = OTHER[option.name]
-    default = getattr(resolve(), attribute(option))
+    default = value_of(resolve(), option.field)
     assert default != value
-    assert attribute(option) not in resolve().given
+    assert option.field not in resolve().given
 
     from_ini = resolve(ini={option.dest: text})
-    assert getattr(from_ini, attribute(option)) == value
-    assert from_ini.given == {attribute(option)}
+    assert value_of(from_ini, option.field) == value
+    assert from_ini.given == {option.field}
     # a switch has no third value, so that the losing source says what the default says
     losing = option.default or "/somewhere/else"
     monkeypatch.setenv(option.dest.upper(), text)
-    assert getattr(resolve(ini={option.dest: losing}), attribute(option)) == value
+    assert value_of(resolve(ini={option.dest: losing}), option.field) == value
     monkeypatch.setenv(option.dest.upper(), losing)
     typed = resolve(cli={option.dest: text}, ini={option.dest: losing})
-    assert getattr(typed, attribute(option)) == value
+    assert value_of(typed, option.field) == value
     monkeypatch.setenv(option.dest.upper(), "")
-    assert getattr(resolve(ini={option.dest: text}), attribute(option)) == value, "an empty variable is not set"
+    assert value_of(resolve(ini={option.dest: text}), option.field) == value, "an empty variable is not set"
 
 
 class RecordingParser:
@@ -206,8 +206,8 @@ def test_preset_original_has_the_defaults_of_the_original() -> None:
 
 def test_a_given_value_beats_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KV_PRESET", "original")
-    assert resolve(cli={"kv_recent_sizes": "28"}).recent_sizes == (28,)
-    assert resolve().recent_sizes == (252, 508, 1020)
+    assert resolve(cli={"kv_recent_sizes": "28"}).of(CompressionOptions).recent_sizes == (28,)
+    assert resolve().of(CompressionOptions).recent_sizes == (252, 508, 1020)
 
 
 def test_every_option_of_the_original_exists_or_is_refused(declared: RecordingParser) -> None:
@@ -224,8 +224,9 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
         resolve(cli={f"kv_rejected_{name}": value})
 
 
-# names that are looked up later: spaces, models, corpora, the file system
+# names that are looked up later, by who knows them: spaces, models, corpora, weight formats, schedules, rules, the file system
 FREE_TEXT = {
+    "quantization", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume",
 }  # fmt: skip
@@ -248,16 +249,11 @@ def test_the_example_in_a_message_is_one_that_works(option: Option) -> None:
 def test_an_empty_value_on_the_command_line_is_a_mistake() -> None:
     with pytest.raises(UserError, match=r"^--kv-cache-dir=: is empty; for example --kv-cache-dir=PATH$"):
         resolve(cli={"kv_cache_dir": ""})
-    assert resolve(cli={"kv_skip_layers": ""}).skip_layers == ()
-    assert resolve(cli={"kv_skip_layers": "none"}).skip_layers == ()
+    assert resolve(cli={"kv_skip_layers": ""}).of(CompressionOptions).skip_layers == ()
+    assert resolve(cli={"kv_skip_layers": "none"}).of(CompressionOptions).skip_layers == ()
 
 
 MESSAGES = {
-    "wrong element": (
-        {"kv_quantization": "none,nonsense"},
-        "--kv-quantization=none,nonsense: unknown weight format nonsense; use none, ",
-        "; for example --kv-quantization=none,q4f16_1",
-    ),
     "list for one": (
         {"kv_reference": "none,q4f16_1"},
         "--kv-reference=none,q4f16_1: one weight format is wanted, not a list",
@@ -296,21 +292,20 @@ def test_messages_name_what_is_wrong_and_the_mend(given: dict[str, str], begin: 
 
 
 def test_default_options_take_overrides_and_refuse_unknown_names() -> None:
-    assert default_options(rounds="3").rounds == 3
+    assert default_options(rounds="3").of(CommonOptions).rounds == 3
     assert default_options().given == set()
     with pytest.raises(UserError, match="unknown options round"):
         default_options(round="3")
-    with pytest.raises(AttributeError):
-        _ = default_options().round
 
 
 def test_to_dict_is_json() -> None:
     import json
 
-    options = default_options(skip_layers="0,1", method="recent_only")
+    options = default_options(skip_layers="0,1", method="recent_only", shard="02/3")
     again = json.loads(json.dumps(options.to_dict(), allow_nan=False))
     assert again == options.to_dict()
     assert (again["skip_layers"], again["method"], again["threads"]) == ([0, 1], ["recent_only"], None)
+    assert again["shard"] == "2/3"
 
 
 # properties of parsing
@@ -323,12 +318,16 @@ LINE = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_s
 
 @given(SIZES, st.sampled_from([",", ", ", " ,", ",,"]))
 def test_lists_of_sizes_round_trip(sizes: list[int], comma: str) -> None:
-    assert resolve(cli={"kv_recent_sizes": comma.join(map(str, sizes))}).recent_sizes == tuple(sizes)
+    assert resolve(cli={"kv_recent_sizes": comma.join(map(str, sizes))}).of(CompressionOptions).recent_sizes == tuple(
+        sizes
+    )
 
 
 @given(RATIOS)
 def test_lists_of_ratios_round_trip_exactly(ratios: list[float]) -> None:
-    assert resolve(cli={"kv_keep_ratios": ",".join(map(repr, ratios))}).keep_ratios == tuple(ratios)
+    assert resolve(cli={"kv_keep_ratios": ",".join(map(repr, ratios))}).of(CompressionOptions).keep_ratios == tuple(
+        ratios
+    )
 
 
 @given(st.one_of(st.floats(max_value=0), st.floats(min_value=1, exclude_min=True), st.just(math.nan)))
@@ -358,14 +357,14 @@ def test_a_value_named_twice_is_refused(sizes: list[int], data: st.DataObject) -
 @given(st.sampled_from(["cuda", "xpu", "vulkan", "metal", "rocm", "opencl"]), st.none() | st.integers(0, 10**6))
 def test_devices_round_trip(kind: str, index: int | None) -> None:
     text = kind if index is None else f"{kind}:{index}"
-    assert resolve(cli={"kv_device": text}).device == text
+    assert resolve(cli={"kv_device": text}).of(CommonOptions).device == text
 
 
 @given(LINE)
 def test_any_device_is_known_or_refused_by_name(text: str) -> None:
     known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]{1,7})?", text)
     if known:
-        assert resolve(cli={"kv_device": text}).device == text
+        assert resolve(cli={"kv_device": text}).of(CommonOptions).device == text
         return
     with pytest.raises(UserError) as caught:
         resolve(cli={"kv_device": text})
@@ -386,8 +385,8 @@ def test_any_text_gives_a_value_or_one_line_that_names_option_and_value(option: 
 
 @given(st.sampled_from(["true", "True", "1", "yes", "on"]), st.sampled_from(["false", "FALSE", "0", "no", "off"]))
 def test_switches(yes: str, no: str) -> None:
-    assert resolve(ini={"kv_no_baseline": yes}).no_baseline is True
-    assert resolve(ini={"kv_no_baseline": no}).no_baseline is False
+    assert resolve(ini={"kv_no_baseline": yes}).of(CompressionOptions).no_baseline is True
+    assert resolve(ini={"kv_no_baseline": no}).of(CompressionOptions).no_baseline is False
 
 
 def test_the_parser_is_told_everything_as_text(declared: RecordingParser) -> None:

@@ -11,8 +11,8 @@ from pytest_runs import TINY, Run, copy_benchmarks, run_pytest
 from kvsuite.models.smollm2 import MANIFEST, converted_path
 
 BAD = {
-    "policy": ("--kv-method=nope", "unknown method; known: fix_size_l2, l2_compress, recent_only, streaming_llm, kvpress:"),
-    "policy of kvpress": ("--kv-method=snapkv", "did you mean kvpress:SnapKV?"),
+    "policy": ("--kv-method=nope", "unknown method; known: expected_attention, fix_size_l2, h2o, "),
+    "policy of kvpress": ("--kv-method=adakv", "did you mean kvpress:AdaKV?"),
     "press": ("--kv-method=kvpress:SnapVK", "did you mean kvpress:SnapKV?"),
     "policy left out": ("--kv-method=head_aware", "not part of kvsuite; use kvpress:AdaKV"),
     "policy twice": ("--kv-method=recent_only,recent_only", "names the same value twice"),
@@ -35,6 +35,10 @@ BAD = {
     "ratio above 1": ("--kv-keep-ratios=1.5", "must lie in (0, 1]; for example"),
     "ratio nan": ("--kv-keep-ratios=0.5,nan", "must lie in (0, 1]; for example"),
     "ratio as text": ("--kv-keep-ratios=half", "not a number; for example"),
+    "weight format": (
+        "--kv-quantization=none,nonsense", "unknown weight format nonsense; use none, "),
+    "weight format compared with": ("--kv-reference=nonsense", "unknown weight format nonsense; use none, "),
+    "rule": ("--kv-fail=nonsense", "nonsense is no rule; write METRIC:LIMIT or one of missing, "),
     "schedule": ("--kv-l2-mode=sometimes", "unknown schedule; use every_token, single_shot or interval=N"),
     "strategy": ("--kv-strategies=keep_best", "use keep_low, keep_high, random"),
     "corpus": ("--kv-corpus=/no/such/text.txt", "no such corpus or file; check the path, or choose one of default"),

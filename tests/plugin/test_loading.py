@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pytest_runs import ROOT, clean_environment, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, ROOT, clean_environment, copy_benchmarks, run_pytest
 
 from kvsuite import __version__
 
@@ -24,10 +24,65 @@ def imported_by(code: str, folder: Path) -> set[str]:
     return set(json.loads(line.removeprefix("loaded:")))
 
 
-def test_importing_the_plugin_loads_nothing_heavy(tmp_path: Path) -> None:
-    loaded = imported_by("import kvsuite.plugin", tmp_path)
-    assert not any(name.endswith(".cases") for name in loaded), "suites are loaded when they are asked for"
+# what registers options, and the rooms that the options lie in
+LIGHT = {
+    "kvsuite", "kvsuite.entry_points", "kvsuite.errors", "kvsuite.foreign_text",
+    "kvsuite.plugin", "kvsuite.plugin.fixtures", "kvsuite.plugin.hookspec", "kvsuite.plugin.stash",
+    "kvsuite.options", "kvsuite.options.card", "kvsuite.options.common", "kvsuite.options.comparison", "kvsuite.options.dtypes",
+    "kvsuite.options.groups", "kvsuite.options.misspelt", "kvsuite.options.numbers", "kvsuite.options.option",
+    "kvsuite.options.paths", "kvsuite.options.resolve", "kvsuite.options.shard",
+    "kvsuite.options.sweep",
+    "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
+    "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
+    "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
+}  # fmt: skip
+#: packages that kvsuite brings in there
+LIGHT_PACKAGES = {"msgspec", "typing_extensions"}
+
+
+@pytest.mark.parametrize("how", [("-p", "kvsuite"), ("-p", "kvsuite.plugin")], ids=lambda how: how[1])
+def test_tests_that_ask_for_nothing_load_what_registers_options_alone(how: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text("def test_mine(tmp_path): pass\n")
+    command = ["-q", "-p", "no:cacheprovider", "test_mine.py"]
+    code = "import os, pytest\nos.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'\nassert pytest.main({!r}) == 0"
+    without = imported_by(code.format(command), tmp_path)
+    loaded = imported_by(code.format([*command, *how]), tmp_path)
+    assert {name for name in loaded if name.partition(".")[0] == "kvsuite"} == LIGHT
+    packages = {name.partition(".")[0] for name in loaded - without} - set(sys.stdlib_module_names)
+    assert packages == {"kvsuite"} | LIGHT_PACKAGES
+    assert not {name for name in without if name.startswith("kvsuite")}
+
+
+ASKING = {
+    "marker": ("@pytest.mark.kv_suite('compression')\ndef test_cache(kv_case): pass", ()),
+    "fixture": ("def test_cache(kv_run): pass", ("--collect-only",)),
+    "option": ("def test_nothing(): pass", ("--kv-rounds=2",)),
+    "comparison of pytest-benchmark": ("def test_nothing(): pass", ("--benchmark-compare",)),
+}
+
+
+@pytest.mark.parametrize(("source", "options"), ASKING.values(), ids=ASKING)
+def test_what_asks_for_the_rest_loads_it(source: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(f"import pytest\n\n{source}\n")
+    command = ["-q", "-p", "no:cacheprovider", "test_mine.py", *options]
+    loaded = imported_by(f"import pytest\nassert pytest.main({command!r}) == 0", tmp_path)
+    assert {"kvsuite.plugin.run", "kvsuite.plugin.reporter"} <= loaded
     assert not HEAVY & loaded
+
+
+def test_a_fixture_that_is_asked_for_while_a_test_runs_measures(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(
+        "from kvsuite.case import Case\n\n"
+        "def test_mine(request):\n"
+        "    case = Case(suite='compression', engine='hf', model='dummy:tiny', name='mine', device='cpu', dtype='float32',\n"
+        "                workload={'protocol': 'streaming-decode', 'corpus': 'default', 'num_samples': 1, 'max_tokens': 8,\n"
+        "                          'prompt_tokens': 8, 'max_new_tokens': 4, 'batch': 1})\n"
+        "    assert request.getfixturevalue('kv_run')(case).status == 'ok'\n"
+    )
+    (tmp_path / "conftest.py").write_text(NO_FIGURES)
+    run = run_pytest(tmp_path, "-p", "no:cacheprovider")
+    assert run.code == 0, run.out
+    assert [row["case"]["name"] for row in run.rows().values()] == ["mine"]
 
 
 @pytest.mark.parametrize(

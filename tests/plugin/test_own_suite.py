@@ -34,11 +34,13 @@ def test_cache(kv_case, kv_run):
 
 def test_by_hand(kv_options, kv_run):
     from kvsuite.case import Case
+    from kvsuite.options.common import CommonOptions
 
+    options = kv_options.of(CommonOptions)
     workload = {"protocol": "streaming-decode", "corpus": "default", "num_samples": 1, "max_tokens": 32,
-                "prompt_tokens": 16, "max_new_tokens": kv_options.max_new_tokens, "batch": 1}
+                "prompt_tokens": 16, "max_new_tokens": options.max_new_tokens, "batch": 1}
     policy = {"start_size": 1, "recent_size": 2, "positions": "original", "skip_layers": [0]}
-    record = kv_run(Case("mine", "hf", kv_options.model, "tight", "cpu", "float32", policy="streaming_llm",
+    record = kv_run(Case("mine", "hf", options.model, "tight", "cpu", "float32", policy="streaming_llm",
                          policy_params=policy, workload=workload))
     assert record.metrics["cache_tokens_min"]["value"] == 3
     assert record.metrics["cache_tokens_max"]["value"] == 19

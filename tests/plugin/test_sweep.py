@@ -94,7 +94,7 @@ def test_derived_files_are_in_the_order_of_the_space(sweep: Run) -> None:
 def test_progress_tells_how_many_and_how_long(sweep: Run) -> None:
     lines = [line[line.index("[") :] for line in sweep.out.splitlines() if " elapsed, " in line]
     assert [line.partition("]")[0] for line in lines] == [f"[{done}/7" for done in range(1, 8)]
-    assert all("ETA " in line for line in lines[:-1])
+    assert all(" left" in line for line in lines[:-1])
     assert lines[-1].endswith("done")
     assert [line.split()[1].rstrip(":") for line in lines] == list(sweep.rows()), "a row is written when its case ends"
 

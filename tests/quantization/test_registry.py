@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from kvsuite.errors import UserError
-from kvsuite.quantization.registry import QUANTIZATIONS, label, quantization, unavailable
+from kvsuite.options.resolve import default_options
+from kvsuite.quantization.registry import QUANTIZATIONS, label, quantization, selected_formats, unavailable
 
 
 def test_names():
@@ -37,3 +38,15 @@ def test_asking_imports_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_formats_of_the_options_are_known_or_refused() -> None:
+    assert selected_formats(default_options()) is None
+    assert selected_formats(default_options(quantization="none,4bit")) == ("none", "4bit")
+    assert selected_formats(default_options(fake_q3bit="true")) == ("fake_q3",)
+    with pytest.raises(UserError) as caught:
+        selected_formats(default_options(quantization="none,nonsense"))
+    assert str(caught.value) == (
+        f"--kv-quantization=none,nonsense: unknown weight format nonsense; use {', '.join(QUANTIZATIONS)}; for example "
+        "--kv-quantization=none,q4f16_1"
+    )

@@ -89,6 +89,19 @@ class KvpressMethod:
         removed = removed_from_keep(self.keep_ratio)
         return removed / 2 if self.info.name == "ThinK" else removed
 
+    def caveat(self, prompt_tokens: int) -> str | None:
+        """Why on a prompt of this length the press is something else than its name says, ``None`` if it is not."""
+        made = getattr(load_kvpress(), f"{self.info.name}Press", None)
+        known = {} if made is None else inspect.signature(made).parameters
+        default = known["window_size"].default if "window_size" in known else None
+        window = self.params.get("window_size", default)
+        if not isinstance(window, int) or not self.info.takes_ratio:
+            return None
+        kept = max(1, int(prompt_tokens * (1 - removed_from_keep(self.keep_ratio))))
+        if kept >= window:
+            return None
+        return f"{kept} tokens stay, fewer than the press' window of {window}, whose tokens all have the same score"
+
     @property
     def attention(self) -> Attention:
         """The attention implementation the model has to be loaded with."""

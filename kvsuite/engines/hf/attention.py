@@ -1,8 +1,10 @@
-"""Decode attention without copies: query heads share their key heads inside the kernel."""
+"""Attention functions of engine `hf`: decode steps without copies, and prompts whose queries a policy looks at."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,3 +51,57 @@ def register_grouped_attention() -> str:
 
     AttentionMaskInterface.register(GROUPED, mask)
     return GROUPED
+
+
+class SeesQueries(Protocol):
+    """A cache whose policy looks at the queries of a prompt."""
+
+    layers: Any
+
+
+class _Current:
+    """The cache of the forward pass under way; the attention function has no other way to learn it."""
+
+    cache: SeesQueries | None = None
+
+
+@contextmanager
+def showing(cache: SeesQueries | None) -> Iterator[None]:
+    """Let the observed attention show ``cache`` the queries of forward passes inside the block."""
+    before, _Current.cache = _Current.cache, cache
+    try:
+        yield
+    finally:
+        _Current.cache = before
+
+
+def register_observed_attention(base: str) -> str:
+    """Make attention ``base`` known under a second name, under which it shows the cache every layer's queries first."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"{base}_observed"
+
+    def observed(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        cache = _Current.cache
+        if cache is not None:
+            scaling = kwargs.get("scaling")
+            cache.layers[module.layer_idx].see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        found: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[base](
+            module, query, key, value, attention_mask, dropout=dropout, **kwargs
+        )
+        return found
+
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, observed)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name

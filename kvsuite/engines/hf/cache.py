@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsuite.compression.base import Policy
+from kvsuite.compression.prompt_view import PromptObservation, PromptView
 from kvsuite.engines.rotary import Rotary
 
 from .cache_store import CopyStore, RingStore, Store, gather
@@ -31,6 +33,8 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = store
         self.group: LayerGroup
         self.index = 0
+        #: a prompt's keys as stored, keys and values, whose queries the policy has yet to see
+        self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -58,15 +62,9 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             assert cache.rotary is not None
             own = cache.rotary.unrotate(key_states, cache.incoming_positions[0])
         if tokens > 1 and group.slots == 0:
-            if cache.on_interval:
-                cache.on_interval(True)
-            keep = group.enter_prompt(self.index, key_states)
-            if keep is not None:
-                self.store.load(gather(own, keep), gather(value_states, keep))
-            if cache.on_interval:
-                cache.on_interval(False)
-            if keep is None:
-                self.store.append(own, value_states, 0, None)
+            self._unseen = (own, key_states, value_states)
+            if not group.views_prompt:
+                self._enter_prompt(None)
             return key_states, value_states
         keys, values = self.store.append(own, value_states, group.slots, group.hole_of(self.index))
         group.score(self.index, key_states)
@@ -75,6 +73,43 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             places = group.places(self.index, cache.newest_place, keys.shape[2])
             keys = cache.rotary.rotate(keys, places)
         return keys, values
+
+    def see(self, query: Tensor, scale: float) -> None:
+        """Show the policy the queries ``[batch, heads, q, head_dim]`` of the prompt that was just stored; none for a token."""
+        if self._unseen is None:
+            return
+        cache, policy = self._cache, self.group.policy
+        assert policy is not None
+        _, keys, values = self._unseen
+        views = []
+        for own_query, own_keys, own_values in zip(query, keys, values, strict=True):
+            observed = PromptObservation(policy.needs, None if cache.rotary is None else cache.rotary.unrotate)
+            observed.add(own_query, partial(_given, own_keys), scale)
+            places = torch.arange(own_keys.shape[1], device=own_keys.device)
+            views.append(
+                PromptView(
+                    places.expand(own_keys.shape[:2]), own_keys.shape[1] - 1, keys=own_keys, values=own_values,
+                    observed=observed, layer=self.group.layers[self.index], layers=len(cache.layers),
+                    rotate=None if cache.rotary is None else cache.turn,
+                )
+            )  # fmt: skip
+        self._enter_prompt(views)
+
+    def _enter_prompt(self, views: list[PromptView] | None) -> None:
+        """Store of a prompt what the policy keeps."""
+        cache = self._cache
+        assert self._unseen is not None
+        own, keys, values = self._unseen
+        self._unseen = None
+        if cache.on_interval:
+            cache.on_interval(True)
+        keep = self.group.enter_prompt(self.index, keys, views)
+        if keep is not None:
+            self.store.load(gather(own, keep), gather(values, keep))
+        if cache.on_interval:
+            cache.on_interval(False)
+        if keep is None:
+            self.store.append(own, values, 0, None)
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens seen, not stored: default positions are the true ones."""
@@ -91,6 +126,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
+        self._unseen = None
         self.group.reset()
 
 
@@ -112,7 +148,7 @@ class EvictionCache(Cache):  # type: ignore[misc]
     implementation
         ``ring`` (preallocated slots) or ``copy`` (the original's concatenation).
     rotary
-        Needed where the policy's positions are ``cache``.
+        Needed where the policy's positions are ``cache``, or it asks for queries before rotation.
     """
 
     def __init__(
@@ -163,6 +199,17 @@ class EvictionCache(Cache):  # type: ignore[misc]
         """Whether queries are placed in the cache instead of in the text."""
         return any(group.ranked for group in self.groups)
 
+    @property
+    def views_prompt(self) -> bool:
+        """Whether a policy waits for the queries of the prompt, which the attention has to show (`EvictionLayer.see`)."""
+        return any(group.views_prompt for group in self.groups)
+
+    def turn(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``[1, heads, n, head_dim]`` to ``positions`` ``[n]``, wherever they lie."""
+        assert self.rotary is not None
+        self.rotary.table(int(positions.max()) + 1)
+        return self.rotary.rotate(vectors, positions)
+
     def begin(self, tokens: int) -> Tensor:
         """Prepare for a forward pass over ``tokens`` new tokens and return their position ids, int64 ``[1, tokens]``."""
         if self.incoming:
@@ -172,7 +219,7 @@ class EvictionCache(Cache):  # type: ignore[misc]
             group.begin(tokens, self.seen)
         start = max(group.length for group in self.groups) if self.uses_cache_positions else self.seen
         self.newest_place = start + tokens - 1
-        if self.uses_cache_positions and self.rotary is not None:
+        if self.rotary is not None and (self.uses_cache_positions or tokens > 1):
             self.rotary.table(start + tokens)
         self.incoming_positions = torch.arange(start, start + tokens, device=self._device)[None]
         return self.incoming_positions
@@ -240,5 +287,9 @@ class EvictionCache(Cache):  # type: ignore[misc]
         """Forget all tokens; buffers stay where they are, so that captured steps remain valid."""
         self.seen = 0
         self.incoming = 0
-        for group in self.groups:
-            group.reset()
+        for layer in self.layers:
+            layer.reset()
+
+
+def _given(keys: Tensor) -> Tensor:
+    return keys

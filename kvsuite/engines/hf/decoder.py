@@ -10,6 +10,7 @@ from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary
 
+from .attention import showing
 from .cache import EvictionCache, Implementation
 
 
@@ -22,9 +23,10 @@ class CachedDecoder(Decoder):
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
         positions = cache.begin(ids.shape[1])
-        logits: Tensor = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
+        with showing(cache if cache.views_prompt else None):
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits
         cache.commit()
         return logits
 

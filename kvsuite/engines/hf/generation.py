@@ -57,7 +57,8 @@ class Generation:
         self._tokenizer = tokenizer
         self._seed = seed
         policy = method.policy
-        self._rotary = Rotary(decoder.model) if policy and policy.positions == "cache" else None
+        turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
+        self._rotary = Rotary(decoder.model) if turns else None
         self._captured: dict[tuple[int, int], CapturedDecode] = {}
         self._cache: tuple[tuple[int, int], EvictionCache] | None = None
 

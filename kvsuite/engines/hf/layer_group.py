@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.prompt_view import PromptView
 from kvsuite.engines.decoder import refuse_while_capturing
 
 from .cache_store import Hole, Store
@@ -47,6 +48,8 @@ class LayerGroup:
         self.reuses_slots = all(type(store).__name__ == "RingStore" for store in stores)
         self.per_head = policy is not None and not policy.shared_across_heads
         self.ranked = policy is not None and policy.positions == "cache"
+        #: whether the policy decides on a prompt by a view of it, in the place of scores that are kept beside the tokens
+        self.views_prompt = policy is not None and policy.needs.prompt
         self._lead = (len(layers), batch, kv_heads) if self.per_head else ()
         self._device = device
         # shared decisions are made on the host, once for all layers
@@ -93,8 +96,17 @@ class LayerGroup:
             else:
                 book[..., at] = new
 
-    def enter_prompt(self, index: int, keys: Tensor) -> Tensor | None:
+    def enter_prompt(self, index: int, keys: Tensor, views: list[PromptView] | None = None) -> Tensor | None:
         """Decide what layer ``index`` (place in the group) keeps of a prompt whose keys are given.
+
+        Parameters
+        ----------
+        index
+            Place of the layer in the group.
+        keys
+            ``[batch, heads, n, head_dim]``.
+        views
+            What a policy sees that `views_prompt`, for each sequence of the batch.
 
         Returns
         -------
@@ -104,11 +116,13 @@ class LayerGroup:
         policy, tokens = self.policy, keys.shape[2]
         if policy is None:
             return None
-        acts = policy.schedule.due(step=tokens, done=False) and policy.size_after(tokens) < tokens
+        acts = policy.due(step=tokens, done=False, prompt=True) and policy.size_after(tokens) < tokens
         keep: Tensor | None = None
         scores = policy.token_score(keys)
         positions = torch.arange(tokens, device=self._positions.device)
-        if acts:
+        if acts and views is not None:
+            keep = torch.stack([policy.keep(view) for view in views])
+        elif acts:
             wide = positions if scores is None else positions.expand(scores.shape)
             keep = policy.keep(
                 CacheView(wide, tokens - 1, scores, layer=self.layers[index], heads=self._head_index, step=tokens)
@@ -116,9 +130,9 @@ class LayerGroup:
         kept = tokens if keep is None else keep.shape[-1]
         self._grow(kept)
         if self.per_head:
-            assert scores is not None
             self._positions[index, ..., :kept] = positions if keep is None else keep
-            self._scores[index, ..., :kept] = scores if keep is None else scores.gather(-1, keep)
+            if scores is not None:
+                self._scores[index, ..., :kept] = scores if keep is None else scores.gather(-1, keep)
         else:
             self._positions[:kept] = positions if keep is None else keep
         self._ranks[..., :kept] = torch.arange(kept, device=self._device)
@@ -129,7 +143,8 @@ class LayerGroup:
         if self.policy is None or not self.per_head:
             return
         scores = self.policy.token_score(keys)
-        assert scores is not None
+        if scores is None:
+            return
         if isinstance(self.hole, Tensor):
             self._scores[index].scatter_(-1, self.hole[index][..., None], scores)
         else:
@@ -152,7 +167,7 @@ class LayerGroup:
         if policy is None:
             self.slots += tokens
             return
-        due = policy.schedule.due(step=seen, done=self.done)
+        due = policy.due(step=seen, done=self.done, prompt=prompt)
         if prompt:
             self.slots = policy.size_after(tokens) if due else tokens
             self.done = self.slots < tokens

@@ -74,6 +74,7 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
         compress_s=compress_s if method.policy or method.press else None,
         evict_s=evict_s if method.acts_in_decode else None,
     )
+    result.warnings += method.caveats(ids.shape[1])
     counted = generation.decoder.kv_bytes(result.lengths_decode)
     if counted != result.kv_bytes_decode:
         result.warnings.append(

@@ -40,6 +40,9 @@ class PressCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[PressLayer() for _ in range(layers)])
         self._device = device
 
+    #: presses hook into the model themselves
+    views_prompt = False
+
     @property
     def seen(self) -> int:
         """Tokens seen."""

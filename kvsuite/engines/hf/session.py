@@ -22,7 +22,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
-from .attention import register_grouped_attention
+from .attention import register_grouped_attention, register_observed_attention
 from .cache import Implementation
 from .decoder import CachedDecoder
 from .generation import Generation
@@ -80,6 +80,8 @@ class HfSession(LoadedSession):
         if press:
             press.supports_layout(self._loaded.model)
         attention = "eager" if press and press.info.attention == "eager" else self._base_attention
+        if policy and policy.needs.prompt:
+            attention = register_observed_attention(attention)
         self.decoder.set_attention(attention)
         self._generation = self._new_generation(method)
         reason = self._eager_reason(method)

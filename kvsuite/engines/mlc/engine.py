@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.errors import CaseSkipped
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.prediction import Predictor
+from kvsuite.models.resolve import resolve_model
 from kvsuite.options.option import OptionGroup
 from kvsuite.options.resolve import Options
 
 from .install import MlcInstall, find_install, missing_device
+from .memory_model import brings_config, point_memory
 from .options import MlcOptions
 
 if TYPE_CHECKING:
@@ -40,6 +44,11 @@ class MlcEngine(Engine):
             return {name: found for name, found in self._install().identity.items() if found is not None}
         except CaseSkipped:
             return {}
+
+    def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
+        spec = resolve_model(case.model, cache_dir=EngineSettings.of(self.options).cache_dir)
+        own = self._own.model_lib is not None or brings_config(spec)
+        return point_memory(architecture, case, writes_config=not own)
 
     def load(self, case: Case, settings: EngineSettings) -> MlcSession:
         from .session import MlcSession

@@ -9,22 +9,13 @@ from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.mlc import PAGE_TOKENS
 from kvsuite.meters.timing import RequestTimes
 
 from .client import Reply
 from .metrics import decode_steps
 
-#: what mlc_llm wants free beside prompt and output of every running request: 10 pages for its jump-forward step, and one
-SPARE_TOKENS = 11 * PAGE_TOKENS
 # of docs/mlc.md: NaN logits there, after which no request is ever answered
 _ON_CPU = "MLC-LLM's CPU code gives NaN for {what}, and then hangs; use {mend} or a GPU (docs/mlc.md)"
-
-
-def tokens_per_sequence(case: Case) -> int:
-    """Tokens that the pages have room for, by request: the context, or what a request and mlc_llm's own rule take."""
-    needed = int(case.workload["prompt_tokens"]) + int(case.workload["max_new_tokens"]) + SPARE_TOKENS
-    return max(int(case.params["context"]), needed)
 
 
 def refuse_what_hangs(case: Case) -> None:

@@ -17,19 +17,19 @@ from kvsuite.engines.results import EngineView, MemoryPass, Reach, Served, Serve
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
-from kvsuite.memory_model.mlc import MlcMemory
 from kvsuite.memory_model.prediction import Part
 from kvsuite.meters.clock import ClientClock, Clock
-from kvsuite.meters.memory import DriverMeter, Phase, Reading, peak_resident_set
+from kvsuite.meters.memory import DriverMeter, Reading, peak_resident_set
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
 from kvsuite.options.paths import expanded
 
 from .install import MlcInstall
+from .memory_model import MlcMemory, brings_config, point_memory, tokens_per_sequence
 from .metrics import between
 from .models import Compiled, MlcModels, Overrides
 from .server import MlcServer, Settings
-from .serving import counts_between, engine_times, refuse_what_hangs, request_times, tokens_per_sequence
+from .serving import counts_between, engine_times, refuse_what_hangs, request_times
 from .source import short_key
 
 _UNSEEN = "MLC-LLM does not say how many bytes of its pages are in use"
@@ -101,7 +101,7 @@ class MlcSession(Session):
         self._models: MlcModels | None = None
         if model_lib is not None:
             self._require_library(model_lib)
-        elif self._spec.kind != "mlc" or Path(self._spec.source).is_dir():
+        elif not brings_config(self._spec):
             self._models = MlcModels(
                 self._spec, self._format.name, install, device=case.device, root=self._root,
                 deadline_s=compile_timeout_s, seed=settings.seed, cache_dir=cache_dir,
@@ -184,21 +184,10 @@ class MlcSession(Session):
             self.serve(requests)
         reported: dict[str, int] = dict(server.memory)
         warnings = [] if reported else ["mlc_llm printed no memory estimate"]
-        nothing = [Reading(reason=_NO_ALLOCATIONS) for _ in range(6)]
-        return MemoryPass(
-            prefill=Phase(*nothing[:3]),
-            decode=Phase(*nothing[3:]),
-            resident=peak_resident_set(server.pid),
-            driver=driver,
-            kv_bytes_prefill=None,
-            kv_bytes_decode=None,
-            kv_bytes_allocated=None,
-            lengths_prefill=[],
-            lengths_decode=[],
-            unseen=_UNSEEN,
-            warnings=warnings,
+        return MemoryPass.unmeasured(
+            _NO_ALLOCATIONS, unseen=_UNSEEN, resident=peak_resident_set(server.pid), driver=driver, warnings=warnings,
             reported=reported,
-        )
+        )  # fmt: skip
 
     def reach(self, case: Case) -> Reach:
         settings = {name: value for name, value in case.params.items() if name not in self._own_inert}
@@ -225,12 +214,9 @@ class MlcSession(Session):
         return None
 
     def memory_model(self, architecture: Architecture) -> MlcMemory:
-        # whether mlc-chat-config.json is written here, with the point's values; else it is the model's own
-        chunk = None if self._models is None else int(self._case.params["prefill_chunk"])
-        memory = MlcMemory.of(architecture, chunk, per_sequence=True)
+        memory = point_memory(architecture, self._case, writes_config=self._models is not None)
         # only what is compiled can tell; the pass asks when the server is up
-        library_bytes = None if self._server is None else self._server.settings.function_bytes
-        return replace(memory, sequence_tokens=tokens_per_sequence(self._case), library_bytes=library_bytes)
+        return replace(memory, library_bytes=None if self._server is None else self._server.settings.function_bytes)
 
     def finish(self) -> None:
         self._stop()

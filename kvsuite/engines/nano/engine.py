@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.prediction import Predictor
 from kvsuite.meters.environment import installed_versions
+
+from .memory_model import NanoMemory
 
 if TYPE_CHECKING:
     from .session import NanoSession
@@ -29,6 +33,11 @@ class NanoEngine(Engine):
 
     def version(self) -> dict[str, str]:
         return installed_versions(*_COMPUTING)
+
+    def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
+        # a checkpoint says its own dtype only when it is loaded
+        dtype = "bfloat16" if case.dtype == "checkpoint" else case.dtype
+        return NanoMemory(architecture, dtype, case.device_kind)
 
     def load(self, case: Case, settings: EngineSettings) -> NanoSession:
         from .session import NanoSession

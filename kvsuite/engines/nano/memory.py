@@ -30,6 +30,7 @@ def measure_memory(
     new_tokens: Sequence[int],
     *,
     compresses: bool = False,
+    evicts: bool = False,
 ) -> MemoryPass:
     """Serve requests together with every memory meter on.
 
@@ -82,7 +83,7 @@ def measure_memory(
         lengths_prefill=_longest(at_first),
         lengths_decode=_longest(at_last),
         compress_s=compress.total() if compresses else None,
-        evict_s=evict.total() / max(max(new_tokens) - 1, 1) if compresses else None,
+        evict_s=evict.total() / max(max(new_tokens) - 1, 1) if evicts else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(loaded, runtime.limits),

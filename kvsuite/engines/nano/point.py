@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvsuite.case import Case
+from kvsuite.engines.nano.memory_model import pool_blocks
 from kvsuite.engines.results import Reach
-from kvsuite.memory_model.nano import pool_blocks
 from kvsuite.nanovllm.limits import Limits
 
 from .runtime import BLOCK_SIZE

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from kvsuite.compression.base import Policy
+from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.nano import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
@@ -122,7 +122,7 @@ class RuntimeHolder:
 
     def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
         rotation = None
-        if policy is not None and policy.positions == "cache":
+        if policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
         options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
@@ -147,7 +147,7 @@ class RuntimeHolder:
 def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
     """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS and FlashInfer.
 
-    As `kvsuite.memory_model.nano.NanoMemory` predicts them.
+    As `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)

@@ -9,6 +9,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -20,7 +21,6 @@ from kvsuite.engines.results import (
 )
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
-from kvsuite.memory_model.nano import NanoMemory
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
@@ -140,14 +140,17 @@ class NanoSession(LoadedSession):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
-        return measure_memory(
+        found = measure_memory(
             self._loaded,
             lambda: self._runtime(requests),
             # one token more: blocks are read while a request still runs
             [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
             [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
+            evicts=self._method.acts_in_decode,
         )
+        found.warnings += self._method.caveats(min(len(one.prompt) for one in requests))
+        return found
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None

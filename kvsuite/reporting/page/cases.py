@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from kvsuite.reporting.aggregate import NOT_IN_RECORD, Row, by_name, ci_half_width, failure, missing_reason
+from kvsuite.store.inside import inside
 
 from .columns import Column, identity_columns
 
@@ -148,14 +149,11 @@ def _sidecar(folder: Path, row: Row) -> dict[str, str] | None:
     name = row.get("sidecar")
     if not isinstance(name, str):
         return None
-    root = folder.resolve()
     try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
-            return None
-        return {"name": name, "href": f"./{quote(path.relative_to(root).as_posix())}"}
-    except (OSError, ValueError):  # no name that a file could have
+        path = inside(folder, name)
+    except ValueError:
         return None
+    return {"name": name, "href": f"./{quote(path.relative_to(folder).as_posix())}"} if path.is_file() else None
 
 
 def _plot(rows: Sequence[Row], metrics: Sequence[Column]) -> dict[str, Any]:

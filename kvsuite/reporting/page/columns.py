@@ -8,40 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from kvsuite.metrics.registry import BUILTIN
+from kvsuite.metrics.registry import BUILTIN, Metric, is_builtin, is_headline, metric_of
 from kvsuite.reporting.aggregate import Row
 
 Kind = Literal["text", "number", "metric"]
 
-#: metrics shown at first, in this order, where any case has a number; those of users' own come behind them
-HEADLINES = (
-    "perplexity", "ppl_ratio", "ppl_ratio_reference", "kld", "next_token_acc", "ttft_s", "tpot_s", "decode_step_s",
-    "decode_tok_s_agg", "decode_tok_s_batch", "kv_bytes_exact", "mem_weights_bytes", "mem_measured_peak_bytes",
-)  # fmt: skip
-_TITLES = {
-    "perplexity": "Perplexity",
-    "perplexity_se": "Perplexity SE",
-    "ppl_ratio": "PPL / full",
-    "ppl_ratio_reference": "PPL / reference",
-    "kld": "KL divergence",
-    "next_token_acc": "Accuracy",
-    "same_top1": "Same top-1",
-    "ttft_s": "TTFT",
-    "tpot_s": "TPOT",
-    "itl_s": "Token gap",
-    "e2e_s": "End to end",
-    "tpot_floor_s": "TPOT floor",
-    "decode_step_s": "Decode step",
-    "decode_tok_s_agg": "Decode",
-    "decode_tok_s_req": "Decode, one request",
-    "decode_tok_s_batch": "Decode, batch",
-    "output_tok_s": "Output",
-    "kv_bytes_exact": "KV cache",
-    "mem_weights_bytes": "Weights",
-    "mem_measured_peak_bytes": "Peak memory",
-}
-_PERCENT = frozenset({"next_token_acc", "same_top1", "ratio_requested", "ratio_effective"})
-_MEMORY = frozenset({"cache_tokens_mean", "cache_tokens_min", "cache_tokens_max", "bits_per_weight", "ratio_effective"})
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _BYTES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 _IDENTITY = {
@@ -119,55 +90,40 @@ def metric_columns(rows: Sequence[Row]) -> list[Column]:
             entries.setdefault(name, entry)
             if row["status"] == "ok" and entry.get("value") is not None:
                 values.setdefault(name, []).append(float(entry["value"]))
-    own = [name for name in entries if name not in _BUILTIN]
-    first = [name for name in (*HEADLINES, *own) if name in entries]
-    order = [*first, *(name for name in _BUILTIN if name in entries and name not in first)]
-    return [_metric_column(name, entries[name], values.get(name, []), name in first) for name in order]
+    metrics = {name: metric_of(name, entry) for name, entry in entries.items()}
+    first = sorted(
+        filter(is_headline, metrics),
+        key=lambda name: (not is_builtin(name), metrics[name].headline or 0),
+    )
+    order = [*first, *(metric.name for metric in BUILTIN if metric.name in entries and metric.name not in first)]
+    return [_metric_column(metrics[name], values.get(name, []), name in first) for name in order]
 
 
-def _metric_column(name: str, entry: Mapping[str, Any], values: Sequence[float], headline: bool) -> Column:
-    unit = str(entry.get("unit", "1"))
-    scale, label = _scale(name, unit, values)
+def _metric_column(metric: Metric, values: Sequence[float], headline: bool) -> Column:
+    scale, label = _scale(metric, values)
     return Column(
-        key=name,
-        title=_title(name),
+        key=metric.name,
+        title=metric.heading,
         kind="metric",
         unit=label,
         scale=scale,
         decimals=_decimals([value / scale for value in values]),
-        better=str(entry.get("better", "none")),
-        group=_group(name, unit),
-        formula=str(entry.get("formula", "")),
+        better=metric.better,
+        group=metric.plot_group,
+        formula=metric.formula,
         # a column of nothing but reasons is told in one line instead
         shown=headline and bool(values),
     )
 
 
-def _title(name: str) -> str:
-    known = _TITLES.get(name)
-    if known or name not in _BUILTIN:
-        return known or name
-    for suffix in ("_bytes", "_tok_s", "_s"):
-        name = name.removesuffix(suffix)
-    return name.replace("_", " ")
-
-
-def _scale(name: str, unit: str, values: Sequence[float]) -> tuple[float, str]:
-    if name in _PERCENT:
+def _scale(metric: Metric, values: Sequence[float]) -> tuple[float, str]:
+    if metric.format.endswith("%"):
         return 0.01, "%"
     typical = median(abs(value) for value in values) if values else 0.0
     for kind, steps in (("s", _SECONDS), ("bytes", _BYTES)):
-        if unit == kind:
+        if metric.unit == kind:
             return next((step for step in steps if typical >= step[0]), steps[-1] if typical else steps[0])
-    return 1.0, "" if unit == "1" else unit
-
-
-def _group(name: str, unit: str) -> str:
-    if unit == "bytes" or name in _MEMORY:
-        return "memory"
-    if unit in ("s", "tok/s"):
-        return "speed"
-    return "quality" if unit in ("1", "nat", "bit") and name in _BUILTIN else "other"
+    return 1.0, "" if metric.unit == "1" else metric.unit
 
 
 def _decimals(values: Iterable[float]) -> int:
@@ -182,6 +138,3 @@ def _decimals(values: Iterable[float]) -> int:
 
 def _is_number(setting: Any) -> bool:
     return isinstance(setting, int | float) and not isinstance(setting, bool)
-
-
-_BUILTIN = {metric.name: metric for metric in BUILTIN}

@@ -60,7 +60,7 @@ def build_page(
     """
     files = files or {}
     found = sorted(folder.iterdir()) if (folder / RECORDS_FILE).is_file() else []
-    names = [*(path.name for path in found if path.is_file() and path.name not in files), *files]
+    names = [*(path.name for path in found if _is_own(path) and path.name not in files), *files]
     pictures = {
         name: (folder / name).read_bytes() if name not in files else _bytes(files[name])
         for name in names
@@ -154,6 +154,11 @@ def render_page(
         script_hashes=" ".join(map(_hash, scripts)),
     )
     return utf8(page)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a file of the run; what a link leads to elsewhere would be shown to whoever gets the page."""
+    return path.is_file() and path.resolve().is_relative_to(path.parent.resolve())
 
 
 def _own(name: str) -> str:

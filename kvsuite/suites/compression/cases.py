@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvsuite.case import Case
-from kvsuite.compression import REPLACEMENTS, get_policy, list_policies
+from kvsuite.compression import REPLACEMENTS, find_policy, get_policy, list_policies
+from kvsuite.compression.base import Schedule
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
+from kvsuite.compression.method_text import MethodText, parameter_types
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
-from kvsuite.quantization.registry import NONE
+from kvsuite.quantization.registry import NONE, selected_formats
 from kvsuite.suites.perplexity.cases import dtype_of
 
+from .options import CompressionOptions
+
 PRESS_PREFIX = "kvpress:"
+# short forms in names
+_SHORT = {"keep_ratio": "kr"}
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
 # order of the original's compare_all
@@ -42,6 +50,7 @@ class Group:
     policy: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
+    acts: str = "decode"
 
 
 def compression_cases(options: Options) -> list[Case]:
@@ -52,26 +61,29 @@ def compression_cases(options: Options) -> list[Case]:
     UserError
         Naming the option whose value cannot be.
     """
-    groups = list(_groups(options))
+    common, own = options.of(CommonOptions), options.of(CompressionOptions)
+    Schedule(own.l2_mode)  # refused whether or not a selected method reads it
+    formats = selected_formats(options) or (NONE,)
+    groups = list(_groups(own, common.seed))
     names = [group.name for group in groups]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"--kv-method: the groups {', '.join(twice)} occur twice; name every size and ratio once")
-    device = resolve_device(options.device)
+    device = resolve_device(common.device)
     workload = {
-        "protocol": protocol_of(options, groups),
-        "corpus": options.corpus,
-        "num_samples": options.num_samples,
-        "max_tokens": options.max_tokens,
-        "prompt_tokens": options.prompt_tokens,
-        "max_new_tokens": options.max_new_tokens,
+        "protocol": protocol_of(own, groups),
+        "corpus": common.corpus,
+        "num_samples": common.num_samples,
+        "max_tokens": own.max_tokens,
+        "prompt_tokens": common.prompt_tokens,
+        "max_new_tokens": common.max_new_tokens,
         "batch": 1,
     }
     return [
         Case(
             suite="compression",
-            engine="hf" if options.engine == "auto" else options.engine,
-            model=options.model,
+            engine="hf" if common.engine == "auto" else common.engine,
+            model=common.model,
             name=group.name if chosen == NONE else f"{group.name}_{chosen}",
             device=device,
             dtype=dtype_of(options, device, chosen),
@@ -81,133 +93,166 @@ def compression_cases(options: Options) -> list[Case]:
             workload=workload,
             params={"group": group.kind, "budget": group.budget},
         )
-        for chosen in options.quantization or (NONE,)
+        for chosen in formats
         for group in groups
     ]
 
 
-def protocol_of(options: Options, groups: Iterable[Group]) -> str:
+def protocol_of(own: CompressionOptions, groups: Iterable[Group]) -> str:
     """One quality protocol for all groups of a run: perplexities of different protocols do not compare."""
-    pressed = [group.name for group in groups if group.kind == "press"]
-    if options.protocol == "auto":
+    pressed = [group.name for group in groups if group.acts == "prompt"]
+    if own.protocol == "auto":
         return "prefix-continuation" if pressed else "streaming-decode"
-    if pressed and options.protocol == "streaming-decode":
+    if pressed and own.protocol == "streaming-decode":
         raise UserError(
             f"--kv-protocol=streaming-decode: {pressed[0]} compresses a prefilled prompt and never acts on single tokens; "
             "use prefix-continuation"
         )
-    return str(options.protocol)
+    return own.protocol
 
 
 def method_name(options: Options) -> str:
     """The run's method as the original names its folders: one method, or ``compare_all``."""
-    if options.compare_all or len(options.method) > 1:
+    own = options.of(CompressionOptions)
+    if own.compare_all or len(own.method) > 1:
         return "compare_all"
-    return str(options.method[0]).replace(":", "_").lower()
+    return MethodText.parse(own.method[0]).name.replace(":", "_").lower()
 
 
 def unread_options(options: Options) -> list[str]:
     """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
-    if options.compare_all:
+    own = options.of(CompressionOptions)
+    if own.compare_all:
         unread = {"method", "keep_ratios", "strategies"} & options.given
     else:
+        methods = [MethodText.parse(method) for method in own.method]
         unread = {
-            name
-            for name in _READERS.keys() & options.given
-            if not any(m.startswith(_READERS[name]) for m in options.method)
+            name for name in _READERS.keys() & options.given if not any(_reads(method, name) for method in methods)
         }
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]
 
 
-def _groups(options: Options) -> Iterator[Group]:
-    if not options.no_baseline:
+def _reads(method: MethodText, option: str) -> bool:
+    if method.name.startswith(_READERS[option]):
+        return True
+    swept = {} if method.name.startswith(PRESS_PREFIX) else find_policy(method.name).swept_by_options
+    return any(source == option and name not in method.values for name, source in swept.items())
+
+
+def _groups(own: CompressionOptions, seed: int) -> Iterator[Group]:
+    if not own.no_baseline:
         yield Group("baseline", "baseline")
-    handlings = ("original", "cache") if options.positions == "both" else (options.positions,)
+    handlings = ("original", "cache") if own.positions == "both" else (own.positions,)
     for positions in handlings:
-        groups = list(_policy_groups(options, positions))
-        if options.compare_all:
+        groups = list(_policy_groups(own, positions, seed))
+        if own.compare_all:
             groups.sort(key=lambda group: _CROSS_SECTION.index(group.kind))
         yield from groups
-    for method in _methods(options):
-        if method.startswith(PRESS_PREFIX):
-            yield from _presses(options, method)
+    for method in _methods(own):
+        if method.name.startswith(PRESS_PREFIX):
+            yield from _presses(own, method)
 
 
-def _policy_groups(options: Options, positions: str) -> Iterator[Group]:
-    common = {"positions": positions, "skip_layers": list(options.skip_layers)}
+def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterator[Group]:
+    common = {"positions": positions, "skip_layers": list(own.skip_layers)}
     mark = "_poscache" if positions == "cache" else ""
 
     def group(name: str, kind: str, policy: str, budget: int | None = None, **parameters: Any) -> Group:
         built = get_policy(policy, **parameters, **common)
-        return Group(name + mark, kind, policy, built.to_dict(), budget)
+        return Group(name + mark, kind, policy, built.to_dict(), budget, built.acts)
 
-    methods = _methods(options)
-    totals = [options.start_size + recent for recent in options.recent_sizes]
+    asked = _methods(own)
+    # those with parameters of their own are swept by these alone
+    methods = [method.name for method in asked if not method.values]
+    totals = [own.start_size + recent for recent in own.recent_sizes]
     streaming = totals if "streaming_llm" in methods else []
-    fixed = list(options.fix_kv_sizes) if "fix_size_l2" in methods else []
-    ratios = list(options.keep_ratios)
-    if options.compare_all:
-        streaming, fixed, ratios = totals[-2:], [max(options.fix_kv_sizes)], [0.8, 0.5]
+    fixed = list(own.fix_kv_sizes) if "fix_size_l2" in methods else []
+    ratios = list(own.keep_ratios)
+    if own.compare_all:
+        streaming, fixed, ratios = totals[-2:], [max(own.fix_kv_sizes)], [0.8, 0.5]
     controls = list(dict.fromkeys([*streaming, *fixed]))
     if "recent_only" in methods and not controls:
         controls = totals
-    if options.compare_all or (options.no_recent_only and "recent_only" not in methods):
+    if own.compare_all or (own.no_recent_only and "recent_only" not in methods):
         controls = []
     for total in controls:
         yield group(f"recent_only_{total}", "recent_only", "recent_only", total, window=total)
     for total in streaming:
-        recent = total - options.start_size
-        if options.start_size > recent:
+        recent = total - own.start_size
+        if own.start_size > recent:
             raise UserError(
-                f"--kv-start-size={options.start_size}: more sinks than recent tokens (--kv-recent-sizes={recent}); "
+                f"--kv-start-size={own.start_size}: more sinks than recent tokens (--kv-recent-sizes={recent}); "
                 "lower --kv-start-size or raise --kv-recent-sizes"
             )
         yield group(
-            f"streaming_{total}", "streaming", "streaming_llm", total, start_size=options.start_size, recent_size=recent
+            f"streaming_{total}", "streaming", "streaming_llm", total, start_size=own.start_size, recent_size=recent
         )
     for size in fixed:
-        for strategy in ["keep_low"] if options.compare_all else options.strategies:
-            for ratio in [0.5] if options.compare_all else ratios:
-                seed = {"seed": options.seed} if strategy == "random" else {}
+        for strategy in ["keep_low"] if own.compare_all else own.strategies:
+            for ratio in [0.5] if own.compare_all else ratios:
+                seeded = {"seed": seed} if strategy == "random" else {}
                 yield group(
                     f"fix{size}_{strategy}_kr={ratio}", "fix_size", "fix_size_l2", size,
-                    size=size, strategy=strategy, keep_ratio=ratio, **seed,
+                    size=size, strategy=strategy, keep_ratio=ratio, **seeded,
                 )  # fmt: skip
-    if "l2_compress" in methods or options.compare_all:
-        for ratio in _below_one(ratios, options):
-            mode = {"prune_after": options.prune_after, "mode": options.l2_mode}
-            label = options.l2_mode.replace("=", "")
+    if "l2_compress" in methods or own.compare_all:
+        for ratio in _below_one(ratios, own):
+            mode = {"prune_after": own.prune_after, "mode": own.l2_mode}
+            label = own.l2_mode.replace("=", "")
             yield group(f"l2_kr={ratio}_{label}", "l2", "l2_compress", None, keep_ratio=ratio, **mode)
-    for name in methods:
-        if name not in _SWEPT and not name.startswith(PRESS_PREFIX):
-            # registered by a user: one group with its own defaults
-            yield group(name, "policy", name)
+    for method in asked:
+        if method.name.startswith(PRESS_PREFIX) or (method.name in _SWEPT and not method.values):
+            continue
+        for parameters in _variants(own, method):
+            label = "_".join(
+                [method.name, *(f"{_SHORT.get(name, name)}={value}" for name, value in parameters.items())]
+            )
+            yield group(label, "policy", method.name, None, **parameters)
 
 
-def _presses(options: Options, method: str) -> Iterator[Group]:
-    info = find_press(method)
-    if options.positions == "cache":
-        raise UserError(
-            f"--kv-positions=cache: {method} decides on positions itself; use kvpress:KeyRerotation, or positions=original"
-        )
-    if options.skip_layers:
-        raise UserError(f"--kv-skip-layers: {method} treats all layers; leave --kv-skip-layers at none")
-    if not info.takes_ratio:
-        yield Group(info.name, "press", PRESS_PREFIX + info.name, {"keep_ratio": 1.0})
+def _variants(own: CompressionOptions, method: MethodText) -> Iterator[dict[str, Any]]:
+    """Parameters of a policy's variants: those given, those that options sweep, else the policy's own defaults."""
+    policy = find_policy(method.name)
+    swept = {
+        name: getattr(own, source) for name, source in policy.swept_by_options.items() if name not in method.values
+    }
+    if not swept and not method.values:
+        yield from map(dict, policy.sweep())
         return
-    for ratio in _below_one(list(options.keep_ratios), options):
-        yield Group(f"{info.name}_kr={ratio}", "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio})
+    lists = {name: list(value) if isinstance(value, tuple) else [value] for name, value in swept.items()}
+    if "keep_ratio" in lists:
+        lists["keep_ratio"] = _below_one(lists["keep_ratio"], own)
+    for given in method.variants(parameter_types(policy)):
+        for chosen in itertools.product(*lists.values()):
+            yield given | dict(zip(lists, chosen, strict=True))
 
 
-def _below_one(ratios: list[float], options: Options) -> list[float]:
+def _presses(own: CompressionOptions, method: MethodText) -> Iterator[Group]:
+    info = find_press(method.name)
+    if own.positions == "cache":
+        raise UserError(
+            f"--kv-positions=cache: {method.name} decides on positions itself; use kvpress:KeyRerotation, or positions=original"
+        )
+    if own.skip_layers:
+        raise UserError(f"--kv-skip-layers: {method.name} treats all layers; leave --kv-skip-layers at none")
+    ratios = _below_one(list(own.keep_ratios), own) if info.takes_ratio else [1.0]
+    for given in method.variants(dict.fromkeys(method.values)):
+        marks = [f"{name}={value}" for name, value in given.items() if name != "keep_ratio"]
+        for ratio in [given.pop("keep_ratio")] if "keep_ratio" in given else ratios:
+            name = "_".join([info.name, *marks, *([f"kr={ratio}"] if info.takes_ratio else [])])
+            yield Group(name, "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio, **given}, acts="prompt")
+
+
+def _below_one(ratios: list[float], own: CompressionOptions) -> list[float]:
     # keeping everything is the baseline
-    return [ratio for ratio in ratios if ratio < 1 or options.no_baseline]
+    return [ratio for ratio in ratios if ratio < 1 or own.no_baseline]
 
 
-def _methods(options: Options) -> list[str]:
-    if options.compare_all:
+def _methods(own: CompressionOptions) -> list[MethodText]:
+    if own.compare_all:
         return []
-    for method in options.method:
+    asked = [MethodText.parse(method) for method in own.method]
+    for method in (one.name for one in asked):
         if method in REPLACEMENTS:
             raise UserError(f"--kv-method={method}: not part of kvsuite; use {REPLACEMENTS[method]}")
         if method.startswith(PRESS_PREFIX):
@@ -220,4 +265,4 @@ def _methods(options: Options) -> list[str]:
             raise UserError(
                 f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{press}"
             )
-    return list(options.method)
+    return asked

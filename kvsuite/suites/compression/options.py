@@ -22,12 +22,6 @@ _REFUSED = {
 }  # fmt: skip
 
 
-def _schedule(typed: str) -> str:
-    from kvsuite.compression.base import Schedule
-
-    return Schedule(typed).name
-
-
 def _layers(typed: str) -> tuple[int, ...]:
     return () if typed.strip().lower() in ("", "none") else list_of(whole_number(0, 10_000))(typed)
 
@@ -40,8 +34,9 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
     # fmt: off
     method: Annotated[tuple[str, ...], Option(
         list_of(text), "streaming_llm",
-        "Compression methods, comma separated: streaming_llm, recent_only, fix_size_l2, l2_compress, "
-        "kvpress:<Name>, e.g. --kv-method=streaming_llm,kvpress:SnapKV.",
+        "Compression methods, comma separated: streaming_llm, recent_only, fix_size_l2, l2_compress, snapkv, h2o, tova, knorm, "
+        "expected_attention, kvpress:<Name>, with parameters in parentheses, several values in brackets, e.g. "
+        "--kv-method='streaming_llm,snapkv(window=32,keep_ratio=[0.2,0.5])'.",
     )]
     compare_all: Annotated[bool, Option(
         switch, "false",
@@ -60,14 +55,14 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     keep_ratios: Annotated[tuple[float, ...], Option(
         list_of(ratio), "0.8,0.5,0.3",
-        "Fractions in (0, 1]: kept by l2_compress and presses, protected as recent by fix_size_l2.",
+        "Fractions in (0, 1]: kept by presses and policies that keep a share, protected as recent by fix_size_l2.",
     )]
     prune_after: Annotated[int, Option(
         whole_number(0), "100",
         "l2_compress leaves caches up to this many tokens alone.",
     )]
     l2_mode: Annotated[str, Option(
-        _schedule, "single_shot",
+        text, "single_shot",
         "When l2_compress acts: single_shot (the paper), every_token (the original program) or interval=N.",
         original="every_token",
     )]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row, json_text
 from kvsuite.suites.suite import Suite, Work, served_work
@@ -14,6 +15,8 @@ from .cases import compression_cases, method_name, unread_options
 from .options import CompressionOptions
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from kvsuite.engines.engine import Session
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
@@ -55,10 +58,10 @@ class CompressionSuite(Suite):
         measure_single_request(session, run, lambda timed: score_through_cache(run, session))
         return run.found
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import comparison_legend, comparison_table
 
-        return f"{comparison_table(rows)}\n{comparison_legend(rows)}\n"
+        return stacked([comparison_table(rows)], comparison_legend(rows).splitlines())
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json

@@ -9,16 +9,19 @@ import re
 from dataclasses import dataclass
 
 from kvsuite.case import Case
+from kvsuite.engines.mlc.options import MlcOptions
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
+from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
-from kvsuite.quantization.registry import NONE, QUANTIZATIONS
+from kvsuite.quantization.registry import NONE, QUANTIZATIONS, selected_formats
 from kvsuite.suites.perplexity.cases import dtype_of
 
+from .options import DseOptions
 from .parser import parse_space
-from .space import DesignSpace, Entry, broken_rules
 
 DSE = "dse"
 #: the protocol of its workload
@@ -45,7 +48,7 @@ def dse_cases(options: Options) -> list[Case]:
     UserError
         Naming the option whose value cannot be.
     """
-    device = resolve_device(options.device)
+    device = resolve_device(options.of(CommonOptions).device)
     return [_case(options, device, entry.point) for entry in design_space(options).entries]
 
 
@@ -57,48 +60,51 @@ def design_space(options: Options) -> DesignSpace:
     UserError
         If they ask for two of these, or for a space that cannot be.
     """
-    formats = {"quantizations": options.quantization, "default": default_formats(options)}
-    single = {axis.name: value for axis in AXES if (value := getattr(options, axis.name)) is not None}
+    own = options.of(DseOptions)
+    parse = functools.partial(parse_space, quantizations=selected_formats(options), default=default_formats(options))
+    single = {axis.name: value for axis in AXES if (value := getattr(own, axis.name)) is not None}
     typed = [f"--kv-{name.replace('_', '-')}" for name in single if name in options.given]
-    spaces = [name for name, asked in (("--kv-space", "space" in options.given), ("--kv-dse", options.dse)) if asked]
+    spaces = [name for name, asked in (("--kv-space", "space" in options.given), ("--kv-dse", own.dse)) if asked]
     if typed and spaces:
         raise UserError(
             f"{spaces[0]} and {typed[0]}: a space and a single point exclude each other; give the values of an axis in "
             "--kv-space, or leave the space out"
         )
-    if len(spaces) > 1 and options.space.strip() != "full":
-        raise UserError(f"--kv-space={options.space} and --kv-dse: the latter is --kv-space=full; give one of them")
-    if options.dse:
-        space = parse_space("full", **formats, option="--kv-dse")
+    if len(spaces) > 1 and own.space.strip() != "full":
+        raise UserError(f"--kv-space={own.space} and --kv-dse: the latter is --kv-space=full; give one of them")
+    if own.dse:
+        space = parse("full", option="--kv-dse")
     elif single and not spaces:
-        space = parse_space(";".join(f"{name}={value}" for name, value in single.items()), **formats, option="kvsuite")
+        space = parse(";".join(f"{name}={value}" for name, value in single.items()), option="kvsuite")
     else:
-        space = parse_space(options.space, **formats)
+        space = parse(own.space)
     unknown = [point for entry in space.entries if (point := entry.point.quantization) not in QUANTIZATIONS]
     if unknown:
-        raise UserError(
-            f"--kv-space={options.space}: unknown weight format {unknown[0]}; use {', '.join(QUANTIZATIONS)}"
-        )
+        raise UserError(f"--kv-space={own.space}: unknown weight format {unknown[0]}; use {', '.join(QUANTIZATIONS)}")
     return space
 
 
 def dse_engine(options: Options, device: str) -> str:
     """The engine of the suite: ``auto`` is nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed."""
-    if options.engine != "auto":
-        return str(options.engine)
+    engine = options.of(CommonOptions).engine
+    if engine != "auto":
+        return engine
     kind = device.partition(":")[0]
-    return "mlc" if kind in _MLC_ONLY or (kind == "cuda" and _mlc_is_here(options.mlc_python)) else "nano"
+    return (
+        "mlc" if kind in _MLC_ONLY or (kind == "cuda" and _mlc_is_here(options.of(MlcOptions).mlc_python)) else "nano"
+    )
 
 
 def default_formats(options: Options) -> tuple[str, ...]:
     """Weight formats of the suite if nobody names one: on mlc q4f16_1, or what MLC weights are in already."""
-    if dse_engine(options, resolve_device(options.device)) != "mlc":
+    if dse_engine(options, resolve_device(options.of(CommonOptions).device)) != "mlc":
         return DEFAULT_FORMATS
-    config = expanded(options.model) / "mlc-chat-config.json"
+    model = options.of(CommonOptions).model
+    config = expanded(model) / "mlc-chat-config.json"
     try:
         return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
     except (OSError, ValueError, KeyError):
-        named = _MLC_NAME.search(options.model)
+        named = _MLC_NAME.search(model)
         return _MLC_FORMATS if named is None else (named[1],)
 
 
@@ -137,25 +143,26 @@ def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = Fal
 
 
 def _case(options: Options, device: str, point: DesignPoint) -> Case:
+    common, own, library = options.of(CommonOptions), options.of(DseOptions), options.of(MlcOptions).model_lib
     chosen = point.quantization
     return Case(
         suite=DSE,
         engine=dse_engine(options, device),
-        model=options.model,
+        model=common.model,
         name=point.id,
         device=device,
         dtype=dtype_of(options, device, chosen),
         quantization=None if chosen == NONE else chosen,
         workload={
             "protocol": SERVING,
-            "prompt_tokens": int(point.context_window_size * options.prompt_share),
-            "max_new_tokens": options.max_new_tokens,
+            "prompt_tokens": int(point.context_window_size * own.prompt_share),
+            "max_new_tokens": common.max_new_tokens,
             "batch": point.max_batch_size,
-            "prefix_caching": options.prefix_caching,
-            "corpus": options.corpus,
-            "num_samples": options.num_samples,
-            "eval_tokens": options.eval_tokens,
+            "prefix_caching": own.prefix_caching,
+            "corpus": common.corpus,
+            "num_samples": common.num_samples,
+            "eval_tokens": common.eval_tokens,
         },
         params={short: getattr(point, axis) for axis, short in PARAMS.items()}
-        | ({} if options.model_lib is None else {"model_lib": options.model_lib}),
+        | ({} if library is None else {"model_lib": library}),
     )

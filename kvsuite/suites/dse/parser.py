@@ -8,9 +8,8 @@ from typing import TypeVar
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.memory_model.design_point import AXES, OFF, QUANTIZATION, Axis
+from kvsuite.memory_model.design_space import NAMED, DesignSpace, named_space, union
 from kvsuite.options.numbers import whole
-
-from .space import NAMED, DesignSpace, named_space, union
 
 Value = TypeVar("Value", int, str)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class DseSuite(Suite):
@@ -57,10 +61,10 @@ class DseSuite(Suite):
         measure_point(case, session, run)
         return run.found
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import dse_legend, dse_table
 
-        return f"{dse_table(rows)}\n{dse_legend(rows)}\n"
+        return stacked([dse_table(rows)], [dse_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .files import dse_files

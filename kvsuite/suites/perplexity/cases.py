@@ -6,11 +6,15 @@ from pathlib import Path
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
+from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
-from kvsuite.quantization.registry import NONE, quantization
+from kvsuite.quantization.registry import NONE, quantization, require_known, selected_formats
 from kvsuite.workloads.corpus import NAMES
 from kvsuite.workloads.windows import STRIDED, plan_windows
+
+from .options import PerplexityOptions
 
 DEFAULT_FORMATS = ("none", "q4f16_1", "fake_q3")
 # the original's one rule: published MLC Instruct models stand beside the base model
@@ -25,60 +29,63 @@ def perplexity_cases(options: Options) -> list[Case]:
     UserError
         Naming the option whose value cannot be.
     """
-    names = [dataset_name(request) for request in options.dataset]
+    own = options.of(PerplexityOptions)
+    names = [dataset_name(request) for request in own.dataset]
     if len(set(names)) < len(names):
-        raise UserError(f"--kv-dataset={','.join(options.dataset)}: two of the files have one name; run them apart")
-    if options.dataset_path and len(names) > 1:
+        raise UserError(f"--kv-dataset={','.join(own.dataset)}: two of the files have one name; run them apart")
+    if own.dataset_path and len(names) > 1:
         raise UserError(
-            f"--kv-dataset-path={options.dataset_path}: is read for one data set, and --kv-dataset names {len(names)}; "
+            f"--kv-dataset-path={own.dataset_path}: is read for one data set, and --kv-dataset names {len(names)}; "
             "name one"
         )
-    device = resolve_device(options.device)
+    device = resolve_device(options.of(CommonOptions).device)
     return [
         _case(options, device, name, protocol, chosen)
         for name in names
-        for protocol in options.ppl_protocol
-        for chosen in options.quantization or DEFAULT_FORMATS
+        for protocol in own.ppl_protocol
+        for chosen in selected_formats(options) or DEFAULT_FORMATS
     ]
 
 
 def _case(options: Options, device: str, dataset: str, protocol: str, chosen: str) -> Case:
+    common, own = options.of(CommonOptions), options.of(PerplexityOptions)
     # for its error messages: the length of the text comes later
-    plan_windows(protocol, 4 * options.max_length, options.max_length, options.stride, prefix=bos_rule(options.bos))
-    engine = "hf" if options.engine == "auto" else options.engine
+    plan_windows(protocol, 4 * own.max_length, own.max_length, own.stride, prefix=bos_rule(own.bos))
+    engine = "hf" if common.engine == "auto" else common.engine
     return Case(
         suite="perplexity",
         engine=engine,
         # the reference engine is left out: wikitext2-4bit
         shows_engine=engine != "hf",
         model=model_of(options),
-        name="-".join([dataset, chosen, *([protocol] if len(options.ppl_protocol) > 1 else [])]),
+        name="-".join([dataset, chosen, *([protocol] if len(own.ppl_protocol) > 1 else [])]),
         device=device,
         dtype=dtype_of(options, device, chosen),
         quantization=None if chosen == NONE else chosen,
         workload={
             "protocol": protocol,
             "dataset": dataset,
-            "split": options.split,
-            "blank_rows": options.blank_rows,
-            "num_samples": options.num_samples,
-            "eval_tokens": options.eval_tokens,
-            "max_length": options.max_length,
+            "split": own.split,
+            "blank_rows": own.blank_rows,
+            "num_samples": common.num_samples,
+            "eval_tokens": common.eval_tokens,
+            "max_length": own.max_length,
             # the others step from window to window by its length
-            "stride": options.stride if protocol in STRIDED else options.max_length,
-            "bos": options.bos,
-            "prompt_tokens": options.prompt_tokens,
-            "max_new_tokens": options.max_new_tokens,
+            "stride": own.stride if protocol in STRIDED else own.max_length,
+            "bos": own.bos,
+            "prompt_tokens": common.prompt_tokens,
+            "max_new_tokens": common.max_new_tokens,
             "batch": 1,
         },
-        params={"mlc_model": options.mlc_model or None, "reference": _reference(options, device)},
+        params={"mlc_model": own.mlc_model or None, "reference": _reference(options, device)},
     )
 
 
 def _reference(options: Options, device: str) -> dict[str, str | None] | None:
-    if options.reference is None:
+    chosen = options.of(PerplexityOptions).reference
+    if chosen is None:
         return None
-    chosen = str(options.reference)
+    require_known(option_of(PerplexityOptions, "reference"), (chosen,))
     return {"quantization": None if chosen == NONE else chosen, "dtype": dtype_of(options, device, chosen)}
 
 
@@ -96,16 +103,17 @@ def dtype_of(options: Options, device: str, chosen: str) -> str:
     """Dtype of a case: what its weight format prescribes, else ``--kv-dtype``, else float32 on a CPU."""
     prescribed = quantization(chosen).compute_dtype
     default = "float32" if device.partition(":")[0] == "cpu" else "checkpoint"
-    return str(prescribed or options.dtype or default)
+    return prescribed or options.of(CommonOptions).dtype or default
 
 
 def model_of(options: Options) -> str:
     """The model scored: ``--kv-model``, else the counterpart of ``--kv-mlc-model`` by the original's rule."""
-    if "model" in options.given or not options.mlc_model:
-        return str(options.model)
-    if _LABEL not in options.mlc_model:
+    model, label = options.of(CommonOptions).model, options.of(PerplexityOptions).mlc_model
+    if "model" in options.given or not label:
+        return model
+    if _LABEL not in label:
         raise UserError(
-            f"--kv-mlc-model={options.mlc_model}: is a label, and only {_LABEL} names a Hugging Face model by itself; give "
+            f"--kv-mlc-model={label}: is a label, and only {_LABEL} names a Hugging Face model by itself; give "
             "--kv-hf-model as well"
         )
     return _COUNTERPART

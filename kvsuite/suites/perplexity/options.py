@@ -4,14 +4,13 @@
 
 from typing import Annotated
 
-from kvsuite.options.common import weight_format
-from kvsuite.options.option import Option, OptionGroup, choice, label, list_of, off_or, path_or_name, whole_number
+from kvsuite.options.option import Option, OptionGroup, choice, label, list_of, off_or, path_or_name, text, whole_number
 
 
 def _reference(typed: str) -> str | None:
     if "," in typed:
         raise ValueError("one weight format is wanted, not a list")
-    return off_or(weight_format)(typed)
+    return off_or(text)(typed)
 
 
 class PerplexityOptions(OptionGroup, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.errors import CaseSkipped
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class PerplexitySuite(Suite):
@@ -81,10 +85,10 @@ class PerplexitySuite(Suite):
             quality.compare()
         return run.found
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import perplexity_legend, perplexity_table
 
-        return f"{perplexity_table(rows)}\n{perplexity_legend(rows)}\n"
+        return stacked([perplexity_table(rows)], [perplexity_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .csv_files import csv_name, csv_rows, csv_text

@@ -22,10 +22,10 @@ from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import save_checkpoint
 
 from kvsuite.engines.mlc.engine import MlcEngine
+from kvsuite.engines.mlc.memory_model import MlcMemory
 from kvsuite.engines.registry import SessionPool
 from kvsuite.measure.runner import CaseRunner
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.mlc import MlcMemory
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.record import Record, schema

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.case import Case
+from kvsuite.engines.nano.memory_model import NanoMemory, pool_blocks
 from kvsuite.engines.nano.point import point_limits
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.registry import SessionPool
 from kvsuite.engines.results import Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.nano import NanoMemory, pool_blocks
 from kvsuite.meters.clock import PerfCounterClock
 from kvsuite.meters.quality import TokenScores, perplexity
 from kvsuite.nanovllm.limits import Limits
@@ -131,6 +131,20 @@ def test_together_as_alone(serve: Serve) -> None:
     assert len({tuple(output) for output in alone}) > 1
     # a window that has to leave something out is another model
     assert served(serve(batch=4, window=8), prompts(4, 30), 6).outputs != alone
+
+
+def test_requests_of_unlike_lengths(serve: Serve) -> None:
+    first, second = prompts(2, 30)
+    wanted = [ServeRequest(first[:24], 6), ServeRequest(second, 3)]
+    alone = [served(serve(), [list(one.prompt)], one.new_tokens).outputs[0] for one in wanted]
+    on = serve(batch=2, prefill_chunk=13)
+    together = on.serve(wanted, PerfCounterClock())
+    assert together.outputs == alone
+    assert [times.generated for times in together.times] == [6, 3]
+    memory = on.memory(wanted)
+    # the last token of each is chosen and never fed
+    assert memory.kv_bytes_prefill == (24 + 30) * TOKEN_BYTES
+    assert memory.kv_bytes_decode == (24 + 5 + 30 + 2) * TOKEN_BYTES
 
 
 def test_prompts_are_found_again_where_prefixes_are_cached(serve: Serve) -> None:

@@ -229,6 +229,18 @@ def test_a_long_prompt_is_fed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
         assert on._runtime([ServeRequest(long, 8)]).counters.steps == 6 + 7
 
 
+def test_several_requests_are_a_design_points() -> None:
+    on = served()
+    on.prepare(nano(case()))
+    pair = [ServeRequest(PROMPT, 4), ServeRequest(PROMPT, 4)]
+    for use in (on.serve, on.memory):
+        with pytest.raises(
+            CaseInvalid, match=r"serves 2 requests together in a design point alone.*design-space suite"
+        ):
+            use(pair)
+    assert len(tokens_of(on, PROMPT, 4)) == 4
+
+
 def test_what_is_in_effect() -> None:
     on = served()
     on.prepare(nano(streaming(16, skip_layers=[2])))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from kvsuite.case import id_token
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, OFF, RULES, TRAINED_LENGTH
+from kvsuite.memory_model.design_space import NAMED, SCHEMES, DesignPoint, DesignSpace, named_space
 from kvsuite.suites.dse.parser import EXAMPLE, parse_space
-from kvsuite.suites.dse.space import NAMED, SCHEMES, DesignPoint, DesignSpace, named_space
 
 
 def full() -> DesignSpace:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.design_point import DesignPoint
+from kvsuite.memory_model.formats import nano_format
+from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
 from kvsuite.quantization.formats import DENSE_TILE
-
-from .config import Architecture
-from .design_point import DesignPoint
-from .formats import nano_format
-from .prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
 
 BLOCK_TOKENS = 16
 #: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`), and for what it has kernels
@@ -92,6 +91,21 @@ class NanoMemory:
     device: str = "cuda"
     prompt_tokens: int | None = None
     engine: str = "nano"
+    #: `kvsuite.nanovllm.limits.Limits.memory_share`
+    share: float = 0.9
+
+    def described(self) -> str:
+        return f"engine {self.engine}"
+
+    def own_settings(self) -> dict[str, int | None]:
+        return {}
+
+    def kv_notes(self, point: DesignPoint) -> str:
+        return ""
+
+    def capacity(self, point: DesignPoint, usable_bytes: float) -> int | None:
+        """None: the pool is made for the point."""
+        return None
 
     def predict(self, point: DesignPoint) -> Prediction:
         """Memory of a runtime whose limits are the point's, with a pool of `pool_blocks`.

@@ -6,14 +6,30 @@ The formulas are those of ``cpp/serve/config.cc`` of mlc_llm. They reproduce eve
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from .config import Architecture
-from .design_point import DesignPoint
-from .formats import WeightFormat, mlc_format
-from .prediction import JSON_CHUNK, KEYS_AND_VALUES, MIB, Allocation, Basis, Part, Prediction, Predictor, Term
+from kvsuite.case import Case
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.design_point import DesignPoint
+from kvsuite.memory_model.formats import WeightFormat, mlc_format
+from kvsuite.memory_model.prediction import (
+    JSON_CHUNK,
+    KEYS_AND_VALUES,
+    MIB,
+    Allocation,
+    Basis,
+    Part,
+    Prediction,
+    Predictor,
+    Term,
+)
+from kvsuite.models.resolve import ModelSpec
+
 from .temporaries import temporary_bytes
 
 PAGE_TOKENS = 16
+#: what mlc_llm wants free beside prompt and output of every running request: 10 pages for its jump-forward step, and one
+SPARE_TOKENS = 11 * PAGE_TOKENS
 _FIXED_WORKSPACE = 48 * MIB
 # the line counts 16 bits whatever the weights' dtype
 _ESTIMATED_ELEMENT_BYTES = 2
@@ -37,6 +53,31 @@ def default_json_chunk(architecture: Architecture) -> int | None:
     limit = architecture.window if architecture.model_type == "mistral" else None
     limit = limit or architecture.trained_length
     return None if most is None or limit is None else min(most, limit)
+
+
+def tokens_per_sequence(case: Case) -> int:
+    """Tokens that the pages have room for, by request: the context, or what a request and mlc_llm's own rule take."""
+    needed = int(case.workload["prompt_tokens"]) + int(case.workload["max_new_tokens"]) + SPARE_TOKENS
+    return max(int(case.params["context"]), needed)
+
+
+def brings_config(spec: ModelSpec) -> bool:
+    """Whether a model is MLC weights of the hub: their configuration is taken as it is, that of all others is written."""
+    return spec.kind == "mlc" and not Path(spec.source).is_dir()
+
+
+def point_memory(architecture: Architecture, case: Case, *, writes_config: bool) -> MlcMemory:
+    """Predicts the memory of a case's design point as engine `mlc` serves it.
+
+    Parameters
+    ----------
+    architecture, case
+        Model and point.
+    writes_config
+        Whether ``mlc-chat-config.json`` is written for the point, with its values; else it is the model's own.
+    """
+    chunk = int(case.params["prefill_chunk"]) if writes_config else None
+    return replace(MlcMemory.of(architecture, chunk, per_sequence=True), sequence_tokens=tokens_per_sequence(case))
 
 
 @dataclass(frozen=True)
@@ -84,12 +125,29 @@ class MlcMemory:
     sequence_tokens: int | None = None
     library_bytes: int | None = None
     engine: str = "mlc"
+    #: gpu_memory_utilization
+    share: float = 0.85
 
     @classmethod
     def of(cls, architecture: Architecture, json_chunk: int | None = None, *, per_sequence: bool = False) -> MlcMemory:
         """With the chunk given, else that of `default_json_chunk`."""
         chosen = default_json_chunk(architecture) if json_chunk is None else json_chunk
         return cls(architecture, chosen, per_sequence)
+
+    def described(self) -> str:
+        chunk = "not known" if self.json_chunk is None else f"{self.json_chunk}"
+        total = "batch x context" if self.per_sequence else "context, shared by all sequences"
+        return f"engine mlc; prefill_chunk_size of mlc-chat-config.json: {chunk}; max_total_sequence_length: {total}"
+
+    def own_settings(self) -> dict[str, int | None]:
+        return {JSON_CHUNK: self.json_chunk}
+
+    def kv_notes(self, point: DesignPoint) -> str:
+        report = self.compile_report(point)
+        return (
+            f", {self.architecture.kv_bytes_per_token(2) / 1024:g} KiB in the engine's line, "
+            f"{report.kv_bytes_per_token / 1024:g} KiB in the compiler's report"
+        )
 
     def total_tokens(self, point: DesignPoint) -> int:
         """``max_total_sequence_length`` (T) of a point."""

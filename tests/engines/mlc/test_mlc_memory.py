@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from kvsuite.engines.mlc.memory_model import MlcMemory, default_json_chunk
+from kvsuite.engines.mlc.temporaries import temporary_bytes
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.design_point import AXES, DesignPoint
+from kvsuite.memory_model.design_space import named_space
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
-from kvsuite.memory_model.mlc import MlcMemory, default_json_chunk
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, PARTS, Part, Prediction
 from kvsuite.memory_model.published import PUBLISHED, find_published
-from kvsuite.memory_model.temporaries import temporary_bytes
-from kvsuite.suites.dse.space import named_space
 
-SAMPLE = Path(__file__).parents[1] / "data" / "mlc_dse_results_sample.csv"
-PUBLISHED_DATA = Path(__file__).parents[3] / "shared" / "data" / "mlc_dse"
+SAMPLE = Path(__file__).parents[2] / "data" / "mlc_dse_results_sample.csv"
+PUBLISHED_DATA = Path(__file__).parents[4] / "shared" / "data" / "mlc_dse"
 FORMATS = ("q0f16", "q3f16_1", "q4f16_1", "q4f32_1")
 COLUMNS: dict[Part, str] = {
     "parameters": "gpu_mem_params_mb", "kv_cache": "gpu_mem_kvcache_mb", "temporary": "gpu_mem_temp_mb",

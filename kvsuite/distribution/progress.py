@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .time_left import TimeLeft
 
 Write = Callable[[str], None]
 
@@ -17,6 +20,8 @@ class Progress:
         Takes one line without a line end.
     total
         Number of cases.
+    left
+        What is expected of them; without it the rest takes as long as what has ended.
     every_s
         Least seconds between two lines inside a phase.
     now
@@ -24,10 +29,17 @@ class Progress:
     """
 
     def __init__(
-        self, write: Write, total: int, *, every_s: float = 10.0, now: Callable[[], float] = time.monotonic
+        self,
+        write: Write,
+        total: int,
+        left: TimeLeft | None = None,
+        *,
+        every_s: float = 10.0,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write = write
         self._total = total
+        self._left = left
         self._every = every_s
         self._now = now
         self._begin = now()
@@ -53,20 +65,26 @@ class Progress:
         self._last = now
         left = (now - self._phase[1]) / max(done, 1) * (of - done)
         self._write(
-            f"  [{self._done + 1}/{self._total}] {self._name}: {phase} {done}/{of}{note}, "
-            f"about {duration(left)} left in this phase"
+            f"  [{self._done + 1}/{self._total}] {self._name}: {phase} {done}/{of}{note}, {about(left)} left in this phase"
         )
 
-    def finished(self, summary: str) -> None:
-        """The running case ended."""
+    def finished(self, summary: str, row: Mapping[str, Any] | None = None) -> None:
+        """The running case ended; ``row`` is its record, for what is left."""
         now = self._now()
         self._last = self._event = now
         self._phase = ("", now)
         self._done += 1
         elapsed = now - self._begin
-        left = elapsed / self._done * (self._total - self._done)
-        eta = f"ETA {duration(left)}" if self._done < self._total else "done"
-        self._write(f"  [{self._done}/{self._total}] {self._name}: {summary} · {duration(elapsed)} elapsed, {eta}")
+        if self._left is not None and row is not None:
+            self._left.finished(row)
+            left = self._left.seconds
+        else:
+            left = elapsed / self._done * (self._total - self._done)
+        rest = "time left unknown" if left is None else f"{about(left)} left"
+        self._write(
+            f"  [{self._done}/{self._total}] {self._name}: {summary} · {duration(elapsed)} elapsed, "
+            f"{rest if self._done < self._total else 'done'}"
+        )
 
 
 def duration(seconds: float) -> str:
@@ -74,3 +92,15 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def about(seconds: float) -> str:
+    """An estimate in words that no one takes for a clock: ``about 40 s``, ``about 3 min``, ``about 2 h 10 min``."""
+    if seconds < 90:
+        # an estimate has no single seconds
+        return f"about {max(round(seconds / 10) * 10, 10)} s" if seconds >= 5 else "about 5 s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"about {minutes} min"
+    hours, minutes = divmod(round(minutes / 10) * 10, 60)
+    return f"about {hours} h {minutes} min" if minutes else f"about {hours} h"

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from kvsuite.memory_model.design_point import AXES, OFF, TRAINED_LENGTH, Broken, DesignPoint, broken_rules
+from .design_point import AXES, OFF, TRAINED_LENGTH, Broken, DesignPoint, broken_rules
 
 __all__ = [
     "NAMED",

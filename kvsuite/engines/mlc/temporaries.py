@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import Architecture
-from .formats import WeightFormat
-from .prediction import Basis
+from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.formats import WeightFormat
+from kvsuite.memory_model.prediction import Basis
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
-from kvsuite.errors import UserError
-from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.design_point import OFF, DesignPoint
-from kvsuite.memory_model.nano import (
+from kvsuite.engines.nano.memory_model import (
     _FLASHINFER_HEAD_DIMS,
     ATTENTION_WORKSPACE,
     BLOCK_TOKENS,
@@ -21,6 +17,10 @@ from kvsuite.memory_model.nano import (
     NanoMemory,
     pool_blocks,
 )
+from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
+from kvsuite.errors import UserError
+from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.design_point import OFF, DesignPoint
 from kvsuite.memory_model.prediction import Prediction, Term
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model

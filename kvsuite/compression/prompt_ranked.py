@@ -1,0 +1,58 @@
+"""Policies that rank the tokens of a complete prompt per head, and keep a share of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from .base import CacheView, Needs, Policy
+from .prompt_view import PromptView
+from .ranked import ranked
+from .ratio import protected_count, removed_from_keep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True, eq=False)
+class PromptRanked(Policy):
+    """Keep the tokens of highest `importance` of each key head, once, at the end of the prompt; what comes later stays.
+
+    Of equally important tokens the older stays, on every engine alike.
+
+    Parameters
+    ----------
+    keep_ratio
+        Fraction of the prompt kept, in (0, 1]; ``max(1, floor(keep_ratio * length))`` tokens, as kvpress counts.
+    """
+
+    shared_across_heads: ClassVar[bool] = False
+    acts: ClassVar[Literal["prompt", "decode"]] = "prompt"
+    swept_by_options: ClassVar[Mapping[str, str]] = {"keep_ratio": "keep_ratios"}
+
+    keep_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        removed_from_keep(self.keep_ratio)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(prompt=True)
+
+    @property
+    def ratio_requested(self) -> float:
+        return removed_from_keep(self.keep_ratio)
+
+    def size_after(self, length: int) -> int:
+        return min(length, max(1, protected_count(length, self.keep_ratio)))
+
+    @abstractmethod
+    def importance(self, view: PromptView) -> Tensor:
+        """Importance of every token, float32 ``[kv_heads, n]``; infinity protects it."""
+
+    def keep(self, view: CacheView) -> Tensor:
+        assert isinstance(view, PromptView)
+        return ranked(self.importance(view))[..., : self.size_after(view.length)].sort(dim=-1).values

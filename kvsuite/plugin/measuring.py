@@ -1,0 +1,145 @@
+"""What the fixtures do: open the runner of this process, and measure one case of one test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from kvsuite.case import Case, canonical_json
+from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.devices import resolve_device
+from kvsuite.record import Record
+from kvsuite.suites.registry import suite_of_rows
+
+from .case_watch import note_place, tell_box
+from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
+
+
+def open_runner(config: pytest.Config) -> Iterator[Any]:
+    """Yield the `kvsuite.measure.runner.CaseRunner` of this process, and close its session afterwards."""
+    from kvsuite.engines.registry import SessionPool
+    from kvsuite.measure.runner import CaseRunner
+    from kvsuite.meters.environment import gpu_facts, host_facts
+    from kvsuite.metrics.registry import MetricRegistry
+    from kvsuite.suites.registry import suite_named
+
+    options = config.stash[OPTIONS]
+    registry = MetricRegistry(())
+    for metrics in config.hook.pytest_kvsuite_metrics(config=config):
+        for metric in metrics:
+            registry.add(metric)
+    environment = host_facts() | {"gpu": gpu_facts(resolve_device(options.of(CommonOptions).device))}
+    config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
+    _require_json(environment, "pytest_kvsuite_update_env")
+    sessions = SessionPool(options)
+    runner = config.stash[RUNNER] = CaseRunner(
+        options, registry, environment, sessions, suite_named, planned=config.stash.get(PLANNED, ()),
+        watch=partial(tell_box, config),
+    )  # fmt: skip
+    yield runner
+    sessions.close()
+
+
+def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Record]:
+    """What measures the case of a test with ``runner``."""
+    config, stash = request.config, request.node.stash
+    # left by an earlier try of the same test
+    for key in (MEASURED, USAGE_ERROR):
+        if key in stash:
+            del stash[key]
+
+    def run(case: Case) -> Record:
+        if MEASURED in stash:
+            raise UserError(f"{request.node.nodeid}: kv_run measures one case per test; parametrize the test instead")
+        reporter = config.stash.get(REPORTER, None)
+        progress = None if reporter is None or is_worker(config) else reporter.phases(case)
+        rounds = _Rounds(request)
+        try:
+            measured = runner.run(
+                case,
+                request.node.nodeid,
+                order_index=_order_index(request),
+                run_rounds=rounds,
+                progress=progress,
+            )
+            record: Record = measured.record
+            note_place(config, record)
+            _note_company(config, record)
+            config.hook.pytest_kvsuite_update_record(config=config, record=record, session=runner.sessions.current)
+            _require_json(record.to_dict(), "pytest_kvsuite_update_record")
+        except UserError as error:
+            if not is_worker(config):
+                pytest.exit(f"kvsuite: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
+            stash[USAGE_ERROR] = str(error)
+            pytest.fail(f"kvsuite: {error}", pytrace=False)
+        stash[MEASURED] = measured
+        rounds.extra_info.update(headline(record))
+        if record.status in ("skipped", "invalid"):
+            pytest.skip(f"{record.status}: {record.reason}")
+        if record.status != "ok":
+            failure = record.error or {}
+            pytest.fail(f"{record.status} in {failure.get('phase')}: {failure.get('message')}", pytrace=False)
+        return record
+
+    return run
+
+
+def _order_index(request: pytest.FixtureRequest) -> int:
+    return request.config.stash[PLACES].get(request.node.nodeid, 0)
+
+
+def _note_company(config: pytest.Config, record: Record) -> None:
+    """Say how many workers measured at the same time, and on which GPU this one did."""
+    workers = record.effective["concurrent_workers"] = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    gpus = config.stash.get(GPUS, None)
+    if gpus is not None:
+        record.effective["gpu"] = {"visible": config.stash[BOUND_GPU], "simulated": gpus.simulated}
+        if gpus.simulated:
+            record.warnings.append("simulated GPU: measured on the CPU")
+    if workers > 1 and record.status == "ok":
+        where = "its times are a shared machine's"
+        if gpus is not None and not gpus.simulated:
+            where = "each on a GPU of its own; they share CPU, power and PCIe"
+        record.warnings.append(f"timed beside {workers - 1} other xdist worker(s): {where}")
+
+
+class _Rounds:
+    """Timed rounds: through pytest-benchmark where it is active, so that its files and tables hold them too."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self.extra_info: dict[str, Any] = {}
+
+    def __call__(self, round_: Callable[[], None], rounds: int) -> None:
+        from kvsuite.measure.runner import plain_rounds
+
+        session = self._request.config.pluginmanager.get_plugin("pytest-benchmark")
+        # it switches itself off under xdist; its fixture warns where it is asked for and not used
+        if session is None or session.disabled:
+            plain_rounds(round_, rounds)
+            return
+        benchmark = self._request.getfixturevalue("benchmark")
+        self.extra_info = benchmark.extra_info
+        benchmark.pedantic(round_, rounds=rounds, iterations=1, warmup_rounds=0)
+
+
+def _require_json(facts: dict[str, Any], hook: str) -> None:
+    # what cannot be written would take the rows of the other cases with it
+    try:
+        canonical_json(facts)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{hook}: a hook of yours added what JSON cannot hold ({error}); add numbers, texts, lists"
+        ) from error
+
+
+def headline(record: Record) -> dict[str, Any]:
+    """The few numbers that pytest-benchmark's ``extra_info`` repeats."""
+    names = suite_of_rows(record.case.suite).headline or record.metrics
+    found = {name: record.metrics[name]["value"] for name in names if name in record.metrics}
+    return {"case_key": record.case_key, **found}

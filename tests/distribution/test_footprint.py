@@ -1,0 +1,86 @@
+"""Memory of a case before it runs: the engine's own prediction, without its runtime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kvsuite.case import Case
+from kvsuite.distribution.footprint import Footprint, footprint
+from kvsuite.engines.mlc.memory_model import MlcMemory
+from kvsuite.engines.nano.memory_model import NanoMemory
+from kvsuite.memory_model.config import architecture_of
+from kvsuite.options.resolve import Options, default_options
+from kvsuite.suites.dse.cases import dse_cases, point_of
+
+LLAMA = "dummy:Llama-3-8B"
+
+
+def planned(engine: str, **options: str) -> tuple[Case, Options, Footprint]:
+    given = {
+        "engine": engine,
+        "model": LLAMA,
+        "quantization": "q4f16_1",
+        "device": "cuda:0",
+        "max_new_tokens": "8",
+        "space": "ctx=4096;chunk=1024",
+    }
+    resolved = default_options(**(given | options))
+    (case,) = dse_cases(resolved)
+    return case, resolved, footprint(case, resolved)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_point_of_mlc_is_predicted_by_the_formulas_of_mlc(batch: int) -> None:
+    case, _, found = planned("mlc", space=f"ctx=8192;chunk=2048;batch={batch}")
+    # the configuration is written for the point, and pages have room for every sequence's context
+    mlc = MlcMemory.of(architecture_of(LLAMA), 2048, per_sequence=True).predict(point_of(case))
+    assert (found.bytes, found.share, found.is_whole) == (mlc.needed, 0.85, True)
+    nano = planned("nano", space=f"ctx=8192;chunk=2048;batch={batch}")[2]
+    assert nano.bytes == NanoMemory(architecture_of(LLAMA), "bfloat16", "cuda").predict(point_of(case)).needed
+    assert (nano.share, nano.weight_bytes) == (0.9, found.weight_bytes)
+    assert nano.bytes != found.bytes
+
+
+def test_short_contexts_get_what_mlc_wants_beside_a_request() -> None:
+    case, _, found = planned("mlc", space="ctx=64;chunk=64")
+    expected = MlcMemory(architecture_of(LLAMA), 64, per_sequence=True, sequence_tokens=32 + 8 + 176)
+    assert found.bytes == expected.predict(point_of(case)).needed
+
+
+def test_what_only_a_compiled_library_tells_is_a_lower_bound() -> None:
+    _, _, found = planned("mlc", model="dummy:tiny")
+    assert not found.is_whole
+    assert found.bytes is not None
+    assert "can only be read from its compiled library" in str(found.reason)
+
+
+def test_an_engine_without_formulas_is_bounded_by_weights_and_cache() -> None:
+    _, _, found = planned("hf", quantization="none", dtype="float16")
+    architecture = architecture_of(LLAMA)
+    assert found.bytes == found.weight_bytes + (2048 + 8) * architecture.kv_bytes_per_token(2)
+    assert not found.is_whole
+
+
+def test_a_format_that_mlc_does_not_have_has_a_reason() -> None:
+    _, _, found = planned("mlc", quantization="none")
+    assert found.reason == (
+        "--kv-quantization=none: no weight format of MLC; choose from " + str(found.reason).partition("choose from ")[2]
+    )
+    assert found.bytes == found.weight_bytes
+
+
+def test_nothing_is_loaded_for_it() -> None:
+    code = """
+import sys
+from kvsuite.distribution.footprint import footprint
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.dse.cases import dse_cases
+for engine in ("mlc", "nano", "hf"):
+    options = default_options(engine=engine, model="dummy:Llama-3-8B", device="cuda:0", quantization="q4f16_1")
+    assert all(footprint(case, options).bytes for case in dse_cases(options))
+print([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

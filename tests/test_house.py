@@ -1,0 +1,79 @@
+"""Who imports whom: docs/design.md's table against the code, and no circle anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def house() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("import_graph", ROOT / "docs" / "import_graph.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table() -> dict[str, set[str]]:
+    """Rooms of the design in their order, with what each may import."""
+    rows = re.findall(r"^\| `([\w/]+)` \| ([^|]*) \| [^|]+ \|$", (ROOT / "docs" / "design.md").read_text(), re.M)
+    return {room: set(re.findall(r"`([\w/]+)`", imports)) for room, imports in rows}
+
+
+def test_every_room_and_every_module_at_the_top_has_its_row(house: ModuleType) -> None:
+    assert set(table()) == set(house.room_graph(house.module_graph()))
+
+
+def test_rooms_import_what_the_design_says_and_nothing_else(house: ModuleType) -> None:
+    found = {room: set(imported) for room, imported in house.room_graph(house.module_graph()).items()}
+    assert found == table()
+
+
+def test_a_room_imports_rooms_above_it_alone() -> None:
+    seen: set[str] = set()
+    for room, imported in table().items():
+        assert imported <= seen, f"{room} imports {sorted(imported - seen)}, which come later in the table"
+        seen.add(room)
+
+
+def test_no_circle_of_modules_or_rooms(house: ModuleType) -> None:
+    graph = house.module_graph()
+    assert house.circle(graph) == []
+    assert house.circle(house.room_graph(graph)) == []
+
+
+def test_no_suite_imports_a_suite_and_no_engine_an_engine() -> None:
+    for room, imported in table().items():
+        kind, _, name = room.partition("/")
+        if name:
+            assert not {one for one in imported if one.startswith(f"{kind}/")}, room
+
+
+def test_a_circle_is_found_and_imports_inside_functions_count(house: ModuleType, tmp_path: Path) -> None:
+    assert house.circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    source = tmp_path / "one.py"
+    source.write_text("def late():\n    from kvsuite.models.resolve import resolve_model\n    return resolve_model\n")
+    assert house.imports_of("kvsuite.one", source, house.modules()) == {"kvsuite.models.resolve"}
+
+
+def test_nothing_imports_the_plugin(house: ModuleType) -> None:
+    for room, imported in house.room_graph(house.module_graph()).items():
+        assert "plugin" not in imported, room
+
+
+def test_the_command_draws_it(tmp_path: Path) -> None:
+    out = tmp_path / "graph.png"
+    command = [sys.executable, str(ROOT / "docs" / "import_graph.py"), "--out", str(out)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "suites/dse:" in told
+    assert out.read_bytes().startswith(b"\x89PNG")
