@@ -138,20 +138,22 @@ def _memory(run: CaseRun, session: Session, found: MemoryPass, length: int, new_
     put_memory(run, found, planned)
     asked = session.ratio_requested if isinstance(session, AppliesPolicy) else None
     run.found.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
-    # every engine of this pass knows its cache
-    assert found.kv_bytes_prefill is not None
-    assert found.kv_bytes_decode is not None
-    run.found.put("ratio_effective", 1 - found.kv_bytes_prefill / session.full_kv_bytes(length))
-    run.found.put("mem_weights_bytes", session.model["weights_bytes"])
+    weights = session.model["weights_bytes"]
+    run.found.put("mem_weights_bytes", weights, reason="the engine fetches the weights itself")
     for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
         run.found.put(name, seconds, clock=run.clock(session.device).name, reason="nothing is compressed then")
-    floor = (
-        session.model["step_weight_bytes"] + (found.kv_bytes_prefill + found.kv_bytes_decode) / 2
-    ) / session.bandwidth
-    run.found.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
+    before, after = found.kv_bytes_prefill, found.kv_bytes_decode
+    unknown = session.floor_unknown() or found.unseen
+    if before is None or after is None or unknown:
+        run.found.put("ratio_effective", None, reason=unknown or "the engine does not tell what its cache holds")
+        run.found.put("tpot_floor_s", None, reason=unknown or "the engine does not tell what its cache holds")
+    else:
+        run.found.put("ratio_effective", 1 - before / session.full_kv_bytes(length))
+        floor = (session.model["step_weight_bytes"] + (before + after) / 2) / session.bandwidth
+        run.found.put("tpot_floor_s", floor, bandwidth_bytes_s=session.bandwidth)
     run.found.memory["predicted"] = {
         "kv_bytes": planned,
-        "weights_bytes": session.model["weights_bytes"],
+        "weights_bytes": weights,
     } | found.predicted
 
 
