@@ -190,7 +190,9 @@ def require_measurable(cases: Sequence[Case]) -> None:
 def _entries() -> Mapping[str, EntryPoint]:
     found = find(ENTRY_POINTS)
     if not any(package(entry) == OURS for entry in found.values()):
-        raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
+        raise UserError(
+            "the entry points of kvsuite are not those of this version; install it again (pip install -e .)"
+        )
     return found
 
 
