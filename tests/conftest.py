@@ -38,6 +38,9 @@ _LONG = (
 )
 _PLACES = {_HERE / name: place for place, name in enumerate(_LONG)}
 
+# a package of somebody else, which a test installs
+collect_ignore = ["data"]
+
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _PLACES.get(item.path, len(_LONG)))

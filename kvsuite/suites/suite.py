@@ -17,7 +17,12 @@ from kvsuite.reporting.aggregate import Row
 from .generic import generic_csv, generic_files, generic_table
 
 if TYPE_CHECKING:
+    # the half that measures
     from rich.console import RenderableType
+
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,33 @@ class Suite(ABC):
     def cost(self, case: Case, options: Options) -> Work:
         """Count what a case computes, from the case and the options alone, so that every host cuts the same shards."""
         return served_work(case, options)
+
+    # measuring
+
+    def refuse(self, case: Case, options: Options) -> None:  # noqa: B027
+        """Refuse before a model is loaded what is known to be impossible.
+
+        Raises
+        ------
+        CaseInvalid, CaseSkipped
+            With the reason.
+        """
+
+    def needs(self, case: Case) -> tuple[type, ...]:
+        """Capabilities (`kvsuite.engines.capabilities`) that the case cannot do without; of others a reason is kept."""
+        return ()
+
+    @abstractmethod
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        """Measure the case on a session that is prepared for it: fill ``run.found`` and return it.
+
+        What was found before a failure is kept.
+
+        Raises
+        ------
+        CaseInvalid, CaseSkipped, UserError
+            If there is nothing to measure; any other error becomes the status of the case.
+        """
 
     # after a run: rows are of this suite, in the order of its space
 

@@ -25,7 +25,7 @@ import time
 import pytest
 
 from kvsuite.metrics import MetricRegistry
-from kvsuite.measure.case_passes import Measured
+from kvsuite.measure.runner import Measured
 from kvsuite.record import Record
 from kvsuite.options.common import CommonOptions
 from kvsuite.plugin.stash import RUNNER

@@ -17,6 +17,10 @@ from .options import CompressionOptions
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
+
 
 class CompressionSuite(Suite):
     """Policies and presses beside the full cache, one request at a time."""
@@ -45,6 +49,14 @@ class CompressionSuite(Suite):
         # once through the cache, token by token, and once through the full one
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
         return work + Work(scored, scored)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from kvsuite.measure.single_request import measure_single_request
+
+        from .quality import score_through_cache
+
+        measure_single_request(session, run, lambda timed: score_through_cache(run, session))
+        return run.found
 
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import comparison_legend, comparison_table

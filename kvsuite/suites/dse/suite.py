@@ -15,6 +15,11 @@ from kvsuite.suites.suite import Suite, Work, served_work
 from .cases import dse_cases, judge
 from .options import DseOptions
 
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
+
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
 
@@ -44,6 +49,17 @@ class DseSuite(Suite):
             return work
         workload = case.workload
         return work + Work(int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"]), 0)
+
+    def refuse(self, case: Case, options: Options) -> None:
+        from .measure import refuse_point
+
+        refuse_point(case)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from .measure import measure_point
+
+        measure_point(case, session, run)
+        return run.found
 
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import dse_legend, dse_table
