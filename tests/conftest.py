@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import shared_weights
+from child_processes import hand_on_default_signals
 
 _HERE = Path(__file__).parent
 
@@ -33,6 +34,10 @@ _LONG = (
     "plugin/test_own_suite.py",
 )
 _PLACES = {_HERE / name: place for place, name in enumerate(_LONG)}
+
+
+def pytest_configure():
+    hand_on_default_signals()
 
 
 def pytest_collection_modifyitems(items):
