@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -64,9 +65,10 @@ def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], 
 def _server() -> subprocess.Popen[str]:
     from pytest_runs import clean_environment
 
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), clean_environment().get("PYTHONPATH"))))
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SERVER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment(), start_new_session=True,
+        [sys.executable, "-W", "ignore", "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=clean_environment() | {"PYTHONPATH": path}, start_new_session=True,
     )  # fmt: skip
 
     def end() -> None:

@@ -104,7 +104,7 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
         return Run(done.returncode, done.stdout, done.stderr, folder)
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        code = run_forked(folder, command, clean_environment(**env), out, err)
+        code = run_forked(folder, ["-p", "quick_machine", *command], clean_environment(**env), out, err)
         return Run(code, out.read_text(), err.read_text(), folder)
 
 
