@@ -50,6 +50,11 @@ class CompressionSuite(Suite):
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
         return work + Work(scored, scored)
 
+    def needs(self, case: Case) -> tuple[type, ...]:
+        from kvsuite.engines.capabilities import AppliesPolicy
+
+        return () if case.policy is None else (AppliesPolicy,)
+
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
         from kvsuite.measure.single_request import measure_single_request
 

@@ -163,7 +163,7 @@ def _speed(run: CaseRun, session: Session, requests: list[list[ServeRequest]]) -
     _cached(run, clock, again)
     counts = served[0].counts
     run.found.put("prefill_steps", counts.get("prefill_steps"), reason="the engine does not count them")
-    run.found.put("decode_batch", counts["largest_batch"])
+    run.found.put("decode_batch", counts.get("largest_batch"), reason="the engine does not count them")
     _engine_view(run, session, served)
     prompt = int(workload["prompt_tokens"]) * batch
     computed = sum(times.prefill_computed for times in served[0].times)
@@ -216,23 +216,26 @@ def _row(one: RoundTimes) -> dict[str, float | None]:
 
 def _cached(run: CaseRun, clock: Clock, again: Sequence[Served]) -> None:
     reason = "prefixes are not cached; give --kv-prefix-caching"
-    times = [RoundTimes(one.times, clock.name).metrics()["ttft_s"] for one in again if one.counts["prefix_hit_tokens"]]
+    times = [
+        RoundTimes(one.times, clock.name).metrics()["ttft_s"] for one in again if one.counts.get("prefix_hit_tokens")
+    ]
     if again:
         reason = "no block of a prompt was found again: the pool had to give them away, or a prompt fills none"
-        run.found.tokens["prefix_hits"] = again[0].counts["prefix_hit_tokens"]
+        if "prefix_hit_tokens" in again[0].counts:
+            run.found.tokens["prefix_hits"] = again[0].counts["prefix_hit_tokens"]
     run.found.put("ttft_cached_s", [x for x in times if x is not None] or None, clock=clock.name, reason=reason)
 
 
 def _warn(run: CaseRun, counts: dict[str, int], prompt: int, batch: int) -> None:
     warnings = run.found.warnings
-    if counts["computed_prefill_tokens"] != prompt:
+    if counts.get("computed_prefill_tokens", prompt) != prompt:
         warnings.append(
             f"{counts['computed_prefill_tokens']} prompt tokens were computed for prompts of {prompt}: prefill numbers are "
             "not those of the prompts"
         )
-    if counts["preemptions"]:
+    if counts.get("preemptions"):
         warnings.append(
             f"{counts['preemptions']} preemptions: the pool was too small for all requests at the same time"
         )
-    if counts["largest_batch"] < batch:
+    if counts.get("largest_batch", batch) < batch:
         warnings.append(f"no more than {counts['largest_batch']} of {batch} requests decoded at the same time")
