@@ -285,6 +285,9 @@ class Reporter:
             terminal.write_line(line)
 
 
+REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
+
+
 def _summary(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         error = row["error"] or {}
