@@ -28,7 +28,8 @@ def test_bench_measures_in_the_folder_where_it_is_called(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert len(list(tmp_path.glob("reports/*/records.jsonl"))) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["reports"]
+    # pytest-benchmark makes a folder of its own
+    assert {path.name for path in tmp_path.iterdir()} <= {"reports", ".benchmarks"}
 
 
 @pytest.mark.parametrize(
