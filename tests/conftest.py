@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ collect_ignore = ["data"]
 
 
 def pytest_configure():
+    # tables fit the terminal: the same one wherever tests are started, and in the runs that they start
+    os.environ["COLUMNS"] = "1000"
     hand_on_default_signals()
 
 

@@ -14,7 +14,7 @@ from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.record import Record
-from kvsuite.suites.registry import suite_of_rows
+from kvsuite.suites.registry import measuring_suite, suite_of_rows
 
 from .case_watch import note_place, tell_box
 from .reporter import REPORTER
@@ -27,7 +27,6 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     from kvsuite.measure.runner import CaseRunner
     from kvsuite.meters.environment import gpu_facts, host_facts
     from kvsuite.metrics.registry import MetricRegistry
-    from kvsuite.suites.registry import suite_named
 
     options = config.stash[OPTIONS]
     registry = MetricRegistry(())
@@ -39,7 +38,7 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     _require_json(environment, "pytest_kvsuite_update_env")
     sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
-        options, registry, environment, sessions, suite_named, planned=config.stash.get(PLANNED, ()),
+        options, registry, environment, sessions, measuring_suite, planned=config.stash.get(PLANNED, ()),
         watch=partial(tell_box, config),
     )  # fmt: skip
     yield runner

@@ -40,7 +40,8 @@ class _Rows(Suite):
         raise UserError(f"suite {self.name}: is not installed here, only rows of it are known; install its package")
 
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
-        raise UserError(f"suite {self.name}: is not installed here; install its package")
+        # a case made by hand under a name of its own serves one request through its cache
+        return suite_named("compression").measure(case, session, run)
 
 
 def suite_names() -> list[str]:
@@ -72,6 +73,17 @@ def suite_of_rows(name: str) -> Suite:
         return suite_named(name)
     except UserError:
         return _Rows(name)
+
+
+def measuring_suite(name: str) -> Suite:
+    """The suite that measures cases of that name; those that were made by hand, of no suite, as the compression suite's.
+
+    Raises
+    ------
+    UnusableSuite
+        If the suite is installed and cannot be used.
+    """
+    return suite_named(name) if name in suite_names() else _Rows(name)
 
 
 def usable_suites() -> list[Suite]:
