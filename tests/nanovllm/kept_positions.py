@@ -83,9 +83,15 @@ def kept_on_nano(of: LoadedModel, policy: Policy, prompt: Sequence[int], *, chun
     """Positions ``[layers, kv_heads, k]``, the prompt fed ``chunk`` tokens a step."""
     small = {"max_model_len": len(prompt) + 8, "max_num_batched_tokens": chunk, "prefix_caching": False} | limits
     with serving(of, policy=policy, rotation=turning(of, policy), **small) as runtime:
-        request = runtime.add(Request(list(prompt), SamplingParameters(max_new_tokens=3, temperature=0.0)))
-        while request.computed < len(prompt):
+        # a request that ends with its first token would leave nothing to look at
+        request = runtime.add(
+            Request(list(prompt), SamplingParameters(max_new_tokens=3, temperature=0.0, ignore_eos=True))
+        )
+        for _ in range(len(prompt)):
+            if request.computed == len(prompt):
+                break
             runtime.step()
+        assert request.computed == len(prompt), (request.status, request.reason)
         found = runtime.compression._evictions[0].positions(request.row)
         assert found is not None
         kept = found.sort(dim=-1).values.cpu()
