@@ -15,6 +15,7 @@ import pytest
 from kvsuite.case import Case
 from kvsuite.distribution.gpus import bind, gpus_for, require_gpu_each
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible_lines
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
@@ -290,7 +291,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if terminal is not None:
         terminal.ensure_newline()
         terminal.section("kvsuite plan")
-        terminal.write_line(text)
+        terminal.write_line(visible_lines(text))
     return True
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvsuite.foreign_text import visible_lines
 from kvsuite.reporting.aggregate import Row, in_space_order
 from kvsuite.reporting.report import assemble_report, report_text
 from kvsuite.store.files import write_atomic
@@ -32,7 +33,8 @@ def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
     cases = run.get("cases")
     if cases is not None and len(rows) < cases:
         tables.append(f"partial: {len(rows)} of {cases} cases have a record")
-    return "\n".join(tables)
+    # the page and the table of a terminal are made of what records hold
+    return visible_lines("\n".join(tables))
 
 
 def run_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
