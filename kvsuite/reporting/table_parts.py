@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from kvsuite.foreign_text import visible
+
 from .aggregate import Row, ci_half_width, entry, missing_reason, value
 
 MISSING = "n/a"
@@ -56,7 +58,8 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[st
     for name, row in labelled.items():
         for warning in row["warnings"]:
             warnings.setdefault(" ".join(str(warning).split()), []).append(name)
-    return notes + [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
+    notes += [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
+    return [visible(note) for note in notes]
 
 
 def _without_spreads(titles: Sequence[str]) -> list[str]:

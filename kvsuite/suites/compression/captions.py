@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kvsuite.foreign_text import visible
 from kvsuite.reporting.aggregate import Row, failure
 
 
@@ -14,7 +15,7 @@ def subtitle(shown: Mapping[str, Row]) -> str:
     rows = list(shown.values())
 
     def facts(read: Callable[[Row], object]) -> str:
-        return ", ".join(dict.fromkeys(str(fact) for row in rows if (fact := read(row)) not in (None, "", [])))
+        return ", ".join(dict.fromkeys(visible(fact) for row in rows if (fact := read(row)) not in (None, "", [])))
 
     parts = [
         ("", facts(lambda row: row["model"].get("label") or row["case"]["model"])),
