@@ -13,6 +13,7 @@ for _folder in sorted({path.parent for path in _HERE.rglob("*.py") if "data" not
     sys.path.append(str(_folder))
 
 import shared_weights  # noqa: E402
+from child_processes import hand_on_default_signals  # noqa: E402
 
 # files that take minutes go first: the last of them would keep one worker busy while the others have nothing left
 _LONG = (
@@ -37,6 +38,13 @@ _LONG = (
     "plugin/test_own_suite.py",
 )
 _PLACES = {_HERE / name: place for place, name in enumerate(_LONG)}
+
+# a package of somebody else, which a test installs
+collect_ignore = ["data"]
+
+
+def pytest_configure():
+    hand_on_default_signals()
 
 
 def pytest_collection_modifyitems(items):

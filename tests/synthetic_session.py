@@ -13,14 +13,14 @@ from kvsuite.case import Case
 from kvsuite.engines.engine import Session
 from kvsuite.engines.registry import SessionPool
 from kvsuite.engines.results import MemoryPass, Served, ServeRequest
-from kvsuite.measure.case_passes import Measured
-from kvsuite.measure.runner import CaseRunner
+from kvsuite.measure.runner import CaseRunner, Measured
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
+from kvsuite.suites.registry import suite_named
 
 ENVIRONMENT = {
     "host": {"os": "Linux", "cpu": "scripted", "cores": 1},
@@ -205,6 +205,7 @@ class Bench:
             registry=MetricRegistry(),
             environment=ENVIRONMENT,
             sessions=OnePool(self.session),
+            suite=suite_named,
             clock=lambda device: self.session.clock,
         )
 

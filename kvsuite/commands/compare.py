@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +124,7 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
         If the sides have no case in common: nothing was compared, so nothing can have passed.
     """
     from kvsuite.comparison.tables import comparison_markdown, comparison_text
+    from kvsuite.console import console_width
     from kvsuite.store.files import write_atomic
 
     if not result.compared:
@@ -135,9 +135,8 @@ def show(result: Comparison, arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(comparison_markdown(result, everything=arguments.all))
     else:
-        # a pipe is as wide as its reader likes
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
-        print(comparison_text(result, width=width, color=sys.stdout.isatty(), everything=arguments.all))
+        shown = sys.stdout.isatty()
+        print(comparison_text(result, width=console_width(shown), color=shown, everything=arguments.all))
     if arguments.json is not None:
         write_atomic(arguments.json, json.dumps(result.to_dict(), indent=1, allow_nan=False) + "\n")
     return REGRESSION if result.failures else 0

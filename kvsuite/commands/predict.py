@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from kvsuite.options.numbers import MOST_TOKENS
 from .arguments import number, path_argument, whole_number
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from kvsuite.memory_model.config import Architecture
     from kvsuite.memory_model.prediction import Predictor
     from kvsuite.memory_model.survey import Survey
@@ -108,10 +111,11 @@ def run(arguments: argparse.Namespace) -> int:
     UserError
         If the model, the space, an option or the output cannot be used.
     """
+    from kvsuite.console import console_text, console_width
     from kvsuite.memory_model.config import architecture_of
     from kvsuite.memory_model.fit import parse_card
     from kvsuite.memory_model.survey import survey
-    from kvsuite.memory_model.tables import survey_text
+    from kvsuite.memory_model.tables import survey_tables
     from kvsuite.suites.dse.parser import parse_space
 
     _check(arguments)
@@ -126,7 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
         share = predictor.share if arguments.card_share is None else arguments.card_share
         card = parse_card(arguments.card, share)
     found = survey(space.judged(architecture.trained_length, is_dummy=architecture.is_dummy), predictor, card)
-    print(_explained(found, arguments.explain) if arguments.explain else survey_text(found), end="")
+    shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
+    print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
     print(f"{len(found.rows)} points in {time.perf_counter() - started:.2f} s")
     if arguments.csv is not None:
         _write(arguments.csv, found)
@@ -163,7 +168,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--csv={path}: the folder {path.parent} does not exist; make it first")
 
 
-def _explained(found: Survey, name: str) -> str:
+def _explained(found: Survey, name: str) -> RenderableType:
+    from kvsuite.console import stacked
     from kvsuite.memory_model.design_point import DesignPoint
     from kvsuite.memory_model.tables import LEGEND, breakdown, find_row
 
@@ -171,7 +177,7 @@ def _explained(found: Survey, name: str) -> str:
     if row is None:
         shown = ", ".join(one.entry.point.id for one in found.rows[:3])
         raise UserError(f"--explain={name}: no valid point of --space {found.space.name}; it has {shown or 'none'} ...")
-    return "\n".join([LEGEND, *breakdown(row, found)]) + "\n"
+    return stacked([LEGEND, *breakdown(row, found)])
 
 
 def _write(path: Path, found: Survey) -> None:

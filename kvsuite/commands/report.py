@@ -135,17 +135,18 @@ def _make(folder: Path) -> None:
 
 
 def _redraw(path: Path, folder: Path) -> int:
+    from kvsuite.console import console_text, console_width
+    from kvsuite.reporting.aggregate import in_space_order
     from kvsuite.store.records_file import read_records
-    from kvsuite.suites.outputs import write_outputs
+    from kvsuite.suites.outputs import run_table, write_outputs
 
     run_line, rows, notes = read_records(path)
     _make(folder)
     written = write_outputs(folder, run_line, rows, source=path if path.is_dir() else path.parent)
     for note in notes:
         print(f"note: {visible(note)}", file=sys.stderr)
-    for file in written:
-        if file.name == "table.txt":
-            print(file.read_text(encoding="utf-8"))
+    if rows:
+        print(console_text(run_table(run_line, in_space_order(rows)), width=console_width(sys.stdout.isatty())))
     counts = Counter(row["status"] for row in rows)
     print(f"{len(rows)} records: " + (", ".join(f"{count} {status}" for status, count in counts.items()) or "none"))
     for file in written:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from kvsuite.console import WIDE, console_text, lines
 from kvsuite.foreign_text import visible
 from kvsuite.metrics.registry import is_headline
 
 from .compare import Comparison
 from .verdicts import STATUS, Verdict, Word, change_text, number_pair
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _STYLES: dict[Word, str] = {
     "better": "green", "same": "", "worse": "yellow", "regression": "bold red", "unstable": "magenta", "information": "dim",
@@ -17,33 +21,39 @@ _STYLES: dict[Word, str] = {
 _HEADER = ("case", "metric", "base", "now", "change", "verdict", "rule or reason")
 #: rows of a table that a person may still read; beyond, what matters most is shown
 MOST_ROWS = 200
+#: rows that a screen has room for, with what stands around them
+SCREEN_ROWS = 24
 
 
 def shown_rows(rows: Sequence[Verdict], *, everything: bool = False) -> list[Verdict]:
-    """Rows that a reader looks for: what moved, what is gated, the headline metrics; or all.
+    """Rows that a reader looks for, what matters most first: regressions, what moved, what is gated, the headline metrics.
 
-    Of more than `MOST_ROWS` those that matter most, in the order of the rows.
+    What moved is shown up to `MOST_ROWS`; the others fill a screen (`SCREEN_ROWS`) and are counted beyond. A number that is
+    the same to the last digit is no news because its spread would forbid a verdict.
     """
     if everything:
         return list(rows)
-    ranks: list[list[int]] = [[], [], [], []]
-    for index, row in enumerate(rows):
+    moved: list[list[Verdict]] = [[], []]
+    others: list[list[Verdict]] = [[], []]
+    for row in rows:
         if row.verdict == "regression":
-            ranks[0].append(index)
+            moved[0].append(row)
         elif row.verdict in ("worse", "better") or row.metric == STATUS:
-            ranks[1].append(index)
+            moved[1].append(row)
+        elif row.verdict == "unstable" and row.change == 0:
+            continue
         elif row.rule:
-            ranks[2 if row.verdict == "unstable" else 3].append(index)
+            others[0 if row.verdict == "unstable" else 1].append(row)
         elif is_headline(row.metric):
-            ranks[3].append(index)
-    chosen = [index for rank in ranks for index in rank][:MOST_ROWS]
-    return [rows[index] for index in sorted(chosen)]
+            others[1].append(row)
+    news = [*moved[0], *moved[1]][:MOST_ROWS]
+    return news + [*others[0], *others[1]][: max(SCREEN_ROWS - len(news), 0)]
 
 
 def comparison_text(
     result: Comparison,
     *,
-    width: int = 120,
+    width: int = WIDE,
     color: bool = False,
     everything: bool = False,
     more: str = "--all shows them",
@@ -52,21 +62,12 @@ def comparison_text(
 
     ``more`` says how the rows that are left out can be seen.
     """
-    from rich.console import Console
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    stream = io.StringIO()
-    console = Console(
-        file=stream,
-        width=max(width, 60),
-        force_terminal=color,
-        no_color=not color,
-        highlight=False,
-        legacy_windows=False,
-    )
     rows = shown_rows(result.rows, everything=everything)
-    console.print(Text(f"base: {visible(result.base.label)}\nnow:  {visible(result.now.label)}"))
+    shown: list[RenderableType] = [lines([f"base: {result.base.label}", f"now:  {result.now.label}"])]
     if rows:
         table = Table(box=None, padding=(0, 1), pad_edge=False)
         for title in _HEADER:
@@ -76,39 +77,38 @@ def comparison_text(
         for row in rows:
             cells = (names[row.case], *_cells(row))
             table.add_row(*(Text(visible(cell)) for cell in cells), style=_STYLES[row.verdict])
-        console.print(table)
+        shown.append(table)
     left_out = len(result.rows) - len(rows)
     if left_out:
-        console.print(Text(f"{left_out} more rows that matter less: {more}"))
-    for line in _lists(result):
-        console.print(Text(visible(line)), soft_wrap=True)
-    console.print(Text(summary(result), style="bold red" if result.failures else ""), soft_wrap=True)
-    return stream.getvalue()
+        shown.append(lines([f"{left_out} more rows that matter less: {more}"]))
+    shown += [lines([line]) for line in _lists(result)]
+    shown.append(Text(summary(result), style="bold red" if result.failures else ""))
+    return console_text(Group(*shown), width=width, color=color)
 
 
 def comparison_markdown(result: Comparison, *, everything: bool = False) -> str:
     """Render for a pull request: the summary, what fails, and the table behind a fold."""
     rows, failures = shown_rows(result.rows, everything=everything), result.failures
-    lines = [
+    text = [
         f"**kvsuite: {summary(result)}**",
         "",
         f"{_escaped(result.now.label)} against {_escaped(result.base.label)}",
         "",
     ]
-    lines += [f"- {_escaped(line)}" for line in failures[:MOST_ROWS]]
-    lines += [f"- {len(failures) - MOST_ROWS} more against the rules"] if len(failures) > MOST_ROWS else []
-    lines += [f"- {_escaped(line)}" for line in _lists(result)]
+    text += [f"- {_escaped(line)}" for line in failures[:MOST_ROWS]]
+    text += [f"- {len(failures) - MOST_ROWS} more against the rules"] if len(failures) > MOST_ROWS else []
+    text += [f"- {_escaped(line)}" for line in _lists(result)]
     if rows:
-        lines += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+        text += ["", "<details><summary>Metrics</summary>", "", f"| {' | '.join(_HEADER)} |"]
+        text.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
         names = short_names([row.case for row in rows])
         for row in rows:
             cells = [names[row.case], *_cells(row)]
-            lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+            text.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
         left_out = len(result.rows) - len(rows)
-        lines += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
-        lines += ["", "</details>"]
-    return "\n".join(lines) + "\n"
+        text += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
+        text += ["", "</details>"]
+    return "\n".join(text) + "\n"
 
 
 def summary(result: Comparison) -> str:
@@ -138,15 +138,15 @@ def _cells(row: Verdict) -> tuple[str, str, str, str, str, str]:
 
 
 def _lists(result: Comparison) -> list[str]:
-    lines: list[str] = []
+    found_lines: list[str] = []
     for word, cases in (
         ("missing", result.missing),
         ("new", result.new),
         ("renamed", [f"{before} is now {after}" for before, after in result.renamed]),
     ):
-        lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
-        lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
-    return lines + [f"note: {note}" for note in result.notes]
+        found_lines += [f"{word}: {case}" for case in cases[:MOST_ROWS]]
+        found_lines += [f"{word}: {len(cases) - MOST_ROWS} more"] if len(cases) > MOST_ROWS else []
+    return found_lines + [f"note: {note}" for note in result.notes]
 
 
 def _plural(word: Word, count: int) -> str:

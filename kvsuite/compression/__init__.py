@@ -1,11 +1,12 @@
-"""Cache policies by name. A new policy is one new file in this folder and one line in the test matrix."""
+"""Cache policies by name: from the entry-point group ``kvsuite.policies``, ours by the same way, or `register_policy`."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from typing import Any
 
+from kvsuite.entry_points import OURS, described, find, load, package
 from kvsuite.errors import UserError
 
 from .base import CacheView, Policy, Positions, Schedule
@@ -14,6 +15,7 @@ from .l2_compress import L2Compress
 from .recent_only import RecentOnly
 from .streaming_llm import StreamingLLM
 
+ENTRY_POINTS = "kvsuite.policies"
 _POLICIES: dict[str, type[Policy]] = {}
 
 # the originals' methods that kvsuite does not run, and what does the job
@@ -28,28 +30,33 @@ REPLACEMENTS = {
 
 def register_policy(policy: type[Policy]) -> type[Policy]:
     """Make ``policy`` known under its name; a taken name is an error."""
-    if _POLICIES.setdefault(policy.name, policy) is not policy:
+    known = find_policy(policy.name) if policy.name in list_policies() else policy
+    if known is not policy:
         raise ValueError(f"policy {policy.name!r} is already registered")
+    _POLICIES[policy.name] = policy
     return policy
 
 
 def list_policies() -> list[str]:
-    """Names of the registered policies, sorted."""
-    return sorted(_POLICIES)
+    """Names of the known policies, sorted; none is imported for it."""
+    return sorted({*_POLICIES, *_installed()})
 
 
 def find_policy(name: str) -> type[Policy]:
-    """The class of policy ``name``.
+    """The class of policy ``name``; its module is imported only now.
 
     Raises
     ------
     UserError
-        For an unknown name; the message lists the known ones.
+        For an unknown name (the message lists the known ones), or an entry point that names no policy: with package,
+        object and mend.
     """
     if name in REPLACEMENTS:
         raise UserError(f"--kv-method={name}: not part of kvsuite; use {REPLACEMENTS[name]}")
     if name not in _POLICIES:
-        raise UserError(f"--kv-method={name}: unknown policy; known: {', '.join(list_policies())}, kvpress:<Name>")
+        if name not in _installed():
+            raise UserError(f"--kv-method={name}: unknown policy; known: {', '.join(list_policies())}, kvpress:<Name>")
+        _POLICIES[name] = _checked(_installed()[name])
     return _POLICIES[name]
 
 
@@ -64,17 +71,23 @@ def get_policy(name: str, **parameters: Any) -> Policy:
     return find_policy(name)(**parameters)
 
 
-def _discover() -> None:
-    """Register every policy that a module of this folder defines; none of them imports torch to be defined."""
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("kvpress"):
-            continue
-        for member in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(member, type) and issubclass(member, Policy) and hasattr(member, "name"):
-                register_policy(member)
+def _installed() -> Mapping[str, EntryPoint]:
+    entries = find(ENTRY_POINTS)
+    if not any(package(entry) == OURS for entry in entries.values()):
+        raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
+    return entries
 
 
-_discover()
+def _checked(entry: EntryPoint) -> type[Policy]:
+    found = load(entry)
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise UserError(f"{described(entry)}: is no subclass of kvsuite.compression.Policy; name one")
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"{described(entry)}: lacks {', '.join(missing)}; a policy has all members of Policy")
+    if getattr(found, "name", None) != entry.name:
+        raise UserError(f"{described(entry)}: the name of the class is another one; write name = {entry.name!r} there")
+    return found
+
 
 __all__ = [
     "REPLACEMENTS",

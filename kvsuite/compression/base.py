@@ -204,16 +204,3 @@ def require_size(option: str, value: int, minimum: int = 1) -> int:
 def time_order(view: CacheView) -> Tensor:
     """Slots of the view from the oldest to the youngest token, int64, shaped like ``view.positions``."""
     return view.positions.argsort(dim=-1, stable=True)
-
-
-def key_norm(keys: Tensor) -> Tensor:
-    """L2 norm of each key ``[..., head_dim]``, float32 with 18 significant bits.
-
-    The same token twice, or a model that normalises its keys, gives norms that differ by rounding alone, and by another
-    rounding on every engine. Without its last six bits such norms are equal, and of equal ones the older token stays.
-    """
-    import torch
-
-    norm = keys.float().square().sum(dim=-1).sqrt()
-    # of positive floats the bits are in the order of the numbers
-    return ((norm.view(torch.int32) + 0x20) & ~0x3F).view(torch.float32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import key_norm
 from .prompt_ranked import PromptRanked
 from .prompt_view import PromptView
 
@@ -23,4 +22,4 @@ class KNorm(PromptRanked):
     name: ClassVar[str] = "knorm"
 
     def importance(self, view: PromptView) -> Tensor:
-        return -key_norm(view.keys)
+        return -view.keys.float().square().sum(dim=-1).sqrt()

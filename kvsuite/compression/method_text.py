@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, get_type_hints
 
 from kvsuite.errors import UserError
+from kvsuite.options.numbers import MOST_SEED, decimal, whole
 from kvsuite.options.option import outside_brackets
 
 from .base import Policy
@@ -120,12 +121,16 @@ def parameter_types(policy: type[Policy]) -> dict[str, type | None]:
 def _literal(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for read in (int, float):
+    for read in (_whole, decimal):
         try:
             return read(text)
         except ValueError:
             continue
     return text.strip("'\"")
+
+
+def _whole(text: str) -> int:
+    return whole(text, -MOST_SEED, MOST_SEED)
 
 
 def _wrong(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from .base import CacheView, Needs, Policy
 from .prompt_view import PromptView
+from .ranked import ranked
 from .ratio import protected_count, removed_from_keep
 
 if TYPE_CHECKING:
@@ -54,5 +55,4 @@ class PromptRanked(Policy):
 
     def keep(self, view: CacheView) -> Tensor:
         assert isinstance(view, PromptView)
-        ranked = self.importance(view).argsort(dim=-1, descending=True, stable=True)
-        return ranked[..., : self.size_after(view.length)].sort(dim=-1).values
+        return ranked(self.importance(view))[..., : self.size_after(view.length)].sort(dim=-1).values

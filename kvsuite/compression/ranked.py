@@ -5,10 +5,41 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import CacheView, Policy, key_norm, time_order
+from .base import CacheView, Policy, time_order
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# float32 sums in another order, or keys at another rotation, differ by less; scores that differ otherwise by more
+_ROUNDING = 1e-6
+
+
+def ranked(priority: Tensor) -> Tensor:
+    """Indices from the highest priority to the lowest; equal ones stay in the order in which they are given.
+
+    Tokens that occur twice have equal keys before rotation in the first layer, and some models give all keys one norm: there
+    rounding would decide, on every engine in another way. Neighbours in rank that are nearer than rounding, relative to
+    their size, are therefore equal.
+
+    Parameters
+    ----------
+    priority
+        Float32 ``[..., n]`` in time order.
+
+    Returns
+    -------
+    Tensor
+        int64, shaped like ``priority``.
+    """
+    import torch
+
+    value, order = priority.sort(dim=-1, descending=True, stable=True)
+    higher, lower = value[..., :-1], value[..., 1:]
+    # two infinities differ by NaN, which is no step
+    steps = (higher - lower > lower.abs() * _ROUNDING).long().cumsum(dim=-1)
+    rank = torch.zeros_like(order).scatter(-1, order, torch.nn.functional.pad(steps, (1, 0)))
+    return rank.argsort(dim=-1, stable=True)
 
 
 class RankedPolicy(Policy):
@@ -22,12 +53,11 @@ class RankedPolicy(Policy):
 
     def token_score(self, keys: Tensor) -> Tensor:
         """L2 norm of each key in float32; a rotation leaves it unchanged, so it may be taken before or after RoPE."""
-        return key_norm(keys)
+        return keys.float().square().sum(dim=-1).sqrt()
 
     def keep(self, view: CacheView) -> Tensor:
         order = time_order(view)
-        ranked = self.priority(view).gather(-1, order).argsort(dim=-1, descending=True, stable=True)
-        chosen = ranked[..., : self.size_after(view.length)].sort(dim=-1).values
+        chosen = ranked(self.priority(view).gather(-1, order))[..., : self.size_after(view.length)].sort(dim=-1).values
         return order.gather(-1, chosen)
 
     def victim(self, view: CacheView) -> Tensor:
@@ -35,5 +65,6 @@ class RankedPolicy(Policy):
 
         # the general answer sorts twice; one token to evict needs only the minimum, and of equal ones the youngest goes
         priority = self.priority(view)
-        lowest = priority == priority.amin(dim=-1, keepdim=True)
+        least = priority.amin(dim=-1, keepdim=True)
+        lowest = priority - least <= least.abs() * _ROUNDING
         return torch.where(lowest, view.positions, -1).argmax(dim=-1)

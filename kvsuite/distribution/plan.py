@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import Column, Sheet, stacked
 from kvsuite.meters.environment import host_facts
 from kvsuite.options.card import card_bytes
 from kvsuite.options.common import CommonOptions
@@ -28,8 +29,14 @@ from .progress import about
 from .shards import assign
 from .time_left import Correction, kind_of
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 _GIB, _MIB = 1 << 30, 1 << 20
 _MODEL = "model"
+_COLUMNS = (
+    Column("seconds", 9), Column("memory needed", 13), Column("fits", 8, "left"), Column("expected from", justify="left"),
+)  # fmt: skip
 # an archive of hundreds says no more of this machine
 _LAST_RUNS = 30
 
@@ -210,7 +217,7 @@ def _smallest_gpu() -> int | None:
         return None
 
 
-def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> str:
+def plan_table(cases: Sequence[Case], options: Options, *, workers: int = 1) -> RenderableType:
     """The plan as a table with its sums.
 
     Parameters
@@ -226,20 +233,18 @@ def plan_text(cases: Sequence[Case], options: Options, *, workers: int = 1) -> s
         If ``--kv-plan-card`` is no size.
     """
     if not cases:
-        return "no cases: another shard, or the run that goes on, has all"
+        return stacked(["no cases: another shard, or the run that goes on, has all"])
     rows = plan(cases, options, measured_cases(Path(options.of(CommonOptions).report_dir), options))
     kinds = Counter(row.case.device_kind for row in rows)
     card = device_bytes(options, next(iter(kinds)))
-    width = max(len(row.case.id) for row in rows)
-    lines = [f"{'case':<{width}} {'seconds':>9}  {'memory needed':>13}  {'fits':<8} expected from"]
-    lines += [_line(row, width, card) for row in rows]
-    return "\n".join([*lines, "", *_sums(rows, card, workers), *_notes(rows)])
+    sheet = Sheet("case", _COLUMNS, [(row.case.id, _cells(row, card)) for row in rows], ruled=False)
+    return stacked([sheet], [*_sums(rows, card, workers), *_notes(rows)])
 
 
-def _line(row: Planned, width: int, card: tuple[int, str] | None) -> str:
+def _cells(row: Planned, card: tuple[int, str] | None) -> list[str]:
     took = "n/a" if row.seconds is None else f"{row.seconds:.1f}"
     fits = "n/a" if card is None else row.memory.fits(card[0])
-    return f"{row.case.id:<{width}} {took:>9}  {_size(row.memory):>13}  {fits:<8} {row.source}"
+    return [took, _size(row.memory), fits, row.source]
 
 
 def _size(memory: Footprint) -> str:
@@ -258,18 +263,18 @@ def _sums(rows: Sequence[Planned], card: tuple[int, str] | None, workers: int) -
             loads[part - 1] += took
         total += f", {about(max(loads))} on {workers} workers"
     missing = len(rows) - len(known)
-    lines = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
+    found = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
     largest = max(rows, key=lambda row: row.memory.bytes or 0.0)
     if largest.memory.bytes is not None:
-        lines.append(f"largest memory needed: {_size(largest.memory)} ({largest.case.id})")
+        found.append(f"largest memory needed: {_size(largest.memory)} ({largest.case.id})")
     if card is None:
-        lines.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
-        return lines
+        found.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
+        return found
     large = [row.case.id for row in rows if row.memory.fits(card[0]) == "no"]
-    lines.append(
+    found.append(
         f"{len(large)} will not fit {card[0] / _GIB:.1f} GiB ({card[1]}){': ' if large else ''}{', '.join(large)}"
     )
-    return lines
+    return found
 
 
 def _notes(rows: Sequence[Planned]) -> list[str]:

@@ -1,18 +1,19 @@
-"""One case, measured: quality, then memory, then speed, into one record. Whatever happens, a record comes out."""
+"""One case, measured. Whatever happens, a record comes out: this is the one place that makes and fills it."""
 
 from __future__ import annotations
 
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from kvsuite.case import Case, digest
+from kvsuite.engines.capabilities import lacking
+from kvsuite.engines.engine import Session
 from kvsuite.engines.registry import SessionPool
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
-from kvsuite.measure.case_passes import CasePasses, Measured, Phase, RunRounds
 from kvsuite.meters.clock import Clock, clock_for
 from kvsuite.meters.environment import fingerprint
 from kvsuite.meters.gpu_processes import GpuProcesses
@@ -22,11 +23,11 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
-from kvsuite.suites.perplexity.cases import dataset_name
-from kvsuite.suites.perplexity.options import PerplexityOptions
 from kvsuite.workloads.texts import TextSource
 
+from .case_run import CaseRun, MeasuresCases, Progress, RunRounds
 from .deadline import CaseTimeout, alarm, stopped
+from .measurement import Measurement
 from .source_hash import source_hash
 
 _TRACEBACK_LINES = 20
@@ -51,6 +52,14 @@ def _unwatched(record: Record, phase: str) -> None:
     return None
 
 
+@dataclass
+class Measured:
+    """A record, and what belongs beside it: raw per-token rows for the sidecar."""
+
+    record: Record
+    tokens: dict[str, list[Any]] | None = None
+
+
 class DevicePoisoned(RuntimeError):
     """An earlier CUDA error left this process no device to measure on."""
 
@@ -67,6 +76,8 @@ class CaseRunner:
         Known metrics.
     environment
         Facts of the run; the GPU's are added when the first session is up.
+    suite
+        Suites by name (`kvsuite.suites.registry.suite_named`).
     clock
         Makes the clock of a device; a scripted one checks the formulas.
     planned
@@ -84,17 +95,13 @@ class CaseRunner:
     registry: MetricRegistry
     environment: dict[str, Any]
     sessions: SessionPool
+    suite: Callable[[str], MeasuresCases]
     clock: Callable[[Any], Clock] = clock_for
     texts: TextSource = field(default_factory=TextSource)
     planned: Sequence[Case] = ()
     watch: Callable[[Record, str], None] = _unwatched
     poisoned: str | None = None
     timed_out: bool = False
-
-    def __post_init__(self) -> None:
-        options = self.options.of(PerplexityOptions)
-        self.texts.datasets = {dataset_name(request): request for request in options.dataset}
-        self.texts.dataset_path = options.dataset_path
 
     def run(
         self,
@@ -103,7 +110,7 @@ class CaseRunner:
         *,
         order_index: int = 0,
         run_rounds: RunRounds = plain_rounds,
-        progress: Phase | None = None,
+        progress: Progress | None = None,
     ) -> Measured:
         """Measure ``case``; every failure but bad input becomes the record's status.
 
@@ -112,27 +119,25 @@ class CaseRunner:
         UserError
             For bad input that only loading could find: the run cannot go on.
         """
-        options = self.options.of(CommonOptions)
+        common = self.options.of(CommonOptions)
         record = Record(
-            case=case, id=case_id, rounds=options.rounds, warmup=options.num_warmup, order_index=order_index,
-            seed=options.seed, started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            case=case, id=case_id, rounds=common.rounds, warmup=common.num_warmup, order_index=order_index,
+            seed=common.seed, started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        measured = Measured(record)
-        work = CasePasses(self, case, measured, run_rounds, progress or _silent)
-        work.run_rounds = watched(run_rounds, work.put)
-        # until it is known what the case put into its record, for whoever finds this process dead
+        work = _Work(self, record, progress or _silent, run_rounds)
+        # until it is known what was found, for whoever finds this process dead
         record.settings_hash = self._settings(case, record)
+        timeout = self.options.of(SweepOptions).timeout
         begin = time.monotonic()
         processes = GpuProcesses(case.device)
-        limit = self.options.of(SweepOptions).timeout
         try:
-            with alarm(limit):
+            with alarm(timeout):
                 if self.poisoned is not None and case.device_kind == "cuda":
                     raise DevicePoisoned(self.poisoned)
-                work.run()
+                work.measure(self.suite(case.suite))
         except CaseTimeout:
-            assert limit is not None, "without a limit there is no alarm"
-            reason = stopped(limit)
+            assert timeout is not None
+            reason = stopped(timeout)
             record.status, record.reason, self.timed_out = "crashed", reason, True
             record.error = {"type": "Timeout", "message": reason, "phase": work.phase, "traceback": _traceback()}
         except CaseSkipped as skip:
@@ -163,21 +168,97 @@ class CaseRunner:
         record.warnings += processes.warnings()
         record.duration_s = time.monotonic() - begin
         record.settings_hash = self._settings(case, record)
-        return measured
+        return Measured(record, work.found.sidecar)
 
     def _settings(self, case: Case, record: Record) -> str:
-        options = self.options.of(CommonOptions)
+        common = self.options.of(CommonOptions)
         versions = self.sessions.versions(case.engine)
         return digest(
             {
-                "rounds": options.rounds,
-                "warmup": options.num_warmup,
-                "seed": options.seed,
+                "rounds": common.rounds,
+                "warmup": common.num_warmup,
+                "seed": common.seed,
                 "metrics": {name: self.registry[name].version for name in sorted(record.metrics)},
                 "source": source_hash(),
                 "fingerprint": fingerprint(self.environment, engine=case.engine, versions=versions),
             }
         )
+
+
+class _Work:
+    """One case on its way: the record, what was found so far, and the session."""
+
+    def __init__(self, runner: CaseRunner, record: Record, progress: Progress, run_rounds: RunRounds) -> None:
+        self.runner, self.record, self.case = runner, record, record.case
+        self.found = Measurement(runner.registry)
+        self.session: Session | None = None
+        self.phase = "setup"
+        record.partition["requested"] = None if self.case.partition is None else dict(self.case.partition)
+        self.run = CaseRun(
+            case=self.case,
+            options=runner.options,
+            found=self.found,
+            texts=runner.texts,
+            planned=runner.planned,
+            progress=progress,
+            rounds=watched(run_rounds, self.found.put),
+            clock=runner.clock,
+            beside=runner.sessions.beside,
+            begins=self.begins,
+            applied=self.take_over,
+        )
+        self.begins("load")
+
+    def begins(self, phase: str) -> None:
+        """A phase begins: whoever finds this process dead needs what is known so far."""
+        self.phase = phase
+        self.fill()
+        self.runner.watch(self.record, phase)
+
+    def measure(self, suite: MeasuresCases) -> None:
+        """Load the case's model and let its suite measure."""
+        suite.refuse(self.case, self.runner.options)
+        session = self.session = self.runner.sessions.get(self.case)
+        self.record.model = dict(session.model)
+        session.prepare(self.case)
+        for capability in suite.needs(self.case):
+            if reason := lacking(session, capability):
+                raise CaseInvalid(f"suite {self.case.suite}: {reason}")
+        found = suite.measure(self.case, session, self.run)
+        if not isinstance(found, Measurement):
+            # suites are others' too
+            raise TypeError(
+                f"suite {self.case.suite}: measure() returned {found!r}, not a Measurement; return run.found"
+            )
+        self.found = found
+        self.take_over()
+
+    def take_over(self) -> None:
+        """What the engine really applied goes into the record."""
+        if self.session is not None:
+            self.record.effective = dict(self.session.effective)
+            self.found.inert |= self.session.inert
+            self.record.partition = dict(self.session.partition)
+
+    def fill(self) -> None:
+        """What was found so far goes into the record, and with it the case's key."""
+        found, record, case = self.found, self.record, self.case
+        record.metrics, record.memory, record.tokens = found.metrics, found.memory, found.tokens
+        record.samples, record.inert, record.warnings = found.samples, found.inert, found.warnings
+        record.dataset = found.dataset
+        if case.dtype == "checkpoint" and self.session is not None:
+            case = replace(case, dtype=self.session.dtype_name)
+        record.case_key = case.key(model_revision=record.model.get("revision"), dataset_revision=found.dataset_revision)
+
+    def finish(self) -> None:
+        """End of the case, whatever happened in it."""
+        self.fill()
+        if self.session is not None:
+            self.record.effective = self.record.effective or dict(self.session.effective)
+            try:
+                self.session.finish()
+            except Exception as error:  # a broken device must not take the finished record with it
+                self.record.warnings.append(f"cleaning up after the case failed: {error}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import CodeType
+
+#: rooms whose code decides what numbers come out
+_MEASURING = (
+    "compression", "engines", "measure", "memory_model", "meters", "models", "nanovllm", "quantization", "suites", "workloads",
+)  # fmt: skip
+#: files of a suite, and the folder of its figures, that only show what was measured
+_SHOWING = frozenset(
+    {
+        "captions.py", "columns.py", "csv_files.py", "figure.py", "files.py", "generic.py", "outputs.py", "panels.py",
+        "results_json.py", "rows.py", "table.py",
+    }
+)  # fmt: skip
 
 
 @functools.cache
-def source_hash() -> str:
-    """Hash of kvsuite's own source."""
-    package = Path(__file__).parents[1]
+def source_hash(package: Path = Path(__file__).parents[1]) -> str:
+    """Hash of the code of kvsuite that measures, without comments, docstrings and layout.
+
+    What draws, reports, compares or talks to pytest is not in it, so that a run can be gone on with after an edit there.
+    """
     total = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        total.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in _measuring(package):
+        # without docstrings, comments and layout, and without assertions, which compute nothing
+        code = compile(path.read_bytes(), "", "exec", dont_inherit=True, optimize=2)
+        total.update(path.relative_to(package).as_posix().encode() + b"\0" + _executed(code).encode())
     return "sha256:" + total.hexdigest()
+
+
+def _measuring(package: Path) -> Iterator[Path]:
+    for room in _MEASURING:
+        for path in sorted((package / room).rglob("*.py")):
+            shows = path.name in _SHOWING or "figures" in path.relative_to(package).parts
+            if not (room == "suites" and shows):
+                yield path
+
+
+def _executed(code: CodeType) -> str:
+    """What Python makes of a file, but for where each line of it stood."""
+    constants = [
+        _executed(one)
+        if isinstance(one, CodeType)
+        # a set has another order in every process
+        else repr(sorted(map(repr, one)) if isinstance(one, frozenset) else one)
+        for one in code.co_consts
+    ]
+    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    shape = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    return repr((code.co_name, code.co_code, code.co_exceptiontable, names, shape, constants))
 
 
 def code_hashes(root: Path, ids: Iterable[str], more: Iterable[str] = ()) -> dict[str, str]:

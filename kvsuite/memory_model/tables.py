@@ -1,10 +1,13 @@
-"""A surveyed space as text: a table for each weight format, rules and flags in words, and where one point's memory goes."""
+"""A surveyed space for the console: a table for each weight format, rules and flags, and where one point's memory goes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
+
+from kvsuite.console import Column, Sheet, stacked
 
 from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
@@ -12,27 +15,36 @@ from .formats import ELEMENT_BYTES
 from .prediction import MIB, PARTS, Part, Prediction, Predictor, Term
 from .survey import Row, Survey, largest, weakest
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 MISSING = "n/a"
 #: behind numbers that are not closed forms
-MARKS = {"fitted": "f", "extrapolated": "x", "rough": "~", "exact": " ", "unknown": " "}
+MARKS = {"fitted": "f", "extrapolated": "x", "rough": "~", "exact": "", "unknown": ""}
 LEGEND = (
     "MB is MiB. Behind a number: f fitted to published libraries, x extrapolated beyond them, ~ a rough count; without a "
     "mark closed form."
 )
-_TITLES = (
-    ("context", 8), ("chunk", 6), ("batch", 5), ("window", 12), ("sinks", 14), ("points", 6), ("KV cache", 11),
-    ("temporary", 11), ("total", 11), ("blocks", 7), ("stored", 10), ("needed", 11),
+_CONTEXT = ("context", 8)
+_COLUMNS = (
+    Column("chunk", 6), Column("batch", 5), Column("window", 12), Column("sinks", 14), Column("points", 6),
+    Column("KV cache", 11), Column("temporary", 11), Column("total", 11), Column("blocks", 7), Column("stored", 10),
+    Column("needed", 11),
+)  # fmt: skip
+_FITS = Column("fits", justify="left")
+_TERM_COLUMNS = (
+    Column("for", 25, "left"), Column("MB", 11), Column("share", 6), Column("moved by", 42, "left"),
+    Column("formula", justify="left"),
 )  # fmt: skip
 
 
-def survey_text(found: Survey) -> str:
-    """The whole answer as text."""
-    parts = [*_heading(found), *_rules(found)]
-    for name, rows in groupby(found.rows, key=lambda row: row.entry.point.quantization):
-        parts += ["", *_format_table(name, list(rows), found)]
+def survey_tables(found: Survey) -> RenderableType:
+    """The whole answer."""
+    formats = groupby(found.rows, key=lambda row: row.entry.point.quantization)
+    parts = [_format_table(name, list(rows), found) for name, rows in formats]
     if found.rows:
-        parts += ["", *breakdown(largest(found.rows), found, what="the point that takes most")]
-    return "\n".join(parts) + "\n"
+        parts.append(breakdown(largest(found.rows), found, what="the point that takes most"))
+    return stacked([*_heading(found), *_rules(found)], *parts)
 
 
 def _heading(found: Survey) -> Iterator[str]:
@@ -69,22 +81,24 @@ def _rules(found: Survey) -> Iterator[str]:
         yield f"  {count} flagged: {flag}"
 
 
-def _format_table(name: str, rows: Sequence[Row], found: Survey) -> Iterator[str]:
+def _format_table(name: str, rows: Sequence[Row], found: Survey) -> list[RenderableType]:
     first = rows[0].prediction
     parameters = first.part("parameters")
-    yield f"{name}: parameters {_mb(parameters)} MB" + _kv_line(first, found.predictor)
-    for reason in dict.fromkeys(reason for row in rows for reason in row.prediction.reasons):
-        yield f"  {MISSING}: {reason}"
+    shown: list[RenderableType] = [f"{name}: parameters {_mb(parameters)} MB" + _kv_line(first, found.predictor)]
+    reasons = dict.fromkeys(reason for row in rows for reason in row.prediction.reasons)
+    shown += [f"  {MISSING}: {reason}" for reason in reasons]
     said = ("inert", "share the pages")
     notes = (note for row in rows for note in row.prediction.notes)
-    for note in dict.fromkeys(note for note in notes if not any(word in note for word in said)):
-        yield f"  note: {note}"
-    titles = " ".join(f"{title:>{width}}" for title, width in _TITLES)
-    yield titles + ("  fits" if found.card else "")
-    for _, of_context in groupby(rows, key=lambda row: row.entry.point.context_window_size):
-        yield "-" * len(titles)
-        for same in _merged(list(of_context)):
-            yield _line(same, found.card)
+    told = dict.fromkeys(note for note in notes if not any(word in note for word in said))
+    shown += [f"  note: {note}" for note in told]
+    lines: list[tuple[str, list[str]] | None] = []
+    for context, of_context in groupby(rows, key=lambda row: row.entry.point.context_window_size):
+        lines.append(None)
+        lines += [(str(context), _cells(same, found.card)) for same in _merged(list(of_context))]
+    columns = [*_COLUMNS, _FITS] if found.card else _COLUMNS
+    title, width = _CONTEXT
+    shown.append(Sheet(title, columns, lines, width, label_justify="right", ruled=False))
+    return shown
 
 
 def _kv_line(first: Prediction, predictor: Predictor) -> str:
@@ -109,11 +123,10 @@ def _merged(rows: list[Row]) -> Iterator[list[Row]]:
     yield from groups.values()
 
 
-def _line(same: list[Row], card: Card | None) -> str:
+def _cells(same: list[Row], card: Card | None) -> list[str]:
     point, numbers = same[0].entry.point, same[0].prediction
     allocation = numbers.allocation
     cells = [
-        str(point.context_window_size),
         str(point.prefill_chunk_size),
         str(point.max_batch_size),
         _values(row.entry.point.sliding_window_size for row in same),
@@ -126,34 +139,38 @@ def _line(same: list[Row], card: Card | None) -> str:
         MISSING if allocation is None else f"{allocation.bytes / MIB:.1f}",
         _mb(numbers.needed) + _mark(numbers),
     ]
-    line = " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _TITLES, strict=True))
     if card is None:
-        return line.rstrip()
+        return cells
     verdict = {True: "yes", False: "no", None: "unknown"}[same[0].fits]
-    return f"{line}  {verdict}" + (f"; {same[0].advice}" if same[0].advice else "")
+    return [*cells, f"{verdict}{f'; {same[0].advice}' if same[0].advice else ''}"]
 
 
-def breakdown(row: Row, found: Survey, *, what: str = "") -> Iterator[str]:
+def breakdown(row: Row, found: Survey, *, what: str = "") -> list[RenderableType]:
     """Where the memory of a point goes: each term, what moves it, and its formula."""
     prediction = row.prediction
     known = sum(term.bytes for term in prediction.terms if term.bytes is not None)
-    yield f"{row.entry.point.id}{f', {what}' if what else ''}:"
-    yield f"{'part':<11} {'for':<25} {'MB':>11} {'share':>6}  {'moved by':<42} formula"
+    terms = []
     for term in prediction.terms:
         share = "" if term.bytes is None or not known else f"{term.bytes / known:.1%}"
         moved = _moved_by(term, found.predictor)
-        mark = MARKS[term.basis]
-        yield f"{term.part:<11} {term.name:<25} {_mb(term.bytes) + mark:>11} {share:>6}  {moved:<42} {term.formula}"
+        terms.append((term.part, [term.name, _mb(term.bytes) + MARKS[term.basis], share, moved, term.formula]))
+    shown: list[RenderableType] = [
+        f"{row.entry.point.id}{f', {what}' if what else ''}:",
+        Sheet("part", _TERM_COLUMNS, terms, 11, ruled=False),
+    ]
     if prediction.allocation is not None:
         allocation = prediction.allocation
-        yield (
+        shown.append(
             f"stored: ({allocation.blocks} + {allocation.extra}) blocks of {allocation.block_bytes:,} bytes in "
             f"{allocation.dtype}: {_mb(allocation.bytes)} MB"
         )
     if found.card is not None:
         room = found.predictor.capacity(row.entry.point, found.card.usable)
         if room is not None:
-            yield f"by the engine's own estimate the card has room for {max(room, 0):,} tokens with the other settings"
+            shown.append(
+                f"by the engine's own estimate the card has room for {max(room, 0):,} tokens with the other settings"
+            )
+    return shown
 
 
 def _moved_by(term: Term, predictor: Predictor) -> str:

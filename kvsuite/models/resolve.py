@@ -83,6 +83,11 @@ def resolve_model(request: str, *, cache_dir: Path | None = None) -> ModelSpec:
         If the request is none of these, or the path is not a model.
     """
     request = request.strip()
+    if "," in request and not Path(request).expanduser().exists():
+        raise UserError(
+            f"--kv-model={request}: one model a run; start a run for each, and set them side by side with "
+            "python -m kvsuite compare RUN RUN, or python -m kvsuite figures for their CSVs"
+        )
     if request.lower() in _DEFAULT_NAMES:
         return ModelSpec(
             request=request,

@@ -41,7 +41,9 @@ def option_groups() -> tuple[type[OptionGroup], ...]:
         taken |= dict.fromkeys(names, f"{package(entry)} ({entry.value})")
         groups.append(group)
     if CommonOptions not in groups:
-        raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
+        raise UserError(
+            "the entry points of kvsuite are not those of this version; install it again (pip install -e .)"
+        )
     return tuple(groups)
 
 

@@ -347,11 +347,12 @@ class Gate:
         """Print the table."""
         if self.result is not None and self._judged:
             from kvsuite.comparison.tables import comparison_text
+            from kvsuite.console import console_width
 
             writer = self._config.get_terminal_writer()
             terminalreporter.section("kvsuite comparison")
             text = comparison_text(
-                self.result, width=writer.fullwidth if writer.hasmarkup else 200, color=writer.hasmarkup,
+                self.result, width=console_width(writer.hasmarkup), color=writer.hasmarkup,
                 everything=self._config.getoption("verbose") > 0, more=f"{FILE} and -v show them",
             )  # fmt: skip
             terminalreporter.write(text)

@@ -27,6 +27,7 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     from kvsuite.measure.runner import CaseRunner
     from kvsuite.meters.environment import gpu_facts, host_facts
     from kvsuite.metrics.registry import MetricRegistry
+    from kvsuite.suites.registry import suite_named
 
     options = config.stash[OPTIONS]
     registry = MetricRegistry(())
@@ -38,7 +39,7 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     _require_json(environment, "pytest_kvsuite_update_env")
     sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
-        options, registry, environment, sessions, planned=config.stash.get(PLANNED, ()),
+        options, registry, environment, sessions, suite_named, planned=config.stash.get(PLANNED, ()),
         watch=partial(tell_box, config),
     )  # fmt: skip
     yield runner

@@ -14,6 +14,7 @@ from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
+from kvsuite.metrics.registry import metric_of
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
 
 #: of the line of a finished case
 _MOST_NUMBERS = 4
-#: label, scale and unit of those that have short ones
-_NUMBERS = {
-    "perplexity": ("PPL", 1.0, ""),
-    "ttft_s": ("TTFT", 1e3, " ms"),
-    "tpot_s": ("TPOT", 1e3, " ms"),
-    "kv_bytes_exact": ("KV", 2**-20, " MiB"),
-}
 
 
 class Reporter:
@@ -300,9 +294,10 @@ def _summary(row: dict[str, Any]) -> str:
     for name in suite_of_rows(row["suite"]).headline[:_MOST_NUMBERS] or list(row["metrics"])[:_MOST_NUMBERS]:
         value = metric_value(row, name)
         if value is not None:
-            label, scale, unit = _NUMBERS.get(name, (name, 1.0, f" {row['metrics'][name]['unit']}".replace(" 1", "")))
-            shown.append(f"{label} {value * scale:{'.2f' if name in _NUMBERS else '.5g'}}{unit}")
-    return ", ".join(shown)
+            shown.append(metric_of(name, row["metrics"].get(name)).line(value))
+    # where rounds scatter so much that their differences mean nothing; the row's warning has the figures
+    unstable = any(str(warning).startswith("unstable: ") for warning in row["warnings"])
+    return ", ".join(shown) + (" (unstable times)" if unstable else "")
 
 
 def _model_label(request: str) -> str:

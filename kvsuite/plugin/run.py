@@ -15,7 +15,6 @@ import pytest
 from kvsuite.case import Case
 from kvsuite.distribution.gpus import bind, gpus_for, require_gpu_each
 from kvsuite.errors import UserError
-from kvsuite.foreign_text import visible_lines
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
@@ -279,19 +278,21 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     config = session.config
     if not config.stash[OPTIONS].of(SweepOptions).plan or is_worker(config):
         return None
-    from kvsuite.distribution.plan import plan_text
+    from kvsuite.console import console_text, console_width
+    from kvsuite.distribution.plan import plan_table
 
     cases = [case for item in session.items if (case := case_of(config, item)) is not None]
     workers = int(config.getoption("numprocesses", default=None) or 1)
     terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
     try:
-        text = plan_text(cases, config.stash[OPTIONS], workers=workers)
+        table = plan_table(cases, config.stash[OPTIONS], workers=workers)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
     if terminal is not None:
         terminal.ensure_newline()
         terminal.section("kvsuite plan")
-        terminal.write_line(visible_lines(text))
+        is_terminal = config.get_terminal_writer().hasmarkup
+        terminal.write_line(console_text(table, width=console_width(is_terminal)))
     return True
 
 

@@ -10,8 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from kvsuite.case import Case
     from kvsuite.distribution.gpus import Gpus
-    from kvsuite.measure.case_passes import Measured
-    from kvsuite.measure.runner import CaseRunner
+    from kvsuite.measure.runner import CaseRunner, Measured
     from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 

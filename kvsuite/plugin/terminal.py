@@ -47,10 +47,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reporter = config.stash.get(REPORTER, None)
     if reporter is None or not reporter.rows:
         return
+    from kvsuite.console import console_text, console_width
     from kvsuite.suites.outputs import by_suite, run_table
 
     terminalreporter.section("kvsuite")
-    terminalreporter.write_line(run_table(reporter.run, reporter.rows))
+    is_terminal = config.get_terminal_writer().hasmarkup
+    table = console_text(run_table(reporter.run, reporter.rows), width=console_width(is_terminal))
+    terminalreporter.write_line(table)
     for suite, _ in by_suite(reporter.rows):
         for option in suite.unread_options(config.stash[OPTIONS]):
             terminalreporter.write_line(f"warning: {option}: no selected method reads it")

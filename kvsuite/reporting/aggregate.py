@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,48 +117,6 @@ def failure(row: Row, width: int = 160) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def is_baseline(row: Row) -> bool:
-    """Whether the case is the full cache that the others are compared with."""
-    case = row["case"]
-    return case["policy"] is None and case["params"].get("group", case["name"]) == "baseline"
-
-
-def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The baseline of the same engine, model, weights, dtype and kind of device, finished or not."""
-    return next((other for other in rows if is_baseline(other) and _setting(other) == _setting(row)), None)
-
-
 def change(new: float | None, base: float | None) -> float | None:
     """``new / base - 1``, ``None`` where either is missing or the base is 0."""
     return None if new is None or not base else new / base - 1
-
-
-def paired(labelled: Mapping[str, Row]) -> dict[str, Row]:
-    """Move each ``recent_only`` control in front of the first method of the same cache size."""
-    order = list(labelled)
-    for control in [name for name in order if _is_control(labelled[name])]:
-        size = _size(labelled[control])
-        partners = [name for name in order if not _is_control(labelled[name]) and _size(labelled[name]) == size]
-        if size is not None and partners:
-            order.remove(control)
-            order.insert(order.index(partners[0]), control)
-    return {name: labelled[name] for name in order}
-
-
-def _is_control(row: Row) -> bool:
-    return str(row["case"]["name"]).startswith("recent_only")
-
-
-def _size(row: Row) -> int | None:
-    budget = row["case"]["params"].get("budget")
-    if budget is not None:
-        return int(budget)
-    # recent_only_256, streaming_256, fix256_keep_low_kr0.5
-    found = re.match(r"(?:recent_only_|streaming_|fix)(\d+)", str(row["case"]["name"]))
-    return int(found[1]) if found else None
-
-
-def _setting(row: Row) -> tuple[str, ...]:
-    case = row["case"]
-    device = str(case["device"]).partition(":")[0]
-    return (device, *(str(case[axis]) for axis in ("engine", "model", "quantization", "dtype")))

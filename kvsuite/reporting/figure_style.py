@@ -24,15 +24,6 @@ _RC = {
 }
 
 
-def colour(name: str) -> str:
-    """Colour of a case by its name: grey baseline, green streaming, red recent_only, blue everything else."""
-    if name == "baseline":
-        return GREY
-    if "streaming" in name:
-        return GREEN
-    return RED if "recent_only" in name else BLUE
-
-
 @contextmanager
 def house_style() -> Iterator[None]:
     """Draw in the house style whatever the user's matplotlibrc says, and leave the process as it was."""

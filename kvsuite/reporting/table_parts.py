@@ -1,33 +1,89 @@
-"""What the suites' console tables share: cells, and the notes below a table."""
+"""What the suites' console tables share: columns of metrics, cells, and the notes below a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from kvsuite.foreign_text import visible
+from kvsuite import console
+from kvsuite.metrics.registry import is_builtin, metric_of
 
-from .aggregate import Row, ci_half_width, entry, missing_reason, value
+from .aggregate import Row, ci_half_width, entry, failure, missing_reason, value
 
 MISSING = "n/a"
 #: what the spread columns of every suite mean
 SPREAD = "TPOT±: half the 95 % interval of the mean. PPL±: 1 standard error."
-#: title, width, metric
-Column = tuple[str, int, str]
+_LABEL_WIDTH = 25
 
 
-def join_cells(name: str, first: int, cells: Sequence[str]) -> str:
-    """One line: the label left, ``first`` wide, and the cells behind it."""
-    return " ".join([f"{name:<{first}}", *cells])
+@dataclass(frozen=True)
+class Column:
+    """A column of a suite's table.
+
+    Parameters
+    ----------
+    metric
+        Name or alias of the metric that it shows, whose lack is noted below the table; empty for one that shows none.
+    width
+        Least width.
+    title
+        What stands above it; the metric's own where it is empty.
+    spec
+        How the number is written, in place of the metric's own format.
+    cell
+        The whole cell of a finished case, in place of the metric's number.
+    """
+
+    metric: str
+    width: int = 10
+    title: str = ""
+    spec: str = ""
+    cell: Callable[[Row], str] | None = None
+
+    @property
+    def heading(self) -> str:
+        """What stands above it."""
+        return self.title or metric_of(self.metric).column
+
+    def text(self, row: Row) -> str:
+        """Its cell of a finished case."""
+        if self.cell is not None:
+            return self.cell(row)
+        found = value(row, self.metric)
+        return MISSING if found is None else metric_of(self.metric, entry(row, self.metric)).text(found, self.spec)
 
 
-def format_number(number: float | None, spec: str) -> str:
-    """``number`` by ``spec``, or that it is missing."""
-    return MISSING if number is None else format(number, spec)
+def own_columns(rows: Sequence[Row]) -> list[Column]:
+    """A column for each metric that is not kvsuite's and of which any of the rows has a number."""
+    found = {name: one for row in rows for name, one in row["metrics"].items() if not is_builtin(name)}
+    return [
+        Column(name, title=metric_of(name, one).column)
+        for name, one in found.items()
+        if any(value(row, name) is not None for row in rows)
+    ]
 
 
-def scaled(number: float | None, unit: int) -> float | None:
-    """``number`` in a larger unit."""
-    return None if number is None else number / unit
+def case_table(head: str, labelled: Mapping[str, Row], columns: Sequence[Column]) -> console.Sheet:
+    """A line a case: its numbers, or how it ended without."""
+    return console.Sheet(
+        head,
+        [console.Column(column.heading, column.width) for column in columns],
+        [
+            (name, failure(row) if row["status"] != "ok" else [column.text(row) for column in columns])
+            for name, row in labelled.items()
+        ],
+        _LABEL_WIDTH,
+    )
+
+
+def number_in(row: Row, metric: str, unit: int, spec: str) -> str:
+    """A metric in another unit than its own, which is so many times larger."""
+    return format_number(value(row, metric), spec, unit)
+
+
+def format_number(number: float | None, spec: str, unit: int = 1) -> str:
+    """``number`` in a larger unit by ``spec``, or that it is missing."""
+    return MISSING if number is None else format(number / unit, spec)
 
 
 def tpot_spread(row: Row) -> str:
@@ -40,13 +96,13 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[st
     """Why cells are empty, each reason once, and the rows' warnings."""
     finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
     titles: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for title, _, metric in columns:
+    for column in columns:
         names: dict[str, list[str]] = {}
         for name, row in finished.items():
-            if value(row, metric) is None:
-                names.setdefault(missing_reason(row, metric), []).append(name)
+            if column.metric and value(row, column.metric) is None:
+                names.setdefault(missing_reason(row, column.metric), []).append(name)
         for reason, affected in names.items():
-            titles.setdefault((reason, tuple(affected)), []).append(title.partition("(")[0])
+            titles.setdefault((reason, tuple(affected)), []).append(column.heading.partition("(")[0])
     notes = [
         f"{', '.join(_without_spreads(of))}: {reason}" + which(affected, labelled)
         for (reason, affected), of in titles.items()
@@ -58,8 +114,7 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[st
     for name, row in labelled.items():
         for warning in row["warnings"]:
             warnings.setdefault(" ".join(str(warning).split()), []).append(name)
-    notes += [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
-    return [visible(note) for note in notes]
+    return notes + [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
 
 
 def _without_spreads(titles: Sequence[str]) -> list[str]:

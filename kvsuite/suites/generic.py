@@ -5,36 +5,31 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import canonical_json, id_token
+from kvsuite.console import stacked
 from kvsuite.foreign_text import csv_cell
+from kvsuite.metrics.registry import Metric, metric_of
 from kvsuite.record import metric_value
-from kvsuite.reporting.aggregate import Row, by_name, failure, value
-from kvsuite.reporting.table_parts import MISSING, footnotes, join_cells
+from kvsuite.reporting.aggregate import Row, by_name, failure
+from kvsuite.reporting.table_parts import Column, case_table, footnotes, own_columns
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 #: columns of a table without a headline: more do not fit a terminal
 _MOST_COLUMNS = 6
 _AXES = ("engine", "model", "device", "dtype", "quantization", "policy")
 
 
-def generic_table(suite: str, rows: Sequence[Row], headline: Sequence[str] = ()) -> str:
-    """A line a case: its headline metrics, or the first ones that any case has, each in its own unit."""
+def generic_table(suite: str, rows: Sequence[Row], headline: Sequence[str] = ()) -> RenderableType:
+    """A line a case: its headline metrics, or the first ones that any case has, each as it says that it is shown."""
     labelled = by_name(rows)
     metrics = list(headline) or _metrics(rows)[:_MOST_COLUMNS]
-    columns = [(_title(rows, metric), max(len(_title(rows, metric)), 10), metric) for metric in metrics]
-    first = max(25, *(len(name) for name in labelled))
-    header = join_cells(suite, first, [f"{title:>{width}}" for title, width, _ in columns])
-    rule = max(100, len(header))
-    lines = [header, "-" * rule]
-    for name, row in labelled.items():
-        if row["status"] != "ok":
-            lines.append(f"{name:<{first}} {failure(row)}")
-            continue
-        lines.append(join_cells(name, first, [f"{_number(row, metric):>{width}}" for _, width, metric in columns]))
-    lines.append("=" * rule)
-    notes = footnotes(labelled, columns)
-    return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
+    shown = [Column(name, title=_metric(rows, name).column) for name in metrics]
+    columns = [*shown, *(column for column in own_columns(rows) if column.metric not in metrics)]
+    return stacked([case_table(suite, labelled, columns)], footnotes(labelled, columns))
 
 
 def generic_csv(run: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -75,14 +70,8 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def _title(rows: Sequence[Row], metric: str) -> str:
-    unit = next((row["metrics"][metric].get("unit") for row in rows if metric in row["metrics"]), None)
-    return metric if unit in (None, "", "1") else f"{metric}({unit})"
-
-
-def _number(row: Row, metric: str) -> str:
-    found = value(row, metric)
-    return MISSING if found is None else f"{found:.5g}"
+def _metric(rows: Sequence[Row], name: str) -> Metric:
+    return metric_of(name, next((row["metrics"][name] for row in rows if name in row["metrics"]), None))
 
 
 def _field(value: Any) -> Any:

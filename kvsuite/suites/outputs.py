@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvsuite.foreign_text import visible_lines
+from kvsuite.console import console_text, stacked
 from kvsuite.reporting.aggregate import Row, in_space_order
 from kvsuite.reporting.report import assemble_report, report_text
 from kvsuite.store.files import write_atomic
@@ -14,6 +14,9 @@ from kvsuite.store.records_file import REPORT_FILE
 
 from .registry import in_order, suite_of_rows
 from .suite import Suite
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 TABLE_FILE = "table.txt"
 
@@ -24,17 +27,17 @@ def by_suite(rows: Sequence[Row]) -> Iterator[tuple[Suite, list[Row]]]:
         yield suite, [row for row in rows if row["suite"] == suite.name]
 
 
-def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
     """The tables of every suite of a run, one below the other, with what their columns mean.
 
     A run that was to have more cases than rows (``cases`` of the run line) says so.
     """
-    tables = [suite.table(run, own) for suite, own in by_suite(rows)]
+    tables = [[table] for suite, own in by_suite(rows) if (table := suite.table(run, own)) is not None]
     cases = run.get("cases")
-    if cases is not None and len(rows) < cases:
-        tables.append(f"partial: {len(rows)} of {cases} cases have a record")
-    # the page and the table of a terminal are made of what records hold
-    return visible_lines("\n".join(tables))
+    partial = (
+        [f"partial: {len(rows)} of {cases} cases have a record"] if cases is not None and len(rows) < cases else []
+    )
+    return stacked(*tables, partial)
 
 
 def run_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
@@ -70,7 +73,7 @@ def write_outputs(
         if figures:
             files |= suite.figures(run, own)
     if rows:
-        files[TABLE_FILE] = run_table(run, rows)
+        files[TABLE_FILE] = console_text(run_table(run, rows))
     if figures:
         from kvsuite.reporting.page.render import PAGE_FILE, build_page
 

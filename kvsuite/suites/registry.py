@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
 
 from kvsuite.case import Case
 from kvsuite.entry_points import OURS, described, find, load, package
@@ -13,6 +14,11 @@ from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 
 from .suite import Suite
+
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 ENTRY_POINTS = "kvsuite.suites"
 
@@ -32,6 +38,9 @@ class _Rows(Suite):
 
     def cases(self, options: Options) -> list[Case]:
         raise UserError(f"suite {self.name}: is not installed here, only rows of it are known; install its package")
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        raise UserError(f"suite {self.name}: is not installed here; install its package")
 
 
 def suite_names() -> list[str]:
@@ -181,7 +190,9 @@ def require_measurable(cases: Sequence[Case]) -> None:
 def _entries() -> Mapping[str, EntryPoint]:
     found = find(ENTRY_POINTS)
     if not any(package(entry) == OURS for entry in found.values()):
-        raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
+        raise UserError(
+            "the entry points of kvsuite are not those of this version; install it again (pip install -e .)"
+        )
     return found
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.options.common import CommonOptions
@@ -15,6 +15,14 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 
 from .generic import generic_csv, generic_files, generic_table
+
+if TYPE_CHECKING:
+    # the half that measures
+    from rich.console import RenderableType
+
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,37 @@ class Suite(ABC):
         """Count what a case computes, from the case and the options alone, so that every host cuts the same shards."""
         return served_work(case, options)
 
+    # measuring
+
+    def refuse(self, case: Case, options: Options) -> None:  # noqa: B027
+        """Refuse before a model is loaded what is known to be impossible.
+
+        Raises
+        ------
+        CaseInvalid, CaseSkipped
+            With the reason.
+        """
+
+    def needs(self, case: Case) -> tuple[type, ...]:
+        """Capabilities (`kvsuite.engines.capabilities`) that the case cannot do without; of others a reason is kept."""
+        return ()
+
+    @abstractmethod
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        """Measure the case on a session that is prepared for it: fill ``run.found`` and return it.
+
+        What was found before a failure is kept.
+
+        Raises
+        ------
+        CaseInvalid, CaseSkipped, UserError
+            If there is nothing to measure; any other error becomes the status of the case.
+        """
+
     # after a run: rows are of this suite, in the order of its space
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
-        """The console table with what its columns mean: one or more lines."""
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType | None:
+        """The console table with what its columns mean, as rich draws it; ``None`` for none. `kvsuite.console` has parts."""
         return generic_table(self.name, rows, self.headline)
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:

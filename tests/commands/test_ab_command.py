@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child_processes import child_process
 
 from kvsuite.comparison.interleaved import order
 
@@ -25,7 +26,7 @@ import time
 import pytest
 
 from kvsuite.metrics import MetricRegistry
-from kvsuite.measure.case_passes import Measured
+from kvsuite.measure.runner import Measured
 from kvsuite.record import Record
 from kvsuite.options.common import CommonOptions
 from kvsuite.plugin.stash import RUNNER
@@ -77,7 +78,9 @@ ARGUMENTS = ["-k", "baseline", "--kv-model=dummy:tiny", "--kv-device=cpu"]
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
     return done.stdout.strip()
 
 
@@ -157,16 +160,20 @@ def test_a_slower_loop_in_a_dirty_tree_is_named(repository: Path) -> None:
 
 def test_ctrl_c_removes_the_work_trees(repository: Path) -> None:
     command = [sys.executable, "-m", "kvsuite", "ab", "fast", "fast", "--out", "out", "--", *ARGUMENTS]
-    process = subprocess.Popen(
-        command, cwd=repository, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (repository / "out" / "base-1.log").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert git(repository, "worktree", "list").count("\n") == 2
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    with child_process(
+        command,
+        limit_s=240,
+        cwd=repository,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (repository / "out" / "base-1.log").exists() and process.poll() is None:
+            time.sleep(0.1)
+        assert git(repository, "worktree", "list").count("\n") == 2
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate()
     assert process.returncode == 130
     assert "the work trees are removed" in err
     assert git(repository, "worktree", "list").count("\n") == 0

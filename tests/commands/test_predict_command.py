@@ -215,5 +215,7 @@ from kvsuite.__main__ import main
 assert main(["predict", "--model", "dummy:Llama-3-8B", "--space", "full", "--card", "6GiB"]) == 0
 sys.exit(bool({"torch", "transformers", "pytest", "matplotlib"} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False, timeout=240
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -113,4 +113,43 @@ MATRIX = (
         None,
         unlimited=(("size", 999),),
     ),
+)
+
+
+# policies that look at a complete prompt
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One policy that ranks a prompt's tokens; ``press`` is the press of kvpress that keeps the same, with its arguments."""
+
+    policy: str
+    parameters: dict[str, Any]
+    press: str | None = None
+    press_parameters: dict[str, Any] = field(default_factory=dict)
+    #: youngest and oldest tokens that stay whatever is attended to, of ``kept`` ones
+    recent: Callable[[int], int] = lambda kept: 0
+    sinks: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.policy
+
+    def build(self, **common: Any) -> Policy:
+        return get_policy(self.policy, **(self.parameters | common))
+
+
+PROMPT_MATRIX = (
+    PromptLine("snapkv", {"window": 4}, "SnapKV", {"window_size": 4}, recent=lambda kept: 4),
+    PromptLine("tova", {}, "TOVA", recent=lambda kept: 1),
+    PromptLine("knorm", {}, "Knorm"),
+    PromptLine(
+        "expected_attention",
+        {"future": 32, "sinks": 3},
+        "ExpectedAttention",
+        {"n_future_positions": 32, "n_sink": 3},
+        sinks=3,
+    ),
+    # kvpress' ObservedAttention divides by the number of queries that could see a token, and protects none
+    PromptLine("h2o", {"recent_share": 0.25}, recent=lambda kept: kept // 4),
 )

@@ -129,7 +129,7 @@ with attention_patch():
     assert all(functions[name] is not function for name, function in before.items())
 assert dict(functions) == before and not functions._local_mapping
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "kvpress needs the module cachetools: pip install cachetools fire" in done.stdout
 

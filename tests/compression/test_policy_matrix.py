@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_matrix import MATRIX, Line
+from policy_matrix import MATRIX, PROMPT_MATRIX, Line
 
 from kvsuite.compression import CacheView, FixSizeL2, Policy, StreamingLLM, get_policy, list_policies
+from kvsuite.compression.ranked import ranked
 
 EVERY_LINE = pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
 HEADS = 3
 
 
 def test_every_policy_has_a_line() -> None:
-    assert {line.policy for line in MATRIX} == set(list_policies())
+    assert {line.policy for line in (*MATRIX, *PROMPT_MATRIX)} == set(list_policies())
 
 
 @EVERY_LINE
@@ -228,3 +229,23 @@ def test_low_and_high_are_each_others_mirror(norms: list[int], protected: float)
         assert kept_low & kept_high == safe
     mirrored = [1001.0 - x for x in values]
     assert kept_high == set(simulate(low, mirrored, every_token=False))
+
+
+@given(data=st.data(), norms=st.lists(st.integers(1, 6), min_size=2, max_size=30))
+def test_rounding_decides_no_rank(data: Any, norms: list[int]) -> None:
+    """Equal norms as two engines compute them: a few units in the last place apart. The older stays, and the same one goes."""
+    exact = torch.tensor([norms], dtype=torch.float32)
+    units = data.draw(st.lists(st.integers(-2, 2), min_size=len(norms), max_size=len(norms)))
+    rounded = exact * (1 + torch.tensor([units]) * 2**-23)
+    assert torch.equal(ranked(-rounded), (-exact).argsort(dim=-1, descending=True, stable=True))
+    places = torch.arange(len(norms))[None]
+    policy, newest = FixSizeL2(size=max(len(norms) - 1, 1)), len(norms) - 1
+    one, other = (policy.victim(CacheView(places, newest, scores)) for scores in (exact, rounded))
+    assert torch.equal(one, other)
+
+
+def test_protected_tokens_rank_first_in_time_order() -> None:
+    infinite = float("inf")
+    assert ranked(torch.tensor([1.0, infinite, 3.0, infinite])).tolist() == [1, 3, 2, 0]
+    # what is not equal is ranked, however small it is
+    assert ranked(torch.tensor([1e-9, 3e-9, 2e-9, 0.0])).tolist() == [1, 2, 0, 3]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_processes import child_process
 
 from kvsuite.store.validate import validate
 
@@ -138,8 +139,8 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
     # rounds long enough that the signal meets a case, not the end of the run
     long = (*COMMAND, "--kv-rounds=10", "--kv-max-new-tokens=64", f"--kv-report-dir={tmp_path}")
     said = []
-    with subprocess.Popen(
-        [sys.executable, "-m", "pytest", *long], cwd=ROOT, env=environment(), text=True,
+    with child_process(
+        [sys.executable, "-m", "pytest", *long], limit_s=300, cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -152,6 +153,7 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
                     # as timeout(1) does: to the process, then to its group
                     time.sleep(0.02)
                     process.send_signal(number)
+        process.wait()
     assert process.returncode == pytest.ExitCode.INTERRUPTED, "".join(said)
     (folder,) = tmp_path.iterdir()
     run, *rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

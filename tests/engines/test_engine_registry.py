@@ -75,7 +75,8 @@ def asked(package: Path, code: str) -> tuple[Any, str]:
 def test_names_are_known_and_nothing_is_imported(package: Path) -> None:
     (names, chosen, loaded), _ = asked(
         package,
-        "from kvsuite.options.resolve import default_options; options = default_options(engine='acme');"
+        "from kvsuite.options.common import CommonOptions; from kvsuite.options.resolve import default_options;"
+        "options = default_options(engine='acme').of(CommonOptions);"
         "loaded = [name for name in sys.modules if name.split('.')[0] in ('acme_engine', 'torch', 'transformers')];"
         "print(json.dumps([engine_names(), options.engine, loaded]))",
     )

@@ -57,7 +57,7 @@ def test_without_a_limit_or_in_a_thread_nothing_is_set() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert seen == [(0.0, 0.0)]
 
 

@@ -221,4 +221,4 @@ for request in ("dummy:Llama-3-8B", "smollm2", "HF://mlc-ai/Llama-3-8B-Instruct-
         predictor.predict(named_space("full", ["q4f16_1"]).points[0])
 sys.exit(bool({"torch", "transformers", "pytest"} & sys.modules.keys()))
 """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -56,14 +56,14 @@ def test_a_second_process_on_the_gpu_is_seen() -> None:
     import subprocess
     import sys
 
+    from child_processes import child_process
+
     torch.ones(1, device="cuda")
     alone = GpuProcesses("cuda:0").effective()["gpu_processes"]
     if alone["foreign"] is None:
         pytest.skip(f"the driver hides processes: {alone['reason']}")
     code = "import sys, torch; x = torch.ones(2**20, device='cuda'); print('ready', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    with child_process([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "ready\n"
         processes = GpuProcesses("cuda:0")

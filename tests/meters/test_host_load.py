@@ -86,7 +86,7 @@ def test_threads_that_fight_for_a_cpu_wait() -> None:
         time.sleep(0.35)
         during = waited_seconds()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     finally:
         os.sched_setaffinity(0, allowed)
     new = [seconds for thread, seconds in during.items() if thread not in before]

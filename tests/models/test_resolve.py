@@ -149,4 +149,12 @@ def test_import_loads_no_torch() -> None:
         "import sys; from kvsuite.models import resolve_model; import kvsuite.models.load, kvsuite.workloads.corpus;"
         "resolve_model('dummy:tiny'); assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
+
+
+def test_several_models_are_several_runs() -> None:
+    with pytest.raises(
+        UserError, match="--kv-model=smollm2,dummy:tiny: one model a run; start a run for each"
+    ) as caught:
+        resolve_model("smollm2,dummy:tiny")
+    assert "kvsuite compare" in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_values_have_the_types_that_the_structs_say() -> None:
             assert isinstance(values["shard"], Shard)
             values["shard"] = {"index": values["shard"].index, "of": values["shard"].of}
         assert msgspec.convert(values, group, strict=True) == options.of(group)
+
+
+def test_values_are_read_by_their_group_alone() -> None:
+    # by attribute of all options together a type checker could not tell a misspelt one
+    with pytest.raises(AttributeError):
+        _ = default_options().rounds  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError):
+        _ = default_options().of(CommonOptions).ronds  # type: ignore[attr-defined]
+
+
+ROOT = Path(__file__).parents[2] / "kvsuite"
+GROUPS = [*(ROOT / "options").glob("*.py"), *ROOT.glob("suites/*/options.py"), *ROOT.glob("engines/*/options.py")]
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: "/".join(path.relative_to(ROOT).parts))
+def test_options_know_syntax_alone(path: Path) -> None:
+    # inside functions too: whether a method, a weight format or a rule exists is asked by who knows
+    imported = {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and str(node.module).startswith("kvsuite.")
+    }
+    assert imported <= {"options", "errors", "entry_points", "foreign_text"}
 
 
 def test_groups_of_one_package_share_no_name() -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from resolved_values import value_of
 
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.common import CommonOptions
-from kvsuite.options.groups import all_options, option_groups, refused_names
+from kvsuite.options.groups import all_options, refused_names
 from kvsuite.options.numbers import LEAST_RATIO, MOST_TOKENS
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
@@ -109,11 +110,6 @@ OTHER: dict[str, tuple[str, Any]] = {
 }
 
 
-def value_of(options: Options, option: Option) -> Any:
-    (group,) = [group for group in option_groups() if option.field in group.__struct_fields__]
-    return getattr(options.of(group), option.field)
-
-
 def test_the_table_above_is_whole() -> None:
     assert set(OTHER) == set(BY_NAME)
 
@@ -121,22 +117,22 @@ def test_the_table_above_is_whole() -> None:
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
 def test_every_source_and_their_precedence(option: Option, monkeypatch: pytest.MonkeyPatch) -> None:
     text, value = OTHER[option.name]
-    default = value_of(resolve(), option)
+    default = value_of(resolve(), option.field)
     assert default != value
     assert option.field not in resolve().given
 
     from_ini = resolve(ini={option.dest: text})
-    assert value_of(from_ini, option) == value
+    assert value_of(from_ini, option.field) == value
     assert from_ini.given == {option.field}
     # a switch has no third value, so that the losing source says what the default says
     losing = option.default or "/somewhere/else"
     monkeypatch.setenv(option.dest.upper(), text)
-    assert value_of(resolve(ini={option.dest: losing}), option) == value
+    assert value_of(resolve(ini={option.dest: losing}), option.field) == value
     monkeypatch.setenv(option.dest.upper(), losing)
     typed = resolve(cli={option.dest: text}, ini={option.dest: losing})
-    assert value_of(typed, option) == value
+    assert value_of(typed, option.field) == value
     monkeypatch.setenv(option.dest.upper(), "")
-    assert value_of(resolve(ini={option.dest: text}), option) == value, "an empty variable is not set"
+    assert value_of(resolve(ini={option.dest: text}), option.field) == value, "an empty variable is not set"
 
 
 class RecordingParser:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+from child_processes import end_group
 
 _LIMIT_S = 600
 # kvsuite and the plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them
@@ -48,7 +51,7 @@ def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], 
     assert server.stdout is not None
     server.stdin.write(json.dumps([str(folder), arguments, environment, str(out), str(err)]) + "\n")
     server.stdin.flush()
-    limit = threading.Timer(_LIMIT_S, server.kill)
+    limit = threading.Timer(_LIMIT_S, end_group, [server])
     limit.start()
     try:
         code = server.stdout.readline()
@@ -62,12 +65,15 @@ def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], 
 def _server() -> subprocess.Popen[str]:
     from pytest_runs import clean_environment
 
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), clean_environment().get("PYTHONPATH"))))
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SERVER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment(),
+        [sys.executable, "-W", "ignore", "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=clean_environment() | {"PYTHONPATH": path}, start_new_session=True,
     )  # fmt: skip
 
     def end() -> None:
+        # no run is under way, or this process was told to end
+        end_group(server)
         server.communicate()
 
     atexit.register(end)

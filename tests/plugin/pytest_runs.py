@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ def pytest_configure(config):
 """
 TINY_NAMES = ["baseline", "recent_only_6", "recent_only_10", "streaming_6", "streaming_10"]
 _OURS = ("KV_", "PYTEST_", "KVSUITE_")
+# on a machine that has only a copy of the tree pytest does not find the plugin, nor Python the package, by itself
+_INSTALLED = bool(importlib.metadata.entry_points(group="pytest11", name="kvsuite"))
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Run:
 def clean_environment(**more: str) -> dict[str, str]:
     """This environment without anything that decides for pytest or kvsuite, and without a hub."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
+    if not _INSTALLED:
+        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
@@ -87,6 +92,8 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
     """
     # plugins that load much and have nothing to do here
     command = ["-p", "no:hypothesispytest", "-p", "no:anyio", "--color=no", *arguments]
+    if not _INSTALLED:
+        command = ["-p", "kvsuite.plugin", *command]
     # the plugin of anyio was loaded with what needs anyio
     command += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
     if "PYTHONPATH" in env:
@@ -97,7 +104,7 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
         return Run(done.returncode, done.stdout, done.stderr, folder)
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        code = run_forked(folder, command, clean_environment(**env), out, err)
+        code = run_forked(folder, ["-p", "quick_machine", *command], clean_environment(**env), out, err)
         return Run(code, out.read_text(), err.read_text(), folder)
 
 

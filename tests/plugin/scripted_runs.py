@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvsuite.metrics import MetricRegistry
-from kvsuite.measure.case_passes import Measured
+from kvsuite.measure.runner import Measured
 from kvsuite.record import Record
 from kvsuite.plugin.stash import RUNNER
 

@@ -11,8 +11,8 @@ from pytest_runs import TINY, Run, copy_benchmarks, run_pytest
 from kvsuite.models.smollm2 import MANIFEST, converted_path
 
 BAD = {
-    "policy": ("--kv-method=nope", "unknown method; known: fix_size_l2, l2_compress, recent_only, streaming_llm, kvpress:"),
-    "policy of kvpress": ("--kv-method=snapkv", "did you mean kvpress:SnapKV?"),
+    "policy": ("--kv-method=nope", "unknown method; known: expected_attention, fix_size_l2, h2o, "),
+    "policy of kvpress": ("--kv-method=adakv", "did you mean kvpress:AdaKV?"),
     "press": ("--kv-method=kvpress:SnapVK", "did you mean kvpress:SnapKV?"),
     "policy left out": ("--kv-method=head_aware", "not part of kvsuite; use kvpress:AdaKV"),
     "policy twice": ("--kv-method=recent_only,recent_only", "names the same value twice"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from child_processes import child_process
 from pytest_runs import clean_environment, run_pytest
 from sweeps import MANY, facts, project
 
@@ -66,15 +67,16 @@ def test_workers_are_killed_again_and_again(tmp_path: Path, kills: int, undistur
         extra = ["--kv-resume=latest"] if again else []
         with (
             (folder / "out.txt").open("a") as out,
-            subprocess.Popen(
-                [sys.executable, "-m", "pytest", *MANY, "-n1", *extra], cwd=folder, env=clean_environment(), stdout=out,
-                stderr=out,
+            child_process(
+                [sys.executable, "-m", "pytest", *MANY, "-n1", *extra], limit_s=600, cwd=folder, env=clean_environment(),
+                stdout=out, stderr=out,
             ) as process,
         ):  # fmt: skip
             # while it collects, in its first case or in a later one
             while killed < kills and process.poll() is None:
                 time.sleep(dice.uniform(0.0, 6.0))
                 killed += kill_a_worker(process)
+            process.wait()
         again = True
         if not (folder / "reports").exists():
             continue

@@ -37,7 +37,7 @@ def test_asking_imports_no_torch():
         "quantization('q4f16_1'); unavailable('q4f16_1', 'cuda:0'); unavailable('none', 'cpu'); "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_formats_of_the_options_are_known_or_refused() -> None:

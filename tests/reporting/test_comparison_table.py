@@ -4,11 +4,17 @@ import math
 
 import pytest
 
+from kvsuite.console import console_text
 from kvsuite.errors import UserError
-from kvsuite.reporting.aggregate import baseline_for, by_name, paired
-from kvsuite.suites.compression.table import comparison_table
+from kvsuite.reporting.aggregate import by_name
+from kvsuite.suites.compression.rows import baseline_for, paired
+from kvsuite.suites.compression.table import comparison_table as drawn_table
 
 GIB = 1024**3
+
+
+def comparison_table(rows):
+    return console_text(drawn_table(rows))
 
 
 def published(row, name, ttft, tpot, throughput, perplexity, accuracy, **more):
@@ -134,8 +140,17 @@ def test_baseline_is_the_one_of_the_same_setting(row):
 
 
 def test_controls_stand_beside_their_partners(row):
-    names = ["baseline", "recent_only_256", "recent_only_512", "recent_only_7", "streaming_256", "fix512_kr0.5"]
-    order = paired(by_name([row(name) for name in names]))
-    assert list(order) == [
-        "baseline", "recent_only_7", "recent_only_256", "streaming_256", "recent_only_512", "fix512_kr0.5"
-    ]  # fmt: skip
+    def case(name, policy, budget=None, **parameters):
+        made = row(name, policy=policy, budget=budget)
+        made["case"]["policy_params"] = parameters
+        return made
+
+    rows = [
+        row("baseline"),
+        case("a", "recent_only", 256),
+        case("b", "recent_only", window=512),
+        case("c", "recent_only", 7),
+        case("d", "streaming_llm", start_size=4, recent_size=252),
+        case("recent_only_512", "fix_size_l2", size=512),
+    ]
+    assert list(paired(by_name(rows))) == ["baseline", "c", "a", "d", "b", "recent_only_512"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from record_rows import build_row, build_run
 
+from kvsuite.console import console_text
 from kvsuite.suites.outputs import run_table, write_outputs
 
 HOSTILE = "=cmd|'/C calc'!A0\x1b]52;c;aGFjaw==\x07\x9b31m\nerror: forged\r\u202e"
@@ -27,7 +28,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_a_table_is_made_of_printable_lines(tmp_path: Path) -> None:
-    text = run_table(build_run(model=HOSTILE), rows())
+    text = console_text(run_table(build_run(model=HOSTILE), rows()))
     lines = text.split("\n")
     assert all(line.isprintable() for line in lines)
     assert not [line for line in lines if line.startswith("error: forged")]

@@ -25,7 +25,9 @@ from kvsuite.survival.death import cause_of, crashed_row
     ],
 )  # fmt: skip
 def test_how_a_process_ended(code: str, kind: str, said: str) -> None:
-    cause = cause_of(subprocess.run([sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL).returncode)
+    cause = cause_of(
+        subprocess.run([sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL, timeout=60).returncode
+    )
     assert cause.kind == kind
     assert said in cause.reason
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import child_process
 from sweep_rows import case, environment, facts, node_id, row, store_run
 
 from kvsuite.errors import UserError
@@ -219,7 +220,7 @@ def test_a_run_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     )
     with (
         RecordStore.reopen(folder),
-        subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True) as other,
+        child_process([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True) as other,
     ):
         assert "another process is writing it; wait for that run, or end it" in other.communicate()[1]
     RecordStore.reopen(folder).close()

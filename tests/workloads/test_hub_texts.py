@@ -178,7 +178,7 @@ def hub() -> Iterator[tuple[str, list[str], dict[str, bytes]]]:
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", asked, files
         server.shutdown()
-        thread.join()
+        thread.join(60)
 
 
 def test_c4_is_downloaded_without_listing_its_repository(

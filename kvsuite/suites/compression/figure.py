@@ -12,14 +12,14 @@ from kvsuite.reporting.aggregate import (
     Row,
     by_name,
     ci_half_width,
+    failure,
     missing_reason,
-    paired,
     suite_rows,
     value,
 )
-from kvsuite.reporting.figure_style import colour, figure_bytes, fixed, house_style
+from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, fixed, house_style
 
-from .captions import caption, subtitle
+from .rows import CONTROL, is_baseline, paired
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,15 +157,22 @@ def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     with house_style():
         figure = Figure(figsize=(20, 12), layout="constrained")
         figure.suptitle(TITLE, fontsize=16, fontweight="bold", y=0.985)
-        heading = textwrap.wrap(subtitle(finished or labelled), 200)
+        heading = textwrap.wrap(_subtitle(finished or labelled), 200)
         figure.text(0.5, 0.958, "\n".join(heading), ha="center", va="top", fontsize=11)
         engine = figure.get_layout_engine()
         assert engine is not None
         engine.set(rect=(0, 0, 1, 0.955 - 0.018 * len(heading)), h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
         for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             _draw(axes, panel, finished)
-        figure.text(0.01, -0.01, caption(run, labelled), ha="left", va="top", fontsize=10)
+        figure.text(0.01, -0.01, _caption(run, labelled), ha="left", va="top", fontsize=10)
     return figure
+
+
+def colour(row: Row) -> str:
+    """Colour of a case by its policy: grey full cache, green streaming, red control, blue every other."""
+    if is_baseline(row):
+        return GREY
+    return {"streaming_llm": GREEN, CONTROL: RED}.get(str(row["case"]["policy"]), BLUE)
 
 
 def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
@@ -180,7 +187,7 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
     axes.bar(
         [places[name] for name in heights],
         list(heights.values()),
-        color=[colour(str(finished[name]["case"]["name"])) for name in heights],
+        color=[colour(finished[name]) for name in heights],
         alpha=0.8,
         edgecolor="black",
     )
@@ -282,3 +289,43 @@ def _limits(
     else:
         low, high = 0.0, 1.15 * max([*heights.values(), *highs]) or 1.0
     axes.set_ylim(low, high + room * (high - low))
+
+
+def _subtitle(shown: Mapping[str, Row]) -> str:
+    """One line of what the cases share: model, device, dtype, protocol, lengths, rounds; several values are listed."""
+    rows = list(shown.values())
+
+    def facts(read: Callable[[Row], object]) -> str:
+        return ", ".join(dict.fromkeys(str(fact) for row in rows if (fact := read(row)) not in (None, "", [])))
+
+    parts = [
+        ("", facts(lambda row: row["model"].get("label") or row["case"]["model"])),
+        ("", facts(lambda row: "random weights" if row["model"].get("kind") == "dummy" else None)),
+        ("device ", facts(lambda row: row["case"]["device"])),
+        ("", facts(lambda row: row["case"]["dtype"])),
+        ("weights ", facts(lambda row: row["case"]["quantization"])),
+        ("protocol ", facts(lambda row: row["case"]["workload"].get("protocol"))),
+        ("positions ", facts(lambda row: row["case"]["policy_params"].get("positions"))),
+        ("uncompressed layers ", facts(lambda row: row["case"]["policy_params"].get("skip_layers"))),
+        ("prompt tokens ", facts(lambda row: row["case"]["workload"].get("prompt_tokens"))),
+        ("decode tokens ", facts(lambda row: row["case"]["workload"].get("max_new_tokens"))),
+        ("batch ", facts(lambda row: row["case"]["workload"].get("batch"))),
+        ("rounds ", facts(lambda row: row["rounds"])),
+    ]
+    return "  |  ".join(prefix + text for prefix, text in parts if text)
+
+
+def _caption(run: Mapping[str, Any], labelled: Mapping[str, Row]) -> str:
+    """What bars and whiskers are, and the cases that have no bar."""
+    lines = [
+        "Bars: median of the rounds where timed. Whiskers: half the 95 % interval of the mean (throughput, TPOT, "
+        "TTFT), 1 standard error (perplexity), fewest and most tokens of a layer (cache). "
+        f"Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}."
+    ]
+    failed = {name: row for name, row in labelled.items() if row["status"] != "ok"}
+    if failed:
+        lines.append("Not drawn:")
+        lines += [
+            textwrap.fill(f"{name}  {failure(row)}", 220, subsequent_indent="    ") for name, row in failed.items()
+        ]
+    return "\n".join(lines)

@@ -4,58 +4,51 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvsuite.engines.capabilities import ScoresThroughCache, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid
+from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.pooled import POOLED, put_perplexity
 from kvsuite.meters.quality import TokenScores, paired_ratio, perplexity
-
-if TYPE_CHECKING:
-    from kvsuite.measure.case_passes import CasePasses
 
 # a compressed cache that predicts clearly better than the full one saw the future (docs/protocols.md, the leak guard)
 _LEAK_NATS, _LEAK_SIGMAS = 0.1, 4.0
 
 
-def score_through_cache(work: CasePasses, session: Session) -> None:
+def score_through_cache(run: CaseRun, session: Session) -> None:
     """Perplexity through the case's cache, beside the full cache's on the same tokens (docs/protocols.md)."""
-    names = ("perplexity", "perplexity_se", "nll_sum", "nll_tokens", "next_token_acc", "perplexity_full", "ppl_ratio",
-             "ppl_ratio_se")  # fmt: skip
+    names = (*POOLED, "perplexity_full", "ppl_ratio", "ppl_ratio_se")
     if session.model.get("is_dummy"):
-        work.record.inert["corpus"] = "random weights: nothing is scored, and prompts are random tokens"
+        run.found.inert["corpus"] = "random weights: nothing is scored, and prompts are random tokens"
         for name in names:
-            work.put(name, None, reason="random weights")
+            run.found.put(name, None, reason="random weights")
         return
     if not isinstance(session, ScoresThroughCache):
         for name in names:
-            work.put(name, None, reason=lacking(session, ScoresThroughCache))
+            run.found.put(name, None, reason=lacking(session, ScoresThroughCache))
         return
-    workload = work.case.workload
+    workload = run.case.workload
     protocol, max_tokens = str(workload["protocol"]), int(workload["max_tokens"])
     prefix = int(workload["prompt_tokens"]) if protocol == "prefix-continuation" else 0
-    texts = work.runner.texts.scored(session, workload, tokens=prefix + max_tokens)
-    work.record.dataset = texts.facts
-    work.dataset_revision = texts.revision
+    texts = run.texts.scored(session, workload, tokens=prefix + max_tokens)
+    run.found.dataset = texts.facts
     scores, references = [], []
     for index, tokens in enumerate(texts.tokens):
-        report = functools.partial(work.progress, f"scoring text {index + 1}/{len(texts.tokens)}")
+        report = functools.partial(run.progress, f"scoring text {index + 1}/{len(texts.tokens)}")
         scores.append(session.score(tokens, protocol, prefix, report))
-        references.append(work.runner.texts.reference(session, tokens, scores[-1].positions[0]))
+        references.append(run.texts.reference(session, tokens, scores[-1].positions[0]))
     nll = [x for score in scores for x in score.nll]
     reference = [x for score in references for x in score.nll]
-    pooled, full, paired = perplexity(nll), perplexity(reference), paired_ratio(nll, reference)
-    facts = {"protocol": protocol, "prefix": prefix}
+    facts: dict[str, Any] = {"protocol": protocol, "prefix": prefix}
     hits = [hit for score in scores for hit in score.correct]
-    work.put("perplexity", pooled.value, **facts)
-    work.put("perplexity_se", pooled.standard_error, reason="one token only")
-    work.put("nll_sum", pooled.nll_sum, **facts)
-    work.put("nll_tokens", pooled.n)
-    work.put("next_token_acc", sum(hits) / len(hits), **facts)
-    work.put("perplexity_full", full.value, protocol="one teacher-forced forward over the same text")
-    work.put("ppl_ratio", paired.ratio, **facts)
-    work.put("ppl_ratio_se", paired.standard_error, reason="one token only")
-    work.record.samples["texts"] = [
+    pooled = put_perplexity(run.found, nll, sum(hits) / len(hits), dtype=session.dtype_name, **facts)
+    full, paired = perplexity(reference), paired_ratio(nll, reference)
+    run.found.put("perplexity_full", full.value, protocol="one teacher-forced forward over the same text")
+    run.found.put("ppl_ratio", paired.ratio, **facts)
+    run.found.put("ppl_ratio_se", paired.standard_error, reason="one token only")
+    run.found.samples["texts"] = [
         {
             "index": i,
             "nll_sum": sum(s.nll),
@@ -65,13 +58,14 @@ def score_through_cache(work: CasePasses, session: Session) -> None:
         }
         for i, s in enumerate(scores)
     ]
-    work.measured.tokens = _token_table(scores, references)
+    run.found.sidecar = _token_table(scores, references)
     leak = _LEAK_SIGMAS * (paired.difference_se or 0.0)
     if paired.mean_difference < -max(_LEAK_NATS, leak):
         raise CaseInvalid(
             f"leak guard: perplexity {pooled.value:.3f} is clearly below the full cache's {full.value:.3f} on the same "
             "tokens; the compressed cache saw tokens it should predict"
         )
+    run.found.dataset_revision = texts.revision
 
 
 def _token_table(scores: Sequence[TokenScores], references: Sequence[TokenScores]) -> dict[str, list[Any]]:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvsuite.reporting.aggregate import GIB, Row, by_name, failure, is_baseline, suite_rows, value
+from kvsuite.reporting.aggregate import GIB, Row, by_name, failure, suite_rows, value
+
+from .rows import is_baseline
 
 
 def results_json(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row, json_text
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
 from .options import CompressionOptions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 
 class CompressionSuite(Suite):
@@ -42,10 +50,23 @@ class CompressionSuite(Suite):
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
         return work + Work(scored, scored)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def needs(self, case: Case) -> tuple[type, ...]:
+        from kvsuite.engines.capabilities import AppliesPolicy
+
+        return () if case.policy is None else (AppliesPolicy,)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from kvsuite.measure.single_request import measure_single_request
+
+        from .quality import score_through_cache
+
+        measure_single_request(session, run, lambda timed: score_through_cache(run, session))
+        return run.found
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import comparison_legend, comparison_table
 
-        return f"{comparison_table(rows)}\n{comparison_legend(rows)}\n"
+        return stacked([comparison_table(rows)], comparison_legend(rows).splitlines())
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from kvsuite import console
 from kvsuite.reporting.aggregate import (
     GIB,
-    MIB,
     Row,
-    baseline_for,
     by_name,
     change,
-    failure,
-    is_baseline,
     suite_rows,
     value,
 )
@@ -20,34 +18,46 @@ from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
     Column,
+    case_table,
     footnotes,
-    format_number,
-    join_cells,
-    scaled,
+    number_in,
+    own_columns,
     tpot_spread,
 )
 
 from .figure import MOST_CASES
+from .rows import baseline_for, is_baseline
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def _ratio(row: Row) -> str:
+    ratio, se = value(row, "ppl_ratio"), value(row, "ppl_ratio_se")
+    if ratio is None:
+        return MISSING
+    return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
+
 
 # the original's columns and widths; with single spaces between them they are its 100 characters
-_COLUMNS: tuple[Column, ...] = (
-    ("TTFT(s)", 10, "ttft"),
-    ("TPOT(s)", 10, "tpot"),
-    ("Thruput", 10, "throughput"),
-    ("PPL", 10, "perplexity"),
-    ("Acc", 10, "accuracy"),
-    ("VRAM(GB)", 10, "peak_vram"),
-    ("Cache", 8, "cache_tokens_mean"),
-    ("TPOT±", 7, "tpot"),
-    ("PPL±", 8, "perplexity_se"),
-    ("PPL/full", 15, "ppl_ratio"),
-    ("KV MiB", 10, "kv_bytes_exact"),
+_COLUMNS = (
+    Column("ttft"),
+    Column("tpot"),
+    Column("throughput"),
+    Column("perplexity"),
+    Column("accuracy"),
+    Column("peak_vram", title="VRAM(GB)", cell=lambda row: number_in(row, "peak_vram", GIB, ".2f")),
+    Column("cache_tokens_mean", 8),
+    Column("tpot", 7, title="TPOT±", cell=tpot_spread),
+    Column("perplexity_se", 8, spec=".2f"),
+    Column("ppl_ratio", 15, cell=_ratio),
+    Column("kv_bytes_exact"),
 )
 _CHANGES = ("Thruput", "TPOT", "PPL", "Acc", "KV bytes")
 
 
-def comparison_table(rows: Sequence[Row]) -> str:
-    """Render the compression suite as text.
+def comparison_table(rows: Sequence[Row]) -> RenderableType:
+    """The compression suite's table, the changes against the baseline, and notes.
 
     ``TPOT±`` is half the 95 % interval of the mean in percent of the mean, ``PPL±`` one standard error, ``PPL/full``
     the paired ratio to the full cache ± 2 standard errors. A change is positive where throughput, perplexity, accuracy
@@ -60,52 +70,13 @@ def comparison_table(rows: Sequence[Row]) -> str:
     """
     rows = suite_rows(rows, "compression")
     labelled = by_name(rows)
-    first = max(25, *(len(name) for name in labelled))
-    header = join_cells("Method", first, [f"{title:>{width}}" for title, width, _ in _COLUMNS])
-    rule = max(100, len(header))
-    lines = [header, "-" * rule]
-    for name, row in labelled.items():
-        if row["status"] != "ok":
-            lines.append(f"{name:<{first}} {failure(row)}")
-            continue
-        lines.append(
-            join_cells(
-                name, first, [f"{text:>{width}}" for text, (_, width, _) in zip(_cells(row), _COLUMNS, strict=True)]
-            )
-        )
-    lines.append("=" * rule)
-    lines += _changes(labelled, first)
-    notes = footnotes(labelled, _COLUMNS)
-    return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
+    columns = [*_COLUMNS, *own_columns(rows)]
+    return console.stacked([case_table("Method", labelled, columns)], _changes(labelled), footnotes(labelled, columns))
 
 
-def _cells(row: Row) -> list[str]:
-    cache = value(row, "cache_tokens_mean")
-    return [
-        format_number(value(row, "ttft"), ".4f"),
-        format_number(value(row, "tpot"), ".4f"),
-        format_number(value(row, "throughput"), ".2f"),
-        format_number(value(row, "perplexity"), ".2f"),
-        format_number(value(row, "accuracy"), ".2%"),
-        format_number(scaled(value(row, "peak_vram"), GIB), ".2f"),
-        format_number(cache, ".0f"),
-        tpot_spread(row),
-        format_number(value(row, "perplexity_se"), ".2f"),
-        _ratio(row),
-        format_number(scaled(value(row, "kv_bytes_exact"), MIB), ".2f"),
-    ]
-
-
-def _ratio(row: Row) -> str:
-    ratio, se = value(row, "ppl_ratio"), value(row, "ppl_ratio_se")
-    if ratio is None:
-        return MISSING
-    return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
-
-
-def _changes(labelled: Mapping[str, Row], first: int) -> list[str]:
+def _changes(labelled: Mapping[str, Row]) -> list[RenderableType]:
     rows = list(labelled.values())
-    lines: list[str] = []
+    lines: list[tuple[str, list[str]]] = []
     for name, row in labelled.items():
         base = baseline_for(row, rows)
         if row["status"] != "ok" or is_baseline(row) or base is None or base["status"] != "ok":
@@ -119,13 +90,16 @@ def _changes(labelled: Mapping[str, Row], first: int) -> list[str]:
                 for metric in ("perplexity", "accuracy", "kv_bytes_exact")
             ),
         ]
-        lines.append(join_cells(name, first, [f"{_signed(number):>10}" for number in changes]))
+        lines.append((name, [_signed(number) for number in changes]))
     if lines:
-        title = "Change against baseline (TPOT: 1 - x/b, positive is faster; all others: x/b - 1)"
-        return ["", title, join_cells("Method", first, [f"{title:>10}" for title in _CHANGES]), *lines]
+        first = max(25, *map(len, labelled))
+        return [
+            "Change against baseline (TPOT: 1 - x/b, positive is faster; all others: x/b - 1)",
+            console.Sheet("Method", [console.Column(title, 10) for title in _CHANGES], lines, first, ruled=False),
+        ]
     if any(is_baseline(row) for row in rows):
-        return ["", "Change against baseline: none; no other case finished beside a finished baseline"]
-    return ["", "Change against baseline: none; the run has no baseline"]
+        return ["Change against baseline: none; no other case finished beside a finished baseline"]
+    return ["Change against baseline: none; the run has no baseline"]
 
 
 def _signed(number: float | None) -> str:

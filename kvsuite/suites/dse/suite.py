@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
@@ -14,8 +15,16 @@ from kvsuite.suites.suite import Suite, Work, served_work
 from .cases import dse_cases, judge
 from .options import DseOptions
 
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
+
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class DseSuite(Suite):
@@ -41,10 +50,21 @@ class DseSuite(Suite):
         workload = case.workload
         return work + Work(int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"]), 0)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def refuse(self, case: Case, options: Options) -> None:
+        from .measure import refuse_point
+
+        refuse_point(case)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from .measure import measure_point
+
+        measure_point(case, session, run)
+        return run.found
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import dse_legend, dse_table
 
-        return f"{dse_table(rows)}\n{dse_legend(rows)}\n"
+        return stacked([dse_table(rows)], [dse_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .files import dse_files

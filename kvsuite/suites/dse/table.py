@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from kvsuite.reporting.aggregate import MIB, Row, by_name, entry, failure, suite_rows, value
-from kvsuite.reporting.table_parts import MISSING, Column, footnotes, format_number, join_cells, scaled
+from kvsuite import console
+from kvsuite.reporting.aggregate import MIB, Row, by_name, entry, suite_rows, value
+from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, format_number, own_columns
 
 from .rows import DSE
 
-_COLUMNS: tuple[Column, ...] = (
-    ("TTFT(s)", 9, "ttft"),
-    ("Chunks", 6, "prefill_steps"),
-    ("Step(s)", 8, "decode_step_s"),
-    ("Step±", 6, "decode_step_s"),
-    ("Floor", 6, "tpot_floor_s"),
-    ("Decode/s", 9, "decode_tok_s_batch"),
-    ("PPL", 8, "perplexity"),
-    ("PPL±", 6, "perplexity_se"),
-    ("KV MiB", 8, "kv_bytes_exact"),
-    ("Pool MiB", 8, "pool"),
-    ("Pred MiB", 9, "predicted"),
-    ("Peak MiB", 9, "mem_measured_peak_bytes"),
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def _spread(row: Row) -> str:
+    found = entry(row, "decode_step_s")
+    interval, mean = found.get("ci95"), found.get("mean")
+    return MISSING if interval is None or not mean else f"{(interval[1] - interval[0]) / 2 / mean:.1%}"
+
+
+def _floor_share(row: Row) -> str:
+    floor, step = value(row, "tpot_floor_s"), value(row, "decode_step_s")
+    return MISSING if not step or floor is None else f"{floor / step:.0%}"
+
+
+def _pool(row: Row) -> str:
+    return format_number(row["memory"]["measured"].get("kv_bytes_allocated"), ".2f", MIB)
+
+
+def _predicted(row: Row) -> str:
+    return format_number(row["memory"]["predicted"].get("total_bytes"), ".1f", MIB)
+
+
+_COLUMNS = (
+    Column("ttft", 9),
+    Column("prefill_steps", 6),
+    Column("decode_step_s", 8),
+    Column("decode_step_s", 6, title="Step±", cell=_spread),
+    Column("tpot_floor_s", 6, title="Floor", cell=_floor_share),
+    Column("decode_tok_s_batch", 9),
+    Column("perplexity", 8, spec=".3f"),
+    Column("perplexity_se", 6),
+    Column("kv_bytes_exact", 8),
+    Column("", 8, title="Pool MiB", cell=_pool),
+    Column("", 9, title="Pred MiB", cell=_predicted),
+    Column("mem_measured_peak_bytes", 9),
 )
-_CACHED: Column = ("Cached(s)", 9, "ttft_cached_s")
-_FORMATS = {
-    "ttft": ".4f",
-    "ttft_cached_s": ".4f",
-    "prefill_steps": ".0f",
-    "decode_step_s": ".4f",
-    "decode_tok_s_batch": ".1f",
-    "perplexity": ".3f",
-    "perplexity_se": ".3f",
-}
-# columns that are no metrics: fields of the record's memory
-_POOL, _PREDICTED = "pool", "predicted"
+_CACHED = Column("ttft_cached_s", 9)
 
 
-def dse_table(rows: Sequence[Row]) -> str:
-    """Render the design-space suite as text, a line for each point, those without numbers with their reason.
+def dse_table(rows: Sequence[Row]) -> RenderableType:
+    """The design-space suite's table: a line for each point, those without numbers with their reason.
 
     ``Step`` is a decode step of the whole batch, ``Floor`` the share of it that reading weights and cache once would take,
     ``Step±`` half the 95 % interval of its mean.
@@ -48,23 +62,16 @@ def dse_table(rows: Sequence[Row]) -> str:
     UserError
         If no row is of the design-space suite.
     """
-    labelled = by_name(suite_rows(rows, DSE))
-    columns = list(_COLUMNS)
-    if any(value(row, _CACHED[2]) is not None for row in labelled.values()):
+    rows = suite_rows(rows, DSE)
+    labelled = by_name(rows)
+    columns = [*_COLUMNS, *own_columns(rows)]
+    if any(value(row, _CACHED.metric) is not None for row in rows):
         columns.insert(1, _CACHED)
-    first = max(25, *(len(name) for name in labelled))
-    header = join_cells("Point", first, [f"{title:>{width}}" for title, width, _ in columns])
-    rule = max(100, len(header))
-    lines = [*_settings(list(labelled.values())), header, "-" * rule]
-    for name, row in labelled.items():
-        if row["status"] != "ok":
-            lines.append(f"{name:<{first}} {failure(row)}")
-            continue
-        lines.append(join_cells(name, first, [f"{_cell(row, column):>{column[1]}}" for column in columns]))
-    lines.append("=" * rule)
-    measured = [column for column in columns if column[2] not in (_POOL, _PREDICTED)]
-    notes = [*_inert(labelled.values()), *footnotes(labelled, measured)]
-    return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
+    return console.stacked(
+        _settings(rows),
+        [case_table("Point", labelled, columns)],
+        [*_inert(rows), *footnotes(labelled, columns)],
+    )
 
 
 def dse_legend(rows: Sequence[Row]) -> str:
@@ -91,32 +98,7 @@ def _settings(rows: Sequence[Row]) -> list[str]:
             text = dataset["text_hash"].removeprefix("sha256:")[:8]
             lines.append(f"perplexity: {dataset['name']}, in streams as long as the context, text {text}")
             lines += [f"  note: {note}" for note in dataset["notes"]]
-    return list(dict.fromkeys(lines)) + ([""] if lines else [])
-
-
-def _cell(row: Row, column: Column) -> str:
-    title, _, metric = column
-    if metric == _POOL:
-        return format_number(scaled(row["memory"]["measured"].get("kv_bytes_allocated"), MIB), ".2f")
-    if metric == _PREDICTED:
-        return format_number(scaled(row["memory"]["predicted"].get("total_bytes"), MIB), ".1f")
-    found = value(row, metric)
-    if title == "Step±":
-        return _spread(row)
-    if metric == "tpot_floor_s":
-        step = value(row, "decode_step_s")
-        return MISSING if not step or found is None else f"{found / step:.0%}"
-    if metric == "kv_bytes_exact":
-        return format_number(scaled(found, MIB), ".2f")
-    if metric == "mem_measured_peak_bytes":
-        return format_number(scaled(found, MIB), ".1f")
-    return format_number(found, _FORMATS[metric])
-
-
-def _spread(row: Row) -> str:
-    found = entry(row, "decode_step_s")
-    interval, mean = found.get("ci95"), found.get("mean")
-    return MISSING if interval is None or not mean else f"{(interval[1] - interval[0]) / 2 / mean:.1%}"
+    return list(dict.fromkeys(lines))
 
 
 def _inert(rows: Iterable[Row]) -> list[str]:

@@ -6,19 +6,18 @@ import functools
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
+from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.pooled import put_perplexity
 from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
 from kvsuite.meters.quality import paired_ratio, perplexity
 from kvsuite.workloads.windowed import WindowedTexts, WindowRule
 from kvsuite.workloads.windows import original_perplexity, target_weights
-
-if TYPE_CHECKING:
-    from kvsuite.measure.case_passes import CasePasses
 
 _DIVERGENCE = ("kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
                "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se")  # fmt: skip
@@ -31,8 +30,8 @@ class WindowQuality:
 
     Parameters
     ----------
-    work
-        The case's passes.
+    run
+        The case's.
     session
         The loaded engine.
 
@@ -46,8 +45,8 @@ class WindowQuality:
         If another data set of this run has the same text: it is one result.
     """
 
-    def __init__(self, work: CasePasses, session: Session) -> None:
-        self.work, self.session, self.case = work, session, work.case
+    def __init__(self, run: CaseRun, session: Session) -> None:
+        self.run, self.session, self.case = run, session, run.case
         if not isinstance(session, ScoresWindows):
             raise CaseInvalid(f"no perplexity: {lacking(session, ScoresWindows)}")
         self._scorer: ScoresWindows = session
@@ -64,15 +63,14 @@ class WindowQuality:
             raise CaseInvalid(
                 f"--kv-max-length={rule.max_length}: longer than the {trained} tokens that the model was trained for"
             )
-        self.texts: WindowedTexts = work.runner.texts.windowed(session, workload, rule)
-        work.record.dataset = self.texts.facts
-        work.dataset_revision = self.texts.revision
+        self.texts: WindowedTexts = run.texts.windowed(session, workload, rule)
+        run.found.dataset = self.texts.facts
         self._weights = [target_weights(rule.protocol, text.windows) for text in self.texts.texts]
         self._refuse_a_second_result(rule)
 
     def score(self, *, timed: bool) -> None:
-        """Write perplexity, its error and what goes with it into the record."""
-        work, texts, workload = self.work, self.texts, self.case.workload
+        """Keep perplexity, its error and what goes with it."""
+        run, texts, workload = self.run, self.texts, self.case.workload
         if timed and self.case.device_kind == "cuda":
             # kernels are compiled and chosen in the first forward; a first window of one token has none
             first = next(window for window in texts.texts[0].windows if window.targets)
@@ -85,35 +83,31 @@ class WindowQuality:
         score_s = time.perf_counter() - begin
         nll = [x for score in scores for x in score.tokens.nll]
         hits = [hit for score in scores for hit in score.tokens.correct]
-        self._require_finite(nll)
-        pooled = perplexity(nll, self._all_weights)
         facts = {
             "protocol": workload["protocol"],
             "max_length": workload["max_length"],
             "stride": workload["stride"],
             "bos": texts.rule,
         }
-        work.put("perplexity", pooled.value, **facts)
-        work.put("perplexity_se", pooled.standard_error, reason="one token only")
-        work.put("nll_sum", pooled.nll_sum, **facts)
-        work.put("nll_tokens", pooled.n)
-        work.put("next_token_acc", sum(hits) / len(hits), **facts)
+        pooled = put_perplexity(
+            run.found, nll, sum(hits) / len(hits), dtype=self.session.dtype_name, weights=self._all_weights, **facts
+        )
         if workload["protocol"] in _ORIGINAL and texts.rule == "none":
             found = original_perplexity(nll, texts.texts[0].windows) if len(texts.texts) == 1 else None
-            work.put("ppl_original_formula", found, reason="several texts, or a window of one token")
+            run.found.put("ppl_original_formula", found, reason="several texts, or a window of one token")
         if workload["protocol"] == "lm-eval-rolling":
             self._per_word(pooled.nll_sum)
         if timed:
             clock = {"clock": "perf_counter, until the losses are on the host"}
-            work.put("score_s", score_s, **clock)
-            work.put("score_tok_s", len(nll) / score_s, **clock)
-        work.record.tokens |= {
+            run.found.put("score_s", score_s, **clock)
+            run.found.put("score_tok_s", len(nll) / score_s, **clock)
+        run.found.tokens |= {
             "text": sum(len(text.tokens) for text in texts.texts),
             "scored": len(nll),
             "scored_forward": sum(score.forward_tokens for score in scores),
         }
         self.session.effective["scoring"] = scores[0].effective
-        work.record.samples["texts"] = [
+        run.found.samples["texts"] = [
             {
                 "index": i,
                 "nll_sum": one.nll_sum,
@@ -123,17 +117,18 @@ class WindowQuality:
             for i, (s, weights) in enumerate(zip(scores, self._weights, strict=True))
             for one in [perplexity(s.tokens.nll, weights)]
         ]
-        work.measured.tokens = {
+        run.found.sidecar = {
             "text": [index for index, score in enumerate(scores) for _ in score.tokens.nll],
             "position": [at for score in scores for at in score.tokens.positions],
             "token": [token for score in scores for token in score.tokens.targets],
             "nll": nll,
             "correct": hits,
         }
+        run.found.dataset_revision = texts.revision
 
     def compare(self) -> None:
         """Compare with the reference weight format, loaded beside the case's own model."""
-        work, reference = self.work, dict(self.case.params["reference"])
+        run, reference = self.run, dict(self.case.params["reference"])
         if reference["quantization"] == self.case.quantization:
             self._without_divergence("this is the reference")
             return
@@ -143,7 +138,7 @@ class WindowQuality:
             return
         case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
         try:
-            beside = work.runner.sessions.beside(case, threads=self.session.effective.get("threads"))
+            beside = run.beside(case, threads=self.session.effective.get("threads"))
         except CaseSkipped as skip:
             self._without_divergence(f"the reference cannot run: {skip}")
             return
@@ -169,22 +164,22 @@ class WindowQuality:
         return {"prefix": self.texts.rule, "prefix_token": self.texts.prefix_token}
 
     def _report(self, phase: str, done: int, of: int, mean: float) -> None:
-        self.work.progress(phase, done, of, f", perplexity so far {math.exp(min(mean, 700.0)):.3f}")
+        self.run.progress(phase, done, of, f", perplexity so far {math.exp(min(mean, 700.0)):.3f}")
 
     def _per_word(self, nll_sum: float) -> None:
         counts = [text.counts for text in self.texts.texts]
         names = ("word_perplexity", "byte_perplexity", "bits_per_byte")
         if len(counts) != 1 or counts[0] is None:
             for name in names:
-                self.work.put(
+                self.run.found.put(
                     name, None, reason="several texts, or a tokenizer that does not say which characters it cut"
                 )
             return
         for name in names:
-            self.work.put(name, getattr(counts[0], name)(nll_sum))
+            self.run.found.put(name, getattr(counts[0], name)(nll_sum))
 
     def _divergence(self, tokens: TokenDivergence, reference: str, dtype: str) -> None:
-        put = functools.partial(self.work.put, reference=reference, reference_dtype=dtype)
+        put = functools.partial(self.run.found.put, reference=reference, reference_dtype=dtype)
         summary = summarise_divergence(tokens)
         put("kld", summary.kld_mean)
         put("kld_median", summary.kld_median)
@@ -202,22 +197,14 @@ class WindowQuality:
 
     def _without_divergence(self, reason: str) -> None:
         for name in _DIVERGENCE:
-            self.work.put(name, None, reason=reason)
-
-    def _require_finite(self, nll: list[float]) -> None:
-        broken = sum(not math.isfinite(x) for x in nll)
-        if broken:
-            raise CaseInvalid(
-                f"{broken} of {len(nll)} losses are not finite: the model overflows in {self.session.dtype_name}; give "
-                "another --kv-dtype or --kv-quantization"
-            )
+            self.run.found.put(name, None, reason=reason)
 
     def _refuse_a_second_result(self, rule: WindowRule) -> None:
-        for other in self.work.runner.planned:
+        for other in self.run.planned:
             if other == self.case:
                 return
             if _but_for_the_text(other) == _but_for_the_text(self.case):
-                texts = self.work.runner.texts.windowed(self.session, other.workload, rule)
+                texts = self.run.texts.windowed(self.session, other.workload, rule)
                 if texts.revision == self.texts.revision:
                     name = other.workload["dataset"]
                     raise CaseSkipped(f"the same text as {name}, whose result it is: never two results of one text")
@@ -225,18 +212,6 @@ class WindowQuality:
 
 def _but_for_the_text(case: Case) -> Case:
     return replace(case, name="", workload={**case.workload, "dataset": ""})
-
-
-def refuse_before_loading(case: Case) -> None:
-    """Refuse what has no perplexity before a model is loaded.
-
-    Raises
-    ------
-    CaseSkipped
-        For random weights.
-    """
-    if case.model.startswith("dummy:"):
-        raise CaseSkipped(f"--kv-model={case.model}: random weights have no perplexity; name a real model")
 
 
 def _joined(found: list[TokenDivergence]) -> TokenDivergence:

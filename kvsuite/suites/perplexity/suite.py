@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsuite.case import Case
+from kvsuite.console import stacked
+from kvsuite.errors import CaseSkipped
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work, served_work
 
-from .cases import perplexity_cases
+from .cases import dataset_name, perplexity_cases
 from .options import PerplexityOptions
+
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class PerplexitySuite(Suite):
@@ -50,10 +60,35 @@ class PerplexitySuite(Suite):
         twice = 2 if case.params.get("reference") else 1
         return served_work(case, options) + Work(int(scored * max(overlap, 1.0)) * twice, 0)
 
-    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    def refuse(self, case: Case, options: Options) -> None:
+        if case.model.startswith("dummy:"):
+            raise CaseSkipped(f"--kv-model={case.model}: random weights have no perplexity; name a real model")
+
+    def needs(self, case: Case) -> tuple[type, ...]:
+        from kvsuite.engines.capabilities import ScoresWindows
+
+        return (ScoresWindows,)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from kvsuite.measure.single_request import measure_single_request
+
+        from .quality import WindowQuality
+
+        own = run.options.of(PerplexityOptions)
+        run.texts.datasets = {dataset_name(request): request for request in own.dataset}
+        run.texts.dataset_path = own.dataset_path
+        quality = WindowQuality(run, session)
+        measure_single_request(session, run, lambda timed: quality.score(timed=timed))
+        if case.params["reference"]:
+            run.applied()
+            run.phase("reference")
+            quality.compare()
+        return run.found
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import perplexity_legend, perplexity_table
 
-        return f"{perplexity_table(rows)}\n{perplexity_legend(rows)}\n"
+        return stacked([perplexity_table(rows)], [perplexity_legend(rows)])
 
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .csv_files import csv_name, csv_rows, csv_text

@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from kvsuite.reporting.aggregate import MIB, Row, by_name, failure, suite_rows, value
+from kvsuite import console
+from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
     Column,
+    case_table,
     footnotes,
-    format_number,
-    join_cells,
-    scaled,
+    own_columns,
     tpot_spread,
 )
 from kvsuite.workloads.windows import protocol_title
 
-_QUALITY: tuple[Column, ...] = (("PPL", 10, "perplexity"), ("PPL±", 8, "perplexity_se"), ("Acc", 8, "accuracy"))
-_DISTANCE: tuple[Column, ...] = (("PPL/ref", 15, "ppl_ratio_reference"), ("KLD", 9, "kld"), ("Top1", 8, "same_top1"))
-_WORDS: tuple[Column, ...] = (("Word PPL", 10, "word_perplexity"), ("Bits/byte", 9, "bits_per_byte"))
-_REST: tuple[Column, ...] = (
-    ("W MiB", 9, "mem_weights_bytes"),
-    ("Bits/w", 7, "bits_per_weight"),
-    ("TTFT(s)", 9, "ttft"),
-    ("TPOT(s)", 9, "tpot"),
-    ("TPOT±", 7, "tpot"),
-    ("Scored/s", 9, "score_tok_s"),
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def _ratio(row: Row) -> str:
+    ratio, se = value(row, "ppl_ratio_reference"), value(row, "ppl_ratio_reference_se")
+    if ratio is None:
+        return MISSING
+    return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
+
+
+_QUALITY = (Column("perplexity", spec=".3f"), Column("perplexity_se", 8), Column("accuracy", 8))
+_DISTANCE = (Column("ppl_ratio_reference", 15, cell=_ratio), Column("kld", 9), Column("same_top1", 8))
+_WORDS = (Column("word_perplexity"), Column("bits_per_byte", 9))
+_REST = (
+    Column("mem_weights_bytes", 9),
+    Column("bits_per_weight", 7),
+    Column("ttft", 9),
+    Column("tpot", 9),
+    Column("tpot", 7, title="TPOT±", cell=tpot_spread),
+    Column("score_tok_s", 9),
 )
-_FORMATS = {
-    "perplexity": ".3f",
-    "perplexity_se": ".3f",
-    "accuracy": ".2%",
-    "kld": ".5f",
-    "same_top1": ".2%",
-    "word_perplexity": ".3f",
-    "bits_per_byte": ".4f",
-    "bits_per_weight": ".3f",
-    "ttft": ".4f",
-    "tpot": ".4f",
-    "score_tok_s": ".0f",
-}
 
 
-def perplexity_table(rows: Sequence[Row]) -> str:
-    """Render the perplexity suite as text.
+def perplexity_table(rows: Sequence[Row]) -> RenderableType:
+    """The perplexity suite's table.
 
     A line for each protocol first: perplexities of different lines do not compare. Columns that no case has are left out.
     ``PPL±`` is one standard error, ``PPL/ref`` the paired ratio to the reference weights ± 2 standard errors.
@@ -54,21 +53,11 @@ def perplexity_table(rows: Sequence[Row]) -> str:
     UserError
         If no row is of the perplexity suite.
     """
-    labelled = by_name(suite_rows(rows, "perplexity"))
-    first = max(25, *(len(name) for name in labelled))
-    optional = (group for group in (_DISTANCE, _WORDS) if _has(labelled.values(), group))
-    columns = (*_QUALITY, *(column for group in optional for column in group), *_REST)
-    header = join_cells("Case", first, [f"{title:>{width}}" for title, width, _ in columns])
-    rule = max(100, len(header))
-    lines = [*_settings(labelled), header, "-" * rule]
-    for name, row in labelled.items():
-        if row["status"] != "ok":
-            lines.append(f"{name:<{first}} {failure(row)}")
-            continue
-        lines.append(join_cells(name, first, [f"{_cell(row, column):>{column[1]}}" for column in columns]))
-    lines.append("=" * rule)
-    notes = footnotes(labelled, columns)
-    return "\n".join(lines + (["", *notes] if notes else [])) + "\n"
+    rows = suite_rows(rows, "perplexity")
+    labelled = by_name(rows)
+    optional = (group for group in (_DISTANCE, _WORDS) if _has(rows, group))
+    columns = [*_QUALITY, *(column for group in optional for column in group), *_REST, *own_columns(rows)]
+    return console.stacked(_settings(labelled), [case_table("Case", labelled, columns)], footnotes(labelled, columns))
 
 
 def perplexity_legend(rows: Sequence[Row]) -> str:
@@ -79,7 +68,7 @@ def perplexity_legend(rows: Sequence[Row]) -> str:
 
 
 def _has(rows: Iterable[Row], group: Sequence[Column]) -> bool:
-    return any(group[0][2] in row["metrics"] for row in rows)
+    return any(group[0].metric in row["metrics"] for row in rows)
 
 
 def _settings(labelled: Mapping[str, Row]) -> list[str]:
@@ -96,18 +85,4 @@ def _settings(labelled: Mapping[str, Row]) -> list[str]:
             f"{dataset['text_hash'].removeprefix('sha256:')[:8]}"
         )
         lines += [f"  note: {note}" for note in dataset["notes"]]
-    return list(dict.fromkeys(lines)) + ([""] if lines else [])
-
-
-def _cell(row: Row, column: Column) -> str:
-    title, _, metric = column
-    if title == "TPOT±":
-        return tpot_spread(row)
-    if title == "W MiB":
-        return format_number(scaled(value(row, metric), MIB), ".1f")
-    if title == "PPL/ref":
-        ratio, se = value(row, metric), value(row, "ppl_ratio_reference_se")
-        if ratio is None:
-            return MISSING
-        return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
-    return format_number(value(row, metric), _FORMATS[metric])
+    return list(dict.fromkeys(lines))

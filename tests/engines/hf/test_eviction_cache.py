@@ -106,7 +106,9 @@ def test_chunks_behind_a_stored_cache(line: Line, positions: Any) -> None:
 def test_rows_of_a_batch_do_not_touch_each_other(line: Line, positions: Any, implementation: str) -> None:
     policy = line.build(positions=positions)
     chunks = chunks_of(20, 40)
-    rows = text(40, batch=2)
+    # no token twice in a row: two keys of one norm in the first layer, and rounding would say which of them goes
+    rows = torch.cat([text(40), text(40, seed=3)])
+    assert all(len(row.unique()) == 40 for row in rows)
     both = feed("llama", policy, rows, chunks, implementation=implementation)
     for row in range(2):
         alone = feed("llama", policy, rows[row : row + 1], chunks, implementation=implementation)
@@ -115,7 +117,8 @@ def test_rows_of_a_batch_do_not_touch_each_other(line: Line, positions: Any, imp
             kept = both.kept(layer)
             assert torch.equal(kept[row] if kept.dim() == 3 else kept, alone.kept(layer).reshape(kept.shape[1:] or -1))
     twice = feed("llama", policy, rows[:1].expand(2, -1), chunks, implementation=implementation)
-    torch.testing.assert_close(twice.logits[:, 0], twice.logits[:, 1], rtol=0, atol=1e-6)
+    # rows of one product may be summed in other orders, by their place in it
+    torch.testing.assert_close(twice.logits[:, 0], twice.logits[:, 1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["original", "cache"])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from child_processes import child_process
 
 from kvsuite.engines.mlc.process import MlcFailed, MlcProcess, run_step
 
@@ -107,7 +108,7 @@ def test_what_an_ended_command_left_behind_is_killed(tmp_path: Path) -> None:
 def test_all_die_with_us(how: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", HOST, NESTED, str(log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as us:
+    with child_process(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as us:
         assert us.stdout is not None
         guard = int(us.stdout.readline())
         child = nested_pid(log)

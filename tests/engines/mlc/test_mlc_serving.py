@@ -31,6 +31,7 @@ from kvsuite.options.resolve import default_options
 from kvsuite.record import Record, schema
 from kvsuite.suites.compression.cases import compression_cases
 from kvsuite.suites.dse.cases import dse_cases, point_of
+from kvsuite.suites.registry import suite_named
 
 Run = Callable[..., dict[str, Record]]
 LENGTH, NEW_TOKENS = 24, 8
@@ -64,7 +65,7 @@ def run(place: Path, patch: pytest.MonkeyPatch) -> Run:
         patch.setenv("MLC_DOUBLE", fault)
         sessions = SessionPool(on_the_double(mlc_timeout=str(timeout_s)), cache_dir=place / "cache")
         cases = dse_cases(resolved)
-        runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, planned=cases)
+        runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, suite_named, planned=cases)
         found = {}
         try:
             for case in cases:
@@ -279,7 +280,9 @@ def test_without_mlc_llm_the_install_line_is_the_reason(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("PYTHONPATH", raising=False)
             sessions = SessionPool(resolved)
-            record = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions).run(case, case.id).record
+            record = (
+                CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, suite_named).run(case, case.id).record
+            )
         assert record.status == "skipped"
         assert "https://mlc.ai/wheels" in str(record.reason)
         assert "--kv-mlc-python" in str(record.reason)
@@ -289,7 +292,7 @@ def test_other_suites_are_not_for_it(place: Path, patch: pytest.MonkeyPatch) -> 
     resolved = default_options(engine="mlc", model=str(place / "tiny-llama"), device="vulkan:0")
     case, *_ = compression_cases(resolved)
     sessions = SessionPool(on_the_double(), cache_dir=place / "cache")
-    record = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions).run(case, case.id).record
+    record = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, suite_named).run(case, case.id).record
     assert record.status == "invalid"
     assert "engine mlc runs the design-space suite alone" in str(record.reason)
 

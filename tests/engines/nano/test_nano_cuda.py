@@ -27,7 +27,7 @@ from kvsuite.measure.runner import CaseRunner  # noqa: E402
 from kvsuite.metrics.registry import MetricRegistry  # noqa: E402
 from kvsuite.options.resolve import default_options  # noqa: E402
 from kvsuite.record import Record, schema  # noqa: E402
-from kvsuite.suites.registry import cases_of  # noqa: E402
+from kvsuite.suites.registry import cases_of, suite_named  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 Run = Callable[..., dict[str, Record]]
@@ -61,7 +61,9 @@ def run(checkpoint: Path) -> Iterator[Run]:
         }  # fmt: skip
         resolved = default_options(**(given | options))
         pools.append(SessionPool(threads=1))
-        runner = CaseRunner(options=resolved, registry=MetricRegistry(), environment=ENVIRONMENT, sessions=pools[-1])
+        runner = CaseRunner(
+            options=resolved, registry=MetricRegistry(), environment=ENVIRONMENT, sessions=pools[-1], suite=suite_named
+        )
         found = {}
         for case in cases_of(suite, resolved):
             record = runner.run(case, f"tests::{case.id}").record

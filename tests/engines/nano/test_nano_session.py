@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_sessions import LAYERS, TOKEN_BYTES, CountingClock, case, random_tokens, session, streaming
+from hf_sessions import LAYERS, TOKEN_BYTES, VOCAB, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
 from requests_served import memory_of, timed, times_of, tokens_of
 from transformers import MistralConfig, MistralForCausalLM
@@ -25,8 +25,15 @@ from kvsuite.engines.results import ServeRequest
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.workloads.windows import plan_windows
 
-PROMPT = random_tokens(64)
-TEXT = random_tokens(70, seed=4)
+
+def unlike_tokens(count: int, seed: int) -> list[int]:
+    """Random tokens, no two equal: equal ones have keys of equal norm in the first layer, and rounding says which go."""
+    found: list[int] = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return found
+
+
+PROMPT = unlike_tokens(64, seed=6)
+TEXT = unlike_tokens(70, seed=4)
 EVERY_LINE = pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
 PLACED = pytest.mark.parametrize("positions", ["original", "cache"])
 
@@ -53,6 +60,11 @@ def both(of: Case) -> tuple[Any, NanoSession]:
     return session(), served()
 
 
+def until_twice(prompt: list[int], output: list[int]) -> int:
+    """How many tokens of an output there are up to the first that was there before, which is one of them."""
+    return next((at + 1 for at, token in enumerate(output) if token in prompt + output[:at]), len(output))
+
+
 def lines(line: Line, **common: Any) -> Case:
     return case(name=line.id, policy=line.policy, policy_params=line.parameters | common)
 
@@ -62,7 +74,10 @@ def lines(line: Line, **common: Any) -> Case:
 def test_policies_give_the_tokens_of_hf(line: Line, positions: str) -> None:
     for skip in ([], [0, 2]):
         hf, on = both(lines(line, positions=positions, skip_layers=skip))
-        assert tokens_of(on, PROMPT, 24) == tokens_of(hf, PROMPT, 24)
+        found, wanted = tokens_of(on, PROMPT, 24), tokens_of(hf, PROMPT, 24)
+        # until the first layer, if it compresses, has two keys of one norm
+        sure = 24 if skip or line.kept is None or "l2" not in line.policy else until_twice(PROMPT, wanted)
+        assert found[:sure] == wanted[:sure]
 
 
 def test_the_full_cache_gives_the_tokens_of_hf() -> None:

@@ -20,7 +20,7 @@ from kvsuite.measure.runner import CaseRunner
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.record import Record, schema
-from kvsuite.suites.registry import cases_of
+from kvsuite.suites.registry import cases_of, suite_named
 
 Run = Callable[..., dict[str, Record]]
 # what does not depend on the time that something took
@@ -58,7 +58,9 @@ def _measure(checkpoint: Path, suite: str, engine: str, **options: str) -> dict[
     }  # fmt: skip
     resolved = default_options(**(given | options))
     sessions = SessionPool(threads=1)
-    runner = CaseRunner(options=resolved, registry=MetricRegistry(), environment=ENVIRONMENT, sessions=sessions)
+    runner = CaseRunner(
+        options=resolved, registry=MetricRegistry(), environment=ENVIRONMENT, sessions=sessions, suite=suite_named
+    )
     found = {}
     for case in cases_of(suite, resolved):
         assert case.engine == engine

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.figure_style import colour, fixed
-from kvsuite.suites.compression.figure import MOST_CASES, build_figure, render_benchmark_comparison
+from kvsuite.reporting.figure_style import fixed
+from kvsuite.suites.compression.figure import MOST_CASES, build_figure, colour, render_benchmark_comparison
 from kvsuite.suites.compression.table import comparison_legend
 
 GREY, GREEN, RED, BLUE = "#808080", "#2ecc71", "#e74c3c", "#3498db"
@@ -36,17 +36,19 @@ def by_case(rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("policy", "expected"),
     [
-        ("baseline", GREY),
-        ("streaming_512", GREEN),
-        ("recent_only_512", RED),
-        ("fix512_keep_low_kr=0.5", BLUE),
-        ("kvpress_knorm", BLUE),
+        (None, GREY),
+        ("streaming_llm", GREEN),
+        ("recent_only", RED),
+        ("fix_size_l2", BLUE),
+        ("kvpress:StreamingLLM", BLUE),
     ],
 )
-def test_colours(name, expected):
-    assert colour(name) == expected
+def test_colours_are_the_policies_whatever_a_case_is_called(row, policy, expected):
+    one = row("streaming_recent_only_baseline")
+    one["case"]["policy"] = policy
+    assert colour(one) == expected
 
 
 @pytest.mark.parametrize(

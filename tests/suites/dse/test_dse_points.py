@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from dse_samples import Q4, changed, own_sheets, record, sheet
 
 from kvsuite.suites.dse.csv_files import Sheet
@@ -8,6 +9,7 @@ from kvsuite.suites.dse.figures.points import (
     Spread,
     blocks,
     memory_column,
+    model_of,
     samples_of,
     source_of,
     spreads,
@@ -65,3 +67,19 @@ def test_settings_as_words() -> None:
     assert written("sliding_window_size", -1) == "off"
     assert written("sliding_window_size", 2048) == "2 048"
     assert written("attention_sink_size", 0) == "0"
+
+
+@pytest.mark.parametrize(
+    ("model", "quantization", "engine", "found"),
+    [
+        ("HF://mlc-ai/Llama-3-8B-q4f16_1-MLC", "q4f16_1", "mlc", "Llama-3-8B-MLC"),
+        # of a model that is called after a format of its own the name stays whole
+        ("org/tiny-q4f16_1", "none", "nano", "tiny-q4f16_1"),
+        ("smollm2", "q4f32_1", "nano", "smollm2"),
+        ("HF://mlc-ai/Llama-3-8B-q4f16_1-MLC", None, None, "Llama-3-8B-MLC"),
+    ],
+)
+def test_the_weight_format_is_a_field_where_the_row_has_one(
+    model: str, quantization: str | None, engine: str | None, found: str
+) -> None:
+    assert model_of({"model": model, "quantization": quantization, "engine": engine}) == found

@@ -19,6 +19,7 @@ from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.record import Record, schema
 from kvsuite.suites.dse.cases import dse_cases
+from kvsuite.suites.registry import suite_named
 
 Run = Callable[..., dict[str, Record]]
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -47,7 +48,7 @@ def run(checkpoint: Path) -> Run:
             patch.setattr("kvsuite.meters.bandwidth.copy_bandwidth", lambda device: 1e10)
             sessions = SessionPool(threads=1)
             cases = dse_cases(resolved)
-            runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, planned=cases)
+            runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, suite_named, planned=cases)
             found = {}
             for case in cases[::-1] if backwards else cases:
                 record = runner.run(case, f"tests::{case.id}").record

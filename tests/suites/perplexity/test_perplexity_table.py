@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 
-from kvsuite.metrics.registry import MetricRegistry
-from kvsuite.suites.outputs import run_table
-from kvsuite.suites.perplexity.table import perplexity_legend, perplexity_table
+from kvsuite.console import console_text
+from kvsuite.metrics.registry import Metric, MetricRegistry
+from kvsuite.reporting.table_parts import case_table, own_columns
+from kvsuite.suites.outputs import run_table as drawn_run_table
+from kvsuite.suites.perplexity.table import perplexity_legend
+from kvsuite.suites.perplexity.table import perplexity_table as drawn_table
 
 Rows = Callable[..., dict[str, Any]]
+
+
+def perplexity_table(rows: list[dict[str, Any]]) -> str:
+    return console_text(drawn_table(rows))
+
+
+def run_table(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    return console_text(drawn_run_table(run, rows))
 
 
 @pytest.fixture
@@ -97,3 +108,14 @@ def test_the_legend_explains_the_columns_that_are_there(scored: Rows) -> None:
     assert "PPL/ref" in perplexity_table(compared)
     assert " PPL/ref: against the reference weights" in perplexity_legend(compared)
     assert run_table({}, compared).endswith(perplexity_legend(compared) + "\n")
+
+
+def test_a_metric_of_others_is_a_column(scored: Rows) -> None:
+    metric = Metric("joules_per_token", "J", "lower", "timed", "energy / tokens", label="Energy", format=".3f")
+    one, two = scored("one"), scored("two")
+    one["metrics"]["joules_per_token"] = MetricRegistry([metric]).value("joules_per_token", 1.23456)
+    title, _, *rows = console_text(case_table("Case", {"one": one, "two": two}, own_columns([one, two]))).splitlines()
+    assert title.split() == ["Case", "Energy(J)"]
+    assert [line.split() for line in rows[:2]] == [["one", "1.235"], ["two", "n/a"]]
+    assert "Energy(J)" in perplexity_table([one, two])
+    assert "Energy: not in the record (two)" in notes([one, two])

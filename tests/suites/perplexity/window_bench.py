@@ -14,13 +14,13 @@ from tiny_checkpoint import TEXT, byte_tokenizer
 from kvsuite.case import Case
 from kvsuite.engines.results import WindowScores
 from kvsuite.errors import CaseSkipped
-from kvsuite.measure.case_passes import Measured
-from kvsuite.measure.runner import CaseRunner
+from kvsuite.measure.runner import CaseRunner, Measured
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.perplexity.cases import perplexity_cases
+from kvsuite.suites.registry import suite_named
 from kvsuite.workloads.windows import target_positions
 
 
@@ -112,6 +112,7 @@ class Bench:
             MetricRegistry(),
             ENVIRONMENT,
             self.pool,
+            suite_named,
             clock=lambda device: self.session.clock,
             planned=self.cases,
         )

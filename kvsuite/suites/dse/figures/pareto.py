@@ -11,7 +11,7 @@ from kvsuite.reporting.figure_style import house_style
 from kvsuite.suites.dse.columns import AXES
 
 from .inert import verdicts
-from .legend import COLOURS
+from .panels import COLOURS
 from .points import QUANTITIES, Reading, Sample, Spread, source_of
 from .series import condition_labels, shown_setting
 

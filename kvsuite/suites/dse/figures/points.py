@@ -226,11 +226,19 @@ def _is_alone(by_name: Mapping[str, CsvRow]) -> bool:
     return not batched and (prompt is None or bool(prompt["metric_value"] <= _SHORT_PROMPT))
 
 
+def model_of(row: CsvRow) -> str:
+    """The model without its weight format: by the row's own field, of the original's rows, which have none, by the name."""
+    tag = model_tag(str(row["model"]))
+    if row["engine"] is None:
+        return _FORMAT.sub("", tag)
+    return re.sub(rf"-?{re.escape(row['quantization'])}(?=-|$)", "", tag) if row["quantization"] else tag
+
+
 def _sample(tag: str, row: CsvRow, by_name: Mapping[str, CsvRow], readings: Mapping[str, Reading]) -> Sample:
     machine = " ".join(str(row[name]) for name in ("host", "device_name") if row[name]) or None
     return Sample(
         tag=tag,
-        model=_FORMAT.sub("", model_tag(str(row["model"]))),
+        model=model_of(row),
         # any value below 1 means off
         settings=tuple(-1 if axis == "sliding_window_size" and row[axis] <= 0 else row[axis] for axis in AXES),
         condition=Condition(row["device"], machine, row["num_runs"], row["max_tokens"], _is_cached(by_name)),
