@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from . import __version__
-from .commands import ab, compare, doctor, figures, merge, predict, report
+from .commands import ab, bench, compare, doctor, figures, merge, predict, report
 from .commands.arguments import Parser
 from .errors import UserError
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kvsuite {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     report.add_parser(subparsers)
+    bench.add_parser(subparsers)
     figures.add_parser(subparsers)
     predict.add_parser(subparsers)
     doctor.add_parser(subparsers)
@@ -37,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # what follows is pytest's, wherever the command's own options stand
     end = words.index("--") if words[:1] == ["ab"] and "--" in words else len(words)
-    arguments = parser.parse_args(words[:end], argparse.Namespace(pytest_arguments=words[end + 1 :]))
+    if words[:1] == ["bench"] and words[1:2] not in (["-h"], ["--help"]):
+        end = 1
+    rest = words[end:]
+    if rest[:1] == ["--"]:
+        del rest[0]
+    arguments = parser.parse_args(words[:end], argparse.Namespace(pytest_arguments=rest))
     try:
         code: int = arguments.run(arguments)
     except UserError as error:

@@ -74,6 +74,8 @@ def test_every_option_with_its_defaults_and_twins(option: Option) -> None:
 def test_no_option_of_the_docs_is_unknown() -> None:
     known = {f"--kv-{name}" for option in OPTIONS for name in (option.name, *option.aliases)}
     known |= {f"--{name}".replace("_", "-") for name in known}
+    # of the examples of packages that bring their own
+    known |= {"--kv-burst-sizes", "--kv-my-depth"}
     for page in PAGES:
         for found in re.findall(r"--kv[-_][a-z0-9_-]*[a-z0-9]", page.read_text()):
             assert found.replace("_", "-") in known, f"{page.name}: {found}"
@@ -287,7 +289,7 @@ def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def test_the_examples_of_a_users_repository_run(tmp_path: Path) -> None:
     (readme,) = blocks((ROOT / "README.md").read_text(), "python")
-    suite, by_hand, _, hooks = blocks(text("plugin.md"), "python")
+    suite, by_hand, _, _, hooks = blocks(text("plugin.md"), "python")
     (tmp_path / "test_readme.py").write_text(readme)
     (tmp_path / "test_plugin.py").write_text(suite)
     (tmp_path / "test_by_hand.py").write_text(by_hand)
@@ -304,7 +306,7 @@ def test_the_examples_of_a_users_repository_run(tmp_path: Path) -> None:
 
 
 def test_the_example_without_pytest_runs(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(blocks(text("plugin.md"), "python")[2])
+    (tmp_path / "example.py").write_text(blocks(text("plugin.md"), "python")[3])
     done = run_python(tmp_path, "example.py")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
@@ -365,33 +367,3 @@ def test_the_example_policy_keeps_what_its_line_says(monkeypatch: pytest.MonkeyP
 
 
 # the house
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """Names directly below ``kvsuite`` that a file imports."""
-    package = ["kvsuite", *path.relative_to(ROOT / "kvsuite").parent.parts]
-    rooms: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        base = package[: len(package) - node.level + 1] if node.level else []
-        parts = [*base, *(node.module or "").split(".")] if node.module else base
-        if parts and parts[0] == "kvsuite":
-            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return rooms
-
-
-def test_rooms_import_what_the_design_says() -> None:
-    # the other table, of what is in each room, ends their names in a slash
-    pairs = [cells for cells in tables(text("design.md")) if len(cells) == 2 and not cells[0].endswith("/")]
-    design = [cells for cells in pairs if (ROOT / "kvsuite" / cells[0]).is_dir()]
-    assert len(design) >= 7
-    for room, imports in design:
-        allowed = set() if imports.startswith("nothing") else set(imports.split(", "))
-        found = set().union(*(imported_rooms(path) for path in (ROOT / "kvsuite" / room).rglob("*.py")))
-        assert found - {room} - VOCABULARY <= allowed, room
-
-
-def test_nothing_imports_the_plugin() -> None:
-    for path in (ROOT / "kvsuite").rglob("*.py"):
-        assert "plugin" not in imported_rooms(path), path

@@ -27,7 +27,7 @@ from .gpus import visible_entries
 from .order import session_key
 from .progress import about
 from .shards import assign
-from .time_left import Correction, kind_of
+from .time_left import Correction, Planned, kind_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,29 +39,6 @@ _COLUMNS = (
 )  # fmt: skip
 # an archive of hundreds says no more of this machine
 _LAST_RUNS = 30
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One case of a plan.
-
-    Parameters
-    ----------
-    case
-        The case.
-    seconds
-        Expected, ``None`` where nothing tells.
-    source
-        Where they come from: the run that measured the case on this machine, or ``model``, with how many measured cases
-        corrected it.
-    memory
-        Predicted.
-    """
-
-    case: Case
-    seconds: float | None
-    source: str
-    memory: Footprint
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.survival.resume import planned_key
 
-if TYPE_CHECKING:
-    from .plan import Planned
+from .footprint import Footprint
 
 #: what is known of a case's speed, the most general first: cases of one kind are wrong in one way
 Kind = tuple[str, ...]
@@ -20,6 +20,29 @@ _TRUST_S = 5.0
 def kind_of(case: Case) -> Kind:
     """Device, engine, weight format and suite."""
     return case.device_kind, case.engine, case.quantization or "none", case.suite
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One case of a plan.
+
+    Parameters
+    ----------
+    case
+        The case.
+    seconds
+        Expected, ``None`` where nothing tells.
+    source
+        Where they come from: the run that measured the case on this machine, or ``model``, with how many measured cases
+        corrected it.
+    memory
+        Predicted.
+    """
+
+    case: Case
+    seconds: float | None
+    source: str
+    memory: Footprint
 
 
 class Correction:

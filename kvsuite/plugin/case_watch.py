@@ -22,7 +22,8 @@ from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.survival.black_box import BlackBox
 
-from .stash import BOX, CASES, OPTIONS, ORDER_SEED, PLACES, REPORTER, RUNNER, is_worker, worker_input
+from .reporter import REPORTER
+from .stash import BOX, CASES, OPTIONS, ORDER_SEED, PLACES, RUNNER, is_worker, worker_input
 
 #: exit code of a worker that wants to be replaced
 REPLACE_ME = 86

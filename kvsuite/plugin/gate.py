@@ -23,7 +23,8 @@ from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import RUN_SCHEMA
 from kvsuite.suites.registry import suite_names, usable_cases
 
-from .stash import REPORTER, is_worker
+from .reporter import REPORTER
+from .stash import is_worker
 
 if TYPE_CHECKING:
     from kvsuite.comparison.compare import Comparison, ComparisonBuilder

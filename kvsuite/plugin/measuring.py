@@ -18,7 +18,8 @@ from kvsuite.record import Record
 from kvsuite.suites.registry import suite_of_rows
 
 from .case_watch import note_place, tell_box
-from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, REPORTER, RUNNER, USAGE_ERROR, is_worker
+from .reporter import REPORTER
+from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, RUNNER, USAGE_ERROR, is_worker
 
 
 def open_runner(config: pytest.Config) -> Iterator[Any]:

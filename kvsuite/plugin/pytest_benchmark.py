@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from .stash import REPORTER, RUNNER, SAVED_GPUS
+from .reporter import REPORTER
+from .stash import RUNNER, SAVED_GPUS
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -286,6 +286,9 @@ class Reporter:
             terminal.write_line(visible(line))
 
 
+REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
+
+
 def _summary(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         error = row["error"] or {}

@@ -35,7 +35,7 @@ from .pytest_benchmark import (
     pytest_benchmark_update_json,
     pytest_benchmark_update_machine_info,
 )
-from .reporter import Reporter
+from .reporter import REPORTER, Reporter
 from .selection import select, take_up
 from .stash import (
     BOUND_GPU,
@@ -46,18 +46,16 @@ from .stash import (
     OPTIONS,
     ORDER_SEED,
     PLACES,
-    REPORTER,
     RESUMED,
     RUNNER,
     SAVED_GPUS,
     UNUSABLE,
     USAGE_ERROR,
-    WORKERS,
     is_worker,
     worker_input,
 )
 from .terminal import pytest_report_collectionfinish, pytest_terminal_summary
-from .xdist_controller import WorkerGuard
+from .xdist_controller import WORKERS, WorkerGuard
 
 # hooks that stand in files of their own: pytest finds them by name in this module
 __all__ = [

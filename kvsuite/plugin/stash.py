@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
-    from .reporter import Reporter
-    from .xdist_controller import WorkerGuard
-
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 #: by suite and id
 CASES: pytest.StashKey[dict[tuple[str, str], Case]] = pytest.StashKey()
@@ -26,7 +23,6 @@ UNUSABLE = "unusable: "
 PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
 ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
 RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
-REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
 MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
 #: why the run cannot go on, found by a worker of xdist
 USAGE_ERROR: pytest.StashKey[str] = pytest.StashKey()
@@ -38,7 +34,6 @@ PLACES: pytest.StashKey[dict[str, int]] = pytest.StashKey()
 FINISHED: pytest.StashKey[frozenset[str]] = pytest.StashKey()
 #: what to say of the run that goes on
 RESUMED: pytest.StashKey[str | None] = pytest.StashKey()
-WORKERS: pytest.StashKey[WorkerGuard] = pytest.StashKey()
 BOX: pytest.StashKey[BlackBox] = pytest.StashKey()
 #: the GPUs that workers are spread over, and the one that this worker is bound to
 GPUS: pytest.StashKey[Gpus | None] = pytest.StashKey()

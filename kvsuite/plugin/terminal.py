@@ -14,7 +14,8 @@ from kvsuite.options.sweep import SweepOptions
 
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
-from .stash import OPTIONS, ORDER_SEED, REPORTER
+from .reporter import REPORTER
+from .stash import OPTIONS, ORDER_SEED
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

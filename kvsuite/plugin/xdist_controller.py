@@ -180,6 +180,9 @@ class WorkerGuard:
                         os.kill(entry["pid"], signal.SIGKILL)
 
 
+WORKERS: pytest.StashKey[WorkerGuard] = pytest.StashKey()
+
+
 def _returncode(node: Any) -> int | None:
     """Exit status of a local worker whose pipe has closed; ``None`` for another one."""
     process: subprocess.Popen[bytes] | None = getattr(node.gateway._io, "popen", None)

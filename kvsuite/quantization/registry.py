@@ -121,3 +121,10 @@ def unavailable(name: str, device: str) -> str | None:
         if kind == "cuda" and importlib.util.find_spec("triton") is None:
             return f"{name} on {device} needs triton, which is not installed; run: pip install triton"
     return None
+
+
+def dtype_of(options: Options, device: str, chosen: str) -> str:
+    """Dtype of a case: what its weight format prescribes, else ``--kv-dtype``, else float32 on a CPU."""
+    prescribed = quantization(chosen).compute_dtype
+    default = "float32" if device.partition(":")[0] == "cpu" else "checkpoint"
+    return prescribed or options.of(CommonOptions).dtype or default

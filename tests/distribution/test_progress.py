@@ -4,9 +4,8 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.distribution.footprint import Footprint
-from kvsuite.distribution.plan import Planned
 from kvsuite.distribution.progress import Progress, about, duration
-from kvsuite.distribution.time_left import Correction, TimeLeft
+from kvsuite.distribution.time_left import Correction, Planned, TimeLeft
 
 
 class Now:

@@ -17,8 +17,7 @@ from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
-from kvsuite.quantization.registry import NONE, selected_formats
-from kvsuite.suites.perplexity.cases import dtype_of
+from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 
 from .options import CompressionOptions
 

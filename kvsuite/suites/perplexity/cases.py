@@ -10,7 +10,7 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.option import option_of
 from kvsuite.options.resolve import Options
-from kvsuite.quantization.registry import NONE, quantization, require_known, selected_formats
+from kvsuite.quantization.registry import NONE, dtype_of, require_known, selected_formats
 from kvsuite.workloads.corpus import NAMES
 from kvsuite.workloads.windows import STRIDED, plan_windows
 
@@ -97,13 +97,6 @@ def dataset_name(request: str) -> str:
 def bos_rule(bos: str) -> str | None:
     """Prefix rule of ``--kv-bos``, ``None`` for the protocol's own."""
     return None if bos == "auto" else bos
-
-
-def dtype_of(options: Options, device: str, chosen: str) -> str:
-    """Dtype of a case: what its weight format prescribes, else ``--kv-dtype``, else float32 on a CPU."""
-    prescribed = quantization(chosen).compute_dtype
-    default = "float32" if device.partition(":")[0] == "cpu" else "checkpoint"
-    return prescribed or options.of(CommonOptions).dtype or default
 
 
 def model_of(options: Options) -> str:
