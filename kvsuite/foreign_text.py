@@ -40,6 +40,11 @@ def visible(text: object, limit: int | None = None) -> str:
     return shown[: kept - kept // 2] + left_out + shown[len(shown) - kept // 2 :]
 
 
+def visible_lines(text: object) -> str:
+    """Text of several lines, each `visible`: a table whose cells are foreign, the message of an error of somebody else."""
+    return "\n".join(map(visible, str(text).split("\n")))
+
+
 def csv_cell(value: Any) -> Any:
     """A value for a cell of a CSV: text that a spreadsheet would run gets an apostrophe before it; numbers stay as they are.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 from .arguments import path_argument, whole_number
 from .compare import BAD_INPUT, add_rules, rules_of, show
@@ -85,8 +86,8 @@ def _run(arguments: argparse.Namespace) -> int:
     with checked_out(arguments.base, arguments.head) as (base, head, inside):
         folder = _new_folder(arguments.out)
         turns = order(arguments.processes)
-        print(f"{base.label} and {head.label} in turns: {turns}, into {folder}")
-        progress = Progress(lambda line: print(line, flush=True), len(turns))
+        print(visible(f"{base.label} and {head.label} in turns: {turns}, into {folder}"))
+        progress = Progress(lambda line: print(visible(line), flush=True), len(turns))
         counts = {"A": itertools.count(1), "B": itertools.count(1)}
         sides: dict[str, Side] = {}
         for turn in turns:

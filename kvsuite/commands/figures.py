@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 from .arguments import path_argument
 
@@ -86,10 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be created ({error.strerror}); give another folder") from error
     for note in rendered.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     for name, content in rendered.files.items():
         write_atomic(folder / name, content)
-        print(f"wrote {folder / name}")
+        print(f"wrote {visible(folder / name)}")
     print(f"{len(rendered.files)} files")
     return 0
 

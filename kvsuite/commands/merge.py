@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 from .arguments import path_argument
 
@@ -72,9 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
     merged = join([part for part, _ in read], other_machines=arguments.other_machines)
     folder = write_merged(merged, arguments.out)
     for note in [note for _, notes in read for note in notes] + merged.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     counts = Counter(row["status"] for _, row in merged.rows)
     told = ", ".join(f"{count} {status}" for status, count in counts.items()) or "none"
     print(f"{len(merged.rows)} records of {len(paths)} parts: {told}")
-    print(f"wrote {folder}")
+    print(f"wrote {visible(folder)}")
     return 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import csv_cell, visible
 from kvsuite.options.numbers import MOST_TOKENS
 
 from .arguments import number, path_argument, whole_number
@@ -190,6 +191,6 @@ def _write(path: Path, found: Survey) -> None:
     writer = csv.DictWriter(stream, csv_header(), lineterminator="\n")
     writer.writeheader()
     rows = csv_rows(found)
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     write_atomic(path, stream.getvalue())
-    print(f"wrote {len(rows)} rows to {path}")
+    print(f"wrote {len(rows)} rows to {visible(path)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 
 from .arguments import path_argument
 
@@ -88,9 +89,12 @@ def _draw_csv(path: Path, folder: Path) -> int:
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    from kvsuite.reporting.gathered_csv import cut_note, read_text
     from kvsuite.suites.perplexity.csv_files import read_rows
 
     rows = read_rows(path)
+    if note := cut_note(read_text(path, "perplexity"), str(path)):
+        print(f"note: {visible(note)}", file=sys.stderr)
     if not rows:
         raise UserError(
             f"{path}: no perplexity row to draw, only a header; run benchmarks/test_perplexity.py first, or give a CSV "
@@ -119,7 +123,7 @@ def _write(rows: int, files: dict[Path, bytes]) -> int:
     for file, content in files.items():
         _make(file.parent)
         write_atomic(file, content)
-        print(f"wrote {file}")
+        print(f"wrote {visible(file)}")
     return 0
 
 
@@ -140,11 +144,11 @@ def _redraw(path: Path, folder: Path) -> int:
     _make(folder)
     written = write_outputs(folder, run_line, rows, source=path if path.is_dir() else path.parent)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     if rows:
         print(console_text(run_table(run_line, in_space_order(rows)), width=console_width(sys.stdout.isatty())))
     counts = Counter(row["status"] for row in rows)
     print(f"{len(rows)} records: " + (", ".join(f"{count} {status}" for status, count in counts.items()) or "none"))
     for file in written:
-        print(f"wrote {file}")
+        print(f"wrote {visible(file)}")
     return 0

@@ -6,6 +6,7 @@ A report of 10,000 cases is hundreds of megabytes, most of it raw samples: msgsp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ import msgspec
 from kvsuite.errors import UserError
 from kvsuite.metrics.registry import Better, MetricClass
 from kvsuite.record import Status
+from kvsuite.store.files import utf8
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
@@ -142,15 +144,32 @@ def decode_document(data: bytes, where: str) -> Document:
 
 def row_of(record: dict[str, Any]) -> Row:
     """The row of a record of this process."""
-    return decode_row(msgspec.json.encode(record), f"record {record.get('id')!r}")
+    return decode_row(_encoded(record), f"record {record.get('id')!r}")
 
 
 def section_of(section: object, where: str) -> Section:
     """The section of a file of pytest-benchmark that is already parsed."""
     try:
-        return decode_section(msgspec.json.encode(section), where)
+        return decode_section(_encoded(section), where)
     except (TypeError, RecursionError) as error:
         raise UserError(f"{where}: damaged ({error}); measure the baseline again") from error
+
+
+# half of a pair is how Python holds a byte of a file name that is not UTF-8; whole pairs and escaped backslashes go before it
+_LONE_SURROGATE = re.compile(
+    rb"(\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+
+
+def _written_out(found: re.Match[bytes]) -> bytes:
+    return found[0] if found[1] else b"\\" + found[0].lower()
+
+
+def _encoded(document: object) -> bytes:
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        return utf8(json.dumps(document))
 
 
 def _decode(decode: Callable[[bytes], Decoded], data: bytes, where: str) -> Decoded:
@@ -167,6 +186,6 @@ def _decode(decode: Callable[[bytes], Decoded], data: bytes, where: str) -> Deco
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            return decode(msgspec.json.encode(json.loads(data)))
+            return decode(msgspec.json.encode(json.loads(_LONE_SURROGATE.sub(_written_out, data))))
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise UserError(f"{where}: not a run of kvsuite ({error}); measure it again or give another path") from error

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvsuite.foreign_text import visible
+
 from .findings import Diagnosis, State
 from .noise import Noise
 
@@ -28,7 +30,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
         table.add_column(overflow="fold")
         for finding in findings:
             mark, style = _MARKS[finding.state]
-            found = Text(finding.found)
+            found = Text(visible(finding.found))
             if finding.mend:
                 found.append(f"\n→ {finding.mend}", style="cyan")
             table.add_row(Text(mark, style=style), finding.part, found)
@@ -37,7 +39,7 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.noise:
         console.print(Text("Noise", style="bold"))
         for noise in diagnosis.noise.values():
-            console.print(Text(_noise(noise)), soft_wrap=True)
+            console.print(Text(visible(_noise(noise))), soft_wrap=True)
         console.print()
     console.print(Text(_summary(diagnosis), style="bold"))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvsuite.case import Case
-from kvsuite.errors import CaseSkipped
+from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
 from kvsuite.quantization.apply import apply_quantization
@@ -54,6 +54,8 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
     ------
     CaseSkipped
         If the weight format cannot be used here.
+    CaseInvalid
+        If the model cannot be put into it.
     UserError
         If the model cannot be loaded.
     """
@@ -69,7 +71,11 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
         attn_implementation=attention,
         cache_dir=cache_dir,
     )
-    quantized = apply_quantization(loaded, weight_format)
+    try:
+        quantized = apply_quantization(loaded, weight_format)
+    except UserError as error:
+        # this format is impossible for this model; others of the run are not
+        raise CaseInvalid(str(error)) from error
     facts = {
         "label": spec.label,
         "kind": spec.kind,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.models import smollm2
 from kvsuite.models.presets import PRESETS
 from kvsuite.models.resolve import ModelSpec, resolve_model
@@ -32,6 +33,16 @@ _SMOLLM2: dict[str, Any] = {
 _NEEDED = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
+
+# sizes that may stand in a configuration, each with more than any model has
+_SIZES = {
+    "num_hidden_layers": 10_000, "hidden_size": 1 << 24, "intermediate_size": 1 << 26, "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 28, "patch_size": 1 << 16, "image_size": 1 << 20,
+    "prefill_chunk_size": 1 << 30, "tensor_parallel_shards": 1 << 16, "pipeline_parallel_stages": 1 << 16,
+}  # fmt: skip
+# 0 and -1 stand for none
+_LENGTHS = ("max_position_embeddings", "sliding_window")
+_LONGEST = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,11 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
     Raises
     ------
     UserError
-        If a field is missing or no number.
+        If a field is missing, no number, or a number that no model can have.
     """
     text: Mapping[str, Any] = fields.get("text_config") or fields
+    for part in (text, fields.get("vision_config") or {}):
+        _require_sizes(part, origin)
     missing = [name for name in _NEEDED if text.get(name) is None]
     if missing:
         raise UserError(
@@ -141,6 +154,13 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         )
     try:
         hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads={heads} cannot share num_key_value_heads={kv_heads}")
+        if text.get("head_dim") is None and hidden % heads:
+            raise ValueError(
+                f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
+            )
         trained, window = text.get("max_position_embeddings"), text.get("sliding_window")
         # Qwen's configurations name a window and say elsewhere that it is off
         uses = text.get("use_sliding_window", True)
@@ -151,7 +171,7 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
             hidden=hidden,
             intermediate=int(text["intermediate_size"]),
             query_heads=heads,
-            kv_heads=int(text.get("num_key_value_heads") or heads),
+            kv_heads=kv_heads,
             head_dim=int(text.get("head_dim") or hidden // heads),
             vocabulary=int(text["vocab_size"]),
             weights=weight_shapes(fields),
@@ -163,6 +183,34 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         raise UserError(
             f"--kv-model={origin}: its configuration cannot be read ({error}); check config.json"
         ) from error
+
+
+def _require_sizes(fields: object, origin: str) -> None:
+    """Refuse sizes that no model can have: each is a whole number, at least 1, and below what any machine could hold.
+
+    Raises
+    ------
+    UserError
+        Naming the field.
+    """
+    if not isinstance(fields, Mapping):
+        raise UserError(
+            f"--kv-model={origin}: its configuration cannot be read (a part is no object); check config.json"
+        )
+    for name, most in _SIZES.items():
+        value = fields.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+            raise UserError(
+                f"--kv-model={origin}: its configuration cannot be read ({name}={visible(value, VALUE_LIMIT)} must be a whole "
+                f"number from 1 to {most}); check config.json"
+            )
+    for name in _LENGTHS:
+        value = fields.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LONGEST):
+            raise UserError(
+                f"--kv-model={origin}: its configuration cannot be read ({name}={visible(value, VALUE_LIMIT)} must be a whole "
+                "number); check config.json"
+            )
 
 
 def _positive(value: Any) -> int | None:
@@ -183,6 +231,8 @@ def _mlc(spec: ModelSpec) -> Architecture:
     inner = content.get("model_config")
     if not isinstance(inner, dict):
         raise UserError(f"--kv-model={spec.request}: {path} has no model_config; give a folder that gen_config wrote")
+    for part in (content, inner):
+        _require_sizes(part, str(path))
     shards = int(inner.get("tensor_parallel_shards") or 1) * int(inner.get("pipeline_parallel_stages") or 1)
     if shards != 1:
         raise UserError(
@@ -214,6 +264,8 @@ def _from_hub(spec: ModelSpec, name: str) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise UserError(f"--kv-model={path}: cannot be read (nested too deeply); check the file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"--kv-model={path}: cannot be read ({error}); check the file") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.comparison import ComparisonOptions
 from kvsuite.options.option import option_of
@@ -357,7 +358,7 @@ class Gate:
             )  # fmt: skip
             terminalreporter.write(text)
         for problem in filter(None, (self._base.problem, self.problem)):
-            terminalreporter.write_line(f"warning: {problem}", yellow=True)
+            terminalreporter.write_line(visible(f"warning: {problem}"), yellow=True)
 
 
 def bracket(node_id: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from kvsuite.case import Case, canonical_json
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible, visible_lines
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.record import Record
@@ -80,10 +81,11 @@ def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Re
         stash[MEASURED] = measured
         rounds.extra_info.update(headline(record))
         if record.status in ("skipped", "invalid"):
-            pytest.skip(f"{record.status}: {record.reason}")
+            pytest.skip(visible(f"{record.status}: {record.reason}"))
         if record.status != "ok":
             failure = record.error or {}
-            pytest.fail(f"{record.status} in {failure.get('phase')}: {failure.get('message')}", pytrace=False)
+            told = visible_lines(f"{record.status} in {failure.get('phase')}: {failure.get('message')}")
+            pytest.fail(told, pytrace=False)
         return record
 
     return run

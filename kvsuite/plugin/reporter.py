@@ -13,6 +13,7 @@ from kvsuite.case import Case
 from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 from kvsuite.metrics.registry import metric_of
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
@@ -278,11 +279,11 @@ class Reporter:
         capture = self._config.pluginmanager.get_plugin("capturemanager")
         if capture is None:
             terminal.ensure_newline()
-            terminal.write_line(line)
+            terminal.write_line(visible(line))
             return
         with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
-            terminal.write_line(line)
+            terminal.write_line(visible(line))
 
 
 REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvsuite.distribution.progress import about
+from kvsuite.foreign_text import visible
 from kvsuite.meters.host_load import busy_now
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
@@ -40,7 +41,7 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
             f"kvsuite: this machine is busy ({busy}): times will scatter, and small differences mean nothing; close other "
             "programs, or see what can be told with: python -m kvsuite doctor"
         )
-    return lines
+    return [visible(line) for line in lines]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -58,17 +59,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for option in suite.unread_options(config.stash[OPTIONS]):
             terminalreporter.write_line(f"warning: {option}: no selected method reads it")
     if reporter.folder is not None:
-        terminalreporter.write_line(f"records and figures: {reporter.folder}")
+        terminalreporter.write_line(visible(f"records and figures: {reporter.folder}"))
         if reporter.page is not None:
-            terminalreporter.write_line(f"report: {reporter.page}")
+            terminalreporter.write_line(visible(f"report: {reporter.page}"))
     if reporter.kept_failures:
         terminalreporter.write_line(
             f"error: {reporter.kept_failures} failed cases of the resumed run were kept; --kv-resume-rerun measures them again",
             red=True,
         )
     for note in other_gpus(config):
-        terminalreporter.write_line(note, yellow=True)
+        terminalreporter.write_line(visible(note), yellow=True)
     if reporter.failure:
-        terminalreporter.write_line(f"error: {reporter.failure}", red=True)
+        terminalreporter.write_line(visible(f"error: {reporter.failure}"), red=True)
     if reporter.nothing_ran:
-        terminalreporter.write_line(f"error: no selected case could run: {reporter.nothing_ran}", red=True)
+        terminalreporter.write_line(visible(f"error: no selected case could run: {reporter.nothing_ran}"), red=True)

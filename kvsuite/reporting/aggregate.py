@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 from kvsuite.metrics.registry import ALIASES
 from kvsuite.record import metric_value
 from kvsuite.store.files import utf8
@@ -64,12 +65,12 @@ def by_name(rows: Sequence[Row]) -> dict[str, Row]:
     The label is the case's name. Where several rows share it (two engines, say) it is the bracket of the pytest id,
     and the whole id where even that is shared: two cases never become one series.
     """
-    names = [str(row["case"]["name"]) for row in rows]
-    brackets = [str(row["id"]).partition("[")[2].removesuffix("]") or str(row["id"]) for row in rows]
+    names = [visible(row["case"]["name"]) for row in rows]
+    brackets = [visible(str(row["id"]).partition("[")[2].removesuffix("]") or row["id"]) for row in rows]
     name_counts, bracket_counts = Counter(names), Counter(brackets)
     labels: dict[str, Row] = {}
     for row, name, bracket in zip(rows, names, brackets, strict=True):
-        label = name if name_counts[name] == 1 else bracket if bracket_counts[bracket] == 1 else str(row["id"])
+        label = name if name_counts[name] == 1 else bracket if bracket_counts[bracket] == 1 else visible(row["id"])
         labels[label] = row
     return labels
 

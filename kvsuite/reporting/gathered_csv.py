@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import csv_cell
 from kvsuite.store.files import write_atomic
 
 __all__ = ["CsvRow", "GatheredCsv", "Line", "lines_of", "read_text", "records_of"]
@@ -53,12 +54,12 @@ class GatheredCsv:
     identity: Callable[[CsvRow], tuple[Any, ...] | None]
 
     def text(self, rows: Iterable[CsvRow], *, header: bool = True) -> str:
-        """``rows`` with all columns as lines; ``None`` is an empty field."""
+        """``rows`` with all columns as lines; ``None`` is an empty field, and text is written by `csv_cell`."""
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
         if header:
             writer.writeheader()
-        writer.writerows({name: self.format_field(name, row[name]) for name in self.columns} for row in rows)
+        writer.writerows({name: csv_cell(self.format_field(name, row[name])) for name in self.columns} for row in rows)
         return buffer.getvalue()
 
     def check_appendable(self, path: Path) -> None:
@@ -86,7 +87,7 @@ class GatheredCsv:
             (again,) = self.parse(_decoded(self.text([row]).encode()), "the row")
         except UserError as error:
             raise ValueError(f"could not be read again: {error}") from error
-        differing = [name for name in self.columns if again[name] != row[name]]
+        differing = [name for name in self.columns if again[name] not in (row[name], csv_cell(row[name]))]
         if differing:
             raise ValueError(f"cannot be written to a CSV: {', '.join(f'{name}={row[name]!r}' for name in differing)}")
 
@@ -120,7 +121,7 @@ class GatheredCsv:
         known = {self.identity(row) for row in present} - {None}
         new = []
         for row in rows:
-            identity = self.identity(row)
+            identity = self.identity({name: csv_cell(value) for name, value in row.items()})
             if identity not in known:
                 new.append(row)
             if identity is not None:
@@ -146,10 +147,14 @@ class GatheredCsv:
 def read_text(path: Path, content: str) -> str:
     """The text of a CSV; ``content`` says in the error what is looked for."""
     try:
-        return _decoded(path.read_bytes())
+        text = _decoded(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"{path}: cannot be read ({reason}); give a {content} CSV") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}: line {line} holds a NUL byte, the file is damaged; restore it, or remove the line")
+    return text
 
 
 def lines_of(text: str, where: str) -> list[Line]:
@@ -163,11 +168,28 @@ def lines_of(text: str, where: str) -> list[Line]:
     # strict: an open quote would swallow the rows that are appended
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [(reader.line_num, fields) for fields in reader] or [(0, [])]
+        lines = [(reader.line_num, fields) for fields in reader] or [(0, [])]
     except csv.Error as error:
         raise UserError(
             f"{where}: line {reader.line_num} cannot be read as CSV ({error}); mend or remove it"
         ) from error
+    header = lines[0][1]
+    if len(header) == 1 and (other := next((mark for mark in _OTHER_SEPARATORS if mark in header[0]), None)):
+        raise UserError(
+            f"{where}: its columns are separated by {_OTHER_SEPARATORS[other]}, and commas are read; save it with commas"
+        )
+    return lines
+
+
+# what spreadsheets write in the place of commas
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+def cut_note(text: str, where: str) -> str | None:
+    """What to tell of a file that does not end where a line does: its last number may lack digits and still be one."""
+    if not text or text.endswith("\n"):
+        return None
+    return f"{where}: the last line has no end, so the file may be cut off inside its last number; compare it with the original"
 
 
 def records_of(lines: Sequence[Line], where: str) -> Iterator[Line]:

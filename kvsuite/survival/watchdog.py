@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import visible
 from kvsuite.measure.deadline import is_overdue, killed
 from kvsuite.store.records_file import read_records
 from kvsuite.store.store import RecordStore, open_run
@@ -55,26 +56,28 @@ def main(box: Path, parent: int, limit_s: float) -> None:
 def _close(entry: Mapping[str, Any], last: Mapping[str, Any] | None, limit_s: float) -> None:
     if last is None or last["began"] != entry["began"]:
         # it came back in the moment in which it was given up
-        print(f"kvsuite: the run was ended for {entry['id']}; go on with --kv-resume=latest", file=sys.stderr)
+        _say(f"the run was ended for {entry['id']}; go on with --kv-resume=latest")
         return
     if last["row"] is None:
-        print(
-            f"kvsuite: {last['id']}: its teardown ran longer than --kv-timeout={limit_s:g} s, and the run was ended; the "
-            "row of the case is written; go on with --kv-resume=latest",
-            file=sys.stderr,
+        _say(
+            f"{last['id']}: its teardown ran longer than --kv-timeout={limit_s:g} s, and the run was ended; the "
+            "row of the case is written; go on with --kv-resume=latest"
         )
         return
     row = crashed_row(last, Cause("Timeout", killed(limit_s)))
     try:
         folder = write_row(last, row)
     except UserError as error:
-        print(f"kvsuite: {row['id']}: {row['reason']}; its row could not be written: {error}", file=sys.stderr)
+        _say(f"{row['id']}: {row['reason']}; its row could not be written: {error}")
         return
-    print(
-        f"kvsuite: {row['id']}: {row['reason']}. Its row is in {folder}; go on with --kv-resume={folder}, and with -n 1 if a "
-        "case may hang, so that only its worker is killed",
-        file=sys.stderr,
+    _say(
+        f"{row['id']}: {row['reason']}. Its row is in {folder}; go on with --kv-resume={folder}, and with -n 1 if a "
+        "case may hang, so that only its worker is killed"
     )
+
+
+def _say(line: str) -> None:
+    print(f"kvsuite: {visible(line)}", file=sys.stderr)
 
 
 def write_row(entry: Mapping[str, Any], row: dict[str, Any]) -> Path:

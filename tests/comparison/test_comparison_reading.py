@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from kvsuite.__main__ import main
 from kvsuite.comparison import compare, latest_run, parse_rules, read_side
+from kvsuite.comparison.records import row_of
 from kvsuite.errors import UserError
 from kvsuite.record import REPORT_SCHEMA
 from kvsuite.reporting.report import assemble_report
+from kvsuite.store.files import utf8
 from kvsuite.store.records_file import read_records
 from kvsuite.store.store import RecordStore
 
@@ -222,3 +224,19 @@ def test_any_tail_of_the_jsonl_is_left_out_or_told(run: Path, data: st.DataObjec
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
     assert len(rows) <= 2
+
+
+@pytest.mark.parametrize("as_file", [True, False], ids=["a report", "this process"])
+def test_names_that_are_not_utf8_are_compared(tmp_path: Path, as_file: bool) -> None:
+    """Python holds such a name with half of a surrogate pair, which msgspec refuses."""
+    one = record("a", METRICS)
+    one["case"]["model"] = one["reason"] = "caf\udce9 \\udce9 🙂"
+    if as_file:
+        path = tmp_path / "records.jsonl"
+        write_run(tmp_path / "run")
+        lines = (tmp_path / "run" / "records.jsonl").read_bytes().split(b"\n")
+        path.write_bytes(lines[0] + b"\n" + utf8(json.dumps(one, ensure_ascii=False)) + b"\n")
+        ((row,),) = [run.rows for run in read_side(str(path), option="A").runs]
+    else:
+        row = row_of(one)
+    assert row.reason == row.case["model"] == "caf\\udce9 \\udce9 🙂"

@@ -149,6 +149,39 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, name: str, content: 
         architecture_of(folder(tmp_path / "broken", name, content))
 
 
+NONSENSE = {
+    "negative layers": ({"num_hidden_layers": -4}, "num_hidden_layers=-4 must be a whole number from 1 to 10000"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be"),
+    "3 for 4 heads": ({"num_attention_heads": 4, "num_key_value_heads": 3}, "=4 cannot share num_key_value_heads=3"),
+    "more keys than queries": ({"num_attention_heads": 4, "num_key_value_heads": 8}, "=4 cannot share num_key_value_heads=8"),
+    "part of a size": ({"hidden_size": 64.5}, "hidden_size=64.5 must be a whole number"),
+    "part of a head": ({"hidden_size": 65, "num_attention_heads": 4, "num_key_value_heads": 4}, "no multiple of"),
+    "text": ({"vocab_size": "100"}, "vocab_size=100 must be a whole number"),
+    "truth": ({"intermediate_size": True}, "intermediate_size=True must be"),
+    "list": ({"head_dim": [64]}, r"head_dim=\[64\] must be"),
+    "26 digits": ({"vocab_size": 10**26}, "vocab_size=1000.* must be a whole number from 1 to"),
+    "window": ({"sliding_window": 1.5}, "sliding_window=1.5 must be a whole number"),
+    "length": ({"max_position_embeddings": "many\n"}, r"max_position_embeddings=many\\n must be"),
+    "part": ({"vision_config": [1]}, "a part is no object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), NONSENSE.values(), ids=NONSENSE)
+def test_an_architecture_that_no_model_can_have(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_fields(QWEN2 | changes, label="x", origin="x")
+    if "vision_config" not in changes:
+        inner = QWEN2 | changes
+        with pytest.raises(UserError, match=message):
+            read_fields({"model_type": "llava", "text_config": inner}, label="x", origin="x")
+
+
+def test_a_configuration_nested_to_no_end_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        architecture_of(str(tmp_path))
+
+
 def test_models_without_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"config.json is not in the local hub cache; give dummy:<preset>"):

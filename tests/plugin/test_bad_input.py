@@ -195,3 +195,34 @@ def test_a_damaged_cached_model_is_named(tmp_path: Path) -> None:
     assert_one_line(
         run, f"--kv-model=smollm2: config.json in {folder} is missing or damaged; delete that folder or choose"
     )
+
+
+def test_a_weight_format_that_is_impossible_for_the_model_ends_its_own_case_alone(tmp_path: Path) -> None:
+    """A weight that float16 cannot hold: the formats of float16 are invalid, the others are measured."""
+    conftest = """
+import pytest, torch
+from kvsuite.quantization import apply
+
+@pytest.fixture(autouse=True, scope="session")
+def a_weight_beyond_float16():
+    from kvsuite.engines import loading
+    load = loading.load_model
+    def spoilt(*args, **named):
+        loaded = load(*args, **named)
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                if parameter.dim() == 2:
+                    parameter[0, 0] = 1e30
+        return loaded
+    loading.load_model = spoilt
+    yield
+    loading.load_model = load
+"""
+    project = copy_benchmarks(tmp_path, conftest=conftest)
+    run = run_pytest(
+        project, *TINY, "-k", "baseline", "--kv-quantization=none,q4f16_1", "--kv-rounds=1", "-W", "ignore"
+    )
+    rows = {row["case"]["quantization"]: row for row in run.lines()[1:]}
+    assert rows[None]["status"] == "ok"
+    assert rows["q4f16_1"]["status"] == "invalid"
+    assert "not finite in float16" in rows["q4f16_1"]["reason"]

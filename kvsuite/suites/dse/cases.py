@@ -102,7 +102,7 @@ def default_formats(options: Options) -> tuple[str, ...]:
     config = expanded(model) / "mlc-chat-config.json"
     try:
         return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         named = _MLC_NAME.search(model)
         return _MLC_FORMATS if named is None else (named[1],)
 

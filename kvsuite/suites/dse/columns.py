@@ -180,7 +180,9 @@ def format_field(name: str, value: Any) -> str:
     if name in _WHOLE:
         return str(int(value))
     if name in _JSON:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")) if value else ""
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")) if value else ""
+        # what would be written out is escaped as JSON, which reads it back
+        return text if text.isprintable() else json.dumps(value, sort_keys=True, separators=(",", ":"))
     if name not in _FLOATS:
         return str(value)
     # the original writes whole numbers of the engine without a fraction

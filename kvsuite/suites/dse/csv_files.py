@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.gathered_csv import CsvRow, GatheredCsv, lines_of, read_text, records_of
+from kvsuite.reporting.gathered_csv import CsvRow, GatheredCsv, cut_note, lines_of, read_text, records_of
 
 from .columns import (
     METRICS,
@@ -146,7 +146,7 @@ def _parse(text: str, where: str, tag: str) -> Sheet:
                 raise UserError(f"{where}: line {number} is not a result ({error}); mend or remove it") from error
         without_number += table is METRICS and row["metric_value"] is None
         rows.append(row)
-    notes = []
+    notes = [note] if (note := cut_note(text, where)) else []
     if foreign:
         notes.append(f"{where}: the column{'s' if len(foreign) > 1 else ''} {', '.join(map(repr, foreign))} ignored")
     if without_number:

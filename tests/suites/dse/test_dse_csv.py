@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvsuite.case import model_tag
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import csv_cell
 from kvsuite.suites.dse.columns import AXES, KEY, METRICS, RESULTS, TABLES, format_field, series_tag
 from kvsuite.suites.dse.csv_files import (
     append_rows,
@@ -215,7 +216,6 @@ def test_another_header_is_not_appended_to_and_no_file_grows(tmp_path: Path) -> 
         ({"extra": 1}, "columns differ: \\['extra'\\]"),
         ({"time_s": float("nan")}, "time_s is nan"),
         ({"model": ""}, "model is empty"),
-        ({"device": "a\r\nb"}, "device="),
         ({"max_batch_size": 1.5}, "max_batch_size=1.5"),
     ],
 )
@@ -247,5 +247,37 @@ def test_any_value_comes_back(time_s: float, memory: float, inert: dict[str, str
     from kvsuite.suites.dse import csv_files as dse_csv
 
     (found,) = dse_csv._parse(text, "x", "").rows
-    assert found == row
+    assert found == row | {"model": csv_cell(name)}
     assert csv_text(RESULTS, [found]) == text
+
+
+def test_a_file_cut_inside_its_last_number_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "kv_cache_dse_results_a.csv"
+    path.write_text(f"{HEADER}\n{ROW[:-4]}")
+    (note,) = read_sheet(path).notes
+    assert "the last line has no end, so the file may be cut off inside its last number" in note
+    path.write_text(f"{HEADER}\n{ROW}\n")
+    assert read_sheet(path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{HEADER}\n{ROW}\n{ROW[:20]}\0\0{ROW[22:]}\n", "line 3 holds a NUL byte"),
+        (f"{HEADER}\n{ROW}\n".replace(",", ";"), "separated by semicolons, and commas are read; save it with commas"),
+        (f"{HEADER}\n{ROW}\n".replace(",", "\t"), "separated by tabs, and commas are read"),
+    ],
+)
+def test_what_a_file_is_damaged_by_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "kv_cache_dse_results_a.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_sheet(path)
+
+
+def test_formulas_and_lines_of_others_are_text_in_a_cell_and_found_again(tmp_path: Path) -> None:
+    rows = [row | {"model": "=HYPERLINK(1)\nx"} for row in rows_of()]
+    (path,) = append_rows(tmp_path, RESULTS, rows)
+    assert "'=HYPERLINK(1)\\nx," in path.read_text()
+    assert len(path.read_text().splitlines()) == 1 + len(rows)
+    assert append_rows(tmp_path, RESULTS, rows) == []

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from perplexity_samples import our_row
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import csv_cell
 from kvsuite.suites.perplexity.csv_files import (
     COLUMNS,
     ORIGINAL_COLUMNS,
@@ -87,7 +88,6 @@ def test_a_path_as_a_name_is_written_inside_the_folder(tmp_path: Path) -> None:
         ({"hf_model": ""}, "hf_model is empty"),
         ({"dataset": None}, "dataset is empty"),
         ({"max_length": 2048.5}, "max_length=2048.5"),
-        ({"hf_model": "a\r\nb"}, "hf_model="),
         ({"hf_model": "x" * 200_000}, "could not be read again"),
         ({"schema_version": 2}, "schema_version is 2"),
     ],
@@ -210,5 +210,5 @@ def test_every_row_is_refused_or_comes_back(model: str, dataset: str, ppl: float
             assert visible(Path(folder)) == []
             return
         assert path.parent == Path(folder)
-        assert read_rows(path) == [row]
+        assert read_rows(path) == [{name: csv_cell(value) for name, value in row.items()}]
         check_results(Path(folder))
