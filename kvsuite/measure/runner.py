@@ -85,6 +85,8 @@ class CaseRunner:
         measured, whichever comes first in time and in whichever process.
     watch
         Is told the record so far whenever a phase of a case begins.
+    ends_run
+        Exceptions that end the run, in the midst of a case too: what a signal raises must not become a case's status.
     poisoned
         Why this process can measure nothing more on a CUDA device, ``None`` while it can.
     timed_out
@@ -100,6 +102,7 @@ class CaseRunner:
     texts: TextSource = field(default_factory=TextSource)
     planned: Sequence[Case] = ()
     watch: Callable[[Record, str], None] = _unwatched
+    ends_run: tuple[type[Exception], ...] = ()
     poisoned: str | None = None
     timed_out: bool = False
 
@@ -147,6 +150,8 @@ class CaseRunner:
         except UserError:
             raise
         except Exception as error:
+            if isinstance(error, self.ends_run):
+                raise
             record.status = "oom" if is_out_of_memory(error) else "error"
             record.error = {
                 "type": type(error).__name__,

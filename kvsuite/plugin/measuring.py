@@ -40,7 +40,7 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
         options, registry, environment, sessions, measuring_suite, planned=config.stash.get(PLANNED, ()),
-        watch=partial(tell_box, config),
+        watch=partial(tell_box, config), ends_run=(pytest.exit.Exception,),
     )  # fmt: skip
     yield runner
     sessions.close()

@@ -226,3 +226,13 @@ def test_a_real_allocation_that_cannot_be() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("where", ["prepare", "score", "memory", "generate"])
+def test_what_ends_the_run_passes_through_a_case(where: str) -> None:
+    # pytest.exit raises an Exception, and a signal may come at any time
+    bench = Bench(Script(fault=failing(where, pytest.exit.Exception("SIGTERM"))))
+    bench.runner.ends_run = (pytest.exit.Exception,)
+    with pytest.raises(pytest.exit.Exception):
+        bench.run()
+    assert bench.session.called("finish")
