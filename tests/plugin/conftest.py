@@ -3,8 +3,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# a run inside this process forgets what it imported: without these every one would load them again, four fifths of its time
+import hypothesis
+import jinja2
+import jsonschema
 import pytest
 from pytest_runs import TINY, Run, copy_benchmarks, run_pytest
+
+LOADED = (hypothesis, jinja2, jsonschema)
 
 
 @pytest.fixture(autouse=True)
