@@ -11,6 +11,8 @@ from pytest_runs import NO_FIGURES, TINY, copy_benchmarks
 MANY = (
     *TINY, "--kv-method=streaming_llm,fix_size_l2,l2_compress", "--kv-fix-kv-sizes=6,8", "--kv-keep-ratios=0.5",
     "--kv-prune-after=4", "-p", "no:cacheprovider", "-p", "no:benchmark",
+    # what they load takes longer than a case
+    "-p", "no:hypothesispytest", "-p", "no:anyio",
 )  # fmt: skip
 #: what every run may have its own of
 _OWN = (
