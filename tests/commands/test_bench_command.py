@@ -17,7 +17,11 @@ TINY = ("--kv-model=dummy:tiny", "--kv-device=cpu", "--kv-threads=1", "--kv-roun
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **{n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")},
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -56,7 +56,7 @@ def asked(package: Path, code: str) -> tuple[Any, str]:
     program = f"import json, sys\nfrom kvsuite.compression import *\nfrom kvsuite.errors import UserError\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(package)},
+        env={n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | {"PYTHONPATH": str(package)},
     )  # fmt: skip
     return json.loads(done.stdout), done.stderr
 
