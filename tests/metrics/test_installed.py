@@ -33,6 +33,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: energy-meter\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(POINTS)
     monkeypatch.syspath_prepend(tmp_path)
+    # workers of xdist leave the telling to their controller
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     installed_metrics.cache_clear()
     yield
     installed_metrics.cache_clear()
