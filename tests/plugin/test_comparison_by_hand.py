@@ -28,7 +28,7 @@ def test_a_file_of_cases_made_by_hand_that_was_left_out_is_not_missing(pytester:
         (pytester.path / f"test_{name}.py").write_text(BY_HAND.replace("tight", name))
     result = pytester.runpytest_inprocess(*ARGUMENTS, "test_tight.py", "test_wide.py")
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["mine: 2 cases; a suite without a table, see the report"])
+    result.stdout.fnmatch_lines(["mine *PPL*", "tight *150.00*", "wide *150.00*"])
     pytester.runpytest_inprocess(
         *ARGUMENTS, "test_tight.py", "--kv-compare=latest", "--kv-fail=missing"
     ).assert_outcomes(passed=1)
