@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
+from kvsuite.foreign_text import VALUE_LIMIT, visible
+from kvsuite.options.numbers import decimal
 
-from .arguments import number, path_argument
+from .arguments import path_argument
 
 if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
@@ -40,9 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     test = parser.add_mutually_exclusive_group()
     test.add_argument("--no-self-test", action="store_true", help="leave the noise of the machine out")
-    test.add_argument(
-        "--seconds", metavar="S", type=number, default=5.0, help="length of the self-test of each device (default: 5)"
-    )
+    test.add_argument("--seconds", metavar="S", default="5", help="length of the self-test of each device (default: 5)")
     parser.add_argument(
         "--report-dir", "--kv-report-dir", metavar="FOLDER", type=path_argument, default=Path("reports"),
         help="folder for runs that has to be writable (default: reports)",
@@ -58,8 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     UserError
         If the length of the self-test is none.
     """
-    if not 0 < arguments.seconds <= _LONGEST:
-        raise UserError(f"--seconds={arguments.seconds:g}: must be above 0 and at most {_LONGEST:g}")
+    try:
+        seconds = decimal(arguments.seconds)
+    except ValueError as error:
+        raise UserError(
+            f"--seconds={visible(arguments.seconds, VALUE_LIMIT)}: {error}; for example --seconds=5"
+        ) from error
+    if not 0 < seconds <= _LONGEST:
+        raise UserError(f"--seconds={seconds:g}: must be above 0 and at most {_LONGEST:g}")
     try:
         from rich.console import Console
 
@@ -70,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     diagnosis = diagnose(
         arguments.report_dir,
-        seconds=None if arguments.no_self_test else arguments.seconds,
+        seconds=None if arguments.no_self_test else seconds,
         say=lambda line: print(f"{line} ...", file=sys.stderr) if sys.stderr.isatty() else None,
     )
     if arguments.json:

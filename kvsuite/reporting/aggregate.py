@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvsuite.errors import UserError
@@ -59,18 +59,19 @@ def suite_rows(rows: Sequence[Row], suite: str) -> list[Row]:
     return selected
 
 
-def by_name(rows: Sequence[Row]) -> dict[str, Row]:
+def by_name(rows: Sequence[Row], write: Callable[[object], str] = visible) -> dict[str, Row]:
     """Rows by the label that tables and figures show, in run order.
 
     The label is the case's name. Where several rows share it (two engines, say) it is the bracket of the pytest id,
-    and the whole id where even that is shared: two cases never become one series.
+    and the whole id where even that is shared: two cases never become one series. ``write`` makes text of it: one line for a
+    terminal or a figure, ``str`` where what reads the labels shows any text safely.
     """
-    names = [visible(row["case"]["name"]) for row in rows]
-    brackets = [visible(str(row["id"]).partition("[")[2].removesuffix("]") or row["id"]) for row in rows]
+    names = [write(row["case"]["name"]) for row in rows]
+    brackets = [write(str(row["id"]).partition("[")[2].removesuffix("]") or row["id"]) for row in rows]
     name_counts, bracket_counts = Counter(names), Counter(brackets)
     labels: dict[str, Row] = {}
     for row, name, bracket in zip(rows, names, brackets, strict=True):
-        label = name if name_counts[name] == 1 else bracket if bracket_counts[bracket] == 1 else visible(row["id"])
+        label = name if name_counts[name] == 1 else bracket if bracket_counts[bracket] == 1 else write(row["id"])
         labels[label] = row
     return labels
 

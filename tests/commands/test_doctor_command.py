@@ -30,17 +30,10 @@ def test_a_broken_installation_is_exit_code_1_and_is_named(capsys, monkeypatch):
     assert "Noise" not in out
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "601"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "601", "nan"])
 def test_a_length_that_is_none(capsys, seconds):
     assert main(["doctor", f"--seconds={seconds}"]) == 4
     assert "--seconds=" in capsys.readouterr().err
-
-
-def test_a_length_that_is_no_number(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--seconds=nan"])
-    assert ended.value.code != 0
-    assert "--seconds: nan: not a number" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -82,7 +82,7 @@ def case_data(folder: Path, rows: Sequence[Row], metrics: Sequence[Column]) -> d
         "cells": cells,
         "spread": spread,
         "missing": missing,
-        "names": list(by_name(rows)),
+        "names": list(by_name(rows, str)),
         "status": [row["status"] for row in rows],
         "failure": [None if row["status"] == "ok" else pool.add(failure(row)) for row in rows],
         "details": [{label: pool.add(value) for label, value in _details(row)} for row in rows],

@@ -186,7 +186,7 @@ def _shown(pictures: Mapping[str, bytes]) -> list[dict[str, str]]:
 
 
 def _warnings(rows: Sequence[Row]) -> dict[str, Any]:
-    labelled = by_name(rows)
+    labelled = by_name(rows, str)
     found: dict[str, list[str]] = {}
     for name, row in labelled.items():
         for warning in row.get("warnings") or []:
