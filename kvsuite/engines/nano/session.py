@@ -40,7 +40,7 @@ class NanoSession(LoadedSession):
     """A loaded model behind the paged runtime.
 
     A design point (the workload's protocol is ``serving``) is served with its own limits, as many requests at a time as its
-    batch. Of any other case requests are served one by one, with a pool for the longest.
+    batch. Of any other case the pool holds the requests that are served together, each as long as the longest.
 
     Parameters
     ----------
@@ -126,7 +126,9 @@ class NanoSession(LoadedSession):
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
         runtime = self._runtime(requests)
-        served = serve_requests(runtime, requests, clock, stamps_on_delivery=self._limits is None)
+        served = serve_requests(
+            runtime, requests, clock, stamps_on_delivery=self._limits is None and len(requests) == 1
+        )
         if clock is not None and self._limits is None:
             taken = served.counts
             self.effective["tokens"] = {
@@ -198,13 +200,7 @@ class NanoSession(LoadedSession):
         del self._loaded, self.decoder, self._holder
 
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
-        """The runtime of the point, or of one request at a time: its pool holds the longest so far, and one token more.
-
-        Raises
-        ------
-        CaseInvalid
-            For several requests of a case that is no design point.
-        """
+        """The runtime of the point, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
             runtime = self._holder.get(self._limits, None, captures=captures)
             self._holder.state(runtime, self.effective)
@@ -214,12 +210,8 @@ class NanoSession(LoadedSession):
                 "prefill_first": runtime.limits.prefill_first,
             }
             return runtime
-        if len(requests) != 1:
-            raise CaseInvalid(
-                f"engine nano serves {len(requests)} requests together in a design point alone, whose batch sizes its pool; "
-                "use the design-space suite"
-            )
-        self._longest = max(self._longest, len(requests[0].prompt) + requests[0].new_tokens + 1)
-        runtime = self._holder.get(self._holder.limits(self._longest), self._method.policy, captures=captures)
+        self._longest = max(self._longest, *(len(one.prompt) + one.new_tokens + 1 for one in requests))
+        limits = self._holder.limits(self._longest, sequences=len(requests))
+        runtime = self._holder.get(limits, self._method.policy, captures=captures)
         self._holder.state(runtime, self.effective)
         return runtime

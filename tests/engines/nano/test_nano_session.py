@@ -244,16 +244,20 @@ def test_a_long_prompt_is_fed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
         assert on._runtime([ServeRequest(long, 8)]).counters.steps == 6 + 7
 
 
-def test_several_requests_are_a_design_points() -> None:
+@pytest.mark.parametrize("of", [case(), streaming(16)], ids=["full cache", "policy"])
+def test_several_requests_together_get_what_each_gets_alone(of: Case) -> None:
     on = served()
-    on.prepare(nano(case()))
-    pair = [ServeRequest(PROMPT, 4), ServeRequest(PROMPT, 4)]
-    for use in (on.serve, on.memory):
-        with pytest.raises(
-            CaseInvalid, match=r"serves 2 requests together in a design point alone.*design-space suite"
-        ):
-            use(pair)
-    assert len(tokens_of(on, PROMPT, 4)) == 4
+    on.prepare(nano(of))
+    prompts = [PROMPT, PROMPT[:30], PROMPT[5:]]
+    alone = [tokens_of(on, prompt, 6) for prompt in prompts]
+    together = on.serve([ServeRequest(prompt, 6) for prompt in prompts], CountingClock())
+    assert together.outputs == alone
+    assert [times.generated for times in together.times] == [6, 6, 6]
+    assert together.counts["preemptions"] == 0
+    assert on.effective["max_num_seqs"] == 3
+    found = on.memory([ServeRequest(prompt, 6) for prompt in prompts])
+    singles = [on.memory([ServeRequest(prompt, 6)]).kv_bytes_decode for prompt in prompts]
+    assert found.kv_bytes_decode == sum(size for size in singles if size is not None)
 
 
 def test_what_is_in_effect() -> None:
