@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -45,8 +44,6 @@ collect_ignore = ["data"]
 
 
 def pytest_configure():
-    # tables fit the terminal: the same one wherever tests are started, and in the runs that they start
-    os.environ["COLUMNS"] = "1000"
     hand_on_default_signals()
 
 
@@ -55,6 +52,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_width_of_terminal():
+    # tables fit the terminal: the same one wherever tests are started, and in the runs that they start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "1000")
+        yield
 
 
 @pytest.fixture(autouse=True)
