@@ -98,7 +98,7 @@ class Reporter:
         from kvsuite.store.records_file import code_of
 
         then = {} if self._earlier is None else code_of(self._earlier.run) or {}
-        self._code = code_hashes(self._config.rootpath, ids, then)
+        self._code = code_hashes(self._config.rootpath, ids, then, cases=cases)
         if self._earlier is not None:
             from kvsuite.meters.environment import host_facts
 
