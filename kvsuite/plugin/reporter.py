@@ -102,8 +102,10 @@ class Reporter:
         if self._earlier is not None:
             from kvsuite.meters.environment import host_facts
 
+            known = self._config.hook.pytest_kvsuite_metrics(config=self._config)
             self._earlier.require_same(
-                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()}
+                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()},
+                {metric.name: metric.version for metrics in known for metric in metrics},
             )
         if not cases:
             return
