@@ -4,7 +4,7 @@
 
 from typing import Annotated, Any
 
-from kvsuite.entry_points import find
+from kvsuite.entry_points import ENGINES, find
 from kvsuite.errors import UserError
 
 from .dtypes import parse_dtype
@@ -24,8 +24,6 @@ from .option import (
     whole_number,
 )
 
-#: the entry-point group of engines: their names are known without importing them
-ENGINES = "kvsuite.engines"
 # the original's way to name a weight format
 _SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
 
