@@ -15,6 +15,24 @@ from .decoder import refuse_while_capturing
 _CHANGING_ROPE = ("dynamic", "longrope")
 
 
+def forget_longer_sequences(model: nn.Module) -> None:
+    """Let dynamic frequencies begin anew with every sequence.
+
+    transformers goes back to the frequencies of training only where a sequence is shorter than those: until then a sequence
+    has the frequencies of a longer one that went before.
+    """
+
+    def begin(embedding: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        positions = named["position_ids"] if "position_ids" in named else arguments[1]
+        if embedding.max_seq_len_cached > embedding.original_max_seq_len and not int(positions.min()):
+            embedding.register_buffer("inv_freq", embedding.original_inv_freq.to(positions.device), persistent=False)
+            embedding.max_seq_len_cached = embedding.original_max_seq_len
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_inv_freq"):
+            module.register_forward_pre_hook(begin, with_kwargs=True)
+
+
 class Rotary:
     """Rotates keys to any positions with the model's own rotary embedding, in float32.
 

@@ -59,10 +59,12 @@ class Layer:
     latent: bool = False
 
     def stored(self, tokens: int) -> int:
-        """Tokens of a text of ``tokens`` that a query of this layer can still see, and so must be stored."""
+        """Tokens that transformers' cache holds of ``tokens``: of a window those that the next query sees beside itself."""
         if self.attention is None:
             return 0
-        return tokens if self.window is None else min(tokens, self.window)
+        # GPT-Neo masks its local layers and stores everything
+        bounded = self.window is not None and self.window > 1 and self.what != "local"
+        return min(tokens, self.window - 1) if bounded and self.window else tokens
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,11 @@ _UNTOLD = {
     "hrm_text": "its layers are run several times, each with a cache of its own",
     "longcat_flash": "each of its layers has two attentions",
     "openai-gpt": "its class caches nothing",
-    "recurrent_gemma": "it keeps keys, values and states in its modules, not in a cache",
+    "recurrent_gemma": "it holds no keys and values in a cache, but states in its modules",
     "reformer": "it stores buckets of hashes",
-    "rwkv": "it keeps states, in a form of its own",
+    "rwkv": "it holds no keys and values, but states",
     "xlnet": "it stores hidden states",
-    "xlstm": "it keeps states, in a form of its own",
+    "xlstm": "it holds no keys and values, but states",
     "zamba": "its attention layers share weights and read a width of their own",
 }
 #: words of `layer_types` whose cache is stored in other forms than keys and values of a token each

@@ -172,7 +172,6 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_named(engine: str, tmp
     assert "tokenizer" in str(record.reason)
 
 
-@not_yet("ALiBi counts slots, which an evicted cache does not keep: RuntimeError")
 def test_alibi_under_a_policy_is_refused(tmp_path: Path) -> None:
     folder = save(
         tmp_path, "Falcon", vocab_size=258, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, alibi=True,

@@ -95,7 +95,9 @@ def register_observed_attention(base: str) -> str:
         cache = _Current.cache
         if cache is not None:
             scaling = kwargs.get("scaling")
-            cache.layers[module.layer_idx].see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            see = getattr(cache.layers[module.layer_idx], "see", None)
+            if see is not None:  # a layer on which no policy acts does not look
+                see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
         found: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[base](
             module, query, key, value, attention_mask, dropout=dropout, **kwargs
         )
