@@ -58,6 +58,10 @@ class Layer:
     recurrent: bool = False
     latent: bool = False
 
+    def token_bytes(self, element_bytes: int) -> int:
+        """Bytes of a token's key and value: ``kv_heads * (key_dim + value_dim) * element_bytes``."""
+        return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
+
     def stored(self, tokens: int) -> int:
         """Tokens of a text of ``tokens`` that a query of this layer can still see, and so must be stored."""
         if self.attention is None:
@@ -85,6 +89,14 @@ class ModelLayers:
     positions: Positions
     switch_length: int | None = None
     learned_length: int | None = None
+
+    def kv_bytes(self, tokens_per_layer: Sequence[int], element_bytes: int) -> int:
+        """Bytes of keys and values of that many tokens in each layer: the sum of ``tokens * token_bytes``.
+
+        The one formula for what is stored, planned and predicted.
+        """
+        pairs = zip(self.layers, tokens_per_layer, strict=True)
+        return sum(tokens * layer.token_bytes(element_bytes) for layer, tokens in pairs)
 
     @property
     def windows(self) -> tuple[Layer, ...]:
