@@ -79,8 +79,9 @@ def footprint(case: Case, options: Options) -> Footprint:
         predictor = get_engine(case.engine, options).memory_model(architecture, case)
         if predictor is not None:
             return _of_point(case, predictor, known)
-    tokens = _tokens(case)
-    cache = tokens * architecture.kv_bytes_per_token(format_.element_bytes)
+    if isinstance(architecture.cache, str):
+        return replace(known, reason=architecture.cache)
+    cache = architecture.kv_bytes(_tokens(case), format_.element_bytes)
     return Footprint(known.weight_bytes, known.elements, weights + cache)
 
 

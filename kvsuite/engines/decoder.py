@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvsuite.models.layers import layers_of
+from .cache_plan import kv_bytes
 
 
 class Decoder:
@@ -21,27 +21,31 @@ class Decoder:
         Configuration of its language part.
     device
         Where it lies.
-
-    Raises
-    ------
-    UserError
-        If what its layers store cannot be told (`kvsuite.models.layers.UnknownLayers`).
     """
 
     def __init__(self, model: Any, text_config: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
-        #: what each layer is and stores
-        self.model_layers = layers_of(text_config.to_dict())
-        self.layers = len(self.model_layers.layers)
-        self.kv_heads = max(layer.kv_heads for layer in self.model_layers.layers)
+        self.layers = int(text_config.num_hidden_layers)
+        heads = int(text_config.num_attention_heads)
+        self.kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
+        self.head_dim = int(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
         self.element_bytes = model.dtype.itemsize
-        #: the model's own window, ``None`` if its layers see everything
-        self.sliding_window = max((layer.window or 0 for layer in self.model_layers.windows), default=None)
+        kinds = getattr(text_config, "layer_types", None) or []
+        window = getattr(text_config, "sliding_window", None)
+        slides = any("sliding" in kind for kind in kinds) if kinds else bool(window)
+        #: the model's own sliding window, ``None`` if its layers see everything
+        self.sliding_window = int(window) if window and slides else None
 
     def kv_bytes(self, tokens_per_layer: Sequence[int]) -> int:
         """Bytes of a cache that holds these numbers of tokens."""
-        return self.model_layers.kv_bytes(tokens_per_layer, self.element_bytes)
+        return kv_bytes(
+            tokens_per_layer,
+            batch=1,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            element_bytes=self.element_bytes,
+        )
 
     def probe_step(self) -> None:
         """A short prefill and a few decode steps: what the thread probe times."""

@@ -58,15 +58,13 @@ class Layer:
     recurrent: bool = False
     latent: bool = False
 
-    def token_bytes(self, element_bytes: int) -> int:
-        """Bytes of a token's key and value: ``kv_heads * (key_dim + value_dim) * element_bytes``."""
-        return self.kv_heads * (self.key_dim + self.value_dim) * element_bytes
-
     def stored(self, tokens: int) -> int:
-        """Tokens of a text of ``tokens`` that a query of this layer can still see, and so must be stored."""
+        """Tokens that transformers' cache holds of ``tokens``: of a window those that the next query sees beside itself."""
         if self.attention is None:
             return 0
-        return tokens if self.window is None else min(tokens, self.window)
+        # GPT-Neo masks its local layers and stores everything
+        bounded = self.window is not None and self.window > 1 and self.what != "local"
+        return min(tokens, self.window - 1) if bounded and self.window else tokens
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,6 @@ class ModelLayers:
     switch_length: int | None = None
     learned_length: int | None = None
 
-    def kv_bytes(self, tokens_per_layer: Sequence[int], element_bytes: int) -> int:
-        """Bytes of keys and values of that many tokens in each layer: the sum of ``tokens * token_bytes``.
-
-        The one formula for what is stored, planned and predicted.
-        """
-        pairs = zip(self.layers, tokens_per_layer, strict=True)
-        return sum(tokens * layer.token_bytes(element_bytes) for layer, tokens in pairs)
-
     @property
     def windows(self) -> tuple[Layer, ...]:
         """Layers that see less than the whole text."""
@@ -109,6 +99,16 @@ class ModelLayers:
         shapes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in self.layers}
         return len(shapes) == 1 and all(
             layer.attention == "full" and not layer.recurrent and not layer.latent for layer in self.layers
+        )
+
+    def kv_bytes(self, tokens_per_layer: Sequence[int], element_bytes: int) -> int:
+        """Bytes of that many tokens in each layer: the sum of ``kv_heads * (key_dim + value_dim) * tokens * element_bytes``.
+
+        The one formula for what is stored, planned and predicted.
+        """
+        pairs = zip(self.layers, tokens_per_layer, strict=True)
+        return element_bytes * sum(
+            layer.kv_heads * (layer.key_dim + layer.value_dim) * tokens for layer, tokens in pairs
         )
 
 
