@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import UserError
+from kvsuite.workloads.token_rows import require_rows
 from kvsuite.workloads.windows import Window, merge_windows, target_positions, window_inputs
 
 _CPU_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
@@ -37,7 +38,7 @@ class WindowText:
 
     Raises
     ------
-    UserError
+    CaseInvalid
         If a token id lies outside the vocabulary: on CUDA that would end the process.
     """
 
@@ -46,11 +47,7 @@ class WindowText:
     ) -> None:
         # from the configuration: a packed embedding has no weight to ask
         vocabulary = int(model.config.get_text_config().vocab_size)
-        highest = max((*tokens, prefix_token or 0))
-        if highest >= vocabulary:
-            raise UserError(
-                f"--kv-model: the text has token {highest}, the model only {vocabulary}; use the model's own tokenizer"
-            )
+        require_rows((*tokens, prefix_token or 0), vocabulary)
         self.positions = target_positions(windows)
         self.target_ids = [int(tokens[position]) for position in self.positions]
         self.passes = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvsuite.errors import UserError
+from kvsuite.meters.quality import exponential
 
 PROTOCOLS = ("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")
 #: protocols that step by ``--kv-stride``; the others step by their window
@@ -278,7 +279,7 @@ def original_perplexity(nll: Sequence[float], windows: Sequence[Window]) -> floa
         mean = math.fsum(nll[at : at + window.targets]) / window.targets
         total += mean * (window.end - before)
         at, before = at + window.targets, window.end
-    return math.exp(total / before)
+    return exponential(total / before)
 
 
 @dataclass(frozen=True)
@@ -303,11 +304,11 @@ class TextCounts:
 
     def word_perplexity(self, nll_sum: float) -> float:
         """``exp(nll_sum / words)``."""
-        return math.exp(nll_sum / self.words)
+        return exponential(nll_sum / self.words)
 
     def byte_perplexity(self, nll_sum: float) -> float:
         """``exp(nll_sum / bytes)``."""
-        return math.exp(nll_sum / self.utf8_bytes)
+        return exponential(nll_sum / self.utf8_bytes)
 
     def bits_per_byte(self, nll_sum: float) -> float:
         """``nll_sum / (bytes * ln 2)``."""
