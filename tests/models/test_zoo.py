@@ -35,7 +35,6 @@ _OWN_WINDOW = "a window of its own refuses everything"
 _EAGER = "models without sdpa are told to have a broken checkpoint"
 _SWITCH = "frequencies follow the longest sequence that went before, or of a batch"
 _LINEAR = "layers without keys and values end in a ValueError"
-_NOT_CAUSAL = "refused with other words, or measured"
 NOT_YET: dict[str, dict[str, str]] = {
     "hf": {
         "Llama, dynamic rope": _SWITCH,
@@ -67,9 +66,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "Mamba": _EAGER,
         "Mamba 2": _EAGER,
         "RWKV": _EAGER,
-        "RecurrentGemma": _OWN_WINDOW,
-        "BERT": _NOT_CAUSAL,
-        "T5": _NOT_CAUSAL,
     },
     "nano": {
         "Llama, dynamic rope": _SWITCH,
@@ -98,9 +94,6 @@ NOT_YET: dict[str, dict[str, str]] = {
         "Mamba": _EAGER,
         "Mamba 2": _EAGER,
         "RWKV": _EAGER,
-        "RecurrentGemma": _OWN_WINDOW,
-        "BERT": _NOT_CAUSAL,
-        "T5": _NOT_CAUSAL,
     },
 }
 
