@@ -20,8 +20,8 @@ GIB = 1024**3
 MIB = 1024**2
 
 
-def json_text(document: Mapping[str, Any], where: str) -> str:
-    """A document as it stands in a file.
+def json_bytes(document: Mapping[str, Any], where: str) -> bytes:
+    """A document as it stands in a file: indented, UTF-8.
 
     Raises
     ------
@@ -33,9 +33,9 @@ def json_text(document: Mapping[str, Any], where: str) -> str:
     try:
         # Python's own indentation is slow, and msgspec would write null for NaN
         packed = utf8(json.dumps(document, allow_nan=False, ensure_ascii=False))
-        return msgspec.json.format(packed, indent=2).decode("utf-8") + "\n"
+        return msgspec.json.format(packed, indent=2) + b"\n"
     except msgspec.DecodeError:  # a file name that is not UTF-8, which Python holds as half of a pair
-        return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        return utf8(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     except ValueError as error:
         raise UserError(f"{where}: holds NaN or an infinity ({error}); write null with a reason instead") from error
 
