@@ -9,6 +9,9 @@ from typing import Any
 from .formats import WeightFormat
 
 Matrix = tuple[int, int, int]
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+#: families of language models whose weights are known
+KNOWN_SHAPES = (*_LLAMA_LIKE, "gpt_neox")
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ def weight_shapes(fields: Mapping[str, Any]) -> WeightShapes | str:
     if "text_config" in fields:
         return _with_images(fields)
     model_type = str(fields["model_type"])
-    if model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    if model_type in _LLAMA_LIKE:
         return _llama_like(fields, model_type)
     if model_type == "gpt_neox":
         return _gpt_neox(fields)
-    return f"the weight shapes of {model_type} are not known here; known: llama, mistral, qwen2, qwen3, gpt_neox, llava"
+    return f"the weight shapes of {model_type} are not known here; known: {', '.join(KNOWN_SHAPES)}, llava"
 
 
 def _llama_like(fields: Mapping[str, Any], model_type: str) -> WeightShapes:

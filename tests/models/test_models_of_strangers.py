@@ -84,14 +84,7 @@ def not_yet(reason: str) -> pytest.MarkDecorator:
     return pytest.mark.xfail(strict=True, reason=reason)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "default",
-        pytest.param("dynamic", marks=not_yet("the longest position of a batch decides the frequencies of all")),
-        pytest.param("longrope", marks=not_yet("the longest position of a batch decides the frequencies of all")),
-    ],
-)
+@pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
 def test_requests_that_are_served_together_get_what_each_gets_alone(kind: str, tmp_path: Path) -> None:
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4}
     if kind != "default":
