@@ -15,10 +15,7 @@ MOST_CALLS = 2500
 
 
 def calls_of_drawing(folder: Path, count: int) -> int:
-    rows = [
-        build_row(f"streaming_{place}", budget=place, case_index=place)
-        for place in range(16, 16 + count)
-    ]
+    rows = [build_row(f"streaming_{place}", budget=place, case_index=place) for place in range(16, 16 + count)]
     folder.mkdir()
     profile = cProfile.Profile()
     profile.enable()

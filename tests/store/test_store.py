@@ -402,13 +402,15 @@ def test_json_is_read_as_python_reads_it(document, escaped):
             parse_json(data)
     else:
         assert parse_json(data) == json.loads(data)
-    with pytest.raises(ValueError, match="Extra data|is not JSON"):
+    with pytest.raises(ValueError, match=r"Extra data|is not JSON"):
         parse_json(data + b"]")
 
 
 def _leaves(document):
     if isinstance(document, list | dict):
-        return [leaf for one in (document.values() if isinstance(document, dict) else document) for leaf in _leaves(one)]
+        return [
+            leaf for one in (document.values() if isinstance(document, dict) else document) for leaf in _leaves(one)
+        ]
     return [document]
 
 
