@@ -15,6 +15,8 @@ from kvsuite.store.files import utf8
 
 Row = Mapping[str, Any]
 
+#: characters of the message of an error in a table
+_MOST_OF_AN_ERROR = 300
 NOT_IN_RECORD = "not in the record"
 GIB = 1024**3
 MIB = 1024**2
@@ -109,13 +111,17 @@ _PER_WORD, _PER_WORD_PROTOCOL = frozenset({"word_perplexity", "byte_perplexity",
 _QUALITY = frozenset({"perplexity", "perplexity_se", "next_token_acc", "ppl_ratio", "ppl_ratio_se"})
 
 
-def failure(row: Row, width: int = 160) -> str:
-    """One line that says how a case without numbers ended: its status and its reason."""
+def failure(row: Row) -> str:
+    """One line that says how a case without numbers ended: its status and its reason, whole, for its mend stands at its end.
+
+    Of a long message of an error the middle is left out.
+    """
     error = row.get("error") or {}
     text = row.get("reason") or ": ".join(str(error[key]) for key in ("type", "message") if error.get(key))
     text = " ".join(str(text).split())
-    line = f"{row['status']}: {text}" if text else str(row["status"])
-    return line if len(line) <= width else line[: width - 1] + "…"
+    if not row.get("reason"):
+        text = visible(text, _MOST_OF_AN_ERROR)
+    return f"{row['status']}: {text}" if text else str(row["status"])
 
 
 def change(new: float | None, base: float | None) -> float | None:

@@ -71,7 +71,7 @@ class CompressionSuite(Suite):
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json
 
-        return {"results.json": json_bytes(results_json(run, rows), "results.json")}
+        return {"results.json": json_bytes(results_json(run, rows), "results.json").decode()}
 
     def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
         from .figure import render_benchmark_comparison
