@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_runs import run_pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tests" / "data" / "neighbours"
@@ -34,19 +35,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("setuptools is not installed here: pip install 'setuptools>=77'")
     assert done.returncode == 0, done.stderr
     return folder / "site"
-
-
-def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-        "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "160",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
 
 
 def rows(folder: Path, suite: str) -> list[dict[str, Any]]:
@@ -72,9 +60,9 @@ def measured(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("test_compression.py", "--kv-method=dilated(stride=[2,8],recent=8)"),
         ("test_compression.py", "--kv-engine=plain", "--kv-method=dilated"),
     ):
-        done = run(site, folder, *RUN, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said.append(done.stdout)
+        done = run_pytest(folder, *RUN, *arguments, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]), COLUMNS="160")
+        assert done.code == 0, done.out + done.err
+        said.append(done.out)
     return folder, said
 
 
