@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         If the model, the space, an option or the output cannot be used.
     """
     from kvsuite.console import console_text, console_width
+    from kvsuite.engines.mlc.engine import MlcEngine
+    from kvsuite.engines.nano.engine import NanoEngine
     from kvsuite.memory_model.config import architecture_of
     from kvsuite.memory_model.fit import parse_card
     from kvsuite.memory_model.survey import survey
@@ -129,7 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card is not None:
         share = predictor.share if arguments.card_share is None else arguments.card_share
         card = parse_card(arguments.card, share)
-    found = survey(space.judged(architecture.trained_length, is_dummy=architecture.is_dummy), predictor, card)
+    rules = (MlcEngine if arguments.engine == "mlc" else NanoEngine).point_rules
+    judged = space.judged(architecture.trained_length, is_dummy=architecture.is_dummy, own=rules)
+    found = survey(judged, predictor, card)
     shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
     print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
     print(f"{len(found.rows)} points in {time.perf_counter() - started:.2f} s")
