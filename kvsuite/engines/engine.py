@@ -238,6 +238,8 @@ class Engine(ABC):
     name: ClassVar[str]
     #: its own options, which come in by the entry-point group ``kvsuite.options``
     option_group: ClassVar[type[OptionGroup] | None] = None
+    #: whether an installation is whole without it
+    is_optional: ClassVar[bool] = True
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = default_options() if options is None else options
@@ -259,6 +261,21 @@ class Engine(ABC):
         From the configuration alone: nothing is loaded, and the runtime is not imported.
         """
         return None
+
+    def is_preferred(self, device_kind: str) -> bool:
+        """Whether a suite that both engines can serve takes this one before its usual one, if nobody names an engine.
+
+        Asked when cases are made, so it looks at no more than what is installed.
+        """
+        return False
+
+    def default_formats(self, model: str) -> tuple[str, ...] | None:
+        """Weight formats in which a suite serves ``model`` if nobody names one; ``None`` for the suite's own."""
+        return None
+
+    def case_params(self) -> dict[str, Any]:
+        """What of the engine's options makes another case: JSON types by name, for `Case.params`."""
+        return {}
 
     @abstractmethod
     def load(self, case: Case, settings: EngineSettings) -> Session:

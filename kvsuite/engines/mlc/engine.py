@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import functools
+import importlib.util
+import json
+import re
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
@@ -11,6 +15,7 @@ from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.models.resolve import resolve_model
 from kvsuite.options.option import OptionGroup
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 
 from .install import MlcInstall, find_install, missing_device
@@ -19,6 +24,12 @@ from .options import MlcOptions
 
 if TYPE_CHECKING:
     from .session import MlcSession
+
+_FORMATS = ("q4f16_1",)
+# MLC's own names end so: Llama-3-8B-Instruct-q4f16_1-MLC
+_NAME = re.compile(r"-([eq]\d\w+)-MLC$")
+#: kinds of devices that engines on torch have nothing for
+_ONLY_HERE = ("vulkan", "metal", "rocm", "opencl")
 
 
 class MlcEngine(Engine):
@@ -45,6 +56,21 @@ class MlcEngine(Engine):
         except CaseSkipped:
             return {}
 
+    def is_preferred(self, device_kind: str) -> bool:
+        return device_kind in _ONLY_HERE or (device_kind == "cuda" and _is_here(self._own.mlc_python))
+
+    def default_formats(self, model: str) -> tuple[str, ...]:
+        config = expanded(model) / "mlc-chat-config.json"
+        try:
+            return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            named = _NAME.search(model)
+            return _FORMATS if named is None else (named[1],)
+
+    def case_params(self) -> dict[str, Any]:
+        library = self._own.model_lib
+        return {} if library is None else {"model_lib": library}
+
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         spec = resolve_model(case.model, cache_dir=EngineSettings.of(self.options).cache_dir)
         own = self._own.model_lib is not None or brings_config(spec)
@@ -69,3 +95,8 @@ class MlcEngine(Engine):
         if isinstance(self._found, CaseSkipped):
             raise self._found
         return self._found
+
+
+@functools.cache
+def _is_here(python: str | None) -> bool:
+    return python is not None or importlib.util.find_spec("mlc_llm") is not None
