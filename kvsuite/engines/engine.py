@@ -240,6 +240,8 @@ class Engine(ABC):
     option_group: ClassVar[type[OptionGroup] | None] = None
     #: whether an installation is whole without it
     is_optional: ClassVar[bool] = True
+    #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
+    predictor_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = default_options() if options is None else options
@@ -259,6 +261,23 @@ class Engine(ABC):
         """Predicts the memory of design points on the device of ``case``, ``None`` where there are no formulas.
 
         From the configuration alone: nothing is loaded, and the runtime is not imported.
+        """
+        return None
+
+    def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> Predictor | None:
+        """Predicts the memory of a whole design space, without cases; ``None`` where there are no formulas.
+
+        Parameters
+        ----------
+        architecture
+            Of the model.
+        given
+            ``model`` as it was typed, and values of `predictor_options`, ``None`` for those that were not given.
+
+        Raises
+        ------
+        UserError
+            For a value, or a model, that this engine cannot take.
         """
         return None
 

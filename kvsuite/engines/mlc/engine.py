@@ -6,11 +6,12 @@ import functools
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.errors import CaseSkipped
+from kvsuite.errors import CaseSkipped, UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.models.resolve import resolve_model
@@ -19,7 +20,7 @@ from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 
 from .install import MlcInstall, find_install, missing_device
-from .memory_model import brings_config, point_memory
+from .memory_model import MlcMemory, brings_config, point_memory
 from .options import MlcOptions
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class MlcEngine(Engine):
 
     name: ClassVar[str] = "mlc"
     option_group: ClassVar[type[OptionGroup] | None] = MlcOptions
+    predictor_options: ClassVar[frozenset[str]] = frozenset({"json_prefill_chunk", "total_tokens"})
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)
@@ -55,6 +57,12 @@ class MlcEngine(Engine):
             return {name: found for name, found in self._install().identity.items() if found is not None}
         except CaseSkipped:
             return {}
+
+    def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> Predictor:
+        chunk = given["json_prefill_chunk"]
+        if chunk is not None and chunk < 1:
+            raise UserError(f"--json-prefill-chunk={chunk}: must be at least 1")
+        return MlcMemory.of(architecture, chunk, per_sequence=given["total_tokens"] == "batch")
 
     def is_preferred(self, device_kind: str) -> bool:
         return device_kind in _ONLY_HERE or (device_kind == "cuda" and _is_here(self._own.mlc_python))

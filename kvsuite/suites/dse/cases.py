@@ -10,13 +10,13 @@ from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
+from kvsuite.memory_model.space_text import parse_space
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, QUANTIZATIONS, dtype_of, selected_formats
 
 from .options import DseOptions
-from .parser import parse_space
 
 DSE = "dse"
 #: the protocol of its workload
