@@ -140,7 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.card is not None:
         share = predictor.share if arguments.card_share is None else arguments.card_share
         card = parse_card(arguments.card, share)
-    found = survey(space.judged(architecture.trained_length, is_dummy=architecture.is_dummy), predictor, card)
+    judged = space.judged(architecture.trained_length, is_dummy=architecture.is_dummy, own=engine.point_rules)
+    found = survey(judged, predictor, card)
     shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
     print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
     print(f"{len(found.rows)} points in {time.perf_counter() - started:.2f} s")

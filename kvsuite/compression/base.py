@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positions = Literal["original", "cache"]
+#: short forms of parameters in labels
+_SHORT = {"keep_ratio": "kr"}
 _INTERVAL = re.compile(r"interval=([1-9][0-9]{0,6})")
 
 
@@ -179,6 +181,16 @@ class Policy(ABC):
     def sweep(cls) -> Sequence[Mapping[str, Any]]:
         """Parameters of the variants that a run has by default; one variant with the default parameters."""
         return ({},)
+
+    def label(self, chosen: Mapping[str, Any]) -> str:
+        """Name of this variant in ids, tables and figures; a policy that knows a better one than this gives it.
+
+        Parameters
+        ----------
+        chosen
+            The parameters that were named or swept, in that order; none where the suite's options chose the variant.
+        """
+        return "_".join([self.name, *(f"{_SHORT.get(name, name)}={value}" for name, value in chosen.items())])
 
     def due(self, *, step: int, done: bool, prompt: bool) -> bool:
         """Whether the policy acts after ``step`` tokens, of which the last one ends the prompt if ``prompt`` says so."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.design_point import Check
 from kvsuite.memory_model.prediction import Part, Predictor
 from kvsuite.meters.clock import Clock
 from kvsuite.options.common import CommonOptions
@@ -32,6 +33,8 @@ class EngineSettings:
         CPU threads, ``None`` for the engine's own choice.
     decode_step
         ``eager``, ``graph``, or ``auto``: captured on CUDA where the engine can.
+    attention
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
     implementation
         Slot handling of policies on `hf`: ``ring`` or ``copy``.
     cache_dir
@@ -41,6 +44,7 @@ class EngineSettings:
     seed: int = 0
     threads: int | None = None
     decode_step: str = "auto"
+    attention: str = "auto"
     implementation: str = "ring"
     cache_dir: Path | None = None
 
@@ -52,6 +56,7 @@ class EngineSettings:
             seed=common.seed,
             threads=common.threads,
             decode_step=common.decode_step,
+            attention=common.attention,
             implementation=common.impl,
             cache_dir=None if common.cache_dir is None else Path(common.cache_dir),
         )
@@ -242,6 +247,8 @@ class Engine(ABC):
     is_optional: ClassVar[bool] = True
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
+    #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
+    point_rules: ClassVar[Mapping[str, Check]] = {}
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = default_options() if options is None else options

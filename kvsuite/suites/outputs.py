@@ -10,7 +10,7 @@ from kvsuite.console import console_text, stacked
 from kvsuite.errors import UserError
 from kvsuite.reporting.aggregate import Row, in_space_order
 from kvsuite.reporting.gathered_csv import header_of
-from kvsuite.reporting.report import assemble_report, report_text
+from kvsuite.reporting.report import assemble_report, report_bytes
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import REPORT_FILE
 
@@ -96,7 +96,7 @@ def write_outputs(
     # valid before anything is asked of a row
     report = assemble_report(run, rows)
     rows = report["records"] = in_space_order(report["records"])
-    files: dict[str, str | bytes] = {REPORT_FILE: report_text(folder / REPORT_FILE, report)}
+    files: dict[str, str | bytes] = {REPORT_FILE: report_bytes(folder / REPORT_FILE, report)}
     for suite, own in by_suite(rows):
         files |= suite.files(run, own)
         if figures:

@@ -183,7 +183,6 @@ def test_alibi_under_a_policy_is_refused(tmp_path: Path) -> None:
     assert record.status == "invalid", record.error
 
 
-@not_yet("models without sdpa are told to have a broken checkpoint")
 @pytest.mark.parametrize(
     ("kind", "config"),
     [

@@ -13,6 +13,7 @@ from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.errors import CaseSkipped, UserError
 from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.design_point import Check
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.models.resolve import resolve_model
 from kvsuite.options.option import OptionGroup
@@ -22,6 +23,7 @@ from kvsuite.options.resolve import Options
 from .install import MlcInstall, find_install, missing_device
 from .memory_model import MlcMemory, brings_config, point_memory
 from .options import MlcOptions
+from .point_rules import chunk_within_context
 
 if TYPE_CHECKING:
     from .session import MlcSession
@@ -39,6 +41,7 @@ class MlcEngine(Engine):
     name: ClassVar[str] = "mlc"
     option_group: ClassVar[type[OptionGroup] | None] = MlcOptions
     predictor_options: ClassVar[frozenset[str]] = frozenset({"json_prefill_chunk", "total_tokens"})
+    point_rules: ClassVar[Mapping[str, Check]] = {"chunk-within-context": chunk_within_context}
 
     def __init__(self, options: Options | None = None) -> None:
         super().__init__(options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvsuite.case import Case
 from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
-from kvsuite.reporting.aggregate import Row, json_text
+from kvsuite.reporting.aggregate import Row, json_bytes
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
@@ -72,7 +72,7 @@ class CompressionSuite(Suite):
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json
 
-        return {"results.json": json_text(results_json(run, rows), "results.json")}
+        return {"results.json": json_bytes(results_json(run, rows), "results.json").decode()}
 
     def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
         from .figure import render_benchmark_comparison

@@ -108,7 +108,9 @@ class Verdict:
 def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = False) -> Verdict:
     """Judge a case by the rules of the space; before its model is loaded without the trained length."""
     point = point_of(case)
-    entry = Entry(point, broken_rules(point)).judged(trained_length, is_dummy=is_dummy)
+    entry = Entry(point, broken_rules(point, get_engine(case.engine).point_rules)).judged(
+        trained_length, is_dummy=is_dummy
+    )
     broken = [str(one) for one in entry.broken]
     prompt, new_tokens = int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
     # one token to spare: the blocks of a request are read while it still runs
@@ -142,5 +144,6 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
             "eval_tokens": common.eval_tokens,
         },
         params={short: getattr(point, axis) for axis, short in PARAMS.items()}
-        | get_engine(engine, options).case_params(),
+        | get_engine(engine, options).case_params()
+        | common.attention_parameters,
     )
