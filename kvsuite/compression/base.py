@@ -89,7 +89,7 @@ class Needs:
     queries
         How many of the prompt's last queries, 0 for none.
     attention_sums
-        Whether it asks how much attention each token got from all queries of the prompt.
+        Whether it asks how much attention each token got from all queries of the prompt (decode steps are not in it).
     query_statistics
         From which position on mean and covariance of the queries before rotation are taken, ``None`` for none.
     """
