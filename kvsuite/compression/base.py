@@ -182,15 +182,17 @@ class Policy(ABC):
         """Parameters of the variants that a run has by default; one variant with the default parameters."""
         return ({},)
 
-    def label(self, chosen: Mapping[str, Any]) -> str:
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
         """Name of this variant in ids, tables and figures; a policy that knows a better one than this gives it.
 
         Parameters
         ----------
         chosen
-            The parameters that were named or swept, in that order; none where the suite's options chose the variant.
+            The parameters that were named or swept, in that order; ``None`` where options of the suite's own, such as
+            ``--kv-recent-sizes``, chose the variant.
         """
-        return "_".join([self.name, *(f"{_SHORT.get(name, name)}={value}" for name, value in chosen.items())])
+        marks = (f"{_SHORT.get(name, name)}={value}" for name, value in (chosen or {}).items())
+        return "_".join([self.name, *marks])
 
     def due(self, *, step: int, done: bool, prompt: bool) -> bool:
         """Whether the policy acts after ``step`` tokens, of which the last one ends the prompt if ``prompt`` says so."""

@@ -51,8 +51,8 @@ class FixSizeL2(RankedPolicy):
             raise UserError(f"--kv-keep-ratios={self.keep_ratio}: the protected fraction must lie in [0, 1]")
         self.protected = protected_count(self.size, self.keep_ratio)
 
-    def label(self, chosen: Mapping[str, Any]) -> str:
-        return super().label(chosen) if chosen else f"fix{self.size}_{self.strategy}_kr={self.keep_ratio}"
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"fix{self.size}_{self.strategy}_kr={self.keep_ratio}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.size)

@@ -54,8 +54,8 @@ class L2Compress(RankedPolicy):
     def ratio_requested(self) -> float:
         return removed_from_keep(self.keep_ratio)
 
-    def label(self, chosen: Mapping[str, Any]) -> str:
-        return super().label(chosen) if chosen else f"l2_kr={self.keep_ratio}_{self.schedule.label}"
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"l2_kr={self.keep_ratio}_{self.schedule.label}"
 
     def size_after(self, length: int) -> int:
         return length if length <= self.prune_after else keep_count(length, self.keep_ratio)

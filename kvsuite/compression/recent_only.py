@@ -30,8 +30,8 @@ class RecentOnly(Policy):
         super().__post_init__()
         require_size("--kv-recent-sizes", self.window)
 
-    def label(self, chosen: Mapping[str, Any]) -> str:
-        return super().label(chosen) if chosen else f"recent_only_{self.window}"
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"recent_only_{self.window}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.window)

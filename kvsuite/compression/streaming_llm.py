@@ -41,8 +41,8 @@ class StreamingLLM(Policy):
         """Tokens kept at most."""
         return self.start_size + self.recent_size
 
-    def label(self, chosen: Mapping[str, Any]) -> str:
-        return super().label(chosen) if chosen else f"streaming_{self.size}"
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"streaming_{self.size}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.size)

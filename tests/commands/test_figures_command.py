@@ -150,7 +150,7 @@ def test_csvs_of_several_suites_are_each_drawn_by_their_own(
     other = tmp_path / "renamed.csv"
     other.write_bytes((Path(__file__).parents[1] / "data" / "perplexity_original.csv").read_bytes())
     assert main(["figures", "--csv", str(other), str(results), "--out", str(tmp_path / "out")]) == 0
-    assert {"renamed_ppl_vs_quant.png", "dse_pareto.png"} <= set(names(tmp_path / "out"))
+    assert {"renamed_ppl_vs_quant.png", "dse_knobs.png"} <= set(names(tmp_path / "out"))
     stranger = tmp_path / "stranger.csv"
     stranger.write_text("a,b\n1,2\n")
     for command in (["figures", "--csv", str(stranger)], ["report", str(stranger)]):

@@ -156,7 +156,7 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
     mark = "_poscache" if positions == "cache" else ""
 
     def group(
-        kind: str, policy: str, budget: int | None = None, chosen: Mapping[str, Any] = {}, **parameters: Any
+        kind: str, policy: str, budget: int | None = None, chosen: Mapping[str, Any] | None = None, **parameters: Any
     ) -> Group:
         try:
             built = get_policy(policy, **parameters, **common)

@@ -343,7 +343,7 @@ def theirs() -> Iterator[None]:
     class Named(RecentOnly):
         name = "named"
 
-        def label(self, chosen: Mapping[str, Any]) -> str:
+        def label(self, chosen: Mapping[str, Any] | None) -> str:
             return f"last{self.window}"
 
     class Plain(RecentOnly):
@@ -352,7 +352,7 @@ def theirs() -> Iterator[None]:
     class Failing(RecentOnly):
         name = "failing"
 
-        def label(self, chosen: Mapping[str, Any]) -> str:
+        def label(self, chosen: Mapping[str, Any] | None) -> str:
             raise LookupError("no name\nfor it")
 
     for policy in (Named, Plain, Failing):
@@ -370,7 +370,7 @@ def test_a_policy_names_its_variants() -> None:
     assert {case.params["group"] for case in cases(method="named(window=3)")[1:]} == {"policy"}
     # two variants of one name are not told apart
     with pytest.raises(UserError, match=r"--kv-method: the groups last3 occur twice"):
-        names(method="named(window=3),named(window=3)")
+        names(method="named(window=3),named(window=[3,4])")
 
 
 @pytest.mark.usefixtures("theirs")
