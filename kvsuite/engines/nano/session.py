@@ -53,10 +53,12 @@ class NanoSession(LoadedSession):
     """
 
     def __init__(self, case: Case, settings: EngineSettings) -> None:
-        super().__init__(case, settings, attention="sdpa")
+        super().__init__(case, settings, attention="auto")
         self._facts |= {"implementation": "paged", "frees_memory": True}
         if settings.implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
+        if settings.attention != "auto":
+            self.inert["attention"] = "nano attends over its pages with functions of its own"
         self._decode_step = settings.decode_step
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
         self._method = CacheCompression()
