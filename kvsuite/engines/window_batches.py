@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import UserError
+from kvsuite.models.layers import UnknownLayers, layers_of
 from kvsuite.workloads.windows import Window, merge_windows, target_positions, window_inputs
 
 _CPU_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
@@ -55,7 +56,7 @@ class WindowText:
         self.target_ids = [int(tokens[position]) for position in self.positions]
         self.passes = [
             Pass(window, window.end - 1 - window.begin + (prefix == "bos_each_window"))
-            for window in merge_windows(windows)
+            for window in _passes(windows, _switch_length(model))
         ]
         self._tokens, self._prefix, self._prefix_token = tokens, prefix, prefix_token
 
@@ -70,6 +71,22 @@ class WindowText:
     def targets(self, device: torch.device) -> Tensor:
         """All targets ``[targets]``, in the order of the text, which is that of the passes."""
         return torch.tensor(self.target_ids, dtype=torch.int64, device=device)
+
+
+def _passes(windows: Sequence[Window], switch: int | None) -> list[Window]:
+    """Windows that need a pass of their own: neighbours that begin together share one, unless its length would tell them apart."""
+    merged = merge_windows(windows)
+    if switch is None or all(window.end - window.begin <= switch for window in merged):
+        return merged
+    return [window for window in windows if window.targets]
+
+
+def _switch_length(model: Any) -> int | None:
+    """Longest sequence whose rotary frequencies do not depend on its length, ``None`` where none do."""
+    try:
+        return layers_of(model.config.get_text_config().to_dict()).switch_length
+    except UnknownLayers:
+        return None
 
 
 class Batches:
