@@ -136,6 +136,29 @@ def test_all_of_it_stands_in_table_page_csv_and_comparison(measured: tuple[Path,
     assert "ttft_spread_s" in json.dumps(comparison)
 
 
+def test_an_edit_of_their_code_is_another_measurement(
+    site: Path, measured: tuple[Path, Sequence[str]], tmp_path: Path
+) -> None:
+    folder, _ = measured
+    run_folder = sorted(folder.glob("reports/burst_*"))[0]
+    code = json.loads((run_folder / "records.jsonl").read_text().splitlines()[0])["code"]
+    assert set(code) == {"kvsuite", "neighbours", "test_burst.py"}
+    shutil.copytree(run_folder, tmp_path / "reports" / run_folder.name)
+    shutil.copy(PACKAGE / "test_burst.py", tmp_path)
+    records = tmp_path / "reports" / run_folder.name / "records.jsonl"
+    # one of its two cases is left to do
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:2]))
+    edited = tmp_path / "site"
+    shutil.copytree(site, edited)
+    suite = edited / "neighbours" / "burst_suite.py"
+    text = suite.read_text()
+    assert "max(times) - min(times)" in text
+    suite.write_text(text.replace("max(times) - min(times)", "max(times)"))
+    done = run(edited, tmp_path, *RUN, "test_burst.py", "--kv-burst-sizes=1,3", "--kv-resume=latest")
+    assert done.returncode == 4
+    assert "would mix two measurements: the code of neighbours has changed; measure again without" in done.stderr
+
+
 def test_the_documentation_shows_the_package_as_it_is() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     shown = re.findall(r"`(neighbours/[\w.]+|pyproject.toml|test_burst.py)`[^\n]*\n\n```\w+\n(.*?)```", page, re.DOTALL)

@@ -32,6 +32,8 @@ class EngineSettings:
         CPU threads, ``None`` for the engine's own choice.
     decode_step
         ``eager``, ``graph``, or ``auto``: captured on CUDA where the engine can.
+    attention
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
     implementation
         Slot handling of policies on `hf`: ``ring`` or ``copy``.
     cache_dir
@@ -41,6 +43,7 @@ class EngineSettings:
     seed: int = 0
     threads: int | None = None
     decode_step: str = "auto"
+    attention: str = "auto"
     implementation: str = "ring"
     cache_dir: Path | None = None
 
@@ -52,6 +55,7 @@ class EngineSettings:
             seed=common.seed,
             threads=common.threads,
             decode_step=common.decode_step,
+            attention=common.attention,
             implementation=common.impl,
             cache_dir=None if common.cache_dir is None else Path(common.cache_dir),
         )

@@ -36,7 +36,7 @@ class CaseModel:
     facts: dict[str, Any]
 
 
-def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | None) -> CaseModel:
+def load_case_model(case: Case, *, attention: str, sdpa: str = "sdpa", seed: int, cache_dir: Path | None) -> CaseModel:
     """Load the model of ``case`` and put its weights into the case's format.
 
     Parameters
@@ -44,7 +44,9 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
     case
         Names model, weight format, device and dtype.
     attention
-        transformers' attention function.
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
+    sdpa
+        What transformers calls the function that computes sdpa here.
     seed
         Seed of a dummy model's weights.
     cache_dir
@@ -68,7 +70,8 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
         device=case.device,
         dtype=None if case.dtype == "checkpoint" else case.dtype,
         seed=seed,
-        attn_implementation=attention,
+        attention=attention,
+        sdpa=sdpa,
         cache_dir=cache_dir,
     )
     try:

@@ -74,7 +74,7 @@ class WindowText:
 
 
 def _passes(windows: Sequence[Window], switch: int | None) -> list[Window]:
-    """Windows that need a pass of their own: neighbours that begin together share one, unless its length would tell them apart."""
+    """Windows that need a pass: neighbours that begin together share one, unless its length would change their frequencies."""
     merged = merge_windows(windows)
     if switch is None or all(window.end - window.begin <= switch for window in merged):
         return merged

@@ -15,7 +15,7 @@ from kvsuite.models.resolve import ModelSpec, resolve_model
 
 from .fields import checked, positive, unreadable
 from .published import find_published
-from .weights import KNOWN_SHAPES, WeightShapes, weight_shapes
+from .weights import CLIP_SIZES, KNOWN_SHAPES, WeightShapes, is_llava, weight_shapes
 
 # of the file that the default model is converted from
 _SMOLLM2: dict[str, Any] = {
@@ -135,9 +135,7 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
     fields = checked(fields, origin)
     vision = fields.get("vision_config")
     if vision:
-        # of all encoders, only the shapes of one are read
-        known = vision.get("model_type") == "clip_vision_model"
-        checked(vision if known else {"model_type": vision.get("model_type")}, origin)
+        _check_images(fields, vision, origin)
     text = checked(fields["text_config"], origin) if fields.get("text_config") else fields
     needed = [*_NEEDED, "intermediate_size"] if text.get("model_type") in KNOWN_SHAPES else _NEEDED
     missing = [name for name in needed if text.get(name) is None]
@@ -153,14 +151,13 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         raise unreadable(
             origin, f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
         )
+    if isinstance(wide, list) and text["model_type"] in KNOWN_SHAPES:
+        raise unreadable(origin, f"intermediate_size={wide} must be one whole number in a {text['model_type']} model")
     if isinstance(wide, list) and len(wide) != text["num_hidden_layers"]:
         raise unreadable(origin, f"intermediate_size has {len(wide)} entries for {text['num_hidden_layers']} layers")
     # Qwen's configurations name a window and say elsewhere that it is off
     uses = text.get("use_sliding_window", True)
-    try:
-        weights = weight_shapes(fields | {"text_config": text} if text is not fields else text)
-    except KeyError as error:
-        raise unreadable(origin, f"vision_config lacks {error.args[0]}") from error
+    weights = weight_shapes(fields | {"text_config": text} if text is not fields else text)
     return Architecture(
         label=label,
         model_type=text["model_type"],
@@ -177,6 +174,20 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         window=positive(text.get("sliding_window")) if uses else None,
         reads_images=bool(vision),
     )
+
+
+def _check_images(fields: Mapping[str, Any], vision: Mapping[str, Any], origin: str) -> None:
+    """Check an image encoder as far as it is read: of all, only the shapes of CLIP in LLaVA are."""
+    checked({"model_type": vision.get("model_type")}, origin)
+    if not is_llava(fields):
+        return
+    checked(vision, origin)
+    wide = vision.get("intermediate_size")
+    if isinstance(wide, list):
+        raise unreadable(origin, f"intermediate_size={wide} of vision_config must be one whole number")
+    missing = [name for name in CLIP_SIZES if vision.get(name) is None]
+    if missing:
+        raise unreadable(origin, f"vision_config lacks {', '.join(missing)}")
 
 
 def _mlc(spec: ModelSpec) -> Architecture:

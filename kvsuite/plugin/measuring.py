@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +22,9 @@ from .case_watch import note_place, tell_box
 from .reporter import REPORTER
 from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, RUNNER, USAGE_ERROR, is_worker
 
+if TYPE_CHECKING:
+    from kvsuite.engines.registry import SessionPool
+
 
 def open_runner(config: pytest.Config) -> Iterator[Any]:
     """Yield the `kvsuite.measure.runner.CaseRunner` of this process, and close its session afterwards."""
@@ -34,16 +38,30 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     for metrics in config.hook.pytest_kvsuite_metrics(config=config):
         for metric in metrics:
             registry.add(metric)
-    environment = host_facts() | {"gpu": gpu_facts(resolve_device(options.of(CommonOptions).device))}
+    sessions = SessionPool(options)
+    planned = config.stash.get(PLANNED, ())
+    environment = host_facts() | {
+        "gpu": gpu_facts(resolve_device(options.of(CommonOptions).device)),
+        "engines": _versions(sessions, planned),
+    }
     config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
     _require_json(environment, "pytest_kvsuite_update_env")
-    sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
-        options, registry, environment, sessions, measuring_suite, planned=config.stash.get(PLANNED, ()),
+        options, registry, environment, sessions, measuring_suite, planned=planned,
         watch=partial(tell_box, config), ends_run=(pytest.exit.Exception,),
     )  # fmt: skip
     yield runner
     sessions.close()
+
+
+def _versions(sessions: SessionPool, planned: Sequence[Case]) -> dict[str, dict[str, str]]:
+    """Versions of all that computes, by engine."""
+    found = {}
+    for name in sorted({case.engine for case in planned}):
+        # an engine that cannot be used is told of when its first case begins
+        with contextlib.suppress(UserError):
+            found[name] = sessions.versions(name)
+    return found
 
 
 def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Record]:

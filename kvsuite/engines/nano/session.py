@@ -61,6 +61,8 @@ class NanoSession(LoadedSession):
         self._facts |= {"implementation": "paged", "frees_memory": True}
         if settings.implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
+        if settings.attention != "auto":
+            self.inert["attention"] = "nano attends over its pages with functions of its own"
         self._decode_step = settings.decode_step
         # refuses what paged attention is not
         self._layers = attention_layers(self._loaded.model, self._loaded.text_config)

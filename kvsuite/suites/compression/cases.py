@@ -90,7 +90,7 @@ def compression_cases(options: Options) -> list[Case]:
             policy=group.policy,
             policy_params=group.parameters,
             workload=workload,
-            params={"group": group.kind, "budget": group.budget},
+            params={"group": group.kind, "budget": group.budget} | common.attention_parameters,
         )
         for chosen in formats
         for group in groups

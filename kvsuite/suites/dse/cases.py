@@ -163,5 +163,6 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
             "eval_tokens": common.eval_tokens,
         },
         params={short: getattr(point, axis) for axis, short in PARAMS.items()}
-        | ({} if library is None else {"model_lib": library}),
+        | ({} if library is None else {"model_lib": library})
+        | common.attention_parameters,
     )

@@ -320,3 +320,16 @@ def test_any_space_has_unique_names_ids_and_keys(
         method=",".join(methods), recent_sizes=",".join(map(str, recents)), fix_kv_sizes=",".join(map(str, sizes)),
         keep_ratios=",".join(map(repr, ratios)), positions=positions, no_baseline=str(not baseline).lower(),
     ), "the same options give the same cases on every worker"  # fmt: skip
+
+
+@pytest.mark.parametrize("suite", ["compression", "perplexity", "dse"])
+def test_an_attention_function_is_in_the_key_where_it_was_chosen_and_only_there(suite: str) -> None:
+    usual, auto, chosen = (
+        cases_of(suite, default_options(**given)) for given in ({}, {"attention": "auto"}, {"attention": "eager"})
+    )
+    assert [case.to_dict() for case in usual] == [case.to_dict() for case in auto]
+    assert not any("attention" in case.params for case in auto)
+    assert {case.params["attention"] for case in chosen} == {"eager"}
+    assert [case.id for case in usual] == [case.id for case in chosen]
+    keys = [{case.key(model_revision=None, dataset_revision=None) for case in those} for those in (usual, chosen)]
+    assert not keys[0] & keys[1]
