@@ -295,7 +295,7 @@ def test_rules_of_a_case(tmp_path: Path) -> None:
     MistralForCausalLM(config).save_pretrained(tmp_path)
     windowed = NanoSession(nano(case(model=str(tmp_path))), EngineSettings(threads=1))
     with pytest.raises(CaseInvalid, match="own sliding window of 16 is shorter"):
-        windowed.prepare(nano(streaming(8)))
+        windowed.prepare(nano(case(policy="recent_only", policy_params={"window": 8}, workload={"prompt_tokens": 16})))
     windowed.prepare(nano(case()))
     assert len(tokens_of(windowed, PROMPT[:12], 4)) == 4
 
