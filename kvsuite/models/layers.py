@@ -101,6 +101,16 @@ class ModelLayers:
             layer.attention == "full" and not layer.recurrent and not layer.latent for layer in self.layers
         )
 
+    def kv_bytes(self, tokens_per_layer: Sequence[int], element_bytes: int) -> int:
+        """Bytes of that many tokens in each layer: the sum of ``kv_heads * (key_dim + value_dim) * tokens * element_bytes``.
+
+        The one formula for what is stored, planned and predicted.
+        """
+        pairs = zip(self.layers, tokens_per_layer, strict=True)
+        return element_bytes * sum(
+            layer.kv_heads * (layer.key_dim + layer.value_dim) * tokens for layer, tokens in pairs
+        )
+
 
 def layers_of(config: Mapping[str, Any]) -> ModelLayers:
     """Read the layers of a model.

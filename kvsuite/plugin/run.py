@@ -42,6 +42,7 @@ from .pytest_benchmark import (
     pytest_benchmark_update_machine_info,
 )
 from .reporter import REPORTER, Reporter
+from .runnable import require_known_runnable, require_runnable
 from .selection import leave_out_unasked, select, take_up
 from .stash import (
     BOUND_GPU,
@@ -184,6 +185,15 @@ def _check(options: Options) -> None:
         check_corpus(common.corpus)
 
 
+# before xdist starts its workers and the header is shown
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    try:
+        require_known_runnable(session.config)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     # --benchmark-only and --benchmark-skip look for the name of a fixture that kv_run asks for only when rounds are timed
@@ -239,6 +249,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
                     "xdist cannot tell apart; name one otherwise, or leave -n out"
                 )
         selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
+        require_runnable(config, [case for _, case in selected])
         if selected:
             device = options.of(CommonOptions).device
             require_gpu_each(gpus_for(device), device, workers.workers)
@@ -274,6 +285,7 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
         return
     if cases:
         require_measurable([case for _, case in cases])
+        require_runnable(config, [case for _, case in cases])
     if cases or left_out:
         reporter.expect([case for _, case in cases], ids)
     # not of a run that was refused
