@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import layers_of
 
 from .decoder import refuse_while_capturing
 
@@ -64,6 +65,9 @@ class Rotary:
         self._apply: Any = apply
         self._scale = float(getattr(self._embedding, "attention_scaling", 1.0))
         self._cos = self._sin = torch.empty(0)
+        # frequencies may be of a part of a key alone, or given once for both halves
+        layers = layers_of(model.config.get_text_config().to_dict()).layers
+        self._width = self._turned = next(layer.key_dim for layer in layers if layer.rotary)
         self._check()
 
     def table(self, length: int) -> None:
@@ -95,15 +99,22 @@ class Rotary:
             # one row a head: the model's function shares positions between heads
             cos, sin = (t.expand(batch, heads, n, t.shape[-1]).reshape(batch * heads, n, -1) for t in (cos, sin))
             flat = keys.float().reshape(batch * heads, 1, n, dim)
-        turned: Tensor = self._apply(flat, flat, cos, sin)[1]
+        part = flat[..., : self._turned]
+        turned: Tensor = self._apply(part, part, cos, sin)[1]
+        if self._turned < dim:
+            turned = torch.cat([turned, flat[..., self._turned :]], dim=-1)
         return turned.reshape(keys.shape)
 
     def _check(self) -> None:
         self.table(16)
         device = self._cos.device
-        width = self._cos.shape[-1]
-        key = torch.linspace(-1, 1, width, device=device).reshape(1, 1, 1, width)
+        key = torch.linspace(-1, 1, self._width, device=device).reshape(1, 1, 1, self._width)
         at = [torch.tensor([p], device=device) for p in (3, 8, 5)]
+        try:
+            self.rotate(key, at[0])
+        except RuntimeError:
+            # the layers hand the first part of a key to the function, and leave the others as they are
+            self._turned = self._cos.shape[-1]
         same_gap = (self.rotate(key, at[0]) * self.rotate(key, at[1])).sum()
         from_zero = (self.rotate(key, at[0] - 3) * self.rotate(key, at[2])).sum()
         back = self.unrotate(self.rotate(key, at[1]), at[1])

@@ -43,8 +43,8 @@ def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[in
     bounded = decoder.bounded_layers(span)
     if not layers and bounded:
         raise CaseInvalid(
-            f"policy {policy.name} has no layer to act on: {_what(of, bounded)} of the model hold less than the {span} tokens "
-            "of the case; give shorter texts, or a model with full attention"
+            f"policy {policy.name} has no layer to act on: {_what(of, bounded)} of the model see less than the {span} tokens "
+            "of the case, or carry states; give shorter texts, or a model with full attention"
         )
     if of.positions == "alibi":
         raise CaseInvalid(
@@ -89,8 +89,8 @@ def refuse_press(name: str, decoder: CachedDecoder, span: int) -> None:
     of = decoder.of_layers
     if bounded := decoder.bounded_layers(span):
         raise CaseInvalid(
-            f"{name}: a press works on layers that hold the whole text, and {_what(of, bounded)} of the model hold less than "
-            f"the {span} tokens of the case"
+            f"{name}: a press works on layers that hold the whole text, and {_what(of, bounded)} of the model see "
+            f"less than the {span} tokens of the case, or carry states"
         )
     if any(layer.latent for layer in of.layers):
         raise CaseInvalid(f"{name}: a press works on keys and values, and this model's cache stores latents (MLA)")

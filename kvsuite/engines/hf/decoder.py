@@ -51,8 +51,12 @@ class CachedDecoder(Decoder):
         return logits
 
     def bounded_layers(self, tokens: int) -> tuple[int, ...]:
-        """Layers whose cache does not hold all of ``tokens``, or holds a state too: transformers keeps these itself."""
-        return tuple(layer.index for layer in self.of_layers.layers if layer.recurrent or layer.stored(tokens) < tokens)
+        """Layers that see less than all of ``tokens``, or carry a state too: transformers' own cache layers serve these."""
+        return tuple(
+            layer.index
+            for layer in self.of_layers.layers
+            if layer.attention is None or layer.recurrent or (layer.window is not None and layer.window <= tokens)
+        )
 
     def new_cache(
         self,
