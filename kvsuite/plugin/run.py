@@ -241,6 +241,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
     try:
         _ask_hook(config, config.hook)
+        tell_unusable(config)
         known: dict[str, Case] = {}
         for case in (case for name in suite_names() for case in usable_cases(name, options)):
             if case.id in brackets.values() and known.setdefault(case.id, case) != case:
