@@ -48,6 +48,10 @@ def _silent(phase: str, done: int, of: int, note: str = "") -> None:
     return None
 
 
+def _of_the_case(error: BaseException) -> None:
+    return None
+
+
 def _unwatched(record: Record, phase: str) -> None:
     return None
 
@@ -85,8 +89,9 @@ class CaseRunner:
         measured, whichever comes first in time and in whichever process.
     watch
         Is told the record so far whenever a phase of a case begins.
-    ends_run
-        Exceptions that end the run, in the midst of a case too: what a signal raises must not become a case's status.
+    pass_on
+        Is told every exception of a case, and raises those that end the run: what a signal raises must not become a case's
+        status.
     poisoned
         Why this process can measure nothing more on a CUDA device, ``None`` while it can.
     timed_out
@@ -102,7 +107,7 @@ class CaseRunner:
     texts: TextSource = field(default_factory=TextSource)
     planned: Sequence[Case] = ()
     watch: Callable[[Record, str], None] = _unwatched
-    ends_run: tuple[type[Exception], ...] = ()
+    pass_on: Callable[[BaseException], None] = _of_the_case
     poisoned: str | None = None
     timed_out: bool = False
 
@@ -137,7 +142,11 @@ class CaseRunner:
             with alarm(timeout):
                 if self.poisoned is not None and case.device_kind == "cuda":
                     raise DevicePoisoned(self.poisoned)
-                work.measure(self.suite(case.suite))
+                try:
+                    work.measure(self.suite(case.suite))
+                except BaseException as error:
+                    self.pass_on(error)
+                    raise
         except CaseTimeout:
             assert timeout is not None
             reason = stopped(timeout)
@@ -149,9 +158,7 @@ class CaseRunner:
             record.status, record.reason = "invalid", str(invalid)
         except UserError:
             raise
-        except Exception as error:
-            if isinstance(error, self.ends_run):
-                raise
+        except (Exception, SystemExit) as error:
             record.status = "oom" if is_out_of_memory(error) else "error"
             record.error = {
                 "type": type(error).__name__,

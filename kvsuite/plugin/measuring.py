@@ -19,7 +19,7 @@ from kvsuite.suites.registry import measuring_suite, suite_of_rows
 
 from .case_watch import note_place, tell_box
 from .reporter import REPORTER
-from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, RUNNER, USAGE_ERROR, is_worker
+from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, RUNNER, SIGNALS, USAGE_ERROR, is_worker
 
 
 def open_runner(config: pytest.Config) -> Iterator[Any]:
@@ -40,7 +40,7 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
         options, registry, environment, sessions, measuring_suite, planned=config.stash.get(PLANNED, ()),
-        watch=partial(tell_box, config), ends_run=(pytest.exit.Exception,),
+        watch=partial(tell_box, config), pass_on=config.stash[SIGNALS].pass_on,
     )  # fmt: skip
     yield runner
     sessions.close()

@@ -21,7 +21,7 @@ from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
 from kvsuite.suites.registry import in_order, suite_of_rows
 
-from .stash import BOX, ORDER_SEED
+from .stash import BOX, ORDER_SEED, SIGNALS
 
 if TYPE_CHECKING:
     from kvsuite.store.store import RecordStore
@@ -150,7 +150,7 @@ class Reporter:
         payload = getattr(report, "kvsuite", None)
         try:
             if payload is not None:
-                self.add(payload)
+                self.keep(payload)
         except UserError as error:
             usage_error = str(error)
         if usage_error is not None:
@@ -182,6 +182,11 @@ class Reporter:
         base = str(Path(self._common.report_dir).absolute())
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
+
+    def keep(self, payload: dict[str, Any]) -> None:
+        """`add`, which no signal cuts off: the row is in the file and in the report, or in neither."""
+        with self._config.stash[SIGNALS].held():
+            self.add(payload)
 
     def add(self, payload: dict[str, Any]) -> None:
         """Write one case's row (and its raw tokens) and say so."""
@@ -249,6 +254,11 @@ class Reporter:
             self.failure = (
                 f"{what}; the records are safe in {folder / RECORDS_FILE}, redraw with python -m kvsuite report"
             )
+
+    @property
+    def cases_left(self) -> int:
+        """Cases that were to be measured and have no row."""
+        return 0 if self._cases is None else self._cases - len(self.measured)
 
     @property
     def kept_failures(self) -> int:

@@ -14,7 +14,7 @@ from kvsuite.options.sweep import SweepOptions
 
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
-from .reporter import REPORTER
+from .reporter import REPORTER, Reporter
 from .stash import OPTIONS, ORDER_SEED
 
 
@@ -44,10 +44,19 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     return [visible(line) for line in lines]
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     reporter = config.stash.get(REPORTER, None)
-    if reporter is None or not reporter.rows:
+    if reporter is None:
         return
+    if reporter.rows:
+        _tell_results(terminalreporter, config, reporter)
+    if exitstatus == pytest.ExitCode.INTERRUPTED and reporter.folder is not None and reporter.cases_left:
+        terminalreporter.write_line(
+            f"{reporter.cases_left} cases are left: go on by the same command with --kv-resume=latest", yellow=True
+        )
+
+
+def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Reporter) -> None:
     from kvsuite.console import console_text, console_width
     from kvsuite.suites.outputs import by_suite, run_table
 
