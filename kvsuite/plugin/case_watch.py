@@ -128,9 +128,18 @@ class CaseGuard:
         self._watchdog = subprocess.Popen([sys.executable, "-m", "kvsuite.survival.watchdog", arguments])
 
     def _leave_if_spent(self) -> None:
-        """A worker whose process may answer wrongly runs no further case: it ends, and xdist starts another."""
+        """A process that may answer wrongly runs no further case: a worker ends, and xdist starts another; a run ends."""
         runner = self._config.stash.get(RUNNER, None)
-        if is_worker(self._config) and runner is not None and (runner.poisoned or runner.timed_out):
+        if runner is None:
+            return
+        if not is_worker(self._config):
+            if runner.spent:
+                pytest.exit(
+                    f"kvsuite: {runner.spent}; go on with --kv-resume=latest and a longer --kv-timeout, or with -n 1, "
+                    "where the next case gets a new process",
+                    returncode=pytest.ExitCode.INTERRUPTED,
+                )
+        elif runner.poisoned or runner.timed_out:
             _leave()
 
 
@@ -171,7 +180,6 @@ def payload_of(item: pytest.Item) -> dict[str, Any] | None:
     if measured is None:
         return None
     environment = item.config.stash[RUNNER].environment
-    measured.record.env = digest(environment)
     return {"record": measured.record.to_dict(), "tokens": measured.tokens, "environment": environment}
 
 

@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     if reporter.rows:
         _tell_results(terminalreporter, config, reporter)
-    if exitstatus == pytest.ExitCode.INTERRUPTED and reporter.folder is not None and reporter.cases_left:
+    if exitstatus == pytest.ExitCode.INTERRUPTED and reporter.is_kept and reporter.cases_left:
         terminalreporter.write_line(
             f"{reporter.cases_left} cases are left: go on by the same command with --kv-resume=latest", yellow=True
         )
@@ -67,7 +67,7 @@ def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Report
     for suite, _ in by_suite(reporter.rows):
         for option in suite.unread_options(config.stash[OPTIONS]):
             terminalreporter.write_line(f"warning: {option}: no selected method reads it")
-    if reporter.folder is not None:
+    if reporter.is_kept:
         terminalreporter.write_line(visible(f"records and figures: {reporter.folder}"))
         if reporter.page is not None:
             terminalreporter.write_line(visible(f"report: {reporter.page}"))
