@@ -1,4 +1,4 @@
-"""Tables for the console, drawn by rich: they fit the width there is, and a pipe or a file gets the same as plain text.
+"""Tables for the console, laid out by rich: they fit the width there is, and a pipe or a file gets the same as plain text.
 
 Whatever text is shown is text: rich interprets no markup in it.
 """
@@ -10,19 +10,21 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .foreign_text import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType
-    from rich.table import Table
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 #: of a file, and of a pipe unless COLUMNS says otherwise: nothing wraps, who reads it has a width of their own
 WIDE = 10_000
 #: a narrower console gets lines of this width
 _LEAST_WIDTH = 40
 _GAP = 1
+
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Column:
 
     title: str
     width: int = 0
-    justify: JustifyMethod = "right"
+    justify: Side = "right"
 
 
 @dataclass(frozen=True)
@@ -58,65 +60,45 @@ class Sheet:
     columns: Sequence[Column]
     rows: Sequence[tuple[str, Sequence[str] | str] | None]
     label_width: int = 0
-    label_justify: JustifyMethod = "left"
+    label_justify: Side = "left"
     ruled: bool = True
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.cells import cell_len
-        from rich.text import Text
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
 
-        labels = [self.head, *(row[0] for row in self.rows if row is not None)]
-        filled = [row[1] for row in self.rows if row is not None and not isinstance(row[1], str)]
+        # finished lines: a rich table measures and styles every cell anew, 2 ms a row
+        return (Segment(line + "\n") for line in self._lines(options.max_width))
+
+    def _lines(self, room: int) -> Iterator[str]:
+        head, titles = visible(self.head), [visible(column.title) for column in self.columns]
+        rows = [row and (visible(row[0]), _visible_cells(row[1])) for row in self.rows]
+        filled = [row[1] for row in rows if row is not None and not isinstance(row[1], str)]
         widths = [
-            max(column.width, *map(cell_len, (column.title, *(cells[place] for cells in filled))))
-            for place, column in enumerate(self.columns)
+            max(column.width, *map(_width_of, (title, *(cells[place] for cells in filled))))
+            for place, (title, column) in enumerate(zip(titles, self.columns, strict=True))
         ]
-        room = options.max_width
-        label = max(self.label_width, *(cell_len(visible(text)) for text in labels))
-        label = min(label, max(room // 2, room - max(widths, default=0) - _GAP))
+        label = max(self.label_width, *map(_width_of, (head, *(row[0] for row in rows if row is not None))))
+        label = max(1, min(label, max(room // 2, room - max(widths, default=0) - _GAP)))
+        # of a column that is wider than what is left beside the labels the cells are folded
+        widths = [max(1, min(width, room - label - _GAP)) for width in widths]
         for number, places in enumerate(_parts(widths, room - label)):
+            part = [label, *(widths[place] for place in places)]
+            sides = [self.label_justify, *(self.columns[place].justify for place in places)]
+            across = sum(part) + _GAP * len(places)
             if number:
-                yield Text("")
-            yield from self._part(places, [label, *(widths[place] for place in places)], whole=not number)
-
-    def _part(self, places: Sequence[int], widths: Sequence[int], *, whole: bool) -> Iterator[RenderableType]:
-        """Some of the columns; sentences stand in the ``whole`` one alone."""
-        from rich.text import Text
-
-        across = sum(widths) + _GAP * len(places)
-        table = self._table(places, widths, header=True)
-        for row in self.rows:
-            if row is None or isinstance(row[1], str):
-                if table.row_count or table.show_header:
-                    yield table
-                    table = self._table(places, widths, header=False)
+                yield ""
+            yield from _row([head, *(titles[place] for place in places)], part, sides)
+            if self.ruled:
+                yield "-" * across
+            for row in rows:
                 if row is None:
-                    yield Text("-" * across)
-                elif whole:
-                    yield _sentence(row[0], str(row[1]), widths[0])
-                continue
-            table.add_row(*(Text(visible(text)) for text in (row[0], *(row[1][place] for place in places))))
-        if table.row_count or table.show_header:
-            yield table
-        if self.ruled:
-            yield Text("=" * across)
-
-    def _table(self, places: Sequence[int], widths: Sequence[int], *, header: bool) -> Table:
-        from rich.box import Box
-        from rich.table import Table
-        from rich.text import Text
-
-        # spaces between the columns, a line below the titles
-        box = Box("    \n" * 2 + "----\n" + "    \n" * 5, ascii=True)
-        table = Table(
-            box=box if self.ruled else None, show_edge=False, padding=0 if self.ruled else (0, _GAP, 0, 0), pad_edge=False,
-            show_header=header, header_style="",
-        )  # fmt: skip
-        table.add_column(Text(visible(self.head)), width=widths[0], justify=self.label_justify, overflow="fold")
-        for place, width in zip(places, widths[1:], strict=True):
-            column = self.columns[place]
-            table.add_column(Text(column.title), width=width, justify=column.justify, overflow="fold")
-        return table
+                    yield "-" * across
+                elif not isinstance(row[1], str):
+                    yield from _row([row[0], *(row[1][place] for place in places)], part, sides)
+                elif not number:  # a sentence stands in the first part alone
+                    yield from _row([row[0], row[1]], [label, max(1, room - label - _GAP)], ["left", "left"])
+            if self.ruled:
+                yield "=" * across
 
 
 def lines(texts: Sequence[str]) -> RenderableType:
@@ -177,12 +159,42 @@ def _parts(widths: Sequence[int], room: int) -> Iterator[list[int]]:
     yield part
 
 
-def _sentence(label: str, text: str, width: int) -> RenderableType:
-    from rich.table import Table
+def _visible_cells(cells: Sequence[str] | str) -> Sequence[str] | str:
+    return visible(cells) if isinstance(cells, str) else [visible(cell) for cell in cells]
+
+
+def _row(texts: Sequence[str], widths: Sequence[int], sides: Sequence[Side]) -> Iterator[str]:
+    """The lines of texts beside each other; a text that is wider than its column is folded."""
+    columns = [_folded(text, width) for text, width in zip(texts, widths, strict=True)]
+    for place in range(max(map(len, columns))):
+        yield (
+            (" " * _GAP)
+            .join(
+                _padded(column[place] if place < len(column) else "", width, side)
+                for column, width, side in zip(columns, widths, sides, strict=True)
+            )
+            .rstrip()
+        )
+
+
+def _folded(text: str, width: int) -> list[str]:
+    if _width_of(text) <= width:
+        return [text]
+    from rich.console import Console
     from rich.text import Text
 
-    grid = Table.grid(padding=(0, _GAP, 0, 0))
-    grid.add_column(width=width, overflow="fold")
-    grid.add_column(overflow="fold")
-    grid.add_row(Text(visible(label)), Text(visible(text), overflow="fold"))
-    return grid
+    return [line.plain.rstrip() for line in Text(text).wrap(Console(width=width), width, overflow="fold")]
+
+
+def _padded(text: str, width: int, side: Side) -> str:
+    room = " " * (width - _width_of(text))
+    return text + room if side == "left" else room + text
+
+
+def _width_of(text: str) -> int:
+    """How many cells of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)

@@ -16,6 +16,9 @@ from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 
 OURS = "kvsuite"
+# the groups: names in them are known without importing anything
+OPTIONS, METRICS, POLICIES = "kvsuite.options", "kvsuite.metrics", "kvsuite.policies"
+ENGINES, SUITES = "kvsuite.engines", "kvsuite.suites"
 
 
 @cache
@@ -45,11 +48,15 @@ def load(entry: EntryPoint) -> object:
     try:
         return entry.load()
     except Exception as error:  # the module is somebody else's: anything may happen
-        lines = str(error).splitlines()
-        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         raise UserError(
-            f"{described(entry)}: cannot be imported ({what}); correct it, or uninstall {package(entry)}"
+            f"{described(entry)}: cannot be imported ({in_a_line(error)}); correct it, or uninstall {package(entry)}"
         ) from error
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of somebody else's code as messages name it: its type, and the first line of what it says."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def package(entry: EntryPoint) -> str:

@@ -59,6 +59,15 @@ def test_any_labels_fit_any_width_and_steer_nothing(width: int, rows: list[tuple
     assert text.replace("\n", "").isprintable()
 
 
+def test_a_title_of_somebody_else_is_one_line_and_a_wide_column_folds() -> None:
+    sheet = Sheet("x\ny", [Column("a\x1b[2J")], [("one", ["0123456789" * 5])], ruled=False)
+    assert console_text(sheet, width=40).splitlines() == [
+        "x\\ny " + f"{'a' + chr(92) + 'x1b[2J':>35}",
+        "one  " + ("0123456789" * 5)[:35],
+        "     " + f"{('0123456789' * 5)[35:]:>35}",
+    ]
+
+
 def test_texts_are_text() -> None:
     text = console_text(stacked(["[red]a[/red] :smile:"], [], [lines(["b\x1b[31m", "c\nd"])]), color=True)
     assert text == "[red]a[/red] :smile:\n\nb\\x1b[31m\nc\\nd\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest_runs import Run, run_pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tests" / "data" / "neighbours"
@@ -36,17 +37,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
-        "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "160",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def run(site: Path, folder: Path, *arguments: str) -> Run:
+    return run_pytest(folder, *arguments, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]), COLUMNS="160")
 
 
 def rows(folder: Path, suite: str) -> list[dict[str, Any]]:
@@ -73,8 +65,8 @@ def measured(site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("test_compression.py", "--kv-engine=plain", "--kv-method=dilated"),
     ):
         done = run(site, folder, *RUN, *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said.append(done.stdout)
+        assert done.code == 0, done.out + done.err
+        said.append(done.out)
     return folder, said
 
 
@@ -134,6 +126,29 @@ def test_all_of_it_stands_in_table_page_csv_and_comparison(measured: tuple[Path,
     assert float(table[1]["ttft_spread_s"]) > 0
     comparison = json.loads((newest / "comparison.json").read_text())
     assert "ttft_spread_s" in json.dumps(comparison)
+
+
+def test_an_edit_of_their_code_is_another_measurement(
+    site: Path, measured: tuple[Path, Sequence[str]], tmp_path: Path
+) -> None:
+    folder, _ = measured
+    run_folder = sorted(folder.glob("reports/burst_*"))[0]
+    code = json.loads((run_folder / "records.jsonl").read_text().splitlines()[0])["code"]
+    assert set(code) == {"kvsuite", "neighbours", "test_burst.py"}
+    shutil.copytree(run_folder, tmp_path / "reports" / run_folder.name)
+    shutil.copy(PACKAGE / "test_burst.py", tmp_path)
+    records = tmp_path / "reports" / run_folder.name / "records.jsonl"
+    # one of its two cases is left to do
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:2]))
+    edited = tmp_path / "site"
+    shutil.copytree(site, edited)
+    suite = edited / "neighbours" / "burst_suite.py"
+    text = suite.read_text()
+    assert "max(times) - min(times)" in text
+    suite.write_text(text.replace("max(times) - min(times)", "max(times)"))
+    done = run(edited, tmp_path, *RUN, "test_burst.py", "--kv-burst-sizes=1,3", "--kv-resume=latest")
+    assert done.code == 4
+    assert "would mix two measurements: the code of neighbours has changed; measure again without" in done.err
 
 
 def test_the_documentation_shows_the_package_as_it_is() -> None:

@@ -78,20 +78,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--csv={twice[0]}: is given more than once; each row would count twice")
 
     from kvsuite.store.files import write_atomic
-    from kvsuite.suites.dse.csv_files import read_sheet
-    from kvsuite.suites.dse.figures.draw import render_dse
+    from kvsuite.suites.outputs import figures_of_csvs
 
-    rendered = render_dse([read_sheet(path) for path in paths], ("png", "svg") if arguments.svg else ("png",))
+    drawn = figures_of_csvs(paths, ("png", "svg") if arguments.svg else ("png",))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be created ({error.strerror}); give another folder") from error
-    for note in rendered.notes:
+    for note in drawn.notes:
         print(f"note: {visible(note)}", file=sys.stderr)
-    for name, content in rendered.files.items():
+    for name, content in drawn.files.items():
         write_atomic(folder / name, content)
         print(f"wrote {visible(folder / name)}")
-    print(f"{len(rendered.files)} files")
+    print(f"{len(drawn.files)} files")
     return 0
 
 

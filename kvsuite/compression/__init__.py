@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from kvsuite.entry_points import OURS, described, find, load, package
+from kvsuite.entry_points import OURS, POLICIES, described, find, load, package
 from kvsuite.errors import UserError
 
 from .base import CacheView, Policy, Positions, Schedule
@@ -15,7 +15,6 @@ from .l2_compress import L2Compress
 from .recent_only import RecentOnly
 from .streaming_llm import StreamingLLM
 
-ENTRY_POINTS = "kvsuite.policies"
 _POLICIES: dict[str, type[Policy]] = {}
 
 # the originals' methods that kvsuite does not run, and what does the job
@@ -72,7 +71,7 @@ def get_policy(name: str, **parameters: Any) -> Policy:
 
 
 def _installed() -> Mapping[str, EntryPoint]:
-    entries = find(ENTRY_POINTS)
+    entries = find(POLICIES)
     if not any(package(entry) == OURS for entry in entries.values()):
         raise UserError("kvsuite: its entry points are not those of this version; install it again (pip install -e .)")
     return entries

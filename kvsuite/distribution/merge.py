@@ -16,7 +16,7 @@ from kvsuite.store.records_file import code_of, read_records
 from kvsuite.store.store import SIDECAR_SUFFIX, RecordStore
 from kvsuite.store.validate import validate
 from kvsuite.survival.resume import planned_key
-from kvsuite.survival.settings import differences, known_machine, machine_differences
+from kvsuite.survival.settings import differences, known_machine, machine_differences, metric_differences
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ def _derive(folder: Path, run: Mapping[str, Any], rows: Sequence[Mapping[str, An
 
 
 def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str]) -> None:
-    found = differences(_without_environment(first.run), _without_environment(part.run))
+    found = differences(_without_machine(first.run), _without_machine(part.run))
+    versions = {name: entry.get("version") for row in part.rows for name, entry in row["metrics"].items()}
+    found += metric_differences(first.rows, versions)
     if first.run["kvsuite_version"] != part.run["kvsuite_version"]:
         found.append(f"kvsuite: then {first.run['kvsuite_version']}, now {part.run['kvsuite_version']}")
     if first.run["seed"] != part.run["seed"]:
@@ -192,8 +194,9 @@ def _require_same(first: Part, part: Part, other_machines: bool, notes: list[str
         raise UserError(f"{between}: are not parts of one sweep: {told}")
 
 
-def _without_environment(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name != "environment"}
+def _without_machine(run: Mapping[str, Any]) -> dict[str, Any]:
+    # kvsuite's own version and commit stay; machines are compared apart, since they may be allowed to differ
+    return dict(run) | {"environment": {"kvsuite": run["environment"].get("kvsuite")}}
 
 
 def _rows(parts: Sequence[Part]) -> list[tuple[Part, dict[str, Any]]]:

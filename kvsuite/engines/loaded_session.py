@@ -25,15 +25,17 @@ class LoadedSession(Session):
     settings
         Without ``threads`` a probe chooses them.
     attention
-        What transformers calls its attention implementation.
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
+    sdpa
+        What transformers calls the function that computes sdpa here.
     """
 
     #: of what kind `decoder` is
     decoder_class: ClassVar[type[Decoder]] = Decoder
 
-    def __init__(self, case: Case, settings: EngineSettings, *, attention: str) -> None:
+    def __init__(self, case: Case, settings: EngineSettings, *, attention: str, sdpa: str = "sdpa") -> None:
         super().__init__()
-        made = load_case_model(case, attention=attention, seed=settings.seed, cache_dir=settings.cache_dir)
+        made = load_case_model(case, attention=attention, sdpa=sdpa, seed=settings.seed, cache_dir=settings.cache_dir)
         self._loaded: LoadedModel = made.loaded
         self.model = made.facts
         self.decoder = self.decoder_class(self._loaded.model, self._loaded.text_config, self._loaded.device)

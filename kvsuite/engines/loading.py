@@ -36,7 +36,7 @@ class CaseModel:
     facts: dict[str, Any]
 
 
-def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | None) -> CaseModel:
+def load_case_model(case: Case, *, attention: str, sdpa: str = "sdpa", seed: int, cache_dir: Path | None) -> CaseModel:
     """Load the model of ``case`` and put its weights into the case's format.
 
     Parameters
@@ -44,7 +44,9 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
     case
         Names model, weight format, device and dtype.
     attention
-        transformers' attention function.
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
+    sdpa
+        What transformers calls the function that computes sdpa here.
     seed
         Seed of a dummy model's weights.
     cache_dir
@@ -68,7 +70,8 @@ def load_case_model(case: Case, *, attention: str, seed: int, cache_dir: Path | 
         device=case.device,
         dtype=None if case.dtype == "checkpoint" else case.dtype,
         seed=seed,
-        attn_implementation=attention,
+        attention=attention,
+        sdpa=sdpa,
         cache_dir=cache_dir,
     )
     try:
@@ -97,7 +100,9 @@ def torch_cannot_use(engine: str, device: str, kinds: tuple[str, ...]) -> str | 
     """Why an engine that runs on torch devices of ``kinds`` cannot use ``device`` here, ``None`` if it can."""
     kind, _, index = device.partition(":")
     if kind not in kinds:
-        return f"engine {engine} cannot use {device}: it runs where torch does ({', '.join(kinds)})"
+        return (
+            f"engine {engine} cannot use {device}: it runs where torch does ({', '.join(kinds)}); use --kv-device=cpu"
+        )
     if kind == "cuda":
         if not torch.cuda.is_available():
             return (
@@ -105,7 +110,8 @@ def torch_cannot_use(engine: str, device: str, kinds: tuple[str, ...]) -> str | 
                 "build of torch (make bench TORCH_INDEX=<wheel index of a CUDA build>) or use --kv-device=cpu"
             )
         if int(index or 0) >= torch.cuda.device_count():
-            return f"engine {engine} cannot use {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+            there = f"there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+            return f"engine {engine} cannot use {device}: {there}; use --kv-device=cuda:0"
     if kind == "mps" and not torch.backends.mps.is_available():
         return f"engine {engine} cannot use {device}: this torch has no MPS; use --kv-device=cpu"
     return None

@@ -8,9 +8,8 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from kvsuite.case import Case
-from kvsuite.entry_points import described, find, load
+from kvsuite.entry_points import ENGINES, described, find, load
 from kvsuite.errors import CaseSkipped, UserError
-from kvsuite.options.common import ENGINES
 from kvsuite.options.resolve import Options
 
 from .engine import Engine, EngineSettings, Session

@@ -28,7 +28,7 @@ from kvsuite.workloads.texts import TextSource
 from .case_run import CaseRun, MeasuresCases, Progress, RunRounds
 from .deadline import CaseTimeout, alarm, stopped
 from .measurement import Measurement
-from .source_hash import source_hash
+from .source_hash import others_code, source_hash
 
 _TRACEBACK_LINES = 20
 #: of torch, of Triton, and the driver's own words, which other libraries repeat
@@ -197,13 +197,14 @@ class CaseRunner:
     def _settings(self, case: Case, record: Record) -> str:
         common = self.options.of(CommonOptions)
         versions = self.sessions.versions(case.engine)
+        others = others_code([case])
         return digest(
             {
                 "rounds": common.rounds,
                 "warmup": common.num_warmup,
                 "seed": common.seed,
                 "metrics": {name: self.registry[name].version for name in sorted(record.metrics)},
-                "source": source_hash(),
+                "source": {"kvsuite": source_hash()} | others if others else source_hash(),
                 "fingerprint": fingerprint(self.environment, engine=case.engine, versions=versions),
             }
         )

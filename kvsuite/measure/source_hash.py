@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import CodeType
+
+from kvsuite.case import Case
+from kvsuite.entry_points import ENGINES, OURS, POLICIES, SUITES, find, package
 
 #: rooms whose code decides what numbers come out
 _MEASURING = (
@@ -22,23 +28,67 @@ _SHOWING = frozenset(
 
 
 @functools.cache
-def source_hash(package: Path = Path(__file__).parents[1]) -> str:
+def source_hash(folder: Path = Path(__file__).parents[1]) -> str:
     """Hash of the code of kvsuite that measures, without comments, docstrings and layout.
 
     What draws, reports, compares or talks to pytest is not in it, so that a run can be gone on with after an edit there.
     """
     total = hashlib.sha256()
-    for path in _measuring(package):
-        # without docstrings, comments and layout, and without assertions, which compute nothing
-        code = compile(path.read_bytes(), "", "exec", dont_inherit=True, optimize=2)
-        total.update(path.relative_to(package).as_posix().encode() + b"\0" + _executed(code).encode())
+    for path in _measuring(folder):
+        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + _content(path))
     return "sha256:" + total.hexdigest()
 
 
-def _measuring(package: Path) -> Iterator[Path]:
+def others_code(cases: Iterable[Case]) -> dict[str, str]:
+    """Hashes of the packages of others whose suites, engines and policies measure ``cases``, by the packages' names."""
+    entries = {
+        package(entry): entry
+        for case in cases
+        for group, name in ((SUITES, case.suite), (ENGINES, case.engine), (POLICIES, case.policy))
+        if name is not None and (entry := find(group).get(name)) is not None
+    }
+    return {name: _package_hash(entry) for name, entry in sorted(entries.items()) if name != OURS}
+
+
+@functools.cache
+def _package_hash(entry: EntryPoint) -> str:
+    """Hash of all code of the distribution that brings ``entry``, whether it was copied or is used where it is written."""
+    total = hashlib.sha256()
+    for name, path in sorted(_files_of(entry).items()):
+        total.update(name.encode() + b"\0" + _content(path))
+    return "sha256:" + total.hexdigest()
+
+
+def _files_of(entry: EntryPoint) -> dict[str, Path]:
+    found = {}
+    if entry.dist is not None:
+        found = {one.as_posix(): Path(str(one.locate())) for one in entry.dist.files or ()}
+    # an editable installation lists none of its own
+    top = entry.module.partition(".")[0]
+    spec = importlib.util.find_spec(top)
+    for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
+        found |= {f"{top}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*")}
+    if spec is not None and spec.origin is not None and not spec.submodule_search_locations:
+        found[Path(spec.origin).name] = Path(spec.origin)
+    suffixes = (".py", *EXTENSION_SUFFIXES)
+    return {name: path for name, path in found.items() if name.endswith(suffixes) and path.is_file()}
+
+
+def _content(path: Path) -> bytes:
+    """What a file does: of Python without docstrings, comments and layout, and without assertions, which compute nothing."""
+    content = path.read_bytes()
+    if path.suffix != ".py":
+        return content
+    try:
+        return _executed(compile(content, "", "exec", dont_inherit=True, optimize=2)).encode()
+    except (SyntaxError, ValueError):  # a template of somebody else's, or for another Python
+        return content
+
+
+def _measuring(folder: Path) -> Iterator[Path]:
     for room in _MEASURING:
-        for path in sorted((package / room).rglob("*.py")):
-            shows = path.name in _SHOWING or "figures" in path.relative_to(package).parts
+        for path in sorted((folder / room).rglob("*.py")):
+            shows = path.name in _SHOWING or "figures" in path.relative_to(folder).parts
             if not (room == "suites" and shows):
                 yield path
 
@@ -57,7 +107,9 @@ def _executed(code: CodeType) -> str:
     return repr((code.co_name, code.co_code, code.co_exceptiontable, names, shape, constants))
 
 
-def code_hashes(root: Path, ids: Iterable[str], more: Iterable[str] = ()) -> dict[str, str]:
+def code_hashes(
+    root: Path, ids: Iterable[str], more: Iterable[str] = (), *, cases: Iterable[Case] = ()
+) -> dict[str, str]:
     """Hashes by name of all code that decides what the cases of a run measure.
 
     Parameters
@@ -69,11 +121,13 @@ def code_hashes(root: Path, ids: Iterable[str], more: Iterable[str] = ()) -> dic
         hooks of users live there.
     more
         Names of further files below ``root``: those of an earlier run.
+    cases
+        The cases: packages of others that bring what measures them count.
 
     Returns
     -------
     dict
-        ``"kvsuite"`` and the files' paths below ``root``, each with ``sha256:<hex>``.
+        ``"kvsuite"``, names of packages of others, and the files' paths below ``root``, each with ``sha256:<hex>``.
     """
     files = {root / name for name in more}
     for name in {node_id.partition("::")[0] for node_id in ids}:
@@ -85,4 +139,4 @@ def code_hashes(root: Path, ids: Iterable[str], more: Iterable[str] = ()) -> dic
         for path in sorted(files)
         if path.is_file() and path.is_relative_to(root)
     }
-    return {"kvsuite": source_hash()} | found
+    return {"kvsuite": source_hash()} | others_code(cases) | found

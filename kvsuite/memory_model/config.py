@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kvsuite.errors import UserError
-from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.models import smollm2
 from kvsuite.models.presets import PRESETS
 from kvsuite.models.resolve import ModelSpec, resolve_model
 
+from .fields import checked, positive, unreadable
 from .published import find_published
-from .weights import WeightShapes, weight_shapes
+from .weights import CLIP_SIZES, KNOWN_SHAPES, WeightShapes, is_llava, weight_shapes
 
 # of the file that the default model is converted from
 _SMOLLM2: dict[str, Any] = {
@@ -30,19 +30,7 @@ _SMOLLM2: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-_NEEDED = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
-
-# sizes that may stand in a configuration, each with more than any model has
-_SIZES = {
-    "num_hidden_layers": 10_000, "hidden_size": 1 << 24, "intermediate_size": 1 << 26, "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "vocab_size": 1 << 28, "patch_size": 1 << 16, "image_size": 1 << 20,
-    "prefill_chunk_size": 1 << 30, "tensor_parallel_shards": 1 << 16, "pipeline_parallel_stages": 1 << 16,
-}  # fmt: skip
-# 0 and -1 stand for none
-_LENGTHS = ("max_position_embeddings", "sliding_window")
-_LONGEST = 1 << 40
+_NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -142,80 +130,64 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
     Raises
     ------
     UserError
-        If a field is missing, no number, or a number that no model can have.
+        If a field is missing, or holds what no model can have.
     """
-    text: Mapping[str, Any] = fields.get("text_config") or fields
-    for part in (text, fields.get("vision_config") or {}):
-        _require_sizes(part, origin)
-    missing = [name for name in _NEEDED if text.get(name) is None]
+    fields = checked(fields, origin)
+    vision = fields.get("vision_config")
+    if vision:
+        _check_images(fields, vision, origin)
+    text = checked(fields["text_config"], origin) if fields.get("text_config") else fields
+    needed = [*_NEEDED, "intermediate_size"] if text.get("model_type") in KNOWN_SHAPES else _NEEDED
+    missing = [name for name in needed if text.get(name) is None]
     if missing:
         raise UserError(
             f"--kv-model={origin}: its configuration lacks {', '.join(missing)}; give a complete config.json"
         )
-    try:
-        hidden, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-        kv_heads = int(text.get("num_key_value_heads") or heads)
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads={heads} cannot share num_key_value_heads={kv_heads}")
-        if text.get("head_dim") is None and hidden % heads:
-            raise ValueError(
-                f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
-            )
-        trained, window = text.get("max_position_embeddings"), text.get("sliding_window")
-        # Qwen's configurations name a window and say elsewhere that it is off
-        uses = text.get("use_sliding_window", True)
-        return Architecture(
-            label=label,
-            model_type=str(text["model_type"]),
-            layers=int(text["num_hidden_layers"]),
-            hidden=hidden,
-            intermediate=int(text["intermediate_size"]),
-            query_heads=heads,
-            kv_heads=kv_heads,
-            head_dim=int(text.get("head_dim") or hidden // heads),
-            vocabulary=int(text["vocab_size"]),
-            weights=weight_shapes(fields),
-            trained_length=_positive(trained),
-            window=_positive(window) if uses else None,
-            reads_images=bool(fields.get("vision_config")),
+    hidden, heads, wide = text["hidden_size"], text["num_attention_heads"], text.get("intermediate_size")
+    kv_heads = text.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise unreadable(origin, f"num_attention_heads={heads} cannot share num_key_value_heads={kv_heads}")
+    if text.get("head_dim") is None and hidden % heads:
+        raise unreadable(
+            origin, f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
         )
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UserError(
-            f"--kv-model={origin}: its configuration cannot be read ({error}); check config.json"
-        ) from error
+    if isinstance(wide, list) and text["model_type"] in KNOWN_SHAPES:
+        raise unreadable(origin, f"intermediate_size={wide} must be one whole number in a {text['model_type']} model")
+    if isinstance(wide, list) and len(wide) != text["num_hidden_layers"]:
+        raise unreadable(origin, f"intermediate_size has {len(wide)} entries for {text['num_hidden_layers']} layers")
+    # Qwen's configurations name a window and say elsewhere that it is off
+    uses = text.get("use_sliding_window", True)
+    weights = weight_shapes(fields | {"text_config": text} if text is not fields else text)
+    return Architecture(
+        label=label,
+        model_type=text["model_type"],
+        layers=text["num_hidden_layers"],
+        hidden=hidden,
+        # what most of the families take that need not say it
+        intermediate=max(wide) if isinstance(wide, list) else wide or 4 * hidden,
+        query_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=text.get("head_dim") or hidden // heads,
+        vocabulary=text["vocab_size"],
+        weights=weights,
+        trained_length=positive(text.get("max_position_embeddings")),
+        window=positive(text.get("sliding_window")) if uses else None,
+        reads_images=bool(vision),
+    )
 
 
-def _require_sizes(fields: object, origin: str) -> None:
-    """Refuse sizes that no model can have: each is a whole number, at least 1, and below what any machine could hold.
-
-    Raises
-    ------
-    UserError
-        Naming the field.
-    """
-    if not isinstance(fields, Mapping):
-        raise UserError(
-            f"--kv-model={origin}: its configuration cannot be read (a part is no object); check config.json"
-        )
-    for name, most in _SIZES.items():
-        value = fields.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise UserError(
-                f"--kv-model={origin}: its configuration cannot be read ({name}={visible(value, VALUE_LIMIT)} must be a whole "
-                f"number from 1 to {most}); check config.json"
-            )
-    for name in _LENGTHS:
-        value = fields.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or abs(value) > _LONGEST):
-            raise UserError(
-                f"--kv-model={origin}: its configuration cannot be read ({name}={visible(value, VALUE_LIMIT)} must be a whole "
-                "number); check config.json"
-            )
-
-
-def _positive(value: Any) -> int | None:
-    # MLC writes -1 for none
-    return int(value) if value and int(value) > 0 else None
+def _check_images(fields: Mapping[str, Any], vision: Mapping[str, Any], origin: str) -> None:
+    """Check an image encoder as far as it is read: of all, only the shapes of CLIP in LLaVA are."""
+    checked({"model_type": vision.get("model_type")}, origin)
+    if not is_llava(fields):
+        return
+    checked(vision, origin)
+    wide = vision.get("intermediate_size")
+    if isinstance(wide, list):
+        raise unreadable(origin, f"intermediate_size={wide} of vision_config must be one whole number")
+    missing = [name for name in CLIP_SIZES if vision.get(name) is None]
+    if missing:
+        raise unreadable(origin, f"vision_config lacks {', '.join(missing)}")
 
 
 def _mlc(spec: ModelSpec) -> Architecture:
@@ -231,9 +203,8 @@ def _mlc(spec: ModelSpec) -> Architecture:
     inner = content.get("model_config")
     if not isinstance(inner, dict):
         raise UserError(f"--kv-model={spec.request}: {path} has no model_config; give a folder that gen_config wrote")
-    for part in (content, inner):
-        _require_sizes(part, str(path))
-    shards = int(inner.get("tensor_parallel_shards") or 1) * int(inner.get("pipeline_parallel_stages") or 1)
+    content, inner = checked(content, str(path)), checked(inner, str(path))
+    shards = (inner.get("tensor_parallel_shards") or 1) * (inner.get("pipeline_parallel_stages") or 1)
     if shards != 1:
         raise UserError(
             f"--kv-model={spec.request}: compiled for {shards} GPUs (tensor_parallel_shards, pipeline_parallel_stages), and "
@@ -244,9 +215,10 @@ def _mlc(spec: ModelSpec) -> Architecture:
         "max_position_embeddings": content.get("context_window_size"),
         "sliding_window": content.get("sliding_window_size"),
     }
-    found = read_fields(fields | inner, label=spec.label, origin=str(path))
+    given = {name: value for name, value in inner.items() if value is not None}
+    found = read_fields(fields | given, label=spec.label, origin=str(path))
     chunk = content.get("prefill_chunk_size") or inner.get("prefill_chunk_size")
-    return replace(found, json_chunk=int(chunk) if chunk else None, quantization=content.get("quantization"))
+    return replace(found, json_chunk=chunk, quantization=content.get("quantization"))
 
 
 def _from_hub(spec: ModelSpec, name: str) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from kvsuite.errors import UserError
 from kvsuite.options.numbers import MOST_REQUESTS, MOST_TOKENS
@@ -153,12 +154,8 @@ AXES: tuple[Axis, ...] = (
 )  # fmt: skip
 QUANTIZATION = "quantization"
 
+#: what is wrong with a point, ``None`` if nothing is
 Check = Callable[[DesignPoint], str | None]
-
-
-def _chunk_within_context(point: DesignPoint) -> str | None:
-    chunk, context = point.prefill_chunk_size, point.context_window_size
-    return f"prefill_chunk_size={chunk} is more than context_window_size={context}" if chunk > context else None
 
 
 def _sink_needs_window(point: DesignPoint) -> str | None:
@@ -175,9 +172,8 @@ def _sink_within_eighth(point: DesignPoint) -> str | None:
     )
 
 
-#: by name; each says what is wrong with a point, ``None`` if nothing is
+#: rules of every engine, by name; an engine may have more (`kvsuite.engines.engine.Engine.point_rules`)
 RULES: dict[str, Check] = {
-    "chunk-within-context": _chunk_within_context,
     "sink-needs-window": _sink_needs_window,
     "sink-within-eighth-of-window": _sink_within_eighth,
 }
@@ -195,7 +191,7 @@ class Broken:
         return f"breaks {self.rule}: {self.reason}"
 
 
-def broken_rules(point: DesignPoint) -> tuple[Broken, ...]:
-    """The rules that a point breaks, whatever the model."""
-    reasons = {name: check(point) for name, check in RULES.items()}
+def broken_rules(point: DesignPoint, own: Mapping[str, Check] = MappingProxyType({})) -> tuple[Broken, ...]:
+    """The rules that a point breaks, whatever the model: those of an engine's ``own``, and those of every engine."""
+    reasons = {name: check(point) for name, check in {**own, **RULES}.items()}
     return tuple(Broken(name, reason) for name, reason in reasons.items() if reason)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .design_point import AXES, OFF, TRAINED_LENGTH, Broken, DesignPoint, broken_rules
+from .design_point import AXES, OFF, TRAINED_LENGTH, Broken, Check, DesignPoint, broken_rules
 
 __all__ = [
     "NAMED",
@@ -35,7 +35,7 @@ class Entry:
     point
         The point.
     broken
-        Rules that it breaks; a valid point breaks none.
+        Rules that it breaks, those of every engine before it is `judged`; a valid point breaks none.
     flags
         What its record must say although it may run.
     """
@@ -80,9 +80,10 @@ class DesignSpace:
         """The points that break a rule, in order: kept so that they can be named."""
         return [entry for entry in self.entries if entry.broken]
 
-    def judged(self, trained_length: int | None, *, is_dummy: bool) -> DesignSpace:
-        """The space for a model (`Entry.judged`)."""
-        return replace(self, entries=tuple(e.judged(trained_length, is_dummy=is_dummy) for e in self.entries))
+    def judged(self, trained_length: int | None, *, is_dummy: bool, own: Mapping[str, Check]) -> DesignSpace:
+        """The space for a model (`Entry.judged`) on an engine with rules of its ``own``."""
+        entries = (replace(entry, broken=broken_rules(entry.point, own)) for entry in self.entries)
+        return replace(self, entries=tuple(one.judged(trained_length, is_dummy=is_dummy) for one in entries))
 
 
 @dataclass(frozen=True)

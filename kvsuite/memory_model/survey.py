@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvsuite.errors import UserError
+
+from .design_point import Broken
 from .design_space import DesignSpace, Entry
 from .fit import Card, Mend, fits, mends
 from .prediction import JSON_CHUNK, MIB, PARTS, Basis, Part, Prediction, Predictor
 
+#: the rule that a weight format breaks which the engine does not have
+FORMAT_OF_ENGINE = "format-of-engine"
 _COLUMNS: dict[Part, str] = {"parameters": "params", "kv_cache": "kvcache", "temporary": "temp"}
 _ORDER: tuple[Basis, ...] = ("unknown", "rough", "extrapolated", "fitted", "exact")
 
@@ -63,15 +68,35 @@ class Survey:
 
 
 def survey(space: DesignSpace, predictor: Predictor, card: Card | None = None) -> Survey:
-    """Predict every valid point of a space.
+    """Predict every valid point of a space; those of a weight format that the engine does not have are not valid.
 
     Raises
     ------
     UserError
-        If a weight format is not known to the engine.
+        If the engine has none of the weight formats.
     """
+    space = _without_refused_formats(space, predictor)
     rows = [_row(entry, predictor, card) for entry in space.entries if not entry.broken]
     return Survey(space, predictor, card, tuple(rows))
+
+
+def _without_refused_formats(space: DesignSpace, predictor: Predictor) -> DesignSpace:
+    refused: dict[str, UserError] = {}
+    firsts = {entry.point.quantization: entry.point for entry in reversed(space.entries)}
+    for name, point in firsts.items():
+        try:
+            predictor.predict(point)
+        except UserError as error:
+            refused[name] = error
+    if refused and len(refused) == len(firsts):
+        raise refused[space.entries[0].point.quantization]
+    entries = [
+        replace(entry, broken=(*entry.broken, Broken(FORMAT_OF_ENGINE, str(refused[entry.point.quantization]))))
+        if entry.point.quantization in refused
+        else entry
+        for entry in space.entries
+    ]
+    return replace(space, entries=tuple(entries))
 
 
 def _row(entry: Entry, predictor: Predictor, card: Card | None) -> Row:

@@ -9,6 +9,11 @@ from typing import Any
 from .formats import WeightFormat
 
 Matrix = tuple[int, int, int]
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+#: families of language models whose weights are known
+KNOWN_SHAPES = (*_LLAMA_LIKE, "gpt_neox")
+#: what the shapes of a CLIP tower follow from
+CLIP_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "patch_size", "image_size")
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,14 @@ def weight_shapes(fields: Mapping[str, Any]) -> WeightShapes | str:
     fields
         Of a ``config.json``, with ``text_config`` and ``vision_config`` where the model reads images.
     """
-    if "text_config" in fields:
+    if fields.get("text_config"):
         return _with_images(fields)
     model_type = str(fields["model_type"])
-    if model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    if model_type in _LLAMA_LIKE:
         return _llama_like(fields, model_type)
     if model_type == "gpt_neox":
         return _gpt_neox(fields)
-    return f"the weight shapes of {model_type} are not known here; known: llama, mistral, qwen2, qwen3, gpt_neox, llava"
+    return f"the weight shapes of {model_type} are not known here; known: {', '.join(KNOWN_SHAPES)}, llava"
 
 
 def _llama_like(fields: Mapping[str, Any], model_type: str) -> WeightShapes:
@@ -123,11 +128,17 @@ def _gpt_neox(fields: Mapping[str, Any]) -> WeightShapes:
     return WeightShapes(matrices, int(fields["vocab_size"]), hidden, tied, dense)
 
 
+def is_llava(fields: Mapping[str, Any]) -> bool:
+    """Whether it is LLaVA with a CLIP tower, the one model with images whose weights are known."""
+    vision = fields.get("vision_config") or {}
+    return bool(fields.get("model_type") == "llava" and vision.get("model_type") == "clip_vision_model")
+
+
 def _with_images(fields: Mapping[str, Any]) -> WeightShapes | str:
     """LLaVA: a language model, a CLIP tower that no format packs, and two layers between them."""
     vision = fields.get("vision_config") or {}
-    if fields["model_type"] != "llava" or vision.get("model_type") != "clip_vision_model":
-        kinds = f"{fields['model_type']} with {vision.get('model_type', 'no image encoder')}"
+    if not is_llava(fields):
+        kinds = f"{fields.get('model_type')} with {vision.get('model_type', 'no image encoder')}"
         return f"the weight shapes of {kinds} are not known here; of models that read images only llava with CLIP is"
     text = weight_shapes(fields["text_config"] | {"tie_word_embeddings": fields.get("tie_word_embeddings", False)})
     if isinstance(text, str):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from kvsuite.entry_points import described, find, load, package, warn
+from kvsuite.entry_points import METRICS, described, find, load, package, warn
 from kvsuite.errors import UserError
 
 from .builtin import BUILTIN
 from .metric import Metric
-
-ENTRY_POINTS = "kvsuite.metrics"
 
 
 @cache
@@ -18,7 +16,7 @@ def installed_metrics() -> tuple[Metric, ...]:
     """Every metric that can be used; what cannot is told of on stderr, and the others go on working."""
     taken = dict.fromkeys((metric.name for metric in BUILTIN), "kvsuite")
     found: list[Metric] = []
-    for entry in find(ENTRY_POINTS).values():
+    for entry in find(METRICS).values():
         try:
             given = load(entry)
         except UserError as error:

@@ -140,6 +140,16 @@ class Metric:
         """What a record keeps so that others can show and judge the number: those of `SHOWN_FIELDS` that are set."""
         return {name: found for name in SHOWN_FIELDS if (found := getattr(self, name))}
 
+    def is_of(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a record's entry was measured by this definition."""
+        return (
+            entry.get("unit") == self.unit
+            and entry.get("formula") == self.formula
+            and entry.get("version") == self.version
+            and entry.get("better") == self.better
+            and entry.get("class") == self.metric_class
+        )
+
     @classmethod
     def of_entry(cls, name: str, entry: Mapping[str, Any]) -> Metric:
         """The metric that a record's entry tells of; what it says of its looks and cannot be used is left out."""

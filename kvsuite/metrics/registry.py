@@ -32,7 +32,7 @@ def metric_of(name: str, entry: Mapping[str, Any] | None = None) -> Metric:
     """The metric of that name or alias, defined as a record's ``entry`` says: another version may have measured it."""
     name = ALIASES.get(name, name)
     own = _OWN.get(name)
-    if entry is None and own is not None:
+    if own is not None and (entry is None or own.is_of(entry)):
         return own
     told = Metric.of_entry(name, entry or {})
     if own is None or own.unit != told.unit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, Any]) -> Any:
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
 
 
-def gguf_model(path: Path, *, dtype: str, attn_implementation: str = "sdpa") -> Any:
+def gguf_model(path: Path, *, dtype: str, attention: Callable[[Any], str] = lambda config: "sdpa") -> Any:
     """Load the weights of a GGUF file as a dense model on the CPU, without any trace of the quantiser.
 
     Parameters
@@ -132,8 +132,8 @@ def gguf_model(path: Path, *, dtype: str, attn_implementation: str = "sdpa") -> 
         The ``.gguf`` file.
     dtype
         Canonical dtype name; the blocks are dequantised in float32 and cast.
-    attn_implementation
-        As transformers names it.
+    attention
+        Gives transformers' name of the attention function for a configuration.
 
     Raises
     ------
@@ -156,9 +156,10 @@ def gguf_model(path: Path, *, dtype: str, attn_implementation: str = "sdpa") -> 
     fields = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "architectures", "transformers_version"):
         fields.pop(name, None)
+    config = type(loaded.config)(**fields)
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(
-            type(loaded.config)(**fields), dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+            config, dtype=getattr(torch, dtype), attn_implementation=attention(config)
         )
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()

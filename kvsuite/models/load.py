@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ class LoadedModel:
         What a reader of a result must know.
     tokenizer_hash
         SHA-256 over the vocabulary and the ids of a fixed text; the same on every transformers version.
+    attention
+        transformers' attention function that it was loaded with.
     """
 
     model: Any = field(repr=False)
@@ -66,6 +69,7 @@ class LoadedModel:
     load_s: float
     notes: list[str] = field(default_factory=list)
     tokenizer_hash: str | None = None
+    attention: str = "sdpa"
 
 
 def load_model(
@@ -74,7 +78,8 @@ def load_model(
     device: str,
     dtype: str | None,
     seed: int = 0,
-    attn_implementation: str = "sdpa",
+    attention: str = "auto",
+    sdpa: str = "sdpa",
     cache_dir: Path | None = None,
 ) -> LoadedModel:
     """Load a model, or make a dummy of it.
@@ -91,16 +96,23 @@ def load_model(
     seed
         Of a dummy's random weights: the same seed gives the same weights on the same kind of device. The global random
         state is left as it was.
-    attn_implementation
-        As transformers names it.
+    attention
+        ``sdpa``, ``eager``, or ``auto``: sdpa where the model's class has it, else eager, with a note.
+    sdpa
+        What transformers calls the function that computes sdpa here: ``sdpa``, or one that was registered for it.
     cache_dir
         Where the default model is converted to; the folder named by ``spec`` if left out.
 
     Raises
     ------
     UserError
-        If the device, the dtype or the checkpoint cannot be used.
+        If the device, the dtype or the checkpoint cannot be used, ``attention="sdpa"`` is asked of a class without it, or
+        it is no causal language model with a KV cache.
+    CaseInvalid
+        If a weight is not finite in the dtype.
     """
+    from .measurable import require_decoder, require_finite_weights
+
     if spec.kind == "mlc":
         raise UserError(f"--kv-model={spec.request}: MLC weights run on the mlc engine only; give --kv-engine=mlc")
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -108,17 +120,22 @@ def load_model(
     if wanted is None and target.type == "cpu":
         wanted = "float32"
     notes = list(spec.notes)
+    choose = _AttentionChoice(spec, attention, sdpa, notes)
     started = time.perf_counter()
     with _no_progress_bars():
         if spec.kind == "dummy":
-            model, tokenizer = _dummy(spec, target, wanted or "bfloat16", seed, attn_implementation), None
+            model, tokenizer = _dummy(spec, target, wanted or "bfloat16", seed, choose), None
         elif spec.kind == "gguf":
-            model, tokenizer = _gguf(spec, wanted, attn_implementation, notes)
+            model, tokenizer = _gguf(spec, wanted, choose, notes)
             model = model.to(target)
         else:
-            model, tokenizer = _pretrained(spec, target, wanted, attn_implementation, cache_dir, notes)
+            model, tokenizer = _pretrained(spec, target, wanted, choose, cache_dir, notes)
     model = model.eval().requires_grad_(False)
     load_s = time.perf_counter() - started
+    if not spec.is_dummy:
+        require_finite_weights(model)
+        with _user_errors(spec):
+            require_decoder(model, f"--kv-model={spec.request}")
 
     commit = getattr(model.config, "_commit_hash", None)
     if spec.kind == "hub" and commit:
@@ -139,6 +156,7 @@ def load_model(
         load_s=load_s,
         notes=notes,
         tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
+        attention=choose.chosen,
     )
 
 
@@ -147,6 +165,45 @@ def tokenizer_hash(tokenizer: Any) -> str:
     ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
     text = canonical_json({"vocabulary": tokenizer.get_vocab(), "probe": list(ids)})
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+class _AttentionChoice:
+    """Which attention function a model is loaded with, known once its class is."""
+
+    def __init__(self, spec: ModelSpec, attention: str, sdpa: str, notes: list[str]) -> None:
+        self._spec, self._attention, self._sdpa, self._notes = spec, attention, sdpa, notes
+        self.chosen = "eager" if attention == "eager" else sdpa
+
+    def of(self, config: Any) -> str:
+        """transformers' name for it.
+
+        Raises
+        ------
+        UserError
+            If sdpa is asked for and the class has none.
+        """
+        if self._attention != "eager" and (reason := _no_sdpa(config)):
+            if self._attention == "sdpa":
+                raise UserError(f"--kv-attention=sdpa: {reason}; use auto or eager")
+            self._notes.append(f"computed with eager attention: {reason}")
+            self.chosen = "eager"
+        return self.chosen
+
+
+def _no_sdpa(config: Any) -> str | None:
+    """Why the class of a configuration's model has no sdpa, ``None`` if it has."""
+    made = getattr(_auto_class(config), "_model_mapping", {}).get(type(config), None)
+    if made is None or isinstance(made, tuple) or getattr(made, "_supports_sdpa", False):
+        return None
+    text = config.get_text_config()
+    why = (
+        " (its scores are capped)"
+        if getattr(text, "attn_logit_softcapping", None)
+        else " (its attention has sinks)"
+        if text.model_type == "gpt_oss"
+        else ""
+    )
+    return f"{made.__name__} has no sdpa in transformers{why}"
 
 
 def _usable_device(device: str, dtype: str | None) -> torch.device:
@@ -168,7 +225,7 @@ def _usable_device(device: str, dtype: str | None) -> torch.device:
     return target
 
 
-def _dummy(spec: ModelSpec, device: torch.device, dtype: str, seed: int, attn_implementation: str) -> Any:
+def _dummy(spec: ModelSpec, device: torch.device, dtype: str, seed: int, attention: _AttentionChoice) -> Any:
     import torch
 
     from .presets import build_config
@@ -177,11 +234,11 @@ def _dummy(spec: ModelSpec, device: torch.device, dtype: str, seed: int, attn_im
     # a device context makes the weights where they stay: no copy in float32, none on the CPU
     with _seeded(device, seed), torch.device(device):
         return _auto_class(config).from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+            config, dtype=getattr(torch, dtype), attn_implementation=attention.of(config)
         )
 
 
-def _gguf(spec: ModelSpec, dtype: str | None, attn_implementation: str, notes: list[str]) -> tuple[Any, Any]:
+def _gguf(spec: ModelSpec, dtype: str | None, attention: _AttentionChoice, notes: list[str]) -> tuple[Any, Any]:
     from .gguf import gguf_model, gguf_tokenizer, read_fields
 
     path = Path(spec.source)
@@ -191,14 +248,14 @@ def _gguf(spec: ModelSpec, dtype: str | None, attn_implementation: str, notes: l
         notes.append("GGUF weights computed in float16; --kv-dtype chooses another dtype")
     notes.append("GGUF weights dequantised on loading; memory is that of the dense model")
     with _user_errors(spec):
-        return gguf_model(path, dtype=dtype, attn_implementation=attn_implementation), gguf_tokenizer(path, fields)
+        return gguf_model(path, dtype=dtype, attention=attention.of), gguf_tokenizer(path, fields)
 
 
 def _pretrained(
     spec: ModelSpec,
     device: torch.device,
     dtype: str | None,
-    attn_implementation: str,
+    attention: _AttentionChoice,
     cache_dir: Path | None,
     notes: list[str],
 ) -> tuple[Any, Any]:
@@ -206,6 +263,7 @@ def _pretrained(
     from transformers import AutoConfig
 
     from .hub import require_hub
+    from .measurable import require_causal_class
     from .smollm2 import smollm2_folder
 
     source, local = spec.source, True
@@ -216,10 +274,11 @@ def _pretrained(
     common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _user_errors(spec):
         config = AutoConfig.from_pretrained(source, **common)
+        require_causal_class(config, f"--kv-model={spec.request}")
         model, info = _auto_class(config).from_pretrained(
             source,
             dtype="auto" if dtype is None else getattr(torch, dtype),
-            attn_implementation=attn_implementation,
+            attn_implementation=attention.of(config),
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
             **common,
@@ -296,4 +355,4 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return textwrap.shorten(lines[0], 300, placeholder=" …") if lines else type(error).__name__

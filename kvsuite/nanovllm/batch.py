@@ -90,6 +90,8 @@ class StepBatch:
         Whether every sequence has exactly one token.
     query_start_host
         ``query_start`` on the host.
+    spans
+        Where rotary frequencies change with the length: what decides those of every token (`SequenceRotary`), int64 ``[T]``.
     """
 
     ids: Tensor
@@ -99,6 +101,7 @@ class StepBatch:
     groups: tuple[GroupBatch, ...]
     decode_only: bool
     query_start_host: Tensor
+    spans: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -170,11 +173,13 @@ class BatchBuilder:
         counts: Ints,
         sample_rows: Ints,
         groups: Sequence[GroupInputs],
+        spans: Ints | None = None,
     ) -> StepBatch:
         """Build the batch of sequences that bring ``counts`` ``[S]`` tokens each."""
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
-        wide: list[NDArray[Any]] = [ids, positions, sample_rows]
+        wide: list[NDArray[Any]] = [ids, positions, sample_rows, *([] if spans is None else [spans])]
+        own = len(wide)
         narrow: list[NDArray[Any]] = [starts]
         for group in groups:
             tables = group.block_tables
@@ -187,7 +192,7 @@ class BatchBuilder:
             else:
                 narrow.append(tables)
         host, device = self._send(wide, narrow)
-        longs, ints, ints_host = (iter(part) for part in (device[3:], device[len(wide) + 1 :], host[len(wide) + 1 :]))
+        longs, ints, ints_host = (iter(part) for part in (device[own:], device[len(wide) + 1 :], host[len(wide) + 1 :]))
         parts = []
         for group in groups:
             tables, slots = group.block_tables, next(longs)
@@ -208,6 +213,7 @@ class BatchBuilder:
             groups=tuple(parts),
             decode_only=len(ids) == len(counts),
             query_start_host=host[len(wide)],
+            spans=None if spans is None else device[3],
         )
 
     def _send(self, wide: Sequence[Ints], narrow: Sequence[NDArray[Any]]) -> tuple[list[Tensor], list[Tensor]]:

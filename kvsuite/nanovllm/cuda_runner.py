@@ -27,6 +27,7 @@ from .paged_attention import AttentionBackend, attending
 from .reference_attention import KeyRotation, ReferenceAttention
 from .runner import ModelRunner
 from .sampling import SamplingParameters, sample
+from .sequence_rotary import switch_length
 
 # widths that FlashInfer's kernels exist for
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -154,6 +155,8 @@ class CudaRunner(ModelRunner):
                 self._tune(self.decoder, wanted)
             if not graphs:
                 self._why_not_captured = "switched off"
+            elif (switch := switch_length(loaded.model)) is not None and switch < limits.max_model_len:
+                self._why_not_captured = "rotary frequencies follow the length of each sequence"
             elif not attention.capturable:
                 self._why_not_captured = attention.why_not_capturable
             else:

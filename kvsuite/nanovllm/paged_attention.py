@@ -27,9 +27,10 @@ class AttentionBackend(Protocol):
 
 
 class _Current:
-    """The backend of the forward pass under way; the attention function has no other way to learn it."""
+    """What belongs to the forward pass under way; functions inside the model have no other way to learn it."""
 
     backend: AttentionBackend | None = None
+    spans: Tensor | None = None
 
 
 def register_paged_attention() -> str:
@@ -44,13 +45,19 @@ def register_paged_attention() -> str:
 
 
 @contextmanager
-def attending(backend: AttentionBackend) -> Iterator[None]:
-    """Let forward passes inside the block attend through ``backend``."""
-    before, _Current.backend = _Current.backend, backend
+def attending(backend: AttentionBackend, spans: Tensor | None = None) -> Iterator[None]:
+    """Let forward passes inside the block attend through ``backend``; their tokens have these spans (`StepBatch.spans`)."""
+    before = _Current.backend, _Current.spans
+    _Current.backend, _Current.spans = backend, spans
     try:
         yield
     finally:
-        _Current.backend = before
+        _Current.backend, _Current.spans = before
+
+
+def spans_under_way() -> Tensor | None:
+    """Spans of the tokens of the forward pass under way, int64 ``[T]``; ``None`` where nothing depends on them."""
+    return _Current.spans
 
 
 def paged_attention(

@@ -46,6 +46,9 @@ class Request:
     scored
         Last tokens of the prompt whose final hidden states are wanted (`Runtime.on_rows`) and nothing else: the request
         is over when its prompt is computed, and has no output.
+    together
+        First tokens that are one forward pass where the request is alone, however steps cut them; what follows comes token by
+        token. The prompt if left out. Rotary frequencies that change with the length depend on it.
     id
         Chosen by the runtime if left out.
     """
@@ -55,6 +58,7 @@ class Request:
     on_token: OnToken | None = None
     forced: Sequence[int] | None = None
     scored: int = 0
+    together: int = 0
     id: str | None = None
 
     status: Status = field(default=Status.WAITING, init=False)
@@ -90,6 +94,7 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.prompt_length = len(self.tokens)
+        self.together = self.together or self.prompt_length
 
     @property
     def output(self) -> list[int]:
@@ -108,7 +113,7 @@ class Request:
 
     def branch(self, id: str, sampling: SamplingParameters) -> Request:
         """A new request that stands where this one does, with blocks yet to be given to it."""
-        child = Request(list(self.prompt), sampling, id=id)
+        child = Request(list(self.prompt), sampling, together=self.together, id=id)
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.compressed, child.compressions = self.compressed, list(self.compressions)

@@ -85,7 +85,7 @@ class ModelRunner:
         # a step in the middle of a prompt wants no logits, and not every final layer takes zero rows
         rows = batch.sample_rows if wanted else batch.ids.new_zeros(1)
         self.backend.begin(batch)
-        with torch.inference_mode(), attending(self._observed(self.backend, batch)):
+        with torch.inference_mode(), attending(self._observed(self.backend, batch), batch.spans):
             logits: Tensor = self.model(
                 input_ids=batch.ids[None],
                 position_ids=batch.positions[None],
@@ -101,7 +101,7 @@ class ModelRunner:
         """
         head = self._language_head()
         self.backend.begin(batch)
-        with torch.inference_mode(), attending(self._observed(self.backend, batch)):
+        with torch.inference_mode(), attending(self._observed(self.backend, batch), batch.spans):
             return head.hidden(batch.ids[None], batch.positions[None])[0, batch.sample_rows]
 
     def logits(self, rows: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .request import Request, Status
 from .runner import ModelRunner, Runner
 from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
+from .sequence_rotary import passes_switch, recomputing_switch, sequence_rotary
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
 
@@ -93,7 +94,9 @@ class Runtime:
         shape = {"num_blocks": blocks, "block_size": limits.block_size}
         self.pools = [KVPool(group, **shape, device=self.device, dtype=loaded.dtype) for group in self.groups]
         self.tables = [tables_for(group, limits, blocks) for group in self.groups]
-        self.scheduler = Scheduler(limits, self.tables, stepwise=policy is not None)
+        self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
+        self._switch = recomputing_switch(loaded.model)
+        self.scheduler = Scheduler(limits, self.tables, stepwise=policy is not None, rotary=self.rotary)
         if runner is None:
             made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
             self.runner: Runner = ModelRunner(loaded, made)
@@ -117,7 +120,7 @@ class Runtime:
             Eviction(policy, *parts, observer=self.runner.observer)
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
-        inputs = StepInputs(self.groups, self.tables, evictions, self.device)
+        inputs = StepInputs(self.groups, self.tables, evictions, self.device, spans=self.rotary is not None)
         self._launcher = StepLauncher(self.runner, inputs, self.pools, self.tables, self.counters)
         self.compression = CompressionStage(evictions, self.scheduler, self._end)
         self.scheduler.on_release = self.compression.leave
@@ -127,6 +130,8 @@ class Runtime:
         self._ended: list[Request] = []
         self._late: list[Request] = []
         self._delivery = Delivery(self.scheduler, self.counters, self._end)
+        if self.rotary is not None:
+            self.rotary.install()
         #: whether a step is launched before the tokens of the one before are here
         self.overlap = self.device.type == "cuda" if overlap is None else overlap
 
@@ -159,6 +164,9 @@ class Runtime:
         blocks = self.num_blocks if all(group.window is None for group in self.groups) else None
         facts: Any = {"vocab_size": self.vocab_size, "taken": self._requests, "has_policy": self.policy is not None}
         reason = problem(request, self.limits, num_blocks=blocks, **facts)
+        if reason is None and request.forced is None and not request.scored:
+            fed = min(request.sampling.max_new_tokens, self.limits.max_model_len - request.prompt_length)
+            reason = passes_switch(self._switch, request.prompt_length, fed)
         if reason:
             self._end(request, Status.FAILED, reason)
             return request
@@ -265,6 +273,8 @@ class Runtime:
             self.cancel(request)
         self._delivery.flight = None
         self.runner.close()
+        if self.rotary is not None:
+            self.rotary.close()
 
     def _settle(self) -> None:
         """Let the books be complete between two steps; requests that this ends are returned by the next step."""

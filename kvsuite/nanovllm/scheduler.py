@@ -12,6 +12,7 @@ from .block_pool import ROOT, chain
 from .block_table import BlockTables, Copy
 from .limits import Limits
 from .request import Request, Status
+from .sequence_rotary import SequenceRotary
 
 
 @dataclass
@@ -50,9 +51,19 @@ class Scheduler:
         Block tables, one per layer group.
     stepwise
         Whether a policy acts after every token (see `Request.chunk`).
+    rotary
+        Where frequencies change with the length: only sequences with the same ones share a prefix.
     """
 
-    def __init__(self, limits: Limits, tables: Sequence[BlockTables], *, stepwise: bool) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        tables: Sequence[BlockTables],
+        *,
+        stepwise: bool,
+        rotary: SequenceRotary | None = None,
+    ) -> None:
+        self._rotary = rotary
         self._limits = limits
         self._tables = tables
         self._stepwise = stepwise
@@ -279,9 +290,10 @@ class Scheduler:
 
     def _extend_digests(self, request: Request, count: int) -> None:
         size, known = self._limits.block_size, request.digests
+        root = ROOT if self._rotary is None else chain(ROOT, [self._rotary.row(request.together)])
         while len(known) < count:
             at = len(known) * size
-            known.append(chain(known[-1] if known else ROOT, request.tokens[at : at + size]))
+            known.append(chain(known[-1] if known else root, request.tokens[at : at + size]))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

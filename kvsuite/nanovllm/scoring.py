@@ -33,10 +33,13 @@ class Passage:
         Token ids.
     targets
         The tokens that follow the last ``len(targets)`` of them.
+    together
+        As for `Request`; all tokens if left out.
     """
 
     tokens: Sequence[int]
     targets: Sequence[int]
+    together: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def visit_rows(runtime: Runtime, passages: Sequence[Passage], visit: Callable[[T
     RuntimeError
         As `score_passages`.
     """
-    requests = [Request(list(passage.tokens), scored=len(passage.targets)) for passage in passages]
+    requests = [Request(list(one.tokens), scored=len(one.targets), together=one.together) for one in passages]
     offsets: dict[Request, int] = {}
     at = 0
     for request, passage in zip(requests, passages, strict=True):

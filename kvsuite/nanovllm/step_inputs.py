@@ -34,6 +34,8 @@ class StepInputs:
         One of each per layer group.
     device
         Where the tensors go.
+    spans
+        Whether the model needs the tokens' spans (`StepBatch.spans`).
     """
 
     def __init__(
@@ -42,7 +44,10 @@ class StepInputs:
         tables: Sequence[BlockTables],
         evictions: Sequence[Eviction],
         device: torch.device,
+        *,
+        spans: bool = False,
     ) -> None:
+        self._with_spans = spans
         self._parts = list(zip(groups, tables, evictions, strict=True))
         self._tables = tables
         self._places = any(group.places for group in groups)
@@ -87,11 +92,15 @@ class StepInputs:
         if with_scored:
             scored, rows_of_scored = _scored(plan)
             wanted = np.concatenate([wanted, rows_of_scored])
+        spans = None
+        if self._with_spans:
+            spans = np.maximum(positions + 1, np.repeat([request.together for request in requests], counts))
         batch = self._builder.build(
             ids=np.array(ids, dtype=np.int64),
             positions=positions,
             counts=counts,
             sample_rows=wanted,
+            spans=spans,
             groups=[
                 GroupInputs(
                     slots=own,

@@ -4,7 +4,7 @@
 
 from typing import Annotated, Any
 
-from kvsuite.entry_points import find
+from kvsuite.entry_points import ENGINES, find
 from kvsuite.errors import UserError
 
 from .dtypes import parse_dtype
@@ -24,8 +24,6 @@ from .option import (
     whole_number,
 )
 
-#: the entry-point group of engines: their names are known without importing them
-ENGINES = "kvsuite.engines"
 # the original's way to name a weight format
 _SWITCHES = {"load_in_4bit": "4bit", "load_in_8bit": "8bit", "fake_q3bit": "fake_q3"}
 
@@ -124,6 +122,11 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "graph captures decode steps as CUDA graphs; auto does so on CUDA where the method allows, and the "
         "record says which it was.",
     )]
+    attention: Annotated[str, Option(
+        choice("auto", "sdpa", "eager"), "auto",
+        "Attention function of the model on engine hf; auto is sdpa, and eager where the model has no sdpa: the record "
+        "says which it was.",
+    )]
     impl: Annotated[str, Option(
         choice("ring", "copy"), "ring",
         "Cache of the policies: preallocated slots, or the original's concatenation at every token.",
@@ -149,6 +152,11 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "original takes the defaults of the program this suite replaces.",
     )]
     # fmt: on
+
+    @property
+    def attention_parameters(self) -> dict[str, Any]:
+        """Part of a case's parameters where the attention function was chosen; ``auto`` follows from the model."""
+        return {} if self.attention == "auto" else {"attention": self.attention}
 
     @classmethod
     def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:

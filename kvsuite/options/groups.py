@@ -5,13 +5,11 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import EntryPoint
 
-from kvsuite.entry_points import OURS, described, find, load, package, warn
+from kvsuite.entry_points import OPTIONS, OURS, described, find, load, package, warn
 from kvsuite.errors import UserError
 
 from .common import CommonOptions
 from .option import Option, OptionGroup, options_in, spellings
-
-ENTRY_POINTS = "kvsuite.options"
 
 
 @cache
@@ -25,7 +23,7 @@ def option_groups() -> tuple[type[OptionGroup], ...]:
     """
     taken: dict[str, str] = {}
     groups: list[type[OptionGroup]] = []
-    for entry in find(ENTRY_POINTS).values():
+    for entry in find(OPTIONS).values():
         try:
             group = _group(entry)
         except UserError as error:

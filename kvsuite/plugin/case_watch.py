@@ -185,11 +185,19 @@ def payload_of(item: pytest.Item) -> dict[str, Any] | None:
 
 def case_of(config: pytest.Config, item: pytest.Item) -> Case | None:
     """The case of a collected test, ``None`` if it has none."""
-    name = getattr(getattr(item, "callspec", None), "params", {}).get("kv_case")
+    name, suite = _parameters(item).get("kv_case"), suite_name(item)
+    return config.stash[CASES].get((suite, name)) if isinstance(name, str) and suite is not None else None
+
+
+def suite_name(item: pytest.Item) -> str | None:
+    """The suite whose cases a collected test has, usable or not; ``None`` if it has none."""
     marker = item.get_closest_marker("kv_suite")
-    if marker is None or not isinstance(name, str) or len(marker.args) != 1:
-        return None
-    return config.stash[CASES].get((str(marker.args[0]), name))
+    return str(marker.args[0]) if marker and len(marker.args) == 1 and "kv_case" in _parameters(item) else None
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return found
 
 
 def _leave() -> NoReturn:

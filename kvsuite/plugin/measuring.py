@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from .stash import (
 
 if TYPE_CHECKING:
     from kvsuite.engines.engine import Session
+    from kvsuite.engines.registry import SessionPool
 
 
 def open_runner(config: pytest.Config) -> Iterator[Any]:
@@ -51,17 +53,30 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
     for metrics in config.hook.pytest_kvsuite_metrics(config=config):
         for metric in metrics:
             registry.add(metric)
-    environment = host_facts(worker_input(config).get("mainargv"))
-    environment["gpu"] = gpu_facts(resolve_device(options.of(CommonOptions).device))
+    sessions = SessionPool(options)
+    planned = config.stash.get(PLANNED, ())
+    environment = host_facts(worker_input(config).get("mainargv")) | {
+        "gpu": gpu_facts(resolve_device(options.of(CommonOptions).device)),
+        "engines": _versions(sessions, planned),
+    }
     config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
     _require_json(environment, "pytest_kvsuite_update_env: a hook of yours added")
-    sessions = SessionPool(options)
     runner = config.stash[RUNNER] = CaseRunner(
-        options, registry, environment, sessions, measuring_suite, planned=config.stash.get(PLANNED, ()),
+        options, registry, environment, sessions, measuring_suite, planned=planned,
         watch=partial(tell_box, config), pass_on=config.stash[SIGNALS].pass_on,
     )  # fmt: skip
     yield runner
     sessions.close()
+
+
+def _versions(sessions: SessionPool, planned: Sequence[Case]) -> dict[str, dict[str, str]]:
+    """Versions of all that computes, by engine."""
+    found = {}
+    for name in sorted({case.engine for case in planned}):
+        # an engine that cannot be used is told of when its first case begins
+        with contextlib.suppress(UserError):
+            found[name] = sessions.versions(name)
+    return found
 
 
 def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Record]:

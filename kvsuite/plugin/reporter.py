@@ -100,12 +100,14 @@ class Reporter:
         from kvsuite.store.records_file import code_of
 
         then = {} if self._earlier is None else code_of(self._earlier.run) or {}
-        self._code = code_hashes(self._config.rootpath, ids, then)
+        self._code = code_hashes(self._config.rootpath, ids, then, cases=cases)
         if self._earlier is not None:
             from kvsuite.meters.environment import host_facts
 
+            known = self._config.hook.pytest_kvsuite_metrics(config=self._config)
             self._earlier.require_same(
-                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()}
+                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()},
+                {metric.name: metric.version for metrics in known for metric in metrics},
             )
         if not cases:
             return

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import pytest
 
 from kvsuite.case import Case
 from kvsuite.distribution.gpus import bind, gpus_for, require_gpu_each
+from kvsuite.entry_points import ENGINES, POLICIES, find, warn
 from kvsuite.errors import UserError
+from kvsuite.metrics.installed import installed_metrics
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
@@ -22,6 +27,7 @@ from kvsuite.suites.registry import (
     require_measurable,
     suite_names,
     take_hooked,
+    unusable_suites,
     usable_cases,
     usable_suites,
 )
@@ -34,7 +40,8 @@ from .pytest_benchmark import (
     pytest_benchmark_update_machine_info,
 )
 from .reporter import REPORTER, Reporter
-from .selection import select, take_up
+from .runnable import require_known_runnable, require_runnable
+from .selection import leave_out_unasked, select, take_up
 from .signals import Signals
 from .stash import (
     BOUND_GPU,
@@ -76,6 +83,7 @@ def begin(config: pytest.Config) -> None:
     if plugins.has_plugin(_NAME):
         return
     options = config.stash[OPTIONS]
+    tell_unusable(config)
     if options.given:
         # only what was asked for is checked
         _check(options)
@@ -118,6 +126,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         raise UserError(f"{metafunc.definition.nodeid}: kv_suite takes one name, for example kv_suite('compression')")
     name = str(marker.args[0])
     _ask_hook(config, metafunc.definition.ihook)
+    tell_unusable(config)
     try:
         cases = cases_of(name, config.stash[OPTIONS])
     except UnusableSuite as error:
@@ -132,8 +141,32 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 def _ask_hook(config: pytest.Config, hook: Any) -> None:
     """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
-    for suites in hook.pytest_kvsuite_suites(config=config):
-        take_hooked(suites, "pytest_kvsuite_suites")
+    name = "pytest_kvsuite_suites"
+    givers = {one.plugin_name: one.plugin for one in getattr(hook, name).get_hookimpls()}
+    for giver, plugin in givers.items():
+        # each by itself, so that one that fails keeps no other's suites back
+        others = [one for one in config.pluginmanager.get_plugins() if one is not plugin]
+        alone = config.pluginmanager.subset_hook_caller(name, others)
+        take_hooked(partial(_asked, alone, config), f"{giver}: {name}")
+
+
+def _asked(hook: Any, config: pytest.Config) -> Iterable[object]:
+    return itertools.chain(*hook(config=config))
+
+
+def tell_unusable(config: pytest.Config) -> None:
+    """Say once, when the run begins or a conftest has been read, which of what packages bring is left out."""
+    capture, terminal = (config.pluginmanager.get_plugin(name) for name in ("capturemanager", "terminalreporter"))
+    # tests are being collected, and what goes to stderr meanwhile is kept from who has to see it
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        if terminal is not None:
+            terminal.ensure_newline()
+        for line in unusable_suites():
+            warn(line)
+        installed_metrics()
+        # of two of one name the second is told of; none is imported before it is asked for
+        for group in (ENGINES, POLICIES):
+            find(group)
 
 
 def _check(options: Options) -> None:
@@ -152,6 +185,15 @@ def _check(options: Options) -> None:
         check_corpus(common.corpus)
 
 
+# before xdist starts its workers and the header is shown
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    try:
+        require_known_runnable(session.config)
+    except UserError as error:
+        raise pytest.UsageError(f"kvsuite: {error}") from error
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     # --benchmark-only and --benchmark-skip look for the name of a fixture that kv_run asks for only when rounds are timed
@@ -167,6 +209,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     finally:
         for one in lacking:
             one.remove("benchmark")
+    leave_out_unasked(config, items)
     before = len(items)
     cases = select(config, items)
     try:
@@ -206,6 +249,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
                     "xdist cannot tell apart; name one otherwise, or leave -n out"
                 )
         selected = [(node_id, known[bracket]) for node_id, bracket in brackets.items() if bracket in known]
+        require_runnable(config, [case for _, case in selected])
         if selected:
             device = options.of(CommonOptions).device
             require_gpu_each(gpus_for(device), device, workers.workers)
@@ -222,6 +266,7 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
         return
     if cases:
         require_measurable([case for _, case in cases])
+        require_runnable(config, [case for _, case in cases])
     if cases or left_out:
         reporter.expect([case for _, case in cases], ids)
     # not of a run that was refused

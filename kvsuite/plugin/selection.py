@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from kvsuite.case import Case
 from kvsuite.distribution.order import rotated
 from kvsuite.distribution.shards import assign
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
+from kvsuite.suites.registry import is_of_bare_run
 from kvsuite.survival.resume import find_earlier, is_finished
 
-from .case_watch import case_of
+from .case_watch import case_of, suite_name
 from .reporter import Reporter
-from .stash import FINISHED, OPTIONS, ORDER_SEED, PLACES, PLANNED, is_worker
+from .stash import FINISHED, OPTIONS, ORDER_SEED, PLACES, PLANNED, UNASKED, is_worker
 
 
 def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
@@ -43,6 +45,38 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
     told = [f"resumes {earlier.folder}: {len(earlier.kept)} cases have a record"]
     told += [f"{again} failed ones run again ({','.join(options.resume_rerun)})"] if again else []
     return "; ".join([*told, *earlier.notes])
+
+
+def leave_out_unasked(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases of suites that are no part of a bare run, unless their file was given or ``-k`` names them."""
+    unasked: dict[str, list[pytest.Item]] = {}
+    named = _names_something(config.option.keyword)
+    for item in items:
+        suite = suite_name(item)
+        if suite is not None and not named and not item.session.isinitpath(item.path) and not is_of_bare_run(suite):
+            unasked.setdefault(suite, []).append(item)
+    left_out = {item for own in unasked.values() for item in own}
+    if not left_out:
+        return
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=[item for own in unasked.values() for item in own])
+    lines = [_told(suite, own) for suite, own in unasked.items()]
+    config.stash[UNASKED] = lines
+    if is_worker(config):
+        config.workeroutput["kv_unasked"] = lines  # type: ignore[attr-defined]
+
+
+def _names_something(keyword: str) -> bool:
+    # what holds of a test without any name (not dse) leaves out and asks for nothing
+    return bool(keyword) and not Expression.compile(keyword).evaluate(lambda name, /, **_: False)
+
+
+def _told(suite: str, items: list[pytest.Item]) -> str:
+    files = dict.fromkeys(item.nodeid.partition("::")[0] for item in items)
+    return (
+        f"suite {suite} is left out ({len(items)} cases of {', '.join(files)}): it is no part of a bare run; give its file, "
+        f"or -k {suite}"
+    )
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> list[tuple[str, Case]]:

@@ -21,6 +21,8 @@ OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 CASES: pytest.StashKey[dict[tuple[str, str], Case]] = pytest.StashKey()
 #: begin of a parameter that stands for a suite which cannot be used; the rest says why
 UNUSABLE = "unusable: "
+#: a line for every suite that was collected and is no part of a bare run
+UNASKED: pytest.StashKey[list[str]] = pytest.StashKey()
 #: the selected cases, in the order of their space
 PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
 ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvsuite.case import Case
 from kvsuite.distribution.progress import about
 from kvsuite.foreign_text import visible
 from kvsuite.meters.host_load import busy_now
@@ -15,12 +16,19 @@ from kvsuite.options.sweep import SweepOptions
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
 from .reporter import REPORTER, Reporter
-from .stash import OPTIONS, ORDER_SEED
+from .stash import OPTIONS, ORDER_SEED, UNASKED
+from .xdist_controller import WORKERS
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
     cases = [case for item in items if (case := case_of(config, item)) is not None]
-    if not cases or config.getoption("verbose") < 0:
+    if config.getoption("verbose") < 0:
+        return []
+    return [*_beginning(config, cases), *_unasked(config)]
+
+
+def _beginning(config: pytest.Config, cases: list[Case]) -> list[str]:
+    if not cases:
         return []
     first = cases[0]
     order = config.stash[ORDER_SEED]
@@ -44,7 +52,15 @@ def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Ite
     return [visible(line) for line in lines]
 
 
+def _unasked(config: pytest.Config) -> list[str]:
+    return [visible(f"kvsuite: {line}") for line in config.stash.get(UNASKED, [])]
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    if WORKERS in config.stash:
+        # what they left out they tell when they are done
+        for line in _unasked(config):
+            terminalreporter.write_line(line)
     reporter = config.stash.get(REPORTER, None)
     if reporter is None:
         return

@@ -25,7 +25,7 @@ from kvsuite.survival.death import Cause, cause_of, crashed_row
 
 from .case_watch import REPLACE_ME
 from .reporter import Reporter
-from .stash import FINISHED, OPTIONS, ORDER_SEED
+from .stash import FINISHED, OPTIONS, ORDER_SEED, UNASKED
 
 _POLL_S = 0.2
 _WAIT_S = 10.0
@@ -104,8 +104,12 @@ class WorkerGuard:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object | None) -> None:
         """Say why a worker went that wanted to; take over what one that is done tells."""
-        if getattr(node, "workeroutput", {}).get("kv_left_out"):
+        output = getattr(node, "workeroutput", {})
+        if output.get("kv_left_out"):
             self._reporter.left_out = True
+        if lines := output.get("kv_unasked"):
+            # every worker collected the same
+            self._config.stash[UNASKED] = lines
         if error is not None and _returncode(node) == REPLACE_ME:
             self._reporter.tell(
                 f"kvsuite: worker {node.gateway.id} gets a new process: a CUDA error or a timeout left its old one in a state "

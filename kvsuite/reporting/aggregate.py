@@ -15,13 +15,15 @@ from kvsuite.store.files import utf8
 
 Row = Mapping[str, Any]
 
+#: characters of the message of an error in a table
+_MOST_OF_AN_ERROR = 300
 NOT_IN_RECORD = "not in the record"
 GIB = 1024**3
 MIB = 1024**2
 
 
-def json_text(document: Mapping[str, Any], where: str) -> str:
-    """A document as it stands in a file.
+def json_bytes(document: Mapping[str, Any], where: str) -> bytes:
+    """A document as it stands in a file: indented, UTF-8.
 
     Raises
     ------
@@ -33,9 +35,9 @@ def json_text(document: Mapping[str, Any], where: str) -> str:
     try:
         # Python's own indentation is slow, and msgspec would write null for NaN
         packed = utf8(json.dumps(document, allow_nan=False, ensure_ascii=False))
-        return msgspec.json.format(packed, indent=2).decode("utf-8") + "\n"
+        return msgspec.json.format(packed, indent=2) + b"\n"
     except msgspec.DecodeError:  # a file name that is not UTF-8, which Python holds as half of a pair
-        return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        return utf8(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     except ValueError as error:
         raise UserError(f"{where}: holds NaN or an infinity ({error}); write null with a reason instead") from error
 
@@ -109,13 +111,17 @@ _PER_WORD, _PER_WORD_PROTOCOL = frozenset({"word_perplexity", "byte_perplexity",
 _QUALITY = frozenset({"perplexity", "perplexity_se", "next_token_acc", "ppl_ratio", "ppl_ratio_se"})
 
 
-def failure(row: Row, width: int = 160) -> str:
-    """One line that says how a case without numbers ended: its status and its reason."""
+def failure(row: Row) -> str:
+    """One line that says how a case without numbers ended: its status and its reason, whole, for its mend stands at its end.
+
+    Of a long message of an error the middle is left out.
+    """
     error = row.get("error") or {}
     text = row.get("reason") or ": ".join(str(error[key]) for key in ("type", "message") if error.get(key))
     text = " ".join(str(text).split())
-    line = f"{row['status']}: {text}" if text else str(row["status"])
-    return line if len(line) <= width else line[: width - 1] + "…"
+    if not row.get("reason"):
+        text = visible(text, _MOST_OF_AN_ERROR)
+    return f"{row['status']}: {text}" if text else str(row["status"])
 
 
 def change(new: float | None, base: float | None) -> float | None:

@@ -12,7 +12,7 @@ from kvsuite.record import REPORT_SCHEMA, STATUSES, check_schema
 from kvsuite.store.files import parse_json
 from kvsuite.store.validate import validate
 
-from .aggregate import Row, json_text
+from .aggregate import Row, json_bytes
 
 
 def assemble_report(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def assemble_report(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, An
     return report
 
 
-def report_text(path: Path, report: Mapping[str, Any]) -> str:
-    """The text of ``report.json`` at ``path``: fields that a reader added to the one that lies there are kept.
+def report_bytes(path: Path, report: Mapping[str, Any]) -> bytes:
+    """The content of ``report.json`` at ``path``: fields that a reader added to the one that lies there are kept.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def report_text(path: Path, report: Mapping[str, Any]) -> str:
     """
     if path.exists():
         report = _keep_unknown_fields(path, report)
-    return json_text(report, str(path))
+    return json_bytes(report, str(path))
 
 
 def _keep_unknown_fields(path: Path, report: Mapping[str, Any]) -> dict[str, Any]:

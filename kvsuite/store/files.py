@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -46,6 +47,11 @@ def utf8(text: str) -> bytes:
 
 def parse_json(data: bytes) -> Any:
     """Parse strict JSON: ``ValueError`` for NaN and the infinities, which Python would accept, and for endless nesting."""
+    import msgspec
+
+    # three times as fast; what it refuses, lone surrogates of file names among it, Python reads or says what is wrong
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
+        return msgspec.json.decode(data)
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError as error:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from kvsuite.case import Case
-from kvsuite.entry_points import OURS, described, find, load, package
+from kvsuite.entry_points import OURS, SUITES, described, find, in_a_line, load, package
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
 
-ENTRY_POINTS = "kvsuite.suites"
 
 # suites that a hook gave, by name
 _hooked: dict[str, Suite] = {}
+# what hooks gave that cannot be used: a line each, by the name of the suite where it has one
+_unusable_hooked: dict[str, str] = {}
 
 
 class UnusableSuite(UserError):
@@ -40,8 +41,9 @@ class _Rows(Suite):
         raise UserError(f"suite {self.name}: is not installed here, only rows of it are known; install its package")
 
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
-        # a case made by hand under a name of its own serves one request through its cache
-        return suite_named("compression").measure(case, session, run)
+        # a case made by hand under a name of its own
+        by_hand = next(suite for suite in usable_suites() if suite.measures_by_hand)
+        return by_hand.measure(case, session, run)
 
 
 def suite_names() -> list[str]:
@@ -62,9 +64,15 @@ def suite_named(name: str) -> Suite:
     if name in _hooked:
         return _hooked[name]
     entry = _entries().get(name)
-    if entry is None:
-        raise UserError(f"kv_suite({name!r}): unknown suite; known: {', '.join(suite_names())}")
-    return _loaded(entry)
+    if entry is not None:
+        return _loaded(entry)
+    if name in _unusable_hooked:
+        raise UnusableSuite(_unusable_hooked[name])
+    unknown = f"kv_suite({name!r}): unknown suite; known: {', '.join(suite_names())}"
+    if _unusable_hooked:
+        # a hook that failed may have meant to give it
+        raise UnusableSuite(f"{unknown}; and {'; '.join(_unusable_hooked.values())}")
+    raise UserError(unknown)
 
 
 def suite_of_rows(name: str) -> Suite:
@@ -76,7 +84,7 @@ def suite_of_rows(name: str) -> Suite:
 
 
 def measuring_suite(name: str) -> Suite:
-    """The suite that measures cases of that name; those that were made by hand, of no suite, as the compression suite's.
+    """The suite that measures cases of that name; those that were made by hand, of no suite, as one that says so.
 
     Raises
     ------
@@ -105,7 +113,12 @@ def unusable_suites() -> list[str]:
             suite_named(name)
         except UnusableSuite as fault:
             found.append(str(fault))
-    return found
+    return found + list(_unusable_hooked.values())
+
+
+def is_of_bare_run(name: str) -> bool:
+    """Whether a bare ``pytest`` measures the suite of that name; of one that cannot be used nobody knows."""
+    return suite_of_rows(name).bare_run_place is not None
 
 
 def in_order(suites: Iterable[Suite]) -> list[Suite]:
@@ -115,20 +128,35 @@ def in_order(suites: Iterable[Suite]) -> list[Suite]:
     )  # fmt: skip
 
 
-def take_hooked(suites: Iterable[Suite | type[Suite]], where: str) -> None:
-    """Add suites that a hook of a conftest or plugin gave; the same class may come again.
+def take_hooked(ask: Callable[[], Iterable[object]], where: str) -> None:
+    """Add suites that a hook of a conftest or plugin gives; the same class may come again.
 
-    Raises
-    ------
-    UserError
-        If one is no suite, or has a name that is taken.
+    What cannot be used is kept as a line (`unusable_suites`), and the others are taken.
+
+    Parameters
+    ----------
+    ask
+        Calls the hook of one plugin.
+    where
+        The plugin and its hook, for messages.
     """
-    for given in suites:
-        suite = _checked(given, f"{where}: {_described(given)}", None)
-        known = _hooked.get(suite.name)
-        if suite.name in _entries() or (known is not None and type(known) is not type(suite)):
-            taken = type(known).__qualname__ if known is not None else described(_entries()[suite.name])
-            raise UserError(f"{where}: {_described(given)}: the name {suite.name} is taken by {taken}; rename it")
+    try:
+        found = list(ask())
+    except Exception as error:  # the hook is somebody else's
+        _unusable_hooked[where] = f"{where}: failed ({in_a_line(error)}); return a list of suites from it"
+        return
+    for given in found:
+        place = f"{where}: {_described(given)}"
+        try:
+            suite = _checked(given, place, None)
+            known = _hooked.get(suite.name)
+            if suite.name in _entries() or (known is not None and type(known) is not type(suite)):
+                taken = _described(known) if known is not None else described(_entries()[suite.name])
+                raise UserError(f"{place}: the name {suite.name} is taken by {taken}; rename it")
+        except UserError as error:
+            name = getattr(given, "name", None)
+            _unusable_hooked[name if isinstance(name, str) and name not in suite_names() else place] = str(error)
+            continue
         _hooked[suite.name] = suite
 
 
@@ -144,14 +172,14 @@ def cases_of(name: str, options: Options) -> list[Case]:
     """
     suite = suite_named(name)
     try:
-        cases = suite.cases(options)
+        cases = list(suite.cases(options))
     except UserError:
         raise
     except Exception as error:
         if _is_ours(suite):
             raise
         raise UnusableSuite(
-            f"{_where(suite)}: cases() failed ({type(error).__name__}: {error}); correct it, or leave the suite out"
+            f"{_where(suite)}: cases() failed ({in_a_line(error)}); correct it, or leave the suite out"
         ) from error
     if not cases:
         raise UnusableSuite(
@@ -200,7 +228,7 @@ def require_measurable(cases: Sequence[Case]) -> None:
 
 @functools.cache
 def _entries() -> Mapping[str, EntryPoint]:
-    found = find(ENTRY_POINTS)
+    found = find(SUITES)
     if not any(package(entry) == OURS for entry in found.values()):
         raise UserError(
             "the entry points of kvsuite are not those of this version; install it again (pip install -e .)"
@@ -237,10 +265,10 @@ def _checked(given: object, where: str, name: str | None) -> Suite:
             suite = given()
         except Exception as error:  # its constructor is somebody else's
             raise UserError(
-                f"{where}: cannot be made ({type(error).__name__}: {error}); give it a constructor without parameters"
+                f"{where}: cannot be made ({in_a_line(error)}); give it a constructor without parameters"
             ) from error
     if not isinstance(suite, Suite):
-        raise UserError(f"{where}: is no subclass of kvsuite.suites.suite.Suite; name one")
+        raise UserError(f"{where}: is no subclass of kvsuite.suites.suite.Suite; name a class that is one")
     own = getattr(suite, "name", None)
     if not isinstance(own, str) or not own:
         raise UserError(f"{where}: has no name; set its attribute name")
@@ -250,6 +278,8 @@ def _checked(given: object, where: str, name: str | None) -> Suite:
 
 
 def _described(given: object) -> str:
+    if not isinstance(given, type | Suite):
+        return repr(given)
     of = given if isinstance(given, type) else type(given)
     return f"{of.__module__}:{of.__qualname__}"
 

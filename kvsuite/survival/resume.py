@@ -15,7 +15,7 @@ from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, read_records
 from kvsuite.store.validate import validate
 
-from .settings import differences, known_machine, machine_differences
+from .settings import differences, known_machine, machine_differences, metric_differences
 
 LATEST = "latest"
 _UNREADABLE = "unreadable"
@@ -66,20 +66,22 @@ class EarlierRun:
         """What names the finished cases: id and key."""
         return [finished_name(row["id"], row["case"]) for row in self.kept]
 
-    def require_same(self, now: Mapping[str, Any]) -> None:
-        """Refuse to go on with other code, options or machine.
+    def require_same(self, now: Mapping[str, Any], metrics: Mapping[str, Any] = {}) -> None:
+        """Refuse to go on with other code, options, metrics or machine.
 
         Parameters
         ----------
         now
             Run line of what would go on.
+        metrics
+            Versions of the metrics that it knows, by name.
 
         Raises
         ------
         UserError
             Naming everything that differs.
         """
-        _refuse(self.folder, differences(self.run, now, shards=True))
+        _refuse(self.folder, differences(self.run, now, shards=True) + metric_differences(self.kept, metrics))
 
     def require_same_case(self, row: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Refuse a new row that does not belong to the kept ones: another machine, model or text, found out by loading it.

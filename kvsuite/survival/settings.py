@@ -1,10 +1,11 @@
-"""Whether two runs measured in the same way: code, options, packages, machine. And if not, in what they differ."""
+"""Whether two runs measured in the same way: all that `settings_hash` is made of. And if not, in what they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kvsuite.entry_points import OURS
 from kvsuite.meters.environment import machine
 from kvsuite.store.records_file import code_of
 
@@ -31,7 +32,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], *, shards: bool
     """
     found = [
         *_pairs("--kv-", then.get("options"), now.get("options"), set() if shards else {"shard"}),
-        *_code(code_of(then), code_of(now)),
+        *_code(code_of(then), code_of(now), _version_of(then), _version_of(now)),
     ]
     if "environment" in now:
         found += machine_differences(then.get("environment") or {}, now["environment"])
@@ -49,6 +50,18 @@ def machine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
         _line(name, before.get(name), after.get(name))
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name) and not (blind and name.startswith("gpu "))
+    ] + [*_engine_differences(then, now)]
+
+
+def metric_differences(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
+    """Metrics of ``rows`` whose definition has another version ``now`` (versions by name); those not known now are none."""
+    then: dict[str, Any] = {}
+    for row in rows:
+        then |= {name: entry.get("version") for name, entry in row["metrics"].items()}
+    return [
+        f"the definition of {name}: then version {version}, now {now[name]}"
+        for name, version in sorted(then.items())
+        if name in now and now[name] != version
     ]
 
 
@@ -69,16 +82,33 @@ def _facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {f"gpu {name}": value for name, value in gpu.items()} | {n: packages.get(n) for n in _PACKAGES}
 
 
+def _engine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Versions of what computes in engines that both runs used (`kvsuite.engines.engine.Engine.version`)."""
+    # an older run has none, nor has one that has not loaded anything yet
+    before, after = _mapping(then.get("engines")), _mapping(now.get("engines"))
+    for engine in sorted(before.keys() & after.keys()):
+        old, new = _mapping(before[engine]), _mapping(after[engine])
+        for name in sorted({*old, *new} - {"torch", *_PACKAGES}):
+            if old.get(name) != new.get(name):
+                yield _line(f"{name} of engine {engine}", old.get(name), new.get(name))
+
+
 def _pairs(prefix: str, then: Any, now: Any, more: set[str]) -> Iterator[str]:
-    then, now = (side if isinstance(side, Mapping) else {} for side in (then, now))
+    then, now = _mapping(then), _mapping(now)
     ignored = _OTHER_PURPOSES - {"shard"} | more
     for name in dict.fromkeys([*then, *now]):
-        before, after = then.get(name), now.get(name)
-        if name not in ignored and before != after:
-            yield _line(prefix + str(name).replace("_", "-"), before, after)
+        if name in ignored or (name in then and name in now and then[name] == now[name]):
+            continue
+        typed = prefix + str(name).replace("_", "-")
+        if name not in now:
+            yield f"{typed}: then {_shown(then[name])}, and no option of this version"
+        elif name not in then:
+            yield f"{typed}: no option of that version, now {_shown(now[name])}"
+        else:
+            yield _line(typed, then[name], now[name])
 
 
-def _code(then: Any, now: Any) -> Iterator[str]:
+def _code(then: Any, now: Any, version_then: str, version_now: str) -> Iterator[str]:
     if now is None:
         return
     if not isinstance(then, Mapping):
@@ -86,13 +116,33 @@ def _code(then: Any, now: Any) -> Iterator[str]:
         return
     for name in dict.fromkeys([*then, *now]):
         if then.get(name) != now.get(name) and (name in then) == (name in now):
-            yield f"the code of {name} has changed"
+            of = [one for one in (version_then, version_now) if one and name == OURS]
+            yield f"the code of {name} has changed" + (f" (then {of[0]}, now {of[1]})" if len(of) == 2 else "")
         elif name not in then and name.endswith("conftest.py"):
             yield f"{name} is new"
         elif name not in now and name.endswith("conftest.py"):
             yield f"{name} is gone"
 
 
+def _version_of(run: Mapping[str, Any]) -> str:
+    """Version and commit of kvsuite, as far as a run line tells them."""
+    told = _mapping(_mapping(run.get("environment")).get("kvsuite"))
+    version, commit = str(told.get("version") or ""), str(told.get("commit") or "")[:9]
+    changed = " with changes" if told.get("dirty") else ""
+    return " ".join(filter(None, (version, f"at {commit}{changed}" if commit else "")))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _line(name: str, then: Any, now: Any) -> str:
-    before, after = (_NOTHING if value is None else value for value in (then, now))
+    before, after = _shown(then), _shown(now)
+    if before == after:
+        # nothing, and the word for it
+        before, after = repr(then), repr(now)
     return f"{name}: then {before}, now {after}"
+
+
+def _shown(value: Any) -> str:
+    return _NOTHING if value is None else str(value)

@@ -111,6 +111,20 @@ def test_the_table_says_where_the_memory_goes(capsys: pytest.CaptureFixture[str]
     assert "7044.972f" in whole
 
 
+def test_one_impossible_format_does_not_end_the_others(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "formats.csv"
+    words = ("--model", "dummy:tiny", "--engine", "nano", "--space", "ctx=256,512;chunk=64", "--csv", path)
+    text = predict(capsys, *words, "--quantization", "none,q3f16_0,q4f16_1")
+    assert "4 points, 2 more break a rule" in text
+    assert "  2 break format-of-engine: --kv-quantization=q3f16_0: not predicted for nano; choose from none" in text
+    rows = exported(path)
+    assert [row["quantization"] for row in rows if row["mem_predicted_total_mb"]] == ["none"] * 2 + ["q4f16_1"] * 2
+    assert {row["broken_rules"].partition(":")[0] for row in rows if not row["mem_predicted_total_mb"]} == {
+        "breaks format-of-engine"
+    }
+    assert "--kv-quantization=q3f16_0: not predicted for nano" in refusal(capsys, *words, "--quantization", "q3f16_0")
+
+
 def test_what_is_not_known_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "unknown.csv"
     text = predict(capsys, "--model", "dummy:Qwen3-8B", "--card", "80", "--csv", path)
@@ -167,6 +181,8 @@ def test_a_space_without_a_valid_point(capsys: pytest.CaptureFixture[str]) -> No
         (("--card", "8", "--card-share", "2"), "--card-share=2: must lie above 0"),
         (("--card-share", "0.5"), "--card-share: needs --card"),
         (("--json-prefill-chunk", "0"), "--json-prefill-chunk=0: must be at least 1"),
+        (("--engine", "hf"), "--engine=hf: has no formulas of its memory; use mlc, nano"),
+        (("--engine", "nosuch"), "unknown engine; use auto, hf, mlc, nano"),
         (("--engine", "nano", "--json-prefill-chunk", "64"), "--json-prefill-chunk: only --engine mlc reads it"),
         (("--engine", "nano", "--total-tokens", "batch"), "--total-tokens: only --engine mlc reads it"),
         (("--dtype", "float16"), "--dtype: only --engine nano reads it"),

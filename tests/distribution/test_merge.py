@@ -41,6 +41,28 @@ def joined(paths: list[Path], **how: bool) -> Any:
     return join([read_part(path)[0] for path in paths], **how)
 
 
+def test_a_run_of_an_older_version_is_no_part_and_one_line_says_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = Path(__file__).parents[1] / "data" / "recorded_run"
+    run, rows, _ = read_records(recorded)
+    rows = [dict(one, id=f"{one['id']} again", sidecar=None, case=one["case"] | {"name": "new"}) for one in rows[:1]]
+    rows[0]["metrics"]["perplexity"]["version"] = 2
+    names = ("command", "seed", "order_seed", "cases")
+    newer = store_run(
+        tmp_path, rows, **{name: run[name] for name in names}, code=run["code"] | {"kvsuite": "sha256:other"},
+        environment=run["environment"] | {"kvsuite": {"version": "0.1.0", "commit": "f" * 40, "dirty": True}},
+        options={"model": "smollm2"},
+    )  # fmt: skip
+    assert main(["merge", str(recorded), str(newer), "-o", str(tmp_path / "out")]) == 4
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "are not parts of one sweep: " in line
+    assert "--kv-rounds: 2 and 5; " in line
+    assert "the code of kvsuite has changed (0.1.0 at e6239657e and 0.1.0 at fffffffff with changes)" in line
+    assert "the definition of perplexity: version 1 and 2" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_become_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "whole"
     assert main(["merge", *map(str, shards(tmp_path)), "-o", str(out)]) == 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import kvsuite
-from kvsuite.measure.source_hash import source_hash
+from kvsuite.case import Case
+from kvsuite.entry_points import find
+from kvsuite.measure.source_hash import _package_hash, code_hashes, others_code, source_hash
 
 PACKAGE = Path(kvsuite.__file__).parent
 
@@ -55,7 +58,7 @@ def test_what_shows_or_explains_is_not_in_it(copy: Path, name: str, old: str, ne
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("meters/quality.py", "math.exp(mean)", "math.exp(-mean)"),
+        ("meters/quality.py", "exponential(mean)", "exponential(-mean)"),
         ("suites/compression/quality.py", "_LEAK_NATS, _LEAK_SIGMAS = 0.1", "_LEAK_NATS, _LEAK_SIGMAS = 0.2"),
         ("engines/hf/session.py", "annotations\n", "annotations\nimport json\n"),
         ("nanovllm/scheduler.py", "annotations\n", "annotations\nimport json\n"),
@@ -63,3 +66,77 @@ def test_what_shows_or_explains_is_not_in_it(copy: Path, name: str, old: str, ne
 )
 def test_what_measures_is_in_it(copy: Path, name: str, old: str, new: str) -> None:
     assert edited(copy, name, old, new) != source_hash()
+
+
+SITE = """
+[kvsuite.suites]
+hosted = hosted.suite:Hosted
+[kvsuite.engines]
+hosted = hosted_engine:Engine
+[kvsuite.policies]
+hosted = hosted.policy:Policy
+"""
+
+
+@pytest.fixture(params=["copied", "editable"])
+def site(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of somebody else on the path: its files are listed, or it is used where it is written."""
+    files = {
+        "hosted/__init__.py": "", "hosted/suite.py": "LIMIT = 1  # a limit\n", "hosted/deep/kernel.py": "def f(): return 1\n",
+        "hosted_engine.py": "SPEED = 3\n", "hosted/data.txt": "no code\n", "elsewhere.py": "",
+    }  # fmt: skip
+    listed = [] if request.param == "editable" else [name for name in files if name != "elsewhere.py"]
+    info = "hosted-1.0.dist-info"
+    files[f"{info}/METADATA"] = "Metadata-Version: 2.1\nName: hosted\nVersion: 1.0\n"
+    files[f"{info}/entry_points.txt"] = SITE
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in listed)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    find.cache_clear()
+    yield tmp_path
+    find.cache_clear()
+
+
+def case_of(**fields: str) -> Case:
+    return Case(**({"suite": "compression", "engine": "hf", "model": "dummy:tiny", "name": "a", "device": "cpu",
+                    "dtype": "float32"} | fields))  # fmt: skip
+
+
+def hashed(*cases: Case) -> dict[str, str]:
+    _package_hash.cache_clear()
+    return others_code(cases)
+
+
+@pytest.mark.parametrize("fields", [{"suite": "hosted"}, {"policy": "hosted"}])
+def test_the_package_of_a_suite_or_policy_of_others_is_in_it(site: Path, fields: dict[str, str]) -> None:
+    one = case_of(**fields)
+    before = hashed(one)
+    assert list(before) == ["hosted"]
+    for name, old, new, is_same in (
+        ("hosted/suite.py", "# a limit", "# the limit", True),
+        ("hosted/data.txt", "no code", "none", True),
+        ("elsewhere.py", "", "X = 1\n", True),
+        ("hosted/suite.py", "1", "2", False),
+        ("hosted/deep/kernel.py", "return 1", "return 2", False),
+    ):
+        path = site / name
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1))
+        assert (hashed(one) == before) is is_same, name
+        path.write_text(text)
+    assert hashed(one) == before
+    assert code_hashes(site, ["test_x.py::test_x"], cases=[one])["hosted"] == before["hosted"]
+
+
+def test_an_engine_that_is_a_module_is_in_it(site: Path) -> None:
+    one = case_of(engine="hosted")
+    before = hashed(one)
+    (site / "hosted_engine.py").write_text("SPEED = 4\n")
+    assert hashed(one) != before
+
+
+def test_packages_that_measure_nothing_of_a_run_are_not_in_it(site: Path) -> None:
+    assert hashed(case_of(policy="snapkv"), case_of(policy="kvpress:SnapKV"), case_of(suite="by hand")) == {}
+    assert set(code_hashes(site, [], cases=[case_of()])) == {"kvsuite"}

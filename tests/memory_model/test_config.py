@@ -135,7 +135,11 @@ def test_a_published_model_is_known_without_a_hub() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", {"model_type": "llama", "hidden_size": 4}, "lacks vocab_size, intermediate_size"),
+        (
+            "config.json",
+            {"model_type": "llama", "hidden_size": 4},
+            "lacks vocab_size, num_hidden_layers, num_attention_heads, intermediate",
+        ),
         ("config.json", QWEN2 | {"hidden_size": "wide"}, "cannot be read"),
         ("config.json", QWEN2 | {"num_attention_heads": 0}, "cannot be read"),
         ("config.json", "{", "cannot be read"),
@@ -157,12 +161,12 @@ NONSENSE = {
     "part of a size": ({"hidden_size": 64.5}, "hidden_size=64.5 must be a whole number"),
     "part of a head": ({"hidden_size": 65, "num_attention_heads": 4, "num_key_value_heads": 4}, "no multiple of"),
     "text": ({"vocab_size": "100"}, "vocab_size=100 must be a whole number"),
-    "truth": ({"intermediate_size": True}, "intermediate_size=True must be"),
+    "truth": ({"intermediate_size": True}, "intermediate_size=true must be"),
     "list": ({"head_dim": [64]}, r"head_dim=\[64\] must be"),
     "26 digits": ({"vocab_size": 10**26}, "vocab_size=1000.* must be a whole number from 1 to"),
     "window": ({"sliding_window": 1.5}, "sliding_window=1.5 must be a whole number"),
     "length": ({"max_position_embeddings": "many\n"}, r"max_position_embeddings=many\\n must be"),
-    "part": ({"vision_config": [1]}, "a part is no object"),
+    "part": ({"vision_config": [1]}, r"vision_config=\[1\] must be an object"),
 }  # fmt: skip
 
 

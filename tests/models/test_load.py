@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from kvsuite.errors import UserError
 from kvsuite.models import resolve_model
@@ -40,8 +42,32 @@ def test_default_dtype_on_the_cpu_is_float32() -> None:
 
 
 def test_attention_implementation_is_passed_on() -> None:
-    loaded = load_model(TINY, device="cpu", dtype=None, attn_implementation="eager")
-    assert loaded.model.config._attn_implementation == "eager"
+    loaded = load_model(TINY, device="cpu", dtype=None, attention="eager")
+    assert loaded.attention == loaded.model.config._attn_implementation == "eager"
+    assert load_model(TINY, device="cpu", dtype=None).attention == "sdpa"
+
+
+def test_a_model_whose_scores_are_capped_is_eager_and_says_so(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16,
+    }  # fmt: skip
+    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes)).save_pretrained(tmp_path)
+    spec = resolve_model(str(tmp_path))
+    loaded = load_model(spec, device="cpu", dtype=None, sdpa="not_known_to_transformers")
+    assert loaded.attention == loaded.model.config._attn_implementation == "eager"
+    assert "computed with eager attention: Gemma2ForCausalLM has no sdpa" in "".join(loaded.notes)
+    with pytest.raises(UserError, match=r"--kv-attention=sdpa: Gemma2ForCausalLM has no sdpa .*; use auto or eager$"):
+        load_model(spec, device="cpu", dtype=None, attention="sdpa")
+
+
+def test_a_reason_is_not_cut_within_a_word(tmp_path: Path) -> None:
+    load_model(TINY, device="cpu", dtype=None).model.save_pretrained(tmp_path)
+    words = "abcdefghij " * 60
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": words}))
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_model(resolve_model(str(tmp_path)), device="cpu", dtype=None)
+    assert "abcdefghij …" in str(caught.value)
 
 
 def test_seed_decides_the_weights() -> None:

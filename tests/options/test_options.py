@@ -93,6 +93,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "prompt-share": ("0.25", 0.25),
     "prefix-caching": ("true", True),
     "decode-step": ("eager", "eager"),
+    "attention": ("eager", "eager"),
     "impl": ("copy", "copy"),
     "threads": ("4", 4),
     "seed": ("17", 17),

@@ -5,46 +5,17 @@ from __future__ import annotations
 import atexit
 import functools
 import json
-import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 from child_processes import end_group
 
 _LIMIT_S = 600
-# kvsuite and the plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them
-_SERVER = """
-import contextlib, gc, importlib, json, os, sys
-import pytest
-for name in (
-    "torch", "transformers.models.llama.modeling_llama", "datasets", "jinja2", "jsonschema", "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_pdf", "rich.table", "scipy.stats",
-):
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name)
-# what the first checkpoint of a process waits for
-with contextlib.suppress(ImportError):
-    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
-# a measurement collects garbage, and need not look at what was loaded here
-gc.collect()
-gc.freeze()
-
-for line in sys.stdin:
-    folder, arguments, environment, out, err = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        for stream, path in ((0, os.devnull), (1, out), (2, err)):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
-        sys.path[0] = folder  # as python -m pytest does
-        sys.argv = ["pytest", *arguments]
-        sys.exit(pytest.main(arguments))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+_SERVER = Path(__file__).with_name("fork_server.py")
 
 
 def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
@@ -68,16 +39,17 @@ def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], 
 def _server() -> subprocess.Popen[str]:
     from pytest_runs import clean_environment
 
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), clean_environment().get("PYTHONPATH"))))
+    place = tempfile.mkdtemp(prefix="kvsuite-forks-")
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=clean_environment() | {"PYTHONPATH": path}, start_new_session=True,
+        [sys.executable, "-W", "ignore", str(_SERVER), place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=clean_environment(), start_new_session=True,
     )  # fmt: skip
 
     def end() -> None:
         # no run is under way, or this process was told to end
         end_group(server)
         server.communicate()
+        shutil.rmtree(place)
 
     atexit.register(end)
     return server

@@ -6,8 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +86,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
     """Run pytest in ``folder`` in a process of its own.
 
-    The process is a fork of one that has loaded torch, unless ``env`` has what Python reads when it starts.
+    The process is a fork of one that has loaded torch.
     """
     # plugins that load much and have nothing to do here
     command = ["-p", "no:hypothesispytest", "-p", "no:anyio", "--color=no", *arguments]
@@ -96,12 +94,6 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
         command = ["-p", "kvsuite.plugin", *command]
     # the plugin of anyio was loaded with what needs anyio
     command += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
-    if "PYTHONPATH" in env:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *command],
-            cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        return Run(done.returncode, done.stdout, done.stderr, folder)
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         code = run_forked(folder, ["-p", "quick_machine", *command], clean_environment(**env), out, err)

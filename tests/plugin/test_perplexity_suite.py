@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pyarrow import parquet
-from pytest_runs import ROOT, Run, copy_benchmarks, rotated, run_pytest
+from pytest_runs import NO_FIGURES, ROOT, Run, copy_benchmarks, rotated, run_pytest
 from tiny_checkpoint import TEXT, TRAINED_LENGTH, byte_tokenizer, save_checkpoint
 
 from kvsuite.__main__ import main
@@ -114,6 +114,8 @@ def runs(full: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     def folder(name: str, **texts: str) -> Path:
         (base / "runs" / name).mkdir(parents=True)
+        if name != "later":
+            (base / "runs" / name / "conftest.py").write_text(NO_FIGURES)
         return project(base / "runs" / name, **texts)
 
     def run(
@@ -143,7 +145,7 @@ def runs(full: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     run("no tokenizer", one, model=bare["no-tokenizer"])
     run("dummy", "-k", "perplexity or baseline", "--kv-quantization=q4f16_1", model="dummy:tiny")
     blocked = folder("no bitsandbytes")
-    (blocked / "conftest.py").write_text("import sys\n\nsys.modules['bitsandbytes'] = None\n")
+    (blocked / "conftest.py").write_text("import sys\n\nsys.modules['bitsandbytes'] = None\n" + NO_FIGURES)
     formats = ("--kv-quantization=none,4bit,8bit", "--kv-reference=4bit", "-rs")
     run("no bitsandbytes", *formats, where=blocked)
     return found

@@ -20,6 +20,19 @@ RESUME = "--kv-resume=latest"
 FAILING = (*COMMON, "--kv-method=streaming_llm,cudaerror,hungry,sleeper", "-k", "not sleeper")
 
 
+def test_a_run_of_an_older_version_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    recorded = Path(__file__).parents[1] / "data" / "recorded_run"
+    folder = project(tmp_path / "older")
+    shutil.copytree(recorded, folder / "reports" / recorded.name)
+    run = run_pytest(folder, *COMMON, f"--kv-resume={recorded.name}", "--kv-rounds=3")
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.said("would mix two measurements: ")
+    assert "--kv-rounds: then 2, now 3; " in line
+    assert "the code of kvsuite has changed (then 0.1.0 at e6239657e, now 0.1.0" in line
+    assert line.endswith("measure again without --kv-resume, or go back to what the run had")
+    assert run.report.joinpath(RECORDS_FILE).read_bytes() == (recorded / RECORDS_FILE).read_bytes()
+
+
 def half(folder: Path, names: tuple[str, ...], tail: bytes) -> None:
     """Cut a finished run: the rows of ``names`` and half a line stay."""
     (run,) = (folder / "reports").iterdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,26 +9,40 @@ from pytest_runs import NO_FIGURES, TINY, copy_benchmarks, run_pytest
 
 
 @pytest.mark.parametrize(
-    ("device", "reason"),
+    ("options", "reasons"),
     [
-        ("vulkan:0", "engine hf cannot use vulkan:0: it runs where torch does (cpu, cuda, mps)"),
-        ("cuda:0", "sees no CUDA device; install a CUDA build"),
+        (
+            ["--kv-device=vulkan:0"],
+            ["engine hf cannot use vulkan:0: it runs where torch does (cpu, cuda, mps); use --kv-device=cpu", "wheels"],
+        ),
+        (["--kv-device=cuda:0"], ["sees no CUDA device; install a CUDA build", "or use --kv-device=cpu"]),
+        (["--kv-device=cuda", "-n2"], ["sees no CUDA device; install a CUDA build", "or use --kv-device=cpu"]),
+        (["--kv-engine=mlc"], ["no mlc_llm in ", "or name another environment's interpreter with --kv-mlc-python"]),
     ],
 )
-def test_a_device_that_no_engine_can_use(tmp_path: Path, device: str, reason: str) -> None:
+def test_where_nothing_can_run_one_line_says_so_and_nothing_is_made(
+    tmp_path: Path, options: list[str], reasons: list[str]
+) -> None:
     # nothing but the device, as people type it; no GPU is shown to torch
-    run = run_pytest(copy_benchmarks(tmp_path), f"--kv-device={device}", "-rs", CUDA_VISIBLE_DEVICES="")
-    assert run.code == pytest.ExitCode.TESTS_FAILED
-    assert run.said("7 skipped")
-    (line,) = run.said("SKIPPED [7]")
-    assert f"skipped: engine hf cannot use {device}" in line
-    assert reason in line
-    (last,) = run.said("error: no selected case could run: ")
-    assert reason in last
-    rows = run.rows()
-    assert {row["status"] for row in rows.values()} == {"skipped"}
-    assert all(reason in row["reason"] for row in rows.values())
-    assert json.loads((run.report / "report.json").read_text())["counts"]["skipped"] == 7
+    run = run_pytest(copy_benchmarks(tmp_path), *options, CUDA_VISIBLE_DEVICES="")
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.said("kvsuite: ")
+    assert "no selected case can run here: " in line
+    assert all(reason in line for reason in reasons)
+    assert not run.said("collected")
+    assert not list(tmp_path.rglob("*.csv"))
+    assert not list(tmp_path.rglob("records.jsonl"))
+
+
+def test_a_selection_that_cannot_run_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
+    # cases of the other suites could run there
+    conftest = "import kvsuite.engines.hf.engine as hf\n\nhf.HfEngine.unavailable = lambda self, device: None\n"
+    run = run_pytest(copy_benchmarks(tmp_path, "dse", conftest=conftest), "--kv-device=vulkan:0")
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.said("no selected case can run here: ")
+    assert "engine mlc: no mlc_llm" in line
+    assert line.endswith("--kv-mlc-python")
+    assert not list(tmp_path.rglob("records.jsonl"))
 
 
 def test_missing_optional_packages_skip_their_cases_only(tmp_path: Path) -> None:

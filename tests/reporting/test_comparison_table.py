@@ -154,3 +154,14 @@ def test_controls_stand_beside_their_partners(row):
         case("recent_only_512", "fix_size_l2", size=512),
     ]
     assert list(paired(by_name(rows))) == ["baseline", "c", "a", "d", "b", "recent_only_512"]
+
+
+def test_a_reason_is_whole_and_of_a_long_error_the_middle_is_left_out(row) -> None:
+    reason = "engine x: " + "no library " * 30 + "; use --kv-device=cpu"
+    skipped = row("streaming_32", status="skipped", reason=reason)
+    broken = row("streaming_64", status="error", error={"type": "E", "message": "a" * 4000 + " give another"})
+    table = " ".join(comparison_table([row("baseline"), skipped, broken]).split())
+    assert f"skipped: {' '.join(reason.split())}" in table
+    assert "error: E: aaa" in table
+    assert "give another" in table
+    assert len(table) < 2500

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from sweep_rows import environment, row, store_run
 
 from kvsuite.errors import UserError
 from kvsuite.record import RECORD_SCHEMA, RUN_SCHEMA
-from kvsuite.store.files import write_atomic
+from kvsuite.store.files import parse_json, write_atomic
 from kvsuite.store.records_file import read_records
 from kvsuite.store.store import RecordStore, create_run_folder
 from kvsuite.suites.outputs import write_outputs
@@ -399,3 +400,34 @@ def test_a_folder_that_went_away_while_it_was_written(tmp_path, how):
             shutil.copytree(tmp_path / "elsewhere", store.folder)
         with pytest.raises(UserError, match="was deleted or moved while the run wrote it"):
             store.append(row("second"))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(), max_size=9),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+        max_leaves=10,
+    ),
+    st.booleans(),
+)
+def test_json_is_read_as_python_reads_it(document, escaped):
+    data = json.dumps(document, ensure_ascii=escaped).encode("utf-8", "backslashreplace")
+    if b"Infinity" in data and any(map(_is_infinite, _leaves(document))):
+        with pytest.raises(ValueError, match="is not JSON"):
+            parse_json(data)
+    else:
+        assert parse_json(data) == json.loads(data)
+    with pytest.raises(ValueError, match=r"Extra data|is not JSON"):
+        parse_json(data + b"]")
+
+
+def _leaves(document):
+    if isinstance(document, list | dict):
+        return [
+            leaf for one in (document.values() if isinstance(document, dict) else document) for leaf in _leaves(one)
+        ]
+    return [document]
+
+
+def _is_infinite(leaf):
+    return isinstance(leaf, float) and math.isinf(leaf)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child_processes import child_process
@@ -119,6 +122,59 @@ def test_what_has_changed_is_named(tmp_path: Path, changes: dict[str, object], s
     with pytest.raises(UserError) as caught:
         found.require_same(facts(**changes))
     assert str(caught.value).startswith(f"--kv-resume={found.folder}: would mix two measurements: {said};")
+
+
+RECORDED = Path(__file__).parents[1] / "data" / "recorded_run"
+
+
+def recorded() -> tuple[EarlierRun, dict[str, Any]]:
+    """The run of an older version, and a run line of now that differs in nothing."""
+    found = find_earlier(str(RECORDED), RECORDED, RERUN)
+    assert found is not None
+    return found, copy.deepcopy({name: found.run[name] for name in ("options", "code", "environment")})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda now: now["code"].update(kvsuite="sha256:other"),
+            "the code of kvsuite has changed (then 0.1.0 at e6239657e, now 0.1.0 at 123456789)",
+        ),
+        (lambda now: now["options"].pop("stride"), "--kv-stride: then 64, and no option of this version"),
+        (lambda now: now["options"].update(depth=3), "--kv-depth: no option of that version, now 3"),
+        (lambda now: now["options"].update(reference=None), "--kv-reference: then 'none', now None"),
+        (lambda now: now["environment"]["packages"].update(torch="2.14.0"), "torch: then 2.13.0+cpu, now 2.14.0"),
+        (lambda now: now["environment"]["host"].update(cores=64), "cores: then 2, now 64"),
+    ],
+)  # fmt: skip
+def test_a_run_of_an_older_version_names_what_differs(change: Callable[[Any], object], said: str) -> None:
+    found, now = recorded()
+    now["environment"]["kvsuite"] = {"version": "0.1.0", "commit": "123456789abc", "dirty": False}
+    found.require_same(now, {"perplexity": 1})
+    change(now)
+    with pytest.raises(UserError) as caught:
+        found.require_same(now)
+    assert str(caught.value) == (
+        f"--kv-resume={RECORDED}: would mix two measurements: {said}; measure again without --kv-resume, or go back to what "
+        "the run had"
+    )
+
+
+def test_a_metric_of_another_definition_is_named() -> None:
+    found, now = recorded()
+    with pytest.raises(UserError, match=r"measurements: the definition of perplexity: then version 1, now 2; measure"):
+        found.require_same(now, {"perplexity": 2, "tpot_s": 1, "never_measured": 7})
+
+
+def test_what_computes_in_an_engine_is_named(tmp_path: Path) -> None:
+    then = environment(engines={"nano": {"torch": "2.13.0", "flashinfer-python": "0.4"}, "mlc": {"mlc_llm": "1"}})
+    found = earlier(tmp_path, row("a"), environment=then)
+    for same in (environment(), environment(engines={}), then, environment(engines={"mlc": {"mlc_llm": "1"}})):
+        found.require_same_case(row("b"), same)
+    now = environment(engines={"nano": {"torch": "2.13.0", "flashinfer-python": "0.5"}})
+    with pytest.raises(UserError, match=r"flashinfer-python of engine nano: then 0\.4, now 0\.5"):
+        found.require_same_case(row("b"), now)
 
 
 def test_code_that_only_a_resumed_session_brought_is_known(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ class HfSession(LoadedSession):
     decoder_class: ClassVar[type[Decoder]] = CachedDecoder
 
     def __init__(self, case: Case, settings: EngineSettings) -> None:
-        attention = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
-        super().__init__(case, settings, attention=attention)
+        sdpa = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
+        super().__init__(case, settings, attention=settings.attention, sdpa=sdpa)
+        attention = self._loaded.attention
         self._facts["attention"] = attention
         self._decode_step = settings.decode_step
         self._implementation = cast(Implementation, settings.implementation)

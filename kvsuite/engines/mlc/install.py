@@ -91,7 +91,7 @@ def missing_device(install: MlcInstall, device: str) -> str | None:
     kind, _, index = device.partition(":")
     if kind not in DEVICES:
         mend = " (Apple's GPUs are metal:0 there)" if kind == "mps" else ""
-        return f"engine mlc cannot use {device}: MLC knows {', '.join(DEVICES)}{mend}"
+        return f"engine mlc cannot use {device}: MLC knows {', '.join(DEVICES)}{mend}; give one of them as --kv-device"
     try:
         found = _ask(install.python, ["-m", "mlc_llm.cli.check_device", kind], "check_device:", "mlc_llm check_device")
     except (MlcFailed, MemoryError) as error:

@@ -114,6 +114,8 @@ class MlcSession(Session):
         self.inert = {}
         if settings.implementation != "ring":
             self.inert["impl"] = "the pages of MLC-LLM are the cache; ring and copy are caches of engine hf"
+        if settings.attention != "auto":
+            self.inert["attention"] = "MLC-LLM attends with its own compiled functions"
         if settings.decode_step != "auto":
             self.inert["decode_step"] = "MLC-LLM decides itself what it captures"
 

@@ -44,7 +44,7 @@ def score_text(
     """
     start = prefix if protocol == "prefix-continuation" else 0
     if policy is None:
-        return score_rows(holder, tokens, start + 1, progress)
+        return score_rows(holder, tokens, start + 1, max(start, 1), progress)
     runtime = holder.get(holder.limits(len(tokens)), policy, captures=True)
     # streaming-decode feeds its first token alone
     prompt = max(start, 1)
@@ -53,12 +53,16 @@ def score_text(
 
 
 def score_rows(
-    holder: RuntimeHolder, tokens: Sequence[int], first: int, progress: TokenProgress | None = None
+    holder: RuntimeHolder, tokens: Sequence[int], first: int, together: int, progress: TokenProgress | None = None
 ) -> TokenScores:
-    """Score ``tokens[first:]`` by chunks of one text through the full cache."""
+    """Score ``tokens[first:]`` by chunks of one text through the full cache.
+
+    ``together`` of its tokens count as one forward pass, the others as fed one by one: that is the same up to rounding, unless
+    rotary frequencies change with the length.
+    """
     runtime = holder.get(holder.limits(len(tokens)), None, captures=False)
     report = None if progress is None else lambda done, of, mean: progress(done, of)
-    scores = score_passages(runtime, [Passage(tokens[:-1], tokens[first:])], progress=report)
+    scores = score_passages(runtime, [Passage(tokens[:-1], tokens[first:], together)], progress=report)
     return _token_scores(tokens, first, scores.nll, scores.correct)
 
 

@@ -27,6 +27,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
@@ -52,10 +53,12 @@ class NanoSession(LoadedSession):
     """
 
     def __init__(self, case: Case, settings: EngineSettings) -> None:
-        super().__init__(case, settings, attention="sdpa")
+        super().__init__(case, settings, attention="auto")
         self._facts |= {"implementation": "paged", "frees_memory": True}
         if settings.implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
+        if settings.attention != "auto":
+            self.inert["attention"] = "nano attends over its pages with functions of its own"
         self._decode_step = settings.decode_step
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
         self._method = CacheCompression()
@@ -108,6 +111,9 @@ class NanoSession(LoadedSession):
                 f"the model has its own sliding window of {window}: the bytes of a cache, and what a policy does to it, would "
                 "be measured on top of it; use a model without one, or no policy and a shorter --kv-prompt-tokens"
             )
+        # one token more is fed where blocks are read
+        if passed := passes_switch(recomputing_switch(self._loaded.model), length, new_tokens + 1):
+            raise CaseInvalid(f"engine nano: {passed}")
         if self._decode_step == "graph" and self.device.type != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
         self._method = compression_of(case, layers=self.decoder.layers)
@@ -160,7 +166,7 @@ class NanoSession(LoadedSession):
         return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
-        return score_rows(self._holder, tokens, first)
+        return score_rows(self._holder, tokens, first, len(tokens))
 
     def score_windows(
         self,

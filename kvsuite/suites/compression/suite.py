@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvsuite.case import Case
 from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
-from kvsuite.reporting.aggregate import Row, json_text
+from kvsuite.reporting.aggregate import Row, json_bytes
 from kvsuite.suites.suite import Suite, Work, served_work
 
 from .cases import compression_cases, method_name, unread_options
@@ -30,6 +30,7 @@ class CompressionSuite(Suite):
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip
     bare_run_place = 1
+    measures_by_hand = True
     option_group = CompressionOptions
 
     def cases(self, options: Options) -> list[Case]:
@@ -71,7 +72,7 @@ class CompressionSuite(Suite):
     def files(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, str]:
         from .results_json import results_json
 
-        return {"results.json": json_text(results_json(run, rows), "results.json")}
+        return {"results.json": json_bytes(results_json(run, rows), "results.json").decode()}
 
     def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
         from .figure import render_benchmark_comparison

@@ -77,7 +77,8 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
             "max_new_tokens": common.max_new_tokens,
             "batch": 1,
         },
-        params={"mlc_model": own.mlc_model or None, "reference": _reference(options, device)},
+        params={"mlc_model": own.mlc_model or None, "reference": _reference(options, device)}
+        | common.attention_parameters,
     )
 
 

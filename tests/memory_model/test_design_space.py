@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.case import id_token
+from kvsuite.engines.mlc.engine import MlcEngine
+from kvsuite.engines.nano.engine import NanoEngine
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, OFF, RULES, TRAINED_LENGTH
 from kvsuite.memory_model.design_space import NAMED, SCHEMES, DesignPoint, DesignSpace, named_space
-from kvsuite.suites.dse.parser import EXAMPLE, parse_space
+from kvsuite.memory_model.space_text import EXAMPLE, parse_space
 
 
 def full() -> DesignSpace:
@@ -75,7 +77,7 @@ def test_weight_formats_are_outermost() -> None:
     ],
 )
 def test_spaces_in_which_each_rule_bites(text: str, axis: str, valid: list[int], rule: str) -> None:
-    space = parse_space(text)
+    space = parse_space(text).judged(None, is_dummy=False, own=MlcEngine.point_rules)
     assert [getattr(point, axis) for point in space.points] == valid
     assert {tuple(broken.rule for broken in entry.broken) for entry in space.invalid} == {(rule,)}
     assert len(space.entries) == len(space.points) + len(space.invalid)
@@ -83,23 +85,32 @@ def test_spaces_in_which_each_rule_bites(text: str, axis: str, valid: list[int],
 
 
 def test_a_point_can_break_several_rules() -> None:
-    (entry,) = parse_space("ctx=512;chunk=1024;sink=4").invalid
+    space = parse_space("ctx=512;chunk=1024;sink=4").judged(None, is_dummy=False, own=MlcEngine.point_rules)
+    (entry,) = space.invalid
     assert [broken.rule for broken in entry.broken] == ["chunk-within-context", "sink-needs-window"]
-    assert set(RULES) == {"chunk-within-context", "sink-needs-window", "sink-within-eighth-of-window"}
+    assert set(RULES) == {"sink-needs-window", "sink-within-eighth-of-window"}
+
+
+def test_a_step_over_several_prompts_is_no_fault_but_of_an_engine_that_says_so() -> None:
+    space = parse_space("ctx=4096;pc=16384;batch=64")
+    assert [len(space.judged(None, is_dummy=False, own=of.point_rules).points) for of in (NanoEngine, MlcEngine)] == [
+        1,
+        0,
+    ]
 
 
 def test_points_beyond_the_trained_length_are_invalid_or_flagged() -> None:
-    real = full().judged(8192, is_dummy=False)
+    real = full().judged(8192, is_dummy=False, own={})
     assert len(real.points) == 264
     beyond = [entry for entry in real.invalid if entry.point.context_window_size == 16384]
     assert {entry.broken[-1].rule for entry in beyond} == {TRAINED_LENGTH}
     assert "16384 is more than the 8192 positions" in beyond[0].broken[-1].reason
-    dummy = full().judged(8192, is_dummy=True)
+    dummy = full().judged(8192, is_dummy=True, own={})
     assert len(dummy.points) == 396
     flagged = [entry for entry in dummy.entries if entry.flags]
     assert {entry.point.context_window_size for entry in flagged} == {16384}
     assert "random weights" in flagged[0].flags[0]
-    assert full().judged(None, is_dummy=False) == full().judged(16384, is_dummy=False) == full()
+    assert full().judged(None, is_dummy=False, own={}) == full().judged(16384, is_dummy=False, own={}) == full()
 
 
 def test_the_schemes_are_the_originals() -> None:
@@ -214,7 +225,8 @@ def test_products_are_joined_and_a_point_of_two_of_them_is_one() -> None:
 
 def test_a_chunk_that_nobody_named_breaks_no_rule() -> None:
     assert [p.prefill_chunk_size for p in parse_space("ctx=512,4096").points] == [512, 512]
-    assert len(parse_space("ctx=512,4096;chunk=1024").invalid) == 1
+    named = parse_space("ctx=512,4096;chunk=1024").judged(None, is_dummy=False, own=MlcEngine.point_rules)
+    assert len(named.invalid) == 1
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -275,5 +287,6 @@ def test_any_text_is_a_space_or_a_user_error(text: str) -> None:
 
 
 def test_the_space_needs_neither_torch_nor_pytest() -> None:
-    code = "import sys, kvsuite.suites.dse.parser; sys.exit(bool({'torch', 'pytest', 'transformers'} & sys.modules.keys()))"
+    heavy = "{'torch', 'pytest', 'transformers'}"
+    code = f"import sys, kvsuite.memory_model.space_text; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,171 @@
+"""Models as people have them, engine by engine: what transformers itself finds, or the refusal that is right.
+
+For each model of the zoo: twelve greedy tokens are those of `generate`, the losses of the full cache and of windows are those
+of plain teacher-forced forward passes, and what cannot be measured is refused in words that say why.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from zoo import ZOO, Architecture
+
+from kvsuite.case import Case
+from kvsuite.engines.engine import EngineSettings
+from kvsuite.engines.hf.session import HfSession
+from kvsuite.engines.nano.session import NanoSession
+from kvsuite.engines.results import ServeRequest
+from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
+from kvsuite.models.layers import layers_of
+from kvsuite.workloads.windows import plan_windows
+
+SESSIONS = {"hf": HfSession, "nano": NanoSession}
+TEXT = "The harbour town grew slowly around the old customs house, and each winter the fishermen repaired their nets."
+IDS = list(TEXT.encode()[:48])
+PROMPT, NEW = IDS[:32], 12
+WINDOWS = plan_windows("hf-strided", len(IDS), 32, 16, prefix="none")
+
+# what is wrong today: who is mended loses its mark
+_OWN_WINDOW = "a window of its own refuses everything"
+_LINEAR = "layers without keys and values end in a ValueError"
+NOT_YET: dict[str, dict[str, str]] = {
+    "hf": {
+        "Mistral, window": _OWN_WINDOW,
+        "Ministral, window": _OWN_WINDOW,
+        "Qwen2, window": _OWN_WINDOW,
+        "Gemma 2": _OWN_WINDOW,
+        "Gemma 3": _OWN_WINDOW,
+        "Gemma 3n": _OWN_WINDOW,
+        "Phi-3, window": _OWN_WINDOW,
+        "gpt-oss": _OWN_WINDOW,
+        "Cohere 2": _OWN_WINDOW,
+        "EXAONE 4": _OWN_WINDOW,
+        "OLMo 3, window": _OWN_WINDOW,
+        "Qwen3-Next": _LINEAR,
+        "LFM2": _LINEAR,
+        "Bamba": _LINEAR,
+        "Falcon-H1": _LINEAR,
+        "Jamba": _LINEAR,
+        "Zamba 2": _LINEAR,
+        "MiniMax": _LINEAR,
+    },
+    "nano": {
+        "Mistral, window": _OWN_WINDOW,
+        "Ministral, window": _OWN_WINDOW,
+        "Qwen2, window": _OWN_WINDOW,
+        "Gemma 2": _OWN_WINDOW,
+        "Gemma 3": _OWN_WINDOW,
+        "Gemma 3n": _OWN_WINDOW,
+        "Phi-3, window": _OWN_WINDOW,
+        "gpt-oss": _OWN_WINDOW,
+        "Cohere 2": _OWN_WINDOW,
+        "EXAONE 4": _OWN_WINDOW,
+        "OLMo 3, window": _OWN_WINDOW,
+        "MPT": "AttributeError",
+        "Falcon, multi-query": "TypeError",
+        "Falcon, new": "TypeError",
+        "Falcon, ALiBi": "TypeError",
+        "Falcon-H1": "measured, and wrong: its tokens meet outside of attention",
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], Path]:
+    """Where a model of the zoo lies: made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(architecture: Architecture) -> Path:
+        if architecture.name not in made:
+            made[architecture.name] = architecture.save(tmp_path_factory.mktemp("zoo"))
+        return made[architecture.name]
+
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def losses(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Losses of ``tokens[1:]`` from one plain forward pass of the others."""
+    ids = torch.tensor([tokens])
+    # rotary frequencies that follow the length stay as the longest sequence left them: a model that has seen none
+    logits = copy.deepcopy(model)(input_ids=ids[:, :-1], use_cache=False).logits[0].double()
+    return -logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def losses_of_steps(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Losses of ``tokens[1:]``, fed one by one."""
+    model, cache, found = copy.deepcopy(model), None, []
+    for token, target in itertools.pairwise(tokens):
+        output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(-output.logits[0, -1].double().log_softmax(-1)[target])
+    return torch.stack(found)
+
+
+def plain(folder: Path) -> tuple[list[int], list[float], list[float]]:
+    """What transformers finds by itself: greedy tokens, losses of the text, losses of its windows."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = torch.tensor([PROMPT])
+    # where the frequencies follow the length, a token that is fed behind others was not turned by the whole text's
+    by_steps = layers_of(model.config.to_dict()).switch_length is not None
+    with torch.inference_mode():
+        tokens = copy.deepcopy(model).generate(
+            prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        whole = (losses_of_steps if by_steps else losses)(model, IDS)
+        windows = [losses(model, IDS[w.begin : w.end])[w.first_scored - w.begin - 1 :] for w in WINDOWS]
+        return tokens[0, len(PROMPT) :].tolist(), whole.tolist(), torch.cat(windows).tolist()
+
+
+def ours(engine: str, folder: Path) -> tuple[list[int], list[float], list[float]]:
+    """The same, by an engine."""
+    case = Case(
+        suite="compression", engine=engine, model=str(folder), name="baseline", device="cpu", dtype="float32",
+        workload={"prompt_tokens": len(PROMPT), "max_new_tokens": NEW},
+    )  # fmt: skip
+    session = SESSIONS[engine](case, EngineSettings(threads=1))
+    try:
+        session.prepare(case)
+        [tokens] = session.serve([ServeRequest(PROMPT, NEW)]).outputs
+        whole = session.score(IDS, "streaming-decode", 0).nll
+        windows = session.score_windows(IDS, WINDOWS, prefix="none", prefix_token=None).tokens.nll
+    finally:
+        session.close()
+    return tokens, whole, windows
+
+
+def row(engine: str, architecture: Architecture) -> Any:
+    wrong = NOT_YET[engine].get(architecture.name)
+    marks = [pytest.mark.xfail(strict=True, reason=wrong)] if wrong else []
+    return pytest.param(engine, architecture, id=f"{engine}-{architecture.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("engine", "architecture"), [row(engine, each) for each in ZOO for engine in SESSIONS])
+def test_an_engine_finds_what_transformers_finds_or_says_why_not(
+    engine: str, architecture: Architecture, folder_of: Callable[[Architecture], Path]
+) -> None:
+    refusal = getattr(architecture, engine)
+    folder = folder_of(architecture)
+    if refusal is not None:
+        with pytest.raises((UserError, CaseInvalid, CaseSkipped), match=refusal):
+            ours(engine, folder)
+        return
+    found, expected = ours(engine, folder), plain(folder)
+    assert found[0] == expected[0]
+    assert found[1] == pytest.approx(expected[1], abs=1e-4)
+    assert found[2] == pytest.approx(expected[2], abs=1e-4)

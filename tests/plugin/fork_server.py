@@ -1,0 +1,126 @@
+"""What `forked_runs` starts: it loads torch once, and every run of pytest and every worker of xdist is a fork of it.
+
+A run is a line on the standard input: folder, arguments, environment and the files of its streams; its exit code is the answer.
+A worker comes over a socket: xdist starts ``sys.executable``, which in a run is a `worker_launcher`, and that hands on what it
+was given, its streams included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+
+# kvsuite and the plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them
+PRELOADED = (
+    "pytest", "torch", "transformers.models.llama.modeling_llama", "datasets", "jinja2", "jsonschema",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "rich.table", "scipy.stats",
+)  # fmt: skip
+LAUNCHER = """#!{python} -IS
+import json, os, signal, socket, sys
+if sys.argv[1:3] != ["-u", "-c"]:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [json.dumps([os.getcwd(), dict(os.environ), sys.argv[3]]).encode()], [0, 1, 2])
+server.shutdown(socket.SHUT_WR)
+# the worker alone holds its pipes: their end is its end
+for stream in (0, 1):
+    os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+code = int(server.recv(16) or -signal.SIGKILL)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+
+
+def become(folder: str, environment: dict[str, str], streams: list[int]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for place, stream in enumerate(streams):
+        os.dup2(stream, place)
+    # what Python reads when it starts; the folder of this file stays, for a run's plugins of ours
+    sys.path[:0] = [
+        folder,
+        *(entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", *sys.path)),
+    ]
+    importlib.invalidate_caches()
+
+
+def serve_workers(listener: socket.socket, alive: int) -> str:
+    """Fork a worker for whoever connects, until ``alive`` is closed; in a worker, return its program."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        if alive in select.select([listener, alive], [], [])[0]:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        told, streams = b"", []
+        while part := socket.recv_fds(connection, 1 << 16, 3):
+            told, streams = told + part[0], [*streams, *part[1]]
+            if not part[0]:
+                break
+        # one process waits for the worker, so that the launcher ends as it does
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if worker := os.fork():
+            for stream in streams:
+                os.close(stream)
+            with contextlib.suppress(OSError):
+                connection.send(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
+            os._exit(0)
+        connection.close()
+        folder, environment, program = json.loads(told)
+        become(folder, environment, streams)
+        return str(program)
+
+
+def main() -> None:
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # what the first checkpoint of a process waits for
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    # a measurement collects garbage, and need not look at what was loaded here
+    gc.collect()
+    gc.freeze()
+    python = sys.executable
+    place = Path(sys.argv[1])
+    address, launcher = str(place / "workers"), place / "python"
+    launcher.write_text(LAUNCHER.format(python=python, address=address))
+    launcher.chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    alive, ours = os.pipe()
+    if not os.fork():
+        os.close(ours)
+        program = serve_workers(listener, alive)
+        sys.executable, sys.argv = python, ["-c"]
+        exec(program, {"__name__": "__main__"})
+        return
+    for line in sys.stdin:
+        folder, arguments, environment, *files = json.loads(line)
+        if not (child := os.fork()):
+            os.close(ours)
+            become(folder, environment, [os.open(path, os.O_RDWR | os.O_CREAT) for path in (os.devnull, *files)])
+            sys.executable, sys.argv = str(launcher), ["pytest", *arguments]
+            import pytest
+
+            sys.exit(pytest.main(arguments))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
