@@ -56,24 +56,7 @@ NOT_YET: dict[str, dict[str, str]] = {
         "Zamba 2": _LINEAR,
         "MiniMax": _LINEAR,
     },
-    "nano": {
-        "Mistral, window": _OWN_WINDOW,
-        "Ministral, window": _OWN_WINDOW,
-        "Qwen2, window": _OWN_WINDOW,
-        "Gemma 2": _OWN_WINDOW,
-        "Gemma 3": _OWN_WINDOW,
-        "Gemma 3n": _OWN_WINDOW,
-        "Phi-3, window": _OWN_WINDOW,
-        "gpt-oss": _OWN_WINDOW,
-        "Cohere 2": _OWN_WINDOW,
-        "EXAONE 4": _OWN_WINDOW,
-        "OLMo 3, window": _OWN_WINDOW,
-        "MPT": "AttributeError",
-        "Falcon, multi-query": "TypeError",
-        "Falcon, new": "TypeError",
-        "Falcon, ALiBi": "TypeError",
-        "Falcon-H1": "measured, and wrong: its tokens meet outside of attention",
-    },
+    "nano": {},
 }
 
 
