@@ -58,7 +58,7 @@ def test_what_shows_or_explains_is_not_in_it(copy: Path, name: str, old: str, ne
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("meters/quality.py", "math.exp(mean)", "math.exp(-mean)"),
+        ("meters/quality.py", "exponential(mean)", "exponential(-mean)"),
         ("suites/compression/quality.py", "_LEAK_NATS, _LEAK_SIGMAS = 0.1", "_LEAK_NATS, _LEAK_SIGMAS = 0.2"),
         ("engines/hf/session.py", "annotations\n", "annotations\nimport json\n"),
         ("nanovllm/scheduler.py", "annotations\n", "annotations\nimport json\n"),

@@ -294,12 +294,9 @@ def test_rules_of_a_case(tmp_path: Path) -> None:
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
     windowed = NanoSession(nano(case(model=str(tmp_path))), EngineSettings(threads=1))
-    with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
-        windowed.prepare(nano(streaming(8)))
-    with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
-        windowed.prepare(nano(case(workload={"prompt_tokens": 12, "max_new_tokens": 5})))
-    # one that is never reached is none
-    windowed.prepare(nano(case(workload={"prompt_tokens": 12, "max_new_tokens": 4})))
+    with pytest.raises(CaseInvalid, match="own sliding window of 16 is shorter"):
+        windowed.prepare(nano(case(policy="recent_only", policy_params={"window": 8}, workload={"prompt_tokens": 16})))
+    windowed.prepare(nano(case()))
     assert len(tokens_of(windowed, PROMPT[:12], 4)) == 4
 
 
