@@ -89,7 +89,9 @@ def weights_and_cache(case: Case, options: Options) -> Footprint:
     known = known_model(case, options)
     if isinstance(known, Footprint):
         return known
-    cache = _tokens(case) * known.architecture.kv_bytes_per_token(known.format.element_bytes)
+    if isinstance(known.architecture.cache, str):
+        return replace(known.weights, reason=known.architecture.cache)
+    cache = known.architecture.kv_bytes(_tokens(case), known.format.element_bytes)
     return replace(known.weights, bytes=known.weights.weight_bytes + cache)
 
 
