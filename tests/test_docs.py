@@ -17,7 +17,7 @@ import torch
 
 import kvsuite.engines.registry  # noqa: F401  a run inside this process drops what it imports first; suites outlive it
 from kvsuite.__main__ import main
-from kvsuite.compression import REPLACEMENTS, CacheView, Policy
+from kvsuite.compression import REPLACEMENTS, CacheView, Policy, find_policy, list_policies
 from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.metrics.registry import ALIASES, BUILTIN, Metric
 from kvsuite.models.presets import PRESETS, build_config
@@ -368,3 +368,14 @@ def test_the_example_policy_keeps_what_its_line_says(monkeypatch: pytest.MonkeyP
 
 
 # the house
+
+
+def test_every_policy_says_when_it_acts() -> None:
+    acts = {}
+    for rows in re.findall(r"^\| policy \|.*?(?=^$)", text("compression.md"), re.MULTILINE | re.DOTALL):
+        head, _, *lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
+        acts |= {line[0].strip(" `").partition("(")[0]: line[head.index("acts")] for line in lines}
+    assert set(acts) == {name for name in list_policies() if find_policy(name).__module__.startswith("kvsuite.")}
+    assert {name for name, when in acts.items() if when == "at the end of the prompt"} == {
+        name for name in acts if find_policy(name).acts == "prompt"
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -57,6 +58,47 @@ def test_no_suite_imports_a_suite_and_no_engine_an_engine() -> None:
         kind, _, name = room.partition("/")
         if name:
             assert not {one for one in imported if one.startswith(f"{kind}/")}, room
+
+
+#: who may know a suite or an engine by its name, and why
+MAY_KNOW = {
+    # a folder of the package, and kinds of model files, are called like one
+    "measure/source_hash.py": {"compression"},
+    "models/resolve.py": {"mlc"}, "models/load.py": {"mlc"}, "memory_model/config.py": {"mlc"},
+}  # fmt: skip
+
+
+def names_said(source: Path) -> set[str]:
+    """Names that stand in code, as a word of their own; those in docstrings are examples."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)
+    }
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def test_suites_and_engines_are_known_by_name_in_their_own_folders_alone() -> None:
+    package = ROOT / "kvsuite"
+    names = {path.name for kind in ("suites", "engines") for path in (package / kind).iterdir() if path.is_dir()}
+    # the metric of that name stands everywhere; imports of the suite are in the table
+    names -= {"perplexity", "__pycache__"}
+    assert names == {"compression", "dse", "hf", "nano", "mlc"}
+    found = {}
+    for path in package.rglob("*.py"):
+        place = path.relative_to(package)
+        if place.parts[0] == "benchmarks" or (place.parts[0] in ("suites", "engines") and place.parts[1] in names):
+            continue
+        if place.parts[:2] != ("suites", "perplexity") and (said := names_said(path) & names):
+            found[place.as_posix()] = said
+    assert found == MAY_KNOW
+
+
+def test_the_folder_of_a_suite_or_an_engine_is_imported_by_nobody() -> None:
+    own = {room for room in table() if room.partition("/")[2]}
+    assert {room: imported & own for room, imported in table().items() if imported & own} == {}
 
 
 def test_a_circle_is_found_and_imports_inside_functions_count(house: ModuleType, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from kvsuite.suites.dse.parser import parse_space
+from kvsuite.memory_model.space_text import parse_space
 
 
 def main() -> None:

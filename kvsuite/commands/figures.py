@@ -1,4 +1,4 @@
-"""``python -m kvsuite figures``: the design-space figures from CSVs, kvsuite's and the original program's."""
+"""``python -m kvsuite figures``: figures from the CSVs of suites, kvsuite's and the original program's."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the ``figures`` command."""
     parser = subparsers.add_parser(
         "figures",
-        help="draw the design-space figures from results and metrics CSVs, the original program's too",
-        description="Draw the design-space figures from kv_cache_dse_results_*.csv and kv_cache_dse_metrics_*.csv files.",
+        help="draw the figures of CSVs that suites gather (the design-space ones), the original program's too",
+        description="Draw the figures of CSVs that suites gather, those of a suite together: kv_cache_dse_results_*.csv and "
+        "kv_cache_dse_metrics_*.csv of the design space, <dataset>_ppl_results.csv of perplexity.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -78,20 +79,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--csv={twice[0]}: is given more than once; each row would count twice")
 
     from kvsuite.store.files import write_atomic
-    from kvsuite.suites.dse.csv_files import read_sheet
-    from kvsuite.suites.dse.figures.draw import render_dse
+    from kvsuite.suites.outputs import figures_of_csvs
 
-    rendered = render_dse([read_sheet(path) for path in paths], ("png", "svg") if arguments.svg else ("png",))
+    drawn = figures_of_csvs(paths, ("png", "svg") if arguments.svg else ("png",))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be created ({error.strerror}); give another folder") from error
-    for note in rendered.notes:
+    for note in drawn.notes:
         print(f"note: {visible(note)}", file=sys.stderr)
-    for name, content in rendered.files.items():
+    for name, content in drawn.files.items():
         write_atomic(folder / name, content)
         print(f"wrote {visible(folder / name)}")
-    print(f"{len(rendered.files)} files")
+    print(f"{len(drawn.files)} files")
     return 0
 
 

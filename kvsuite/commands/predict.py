@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from .arguments import number, path_argument, whole_number
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from kvsuite.engines.engine import Engine
     from kvsuite.memory_model.config import Architecture
     from kvsuite.memory_model.prediction import Predictor
     from kvsuite.memory_model.survey import Survey
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_ENGINES = ("mlc", "nano")
+#: options that not every engine's formulas read
+_SOME_READ = ("json_prefill_chunk", "total_tokens", "dtype", "device")
 _TOTALS = ("context", "batch")
 _EPILOG = """\
 examples:
@@ -56,7 +59,12 @@ def add_parser(subparsers: Subparsers) -> None:
         default="smollm2",
         help="smollm2 (default), dummy:<preset>, a folder with config.json or mlc-chat-config.json, or a hub id",
     )
-    add("--engine", "--kv-engine", choices=_ENGINES, default="mlc", help="whose memory (default: mlc)")
+    add(
+        "--engine",
+        "--kv-engine",
+        metavar="ENGINE",
+        help="whose memory: mlc (default), nano, or another that has formulas",
+    )
     add(
         "--quantization",
         "--kv-quantization",
@@ -112,27 +120,27 @@ def run(arguments: argparse.Namespace) -> int:
         If the model, the space, an option or the output cannot be used.
     """
     from kvsuite.console import console_text, console_width
-    from kvsuite.engines.mlc.engine import MlcEngine
-    from kvsuite.engines.nano.engine import NanoEngine
     from kvsuite.memory_model.config import architecture_of
     from kvsuite.memory_model.fit import parse_card
+    from kvsuite.memory_model.space_text import parse_space
     from kvsuite.memory_model.survey import survey
     from kvsuite.memory_model.tables import survey_tables
-    from kvsuite.suites.dse.parser import parse_space
+    from kvsuite.quantization.registry import NONE
 
-    _check(arguments)
+    engine = _engine(arguments.engine)
+    _check(engine, arguments)
     started = time.perf_counter()
     architecture = architecture_of(arguments.model)
-    predictor = _predictor(arguments, architecture)
+    predictor = _predictor(engine, arguments, architecture)
     named = None if arguments.quantization is None else [name.strip() for name in arguments.quantization.split(",")]
-    default = architecture.quantization or "q4f16_1" if arguments.engine == "mlc" else "none"
-    space = parse_space(arguments.space, quantizations=named, default=[default], option="--space")
+    usual = engine.default_formats(arguments.model) or (NONE,)
+    default = usual if architecture.quantization is None else [architecture.quantization]
+    space = parse_space(arguments.space, quantizations=named, default=default, option="--space")
     card = None
     if arguments.card is not None:
         share = predictor.share if arguments.card_share is None else arguments.card_share
         card = parse_card(arguments.card, share)
-    rules = (MlcEngine if arguments.engine == "mlc" else NanoEngine).point_rules
-    judged = space.judged(architecture.trained_length, is_dummy=architecture.is_dummy, own=rules)
+    judged = space.judged(architecture.trained_length, is_dummy=architecture.is_dummy, own=engine.point_rules)
     found = survey(judged, predictor, card)
     shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
     print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
@@ -142,29 +150,40 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _predictor(arguments: argparse.Namespace, architecture: Architecture) -> Predictor:
-    from kvsuite.engines.mlc.memory_model import MlcMemory
-    from kvsuite.engines.nano.memory_model import NanoMemory
+def _engine(name: str | None) -> Engine:
+    """The engine that was named, else the first that has formulas of its own."""
+    from kvsuite.engines.registry import engine_names, get_engine
 
-    if arguments.engine == "mlc":
-        chunk = arguments.json_prefill_chunk
-        if chunk is not None and chunk < 1:
-            raise UserError(f"--json-prefill-chunk={chunk}: must be at least 1")
-        return MlcMemory.of(architecture, chunk, per_sequence=arguments.total_tokens == "batch")
-    if architecture.quantization is not None:
-        raise UserError(
-            f"--model={arguments.model}: MLC weights, which nano cannot load; use --engine mlc or another model"
-        )
-    device = arguments.device or "cuda"
-    return NanoMemory(architecture, arguments.dtype or ("float32" if device == "cpu" else "bfloat16"), device)
+    if name is not None:
+        return get_engine(name)
+    return next(engine for one in engine_names() if (engine := get_engine(one)).predictor_options)
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _predictor(engine: Engine, arguments: argparse.Namespace, architecture: Architecture) -> Predictor:
+    names = {"model", *engine.predictor_options}
+    found = engine.predictor(architecture, {name: getattr(arguments, name) for name in names})
+    if found is None:
+        raise UserError(f"--engine={engine.name}: has no formulas of its memory; use {', '.join(_readers())}")
+    return found
+
+
+def _readers() -> dict[str, frozenset[str]]:
+    """Options that only some engines' formulas read, by engine; for messages."""
+    from kvsuite.engines.registry import engine_names, get_engine
+
+    found = {}
+    for name in engine_names():
+        with contextlib.suppress(UserError):  # one that cannot be used reads nothing
+            found[name] = get_engine(name).predictor_options
+    return {name: options for name, options in found.items() if options}
+
+
+def _check(engine: Engine, arguments: argparse.Namespace) -> None:
     """Refuse options that nothing reads, and a file that cannot be written, before anything is printed."""
-    readers = {"json_prefill_chunk": "mlc", "total_tokens": "mlc", "dtype": "nano", "device": "nano"}
-    for name, engine in readers.items():
-        if getattr(arguments, name) is not None and arguments.engine != engine:
-            raise UserError(f"--{name.replace('_', '-')}: only --engine {engine} reads it; leave it out")
+    for name in _SOME_READ:
+        if getattr(arguments, name) is not None and name not in engine.predictor_options:
+            readers = " or ".join(reader for reader, options in _readers().items() if name in options)
+            raise UserError(f"--{name.replace('_', '-')}: only --engine {readers} reads it; leave it out")
     if arguments.card_share is not None and arguments.card is None:
         raise UserError("--card-share: needs --card")
     path = arguments.csv

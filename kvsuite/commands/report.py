@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
@@ -14,6 +14,8 @@ from kvsuite.foreign_text import visible
 from .arguments import path_argument
 
 if TYPE_CHECKING:
+    from kvsuite.suites.suite import CsvFigures
+
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -82,44 +84,30 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw_csv(path: Path, folder: Path) -> int:
-    from kvsuite.suites.perplexity.figure import render_perplexity
+    from kvsuite.suites.outputs import figures_of_csvs
 
-    rows = _csv_rows(path)
-    return _write(len(rows), {folder / name: content for name, content in render_perplexity(rows).items()})
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    from kvsuite.reporting.gathered_csv import cut_note, read_text
-    from kvsuite.suites.perplexity.csv_files import read_rows
-
-    rows = read_rows(path)
-    if note := cut_note(read_text(path, "perplexity"), str(path)):
-        print(f"note: {visible(note)}", file=sys.stderr)
-    if not rows:
-        raise UserError(
-            f"{path}: no perplexity row to draw, only a header; run benchmarks/test_perplexity.py first, or give a CSV "
-            "with rows"
-        )
-    return rows
+    drawn = figures_of_csvs([path], [kind.removeprefix(".") for kind in _PICTURES])
+    return _write(drawn, {folder / name: content for name, content in drawn.files.items()})
 
 
 def _draw_picture(path: Path, picture: Path, kind: str) -> int:
-    from kvsuite.suites.perplexity.figure import build_figures, figure_file
+    from kvsuite.suites.outputs import figures_of_csvs
 
-    rows = _csv_rows(path)
-    figures = build_figures(rows)
-    if len(figures) > 1:
+    drawn = figures_of_csvs([path], [kind])
+    if len(drawn.files) > 1:
         raise UserError(
-            f"--out={picture}: {path} has {len(figures)} data sets, each with a figure ({', '.join(figures)}); give a folder"
+            f"--out={picture}: {path} gives {len(drawn.files)} figures ({', '.join(drawn.files)}); give a folder"
         )
-    (figure,) = figures.values()
-    return _write(len(rows), {picture: figure_file(figure, kind)})
+    (content,) = drawn.files.values()
+    return _write(drawn, {picture: content})
 
 
-def _write(rows: int, files: dict[Path, bytes]) -> int:
+def _write(drawn: CsvFigures, files: dict[Path, bytes]) -> int:
     from kvsuite.store.files import write_atomic
 
-    print(f"{rows} rows")
+    for note in drawn.notes:
+        print(f"note: {visible(note)}", file=sys.stderr)
+    print(f"{drawn.rows} rows")
     for file, content in files.items():
         _make(file.parent)
         write_atomic(file, content)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positions = Literal["original", "cache"]
+#: short forms of parameters in labels
+_SHORT = {"keep_ratio": "kr"}
 _INTERVAL = re.compile(r"interval=([1-9][0-9]{0,6})")
 
 
@@ -87,7 +89,7 @@ class Needs:
     queries
         How many of the prompt's last queries, 0 for none.
     attention_sums
-        Whether it asks how much attention each token got from all queries of the prompt.
+        Whether it asks how much attention each token got from all queries of the prompt (decode steps are not in it).
     query_statistics
         From which position on mean and covariance of the queries before rotation are taken, ``None`` for none.
     """
@@ -179,6 +181,18 @@ class Policy(ABC):
     def sweep(cls) -> Sequence[Mapping[str, Any]]:
         """Parameters of the variants that a run has by default; one variant with the default parameters."""
         return ({},)
+
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        """Name of this variant in ids, tables and figures; a policy that knows a better one than this gives it.
+
+        Parameters
+        ----------
+        chosen
+            The parameters that were named or swept, in that order; ``None`` where options of the suite's own, such as
+            ``--kv-recent-sizes``, chose the variant.
+        """
+        marks = (f"{_SHORT.get(name, name)}={value}" for name, value in (chosen or {}).items())
+        return "_".join([self.name, *marks])
 
     def due(self, *, step: int, done: bool, prompt: bool) -> bool:
         """Whether the policy acts after ``step`` tokens, of which the last one ends the prompt if ``prompt`` says so."""

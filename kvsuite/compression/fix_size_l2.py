@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +50,9 @@ class FixSizeL2(RankedPolicy):
         if not 0 <= self.keep_ratio <= 1:
             raise UserError(f"--kv-keep-ratios={self.keep_ratio}: the protected fraction must lie in [0, 1]")
         self.protected = protected_count(self.size, self.keep_ratio)
+
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"fix{self.size}_{self.strategy}_kr={self.keep_ratio}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import CacheView, Schedule, require_size
 from .ranked import RankedPolicy
@@ -53,6 +53,9 @@ class L2Compress(RankedPolicy):
     @property
     def ratio_requested(self) -> float:
         return removed_from_keep(self.keep_ratio)
+
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"l2_kr={self.keep_ratio}_{self.schedule.label}"
 
     def size_after(self, length: int) -> int:
         return length if length <= self.prune_after else keep_count(length, self.keep_ratio)

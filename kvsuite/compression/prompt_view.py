@@ -138,7 +138,10 @@ class PromptView(CacheView):
         return attention_weights(query, self.keys, self.observed.scale, self.length - query.shape[1])
 
     def attention_sums(self) -> Tensor:
-        """Attention that every token got from all queries of the prompt, float32 ``[heads, n]``."""
+        """Attention that every token got from all queries of the prompt, float32 ``[heads, n]``.
+
+        All chunks of the prompt are in it, and no decode step: a policy that acts at the end of the prompt has seen none.
+        """
         if self.observed.sums is None:
             raise RuntimeError("attention sums were not asked for: say so in the policy's `needs`")
         return self.observed.sums

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import CacheView, Policy, require_size, time_order
 
@@ -28,6 +29,9 @@ class RecentOnly(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_size("--kv-recent-sizes", self.window)
+
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"recent_only_{self.window}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.window)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import CacheView, Policy, require_size, time_order
 
@@ -39,6 +40,9 @@ class StreamingLLM(Policy):
     def size(self) -> int:
         """Tokens kept at most."""
         return self.start_size + self.recent_size
+
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        return super().label(chosen) if chosen is not None else f"streaming_{self.size}"
 
     def size_after(self, length: int) -> int:
         return min(length, self.size)

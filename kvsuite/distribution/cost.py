@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvsuite.case import Case
 from kvsuite.options.resolve import Options
+from kvsuite.suites.footprint import Footprint
 from kvsuite.suites.registry import suite_of_rows
 from kvsuite.suites.suite import Work
 
@@ -24,6 +25,11 @@ _CASE_TOKENS = 2_000
 def work_of(case: Case, options: Options) -> Work:
     """What a case computes, as its suite counts it."""
     return suite_of_rows(case.suite).cost(case, options)
+
+
+def footprint_of(case: Case, options: Options) -> Footprint:
+    """What memory a case needs, as its suite tells it."""
+    return suite_of_rows(case.suite).footprint(case, options)
 
 
 def units(work: Work) -> float:

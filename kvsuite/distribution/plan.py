@@ -19,10 +19,10 @@ from kvsuite.options.sweep import SweepOptions
 from kvsuite.quantization.formats import GROUP_FORMATS
 from kvsuite.record import RECORD_SCHEMA
 from kvsuite.store.records_file import RECORDS_FILE
+from kvsuite.suites.footprint import Footprint
 from kvsuite.survival.resume import planned_key
 
-from .cost import seconds, work_of
-from .footprint import Footprint, footprint
+from .cost import footprint_of, seconds, work_of
 from .gpus import visible_entries
 from .order import session_key
 from .progress import about
@@ -66,7 +66,7 @@ def plan(cases: Sequence[Case], options: Options, known: Mapping[str, Measured])
     loaded: set[tuple[str | None, ...]] = set()
     found: list[Planned] = []
     for case in cases:
-        memory = footprint(case, options)
+        memory = footprint_of(case, options)
         key = session_key(case)
         measured = known.get(planned_key(case.to_dict()))
         if measured is not None:
@@ -93,7 +93,7 @@ def _learnt(known: Iterable[Measured], models: Collection[str], options: Options
     correction = Correction()
     for measured in known:
         if measured.case.model in models:
-            memory = footprint(measured.case, options)
+            memory = footprint_of(measured.case, options)
             expected = _by_model(measured.case, options, memory, loads=False)
             if expected is not None:
                 correction.add(kind_of(measured.case), expected, measured.seconds)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvsuite.case import Case
+from kvsuite.suites.footprint import Footprint
 from kvsuite.survival.resume import planned_key
-
-from .footprint import Footprint
 
 #: what is known of a case's speed, the most general first: cases of one kind are wrong in one way
 Kind = tuple[str, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 
+from kvsuite.entry_points import ENGINES, OURS, find, package
 from kvsuite.errors import CaseSkipped, UserError
 from kvsuite.options.devices import resolve_device
 
@@ -43,19 +44,22 @@ def _engines(devices: list[str]) -> Iterator[Finding]:
 
     kinds = dict.fromkeys(device.partition(":")[0] for device in devices)
     for name in engine_names():
+        # what is ours and cannot even be asked is broken
+        is_optional = package(find(ENGINES)[name]) != OURS
         try:
             engine = get_engine(name)
+            is_optional = engine.is_optional
             reasons = {kind: engine.unavailable(kind if kind != "cuda" else "cuda:0") for kind in kinds}
         except Exception as error:  # the engine may be somebody else's
             shown = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            yield Finding(f"engine {name}", "broken" if name == "hf" else "attention", shown)
+            yield Finding(f"engine {name}", "attention" if is_optional else "broken", shown)
             continue
         works = [kind for kind, reason in reasons.items() if reason is None]
         if works:
             yield Finding(f"engine {name}", "ok", f"works on {', '.join(works)}")
         else:
             reason = "; ".join(str(reason) for reason in reasons.values())
-            yield Finding(f"engine {name}", "broken" if name == "hf" else "missing", *_split(reason))
+            yield Finding(f"engine {name}", "missing" if is_optional else "broken", *_split(reason))
 
 
 def _default_model() -> Finding:

@@ -243,6 +243,10 @@ class Engine(ABC):
     name: ClassVar[str]
     #: its own options, which come in by the entry-point group ``kvsuite.options``
     option_group: ClassVar[type[OptionGroup] | None] = None
+    #: whether an installation is whole without it
+    is_optional: ClassVar[bool] = True
+    #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
+    predictor_options: ClassVar[frozenset[str]] = frozenset()
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
     point_rules: ClassVar[Mapping[str, Check]] = {}
 
@@ -266,6 +270,38 @@ class Engine(ABC):
         From the configuration alone: nothing is loaded, and the runtime is not imported.
         """
         return None
+
+    def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> Predictor | None:
+        """Predicts the memory of a whole design space, without cases; ``None`` where there are no formulas.
+
+        Parameters
+        ----------
+        architecture
+            Of the model.
+        given
+            ``model`` as it was typed, and values of `predictor_options`, ``None`` for those that were not given.
+
+        Raises
+        ------
+        UserError
+            For a value, or a model, that this engine cannot take.
+        """
+        return None
+
+    def is_preferred(self, device_kind: str) -> bool:
+        """Whether a suite that both engines can serve takes this one before its usual one, if nobody names an engine.
+
+        Asked when cases are made, so it looks at no more than what is installed.
+        """
+        return False
+
+    def default_formats(self, model: str) -> tuple[str, ...] | None:
+        """Weight formats in which a suite serves ``model`` if nobody names one; ``None`` for the suite's own."""
+        return None
+
+    def case_params(self) -> dict[str, Any]:
+        """What of the engine's options makes another case: JSON types by name, for `Case.params`."""
+        return {}
 
     @abstractmethod
     def load(self, case: Case, settings: EngineSettings) -> Session:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import UserError
+from kvsuite.models.layers import UnknownLayers, layers_of
+from kvsuite.workloads.token_rows import require_rows
 from kvsuite.workloads.windows import Window, merge_windows, target_positions, window_inputs
 
 _CPU_BATCH_TOKENS, _MOST_BATCH_TOKENS = 2048, 65_536
@@ -37,25 +39,22 @@ class WindowText:
 
     Raises
     ------
-    UserError
+    CaseInvalid
         If a token id lies outside the vocabulary: on CUDA that would end the process.
     """
 
     def __init__(
         self, model: Any, tokens: Sequence[int], windows: Sequence[Window], prefix: str, prefix_token: int | None
     ) -> None:
+        config = model.config.get_text_config()
         # from the configuration: a packed embedding has no weight to ask
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        highest = max((*tokens, prefix_token or 0))
-        if highest >= vocabulary:
-            raise UserError(
-                f"--kv-model: the text has token {highest}, the model only {vocabulary}; use the model's own tokenizer"
-            )
+        vocabulary = int(config.vocab_size)
+        require_rows((*tokens, prefix_token or 0), vocabulary)
         self.positions = target_positions(windows)
         self.target_ids = [int(tokens[position]) for position in self.positions]
         self.passes = [
             Pass(window, window.end - 1 - window.begin + (prefix == "bos_each_window"))
-            for window in merge_windows(windows)
+            for window in merge_windows(windows, _same_frequencies(config))
         ]
         self._tokens, self._prefix, self._prefix_token = tokens, prefix, prefix_token
 
@@ -70,6 +69,14 @@ class WindowText:
     def targets(self, device: torch.device) -> Tensor:
         """All targets ``[targets]``, in the order of the text, which is that of the passes."""
         return torch.tensor(self.target_ids, dtype=torch.int64, device=device)
+
+
+def _same_frequencies(config: Any) -> int | None:
+    """Longest sequence whose rotary frequencies are those of all shorter ones, ``None`` for any."""
+    try:
+        return layers_of(config.to_dict()).switch_length
+    except UnknownLayers:
+        return None
 
 
 class Batches:

@@ -44,14 +44,10 @@ def put_perplexity(
     Raises
     ------
     CaseInvalid
-        If a loss is not finite.
+        If a loss is not finite, or their mean has no exponential.
     """
-    broken = sum(not math.isfinite(x) for x in nll)
-    if broken:
-        raise CaseInvalid(
-            f"{broken} of {len(nll)} losses are not finite: the model overflows in {dtype}; give another --kv-dtype or "
-            "--kv-quantization"
-        )
+    if reason := not_finite(nll, dtype):
+        raise CaseInvalid(reason)
     pooled = perplexity(nll, weights)
     found.put("perplexity", pooled.value, **facts)
     found.put("perplexity_se", pooled.standard_error, reason="one token only")
@@ -59,3 +55,14 @@ def put_perplexity(
     found.put("nll_tokens", pooled.n)
     found.put("next_token_acc", accuracy, **facts)
     return pooled
+
+
+def not_finite(nll: Sequence[float], dtype: str, whose: str = "losses") -> str | None:
+    """Why there is no perplexity, and what to do; ``None`` if all losses are numbers."""
+    broken = sum(not math.isfinite(x) for x in nll)
+    if not broken:
+        return None
+    return (
+        f"{broken} of {len(nll)} {whose} are not finite: the model overflows in {dtype}; give another --kv-dtype or "
+        "--kv-quantization"
+    )

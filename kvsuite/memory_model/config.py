@@ -10,6 +10,7 @@ from typing import Any
 
 from kvsuite.errors import UserError
 from kvsuite.models import smollm2
+from kvsuite.models.layers import Layer, ModelLayers, UnknownLayers, layers_of
 from kvsuite.models.presets import PRESETS
 from kvsuite.models.resolve import ModelSpec, resolve_model
 
@@ -30,7 +31,7 @@ _SMOLLM2: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-_NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,14 @@ class Architecture:
         Short name of the model.
     model_type
         transformers' name of the language model's family.
-    layers, hidden, intermediate, query_heads, kv_heads, head_dim, vocabulary
+    layers, hidden, intermediate, query_heads, vocabulary
         Of the language model.
+    cache
+        What each layer stores, or the reason why that is not known.
     weights
         Shapes of all weights, or the reason why they are not known.
     trained_length
         Positions that the configuration promises, ``None`` if it does not say.
-    window
-        The model's own sliding window, ``None`` for none.
     reads_images
         Whether there is an image encoder.
     is_dummy
@@ -67,20 +68,61 @@ class Architecture:
     hidden: int
     intermediate: int
     query_heads: int
-    kv_heads: int
-    head_dim: int
     vocabulary: int
+    cache: ModelLayers | str
     weights: WeightShapes | str
     trained_length: int | None = None
-    window: int | None = None
     reads_images: bool = False
     is_dummy: bool = False
     json_chunk: int | None = None
     quantization: str | None = None
 
+    @property
+    def shape(self) -> Layer | None:
+        """Any layer, where all of them store keys and values of one shape; ``None`` elsewhere."""
+        if isinstance(self.cache, str):
+            return None
+        first = self.cache.layers[0]
+        alike = all(
+            layer.attention is not None
+            and not layer.latent
+            and (layer.kv_heads, layer.key_dim, layer.value_dim) == (first.kv_heads, first.key_dim, first.key_dim)
+            for layer in self.cache.layers
+        )
+        return first if alike else None
+
+    @property
+    def window(self) -> int | None:
+        """The model's own sliding window, the largest of several; ``None`` for none."""
+        if isinstance(self.cache, str):
+            return None
+        return max((layer.window or 0 for layer in self.cache.layers if layer.attention == "sliding"), default=None)
+
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
+        """Bytes of one token's keys and values in all layers that store any.
+
+        Raises
+        ------
+        UserError
+            If what the layers store is not known.
+        """
+        return self._known.kv_bytes([1] * self.layers, element_bytes)
+
+    def kv_bytes(self, tokens: int, element_bytes: int) -> int:
+        """Bytes of the keys and values of a text in transformers' cache: a layer with a window stores no more than that.
+
+        Raises
+        ------
+        UserError
+            If what the layers store is not known.
+        """
+        return self._known.kv_bytes([layer.stored(tokens) for layer in self._known.layers], element_bytes)
+
+    @property
+    def _known(self) -> ModelLayers:
+        if isinstance(self.cache, str):
+            raise UserError(self.cache)
+        return self.cache
 
 
 def architecture_of(request: str, *, cache_dir: Path | None = None) -> Architecture:
@@ -137,17 +179,20 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
     if vision:
         _check_images(fields, vision, origin)
     text = checked(fields["text_config"], origin) if fields.get("text_config") else fields
-    needed = [*_NEEDED, "intermediate_size"] if text.get("model_type") in KNOWN_SHAPES else _NEEDED
+    # a state-space model has no heads
+    needed = (
+        [*_NEEDED, "num_attention_heads", "intermediate_size"] if text.get("model_type") in KNOWN_SHAPES else _NEEDED
+    )
     missing = [name for name in needed if text.get(name) is None]
     if missing:
         raise UserError(
             f"--kv-model={origin}: its configuration lacks {', '.join(missing)}; give a complete config.json"
         )
-    hidden, heads, wide = text["hidden_size"], text["num_attention_heads"], text.get("intermediate_size")
+    hidden, heads, wide = text["hidden_size"], text.get("num_attention_heads"), text.get("intermediate_size")
     kv_heads = text.get("num_key_value_heads") or heads
-    if heads % kv_heads:
+    if heads and heads % kv_heads:
         raise unreadable(origin, f"num_attention_heads={heads} cannot share num_key_value_heads={kv_heads}")
-    if text.get("head_dim") is None and hidden % heads:
+    if heads and hidden % heads and text.get("head_dim") is None and not text.get("kv_lora_rank"):
         raise unreadable(
             origin, f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
         )
@@ -155,25 +200,31 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         raise unreadable(origin, f"intermediate_size={wide} must be one whole number in a {text['model_type']} model")
     if isinstance(wide, list) and len(wide) != text["num_hidden_layers"]:
         raise unreadable(origin, f"intermediate_size has {len(wide)} entries for {text['num_hidden_layers']} layers")
-    # Qwen's configurations name a window and say elsewhere that it is off
-    uses = text.get("use_sliding_window", True)
     weights = weight_shapes(fields | {"text_config": text} if text is not fields else text)
+    cache = _cache(text, origin)
     return Architecture(
         label=label,
         model_type=text["model_type"],
-        layers=text["num_hidden_layers"],
+        layers=text["num_hidden_layers"] if isinstance(cache, str) else len(cache.layers),
         hidden=hidden,
         # what most of the families take that need not say it
         intermediate=max(wide) if isinstance(wide, list) else wide or 4 * hidden,
-        query_heads=heads,
-        kv_heads=kv_heads,
-        head_dim=text.get("head_dim") or hidden // heads,
+        query_heads=heads or 0,
         vocabulary=text["vocab_size"],
+        cache=cache,
         weights=weights,
         trained_length=positive(text.get("max_position_embeddings")),
-        window=positive(text.get("sliding_window")) if uses else None,
         reads_images=bool(vision),
     )
+
+
+def _cache(text: Mapping[str, Any], origin: str) -> ModelLayers | str:
+    try:
+        return layers_of(text)
+    except UnknownLayers as reason:
+        return f"what the layers store is not known: {reason}"
+    except UserError as error:
+        raise unreadable(origin, str(error).removesuffix("; check config.json")) from error
 
 
 def _check_images(fields: Mapping[str, Any], vision: Mapping[str, Any], origin: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvsuite.console import Column, Sheet, stacked
+from kvsuite.models.layers import Layer
 
+from .config import Architecture
 from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
 from .formats import ELEMENT_BYTES
@@ -51,10 +54,7 @@ def _heading(found: Survey) -> Iterator[str]:
     model, predictor = found.predictor.architecture, found.predictor
     weights = ", random weights" if model.is_dummy else ""
     trained = f", trained for {model.trained_length:,} positions" if model.trained_length else ""
-    yield (
-        f"{model.label}{weights}: {model.layers} layers, {model.kv_heads} of {model.query_heads} heads with keys and values "
-        f"of {model.head_dim}, vocabulary {model.vocabulary:,}{trained}"
-    )
+    yield (f"{model.label}{weights}: {model.layers} layers, {_stored(model)}, vocabulary {model.vocabulary:,}{trained}")
     yield predictor.described()
     if found.card is not None:
         share = f"{found.card.bytes / 2**30:g} GiB, of which the engine uses {found.card.share:g}"
@@ -62,6 +62,28 @@ def _heading(found: Survey) -> Iterator[str]:
     yield LEGEND
     for reason, names in _by_reason(predictor.inert()):
         yield f"inert here: {', '.join(names)}: {reason}"
+
+
+def _stored(model: Architecture) -> str:
+    """What the layers store, in words."""
+    if isinstance(model.cache, str):
+        return f"keys and values {MISSING}"
+    shape = model.shape
+    if shape is not None and model.window is None and shape.attention == "full":
+        return f"{shape.kv_heads} of {model.query_heads} heads with keys and values of {shape.key_dim}"
+    kinds = Counter(replace(layer, index=0, rotary=False) for layer in model.cache.layers)
+    shown = ", ".join(f"{count} {_kind(layer, model)}" for layer, count in kinds.items())
+    return f"{shown}: {model.kv_bytes_per_token(2) / 1024:g} KiB a token in transformers' cache in 16 bits"
+
+
+def _kind(layer: Layer, model: Architecture) -> str:
+    if layer.attention is None:
+        return f"{layer.what} (no keys and values)"
+    seen = "" if layer.window is None else f" of {layer.window:,}"
+    if layer.latent:
+        return f"{layer.what}{seen} (latents of {layer.key_dim} + {layer.value_dim})"
+    width = f"{layer.key_dim}" if layer.key_dim == layer.value_dim else f"{layer.key_dim} and {layer.value_dim}"
+    return f"{layer.what}{seen} ({layer.kv_heads} of {model.query_heads} heads with keys and values of {width})"
 
 
 def _rules(found: Survey) -> Iterator[str]:

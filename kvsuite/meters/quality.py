@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from kvsuite.errors import CaseInvalid
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -28,6 +30,27 @@ class TokenScores:
     positions: list[int]
     nll: list[float]
     correct: list[bool]
+
+
+class NoExponential(CaseInvalid):
+    """A mean loss so large that its exponential is no number."""
+
+
+def exponential(nats: float) -> float:
+    """``exp(nats)``.
+
+    Raises
+    ------
+    NoExponential
+        If that is larger than any number; the message says what to do.
+    """
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        raise NoExponential(
+            f"a mean of {nats:.4g} nats has no exponential: the model's logits are far too large; check the checkpoint, or "
+            "give another --kv-dtype or --kv-quantization"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -52,12 +75,17 @@ def perplexity(nll: Sequence[float], weights: Sequence[float] | None = None) -> 
         Losses in nats.
     weights
         How much each of them counts, a whole number in all; ``None``: 1 each.
+
+    Raises
+    ------
+    NoExponential
+        If the mean is too large.
     """
     weights = [1.0] * len(nll) if weights is None else weights
     total = math.fsum(w * x for w, x in zip(weights, nll, strict=True))
     n = round(math.fsum(weights))
     mean = total / n
-    value = math.exp(mean)
+    value = exponential(mean)
     variance = math.fsum(w * (x - mean) ** 2 for w, x in zip(weights, nll, strict=True)) / n
     return Perplexity(total, n, value, value * math.sqrt(variance / (n - 1)) if n > 1 else None)
 
@@ -83,9 +111,11 @@ def paired_ratio(
     ------
     ValueError
         If the arms did not score the same number of tokens.
+    NoExponential
+        If the mean difference is too large.
     """
     differences = [a - b for a, b in zip(arm, reference, strict=True)]
     mean = fmean(differences, weights)
     se = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-    ratio = math.exp(mean)
+    ratio = exponential(mean)
     return PairedRatio(ratio, None if se is None else ratio * se, mean, se)

@@ -59,10 +59,12 @@ class Layer:
     latent: bool = False
 
     def stored(self, tokens: int) -> int:
-        """Tokens of a text of ``tokens`` that a query of this layer can still see, and so must be stored."""
+        """Tokens that transformers' cache holds of ``tokens``: of a window those that the next query sees beside itself."""
         if self.attention is None:
             return 0
-        return tokens if self.window is None else min(tokens, self.window)
+        # GPT-Neo masks its local layers and stores everything
+        bounded = self.window is not None and self.window > 1 and self.what != "local"
+        return min(tokens, self.window - 1) if bounded and self.window else tokens
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ class ModelLayers:
         shapes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in self.layers}
         return len(shapes) == 1 and all(
             layer.attention == "full" and not layer.recurrent and not layer.latent for layer in self.layers
+        )
+
+    def kv_bytes(self, tokens_per_layer: Sequence[int], element_bytes: int) -> int:
+        """Bytes of that many tokens in each layer: the sum of ``kv_heads * (key_dim + value_dim) * tokens * element_bytes``.
+
+        The one formula for what is stored, planned and predicted.
+        """
+        pairs = zip(self.layers, tokens_per_layer, strict=True)
+        return element_bytes * sum(
+            layer.kv_heads * (layer.key_dim + layer.value_dim) * tokens for layer, tokens in pairs
         )
 
 

@@ -106,8 +106,13 @@ def load_model(
     Raises
     ------
     UserError
-        If the device, the dtype or the checkpoint cannot be used, or ``attention="sdpa"`` is asked of a class without it.
+        If the device, the dtype or the checkpoint cannot be used, ``attention="sdpa"`` is asked of a class without it, or
+        it is no causal language model with a KV cache.
+    CaseInvalid
+        If a weight is not finite in the dtype.
     """
+    from .measurable import require_decoder, require_finite_weights
+
     if spec.kind == "mlc":
         raise UserError(f"--kv-model={spec.request}: MLC weights run on the mlc engine only; give --kv-engine=mlc")
     wanted = None if dtype is None else parse_dtype(dtype)
@@ -127,6 +132,10 @@ def load_model(
             model, tokenizer = _pretrained(spec, target, wanted, choose, cache_dir, notes)
     model = model.eval().requires_grad_(False)
     load_s = time.perf_counter() - started
+    if not spec.is_dummy:
+        require_finite_weights(model)
+        with _user_errors(spec):
+            require_decoder(model, f"--kv-model={spec.request}")
 
     commit = getattr(model.config, "_commit_hash", None)
     if spec.kind == "hub" and commit:
@@ -254,6 +263,7 @@ def _pretrained(
     from transformers import AutoConfig
 
     from .hub import require_hub
+    from .measurable import require_causal_class
     from .smollm2 import smollm2_folder
 
     source, local = spec.source, True
@@ -264,6 +274,7 @@ def _pretrained(
     common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _user_errors(spec):
         config = AutoConfig.from_pretrained(source, **common)
+        require_causal_class(config, f"--kv-model={spec.request}")
         model, info = _auto_class(config).from_pretrained(
             source,
             dtype="auto" if dtype is None else getattr(torch, dtype),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import ModelLayers, UnknownLayers, layers_of
 
 from .groups import LayerGroup
 from .limits import Limits
@@ -24,11 +25,26 @@ _MIXED = 0.2
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer's attention: heads, width, and the model's own sliding window (``None`` if it sees everything)."""
+    """One layer's attention.
+
+    Parameters
+    ----------
+    kv_heads, head_dim
+        Shape of a token's key and value.
+    window
+        The model's own sliding window, ``None`` if the layer sees everything.
+    rotary
+        Whether queries and keys are rotated.
+    """
 
     kv_heads: int
     head_dim: int
     window: int | None
+    rotary: bool = True
+
+    def token_bytes(self, element_bytes: int) -> int:
+        """Bytes of a token's key and value."""
+        return 2 * self.kv_heads * self.head_dim * element_bytes
 
 
 def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
@@ -49,6 +65,7 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     """
     name = type(model).__name__
     layers: dict[int, AttentionLayer] = {}
+    known = _known_layers(text_config)
     kinds = getattr(text_config, "layer_types", None) or []
     configured = getattr(text_config, "sliding_window", None)
 
@@ -59,46 +76,79 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
         kind = kinds[index] if index < len(kinds) else ""
         window = asked.get("sliding_window") or (configured if "sliding" in kind else None)
         _refuse_what_is_not_done(name, module, key, value, kind, asked)
-        layers[index] = AttentionLayer(key.shape[1], key.shape[3], None if window is None else int(window))
+        rotary = known is None or known.layers[index].rotary
+        layers[index] = AttentionLayer(key.shape[1], key.shape[3], None if window is None else int(window), rotary)
         # every token is a sequence of its own here, so it sees its own value and nothing else
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
 
-    with torch.inference_mode(), _AttentionSet(text_config, record):
-        together = _logits(model, [1, 2])
-        alone = _logits(model, [2])
     expected = int(text_config.num_hidden_layers)
-    if sorted(layers) != list(range(expected)):
+    failed: Exception | None = None
+    with torch.inference_mode(), _AttentionSet(text_config, record):
+        try:
+            together = _logits(model, [1, 2])
+            alone = _logits(model, [2])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # a class that does not know the interface has no mask to add, or no function to call
+            failed = error
+    if failed is not None or sorted(layers) != list(range(expected)):
         raise CaseInvalid(
             f"{name}: {len(layers)} of {expected} layers attend through transformers' attention interface, which is where "
-            "paged attention comes in; use --kv-engine=hf"
-        )
-    if (together[-1] - alone[-1]).norm() > _MIXED * alone[-1].norm():
+            f"paged attention comes in{_why(known)}; use --kv-engine=hf"
+        ) from failed
+    recurrent = known is not None and any(layer.recurrent for layer in known.layers)
+    if recurrent or (together[-1] - alone[-1]).norm() > _MIXED * alone[-1].norm():
         raise CaseInvalid(f"{name}: its tokens meet outside of attention (convolution or state); use --kv-engine=hf")
     return [layers[index] for index in range(expected)]
 
 
+def _known_layers(text_config: Any) -> ModelLayers | None:
+    """What the configuration says of the layers, ``None`` where it does not tell."""
+    try:
+        return layers_of(text_config.to_dict())
+    except UnknownLayers:
+        return None
+
+
+def _why(known: ModelLayers | None) -> str:
+    """What the layers are that do not attend through the interface, in brackets; empty where that is not known."""
+    if known is None:
+        return ""
+    if known.positions == "alibi":
+        return " (its positions are ALiBi biases)"
+    others = [layer for layer in known.layers if layer.attention is None or layer.recurrent]
+    if not others:
+        return ""
+    kinds = ", ".join(sorted({layer.what for layer in others}))
+    return f" (layers {', '.join(str(layer.index) for layer in others[:4])}{', …' if len(others) > 4 else ''}: {kinds})"
+
+
 def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | None) -> list[LayerGroup]:
-    """Sort layers into groups that store the same tokens.
+    """Sort layers into groups that store the same tokens. A policy acts on those that see everything.
 
     Raises
     ------
     CaseInvalid
-        If a policy and a sliding window, or two sliding windows, would act on the same layers.
+        If two sliding windows would act on the same layers, or a policy has no layer left to act on.
     """
     own = {layer.window for layer in layers if layer.window is not None and layer.window < limits.max_model_len}
     if own and limits.sliding_window is not None:
         raise CaseInvalid(
             f"sliding_window={limits.sliding_window}: the model has its own sliding window of {max(own)}; leave it out"
         )
-    if policy is not None and (own or limits.sliding_window is not None):
-        clash = limits.sliding_window or max(own)
+    if policy is not None and limits.sliding_window is not None:
         raise CaseInvalid(
-            f"policy {policy.name}: it would act on top of a sliding window of {clash}; use one or the other"
+            f"policy {policy.name}: it would act on top of a sliding window of {limits.sliding_window}; use one or the other"
+        )
+    if policy is not None and own and all(layer.window in own for layer in layers):
+        raise CaseInvalid(
+            f"policy {policy.name}: every layer has the model's own sliding window of {max(own)}, and none a full cache to "
+            "act on; keep prompt and output within the window, or use a model with layers of full attention"
         )
     members: dict[LayerGroup, list[int]] = {}
     for index, layer in enumerate(layers):
         window = layer.window if layer.window in own else limits.sliding_window
-        treated = policy is not None and index not in policy.skip_layers
+        treated = policy is not None and window is None and index not in policy.skip_layers
+        turned = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
         key = LayerGroup(
             layers=(),
             kv_heads=layer.kv_heads,
@@ -106,7 +156,8 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             window=window,
             sinks=limits.attention_sinks if window is not None else 0,
             compressed=treated,
-            places=treated and policy is not None and policy.positions == "cache",
+            places=treated and policy is not None and policy.positions == "cache" and layer.rotary,
+            rotary=layer.rotary or not (treated and turned),
         )
         members.setdefault(key, []).append(index)
     return [
@@ -118,6 +169,7 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             sinks=key.sinks,
             compressed=key.compressed,
             places=key.places,
+            rotary=key.rotary,
         )
         for key, indices in members.items()
     ]

@@ -121,7 +121,8 @@ class StepInputs:
         """Position id of every sequence's next token: its logical one, or its place in the cache."""
         if not self._places:
             return np.array(computed, dtype=np.int64)
-        starts: Ints = np.max([table.lengths[rows] for table in self._tables], axis=0)
+        # blocks that a window freed count: its layers keep rotated keys
+        starts: Ints = np.max([table.lengths[rows] + table.dropped[rows] for table in self._tables], axis=0)
         return starts
 
 

@@ -157,6 +157,17 @@ def read_text(path: Path, content: str) -> str:
     return text
 
 
+def header_of(path: Path) -> list[str]:
+    """The names in a CSV's first line; none of an empty file.
+
+    Raises
+    ------
+    UserError
+        If the file cannot be read.
+    """
+    return next(csv.reader(io.StringIO(read_text(path, "results"), newline="")), [])
+
+
 def lines_of(text: str, where: str) -> list[Line]:
     """Every row of a CSV, the header first; a header without fields where there is nothing.
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.console import console_text, stacked
+from kvsuite.errors import UserError
 from kvsuite.reporting.aggregate import Row, in_space_order
+from kvsuite.reporting.gathered_csv import header_of
 from kvsuite.reporting.report import assemble_report, report_bytes
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import REPORT_FILE
 
-from .registry import in_order, suite_of_rows
-from .suite import Suite
+from .registry import in_order, suite_of_rows, usable_suites
+from .suite import CsvFigures, Suite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,6 +45,33 @@ def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
 def run_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
     """Figures of every suite of a run by file name."""
     return {name: drawn for suite, own in by_suite(rows) for name, drawn in suite.figures(run, own).items()}
+
+
+def figures_of_csvs(paths: Sequence[Path], kinds: Sequence[str]) -> CsvFigures:
+    """Figures of CSV files, each by the suite whose it is; those of one suite are drawn together.
+
+    Raises
+    ------
+    UserError
+        If one cannot be read, is no suite's, or has nothing to draw.
+    """
+    suites = usable_suites()
+    by_suite: dict[str, list[Path]] = {}
+    for path in paths:
+        header = header_of(path)
+        name = next((suite.name for suite in suites if suite.draws_csv(path.name, header)), None)
+        if name is None:
+            raise UserError(
+                f"{path}: is no CSV that a suite draws, by its name or its columns ({', '.join(header[:4]) or 'none'}, ...); "
+                "give a CSV of kvsuite or of the original program"
+            )
+        by_suite.setdefault(name, []).append(path)
+    drawn = [suite.csv_figures(by_suite[suite.name], kinds) for suite in suites if suite.name in by_suite]
+    return CsvFigures(
+        {name: content for one in drawn for name, content in one.files.items()},
+        sum(one.rows for one in drawn),
+        [note for one in drawn for note in one.notes],
+    )
 
 
 def write_outputs(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
 
+    from .footprint import Footprint
+
 
 @dataclass(frozen=True)
 class Work:
@@ -44,6 +46,15 @@ class Work:
         return Work(self.bulk + other.bulk, self.steps + other.steps)
 
 
+@dataclass(frozen=True)
+class CsvFigures:
+    """What was drawn out of CSV files: figures by file name, of how many rows, and what their reader must know."""
+
+    files: Mapping[str, bytes]
+    rows: int
+    notes: Sequence[str] = ()
+
+
 class Suite(ABC):
     """One suite. A subclass needs `name`, `cases` and `measure`; the rest has defaults that work for any rows.
 
@@ -61,6 +72,8 @@ class Suite(ABC):
     bare_run_place: ClassVar[int | None] = None
     #: whether nothing is left of it without trained weights
     is_quality_alone: ClassVar[bool] = False
+    #: whether it also measures cases that a test made by hand, under a name that is no suite's
+    measures_by_hand: ClassVar[bool] = False
 
     # before a run
 
@@ -95,6 +108,12 @@ class Suite(ABC):
         """Count what a case computes, from the case and the options alone, so that every host cuts the same shards."""
         return served_work(case, options)
 
+    def footprint(self, case: Case, options: Options) -> Footprint:
+        """Tell what memory a case needs, from its model's configuration alone; by itself no less than weights and cache."""
+        from .footprint import weights_and_cache
+
+        return weights_and_cache(case, options)
+
     # measuring
 
     def refuse(self, case: Case, options: Options) -> None:  # noqa: B027
@@ -121,6 +140,22 @@ class Suite(ABC):
         CaseInvalid, CaseSkipped, UserError
             If there is nothing to measure; any other error becomes the status of the case.
         """
+
+    # CSV files of this suite, the original program's among them, without the run
+
+    def draws_csv(self, name: str, header: Sequence[str]) -> bool:
+        """Whether a CSV is one that this suite draws, by the file's name or by its columns."""
+        return False
+
+    def csv_figures(self, paths: Sequence[Path], kinds: Sequence[str]) -> CsvFigures:
+        """Draw such files together, as pictures of these kinds (``"png"``, ``"svg"``).
+
+        Raises
+        ------
+        UserError
+            If one cannot be read, or there is nothing to draw.
+        """
+        raise NotImplementedError(f"suite {self.name} draws no CSV")
 
     # after a run: rows are of this suite, in the order of its space
 

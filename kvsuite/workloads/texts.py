@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from kvsuite.meters.quality import TokenScores
 
 from .corpus import Corpus, load_corpus
 from .prompts import make_prompts
+from .token_rows import require_rows
 from .windowed import WindowedText, WindowedTexts, WindowRule, prefix_token
 
 # the original used only texts of more than 10,000 characters of this corpus
@@ -55,7 +56,9 @@ class TextSource:
         Raises
         ------
         UserError
-            If a text is shorter.
+            If a text is shorter, or there is no tokenizer.
+        CaseInvalid
+            If a token has no row in the model's embedding.
         """
         corpus = self._corpus(workload)
         texts = []
@@ -66,6 +69,7 @@ class TextSource:
                     "needed; lower --kv-max-tokens (or --kv-prompt-tokens) or give a longer --kv-corpus"
                 )
             texts.append(ids[:tokens])
+        _require_rows(session, texts)
         hashes = tuple(digest(ids) for ids in texts)
         revision = digest(list(hashes))
         facts = _facts(corpus, revision, len(texts)) | {"bos": _TOKENIZERS}
@@ -77,10 +81,13 @@ class TextSource:
         Raises
         ------
         UserError
-            If a text has fewer than two.
+            If a text has fewer than two, or there is no tokenizer.
+        CaseInvalid
+            If a token has no row in the model's embedding.
         """
         corpus = self._corpus(workload)
         texts = [ids[: workload["eval_tokens"]] for ids in self._tokenised(session, corpus)]
+        _require_rows(session, texts)
         short = [index for index, ids in enumerate(texts) if len(ids) < 2]
         if short:
             raise UserError(
@@ -96,10 +103,12 @@ class TextSource:
         Raises
         ------
         UserError
-            If a text cannot be read, or is too short.
+            If a text cannot be read, or is too short, or there is no tokenizer.
+        CaseInvalid
+            If a token has no row in the model's embedding.
         """
         corpus = self._dataset(workload)
-        tokenizer = session.tokenizer
+        tokenizer = _tokenizer(session)
         prefix_rule = rule.resolved(tokenizer)
         self._follow(session)
         key = (corpus.text_hash, rule)
@@ -107,13 +116,16 @@ class TextSource:
             typed = "=".join(self._asked(str(workload["dataset"])))
             self._windowed[key] = tuple(rule.cut(tokenizer, text, prefix_rule, typed=typed) for text in corpus.texts)
         texts = self._windowed[key]
+        prefix = prefix_token(tokenizer)
+        before = [] if prefix_rule == "none" or prefix is None else [prefix]
+        _require_rows(session, [before, *(text.tokens for text in texts)])
         revision = digest([digest(text.tokens) for text in texts])
         facts = _facts(corpus, revision, len(texts)) | {
             "bos": prefix_rule,
             "split": corpus.split,
             "windows": sum(len(text.windows) for text in texts),
         }
-        return WindowedTexts(texts, prefix_rule, prefix_token(tokenizer), revision, facts)
+        return WindowedTexts(texts, prefix_rule, prefix, revision, facts)
 
     def reference(self, session: Any, tokens: list[int], first: int) -> TokenScores:
         """Full-cache losses of ``tokens[first:]``, the same for every case of the session."""
@@ -132,6 +144,7 @@ class TextSource:
         pool = None
         if session.tokenizer is not None and "corpus" in workload:
             pool = [token for ids in self._tokenised(session, self._corpus(workload)) for token in ids]
+            _require_rows(session, [pool])
         return make_prompts(
             count=count,
             length=int(workload["prompt_tokens"]),
@@ -174,7 +187,8 @@ class TextSource:
         self._follow(session)
         key = (corpus.text_hash, len(corpus.texts))
         if key not in self._tokens:
-            self._tokens[key] = [list(session.tokenizer(text, verbose=False)["input_ids"]) for text in corpus.texts]
+            tokenizer = _tokenizer(session)
+            self._tokens[key] = [list(tokenizer(text, verbose=False)["input_ids"]) for text in corpus.texts]
         return self._tokens[key]
 
     def _follow(self, session: Any) -> None:
@@ -183,6 +197,20 @@ class TextSource:
             self._tokens.clear()
             self._windowed.clear()
             self._references.clear()
+
+
+def _tokenizer(session: Any) -> Any:
+    if session.tokenizer is None:
+        raise UserError(
+            "--kv-model: the model has no tokenizer, so no text can be scored; give a model with one, or put its "
+            "tokenizer's files into the folder"
+        )
+    return session.tokenizer
+
+
+def _require_rows(session: Any, texts: Iterable[Iterable[int]]) -> None:
+    for tokens in texts:
+        require_rows(tokens, session.vocab_size, session.tokenizer)
 
 
 def _facts(corpus: Corpus, tokens_hash: str, texts: int) -> dict[str, Any]:

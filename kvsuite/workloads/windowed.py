@@ -63,10 +63,8 @@ class WindowRule:
         Raises
         ------
         UserError
-            If there is no tokenizer, or the rule needs a token that it does not have.
+            If the rule needs a token that the tokenizer does not have.
         """
-        if tokenizer is None:
-            raise UserError("--kv-model: the model has no tokenizer, so no text can be scored; give one that has")
         rule = self.rule or default_prefix(self.protocol, has_bos=adds_bos(tokenizer))
         if rule != "none" and prefix_token(tokenizer) is None:
             # its only rule

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvsuite.errors import UserError
+from kvsuite.meters.quality import exponential
 
 PROTOCOLS = ("hf-strided", "hf-docs", "disjoint", "lm-eval-rolling", "llama.cpp-half")
 #: protocols that step by ``--kv-stride``; the others step by their window
@@ -197,9 +198,18 @@ def _shift(window: Window, by: int) -> Window:
     return Window(window.begin + by, window.end + by, window.first_scored + by)
 
 
-def merge_windows(windows: Sequence[Window]) -> list[Window]:
+def merge_windows(windows: Sequence[Window], most: int | None = None) -> list[Window]:
     """Join neighbours that begin at the same token and leave out windows without a target.
 
+    Parameters
+    ----------
+    windows
+        As planned.
+    most
+        Longest window that is joined: beyond, rotary frequencies follow the length, and nothing is shared. ``None``: any.
+
+    Notes
+    -----
     Attention is causal, so windows that begin together share their hidden states exactly: the first ``ctx / stride`` windows
     of ``hf-strided`` are one forward pass. Windows that begin at different tokens share nothing, since every hidden state
     depends on where its window begins; ``disjoint``, ``lm-eval-rolling`` and ``llama.cpp-half`` have no such neighbours.
@@ -209,7 +219,8 @@ def merge_windows(windows: Sequence[Window]) -> list[Window]:
         if window.targets == 0:
             continue
         last = merged[-1] if merged else None
-        if last is not None and last.begin == window.begin and last.end == window.first_scored:
+        shared = most is None or window.end - window.begin <= most
+        if last is not None and shared and last.begin == window.begin and last.end == window.first_scored:
             merged[-1] = replace(last, end=window.end)
         else:
             merged.append(window)
@@ -278,7 +289,7 @@ def original_perplexity(nll: Sequence[float], windows: Sequence[Window]) -> floa
         mean = math.fsum(nll[at : at + window.targets]) / window.targets
         total += mean * (window.end - before)
         at, before = at + window.targets, window.end
-    return math.exp(total / before)
+    return exponential(total / before)
 
 
 @dataclass(frozen=True)
@@ -303,11 +314,11 @@ class TextCounts:
 
     def word_perplexity(self, nll_sum: float) -> float:
         """``exp(nll_sum / words)``."""
-        return math.exp(nll_sum / self.words)
+        return exponential(nll_sum / self.words)
 
     def byte_perplexity(self, nll_sum: float) -> float:
         """``exp(nll_sum / bytes)``."""
-        return math.exp(nll_sum / self.utf8_bytes)
+        return exponential(nll_sum / self.utf8_bytes)
 
     def bits_per_byte(self, nll_sum: float) -> float:
         """``nll_sum / (bytes * ln 2)``."""

@@ -142,3 +142,21 @@ def test_drawing_needs_neither_torch_nor_pytest_nor_pyplot(results: Path) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def test_csvs_of_several_suites_are_each_drawn_by_their_own(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "renamed.csv"
+    other.write_bytes((Path(__file__).parents[1] / "data" / "perplexity_original.csv").read_bytes())
+    assert main(["figures", "--csv", str(other), str(results), "--out", str(tmp_path / "out")]) == 0
+    assert {"renamed_ppl_vs_quant.png", "dse_knobs.png"} <= set(names(tmp_path / "out"))
+    stranger = tmp_path / "stranger.csv"
+    stranger.write_text("a,b\n1,2\n")
+    for command in (["figures", "--csv", str(stranger)], ["report", str(stranger)]):
+        assert main(command) == 4
+        (line,) = capsys.readouterr().err.splitlines()[-1:]
+        assert line == (
+            f"error: {stranger}: is no CSV that a suite draws, by its name or its columns (a, b, ...); give a CSV of kvsuite "
+            "or of the original program"
+        )

@@ -181,6 +181,8 @@ def test_a_space_without_a_valid_point(capsys: pytest.CaptureFixture[str]) -> No
         (("--card", "8", "--card-share", "2"), "--card-share=2: must lie above 0"),
         (("--card-share", "0.5"), "--card-share: needs --card"),
         (("--json-prefill-chunk", "0"), "--json-prefill-chunk=0: must be at least 1"),
+        (("--engine", "hf"), "--engine=hf: has no formulas of its memory; use mlc, nano"),
+        (("--engine", "nosuch"), "unknown engine; use auto, hf, mlc, nano"),
         (("--engine", "nano", "--json-prefill-chunk", "64"), "--json-prefill-chunk: only --engine mlc reads it"),
         (("--engine", "nano", "--total-tokens", "batch"), "--total-tokens: only --engine mlc reads it"),
         (("--dtype", "float16"), "--dtype: only --engine nano reads it"),

@@ -220,7 +220,7 @@ def as_it_is(path):
 @pytest.mark.parametrize(
     ("spoil", "out", "message"),
     [
-        (two_figures, "x.png", "2 data sets, each with a figure (wikitext2, pg19); give a folder"),
+        (two_figures, "x.png", "gives 2 figures (wikitext2_ppl_vs_quant.png, pg19_ppl_vs_quant.png); give a folder"),
         (no_rows, "x.png", "wikitext2_ppl_results.csv: no perplexity row to draw, only a header; "),
         (no_rows, "folder", "wikitext2_ppl_results.csv: no perplexity row to draw, only a header; "),
         (damage_csv, "folder", "line 5 has 1 field, 10 are needed"),

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from kvsuite.case import Case
-from kvsuite.distribution.footprint import Footprint
 from kvsuite.distribution.progress import Progress, about, duration
 from kvsuite.distribution.time_left import Correction, Planned, TimeLeft
+from kvsuite.suites.footprint import Footprint
 
 
 class Now:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from kvsuite.engines.window_scoring import compare_windows, score_windows
-from kvsuite.errors import UserError
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.divergence import summarise_divergence
 from kvsuite.meters.quality import perplexity
 from kvsuite.models.language_head import LanguageHead
@@ -300,7 +300,7 @@ def test_bfloat16_losses_are_float32_of_its_logits(llama: Any) -> None:
 
 def test_bad_input(llama: Any) -> None:
     windows = plan_windows("disjoint", 4, 4)
-    with pytest.raises(UserError, match="the text has token 200, the model only 97;"):
+    with pytest.raises(CaseInvalid, match="the text has token 200, and the model's embedding has 97 rows:"):
         score_windows(llama, [3, 4, 200, 5], windows)
     with pytest.raises(UserError, match="--kv-batch-tokens=0"):
         score_windows(llama, text(4), windows, batch_tokens=0)

@@ -64,7 +64,8 @@ def test_biases_and_tied_ends(fields: dict[str, Any], name: str) -> None:
 
 def test_the_default_model_needs_no_conversion(tmp_path: Path) -> None:
     found = architecture_of("smollm2", cache_dir=tmp_path)
-    assert (found.layers, found.kv_heads, found.head_dim, found.trained_length) == (30, 3, 64, 8192)
+    assert found.shape is not None
+    assert (found.layers, found.shape.kv_heads, found.shape.key_dim, found.trained_length) == (30, 3, 64, 8192)
     assert isinstance(found.weights, WeightShapes)
     # the file's own number, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
     assert found.weights.elements == 134_515_008
@@ -111,9 +112,12 @@ def mlc_config(**more: Any) -> dict[str, Any]:
 
 
 def test_a_folder_with_a_config(tmp_path: Path) -> None:
-    found = architecture_of(folder(tmp_path / "mine", "config.json", QWEN2 | {"sliding_window": 128}))
-    assert (found.label, found.window, found.is_dummy, found.head_dim) == ("mine", 128, False, 16)
-    off = QWEN2 | {"sliding_window": 128, "use_sliding_window": False}
+    on = QWEN2 | {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1}
+    found = architecture_of(folder(tmp_path / "mine", "config.json", on))
+    assert (found.label, found.window, found.is_dummy) == ("mine", 128, False)
+    assert found.shape is not None
+    assert found.shape.key_dim == 16
+    off = on | {"use_sliding_window": False}
     assert architecture_of(folder(tmp_path / "mine", "config.json", off)).window is None
 
 

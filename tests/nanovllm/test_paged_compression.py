@@ -214,7 +214,7 @@ def test_what_cannot_be_compressed_is_refused() -> None:
 def test_a_policy_on_a_sliding_window_is_refused() -> None:
     policy = get_policy("recent_only", window=8)
     with (
-        pytest.raises(CaseInvalid, match="on top of a sliding window of 12"),
+        pytest.raises(CaseInvalid, match="every layer has the model's own sliding window of 12"),
         serving(loaded("mistral-window"), policy=policy),
     ):
         pass

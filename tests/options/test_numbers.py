@@ -14,11 +14,11 @@ from kvsuite.comparison.limits import parse_limit
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.memory_model.fit import parse_card
+from kvsuite.memory_model.space_text import parse_space
 from kvsuite.options.groups import all_options
 from kvsuite.options.numbers import decimal, whole
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import default_options
-from kvsuite.suites.dse.parser import parse_space
 
 #: spellings of a number that Python reads and a command line should not hold
 FOREIGN = ("+5", "1_000", "٥", "５", "5\u00a05", "0x10", "1__0", "²", "5.", "5e0")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, byte_tokenizer
 
 from kvsuite.case import digest
-from kvsuite.errors import UserError
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.workloads.texts import TextSource
 from kvsuite.workloads.windowed import WindowRule, adds_bos, prefix_token
 from kvsuite.workloads.windows import plan_windows
@@ -150,18 +150,26 @@ def test_too_short(plain: Any, text: str, asked: WindowRule, message: str) -> No
     assert str(refused.value).startswith(message)
 
 
-def test_without_a_tokenizer_no_text_can_be_cut() -> None:
-    with pytest.raises(UserError, match=r"^--kv-model: .*no tokenizer"):
-        rule().resolved(None)
-
-
 def source(tmp_path: Path, text: str = TEXT, name: str = "text.txt") -> TextSource:
     (tmp_path / name).write_text(text, newline="")
     return TextSource(datasets={name: str(tmp_path / name)})
 
 
+def test_without_a_tokenizer_no_text_can_be_cut(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^--kv-model: .*no tokenizer"):
+        source(tmp_path).windowed(SimpleNamespace(tokenizer=None, vocab_size=258), workload(), rule())
+
+
+@pytest.mark.parametrize("given", ["text", "bos_first"])
+def test_a_token_without_a_row_is_named_with_rows_and_tokenizer(given: str, tmp_path: Path) -> None:
+    session = SimpleNamespace(tokenizer=byte_tokenizer(), vocab_size=60 if given == "text" else 256)
+    asked = rule(rule=None if given == "text" else given)
+    with pytest.raises(CaseInvalid, match=r"the text has token \d+, .* has \d+ rows: the tokenizer \(.*, 258 tokens\)"):
+        source(tmp_path).windowed(session, workload(), asked)
+
+
 def test_the_record_knows_where_the_tokens_come_from(tmp_path: Path, plain: Any) -> None:
-    found = source(tmp_path).windowed(SimpleNamespace(tokenizer=plain), workload(), rule())
+    found = source(tmp_path).windowed(SimpleNamespace(tokenizer=plain, vocab_size=258), workload(), rule())
     (text,) = found.texts
     assert found.revision == digest([digest(ids_of(TEXT))])
     assert (found.rule, found.prefix_token) == ("none", BOS)
@@ -174,7 +182,7 @@ def test_the_record_knows_where_the_tokens_come_from(tmp_path: Path, plain: Any)
 
 
 def test_fewer_tokens_are_another_revision_of_the_same_text(tmp_path: Path, plain: Any) -> None:
-    texts, session = source(tmp_path), SimpleNamespace(tokenizer=plain)
+    texts, session = source(tmp_path), SimpleNamespace(tokenizer=plain, vocab_size=258)
     whole = texts.windowed(session, workload(), rule())
     part = texts.windowed(session, workload(), rule(eval_tokens=20))
     assert whole.facts["text_hash"] == part.facts["text_hash"]
@@ -185,12 +193,12 @@ def test_fewer_tokens_are_another_revision_of_the_same_text(tmp_path: Path, plai
 
 def test_a_text_is_tokenised_once_for_a_session(tmp_path: Path, plain: Any) -> None:
     texts, tokenizer = source(tmp_path), Counted(plain)
-    session = SimpleNamespace(tokenizer=tokenizer)
+    session = SimpleNamespace(tokenizer=tokenizer, vocab_size=258)
     first = texts.windowed(session, workload(), rule())
     assert texts.windowed(session, workload(), rule()).texts is first.texts
     assert tokenizer.texts == [TEXT]
     # another model may have another tokenizer
-    other = SimpleNamespace(tokenizer=Counted(byte_tokenizer(adds_bos=True)))
+    other = SimpleNamespace(tokenizer=Counted(byte_tokenizer(adds_bos=True)), vocab_size=258)
     assert texts.windowed(other, workload(), rule()).texts[0].tokens == [BOS, *ids_of(TEXT)]
     assert texts.windowed(session, workload(), rule()).texts[0].tokens == ids_of(TEXT)
 
@@ -199,7 +207,7 @@ def test_a_path_is_read_in_place_of_the_named_data_set(tmp_path: Path, plain: An
     path = tmp_path / "wiki.test.raw"
     path.write_text(TEXT, newline="")
     texts = TextSource(datasets={"wikitext2": "wikitext2"}, dataset_path=str(path))
-    found = texts.windowed(SimpleNamespace(tokenizer=plain), workload(dataset="wikitext2"), rule())
+    found = texts.windowed(SimpleNamespace(tokenizer=plain, vocab_size=258), workload(dataset="wikitext2"), rule())
     assert found.texts[0].tokens == ids_of(TEXT)
     assert (found.facts["name"], found.facts["source"]) == ("wikitext2", str(path))
 
@@ -207,7 +215,9 @@ def test_a_path_is_read_in_place_of_the_named_data_set(tmp_path: Path, plain: An
 def test_several_texts_have_windows_of_their_own(plain: Any) -> None:
     texts = TextSource(datasets={"default": "default"})
     found = texts.windowed(
-        SimpleNamespace(tokenizer=plain), workload(dataset="default", num_samples=2), rule(eval_tokens=40)
+        SimpleNamespace(tokenizer=plain, vocab_size=258),
+        workload(dataset="default", num_samples=2),
+        rule(eval_tokens=40),
     )
     assert [len(text.tokens) for text in found.texts] == [40, 40]
     assert found.texts[0].tokens != found.texts[1].tokens
@@ -216,7 +226,7 @@ def test_several_texts_have_windows_of_their_own(plain: Any) -> None:
 
 
 def test_a_text_of_one_token_is_named(tmp_path: Path, plain: Any) -> None:
-    session, texts = SimpleNamespace(tokenizer=plain), source(tmp_path, "a")
+    session, texts = SimpleNamespace(tokenizer=plain, vocab_size=258), source(tmp_path, "a")
     with pytest.raises(UserError) as refused:
         texts.windowed(session, workload(), rule())
     assert str(refused.value).startswith(f"--kv-dataset={tmp_path / 'text.txt'}: the text has one token only")
@@ -228,7 +238,7 @@ def test_a_text_of_one_token_is_named(tmp_path: Path, plain: Any) -> None:
 
 def test_an_empty_file_is_named(tmp_path: Path, plain: Any) -> None:
     with pytest.raises(UserError) as refused:
-        source(tmp_path, " \n").windowed(SimpleNamespace(tokenizer=plain), workload(), rule())
+        source(tmp_path, " \n").windowed(SimpleNamespace(tokenizer=plain, vocab_size=258), workload(), rule())
     assert str(refused.value).startswith(f"--kv-dataset={tmp_path / 'text.txt'}: there is no text in it")
 
 

@@ -203,6 +203,13 @@ def test_merging_keeps_targets_and_contexts(n: int, ctx: int, data: st.DataObjec
     assert all(w.targets for w in merged)
 
 
+def test_windows_that_begin_together_are_not_joined_beyond_what_they_share() -> None:
+    windows = plan_windows("hf-strided", 64, 48, 16)
+    assert merge_windows(windows) == [Window(0, 48, 1), Window(16, 64, 48)]
+    assert merge_windows(windows, 48) == merge_windows(windows)
+    assert merge_windows(windows, 40) == [Window(0, 32, 1), Window(0, 48, 32), Window(16, 64, 48)]
+
+
 def test_a_text_shorter_than_a_window_is_one_pass() -> None:
     assert merge_windows(plan_windows("hf-strided", 100, 2048, 16)) == [Window(0, 100, 1)]
     assert plan_windows("disjoint", 100, 2048) == [Window(0, 100, 1)]

@@ -19,6 +19,7 @@ class HfEngine(Engine):
     """Loads transformers models."""
 
     name: ClassVar[str] = "hf"
+    is_optional: ClassVar[bool] = False
 
     def unavailable(self, device: str) -> str | None:
         try:

@@ -23,6 +23,7 @@ from kvsuite.memory_model.prediction import (
     Predictor,
     Term,
 )
+from kvsuite.models.layers import Layer
 from kvsuite.models.resolve import ModelSpec
 
 from .temporaries import temporary_bytes
@@ -143,6 +144,8 @@ class MlcMemory:
         return {JSON_CHUNK: self.json_chunk}
 
     def kv_notes(self, point: DesignPoint) -> str:
+        if isinstance(self._shape, str):
+            return ""
         report = self.compile_report(point)
         return (
             f", {self.architecture.kv_bytes_per_token(2) / 1024:g} KiB in the engine's line, "
@@ -191,7 +194,7 @@ class MlcMemory:
         """
         terms = self.predict(point).terms
         fixed = [term.bytes for term in terms if "context_window_size" not in term.settings]
-        if any(size is None for size in fixed):
+        if any(size is None for size in fixed) or isinstance(self._shape, str):
             return None
         return int((usable_bytes - sum(size or 0 for size in fixed)) // self._estimated_token_bytes)
 
@@ -209,6 +212,22 @@ class MlcMemory:
             return {}
         reason = f"MLC's configuration of {self.architecture.model_type} models has no such field"
         return dict.fromkeys(("sliding_window_size", "attention_sink_size"), reason)
+
+    @property
+    def _shape(self) -> Layer | str:
+        """Any layer, where MLC stores the same for each; else the reason why what it stores is not known."""
+        cache = self.architecture.cache
+        if isinstance(cache, str):
+            return cache
+        shape = self.architecture.shape
+        kinds = {layer.what for layer in cache.layers}
+        if any(layer.latent for layer in cache.layers):
+            return "what MLC stores of latent attention (MLA) is not modelled"
+        if shape is None or shape.recurrent or any(layer.attention == "chunked" for layer in cache.layers):
+            return f"what MLC stores of layers that differ is not modelled ({', '.join(sorted(kinds))})"
+        if len(kinds) > 1 and self.architecture.model_type not in _NO_WINDOW:
+            return f"what MLC stores of layers with different windows is not modelled ({', '.join(sorted(kinds))})"
+        return shape
 
     @property
     def _estimated_token_bytes(self) -> float:
@@ -230,14 +249,16 @@ class MlcMemory:
         )
 
     def _kv_cache(self, point: DesignPoint) -> list[Term]:
-        model, chunk = self.architecture, self.json_chunk
+        chunk, shape, heads = self.json_chunk, self._shape, self.architecture.query_heads
         tokens, batch = self.total_tokens(point), point.max_batch_size
-        heads, keys, dim = model.query_heads, model.kv_heads, model.head_dim
-        per_token = model.kv_bytes_per_token(_ESTIMATED_ELEMENT_BYTES)
-        buffers = None if chunk is None else 8 * chunk * (heads + 1) + 4 * chunk * dim * (heads + keys)
+        stored, buffers, reason = None, None, shape if isinstance(shape, str) else None
+        if not isinstance(shape, str):
+            stored = self.architecture.kv_bytes_per_token(_ESTIMATED_ELEMENT_BYTES) * tokens
+            if chunk is not None:
+                buffers = 8 * chunk * (heads + 1) + 4 * chunk * shape.key_dim * (heads + shape.kv_heads)
         context = ("context_window_size", "max_batch_size") if self.per_sequence else ("context_window_size",)
         return [
-            _exact("kv_cache", KEYS_AND_VALUES, per_token * tokens, context, "4 D Hkv L T"),
+            Term("kv_cache", KEYS_AND_VALUES, stored, _basis(stored), context, "4 D Hkv L T", reason),
             _exact("kv_cache", "bookkeeping of tokens", 1.25 * tokens, context, "1.25 T"),
             _exact("kv_cache", "bookkeeping of sequences", 88 * (batch + 1), ("max_batch_size",), "88 (B + 1)"),
             self._by_json_chunk("kv_cache", "attention buffers", buffers, (), "8 P (Hq + 1) + 4 P D (Hq + Hkv)"),
@@ -245,9 +266,10 @@ class MlcMemory:
         ]
 
     def _temporary(self, point: DesignPoint, chosen: WeightFormat) -> list[Term]:
-        model, chunk, batch = self.architecture, self.json_chunk, point.max_batch_size
-        hidden = model.head_dim * model.query_heads
-        states = None if chunk is None else 4 * chunk + 4 * batch + 2 * hidden * (2 * chunk + batch)
+        model, chunk, batch, shape = self.architecture, self.json_chunk, point.max_batch_size, self._shape
+        states = None
+        if chunk is not None and not isinstance(shape, str):
+            states = 4 * chunk + 4 * batch + 2 * shape.key_dim * model.query_heads * (2 * chunk + batch)
         logits = 20 * batch + 16.125 * batch * model.vocabulary
         return [
             self._by_json_chunk(
@@ -279,15 +301,17 @@ class MlcMemory:
         return terms
 
     def _by_json_chunk(self, part: Part, name: str, size: float | None, also: tuple[str, ...], formula: str) -> Term:
-        reason = None
-        if size is None:
+        reason = self._shape if isinstance(self._shape, str) else None
+        if size is None and reason is None:
             reason = (
                 f"prefill_chunk_size of mlc-chat-config.json is not known for {self.architecture.model_type}; "
                 "give --json-prefill-chunk"
             )
         return Term(part, name, size, _basis(size), (JSON_CHUNK, *also), formula, reason)
 
-    def _allocation(self, point: DesignPoint, chosen: WeightFormat) -> Allocation:
+    def _allocation(self, point: DesignPoint, chosen: WeightFormat) -> Allocation | None:
+        if isinstance(self._shape, str):
+            return None
         window = point.has_window and "sliding_window_size" not in self.inert()
         return Allocation(
             blocks=-(-self.total_tokens(point) // PAGE_TOKENS),

@@ -104,9 +104,10 @@ def temporary_bytes(architecture: Architecture, chosen: WeightFormat, chunk: int
     chunk, batch
         Prefill chunk and batch that the library is compiled for.
     """
-    shape = (
-        architecture.layers, architecture.hidden, architecture.intermediate, architecture.query_heads,
-        architecture.kv_heads, architecture.head_dim, architecture.vocabulary,
+    stored = architecture.shape
+    shape = None if stored is None else (
+        architecture.layers, architecture.hidden, architecture.intermediate, architecture.query_heads, stored.kv_heads,
+        stored.key_dim, architecture.vocabulary,
     )  # fmt: skip
     fit = next((fit for fit in FITS.values() if fit.shape == shape), None)
     if fit is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
+from kvsuite.errors import UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.meters.environment import installed_versions
@@ -23,6 +25,7 @@ class NanoEngine(Engine):
     """Serves transformers models from paged keys and values (`kvsuite.nanovllm`)."""
 
     name: ClassVar[str] = "nano"
+    predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
     def unavailable(self, device: str) -> str | None:
         try:
@@ -38,6 +41,14 @@ class NanoEngine(Engine):
         # a checkpoint says its own dtype only when it is loaded
         dtype = "bfloat16" if case.dtype == "checkpoint" else case.dtype
         return NanoMemory(architecture, dtype, case.device_kind)
+
+    def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> Predictor:
+        if architecture.quantization is not None:
+            raise UserError(
+                f"--model={given['model']}: MLC weights, which nano cannot load; use --engine mlc or another model"
+            )
+        device = given["device"] or "cuda"
+        return NanoMemory(architecture, given["dtype"] or ("float32" if device == "cpu" else "bfloat16"), device)
 
     def load(self, case: Case, settings: EngineSettings) -> NanoSession:
         from .session import NanoSession

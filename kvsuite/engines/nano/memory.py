@@ -139,6 +139,9 @@ def _serve(
                 if request not in held and request.status.over:
                     raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
                 if request not in held and request.output_length >= wanted:
+                    for table in runtime.tables:
+                        # the next step would do it first: what the last token does not see nobody will
+                        table.expire(request.row, request.computed - 1)
                     blocks = [int(table.blocks[request.row]) for table in runtime.tables]
                     held[request] = Holding(stored_tokens(runtime, request), blocks)
             if len(held) == len(requests):

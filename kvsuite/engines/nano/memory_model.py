@@ -121,7 +121,7 @@ class NanoMemory:
         step = max(point.prefill_chunk_size, batch)
         unknown = model.weights if isinstance(model.weights, str) else None
         size = None if isinstance(model.weights, str) else model.weights.bytes(chosen)
-        reason = self._clash(point)
+        reason = self._unpaged() or self._clash(point)
         allocation = None
         if reason is None:
             allocation = Allocation(
@@ -156,14 +156,19 @@ class NanoMemory:
             ),
             Term(
                 "kv_cache", KEYS_AND_VALUES, None if allocation is None else allocation.bytes,
-                "unknown" if allocation is None else "exact", pool, "(blocks + 1) 16 2 L Hkv D e", reason,
+                "unknown" if allocation is None else "exact", pool,
+                "(blocks + 1) 16 2 L Hkv D e" if model.shape else "(blocks + 1) 16 sum over layers 2 Hkv D e", reason,
             ),
             Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step 3 (hidden + wide) e"),
             Term("temporary", "logits", logits, "exact", ("max_batch_size",), "B V (e + 4)"),
         ]  # fmt: skip
         if self.device == "cuda":
             terms.append(Term("temporary", "matrix products", LIBRARY_WORKSPACE, "rough", (), "2 streams 32 MiB"))
-        workspace = attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=model.head_dim)
+        widths = set() if isinstance(model.cache, str) else {layer.key_dim for layer in model.cache.layers}
+        # the reference attends everywhere where one layer needs it
+        workspace = min(
+            (attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=width) for width in widths), default=0
+        )
         if workspace:
             terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
@@ -174,6 +179,25 @@ class NanoMemory:
 
     def inert(self) -> dict[str, str]:
         return {}
+
+    def _unpaged(self) -> str | None:
+        """Why there is no pool for the model."""
+        cache = self.architecture.cache
+        if isinstance(cache, str):
+            return cache
+        for layer in cache.layers:
+            if layer.latent:
+                return f"layer {layer.index} attends to latents (MLA), and nano stores keys and values of heads"
+            if layer.attention is None or layer.recurrent:
+                return f"layer {layer.index} ({layer.what}) is no attention alone, and nano stores nothing else"
+            if layer.attention == "chunked":
+                return f"layer {layer.index} attends by chunks, and nano does not"
+            if layer.key_dim != layer.value_dim:
+                return (
+                    f"layer {layer.index} has keys of {layer.key_dim} and values of {layer.value_dim}, and nano stores them in "
+                    "one shape"
+                )
+        return None
 
     def _clash(self, point: DesignPoint) -> str | None:
         own = self.architecture.window

@@ -76,16 +76,14 @@ def point_reach(case: Case) -> Reach:
     return Reach(settings, inert)
 
 
-def visible_tokens(limits: Limits, position: int) -> int:
+def visible_tokens(window: int | None, sinks: int, position: int) -> int:
     """Tokens that the query at a position sees, its own among them."""
-    window = limits.sliding_window
-    return position + 1 if window is None else min(position + 1, window + limits.attention_sinks)
+    return position + 1 if window is None else min(position + 1, window + sinks)
 
 
-def stored_tokens(limits: Limits, position: int) -> int:
-    """Tokens that a decoding request holds once the one at a position is stored: whole blocks leave the window."""
-    window, size = limits.sliding_window, limits.block_size
+def stored_tokens(window: int | None, sinks: int, position: int) -> int:
+    """Tokens of a request in a layer once the one at a position is stored: whole blocks leave the window."""
     if window is None:
         return position + 1
-    sinks = -(-limits.attention_sinks // size) * size
-    return position + 1 - max(0, (position + 1 - window - sinks) // size) * size
+    head = -(-sinks // BLOCK_SIZE) * BLOCK_SIZE
+    return position + 1 - max(0, (position + 1 - window - head) // BLOCK_SIZE) * BLOCK_SIZE

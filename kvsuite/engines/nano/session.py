@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvsuite.case import Case
+from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
@@ -24,6 +26,7 @@ from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
+from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
@@ -53,15 +56,20 @@ class NanoSession(LoadedSession):
     """
 
     def __init__(self, case: Case, settings: EngineSettings) -> None:
-        super().__init__(case, settings, attention="auto")
+        # the runtime attends itself; not every model has another implementation than this one
+        super().__init__(case, settings, attention="eager")
         self._facts |= {"implementation": "paged", "frees_memory": True}
         if settings.implementation != "ring":
             self.inert["impl"] = "the pool of blocks is the cache; ring and copy are caches of engine hf"
         if settings.attention != "auto":
             self.inert["attention"] = "nano attends over its pages with functions of its own"
         self._decode_step = settings.decode_step
+        # refuses what paged attention is not
+        self._layers = attention_layers(self._loaded.model, self._loaded.text_config)
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
         self._method = CacheCompression()
+        #: layers that the policy acts on
+        self._treated: frozenset[int] = frozenset()
         self._longest = 0
         #: of the prepared design point, ``None`` for any other case
         self._limits: Limits | None = None
@@ -72,22 +80,37 @@ class NanoSession(LoadedSession):
         return self._method.ratio_requested
 
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
-        policy, layers = self._method.policy, range(self.decoder.layers)
-        if self._limits is not None:
-            # the last token is chosen and never fed
-            return requests * self.full_kv_bytes(stored_tokens(self._limits, prompt_tokens + new_tokens - 2))
-        skipped = policy.skip_layers if policy else layers
-        finals = [
-            plan(policy if layer not in skipped else None, prompt_tokens, new_tokens - 1).final for layer in layers
-        ]
-        return requests * self.decoder.kv_bytes(finals)
+        policy = self._method.policy
+        # the last token is chosen and never fed
+        tokens = self._stored(prompt_tokens + new_tokens - 2)
+        if policy is not None:
+            kept = plan(policy, prompt_tokens, new_tokens - 1).final
+            tokens = [kept if layer in self._treated else own for layer, own in enumerate(tokens)]
+        return requests * self._bytes(tokens)
+
+    def full_kv_bytes(self, tokens: int) -> int:
+        return self._bytes(self._stored(tokens - 1))
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
-        if self._limits is None:
-            return super().step_kv_bytes(prompt_tokens, new_tokens, requests)
         positions = range(prompt_tokens, prompt_tokens + new_tokens - 1)
-        visible = [visible_tokens(self._limits, position) for position in positions]
-        return requests * self.full_kv_bytes(1) * sum(visible) / len(visible)
+        read = [self._bytes([visible_tokens(*each, position) for each in self._windows()]) for position in positions]
+        return requests * sum(read) / len(read)
+
+    def _windows(self) -> list[tuple[int | None, int]]:
+        """Window and sinks of every layer: the model's own, or the point's."""
+        limits = self._limits
+        point = (None, 0) if limits is None else (limits.sliding_window, limits.attention_sinks)
+        return [point if layer.window is None else (layer.window, 0) for layer in self._layers]
+
+    def _stored(self, position: int) -> list[int]:
+        """Tokens of a request in every layer without a policy, once the one at a position is stored."""
+        return [stored_tokens(*each, position) for each in self._windows()]
+
+    def _bytes(self, tokens_per_layer: Sequence[int]) -> int:
+        element = self._loaded.dtype.itemsize
+        return sum(
+            layer.token_bytes(element) * tokens for layer, tokens in zip(self._layers, tokens_per_layer, strict=True)
+        )
 
     def memory_model(self, architecture: Architecture) -> NanoMemory:
         return NanoMemory(architecture, self.dtype_name, self.device.type, self._prompt_tokens)
@@ -105,12 +128,6 @@ class NanoSession(LoadedSession):
                 "blocks; use --kv-engine=hf"
             )
         length, new_tokens = (int(case.workload.get(name, 1)) for name in ("prompt_tokens", "max_new_tokens"))
-        window = self.decoder.sliding_window
-        if window and (case.policy is not None or window < length + new_tokens):
-            raise CaseInvalid(
-                f"the model has its own sliding window of {window}: the bytes of a cache, and what a policy does to it, would "
-                "be measured on top of it; use a model without one, or no policy and a shorter --kv-prompt-tokens"
-            )
         # one token more is fed where blocks are read
         if passed := passes_switch(recomputing_switch(self._loaded.model), length, new_tokens + 1):
             raise CaseInvalid(f"engine nano: {passed}")
@@ -122,6 +139,8 @@ class NanoSession(LoadedSession):
             "positions": policy.positions if policy else "original",
             "skip_layers": sorted(policy.skip_layers) if policy else [],
         }
+        if policy is not None:
+            self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
         if case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -199,11 +218,38 @@ class NanoSession(LoadedSession):
     def finish(self) -> None:
         self._holder.drop()
         self._method = CacheCompression()
+        self._treated = frozenset()
         self._limits = self._prompt_tokens = None
 
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
+
+    def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
+        """Let a policy act on layers that see everything: in all passes of the case the same ones.
+
+        A window that neither the speed pass (``longest`` tokens) nor a text outgrows is none.
+        """
+        text = int(case.workload.get("max_tokens", 0))
+        if case.workload.get("protocol") == "prefix-continuation":
+            text += int(case.workload.get("prompt_tokens", 0))
+        longest = max(longest, text)
+        windows = {
+            index: layer.window
+            for index, layer in enumerate(self._layers)
+            if layer.window is not None and layer.window < longest
+        }
+        self._treated = frozenset(range(len(self._layers))).difference(policy.skip_layers, windows)
+        if not windows:
+            return
+        if not self._treated:
+            raise CaseInvalid(
+                f"policy {policy.name}: the model's own sliding window of {max(windows.values())} is shorter than the "
+                f"{longest} tokens of the longest sequence, and no other layer is left for the policy; take shorter texts and "
+                "prompts (--kv-max-tokens, --kv-prompt-tokens) or a model with layers of full attention"
+            )
+        self._method.policy = replace(policy, skip_layers={*policy.skip_layers, *windows})
+        self.effective["policy_layers"] = sorted(self._treated)
 
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point, or of these requests: its pool holds as many of the longest, and a token more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from kvsuite.compression.base import Schedule
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
@@ -22,8 +23,6 @@ from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 from .options import CompressionOptions
 
 PRESS_PREFIX = "kvpress:"
-# short forms in names
-_SHORT = {"keep_ratio": "kr"}
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
 # order of the original's compare_all
@@ -156,9 +155,21 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
     common = {"positions": positions, "skip_layers": list(own.skip_layers)}
     mark = "_poscache" if positions == "cache" else ""
 
-    def group(name: str, kind: str, policy: str, budget: int | None = None, **parameters: Any) -> Group:
-        built = get_policy(policy, **parameters, **common)
-        return Group(name + mark, kind, policy, built.to_dict(), budget, built.acts)
+    def group(
+        kind: str, policy: str, budget: int | None = None, chosen: Mapping[str, Any] | None = None, **parameters: Any
+    ) -> Group:
+        try:
+            built = get_policy(policy, **parameters, **common)
+            name = built.label(chosen) + mark
+        except UserError:
+            raise
+        except Exception as error:  # policies are others' too
+            made = find_policy(policy)
+            raise UserError(
+                f"--kv-method={policy}: {made.__module__}:{made.__qualname__} cannot be made of {parameters} "
+                f"({in_a_line(error)}); correct it, or give other parameters"
+            ) from error
+        return Group(name, kind, policy, built.to_dict(), budget, built.acts)
 
     asked = _methods(own)
     # those with parameters of their own are swept by these alone
@@ -175,7 +186,7 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
     if own.compare_all or (own.no_recent_only and "recent_only" not in methods):
         controls = []
     for total in controls:
-        yield group(f"recent_only_{total}", "recent_only", "recent_only", total, window=total)
+        yield group("recent_only", "recent_only", total, window=total)
     for total in streaming:
         recent = total - own.start_size
         if own.start_size > recent:
@@ -183,30 +194,20 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
                 f"--kv-start-size={own.start_size}: more sinks than recent tokens (--kv-recent-sizes={recent}); "
                 "lower --kv-start-size or raise --kv-recent-sizes"
             )
-        yield group(
-            f"streaming_{total}", "streaming", "streaming_llm", total, start_size=own.start_size, recent_size=recent
-        )
+        yield group("streaming", "streaming_llm", total, start_size=own.start_size, recent_size=recent)
     for size in fixed:
         for strategy in ["keep_low"] if own.compare_all else own.strategies:
             for ratio in [0.5] if own.compare_all else ratios:
-                seeded = {"seed": seed} if strategy == "random" else {}
-                yield group(
-                    f"fix{size}_{strategy}_kr={ratio}", "fix_size", "fix_size_l2", size,
-                    size=size, strategy=strategy, keep_ratio=ratio, **seeded,
-                )  # fmt: skip
+                seeded: dict[str, Any] = {"seed": seed} if strategy == "random" else {}
+                yield group("fix_size", "fix_size_l2", size, size=size, strategy=strategy, keep_ratio=ratio, **seeded)
     if "l2_compress" in methods or own.compare_all:
         for ratio in _below_one(ratios, own):
-            mode = {"prune_after": own.prune_after, "mode": own.l2_mode}
-            label = own.l2_mode.replace("=", "")
-            yield group(f"l2_kr={ratio}_{label}", "l2", "l2_compress", None, keep_ratio=ratio, **mode)
+            yield group("l2", "l2_compress", keep_ratio=ratio, prune_after=own.prune_after, mode=own.l2_mode)
     for method in asked:
         if method.name.startswith(PRESS_PREFIX) or (method.name in _SWEPT and not method.values):
             continue
         for parameters in _variants(own, method):
-            label = "_".join(
-                [method.name, *(f"{_SHORT.get(name, name)}={value}" for name, value in parameters.items())]
-            )
-            yield group(label, "policy", method.name, None, **parameters)
+            yield group("policy", method.name, chosen=parameters, **parameters)
 
 
 def _variants(own: CompressionOptions, method: MethodText) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from kvsuite.engines.capabilities import ScoresThroughCache, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid
 from kvsuite.measure.case_run import CaseRun
-from kvsuite.measure.pooled import POOLED, put_perplexity
+from kvsuite.measure.pooled import POOLED, not_finite, put_perplexity
 from kvsuite.meters.quality import TokenScores, paired_ratio, perplexity
 
 # a compressed cache that predicts clearly better than the full one saw the future (docs/protocols.md, the leak guard)
@@ -44,6 +44,8 @@ def score_through_cache(run: CaseRun, session: Session) -> None:
     facts: dict[str, Any] = {"protocol": protocol, "prefix": prefix}
     hits = [hit for score in scores for hit in score.correct]
     pooled = put_perplexity(run.found, nll, sum(hits) / len(hits), dtype=session.dtype_name, **facts)
+    if reason := not_finite(reference, session.dtype_name, "losses of the full cache"):
+        raise CaseInvalid(reason)
     full, paired = perplexity(reference), paired_ratio(nll, reference)
     run.found.put("perplexity_full", full.value, protocol="one teacher-forced forward over the same text")
     run.found.put("ppl_ratio", paired.ratio, **facts)

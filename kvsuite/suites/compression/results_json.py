@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvsuite.meters.quality import NoExponential, exponential
 from kvsuite.reporting.aggregate import GIB, Row, by_name, failure, suite_rows, value
 
 from .rows import is_baseline
@@ -92,7 +92,7 @@ def _raw_results(name: str, row: Row) -> list[dict[str, Any]]:
         _speed(row)
         | {
             "total_time": value(row, "e2e_s"),
-            "perplexity": math.exp(text["nll_sum"] / text["tokens"]) if text["tokens"] else None,
+            "perplexity": _perplexity(text),
             "accuracy": text["correct"] / text["tokens"] if text["tokens"] else None,
             "eval_tokens": text["tokens"],
             "final_cache_size": _cache_tokens(row),
@@ -113,3 +113,11 @@ def _cache_tokens(row: Row) -> float | None:
     # the mean over layers is whole unless some layers are skipped
     tokens = value(row, "cache_tokens_mean")
     return int(tokens) if tokens is not None and tokens.is_integer() else tokens
+
+
+def _perplexity(text: Mapping[str, Any]) -> float | None:
+    """Of one text: all texts together may have one where a single one has none."""
+    try:
+        return exponential(text["nll_sum"] / text["tokens"]) if text["tokens"] else None
+    except NoExponential:
+        return None

@@ -30,6 +30,7 @@ class CompressionSuite(Suite):
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip
     bare_run_place = 1
+    measures_by_hand = True
     option_group = CompressionOptions
 
     def cases(self, options: Options) -> list[Case]:

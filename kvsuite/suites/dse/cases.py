@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
-import re
 from dataclasses import dataclass
 
 from kvsuite.case import Case
-from kvsuite.engines.mlc.options import MlcOptions
 from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
+from kvsuite.memory_model.space_text import parse_space
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
-from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, QUANTIZATIONS, dtype_of, selected_formats
 
 from .options import DseOptions
-from .parser import parse_space
 
 DSE = "dse"
 #: the protocol of its workload
 SERVING = "serving"
 DEFAULT_FORMATS = (NONE, "q4f16_1")
-_MLC_FORMATS = ("q4f16_1",)
-# MLC's own names end so: Llama-3-8B-Instruct-q4f16_1-MLC
-_MLC_NAME = re.compile(r"-([eq]\d\w+)-MLC$")
-#: kinds of devices that nano, which runs on torch, has nothing for
-_MLC_ONLY = ("vulkan", "metal", "rocm", "opencl")
+#: the suite's usual engine, and the one that goes before it where it says so
+_USUAL, _BEFORE = "nano", "mlc"
 # what the axes are called in a case's params
 CONTEXT, CHUNK, BATCH, WINDOW, SINK = "context", "prefill_chunk", "batch", "window", "sink"
 PARAMS = dict(zip((axis.name for axis in AXES), (CONTEXT, CHUNK, BATCH, WINDOW, SINK), strict=True))
@@ -89,28 +81,14 @@ def dse_engine(options: Options, device: str) -> str:
     engine = options.of(CommonOptions).engine
     if engine != "auto":
         return engine
-    kind = device.partition(":")[0]
-    return (
-        "mlc" if kind in _MLC_ONLY or (kind == "cuda" and _mlc_is_here(options.of(MlcOptions).mlc_python)) else "nano"
-    )
+    return _BEFORE if get_engine(_BEFORE, options).is_preferred(device.partition(":")[0]) else _USUAL
 
 
 def default_formats(options: Options) -> tuple[str, ...]:
-    """Weight formats of the suite if nobody names one: on mlc q4f16_1, or what MLC weights are in already."""
-    if dse_engine(options, resolve_device(options.of(CommonOptions).device)) != "mlc":
-        return DEFAULT_FORMATS
-    model = options.of(CommonOptions).model
-    config = expanded(model) / "mlc-chat-config.json"
-    try:
-        return (str(json.loads(config.read_text(encoding="utf-8"))["quantization"]),)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        named = _MLC_NAME.search(model)
-        return _MLC_FORMATS if named is None else (named[1],)
-
-
-@functools.cache
-def _mlc_is_here(python: str | None) -> bool:
-    return python is not None or importlib.util.find_spec("mlc_llm") is not None
+    """Weight formats of the suite if nobody names one: those of the engine, if it has its own (mlc)."""
+    common = options.of(CommonOptions)
+    engine = get_engine(dse_engine(options, resolve_device(common.device)), options)
+    return engine.default_formats(common.model) or DEFAULT_FORMATS
 
 
 def point_of(case: Case) -> DesignPoint:
@@ -145,11 +123,11 @@ def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = Fal
 
 
 def _case(options: Options, device: str, point: DesignPoint) -> Case:
-    common, own, library = options.of(CommonOptions), options.of(DseOptions), options.of(MlcOptions).model_lib
-    chosen = point.quantization
+    common, own = options.of(CommonOptions), options.of(DseOptions)
+    chosen, engine = point.quantization, dse_engine(options, device)
     return Case(
         suite=DSE,
-        engine=dse_engine(options, device),
+        engine=engine,
         model=common.model,
         name=point.id,
         device=device,
@@ -166,6 +144,6 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
             "eval_tokens": common.eval_tokens,
         },
         params={short: getattr(point, axis) for axis, short in PARAMS.items()}
-        | ({} if library is None else {"model_lib": library})
+        | get_engine(engine, options).case_params()
         | common.attention_parameters,
     )

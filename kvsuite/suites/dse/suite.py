@@ -10,7 +10,7 @@ from kvsuite.case import Case
 from kvsuite.console import stacked
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
-from kvsuite.suites.suite import Suite, Work, served_work
+from kvsuite.suites.suite import CsvFigures, Suite, Work, served_work
 
 from .cases import dse_cases, judge
 from .options import DseOptions
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvsuite.engines.engine import Session
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
+    from kvsuite.suites.footprint import Footprint
 
 # a text of which no number of tokens was asked for
 _FULL_TEXT_TOKENS = 300_000
@@ -50,6 +51,11 @@ class DseSuite(Suite):
         workload = case.workload
         return work + Work(int(workload["eval_tokens"] or _FULL_TEXT_TOKENS) * int(workload["num_samples"]), 0)
 
+    def footprint(self, case: Case, options: Options) -> Footprint:
+        from .footprint import point_footprint
+
+        return point_footprint(case, options)
+
     def refuse(self, case: Case, options: Options) -> None:
         from .measure import refuse_point
 
@@ -76,6 +82,19 @@ class DseSuite(Suite):
         from .files import dse_sheets
 
         return render_dse(dse_sheets(run, rows)).files
+
+    def draws_csv(self, name: str, header: Sequence[str]) -> bool:
+        from .columns import TABLES, table_of
+
+        return name.startswith(tuple(table.prefix for table in TABLES)) or table_of(header) is not None
+
+    def csv_figures(self, paths: Sequence[Path], kinds: Sequence[str]) -> CsvFigures:
+        from .csv_files import read_sheet
+        from .figures.draw import render_dse
+
+        sheets = [read_sheet(path) for path in paths]
+        rendered = render_dse(sheets, kinds)
+        return CsvFigures(rendered.files, sum(len(sheet.rows) for sheet in sheets), rendered.notes)
 
     def check_gathered(self, folder: Path, cases: Sequence[Case]) -> None:
         from .files import check_dse

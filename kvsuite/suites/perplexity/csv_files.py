@@ -124,6 +124,11 @@ def dataset_of(path: Path) -> str:
     return path.stem.partition(_SUFFIX.removesuffix(".csv"))[0]
 
 
+def is_results_name(name: str) -> bool:
+    """Whether a file of that name is kvsuite's or the original's: ``<dataset>_ppl_results.csv``."""
+    return name.endswith(_SUFFIX)
+
+
 def _check_row(row: CsvRow) -> None:
     if "dataset" in row and not row["dataset"]:
         raise ValueError("dataset is empty")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import colorsys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, house_style
+from kvsuite.reporting.gathered_csv import cut_note, read_text
+from kvsuite.suites.suite import CsvFigures
 
-from .csv_files import file_token
+from .csv_files import file_token, read_rows
 from .panels import Chart, CsvRow, build_charts
 from .rows import quantization_tag
 
@@ -47,7 +50,29 @@ COLOURS = {
 }
 
 
-def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
+def figures_of_files(paths: Sequence[Path], kinds: Sequence[str]) -> CsvFigures:
+    """Figures of CSVs, the rows of all together.
+
+    Raises
+    ------
+    UserError
+        If one cannot be read, or has no row.
+    """
+    rows: list[CsvRow] = []
+    notes: list[str] = []
+    for path in paths:
+        own = read_rows(path)
+        if not own:
+            raise UserError(
+                f"{path}: no perplexity row to draw, only a header; run benchmarks/test_perplexity.py first, or give a CSV "
+                "with rows"
+            )
+        rows += own
+        notes += [note] if (note := cut_note(read_text(path, "perplexity"), str(path))) else []
+    return CsvFigures(render_perplexity(rows, kinds), len(rows), notes)
+
+
+def render_perplexity(rows: Sequence[CsvRow], kinds: Sequence[str] = ("png", "svg")) -> dict[str, bytes]:
     """``<dataset>_ppl_vs_quant.png`` and ``.svg`` for every data set, as bytes by name.
 
     Raises
@@ -57,7 +82,7 @@ def render_perplexity(rows: Sequence[CsvRow]) -> dict[str, bytes]:
     """
     rendered = {}
     for dataset, figure in build_figures(rows).items():
-        for kind in ("png", "svg"):
+        for kind in kinds:
             rendered[f"{file_token(dataset)}_ppl_vs_quant.{kind}"] = figure_file(figure, kind)
     return rendered
 

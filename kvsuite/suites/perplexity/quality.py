@@ -13,9 +13,9 @@ from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.measure.case_run import CaseRun
-from kvsuite.measure.pooled import put_perplexity
+from kvsuite.measure.pooled import not_finite, put_perplexity
 from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
-from kvsuite.meters.quality import paired_ratio, perplexity
+from kvsuite.meters.quality import NoExponential, paired_ratio, perplexity
 from kvsuite.workloads.windowed import WindowedTexts, WindowRule
 from kvsuite.workloads.windows import original_perplexity, target_weights
 
@@ -176,9 +176,15 @@ class WindowQuality:
                 )
             return
         for name in names:
-            self.run.found.put(name, getattr(counts[0], name)(nll_sum))
+            try:
+                self.run.found.put(name, getattr(counts[0], name)(nll_sum))
+            except NoExponential as reason:
+                self.run.found.put(name, None, reason=str(reason))
 
     def _divergence(self, tokens: TokenDivergence, reference: str, dtype: str) -> None:
+        if reason := not_finite(tokens.nll_reference, dtype, "losses of the reference"):
+            self._without_divergence(reason)
+            return
         put = functools.partial(self.run.found.put, reference=reference, reference_dtype=dtype)
         summary = summarise_divergence(tokens)
         put("kld", summary.kld_mean)

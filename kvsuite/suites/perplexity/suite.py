@@ -11,7 +11,7 @@ from kvsuite.console import stacked
 from kvsuite.errors import CaseSkipped
 from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
-from kvsuite.suites.suite import Suite, Work, served_work
+from kvsuite.suites.suite import CsvFigures, Suite, Work, served_work
 
 from .cases import dataset_name, perplexity_cases
 from .options import PerplexityOptions
@@ -105,6 +105,17 @@ class PerplexitySuite(Suite):
 
         results = csv_rows(run, rows)
         return render_perplexity(results) if results else {}
+
+    def draws_csv(self, name: str, header: Sequence[str]) -> bool:
+        from .columns import header_fault
+        from .csv_files import is_results_name
+
+        return is_results_name(name) or header_fault(header) is None
+
+    def csv_figures(self, paths: Sequence[Path], kinds: Sequence[str]) -> CsvFigures:
+        from .figure import figures_of_files
+
+        return figures_of_files(paths, kinds)
 
     def check_gathered(self, folder: Path, cases: Sequence[Case]) -> None:
         from .csv_files import check_results

@@ -12,12 +12,13 @@ import pytest
 from kvsuite.engines.mlc.memory_model import MlcMemory, default_json_chunk
 from kvsuite.engines.mlc.temporaries import temporary_bytes
 from kvsuite.errors import UserError
-from kvsuite.memory_model.config import architecture_of
+from kvsuite.memory_model.config import architecture_of, read_fields
 from kvsuite.memory_model.design_point import AXES, DesignPoint
 from kvsuite.memory_model.design_space import named_space
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.prediction import JSON_CHUNK, MIB, PARTS, Part, Prediction
 from kvsuite.memory_model.published import PUBLISHED, find_published
+from kvsuite.models.presets import PRESETS
 
 SAMPLE = Path(__file__).parents[2] / "data" / "mlc_dse_results_sample.csv"
 PUBLISHED_DATA = Path(__file__).parents[4] / "shared" / "data" / "mlc_dse"
@@ -316,7 +317,8 @@ def test_the_chunk_of_the_json_is_what_gen_config_would_write() -> None:
     presets = ("Llama-3-8B", "Llama-3.2-1B", "Mistral-7B", "Qwen3-8B", "tiny")
     assert [default_json_chunk(architecture_of(f"dummy:{name}")) for name in presets] == [8192, 8192, 8192, 2048, 2048]
     mistral = architecture_of("dummy:Mistral-7B")
-    assert default_json_chunk(replace(mistral, window=4096)) == 4096
+    windowed = read_fields(PRESETS["Mistral-7B"] | {"sliding_window": 4096}, label="x", origin="x")
+    assert default_json_chunk(windowed) == 4096
     assert default_json_chunk(replace(mistral, json_chunk=1024)) == 1024
     unknown = replace(mistral, model_type="olmo")
     assert default_json_chunk(unknown) is None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -333,3 +334,51 @@ def test_an_attention_function_is_in_the_key_where_it_was_chosen_and_only_there(
     assert [case.id for case in usual] == [case.id for case in chosen]
     keys = [{case.key(model_revision=None, dataset_revision=None) for case in those} for those in (usual, chosen)]
     assert not keys[0] & keys[1]
+
+
+@pytest.fixture
+def theirs() -> Iterator[None]:
+    """Policies of somebody else: one that names its variants, one that does not, one that fails."""
+
+    class Named(RecentOnly):
+        name = "named"
+
+        def label(self, chosen: Mapping[str, Any] | None) -> str:
+            return f"last{self.window}"
+
+    class Plain(RecentOnly):
+        name = "plain"
+
+    class Failing(RecentOnly):
+        name = "failing"
+
+        def label(self, chosen: Mapping[str, Any] | None) -> str:
+            raise LookupError("no name\nfor it")
+
+    for policy in (Named, Plain, Failing):
+        register_policy(policy)
+    yield
+    for name in ("named", "plain", "failing"):
+        compression._POLICIES.pop(name)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_policy_names_its_variants() -> None:
+    assert names(method="named(window=[3,4]),plain(window=5)", positions="both")[1:] == [
+        "last3", "last4", "plain_window=5", "last3_poscache", "last4_poscache", "plain_window=5_poscache",
+    ]  # fmt: skip
+    assert {case.params["group"] for case in cases(method="named(window=3)")[1:]} == {"policy"}
+    # two variants of one name are not told apart
+    with pytest.raises(UserError, match=r"--kv-method: the groups last3 occur twice"):
+        names(method="named(window=3),named(window=[3,4])")
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_policy_that_fails_is_one_line_with_object_and_mend() -> None:
+    with pytest.raises(UserError) as caught:
+        names(method="failing(window=3)")
+    assert re.fullmatch(
+        r"--kv-method=failing: \S+:\S*Failing cannot be made of \{'window': 3\} \(LookupError: no name\); correct it, or give "
+        r"other parameters",
+        str(caught.value),
+    )

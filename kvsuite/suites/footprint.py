@@ -1,20 +1,17 @@
-"""Memory of a case before it runs: predicted where there is a model, else no less than weights and cache."""
+"""Memory of a case before it runs, from its model's configuration alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from kvsuite.case import Case
-from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
-from kvsuite.memory_model.config import architecture_of
-from kvsuite.memory_model.formats import nano_format
-from kvsuite.memory_model.prediction import Predictor
+from kvsuite.memory_model.config import Architecture, architecture_of
+from kvsuite.memory_model.formats import WeightFormat, nano_format
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, quantization
-from kvsuite.suites.dse.cases import DSE, judge, point_of
 
 #: dtype of checkpoints that say theirs only when they are loaded
 _CHECKPOINT = "bfloat16"
@@ -54,8 +51,17 @@ class Footprint:
         return "yes" if self.is_whole else "likely"
 
 
-def footprint(case: Case, options: Options) -> Footprint:
-    """Memory of ``case`` from its model's configuration alone; what cannot be known has a reason."""
+@dataclass(frozen=True)
+class KnownModel:
+    """A model whose memory can be told before it is loaded."""
+
+    architecture: Architecture
+    format: WeightFormat
+    weights: Footprint
+
+
+def known_model(case: Case, options: Options) -> KnownModel | Footprint:
+    """The model of ``case`` in its weight format; where something of it is not known, what is, with the reason."""
     cache_dir = options.of(CommonOptions).cache_dir
     try:
         architecture = architecture_of(case.model, cache_dir=None if cache_dir is None else expanded(cache_dir))
@@ -75,27 +81,18 @@ def footprint(case: Case, options: Options) -> Footprint:
     if weights is None:
         return Footprint(elements=architecture.weights.elements, reason=f"the layout of {chosen} is not known")
     known = Footprint(weight_bytes=weights, elements=architecture.weights.elements, bytes=weights)
-    if case.suite == DSE:
-        predictor = get_engine(case.engine, options).memory_model(architecture, case)
-        if predictor is not None:
-            return _of_point(case, predictor, known)
-    tokens = _tokens(case)
-    cache = tokens * architecture.kv_bytes_per_token(format_.element_bytes)
-    return Footprint(known.weight_bytes, known.elements, weights + cache)
+    return KnownModel(architecture, format_, known)
 
 
-def _of_point(case: Case, predictor: Predictor, known: Footprint) -> Footprint:
-    architecture = predictor.architecture
-    broken = judge(case, architecture.trained_length, is_dummy=architecture.is_dummy).broken
-    if broken:
-        return Footprint(known.weight_bytes, known.elements, 0.0, True, reason="; ".join(broken))
-    try:
-        found = predictor.predict(point_of(case))
-    except UserError as error:
-        return replace(known, reason=str(error))
-    share = 1.0 if case.device_kind == "cpu" else predictor.share
-    reason = "; ".join(found.reasons) or None
-    return Footprint(known.weight_bytes, known.elements, found.needed_at_least, found.needed is not None, share, reason)
+def weights_and_cache(case: Case, options: Options) -> Footprint:
+    """No less than the weights and the largest cache of ``case``, by its workload."""
+    known = known_model(case, options)
+    if isinstance(known, Footprint):
+        return known
+    if isinstance(known.architecture.cache, str):
+        return replace(known.weights, reason=known.architecture.cache)
+    cache = known.architecture.kv_bytes(_tokens(case), known.format.element_bytes)
+    return replace(known.weights, bytes=known.weights.weight_bytes + cache)
 
 
 def _tokens(case: Case) -> int:
