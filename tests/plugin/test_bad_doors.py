@@ -181,6 +181,14 @@ def test_one_that_is_asked_for_is_an_error_that_says_why(run: Run, name: str, sa
     assert said in line
 
 
+def test_an_engine_that_is_asked_for_ends_the_run_with_its_line(site: Path, tmp_path: Path) -> None:
+    run = run_pytest(copy_benchmarks(tmp_path / "project"), *TINY, "--kv-engine=plain", PYTHONPATH=str(site))
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.said("entry point kvsuite.engines, plain = acme:nothing: cannot be imported (AttributeError: ")
+    assert line.endswith("; correct it, or uninstall acme")
+    assert not run.reports
+
+
 def test_a_run_that_does_not_use_kvsuite_is_told_nothing_of_suites(site: Path, tmp_path: Path) -> None:
     (tmp_path / "test_plain.py").write_text("def test_plain():\n    pass\n")
     run = run_pytest(tmp_path, PYTHONPATH=str(site))

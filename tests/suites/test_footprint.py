@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvsuite.case import Case
+from kvsuite.distribution.plan import plan
 from kvsuite.engines.mlc.memory_model import MlcMemory
 from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.options.resolve import Options, default_options
+from kvsuite.suites import registry
 from kvsuite.suites.dse.cases import dse_cases, point_of
 from kvsuite.suites.footprint import Footprint
 from kvsuite.suites.registry import suite_named
@@ -108,3 +111,22 @@ for engine in ("mlc", "nano", "hf"):
 print([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_plan_asks_the_suite_of_a_case_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fifth(type(suite_named("compression"))):  # type: ignore[misc]
+        name = "fifth"
+
+        def footprint(self, case: Case, options: Options) -> Footprint:
+            return Footprint(bytes=5.0, is_whole=True, reason="by hand")
+
+    monkeypatch.setitem(registry._hooked, "fifth", Fifth())
+    options = default_options(model="dummy:tiny", device="cpu")
+    (ours, *_) = suite_named("compression").cases(options)
+    theirs = replace(ours, suite="fifth")
+    known, found = (one.memory for one in plan([ours, theirs], options, {}))
+    assert found == Footprint(bytes=5.0, is_whole=True, reason="by hand")
+    # one that says nothing of its own is bounded by weights and cache
+    architecture = architecture_of("dummy:tiny")
+    tokens = int(ours.workload["max_tokens"])
+    assert known.bytes == known.weight_bytes + tokens * architecture.kv_bytes_per_token(4)
