@@ -103,6 +103,12 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     return [layers[index] for index in range(expected)]
 
 
+def learned_positions(text_config: Any) -> int | None:
+    """Rows of the model's table of positions, ``None`` where it has none."""
+    known = _known_layers(text_config)
+    return None if known is None else known.learned_length
+
+
 def _known_layers(text_config: Any) -> ModelLayers | None:
     """What the configuration says of the layers, ``None`` where it does not tell."""
     try:
