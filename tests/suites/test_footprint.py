@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from kvsuite.suites.footprint import Footprint
 from kvsuite.suites.registry import suite_named
 
 LLAMA = "dummy:Llama-3-8B"
+CONFIGURATIONS = Path(__file__).parents[1] / "data" / "configurations"
 
 
 def planned(engine: str, **options: str) -> tuple[Case, Options, Footprint]:
@@ -66,6 +68,27 @@ def test_an_engine_without_formulas_is_bounded_by_weights_and_cache() -> None:
     architecture = architecture_of(LLAMA)
     assert found.bytes == found.weight_bytes + (2048 + 8) * architecture.kv_bytes_per_token(2)
     assert not found.is_whole
+
+
+def configured(name: str, tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text((CONFIGURATIONS / f"{name}.json").read_text())
+    return str(tmp_path)
+
+
+def test_a_cache_of_layers_that_differ_is_bounded_by_what_they_store(tmp_path: Path) -> None:
+    _, _, found = planned("hf", model=configured("gpt-oss-20b", tmp_path), quantization="none", dtype="float16")
+    # every other layer slides over 128 tokens, and holds one less than that
+    assert found.bytes == 12 * 8 * 2 * 64 * 2 * (2048 + 8) + 12 * 8 * 2 * 64 * 2 * 127
+    assert "the weight shapes of gpt_oss are not known" in str(found.reason)
+    # the weights come on top, so it may still be too large, but not said to be likely
+    assert [found.fits(size) for size in (1 << 10, 1 << 40)] == ["no", "unknown"]
+
+
+def test_where_neither_weights_nor_cache_are_known_there_is_no_number(tmp_path: Path) -> None:
+    _, _, found = planned("nano", model=configured("DeepSeek-V3", tmp_path), quantization="none", dtype="float16")
+    assert found.bytes is None
+    assert "the weight shapes of deepseek_v3 are not known" in str(found.reason)
+    assert "attends to latents" in str(found.reason)
 
 
 def test_a_format_that_mlc_does_not_have_has_a_reason() -> None:

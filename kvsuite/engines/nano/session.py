@@ -249,7 +249,7 @@ class NanoSession(LoadedSession):
                 "prompts (--kv-max-tokens, --kv-prompt-tokens) or a model with layers of full attention"
             )
         self._method.policy = replace(policy, skip_layers={*policy.skip_layers, *windows})
-        self.effective["compressed_layers"] = sorted(self._treated)
+        self.effective["policy_layers"] = sorted(self._treated)
 
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point, or of these requests: its pool holds as many of the longest, and a token more."""
