@@ -93,12 +93,20 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     if failed is not None or sorted(layers) != list(range(expected)):
         raise CaseInvalid(
             f"{name}: {len(layers)} of {expected} layers attend through transformers' attention interface, which is where "
-            f"paged attention comes in{_why(known)}; use --kv-engine=hf"
+            f"paged attention comes in{_why(known)}{_elsewhere(model, known)}"
         ) from failed
     recurrent = known is not None and any(layer.recurrent for layer in known.layers)
     if recurrent or (together[-1] - alone[-1]).norm() > _MIXED * alone[-1].norm():
-        raise CaseInvalid(f"{name}: its tokens meet outside of attention (convolution or state); use --kv-engine=hf")
+        raise CaseInvalid(
+            f"{name}: its tokens meet outside of attention (convolution or state){_elsewhere(model, known)}"
+        )
     return [layers[index] for index in range(expected)]
+
+
+def learned_positions(text_config: Any) -> int | None:
+    """Rows of the model's table of positions, ``None`` where it has none."""
+    known = _known_layers(text_config)
+    return None if known is None else known.learned_length
 
 
 def _known_layers(text_config: Any) -> ModelLayers | None:
@@ -120,6 +128,23 @@ def _why(known: ModelLayers | None) -> str:
         return ""
     kinds = ", ".join(sorted({layer.what for layer in others}))
     return f" (layers {', '.join(str(layer.index) for layer in others[:4])}{', …' if len(others) > 4 else ''}: {kinds})"
+
+
+def _elsewhere(model: Any, known: ModelLayers | None) -> str:
+    """Where the model is measured, for a message; empty where it keeps a cache that engine `hf` does not handle either."""
+    from transformers import DynamicCache
+
+    try:
+        with torch.inference_mode():
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return ""
+    if type(cache) is not DynamicCache:
+        return ""
+    if known is not None and known.positions == "alibi":
+        return "; --kv-engine=hf measures its full cache"
+    return "; use --kv-engine=hf"
 
 
 def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | None) -> list[LayerGroup]:
