@@ -117,7 +117,8 @@ class Judge:
         if first.kind == "timed":
             if case.settings or first.pooled:
                 return verdict("information", case.settings or f"pooled over rounds ({first.pooled})")
-            return verdict(*self._timed(case, name, old, new, rule))
+            word, note, lacked, varied = self._timed(case, name, old, new, rule)
+            return verdict(word, note, lacked, varied)
         if base == now:
             return verdict("same")
         worse_by = now - base if first.better == "lower" else base - now
