@@ -15,7 +15,17 @@ GRACE_S = 5.0
 
 
 class CaseTimeout(BaseException):
-    """The running case took too long. No ``Exception``: nothing that a case runs through may swallow it."""
+    """The running case took too long. No ``Exception``: nothing that a case runs through may swallow it.
+
+    Parameters
+    ----------
+    importing
+        Whether it cut off an import: what was half imported cannot be imported again in this process.
+    """
+
+    def __init__(self, importing: bool = False) -> None:
+        super().__init__()
+        self.importing = importing
 
 
 @contextmanager
@@ -31,7 +41,7 @@ def alarm(limit_s: float | None) -> Iterator[None]:
         return
 
     def ring(number: int, frame: FrameType | None) -> NoReturn:
-        raise CaseTimeout
+        raise CaseTimeout(_is_importing(frame))
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
@@ -40,6 +50,15 @@ def alarm(limit_s: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    # asked here: tracebacks leave out the frames of imports
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_overdue(entry: Mapping[str, Any], limit_s: float) -> bool:

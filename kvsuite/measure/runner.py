@@ -48,6 +48,10 @@ def _silent(phase: str, done: int, of: int, note: str = "") -> None:
     return None
 
 
+def _of_the_case(error: BaseException) -> None:
+    return None
+
+
 def _unwatched(record: Record, phase: str) -> None:
     return None
 
@@ -85,12 +89,16 @@ class CaseRunner:
         measured, whichever comes first in time and in whichever process.
     watch
         Is told the record so far whenever a phase of a case begins.
-    ends_run
-        Exceptions that end the run, in the midst of a case too: what a signal raises must not become a case's status.
+    pass_on
+        Is told every exception of a case, and raises those that end the run: what a signal raises must not become a case's
+        status.
     poisoned
         Why this process can measure nothing more on a CUDA device, ``None`` while it can.
     timed_out
         Whether a case had to be stopped: what it left behind is not known.
+    spent
+        Why this process should measure nothing more at all, ``None`` while it can: a case was stopped while it imported or
+        loaded, and what is half imported stays so.
     """
 
     options: Options
@@ -102,9 +110,10 @@ class CaseRunner:
     texts: TextSource = field(default_factory=TextSource)
     planned: Sequence[Case] = ()
     watch: Callable[[Record, str], None] = _unwatched
-    ends_run: tuple[type[Exception], ...] = ()
+    pass_on: Callable[[BaseException], None] = _of_the_case
     poisoned: str | None = None
     timed_out: bool = False
+    spent: str | None = None
 
     def run(
         self,
@@ -138,32 +147,9 @@ class CaseRunner:
                 if self.poisoned is not None and case.device_kind == "cuda":
                     raise DevicePoisoned(self.poisoned)
                 work.measure(self.suite(case.suite))
-        except CaseTimeout:
-            assert timeout is not None
-            reason = stopped(timeout)
-            record.status, record.reason, self.timed_out = "crashed", reason, True
-            record.error = {"type": "Timeout", "message": reason, "phase": work.phase, "traceback": _traceback()}
-        except CaseSkipped as skip:
-            record.status, record.reason = "skipped", str(skip)
-        except CaseInvalid as invalid:
-            record.status, record.reason = "invalid", str(invalid)
-        except UserError:
-            raise
-        except Exception as error:
-            if isinstance(error, self.ends_run):
-                raise
-            record.status = "oom" if is_out_of_memory(error) else "error"
-            record.error = {
-                "type": type(error).__name__,
-                "message": str(error),
-                "phase": work.phase,
-                "traceback": _traceback(),
-            }
-            if is_cuda_error(error):
-                self.poisoned = (
-                    f"not measured: the CUDA error of {case_id} left this process no device to trust; with -n 1 xdist gives "
-                    "the next case a new process, and --kv-resume=latest measures the others"
-                )
+        except BaseException as error:
+            self.pass_on(error)
+            self._failed(work, error)
         finally:
             work.finish()
             if record.status == "crashed":
@@ -174,6 +160,39 @@ class CaseRunner:
         record.duration_s = time.monotonic() - begin
         record.settings_hash = self._settings(case, record)
         return Measured(record, work.found.sidecar)
+
+    def _failed(self, work: _Work, error: BaseException) -> None:
+        """Make ``error``, which is being handled, the status of its case; raise it if it is none."""
+        record = work.record
+        if isinstance(error, CaseTimeout):
+            limit = self.options.of(SweepOptions).timeout
+            assert limit is not None
+            reason = stopped(limit)
+            record.status, record.reason, self.timed_out = "crashed", reason, True
+            if error.importing or work.phase == "load":
+                self.spent = (
+                    f"{record.id} was stopped while it imported or loaded, which leaves this process unfit for others"
+                )
+            record.error = {"type": "Timeout", "message": reason, "phase": work.phase, "traceback": _traceback()}
+        elif isinstance(error, CaseSkipped):
+            record.status, record.reason = "skipped", str(error)
+        elif isinstance(error, CaseInvalid):
+            record.status, record.reason = "invalid", str(error)
+        elif isinstance(error, UserError) or not isinstance(error, Exception | SystemExit):
+            raise error
+        else:
+            record.status = "oom" if is_out_of_memory(error) else "error"
+            record.error = {
+                "type": type(error).__name__,
+                "message": str(error),
+                "phase": work.phase,
+                "traceback": _traceback(),
+            }
+            if is_cuda_error(error):
+                self.poisoned = (
+                    f"not measured: the CUDA error of {record.id} left this process no device to trust; with -n 1 xdist "
+                    "gives the next case a new process, and --kv-resume=latest measures the others"
+                )
 
     def _settings(self, case: Case, record: Record) -> str:
         common = self.options.of(CommonOptions)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,15 @@ _VARIABLES = (
 )  # fmt: skip
 
 
-def host_facts() -> dict[str, Any]:
-    """Facts of machine and software that need no accelerator library."""
+def host_facts(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Facts of machine and software that need no accelerator library.
+
+    Parameters
+    ----------
+    command
+        What the user typed, where it is not the command line of this process: a worker of xdist has one that says nothing.
+    """
+    program, *arguments = command or sys.argv
     return {
         "kvsuite": {"version": __version__} | _commit(Path(__file__).resolve().parents[2]),
         "host": {
@@ -42,7 +49,7 @@ def host_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(program).name, *arguments],
         "working_tree": _commit(Path.cwd()),
     }
 

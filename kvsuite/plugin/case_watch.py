@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,13 +18,25 @@ from typing import Any, NoReturn
 import pytest
 
 from kvsuite.case import Case, digest
+from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.survival.black_box import BlackBox
 
 from .reporter import REPORTER
-from .stash import BOX, CASES, OPTIONS, ORDER_SEED, PLACES, RUNNER, is_worker, worker_input
+from .stash import (
+    BOX,
+    CASES,
+    MEASURED,
+    OPTIONS,
+    ORDER_SEED,
+    PLACES,
+    RUNNER,
+    SIGNALS,
+    is_worker,
+    worker_input,
+)
 
 #: exit code of a worker that wants to be replaced
 REPLACE_ME = 86
@@ -50,6 +63,7 @@ class CaseGuard:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Around setup, call and teardown of a test."""
         self._leave_if_spent()
+        self._config.stash[SIGNALS].check()
         case = case_of(self._config, item)
         if case is None:
             return (yield)
@@ -59,6 +73,14 @@ class CaseGuard:
         self._begin(case, item)
         try:
             return (yield)
+        except BaseException:
+            # a signal, or a hook or test of a user that calls pytest.exit: what is measured is kept
+            reporter = self._config.stash.get(REPORTER, None)
+            payload = payload_of(item)
+            if reporter is not None and payload is not None and item.nodeid not in reporter.measured:
+                with suppress(UserError):  # it ended the run, and was told
+                    reporter.keep(payload)
+            raise
         finally:
             self._config.stash[BOX].clear()
 
@@ -106,14 +128,24 @@ class CaseGuard:
         self._watchdog = subprocess.Popen([sys.executable, "-m", "kvsuite.survival.watchdog", arguments])
 
     def _leave_if_spent(self) -> None:
-        """A worker whose process may answer wrongly runs no further case: it ends, and xdist starts another."""
+        """A process that may answer wrongly runs no further case: a worker ends, and xdist starts another; a run ends."""
         runner = self._config.stash.get(RUNNER, None)
-        if is_worker(self._config) and runner is not None and (runner.poisoned or runner.timed_out):
+        if runner is None:
+            return
+        if not is_worker(self._config):
+            if runner.spent:
+                pytest.exit(
+                    f"kvsuite: {runner.spent}; go on with --kv-resume=latest and a longer --kv-timeout, or with -n 1, "
+                    "where the next case gets a new process",
+                    returncode=pytest.ExitCode.INTERRUPTED,
+                )
+        elif runner.poisoned or runner.timed_out:
             _leave()
 
 
 def tell_box(config: pytest.Config, record: Record, phase: str) -> None:
     """A phase of the running case begins; its time counts from the first one on."""
+    config.stash[SIGNALS].check()
     box = config.stash[BOX]
     if not box.is_read:
         return
@@ -140,6 +172,15 @@ def note_place(config: pytest.Config, record: Record) -> None:
     key = record.case.suite, record.case.id
     record.case_index = cases.index(key) if key in cases else 0
     record.order_seed = config.stash[ORDER_SEED]
+
+
+def payload_of(item: pytest.Item) -> dict[str, Any] | None:
+    """What `kvsuite.plugin.reporter.Reporter.add` takes of a test, ``None`` if it measured no case."""
+    measured = item.stash.get(MEASURED, None)
+    if measured is None:
+        return None
+    environment = item.config.stash[RUNNER].environment
+    return {"record": measured.record.to_dict(), "tokens": measured.tokens, "environment": environment}
 
 
 def case_of(config: pytest.Config, item: pytest.Item) -> Case | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,19 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite.case import Case, canonical_json
+from kvsuite.case import Case, canonical_json, digest
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible, visible_lines
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.record import Record
+from kvsuite.store.validate import validate
 from kvsuite.suites.registry import measuring_suite, suite_of_rows
 
 from .case_watch import note_place, tell_box
 from .reporter import REPORTER
-from .stash import BOUND_GPU, GPUS, MEASURED, OPTIONS, PLACES, PLANNED, RUNNER, USAGE_ERROR, is_worker
+from .stash import (
+    BOUND_GPU,
+    GPUS,
+    MEASURED,
+    OPTIONS,
+    PLACES,
+    PLANNED,
+    RUNNER,
+    SIGNALS,
+    USAGE_ERROR,
+    is_worker,
+    worker_input,
+)
 
 if TYPE_CHECKING:
+    from kvsuite.engines.engine import Session
     from kvsuite.engines.registry import SessionPool
 
 
@@ -40,15 +55,15 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
             registry.add(metric)
     sessions = SessionPool(options)
     planned = config.stash.get(PLANNED, ())
-    environment = host_facts() | {
+    environment = host_facts(worker_input(config).get("mainargv")) | {
         "gpu": gpu_facts(resolve_device(options.of(CommonOptions).device)),
         "engines": _versions(sessions, planned),
     }
     config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
-    _require_json(environment, "pytest_kvsuite_update_env")
+    _require_json(environment, "pytest_kvsuite_update_env: a hook of yours added")
     runner = config.stash[RUNNER] = CaseRunner(
         options, registry, environment, sessions, measuring_suite, planned=planned,
-        watch=partial(tell_box, config), ends_run=(pytest.exit.Exception,),
+        watch=partial(tell_box, config), pass_on=config.stash[SIGNALS].pass_on,
     )  # fmt: skip
     yield runner
     sessions.close()
@@ -89,15 +104,22 @@ def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Re
             record: Record = measured.record
             note_place(config, record)
             _note_company(config, record)
-            config.hook.pytest_kvsuite_update_record(config=config, record=record, session=runner.sessions.current)
-            _require_json(record.to_dict(), "pytest_kvsuite_update_record")
+            record.env = digest(runner.environment)
+            _require_json(record.to_dict(), f"suite {case.suite} or engine {case.engine} measured")
         except UserError as error:
             if not is_worker(config):
                 pytest.exit(f"kvsuite: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
             stash[USAGE_ERROR] = str(error)
             pytest.fail(f"kvsuite: {error}", pytrace=False)
+        # from now on the row is kept, whatever else goes wrong
         stash[MEASURED] = measured
+        failed = update_record(config, record, runner.sessions.current)
         rounds.extra_info.update(headline(record))
+        if failed:
+            told = "; ".join(failed)
+            pytest.fail(
+                visible(f"kvsuite: {told}; the row ({record.status}) is kept as it was measured"), pytrace=False
+            )
         if record.status in ("skipped", "invalid"):
             pytest.skip(visible(f"{record.status}: {record.reason}"))
         if record.status != "ok":
@@ -148,14 +170,41 @@ class _Rounds:
         benchmark.pedantic(round_, rounds=rounds, iterations=1, warmup_rounds=0)
 
 
-def _require_json(facts: dict[str, Any], hook: str) -> None:
+def update_record(config: pytest.Config, record: Record, session: Session | None) -> list[str]:
+    """Let the hooks of users change a record that was measured; what one of them spoils is undone, and a warning of the record.
+
+    Returns
+    -------
+    list of str
+        The warnings, which name hook and plugin.
+    """
+    name, manager, failed = "pytest_kvsuite_update_record", config.pluginmanager, []
+    known = [(one.plugin_name, one.plugin) for one in config.hook.pytest_kvsuite_update_record.get_hookimpls()]
+    # in pluggy's order: what was registered last comes first
+    for plugin_name, plugin in reversed(known):
+        hook = manager.subset_hook_caller(name, [other for _, other in known if other is not plugin])
+        before = copy.deepcopy(vars(record))
+        try:
+            hook(config=config, record=record, session=session)
+            row = record.to_dict()
+            canonical_json(row)
+            validate("record", row, record.id)
+        except Exception as error:
+            vars(record).update(before)
+            if isinstance(error, pytest.exit.Exception):
+                raise
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failed.append(f"{name} of {visible(plugin_name)} failed, and what it did is left out: {visible(what)}")
+            record.warnings.append(failed[-1])
+    return failed
+
+
+def _require_json(facts: dict[str, Any], who: str) -> None:
     # what cannot be written would take the rows of the other cases with it
     try:
         canonical_json(facts)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{hook}: a hook of yours added what JSON cannot hold ({error}); add numbers, texts, lists"
-        ) from error
+        raise UserError(f"{who} what JSON cannot hold ({error}); make it numbers, texts, lists") from error
 
 
 def headline(record: Record) -> dict[str, Any]:

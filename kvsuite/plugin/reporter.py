@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvsuite.case import Case
+from kvsuite.case import Case, canonical_json
 from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
@@ -19,9 +21,10 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
-from kvsuite.suites.registry import in_order, suite_of_rows
+from kvsuite.store.validate import validate
+from kvsuite.suites.registry import asked, in_order, suite_of_rows
 
-from .stash import BOX, ORDER_SEED
+from .stash import BOX, ORDER_SEED, SIGNALS
 
 if TYPE_CHECKING:
     from kvsuite.store.store import RecordStore
@@ -122,7 +125,8 @@ class Reporter:
                 f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
             ) from error
         for suite in in_order(suite_of_rows(name) for name in {case.suite for case in cases}):
-            suite.check_gathered(base, [case for case in cases if case.suite == suite.name])
+            own = [case for case in cases if case.suite == suite.name]
+            asked(suite, partial(suite.check_gathered, base, own), "check_gathered()")
         if self._earlier is not None:
             # and whether another process still writes that run
             self._store = self._reopened(self._earlier)
@@ -152,7 +156,7 @@ class Reporter:
         payload = getattr(report, "kvsuite", None)
         try:
             if payload is not None:
-                self.add(payload)
+                self.keep(payload)
         except UserError as error:
             usage_error = str(error)
         if usage_error is not None:
@@ -185,12 +189,18 @@ class Reporter:
         place = {"base": base, "started": self._started.isoformat()}
         return {"folder": None, "opening": place | self.opening(row, environment)}
 
+    def keep(self, payload: dict[str, Any]) -> None:
+        """`add`, which no signal cuts off: the row is in the file and in the report, or in neither."""
+        with self._config.stash[SIGNALS].held():
+            self.add(payload)
+
     def add(self, payload: dict[str, Any]) -> None:
         """Write one case's row (and its raw tokens) and say so."""
         row, environment = payload["record"], payload["environment"]
         if self._earlier is not None:
             self._earlier.require_same_case(row, environment)
         store = self._open(row, environment)
+        store.require_in_place()
         if payload["tokens"]:
             row["sidecar"] = store.write_sidecar(row["id"], payload["tokens"])
         store.append(row)
@@ -230,15 +240,22 @@ class Reporter:
 
         folder = self.folder
         if self._store is not None:
+            try:
+                self._store.require_in_place()
+            except UserError as error:
+                # there is no place for a report; what was measured is shown
+                self.failure = str(error)
             self._store.close()
         if folder is None or not (self.measured or self.left_out):
             # nothing was measured, and the run that might have gone on is as it was
             self.rows = []
             return
         self.rows = [dict(row) for row in in_space_order(self.rows)]
+        if self.failure:
+            return
         hook = self._config.hook
+        failures = self._let_hooks_change()
         try:
-            hook.pytest_kvsuite_update_report(config=self._config, run=self.run, rows=self.rows)
             self.files = write_outputs(folder, self.run, self.rows, figures=False)
             for suite, own in by_suite(self.rows):
                 self.files += suite.gather(Path(self._common.report_dir), self.run, own)
@@ -248,9 +265,37 @@ class Reporter:
             self.files.append(self.page)
         except Exception as error:  # hooks of users are among what may fail
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.failure = (
+            failures.append(
                 f"{what}; the records are safe in {folder / RECORDS_FILE}, redraw with python -m kvsuite report"
             )
+        self.failure = "; ".join(failures) or None
+
+    def _let_hooks_change(self) -> list[str]:
+        """Let the hooks of users change run and rows; what cannot be written then is undone, and told."""
+        hook = self._config.hook.pytest_kvsuite_update_report
+        if not hook.get_hookimpls():
+            return []
+        before = copy.deepcopy((self.run, self.rows))
+        try:
+            hook(config=self._config, run=self.run, rows=self.rows)
+            canonical_json([self.run, self.rows])
+            for row in self.rows:
+                validate("record", row, str(row.get("id")))
+        except Exception as error:
+            self.run, self.rows = before
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            return [f"pytest_kvsuite_update_report: {what}; the report is that of the records"]
+        return []
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is a run folder: none before the first row, and somebody may delete it."""
+        return self.folder is not None and self.folder.is_dir()
+
+    @property
+    def cases_left(self) -> int:
+        """Cases that were to be measured and have no row."""
+        return 0 if self._cases is None else self._cases - len(self.measured)
 
     @property
     def kept_failures(self) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -25,6 +23,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.suites.registry import (
     UnusableSuite,
+    asked,
     cases_of,
     require_measurable,
     suite_names,
@@ -34,7 +33,7 @@ from kvsuite.suites.registry import (
     usable_suites,
 )
 
-from .case_watch import CaseGuard, case_of
+from .case_watch import CaseGuard, case_of, payload_of
 from .gate import register_gate, rules_of
 from .pytest_benchmark import (
     pytest_benchmark_compare_machine_info,
@@ -44,18 +43,18 @@ from .pytest_benchmark import (
 from .reporter import REPORTER, Reporter
 from .runnable import require_known_runnable, require_runnable
 from .selection import leave_out_unasked, select, take_up
+from .signals import Signals
 from .stash import (
     BOUND_GPU,
     CASES,
     FINISHED,
     GPUS,
-    MEASURED,
     OPTIONS,
     ORDER_SEED,
     PLACES,
     RESUMED,
-    RUNNER,
     SAVED_GPUS,
+    SIGNALS,
     UNUSABLE,
     USAGE_ERROR,
     is_worker,
@@ -97,6 +96,8 @@ def begin(config: pytest.Config) -> None:
     register_gate(config, options)
     # plugins of their own: some hooks are told no config
     plugins.register(CaseGuard(config), "kvsuite-cases")
+    config.stash[SIGNALS] = Signals()
+    plugins.register(config.stash[SIGNALS], "kvsuite-signals")
     if is_worker(config):
         return
     reporter = config.stash[REPORTER] = Reporter(config, options)
@@ -142,7 +143,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 def _ask_hook(config: pytest.Config, hook: Any) -> None:
     """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
     name = "pytest_kvsuite_suites"
-    givers = {one.plugin_name: one.plugin for one in getattr(hook, name).get_hookimpls()}
+    impls = getattr(hook, name).get_hookimpls()
+    givers = {one.plugin_name: one.plugin for one in impls if not (one.wrapper or one.hookwrapper)}
     for giver, plugin in givers.items():
         # each by itself, so that one that fails keeps no other's suites back
         others = [one for one in config.pluginmanager.get_plugins() if one is not plugin]
@@ -151,7 +153,10 @@ def _ask_hook(config: pytest.Config, hook: Any) -> None:
 
 
 def _asked(hook: Any, config: pytest.Config) -> Iterable[object]:
-    return itertools.chain(*hook(config=config))
+    found = hook(config=config)
+    if not found:
+        raise TypeError("it returned None")
+    return itertools.chain(*found)
 
 
 def tell_unusable(config: pytest.Config) -> None:
@@ -172,7 +177,11 @@ def tell_unusable(config: pytest.Config) -> None:
 def _check(options: Options) -> None:
     for suite in usable_suites():
         usable_cases(suite.name, options)
-        suite.check(options)
+        try:
+            asked(suite, partial(suite.check, options), "check()")
+        except UnusableSuite as fault:
+            # what it would have refused is found out by its cases
+            warn(str(fault))
     common = options.of(CommonOptions)
     rules_of(options)
     if "model" in options.given:
@@ -241,6 +250,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
     try:
         _ask_hook(config, config.hook)
+        tell_unusable(config)
         known: dict[str, Case] = {}
         for case in (case for name in suite_names() for case in usable_cases(name, options)):
             if case.id in brackets.values() and known.setdefault(case.id, case) != case:
@@ -259,25 +269,6 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
         raise pytest.UsageError(f"kvsuite: {error}") from error
 
 
-def _end_on_sigterm(config: pytest.Config) -> None:
-    """Let a scheduler's SIGTERM end the run as Ctrl-C does, so that reports of the finished cases are written."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-
-    def end(number: int, frame: Any) -> NoReturn:
-        # timeout(1) and schedulers send it to the process and to its group: the second must not cut off what the first began
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # an exit code of pytest's own, without which it shows no summary
-        pytest.exit("kvsuite: SIGTERM; --kv-resume=latest goes on", returncode=pytest.ExitCode.INTERRUPTED)
-
-    before = signal.signal(signal.SIGTERM, end)
-
-    def restore() -> None:
-        signal.signal(signal.SIGTERM, before)
-
-    config.add_cleanup(restore)
-
-
 def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str], *, left_out: bool) -> None:
     """The controller, or the only process, learns what is going to be measured."""
     reporter = config.stash.get(REPORTER, None)
@@ -291,7 +282,7 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
     # not of a run that was refused
     reporter.left_out = reporter.left_out or left_out
     if cases:
-        _end_on_sigterm(config)
+        config.stash[SIGNALS].take_over(config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -299,18 +290,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    measured = item.stash.get(MEASURED, None)
-    if measured is not None and report.when == "call":
-        environment = item.config.stash[RUNNER].environment
-        from kvsuite.case import digest
-
-        measured.record.env = digest(environment)
+    if report.when == "call" and (payload := payload_of(item)) is not None:
         # an attribute of the report travels through xdist and stays out of the JUnit XML
-        report.kvsuite = {  # type: ignore[attr-defined]
-            "record": measured.record.to_dict(),
-            "tokens": measured.tokens,
-            "environment": environment,
-        }
+        report.kvsuite = payload  # type: ignore[attr-defined]
     if USAGE_ERROR in item.stash:
         report.kvsuite_usage_error = item.stash[USAGE_ERROR]  # type: ignore[attr-defined]
     return report
@@ -344,6 +326,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if reporter is None:
         return
     reporter.finish()
+    if session.config.stash[SIGNALS].heard:
+        # also where it came while the reports were written
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
     if reporter.left_out and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         # the earlier run, or the other shards, have all
         session.exitstatus = pytest.ExitCode.OK

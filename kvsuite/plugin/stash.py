@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
+    from .signals import Signals
+
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 #: by suite and id
 CASES: pytest.StashKey[dict[tuple[str, str], Case]] = pytest.StashKey()
@@ -37,6 +39,7 @@ FINISHED: pytest.StashKey[frozenset[str]] = pytest.StashKey()
 #: what to say of the run that goes on
 RESUMED: pytest.StashKey[str | None] = pytest.StashKey()
 BOX: pytest.StashKey[BlackBox] = pytest.StashKey()
+SIGNALS: pytest.StashKey[Signals] = pytest.StashKey()
 #: the GPUs that workers are spread over, and the one that this worker is bound to
 GPUS: pytest.StashKey[Gpus | None] = pytest.StashKey()
 BOUND_GPU: pytest.StashKey[str] = pytest.StashKey()

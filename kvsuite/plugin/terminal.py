@@ -15,7 +15,7 @@ from kvsuite.options.sweep import SweepOptions
 
 from .case_watch import case_of
 from .pytest_benchmark import other_gpus
-from .reporter import REPORTER
+from .reporter import REPORTER, Reporter
 from .stash import OPTIONS, ORDER_SEED, UNASKED
 from .xdist_controller import WORKERS
 
@@ -56,14 +56,23 @@ def _unasked(config: pytest.Config) -> list[str]:
     return [visible(f"kvsuite: {line}") for line in config.stash.get(UNASKED, [])]
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     if WORKERS in config.stash:
         # what they left out they tell when they are done
         for line in _unasked(config):
             terminalreporter.write_line(line)
     reporter = config.stash.get(REPORTER, None)
-    if reporter is None or not reporter.rows:
+    if reporter is None:
         return
+    if reporter.rows:
+        _tell_results(terminalreporter, config, reporter)
+    if exitstatus == pytest.ExitCode.INTERRUPTED and reporter.is_kept and reporter.cases_left:
+        terminalreporter.write_line(
+            f"{reporter.cases_left} cases are left: go on by the same command with --kv-resume=latest", yellow=True
+        )
+
+
+def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Reporter) -> None:
     from kvsuite.console import console_text, console_width
     from kvsuite.suites.outputs import by_suite, run_table
 
@@ -74,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for suite, _ in by_suite(reporter.rows):
         for option in suite.unread_options(config.stash[OPTIONS]):
             terminalreporter.write_line(f"warning: {option}: no selected method reads it")
-    if reporter.folder is not None:
+    if reporter.is_kept:
         terminalreporter.write_line(visible(f"records and figures: {reporter.folder}"))
         if reporter.page is not None:
             terminalreporter.write_line(visible(f"report: {reporter.page}"))

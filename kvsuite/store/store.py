@@ -151,8 +151,15 @@ class RecordStore:
         return store
 
     @classmethod
-    def reopen(cls, folder: Path) -> RecordStore:
+    def reopen(cls, folder: Path, *, patience_s: float = 0) -> RecordStore:
         """Go on writing the records of a run whose process is gone. Half a line at the end is cut off.
+
+        Parameters
+        ----------
+        folder
+            Of the run.
+        patience_s
+            Seconds to wait for a process that is ending, which holds the file until the last of its threads is gone.
 
         Raises
         ------
@@ -166,7 +173,7 @@ class RecordStore:
             raise UserError(
                 f"cannot go on with {path} ({error.strerror}); give the folder of a run that you may write to"
             ) from error
-        store = cls(folder, fd, _locked(fd, path))
+        store = cls(folder, fd, _locked(fd, path, patience_s))
         try:
             data = path.read_bytes()
             whole = whole_lines(data)
@@ -228,12 +235,13 @@ class RecordStore:
         Raises
         ------
         UserError
-            If the schema is not the record's or the disk refuses the line.
+            If the schema is not the record's, the disk refuses the line or the file is no longer in its folder.
         ValueError
             If the row holds NaN or an infinity, or the store is closed.
         """
         check_schema(row.get("schema"), RECORD_SCHEMA, f"record {row.get('id')!r}")
         self._write(_line(row, str(row.get("id"))))
+        self.require_in_place()
 
     def write_sidecar(self, row_id: str, table: Mapping[str, Sequence[Any]]) -> str:
         """Write raw per-token data beside the records.
@@ -273,6 +281,26 @@ class RecordStore:
             raise UserError(f"cannot make {path.parent} ({error.strerror}); make room on that disk") from error
         write_atomic(path, buffer.getvalue().to_pybytes())
         return f"tokens/{name}"
+
+    def require_in_place(self) -> None:
+        """Refuse to go on where what was written is no longer there: who deletes a folder deletes no open file.
+
+        Raises
+        ------
+        UserError
+            If the folder was deleted, moved or replaced since.
+        """
+        if self._fd is None:
+            return
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            there = False
+        if not there:
+            raise UserError(
+                f"{self.path} was deleted or moved while the run wrote it, and its rows with it; move it back and go on with "
+                f"--kv-resume={self.folder}, or measure again"
+            )
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
@@ -315,13 +343,13 @@ def _line(row: Mapping[str, Any], name: str) -> bytes:
         raise ValueError(f"record {name!r} cannot be written as JSON: {error}") from error
 
 
-def _locked(fd: int, path: Path) -> BaseFileLock:
+def _locked(fd: int, path: Path, patience_s: float = 0) -> BaseFileLock:
     """Keep other writers out of ``path``, which is open as ``fd``, until the lock is released or this process is gone."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(_LOCK_FILE))
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience_s)
     except Timeout as error:
         os.close(fd)
         raise UserError(f"{path}: another process is writing it; wait for that run, or end it") from error

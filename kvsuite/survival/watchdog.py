@@ -26,6 +26,9 @@ from .black_box import read_box
 from .death import Cause, crashed_row
 
 _EVERY_S = 0.2
+#: a process that was killed has no children any more as soon as its last thread ends, and holds its files a little longer:
+#: until its memory, a GPU's too, is given back
+_PATIENCE_S = 60.0
 
 
 def main(box: Path, parent: int, limit_s: float) -> None:
@@ -90,7 +93,7 @@ def write_row(entry: Mapping[str, Any], row: dict[str, Any]) -> Path:
     """
     opening = entry["opening"]
     if entry["folder"] is not None:
-        store = RecordStore.reopen(Path(entry["folder"]))
+        store = RecordStore.reopen(Path(entry["folder"]), patience_s=_PATIENCE_S)
     else:
         store = open_run(
             Path(opening["base"]),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +38,22 @@ def test_no_handler_of_errors_swallows_it() -> None:
 
     with pytest.raises(CaseTimeout):
         careless()
+
+
+@pytest.mark.parametrize("imports", [True, False])
+def test_it_knows_whether_it_cut_off_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imports: bool) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work() -> None:
+        with alarm(0.05):
+            if imports:
+                importlib.import_module("slow_to_import")
+            time.sleep(60)
+
+    with pytest.raises(CaseTimeout) as caught:
+        work()
+    assert caught.value.importing is imports
 
 
 def test_a_block_in_time_is_left_alone_and_the_old_handler_comes_back() -> None:

@@ -13,6 +13,7 @@ from synthetic_session import Bench, Script
 
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.measure.runner import is_cuda_error, is_out_of_memory
+from kvsuite.plugin.signals import RunEnded, Signals
 from kvsuite.record import Record, schema
 
 CPU_MESSAGE = (
@@ -103,10 +104,9 @@ def test_a_text_too_short_is_bad_input() -> None:
         bench.run(workload={"max_tokens": 9_999_999})
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
-def test_an_interrupt_is_no_result(error: BaseException) -> None:
-    bench = Bench(Script(fault=failing("generate", error)))
-    with pytest.raises(type(error)):
+def test_an_interrupt_is_no_result() -> None:
+    bench = Bench(Script(fault=failing("generate", KeyboardInterrupt())))
+    with pytest.raises(KeyboardInterrupt):
         bench.run()
     assert bench.session.called("finish")
 
@@ -229,10 +229,31 @@ def test_a_real_allocation_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("where", ["prepare", "score", "memory", "generate"])
-def test_what_ends_the_run_passes_through_a_case(where: str) -> None:
+@pytest.mark.parametrize(
+    "ends", [pytest.exit.Exception("enough"), KeyboardInterrupt("SIGTERM")], ids=["exit", "signal"]
+)
+def test_what_ends_the_run_passes_through_a_case(where: str, ends: BaseException) -> None:
     # pytest.exit raises an Exception, and a signal may come at any time
-    bench = Bench(Script(fault=failing(where, pytest.exit.Exception("SIGTERM"))))
-    bench.runner.ends_run = (pytest.exit.Exception,)
-    with pytest.raises(pytest.exit.Exception):
+    bench = Bench(Script(fault=failing(where, ends)))
+    bench.runner.pass_on = Signals().pass_on
+    with pytest.raises(type(ends)):
         bench.run()
     assert bench.session.called("finish")
+
+
+def test_a_signal_whose_exception_was_lost_is_raised_again() -> None:
+    # native code that imports a module clears what its import raises, and fails with an error of its own
+    signals = Signals()
+    signals.heard = "SIGTERM"
+    bench = Bench(Script(fault=failing("score", ImportError("a half of numpy"))))
+    bench.runner.pass_on = signals.pass_on
+    with pytest.raises(RunEnded, match="SIGTERM"):
+        bench.run()
+
+
+def test_a_policy_that_exits_is_an_error_of_its_case() -> None:
+    bench = Bench(Script(fault=failing("score", SystemExit(3))))
+    bench.runner.pass_on = Signals().pass_on
+    record = bench.run().record
+    assert record.error is not None
+    assert (record.status, record.error["type"], record.error["message"]) == ("error", "SystemExit", "3")

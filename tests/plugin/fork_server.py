@@ -89,6 +89,9 @@ def main() -> None:
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    # what the first checkpoint of a process waits for
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     # a measurement collects garbage, and need not look at what was loaded here
     gc.collect()
     gc.freeze()

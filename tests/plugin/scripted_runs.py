@@ -34,6 +34,7 @@ class Scripted:
     # what a process remembers of a CUDA error or a stopped case
     poisoned = None
     timed_out = False
+    spent = None
 
     def __init__(self, script):
         self.script, self.environment = script, script["environment"]

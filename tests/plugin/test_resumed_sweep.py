@@ -137,6 +137,52 @@ def test_a_case_that_hears_its_alarm_is_stopped(runs: dict[str, Run]) -> None:
     assert row["error"]["traceback"].splitlines()[-1] == "kvsuite.measure.deadline.CaseTimeout"
 
 
+# what an import leaves that was cut off: a part that cannot be loaded a second time
+HALF_IMPORTED = """
+
+class Importing(Hostile):
+    name = "importing"
+
+    def keep(self, view):
+        import half
+
+        return super().keep(view)
+
+
+register_policy(Importing)
+"""
+HALF = """
+import sys, time
+from pathlib import Path
+
+if "half_done" in sys.modules:
+    raise ImportError("cannot load module more than once per process")
+import half_done
+if not Path("slept").exists():
+    Path("slept").touch()
+    time.sleep(600)
+"""
+
+
+def test_an_import_that_was_stopped_ends_the_process(tmp_path: Path) -> None:
+    folder = project(tmp_path, CONFTEST + HALF_IMPORTED)
+    (folder / "half.py").write_text(HALF)
+    (folder / "half_done.py").touch()
+    command = (*COMMON, "--kv-method=importing(window=[3,4])", "-k", "importing")
+    stopped = run_pytest(folder, *command, "--kv-timeout=10")
+    assert stopped.code == pytest.ExitCode.INTERRUPTED
+    (row,) = read_records(stopped.report)[1]
+    assert (row["status"], row["error"]["type"]) == ("crashed", "Timeout")
+    assert len(json.loads((stopped.report / "report.json").read_text())["records"]) == 1
+    (line,) = stopped.said("was stopped while it imported or loaded")
+    assert "--kv-resume=latest and a longer --kv-timeout, or with -n 1" in line
+    assert stopped.said("1 cases are left")
+    # in a process of their own both are measured
+    again = run_pytest(folder, *command, RESUME)
+    assert again.code == 0
+    assert [row["status"] for row in read_records(again.report)[1]] == ["ok", "ok"]
+
+
 def test_failed_cases_are_run_again_by_policy(runs: dict[str, Run]) -> None:
     kept, oom = runs["failing again"], runs["failing oom"]
     assert kept.said("error: 2 failed cases of the resumed run were kept")

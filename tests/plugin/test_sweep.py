@@ -99,6 +99,13 @@ def test_progress_tells_how_many_and_how_long(sweep: Run) -> None:
     assert [line.split()[1].rstrip(":") for line in lines] == list(sweep.rows()), "a row is written when its case ends"
 
 
+def test_the_command_is_what_was_typed_under_xdist_too(xdist: Run) -> None:
+    (run,) = (line for line in xdist.lines() if line["schema"] == "kvsuite.run/1")
+    assert run["command"][0] == "pytest"
+    assert "-n2" in run["command"]
+    assert run["environment"]["command"] == run["command"]
+
+
 def test_the_same_cases_and_bytes_with_and_without_xdist(plain: Run, xdist: Run) -> None:
     def facts(run: Run) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -385,6 +386,20 @@ with RecordStore.reopen(Path(sys.argv[1])) as store:
     assert [row["id"] for row in rows] == ["a", *(f"n{number}" for number in range(int(written)))]
     assert int(written) == 3
     assert not notes
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_folder_that_went_away_while_it_was_written(tmp_path, how):
+    with RecordStore.reopen(store_run(tmp_path, [row("first")])) as store:
+        store.require_in_place()
+        if how == "deleted":
+            shutil.rmtree(store.folder)
+        else:
+            store.folder.rename(tmp_path / "elsewhere")
+        if how == "replaced":
+            shutil.copytree(tmp_path / "elsewhere", store.folder)
+        with pytest.raises(UserError, match="was deleted or moved while the run wrote it"):
+            store.append(row("second"))
 
 
 @given(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from child_processes import child_process
 
 from kvsuite.case import Case, digest
 from kvsuite.record import Record
 from kvsuite.store.records_file import read_records
-from kvsuite.store.store import open_run
+from kvsuite.store.store import RecordStore, open_run
 from kvsuite.survival.watchdog import write_row
 
 # a lock that is taken twice never comes back, and no signal ends it; PyDLL keeps the interpreter's lock
@@ -44,12 +46,14 @@ def row(name: str) -> dict[str, Any]:
     return Record(case, f"b.py::t[{name}]", env=digest(ENVIRONMENT), started_utc="2026-01-01").to_dict()
 
 
-def hang(tmp_path: Path, where: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def hanging(tmp_path: Path, where: dict[str, Any]) -> list[str]:
     # the grace is over at once: what is tested is the end
     told = {"box": str(tmp_path / "box.json"), "row": row("hangs"), "where": where, "limit_s": -5.0}
-    return subprocess.run(
-        [sys.executable, "-c", _HANGING, json.dumps(told)], capture_output=True, text=True, timeout=60
-    )
+    return [sys.executable, "-c", _HANGING, json.dumps(told)]
+
+
+def hang(tmp_path: Path, where: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(hanging(tmp_path, where), capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["a run with rows", "no run yet"])
@@ -75,6 +79,22 @@ def test_the_row_is_written_by_another_process(tmp_path: Path, begun: bool) -> N
     assert [(one["case"]["name"], one["status"]) for one in rows] == [("before", "ok")] * begun + [("hangs", "crashed")]
     assert rows[-1]["error"]["phase"] == "decode"
     assert not notes
+
+
+def test_a_file_that_the_dying_process_still_holds_is_waited_for(tmp_path: Path) -> None:
+    with open_run(tmp_path, started=datetime(2026, 1, 1), method="dse", model="tiny", facts=FACTS) as store:  # type: ignore[arg-type]
+        store.append(row("before"))
+    where = {"folder": str(store.folder), "opening": {"facts": FACTS}}
+    # in the place of a thread of the killed process, which gives back memory before it closes its files
+    holder = RecordStore.reopen(store.folder)
+    with child_process(hanging(tmp_path, where), stderr=subprocess.PIPE, text=True) as process:
+        process.wait()
+        time.sleep(1.5)
+        holder.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert f"Its row is in {store.folder}" in said
+    assert [one["status"] for one in read_records(store.folder)[1]] == ["ok", "crashed"]
 
 
 def test_a_row_of_another_environment_brings_its_run_line(tmp_path: Path) -> None:

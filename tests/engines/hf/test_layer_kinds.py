@@ -1,4 +1,4 @@
-"""Policies on models whose layers differ: right, against a masked forward pass of the model itself, or refused with the reason."""
+"""Policies on models whose layers differ: right, against a masked forward pass of the model itself, or refused."""
 
 from __future__ import annotations
 
