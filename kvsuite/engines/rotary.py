@@ -67,7 +67,9 @@ class Rotary:
         self._cos = self._sin = torch.empty(0)
         # frequencies may be of a part of a key alone, or given once for both halves
         layers = layers_of(model.config.get_text_config().to_dict()).layers
-        self._width = self._turned = next(layer.key_dim for layer in layers if layer.rotary)
+        # the widest where no layer rotates: there is nothing to turn
+        widths = [layer.key_dim for layer in layers if layer.rotary] or [max(layer.key_dim for layer in layers)]
+        self._width = self._turned = widths[0]
         self._check()
 
     def table(self, length: int) -> None:

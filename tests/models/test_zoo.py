@@ -38,12 +38,7 @@ NOT_YET: dict[str, dict[str, str]] = {
     "hf": {},
     "nano": {},
 }
-_PARTLY_ROTATED = "RuntimeError: keys of which a part is rotated"
-POLICY_NOT_YET: dict[str, dict[str, str]] = {
-    "hf": {name: reason for name, reason in NOT_YET["hf"].items() if reason == _LINEAR}
-    | dict.fromkeys(("Phi", "StableLM", "DeepSeek V3"), _PARTLY_ROTATED),
-    "nano": dict.fromkeys(("Phi", "StableLM"), _PARTLY_ROTATED),
-}
+POLICY_NOT_YET: dict[str, dict[str, str]] = {"hf": {}, "nano": {}}
 
 
 @pytest.fixture(scope="session")
