@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import kvsuite.engines.registry  # noqa: F401  a run inside this process drops what it imports first; suites outlive it
 from kvsuite.__main__ import main
 from kvsuite.compression import REPLACEMENTS, CacheView, Policy, find_policy, list_policies
 from kvsuite.compression.kvpress.table import PRESSES

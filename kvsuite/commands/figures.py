@@ -1,4 +1,4 @@
-"""``python -m kvsuite figures``: the design-space figures from CSVs, kvsuite's and the original program's."""
+"""``python -m kvsuite figures``: figures from the CSVs of suites, kvsuite's and the original program's."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the ``figures`` command."""
     parser = subparsers.add_parser(
         "figures",
-        help="draw the design-space figures from results and metrics CSVs, the original program's too",
-        description="Draw the design-space figures from kv_cache_dse_results_*.csv and kv_cache_dse_metrics_*.csv files.",
+        help="draw the figures of CSVs that suites gather (the design-space ones), the original program's too",
+        description="Draw the figures of CSVs that suites gather, those of a suite together: kv_cache_dse_results_*.csv and "
+        "kv_cache_dse_metrics_*.csv of the design space, <dataset>_ppl_results.csv of perplexity.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -54,6 +54,13 @@ class FixSizeL2(RankedPolicy):
     def label(self, chosen: Mapping[str, Any] | None) -> str:
         return super().label(chosen) if chosen is not None else f"fix{self.size}_{self.strategy}_kr={self.keep_ratio}"
 
+    def caveat(self, length: int) -> str | None:
+        if length <= self.size or self.protected < self.size:
+            return None
+        return (
+            f"all of the {self.size} tokens that stay are protected as recent: norms decide nothing, as in recent_only"
+        )
+
     def size_after(self, length: int) -> int:
         return min(length, self.size)
 

@@ -41,6 +41,12 @@ class H2O(PromptRanked):
     def needs(self) -> Needs:
         return Needs(prompt=True, attention_sums=True)
 
+    def caveat(self, length: int) -> str | None:
+        kept = self.size_after(length)
+        if kept == length or protected_count(kept, self.recent_share) < kept:
+            return None
+        return f"{kept} tokens stay, all of them the most recent: attention decides nothing, as in recent_only"
+
     def importance(self, view: PromptView) -> Tensor:
         recent = protected_count(self.size_after(view.length), self.recent_share)
         found = view.per_kv_head(view.attention_sums())

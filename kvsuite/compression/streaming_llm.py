@@ -44,6 +44,11 @@ class StreamingLLM(Policy):
     def label(self, chosen: Mapping[str, Any] | None) -> str:
         return super().label(chosen) if chosen is not None else f"streaming_{self.size}"
 
+    def caveat(self, length: int) -> str | None:
+        if length <= self.size or self.start_size:
+            return None
+        return "no sinks stay: this is recent_only, the control that the method has to beat"
+
     def size_after(self, length: int) -> int:
         return min(length, self.size)
 

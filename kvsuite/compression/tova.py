@@ -27,6 +27,11 @@ class TOVA(PromptRanked):
     def needs(self) -> Needs:
         return Needs(prompt=True, queries=1)
 
+    def caveat(self, length: int) -> str | None:
+        if not self.size_after(length) == 1 < length:
+            return None
+        return "1 token stays, the last one: attention decides nothing, as in recent_only"
+
     def importance(self, view: PromptView) -> Tensor:
         import torch
 

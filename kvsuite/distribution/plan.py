@@ -264,6 +264,8 @@ def _notes(rows: Sequence[Planned]) -> list[str]:
             "model: counted tokens and steps over a stated speed of the device, which is rough (docs/distribution.md)"
         )
     if any(row.memory.bytes is not None and not row.memory.is_whole for row in rows):
-        notes.append("≥: weights and a full cache; activations and slack come on top. likely: that much fits")
+        notes.append(
+            "≥: what is known of weights and a full cache; activations and slack come on top. likely: that much fits"
+        )
     notes += dict.fromkeys(f"n/a: {row.memory.reason}" for row in rows if row.memory.reason)
     return notes

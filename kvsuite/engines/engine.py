@@ -201,9 +201,13 @@ class Session(ABC):
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         """Predicted cache bytes of so many requests of the prepared case at the end of decode.
 
-        ``None`` where only the method knows.
+        ``None`` where that is not known (`planned_unknown`).
         """
         return None
+
+    def planned_unknown(self) -> str:
+        """Why `planned_kv_bytes` is ``None``."""
+        return "the press decides how much it keeps"
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
         """Cache bytes that a decode step of so many requests reads: those its queries can see, mean over the steps."""

@@ -135,7 +135,7 @@ def _memory(run: CaseRun, session: Session, found: MemoryPass, length: int, new_
     if run.case.policy and found.kv_bytes_decode == session.full_kv_bytes(length + new_tokens - 1):
         run.found.warnings.append("nothing was removed in the speed pass: the cache never outgrew the method's size")
     planned = session.planned_kv_bytes(length, new_tokens)
-    put_memory(run, found, planned)
+    put_memory(run, found, planned, session.planned_unknown())
     asked = session.ratio_requested if isinstance(session, AppliesPolicy) else None
     run.found.put("ratio_requested", asked, reason="the method is given by sizes, not by a ratio")
     weights = session.model["weights_bytes"]
@@ -157,7 +157,7 @@ def _memory(run: CaseRun, session: Session, found: MemoryPass, length: int, new_
     } | found.predicted
 
 
-def put_memory(run: CaseRun, found: MemoryPass, planned: int | None) -> None:
+def put_memory(run: CaseRun, found: MemoryPass, planned: int | None, unknown: str) -> None:
     """Write what a memory pass found: bytes and tokens of the cache, peaks, what the engine reported.
 
     Parameters
@@ -167,7 +167,9 @@ def put_memory(run: CaseRun, found: MemoryPass, planned: int | None) -> None:
     found
         The pass.
     planned
-        Predicted cache bytes at the end of decode, ``None`` where only the method knows.
+        Predicted cache bytes at the end of decode, ``None`` where they are not known.
+    unknown
+        Why they are not.
     """
     run.found.warnings += found.warnings
     peaks = [found.prefill.peak.value, found.decode.peak.value]
@@ -178,7 +180,7 @@ def put_memory(run: CaseRun, found: MemoryPass, planned: int | None) -> None:
     for name, value, why in (
         ("kv_bytes_exact", found.kv_bytes_decode, found.unseen),
         ("kv_bytes_exact_prefill", found.kv_bytes_prefill, found.unseen),
-        ("mem_predicted_kv_bytes", planned, "the press decides how much it keeps"),
+        ("mem_predicted_kv_bytes", planned, unknown),
         ("cache_tokens_mean", sum(lengths) / len(lengths) if lengths else None, found.unseen),
         ("cache_tokens_min", min(lengths, default=None), found.unseen),
         ("cache_tokens_max", max(lengths, default=None), found.unseen),

@@ -66,10 +66,12 @@ def _files_of(entry: EntryPoint) -> dict[str, Path]:
     # an editable installation lists none of its own
     top = entry.module.partition(".")[0]
     spec = importlib.util.find_spec(top)
-    for folder in map(Path, (spec and spec.submodule_search_locations) or ()):
-        found |= {f"{top}/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*")}
-    if spec is not None and spec.origin is not None and not spec.submodule_search_locations:
-        found[Path(spec.origin).name] = Path(spec.origin)
+    # one without an origin is a name space, in which others have packages too
+    origin = None if spec is None or spec.origin is None else Path(spec.origin)
+    if origin is not None and origin.name == "__init__.py":
+        found |= {f"{top}/{path.relative_to(origin.parent).as_posix()}": path for path in origin.parent.rglob("*")}
+    elif origin is not None:
+        found[origin.name] = origin
     suffixes = (".py", *EXTENSION_SUFFIXES)
     return {name: path for name, path in found.items() if name.endswith(suffixes) and path.is_file()}
 

@@ -31,6 +31,8 @@ _SMOLLM2: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+# ends of the names of classes that see what is behind a token
+_ENCODERS = ("ForMaskedLM", "ForPreTraining")
 _NEEDED = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 
 
@@ -196,12 +198,13 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
         raise unreadable(
             origin, f"hidden_size={hidden} is no multiple of num_attention_heads={heads}, and no head_dim is given"
         )
+    _check_indices(text, origin)
     if isinstance(wide, list) and text["model_type"] in KNOWN_SHAPES:
         raise unreadable(origin, f"intermediate_size={wide} must be one whole number in a {text['model_type']} model")
     if isinstance(wide, list) and len(wide) != text["num_hidden_layers"]:
         raise unreadable(origin, f"intermediate_size has {len(wide)} entries for {text['num_hidden_layers']} layers")
     weights = weight_shapes(fields | {"text_config": text} if text is not fields else text)
-    cache = _cache(text, origin)
+    cache = _cache(fields, text, origin)
     return Architecture(
         label=label,
         model_type=text["model_type"],
@@ -218,7 +221,25 @@ def read_fields(fields: Mapping[str, Any], *, label: str, origin: str) -> Archit
     )
 
 
-def _cache(text: Mapping[str, Any], origin: str) -> ModelLayers | str:
+def _check_indices(text: Mapping[str, Any], origin: str) -> None:
+    """Refuse what names layers that the model does not have."""
+    layers = text["num_hidden_layers"]
+    shared = text.get("num_kv_shared_layers") or 0
+    if shared >= layers:
+        raise unreadable(origin, f"num_kv_shared_layers={shared} leaves no layer of {layers} with a cache of its own")
+    for name in ("full_attn_idxs", "attn_layer_indices"):
+        if odd := [index for index in text.get(name) or () if not 0 <= index < layers]:
+            raise unreadable(origin, f"{name} names layer {odd[0]} of {layers}")
+    if odd := [value for value in text.get("no_rope_layers") or () if value not in (0, 1)]:
+        raise unreadable(origin, f"no_rope_layers has {odd[0]} where 0 or 1 must stand")
+
+
+def _cache(fields: Mapping[str, Any], text: Mapping[str, Any], origin: str) -> ModelLayers | str:
+    classes = fields.get("architectures") or ()
+    if fields.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+        return "it is encoder-decoder, no causal language model"
+    if any(name.endswith(_ENCODERS) for name in classes) and not text.get("is_decoder"):
+        return f"it is an encoder ({', '.join(classes)}), no causal language model with a cache"
     try:
         return layers_of(text)
     except UnknownLayers as reason:

@@ -40,7 +40,7 @@ _FLAGS = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "multi_query", "new_decoder_architecture",
     "alibi", "is_encoder_decoder", "is_decoder", "attention_k_eq_v", "force_rope", "use_mem_rope",
 )  # fmt: skip
-_WORDS = ("layer_types", "layers_block_type", "attention_layers")
+_WORDS = ("layer_types", "layers_block_type", "attention_layers", "architectures")
 _NUMBERS = ("full_attn_idxs", "attn_layer_indices", "no_rope_layers")
 _OBJECTS = ("text_config", "vision_config", "attn_config", "rope_scaling", "rope_parameters", "per_layer_config")
 _WIDEST = 1 << 26
@@ -73,7 +73,7 @@ def _checks() -> dict[str, tuple[Check, str]]:
     for name in _FLAGS:
         found[name] = (lambda value: isinstance(value, bool)), "true or false"
     for name in _WORDS:
-        found[name] = _all(lambda value: isinstance(value, str)), "a list of words, one a layer"
+        found[name] = _all(lambda value: isinstance(value, str)), "a list of words"
     for name in _NUMBERS:
         found[name] = _all(_is_whole), "a list of whole numbers"
     for name in _OBJECTS:

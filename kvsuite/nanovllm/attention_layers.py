@@ -25,11 +25,22 @@ _MIXED = 0.2
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One layer's attention: heads, width, and the model's own sliding window (``None`` if it sees everything)."""
+    """One layer's attention.
+
+    Parameters
+    ----------
+    kv_heads, head_dim
+        Shape of a token's key and value.
+    window
+        The model's own sliding window, ``None`` if the layer sees everything.
+    rotary
+        Whether queries and keys are rotated.
+    """
 
     kv_heads: int
     head_dim: int
     window: int | None
+    rotary: bool = True
 
     def token_bytes(self, element_bytes: int) -> int:
         """Bytes of a token's key and value."""
@@ -54,6 +65,7 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     """
     name = type(model).__name__
     layers: dict[int, AttentionLayer] = {}
+    known = _known_layers(text_config)
     kinds = getattr(text_config, "layer_types", None) or []
     configured = getattr(text_config, "sliding_window", None)
 
@@ -64,11 +76,11 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
         kind = kinds[index] if index < len(kinds) else ""
         window = asked.get("sliding_window") or (configured if "sliding" in kind else None)
         _refuse_what_is_not_done(name, module, key, value, kind, asked)
-        layers[index] = AttentionLayer(key.shape[1], key.shape[3], None if window is None else int(window))
+        rotary = known is None or known.layers[index].rotary
+        layers[index] = AttentionLayer(key.shape[1], key.shape[3], None if window is None else int(window), rotary)
         # every token is a sequence of its own here, so it sees its own value and nothing else
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None
 
-    known = _known_layers(text_config)
     expected = int(text_config.num_hidden_layers)
     failed: Exception | None = None
     with torch.inference_mode(), _AttentionSet(text_config, record):
@@ -81,12 +93,26 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     if failed is not None or sorted(layers) != list(range(expected)):
         raise CaseInvalid(
             f"{name}: {len(layers)} of {expected} layers attend through transformers' attention interface, which is where "
-            f"paged attention comes in{_why(known)}; use --kv-engine=hf"
+            f"paged attention comes in{_why(known)}{_elsewhere(model, known)}"
         ) from failed
     recurrent = known is not None and any(layer.recurrent for layer in known.layers)
     if recurrent or (together[-1] - alone[-1]).norm() > _MIXED * alone[-1].norm():
-        raise CaseInvalid(f"{name}: its tokens meet outside of attention (convolution or state); use --kv-engine=hf")
+        raise CaseInvalid(
+            f"{name}: its tokens meet outside of attention (convolution or state){_elsewhere(model, known)}"
+        )
     return [layers[index] for index in range(expected)]
+
+
+def learned_positions(text_config: Any) -> int | None:
+    """Rows of the model's table of positions, ``None`` where it has none."""
+    known = _known_layers(text_config)
+    return None if known is None else known.learned_length
+
+
+def without_positions(text_config: Any) -> bool:
+    """Whether the model tells its tokens apart by nothing but the causal mask: there is nothing to turn then."""
+    known = _known_layers(text_config)
+    return known is not None and known.positions == "none"
 
 
 def _known_layers(text_config: Any) -> ModelLayers | None:
@@ -108,6 +134,23 @@ def _why(known: ModelLayers | None) -> str:
         return ""
     kinds = ", ".join(sorted({layer.what for layer in others}))
     return f" (layers {', '.join(str(layer.index) for layer in others[:4])}{', …' if len(others) > 4 else ''}: {kinds})"
+
+
+def _elsewhere(model: Any, known: ModelLayers | None) -> str:
+    """Where the model is measured, for a message; empty where it keeps a cache that engine `hf` does not handle either."""
+    from transformers import DynamicCache
+
+    try:
+        with torch.inference_mode():
+            ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return ""
+    if type(cache) is not DynamicCache:
+        return ""
+    if known is not None and known.positions == "alibi":
+        return "; --kv-engine=hf measures its full cache"
+    return "; use --kv-engine=hf"
 
 
 def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | None) -> list[LayerGroup]:
@@ -136,6 +179,7 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
     for index, layer in enumerate(layers):
         window = layer.window if layer.window in own else limits.sliding_window
         treated = policy is not None and window is None and index not in policy.skip_layers
+        turned = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
         key = LayerGroup(
             layers=(),
             kv_heads=layer.kv_heads,
@@ -143,7 +187,8 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             window=window,
             sinks=limits.attention_sinks if window is not None else 0,
             compressed=treated,
-            places=treated and policy is not None and policy.positions == "cache",
+            places=treated and policy is not None and policy.positions == "cache" and layer.rotary,
+            rotary=layer.rotary or not (treated and turned),
         )
         members.setdefault(key, []).append(index)
     return [
@@ -155,6 +200,7 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             sinks=key.sinks,
             compressed=key.compressed,
             places=key.places,
+            rotary=key.rotary,
         )
         for key, indices in members.items()
     ]

@@ -145,7 +145,7 @@ class Eviction:
             view = PromptView(
                 positions.expand(own.shape[:2]), own.shape[1] - 1, keys=own, values=values[index],
                 observed=self._observer.observation(row, layer), layer=layer, layers=self._observer.layers,
-                rotate=self._observer.turn,
+                rotate=self._observer.turn(layer),
             )  # fmt: skip
             kept.append(self.policy.keep(view))
         return torch.stack(kept)

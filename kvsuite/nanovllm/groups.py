@@ -23,6 +23,8 @@ class LayerGroup:
         Whether the runtime's policy acts on these layers.
     places
         Whether keys are stored unrotated and turned to their place in the cache by the attention.
+    rotary
+        Whether what a policy turns in these layers is rotated by the model; elsewhere turning does nothing.
     """
 
     layers: tuple[int, ...]
@@ -32,6 +34,7 @@ class LayerGroup:
     sinks: int = 0
     compressed: bool = False
     places: bool = False
+    rotary: bool = True
 
     def token_bytes(self, element_bytes: int) -> int:
         """Bytes of one token's keys and values in all layers of the group."""

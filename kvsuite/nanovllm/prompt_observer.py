@@ -36,6 +36,7 @@ class PromptObserver:
     def __init__(self, needs: Needs, pools: Sequence[KVPool], rotation: KeyRotation | None, longest: int) -> None:
         self._needs = needs
         self._rotation = rotation
+        self._unrotate = None if rotation is None else rotation.unrotate
         if rotation is not None:
             rotation.table(longest + 1)
         #: layers of the model
@@ -83,9 +84,10 @@ class PromptObserver:
         self._rotation.table(int(positions.max()) + 1)
         return self._rotation.rotate(vectors, positions)
 
-    @property
-    def turn(self) -> Turn | None:
-        """`rotate`, where there is something to rotate with."""
+    def turn(self, layer: int) -> Turn | None:
+        """`rotate` for a layer, where there is something to rotate with; nothing turns where the model does not rotate."""
+        if not self._where[layer][2].group.rotary:
+            return _unturned
         return None if self._rotation is None else self.rotate
 
     def see(self, layer: int, query: Tensor, scale: float, batch: StepBatch) -> None:
@@ -96,7 +98,7 @@ class PromptObserver:
         starts = batch.query_start_host.tolist()
         for at, row in self._prompts:
             seen = self._gathered.setdefault(row, {}).setdefault(
-                layer, PromptObservation(self._needs, None if self._rotation is None else self._rotation.unrotate)
+                layer, PromptObservation(self._needs, self._unrotate if pool.group.rotary else _unturned)
             )
 
             def keys(at: int = at) -> Tensor:
@@ -111,6 +113,10 @@ class PromptObserver:
                 return self._rotation.rotate(own[None], torch.arange(length, device=own.device))[0]
 
             seen.add(query[starts[at] : starts[at + 1]].transpose(0, 1), keys, scale)
+
+
+def _unturned(vectors: Tensor, positions: Tensor) -> Tensor:
+    return vectors
 
 
 class _Observed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import metric_value
 from kvsuite.store.validate import validate
-from kvsuite.suites.registry import in_order, suite_of_rows
+from kvsuite.suites.registry import asked, in_order, suite_of_rows
 
 from .stash import BOX, ORDER_SEED, SIGNALS
 
@@ -124,7 +125,8 @@ class Reporter:
                 f"--kv-report-dir={base}: cannot write there ({error.strerror}); choose a folder you may write to"
             ) from error
         for suite in in_order(suite_of_rows(name) for name in {case.suite for case in cases}):
-            suite.check_gathered(base, [case for case in cases if case.suite == suite.name])
+            own = [case for case in cases if case.suite == suite.name]
+            asked(suite, partial(suite.check_gathered, base, own), "check_gathered()")
         if self._earlier is not None:
             # and whether another process still writes that run
             self._store = self._reopened(self._earlier)

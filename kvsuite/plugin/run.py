@@ -23,6 +23,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.suites.registry import (
     UnusableSuite,
+    asked,
     cases_of,
     require_measurable,
     suite_names,
@@ -142,7 +143,8 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 def _ask_hook(config: pytest.Config, hook: Any) -> None:
     """Take up the suites of conftests and plugins; those below a folder are known once its conftest is read."""
     name = "pytest_kvsuite_suites"
-    givers = {one.plugin_name: one.plugin for one in getattr(hook, name).get_hookimpls()}
+    impls = getattr(hook, name).get_hookimpls()
+    givers = {one.plugin_name: one.plugin for one in impls if not (one.wrapper or one.hookwrapper)}
     for giver, plugin in givers.items():
         # each by itself, so that one that fails keeps no other's suites back
         others = [one for one in config.pluginmanager.get_plugins() if one is not plugin]
@@ -151,7 +153,10 @@ def _ask_hook(config: pytest.Config, hook: Any) -> None:
 
 
 def _asked(hook: Any, config: pytest.Config) -> Iterable[object]:
-    return itertools.chain(*hook(config=config))
+    found = hook(config=config)
+    if not found:
+        raise TypeError("it returned None")
+    return itertools.chain(*found)
 
 
 def tell_unusable(config: pytest.Config) -> None:
@@ -172,7 +177,11 @@ def tell_unusable(config: pytest.Config) -> None:
 def _check(options: Options) -> None:
     for suite in usable_suites():
         usable_cases(suite.name, options)
-        suite.check(options)
+        try:
+            asked(suite, partial(suite.check, options), "check()")
+        except UnusableSuite as fault:
+            # what it would have refused is found out by its cases
+            warn(str(fault))
     common = options.of(CommonOptions)
     rules_of(options)
     if "model" in options.given:
@@ -241,6 +250,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     brackets = {node_id: node_id.rpartition("[")[2].removesuffix("]") for node_id in ids}
     try:
         _ask_hook(config, config.hook)
+        tell_unusable(config)
         known: dict[str, Case] = {}
         for case in (case for name in suite_names() for case in usable_cases(name, options)):
             if case.id in brackets.values() and known.setdefault(case.id, case) != case:

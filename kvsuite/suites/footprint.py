@@ -48,7 +48,10 @@ class Footprint:
             return "unknown"
         if self.bytes > card_bytes * self.share:
             return "no"
-        return "yes" if self.is_whole else "likely"
+        if self.is_whole:
+            return "yes"
+        # without the weights the bound says little
+        return "likely" if self.weight_bytes else "unknown"
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def known_model(case: Case, options: Options) -> KnownModel | Footprint:
         architecture = architecture_of(case.model, cache_dir=None if cache_dir is None else expanded(cache_dir))
     except UserError as error:
         return Footprint(reason=str(error))
-    if isinstance(architecture.weights, str):
-        return Footprint(reason=architecture.weights)
+    shapes = architecture.weights
+    elements = 0 if isinstance(shapes, str) else shapes.elements
     dtype = _CHECKPOINT if case.dtype == "checkpoint" else case.dtype
     chosen = case.quantization or NONE
     # what only rounds weights keeps them dense
@@ -76,11 +79,12 @@ def known_model(case: Case, options: Options) -> KnownModel | Footprint:
     try:
         format_ = nano_format(NONE if dense else chosen, dtype)
     except UserError as error:
-        return Footprint(elements=architecture.weights.elements, reason=str(error))
-    weights = architecture.weights.bytes(format_)
+        return Footprint(elements=elements, reason=str(error))
+    weights = None if isinstance(shapes, str) else shapes.bytes(format_)
     if weights is None:
-        return Footprint(elements=architecture.weights.elements, reason=f"the layout of {chosen} is not known")
-    known = Footprint(weight_bytes=weights, elements=architecture.weights.elements, bytes=weights)
+        reason = shapes if isinstance(shapes, str) else f"the layout of {chosen} is not known"
+        return KnownModel(architecture, format_, Footprint(elements=elements, reason=reason))
+    known = Footprint(weight_bytes=weights, elements=elements, bytes=weights)
     return KnownModel(architecture, format_, known)
 
 
@@ -90,7 +94,7 @@ def weights_and_cache(case: Case, options: Options) -> Footprint:
     if isinstance(known, Footprint):
         return known
     if isinstance(known.architecture.cache, str):
-        return replace(known.weights, reason=known.architecture.cache)
+        return replace(known.weights, reason=known.weights.reason or known.architecture.cache)
     cache = known.architecture.kv_bytes(_tokens(case), known.format.element_bytes)
     return replace(known.weights, bytes=known.weights.weight_bytes + cache)
 

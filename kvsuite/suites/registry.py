@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kvsuite.case import Case
 from kvsuite.entry_points import OURS, SUITES, described, find, in_a_line, load, package
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kvsuite.measure.case_run import CaseRun
     from kvsuite.measure.measurement import Measurement
 
+
+Answer = TypeVar("Answer")
 
 # suites that a hook gave, by name
 _hooked: dict[str, Suite] = {}
@@ -171,24 +174,40 @@ def cases_of(name: str, options: Options) -> list[Case]:
         For an unknown suite, or options that give no case.
     """
     suite = suite_named(name)
+    cases = asked(suite, lambda: list(suite.cases(options)), "cases()")
+    if not cases:
+        raise UnusableSuite(
+            f"{_where(suite)}: cases() gave no case; give at least one, or raise a UserError that says why"
+        )
+    twice = [one for one, count in Counter(case.id for case in cases if isinstance(case, Case)).items() if count > 1]
+    if twice:
+        raise UnusableSuite(f"{_where(suite)}: cases() gave two cases with the id {twice[0]}; name them apart")
+    wrong = next((case for case in cases if not isinstance(case, Case) or case.suite != name), None)
+    if wrong is not None:
+        raise UnusableSuite(f"{_where(suite)}: cases() gave {wrong!r}, which is no case of suite {name}; set its suite")
+    return cases
+
+
+def asked(suite: Suite, ask: Callable[[], Answer], what: str) -> Answer:
+    """What a suite answers before anything is measured.
+
+    Raises
+    ------
+    UnusableSuite
+        If a suite of somebody else fails.
+    UserError
+        What the suite itself refuses.
+    """
     try:
-        cases = list(suite.cases(options))
+        return ask()
     except UserError:
         raise
     except Exception as error:
         if _is_ours(suite):
             raise
         raise UnusableSuite(
-            f"{_where(suite)}: cases() failed ({in_a_line(error)}); correct it, or leave the suite out"
+            f"{_where(suite)}: {what} failed ({in_a_line(error)}); correct it, or leave the suite out"
         ) from error
-    if not cases:
-        raise UnusableSuite(
-            f"{_where(suite)}: cases() gave no case; give at least one, or raise a UserError that says why"
-        )
-    wrong = next((case for case in cases if not isinstance(case, Case) or case.suite != name), None)
-    if wrong is not None:
-        raise UnusableSuite(f"{_where(suite)}: cases() gave {wrong!r}, which is no case of suite {name}; set its suite")
-    return cases
 
 
 def usable_cases(name: str, options: Options) -> list[Case]:

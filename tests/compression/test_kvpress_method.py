@@ -345,3 +345,27 @@ def test_attention_functions_are_restored_after_an_error() -> None:
     with pytest.raises(ValueError, match="mine"), attention_patch():
         raise ValueError("mine")
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "keep_ratio", "told"),
+    [
+        ("SnapKV", {}, 0.3, "60 tokens stay, fewer than the press' window of 64"),
+        ("SnapKV", {}, 0.5, None),
+        ("SnapKV", {}, 1.0, None),
+        # the press inside a wrapper decides
+        ("AdaKV", {}, 0.3, "60 tokens stay, fewer than SnapKV's window of 64"),
+        ("AdaKV", {"press": {"name": "SnapKV", "window_size": 16}}, 0.3, None),
+        ("AdaKV", {"press": "Knorm"}, 0.3, None),
+        ("StreamingLLM", {}, 0.02, "4 tokens stay, no more than the 4 sinks of StreamingLLM"),
+        ("KeyRerotation", {}, 0.02, "no more than the 4 sinks of StreamingLLM"),
+        ("ExpectedAttention", {"n_sink": 60}, 0.3, "60 tokens stay, no more than the 60 sinks"),
+        # channels go, and all tokens stay
+        ("ThinK", {}, 0.1, None),
+    ],
+)
+def test_a_press_that_is_something_else_at_this_size_says_so(
+    name: str, params: dict[str, Any], keep_ratio: float, told: str | None
+) -> None:
+    caveat = KvpressMethod.create(name, keep_ratio=keep_ratio, **params).caveat(200)
+    assert caveat is None if told is None else told in str(caveat)

@@ -160,6 +160,24 @@ def test_sizes_below_which_a_policy_is_something_else() -> None:
     assert get_policy("streaming_llm").caveat(10) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "length", "told"),
+    [
+        ("h2o", {"keep_ratio": 0.5, "recent_share": 1.0}, 40, "20 tokens stay, all of them the most recent"),
+        ("h2o", {"keep_ratio": 0.5}, 40, None),
+        ("tova", {"keep_ratio": 0.02}, 60, "1 token stays, the last one"),
+        ("tova", {"keep_ratio": 0.05}, 60, None),
+        ("fix_size_l2", {"size": 32, "keep_ratio": 1.0}, 100, "all of the 32 tokens that stay are protected"),
+        ("fix_size_l2", {"size": 32, "keep_ratio": 1.0}, 32, None),
+        ("streaming_llm", {"start_size": 0, "recent_size": 32}, 100, "no sinks stay"),
+        ("recent_only", {"window": 1}, 100, None),
+    ],
+)
+def test_a_method_that_is_another_one_at_this_size_says_so(name, parameters, length, told) -> None:
+    caveat = get_policy(name, **parameters).caveat(length)
+    assert caveat is None if told is None else told in caveat
+
+
 def test_a_group_of_query_heads_shares_its_key_head() -> None:
     query, keys, _ = prompt(9)
     wide = keys.repeat_interleave(HEADS // KV_HEADS, dim=0)

@@ -140,3 +140,23 @@ def test_an_engine_that_is_a_module_is_in_it(site: Path) -> None:
 def test_packages_that_measure_nothing_of_a_run_are_not_in_it(site: Path) -> None:
     assert hashed(case_of(policy="snapkv"), case_of(policy="kvpress:SnapKV"), case_of(suite="by hand")) == {}
     assert set(code_hashes(site, [], cases=[case_of()])) == {"kvsuite"}
+
+
+def test_a_name_space_that_others_share_is_not_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "shared/mine/policy.py": "LIMIT = 1\n", "shared/others/big.py": "X = 1\n",
+        "mine-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n",
+        "mine-1.0.dist-info/entry_points.txt": "[kvsuite.policies]\nspaced = shared.mine.policy:Policy\n",
+        "mine-1.0.dist-info/RECORD": "shared/mine/policy.py,,\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    find.cache_clear()
+    before = hashed(case_of(policy="spaced"))
+    (tmp_path / "shared/others/big.py").write_text("X = 2\n")
+    assert hashed(case_of(policy="spaced")) == before
+    (tmp_path / "shared/mine/policy.py").write_text("LIMIT = 2\n")
+    assert hashed(case_of(policy="spaced")) != before
+    find.cache_clear()

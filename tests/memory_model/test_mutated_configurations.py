@@ -75,11 +75,13 @@ ANYTHING = st.one_of(
 )
 
 
-def predicted(content: str | bytes, engine: str = "nano", *more: str) -> tuple[int, str, str]:
+def predicted(
+    content: str | bytes, engine: str = "nano", *more: str, name: str = "config.json"
+) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``predict`` on a folder with that ``config.json``."""
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
+        path = Path(folder) / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["predict", "--model", folder, "--engine", engine, "--space", "ctx=256;chunk=64", *more])
@@ -144,6 +146,25 @@ def test_a_field_that_is_missing_is_a_table_or_one_line(base: str, data: st.Data
     assert is_clean(predicted(json.dumps(content)))
 
 
+CHAT: dict[str, Any] = {
+    "model_type": "llama", "quantization": "q4f16_1", "context_window_size": 4096, "sliding_window_size": -1,
+    "prefill_chunk_size": 96,
+}  # fmt: skip
+INNER = LLAMA | {"prefill_chunk_size": 96, "tensor_parallel_shards": 1, "context_window_size": 4096}
+
+
+@given(inner=st.booleans(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_anything_in_the_configuration_of_mlc_is_a_table_or_one_line(inner: bool, data: st.DataObject) -> None:
+    part = dict(INNER if inner else CHAT)
+    field = data.draw(st.sampled_from(sorted(part)))
+    part[field] = data.draw(ANYTHING)
+    content = CHAT | {"model_config": part} if inner else part | {"model_config": INNER}
+    found = predicted(json.dumps(content), "mlc", name="mlc-chat-config.json")
+    # a weight format that MLC does not have is no matter of the file's form
+    assert is_clean(found) or (field == "quantization" and "no weight format of MLC" in found[2])
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (
@@ -183,6 +204,10 @@ def test_any_file_is_one_line(content: str | bytes) -> None:
         ({"model_type": ""}, "model_type="),
         ({"text_config": []}, "text_config="),
         ({"text_config": 0}, "text_config=0"),
+        ({"num_kv_shared_layers": 3}, "num_kv_shared_layers=3 leaves no layer"),
+        ({"full_attn_idxs": [1, 3]}, "full_attn_idxs names layer 3 of 3"),
+        ({"no_rope_layers": [1, 2, 0]}, "no_rope_layers has 2"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 3 layers"),
     ],
 )
 def test_the_line_names_the_value(changes: dict[str, Any], field: str) -> None:

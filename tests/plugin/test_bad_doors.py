@@ -16,6 +16,8 @@ nosuite = acme:NoSuite
 abstract = acme:Abstract
 empty = acme:Empty
 late = acme:Late
+twins = acme:Twins
+strict = acme:Strict
 fine = acme:Fine
 
 [kvsuite.engines]
@@ -68,6 +70,20 @@ class Empty(Fine):
         return []
 
 
+class Twins(Fine):
+    name = "twins"
+
+    def cases(self, options):
+        return super().cases(options) * 2
+
+
+class Strict(Fine):
+    name = "strict"
+
+    def check(self, options):
+        raise LookupError("no list\\nof mine")
+
+
 class Late(Fine):
     name = "late"
 
@@ -89,6 +105,10 @@ class Abstract(Fine.__base__):
 def pytest_kvsuite_suites(config):
     return [NoSuite, 5, Abstract, Hooked, Fine]
 """
+FORGETS = """
+def pytest_kvsuite_suites(config):
+    pass
+"""
 RAISES = """
 def pytest_kvsuite_suites(config):
     raise OSError("no disk\\nhere")
@@ -108,6 +128,7 @@ TOLD = (
     "acme: entry point kvsuite.suites, nosuite = acme:NoSuite: is no subclass of kvsuite.suites.suite.Suite; name a class",
     "acme: entry point kvsuite.suites, abstract = acme:Abstract: lacks cases, measure; define what",
     "acme: entry point kvsuite.metrics, bad = acme:NoSuite: <class 'acme.NoSuite'> is no Metric; name",
+    "acme: entry point kvsuite.suites, strict = acme:Strict: check() failed (LookupError: no list); correct it",
     "zeta: entry point kvsuite.suites, fine = acme:Empty: the name fine is taken by acme (acme:Fine); rename it",
     "zeta: entry point kvsuite.engines, plain = acme:nothing: the name plain is taken by acme (acme:nothing); rename it",
     "zeta: entry point kvsuite.policies, knorm = acme:nothing: the name knorm is taken by kvsuite (",
@@ -117,6 +138,7 @@ HOOKS = (
     "conftest.py: pytest_kvsuite_suites: 5: is no subclass of kvsuite.suites.suite.Suite; name a class",
     "conftest.py: pytest_kvsuite_suites: conftest:Abstract: lacks cases, measure; define what",
     "conftest.py: pytest_kvsuite_suites: acme:Fine: the name fine is taken by acme: entry point kvsuite.suites, fine =",
+    "forgetful/conftest.py: pytest_kvsuite_suites: failed (TypeError: it returned None); return a list of suites from it",
     "pytest_kvsuite_suites: failed (OSError: no disk); return a list of suites from it",
 )
 
@@ -139,13 +161,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All of them in one run, beside a suite of ours."""
     folder = copy_benchmarks(tmp_path_factory.mktemp("project"), conftest=CONFTEST)
-    names = ("fine", "empty", "late", "gone", "hooked", "halfway")
+    (folder / "forgetful").mkdir()
+    (folder / "forgetful" / "conftest.py").write_text(FORGETS)
+    (folder / "forgetful" / "test_less.py").write_text("import pytest\n" + TEST.format("strict"))
+    names = ("fine", "empty", "late", "twins", "gone", "hooked", "halfway")
     (folder / "test_theirs.py").write_text("import pytest\n" + "".join(map(TEST.format, names)))
     (folder / "raising").mkdir()
     (folder / "raising" / "conftest.py").write_text(RAISES)
     (folder / "raising" / "test_more.py").write_text("import pytest\n" + TEST.format("unheard"))
     return run_pytest(
-        folder, *TINY, "raising/test_more.py", "test_theirs.py", "benchmarks/test_compression.py",
+        folder, *TINY, "raising/test_more.py", "forgetful/test_less.py", "test_theirs.py", "benchmarks/test_compression.py",
         "-k", "not recent and not streaming", "-rE", PYTHONPATH=str(site),
     )  # fmt: skip
 
@@ -158,7 +183,7 @@ def test_each_is_one_line_at_the_start_of_the_run(run: Run, line: str) -> None:
 
 
 def test_what_works_goes_on_working(run: Run) -> None:
-    assert set(run.rows()) == {"baseline", "fine", "hooked"}
+    assert set(run.rows()) == {"baseline", "fine", "hooked", "strict"}
     assert {row["status"] for row in run.rows().values()} == {"ok"}
 
 
@@ -171,6 +196,7 @@ def test_what_works_goes_on_working(run: Run) -> None:
             "late",
             "acme: entry point kvsuite.suites, late = acme:Late: cases() failed (LookupError: no table); correct it",
         ),
+        ("twins", "acme: entry point kvsuite.suites, twins = acme:Twins: cases() gave two cases with the id "),
         ("halfway", "conftest.py: pytest_kvsuite_suites: conftest:Abstract: lacks cases, measure; define what"),
         ("unheard", "kv_suite('unheard'): unknown suite; known: "),
     ],
@@ -179,6 +205,14 @@ def test_one_that_is_asked_for_is_an_error_that_says_why(run: Run, name: str, sa
     assert run.code == pytest.ExitCode.TESTS_FAILED
     (line,) = [one for one in run.said("ERROR ") if f"::test_{name}[unusable]" in one]
     assert said in line
+
+
+def test_an_engine_that_is_asked_for_ends_the_run_with_its_line(site: Path, tmp_path: Path) -> None:
+    run = run_pytest(copy_benchmarks(tmp_path / "project"), *TINY, "--kv-engine=plain", PYTHONPATH=str(site))
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (line,) = run.said("entry point kvsuite.engines, plain = acme:nothing: cannot be imported (AttributeError: ")
+    assert line.endswith("; correct it, or uninstall acme")
+    assert not run.reports
 
 
 def test_a_run_that_does_not_use_kvsuite_is_told_nothing_of_suites(site: Path, tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def test_cases_come_from_the_marker_and_options_from_the_ini_file(run: Run) -> N
     assert line["options"]["recent_sizes"] == [4, 8]
     assert line["options"]["rounds"] == 2, "the environment comes before the ini file"
     assert {row["rounds"] for row in rows} == {2}
+    # what computes is known of the run, so that a later one can say what differs
+    assert list(line["environment"]["engines"]) == ["hf"]
+    assert line["environment"]["engines"]["hf"]["torch"] == line["environment"]["packages"]["torch"]
     for row in rows:
         validate("record", row, row["id"])
 

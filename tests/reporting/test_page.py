@@ -120,7 +120,7 @@ def test_cells_reasons_and_spreads(tmp_path, run, rows):
     assert cases["names"][0] == "baseline"
     assert columns["tpot_s"] | {"formula": ""} == {
         "key": "tpot_s", "title": "TPOT", "kind": "metric", "unit": "ms", "scale": 0.001, "decimals": 0, "better": "lower",
-        "group": "speed", "formula": "", "shown": True,
+        "group": "speed", "formula": "", "shown": True, "timed": True,
     }  # fmt: skip
     assert cases["spread"]["tpot_s"][0] == pytest.approx(4.302653 * 0.001 / 3**0.5 / 0.011, rel=1e-3)
     assert columns["kv_bytes_exact"]["unit"] == "MiB"

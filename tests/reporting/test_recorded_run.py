@@ -23,6 +23,7 @@ import pytest
 from kvsuite.__main__ import main
 from kvsuite.case import Case
 from kvsuite.options.resolve import default_options
+from kvsuite.reporting.noise import MARK, MEANING
 from kvsuite.suites.registry import cases_of
 
 RECORDED = Path(__file__).parents[1] / "data" / "recorded_run"
@@ -67,6 +68,8 @@ def cells(text: str) -> list[list[str]]:
     """The words of every line, without the lines between them."""
     for before, now in _RENAMED.items():
         text = text.replace(before, now)
+    # differences inside their noise are marked since, and a line says how
+    text = "\n".join(line.replace(MARK, "") for line in text.splitlines() if line != MEANING)
     return [_WORD.findall(line) for line in text.splitlines() if line.strip() and not _RULE.fullmatch(line)]
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvsuite.case import Case
+from kvsuite.distribution.plan import plan
 from kvsuite.engines.mlc.memory_model import MlcMemory
 from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.options.resolve import Options, default_options
+from kvsuite.suites import registry
 from kvsuite.suites.dse.cases import dse_cases, point_of
 from kvsuite.suites.footprint import Footprint
 from kvsuite.suites.registry import suite_named
 
 LLAMA = "dummy:Llama-3-8B"
+CONFIGURATIONS = Path(__file__).parents[1] / "data" / "configurations"
 
 
 def planned(engine: str, **options: str) -> tuple[Case, Options, Footprint]:
@@ -65,6 +70,27 @@ def test_an_engine_without_formulas_is_bounded_by_weights_and_cache() -> None:
     assert not found.is_whole
 
 
+def configured(name: str, tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text((CONFIGURATIONS / f"{name}.json").read_text())
+    return str(tmp_path)
+
+
+def test_a_cache_of_layers_that_differ_is_bounded_by_what_they_store(tmp_path: Path) -> None:
+    _, _, found = planned("hf", model=configured("gpt-oss-20b", tmp_path), quantization="none", dtype="float16")
+    # every other layer slides over 128 tokens, and holds one less than that
+    assert found.bytes == 12 * 8 * 2 * 64 * 2 * (2048 + 8) + 12 * 8 * 2 * 64 * 2 * 127
+    assert "the weight shapes of gpt_oss are not known" in str(found.reason)
+    # the weights come on top, so it may still be too large, but not said to be likely
+    assert [found.fits(size) for size in (1 << 10, 1 << 40)] == ["no", "unknown"]
+
+
+def test_where_neither_weights_nor_cache_are_known_there_is_no_number(tmp_path: Path) -> None:
+    _, _, found = planned("nano", model=configured("DeepSeek-V3", tmp_path), quantization="none", dtype="float16")
+    assert found.bytes is None
+    assert "the weight shapes of deepseek_v3 are not known" in str(found.reason)
+    assert "attends to latents" in str(found.reason)
+
+
 def test_a_format_that_mlc_does_not_have_has_a_reason() -> None:
     _, _, found = planned("mlc", quantization="none")
     assert found.reason == (
@@ -85,3 +111,22 @@ for engine in ("mlc", "nano", "hf"):
 print([name for name in ("torch", "transformers", "matplotlib") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_plan_asks_the_suite_of_a_case_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fifth(type(suite_named("compression"))):  # type: ignore[misc]
+        name = "fifth"
+
+        def footprint(self, case: Case, options: Options) -> Footprint:
+            return Footprint(bytes=5.0, is_whole=True, reason="by hand")
+
+    monkeypatch.setitem(registry._hooked, "fifth", Fifth())
+    options = default_options(model="dummy:tiny", device="cpu")
+    (ours, *_) = suite_named("compression").cases(options)
+    theirs = replace(ours, suite="fifth")
+    known, found = (one.memory for one in plan([ours, theirs], options, {}))
+    assert found == Footprint(bytes=5.0, is_whole=True, reason="by hand")
+    # one that says nothing of its own is bounded by weights and cache
+    architecture = architecture_of("dummy:tiny")
+    tokens = int(ours.workload["max_tokens"])
+    assert known.bytes == known.weight_bytes + tokens * architecture.kv_bytes_per_token(4)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIX = "kvpress:"
+# presses whose window stays whatever is scored
+_KEEPS_ITS_WINDOW = frozenset({"SnapKV", "PyramidKV"})
 # presses that multiply values with the output projection's weight matrix instead of calling the module
 _READS_OUTPUT_WEIGHT = frozenset({"CriticalKV", "CriticalAdaKV"})
 
@@ -91,16 +93,32 @@ class KvpressMethod:
 
     def caveat(self, prompt_tokens: int) -> str | None:
         """Why on a prompt of this length the press is something else than its name says, ``None`` if it is not."""
-        made = getattr(load_kvpress(), f"{self.info.name}Press", None)
-        known = {} if made is None else inspect.signature(made).parameters
-        default = known["window_size"].default if "window_size" in known else None
-        window = self.params.get("window_size", default)
-        if not isinstance(window, int) or not self.info.takes_ratio:
+        if not self.info.takes_ratio or self.keep_ratio == 1:
             return None
         kept = max(1, int(prompt_tokens * (1 - removed_from_keep(self.keep_ratio))))
-        if kept >= window:
-            return None
-        return f"{kept} tokens stay, fewer than the press' window of {window}, whose tokens all have the same score"
+        for name, params in self._presses():
+            made = getattr(load_kvpress(), f"{name}Press", None)
+            known = {} if made is None else inspect.signature(made).parameters
+            window, sinks = (
+                params.get(of, known[of].default) if of in known else 0 for of in ("window_size", "n_sink")
+            )
+            if name in _KEEPS_ITS_WINDOW and isinstance(window, int) and kept < window:
+                whose = "the press'" if name == self.info.name else f"{name}'s"
+                return (
+                    f"{kept} tokens stay, fewer than {whose} window of {window}, whose tokens all have the same score"
+                )
+            if isinstance(sinks, int) and 0 < sinks >= kept:
+                return f"{kept} tokens stay, no more than the {sinks} sinks of {name}: scores decide nothing"
+        return None
+
+    def _presses(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The press and those inside it, with their own parameters."""
+        yield self.info.name, self.params
+        for argument, usual in self.info.inner.items():
+            wanted = self.params.get(argument, usual)
+            for one in wanted if isinstance(wanted, list | tuple) else (wanted,):
+                fields = one if isinstance(one, Mapping) else {"name": one}
+                yield find_press(str(fields["name"])).name, fields
 
     @property
     def attention(self) -> Attention:

@@ -56,6 +56,22 @@ def default_json_chunk(architecture: Architecture) -> int | None:
     return None if most is None or limit is None else min(most, limit)
 
 
+def stored_shape(architecture: Architecture) -> Layer | str:
+    """Any layer, where MLC stores the same for each; else the reason why what it stores is not known."""
+    cache = architecture.cache
+    if isinstance(cache, str):
+        return cache
+    shape = architecture.shape
+    kinds = {layer.what for layer in cache.layers}
+    if any(layer.latent for layer in cache.layers):
+        return "what MLC stores of latent attention (MLA) is not modelled"
+    if shape is None or shape.recurrent or any(layer.attention == "chunked" for layer in cache.layers):
+        return f"what MLC stores of layers that differ is not modelled ({', '.join(sorted(kinds))})"
+    if len(kinds) > 1 and architecture.model_type not in _NO_WINDOW:
+        return f"what MLC stores of layers with different windows is not modelled ({', '.join(sorted(kinds))})"
+    return shape
+
+
 def tokens_per_sequence(case: Case) -> int:
     """Tokens that the pages have room for, by request: the context, or what a request and mlc_llm's own rule take."""
     needed = int(case.workload["prompt_tokens"]) + int(case.workload["max_new_tokens"]) + SPARE_TOKENS
@@ -215,19 +231,7 @@ class MlcMemory:
 
     @property
     def _shape(self) -> Layer | str:
-        """Any layer, where MLC stores the same for each; else the reason why what it stores is not known."""
-        cache = self.architecture.cache
-        if isinstance(cache, str):
-            return cache
-        shape = self.architecture.shape
-        kinds = {layer.what for layer in cache.layers}
-        if any(layer.latent for layer in cache.layers):
-            return "what MLC stores of latent attention (MLA) is not modelled"
-        if shape is None or shape.recurrent or any(layer.attention == "chunked" for layer in cache.layers):
-            return f"what MLC stores of layers that differ is not modelled ({', '.join(sorted(kinds))})"
-        if len(kinds) > 1 and self.architecture.model_type not in _NO_WINDOW:
-            return f"what MLC stores of layers with different windows is not modelled ({', '.join(sorted(kinds))})"
-        return shape
+        return stored_shape(self.architecture)
 
     @property
     def _estimated_token_bytes(self) -> float:

@@ -25,7 +25,7 @@ from kvsuite.models.smollm2 import cache_root
 from kvsuite.options.paths import expanded
 
 from .install import MlcInstall
-from .memory_model import MlcMemory, brings_config, point_memory, tokens_per_sequence
+from .memory_model import MlcMemory, brings_config, point_memory, stored_shape, tokens_per_sequence
 from .metrics import between
 from .models import Compiled, MlcModels, Overrides
 from .server import MlcServer, Settings
@@ -202,6 +202,8 @@ class MlcSession(Session):
         return tokens * self._architecture.kv_bytes_per_token(self._format.element_bytes)
 
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
+        if self._storage_unknown is not None:
+            return None
         return requests * self.full_kv_bytes(self._visible(prompt_tokens + new_tokens - 2))
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
@@ -213,7 +215,15 @@ class MlcSession(Session):
             return f"the copy bandwidth of {self.device} cannot be measured by torch"
         if isinstance(self._architecture.weights, str):
             return self._architecture.weights
-        return None
+        return self._storage_unknown
+
+    def planned_unknown(self) -> str:
+        return self._storage_unknown or super().planned_unknown()
+
+    @property
+    def _storage_unknown(self) -> str | None:
+        shape = stored_shape(self._architecture)
+        return shape if isinstance(shape, str) else None
 
     def memory_model(self, architecture: Architecture) -> MlcMemory:
         memory = point_memory(architecture, self._case, writes_config=self._models is not None)

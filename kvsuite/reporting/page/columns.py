@@ -44,6 +44,8 @@ class Column:
         Equal in the whole column, so that points align.
     shown
         Whether it is there before the reader chooses.
+    timed
+        Whether it is a time or made of times: differences inside the spread of its rounds are none.
     """
 
     key: str
@@ -56,6 +58,7 @@ class Column:
     group: str = "other"
     formula: str = ""
     shown: bool = False
+    timed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -111,6 +114,7 @@ def _metric_column(metric: Metric, values: Sequence[float], headline: bool) -> C
         better=metric.better,
         group=metric.plot_group,
         formula=metric.formula,
+        timed=metric.metric_class == "timed",
         # a column of nothing but reasons is told in one line instead
         shown=headline and bool(values),
     )

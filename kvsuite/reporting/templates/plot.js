@@ -7,6 +7,8 @@ const Q_FIRST = ['perplexity', 'ppl_ratio', 'kld', 'next_token_acc'];
 // from good to bad; told apart by lightness too
 const COLOURS = ['#0b5d8a', '#1f8a8c', '#59b26b', '#b9c74a', '#f2b134'];
 const [MOST_WHISKERS, MOST_LABELS, MOST_LISTED, REACH] = [200, 12, 30, 28];
+// kvsuite.reporting.noise
+const MOST_UNCERTAIN = 0.10;
 
 function drawn(tag, attributes, text) {
   const made = document.createElementNS(SVG, tag);
@@ -88,19 +90,34 @@ class TradeOff {
     return [found.sort((a, b) => a.x - b.x || a.y - b.y), lacking];
   }
 
-  /** Marks `best` on the points that no other one beats: sorted so that whatever beats a point comes before it. */
+  /**
+   * Marks `best` on the points that no other one beats. A time that is too uncertain makes no point the best, and one that is
+   * better by no more than the intervals of both together is not better; nor is a point beaten by such a time alone.
+   */
   judge(points) {
+    const names = ['x', 'y', 'q'];
+    const timed = names.map((name) => this.column(name)?.timed ?? false);
+    const halves = (point) => names.map((name, axis) => {
+      const share = timed[axis] ? this.data.spread[this.selects[name].value]?.[point.row] ?? Infinity : 0;
+      return { share, half: share ? share * Math.abs(point[name]) : 0 };
+    });
     const signs = ['x', 'y', 'q'].map((name) => (this.columns.get(this.selects[name].value)?.better === 'higher' ? -1 : 1));
     const costs = (point) => [signs[0] * point.x, signs[1] * point.y, signs[2] * point.q];
-    const sorted = points.map((point) => ({ point, cost: costs(point) }))
+    const sorted = points.map((point) => ({ point, cost: costs(point), half: halves(point) }))
       .sort((a, b) => a.cost[0] - b.cost[0] || a.cost[1] - b.cost[1] || a.cost[2] - b.cost[2]);
-    const front = [];
-    for (const one of sorted) {
-      const beaten = front.some((other) => other.cost.every((cost, axis) => cost <= one.cost[axis])
-        && other.cost.some((cost, axis) => cost < one.cost[axis]));
-      one.point.best = !beaten;
-      if (!beaten) front.push(one);
-    }
+    const certain = sorted.filter((one) => one.half.every(({ share }) => share <= MOST_UNCERTAIN));
+    for (const one of sorted) one.point.best = false;
+    // how far one is worse than another, beyond the noise of both
+    const worse = (one, other, axis) => {
+      const gap = one.cost[axis] - other.cost[axis];
+      return Math.abs(gap) <= Math.hypot(one.half[axis].half, other.half[axis].half) ? 0 : gap;
+    };
+    const front = certain.filter((one) => !certain.some((other) => {
+      const gaps = one.cost.map((_, axis) => worse(one, other, axis));
+      return gaps.every((gap) => gap >= 0) && gaps.some((gap) => gap > 0);
+    }));
+    for (const one of front) one.point.best = true;
+    this.uncertain = points.length - certain.length;
     return front.map((one) => one.point);
   }
 
@@ -228,7 +245,11 @@ class TradeOff {
     const q = this.column('q');
     this.legend.replaceChildren(
       element('span', { class: 'key best' }, `ringed: no other case is as good in all ${q ? 'three' : 'two'} and better in one `
-        + `(${count(front.length)} of ${count(points.length)})`));
+        + `beyond the noise of its rounds (${count(front.length)} of ${count(points.length)})`));
+    if (this.uncertain) {
+      this.legend.append(` · ${count(this.uncertain)} not ringed, their times are too uncertain to be put in order (95 % interval beyond `
+        + `${100 * MOST_UNCERTAIN} % of the mean, or a single round)`);
+    }
     if (q) this.legend.append(` · large and dark: better ${q.title}, by rank`);
     if (lacking) this.legend.append(` · ${count(lacking)} without one of the numbers`);
     if (points.length <= MOST_WHISKERS) this.legend.append(' · lines: 95 % interval of the mean, where there are rounds');

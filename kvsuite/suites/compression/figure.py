@@ -18,12 +18,14 @@ from kvsuite.reporting.aggregate import (
     value,
 )
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, fixed, house_style
+from kvsuite.reporting.noise import MARK, MOST_UNCERTAIN, inside_noise, is_uncertain
 
-from .rows import CONTROL, is_baseline, paired
+from .rows import CONTROL, baseline_for, is_baseline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 TITLE = "KV Cache Compression Benchmark Results"
 NAME = "benchmark_comparison"
@@ -89,9 +91,9 @@ PANELS = (
         "ttft_s",
         "TTFT / Prefill (lower is better)",
         "prefill + compression + first token",
-        "Milliseconds",
-        1e3,
-        lambda v: fixed(v, 1),
+        "Seconds",
+        1.0,
+        lambda v: fixed(v, 4),
         _ci("ttft_s"),
     ),
     Panel(
@@ -139,11 +141,12 @@ def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> 
 
 
 def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
-    """Build the figure from rows alone: 2 x 3 panels, bars in run order, each control beside its partner.
+    """Build the figure from rows alone: 2 x 3 panels, bars in the order of the rows, which is that of the space.
 
     Bars are headline values (medians of the rounds); whiskers are half the 95 % interval of the mean for timed
     metrics, one standard error for perplexity, fewest and most tokens of a layer for the cache. A case that did not
-    finish has no bar and is named below the panels.
+    finish has no bar and is named below the panels. A time that is too uncertain to be put in order with others is hatched,
+    and the number of one that differs from its baseline by no more than its noise has a mark before it.
 
     Raises
     ------
@@ -152,7 +155,7 @@ def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    labelled = paired(by_name(suite_rows(rows, "compression")))
+    labelled = by_name(suite_rows(rows, "compression"))
     finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
     with house_style():
         figure = Figure(figsize=(20, 12), layout="constrained")
@@ -161,11 +164,29 @@ def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
         figure.text(0.5, 0.958, "\n".join(heading), ha="center", va="top", fontsize=11)
         engine = figure.get_layout_engine()
         assert engine is not None
-        engine.set(rect=(0, 0, 1, 0.955 - 0.018 * len(heading)), h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
+        engine.set(rect=(0, 0, 1, 0.93 - 0.018 * len(heading)), h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
         for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             _draw(axes, panel, finished)
+        if finished:
+            below = (0.5, 0.96 - 0.018 * len(heading))
+            figure.legend(
+                handles=_colours(finished),
+                loc="upper center",
+                bbox_to_anchor=below,
+                fontsize=11,
+                ncols=5,
+                frameon=False,
+            )
         figure.text(0.01, -0.01, _caption(run, labelled), ha="left", va="top", fontsize=10)
     return figure
+
+
+#: what the colours mean, in the order of the legend
+_KINDS = {
+    GREY: "full cache", RED: "control: the last tokens alone", GREEN: "StreamingLLM: first and last tokens",
+    BLUE: "other methods",
+}  # fmt: skip
+_HATCH = "///"
 
 
 def colour(row: Row) -> str:
@@ -173,6 +194,20 @@ def colour(row: Row) -> str:
     if is_baseline(row):
         return GREY
     return {"streaming_llm": GREEN, CONTROL: RED}.get(str(row["case"]["policy"]), BLUE)
+
+
+def _colours(finished: Mapping[str, Row]) -> list[Patch]:
+    """The legend: the colours that are there, and what hatching means where there is any."""
+    from matplotlib.patches import Patch
+
+    there = {colour(row) for row in finished.values()}
+    found = [
+        Patch(facecolor=of, alpha=0.8, edgecolor="black", label=text) for of, text in _KINDS.items() if of in there
+    ]
+    if any(is_uncertain(row, panel.metric) for row in finished.values() for panel in PANELS):
+        text = f"time uncertain by more than {MOST_UNCERTAIN:.0%}: no order"
+        found.append(Patch(facecolor="white", edgecolor="black", hatch=_HATCH, label=text))
+    return found
 
 
 def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
@@ -184,13 +219,17 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
     if not heights:
         _say_why_empty(axes, panel, finished)
         return
-    axes.bar(
+    bars = axes.bar(
         [places[name] for name in heights],
         list(heights.values()),
         color=[colour(finished[name]) for name in heights],
         alpha=0.8,
         edgecolor="black",
     )
+    for name, bar in zip(heights, bars, strict=True):
+        if is_uncertain(finished[name], panel.metric):
+            bar.set_hatch(_HATCH)
+    texts = {name: _mark(finished, name, panel.metric) + panel.text(height) for name, height in heights.items()}
     found = {name: panel.whisker(finished[name]) for name in heights}
     whiskers = {name: (low * panel.scale, high * panel.scale) for name, (low, high) in _present(found)}
     if whiskers:
@@ -203,14 +242,14 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
             capsize=4,
         )
     floors = _draw_floors(axes, finished, places, panel.scale) if panel.metric == "tpot_s" else False
-    crowded = len(finished) > 8 and max(len(panel.text(height)) for height in heights.values()) > 5
+    crowded = len(finished) > 8 and max(map(len, texts.values())) > 5
     _limits(axes, panel, heights, whiskers, room=0.1 * (crowded + floors))
     for name, place in places.items():
         if name in heights:
             # a whisker over layers is far longer than the bar: the value stays at the bar, on a ground of its own
             beside = panel.whisker is _layers
             top = heights[name] + (0 if beside or name not in whiskers else whiskers[name][1])
-            _write(axes, place, top, panel.text(heights[name]), rotation=90 if crowded else 0, ground=beside)
+            _write(axes, place, top, texts[name], rotation=90 if crowded else 0, ground=beside)
         else:
             _write(axes, place, axes.get_ylim()[0], "n/a")
     axes.set_xlim(-0.6, len(finished) - 0.4)
@@ -218,6 +257,12 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
         range(len(finished)), list(finished), rotation=45, ha="right", rotation_mode="anchor", parse_math=False
     )
     axes.grid(axis="y", linestyle="--", alpha=0.3)
+
+
+def _mark(finished: Mapping[str, Row], name: str, metric: str) -> str:
+    row = finished[name]
+    base = baseline_for(row, list(finished.values()))
+    return MARK if base is not None and not is_baseline(row) and inside_noise(row, base, metric) else ""
 
 
 def _present(found: Mapping[str, Interval | None]) -> list[tuple[str, Interval]]:
@@ -320,7 +365,8 @@ def _caption(run: Mapping[str, Any], labelled: Mapping[str, Row]) -> str:
     lines = [
         "Bars: median of the rounds where timed. Whiskers: half the 95 % interval of the mean (throughput, TPOT, "
         "TTFT), 1 standard error (perplexity), fewest and most tokens of a layer (cache). "
-        f"Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}."
+        f"Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}.",
+        f"{MARK} before a number: it differs from that of the full cache by no more than the noise of the rounds.",
     ]
     failed = {name: row for name, row in labelled.items() if row["status"] != "ok"}
     if failed:

@@ -14,6 +14,7 @@ from kvsuite.reporting.aggregate import (
     suite_rows,
     value,
 )
+from kvsuite.reporting.noise import MARK, MEANING, inside_noise
 from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
@@ -82,20 +83,23 @@ def _changes(labelled: Mapping[str, Row]) -> list[RenderableType]:
         if row["status"] != "ok" or is_baseline(row) or base is None or base["status"] != "ok":
             continue
         tpot = change(value(row, "tpot"), value(base, "tpot"))
-        changes = [
-            change(value(row, "throughput"), value(base, "throughput")),
-            None if tpot is None else -tpot,
-            *(
-                change(value(row, metric), value(base, metric))
-                for metric in ("perplexity", "accuracy", "kv_bytes_exact")
-            ),
-        ]
-        lines.append((name, [_signed(number) for number in changes]))
+        numbers = {
+            "throughput": change(value(row, "throughput"), value(base, "throughput")),
+            "tpot": None if tpot is None else -tpot,
+        } | {
+            metric: change(value(row, metric), value(base, metric))
+            for metric in ("perplexity", "accuracy", "kv_bytes_exact")
+        }
+        lines.append(
+            (name, [MARK * inside_noise(row, base, metric) + _signed(number) for metric, number in numbers.items()])
+        )
     if lines:
+        noted = [MEANING] if any(cell.startswith(MARK) for _, cells in lines for cell in cells) else []
         first = max(25, *map(len, labelled))
         return [
             "Change against baseline (TPOT: 1 - x/b, positive is faster; all others: x/b - 1)",
             console.Sheet("Method", [console.Column(title, 10) for title in _CHANGES], lines, first, ruled=False),
+            *noted,
         ]
     if any(is_baseline(row) for row in rows):
         return ["Change against baseline: none; no other case finished beside a finished baseline"]

@@ -31,7 +31,8 @@ def point_footprint(case: Case, options: Options) -> Footprint:
         return replace(known, reason=str(error))
     return replace(
         known,
-        bytes=found.needed_at_least,
+        # buffers alone are no bound worth a number
+        bytes=found.needed_at_least if known.weight_bytes or found.allocation is not None else None,
         is_whole=found.needed is not None,
         share=1.0 if case.device_kind == "cpu" else predictor.share,
         reason="; ".join(found.reasons) or None,

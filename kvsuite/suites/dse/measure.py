@@ -105,7 +105,7 @@ def _memory(run: CaseRun, session: Session, found: MemoryPass) -> None:
     workload = run.case.workload
     shape = int(workload["prompt_tokens"]), int(workload["max_new_tokens"]), int(workload["batch"])
     planned = session.planned_kv_bytes(*shape)
-    put_memory(run, found, planned)
+    put_memory(run, found, planned, session.planned_unknown())
     weights = session.model["weights_bytes"]
     run.found.put("mem_weights_bytes", weights, reason="the engine fetches the weights itself")
     if reason := session.floor_unknown():

@@ -13,7 +13,7 @@ import torch
 from hf_sessions import LAYERS, TOKEN_BYTES, VOCAB, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
 from requests_served import memory_of, timed, times_of, tokens_of
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings
@@ -327,3 +327,40 @@ def test_a_session_serves_the_cases_of_one_model_and_gives_everything_back() -> 
     del on
     gc.collect()
     assert weights() is None
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "expected_attention"])
+def test_layers_without_rotary_positions_are_neither_unrotated_nor_rotated(policy: str, tmp_path: Path) -> None:
+    """The same as layers whose rotation turns by nothing, wherever keys are placed; beside one that does rotate."""
+    parameters = {"streaming_llm": {"start_size": 4, "recent_size": 28}, "expected_attention": {"keep_ratio": 0.5}}[
+        policy
+    ]
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, rotates in (("none", [0, 0]), ("by nothing", [1, 1]), ("mixed", [0, 1])):
+        config = SmolLM3Config(
+            num_hidden_layers=2, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=VOCAB, no_rope_layers=rotates, pad_token_id=0, initializer_range=0.15,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            SmolLM3ForCausalLM(config).save_pretrained(tmp_path / name)
+        for positions in ("original", "cache"):
+            chosen = {"policy": policy, "policy_params": parameters | {"positions": positions}}
+            of = nano(case(model=str(tmp_path / name), **chosen))
+            on = NanoSession(of, EngineSettings(threads=1))
+            if name == "by nothing":
+                on._loaded.model.model.rotary_emb.inv_freq.zero_()
+            on.prepare(of)
+            found[name, positions] = on.score(TEXT, "prefix-continuation", 40).nll
+            placed = [
+                layer
+                for group in on._runtime([ServeRequest(PROMPT, 4)]).groups
+                if group.places
+                for layer in group.layers
+            ]
+            assert placed == [layer for layer in (0, 1) if rotates[layer] and positions == "cache"]
+            on.close()
+    for positions in ("original", "cache"):
+        assert found["none", positions] == pytest.approx(found["by nothing", "original"], abs=1e-5)
+    assert found["mixed", "original"] != pytest.approx(found["mixed", "cache"], abs=1e-3)
+    assert found["mixed", "original"] != pytest.approx(found["none", "original"], abs=1e-3)

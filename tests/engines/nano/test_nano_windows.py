@@ -76,7 +76,7 @@ def test_chunks_of_a_text_longer_than_the_window(
     session = prepared(folder)
     assert len(WINDOWED) == len(NAMES)
     assert any(layer.window == WINDOW for layer in session._layers)
-    assert "compressed_layers" not in session.effective
+    assert "policy_layers" not in session.effective
     tokens = tokens_of(session, PROMPT, NEW)
     assert session.effective["max_num_batched_tokens"] == 11
     whole = session.score(TEXT, "streaming-decode", 0).nll
@@ -121,11 +121,11 @@ def test_a_policy_acts_on_the_layers_that_see_everything(positions: str, tmp_pat
         layer_types=["full_attention", "sliding_attention"] * 2,
     )  # fmt: skip
     session = prepared(tmp_path, **streaming(20, positions=positions))
-    assert session.effective["compressed_layers"] == [0, 2]
+    assert session.effective["policy_layers"] == [0, 2]
     found = memory_of(session, PROMPT, NEW)
     assert found.lengths_decode == [20, 49 - 32] * 2
     assert found.kv_bytes_decode == session.planned_kv_bytes(40, NEW)
-    assert session.effective["compressed_layers"] == [0, 2]
+    assert session.effective["policy_layers"] == [0, 2]
     scored = session.score(TEXT, "streaming-decode", 0).nll
     session.close()
     if positions == "cache":
@@ -159,7 +159,7 @@ def test_a_policy_without_a_layer_left_is_invalid_and_a_window_that_is_never_rea
         prepared(tmp_path, **streaming(8))
     workload = {"prompt_tokens": 8, "max_new_tokens": 7, "max_tokens": 16}
     session = prepared(tmp_path, **streaming(8), workload=workload)
-    assert "compressed_layers" not in session.effective
+    assert "policy_layers" not in session.effective
     assert memory_of(session, PROMPT[:8], 7).lengths_decode == [8] * 4
     session.close()
     with pytest.raises(CaseInvalid, match=r"17 tokens of the longest sequence"):

@@ -13,7 +13,8 @@ from kvsuite.suites.compression.table import comparison_legend
 
 GREY, GREEN, RED, BLUE = "#808080", "#2ecc71", "#e74c3c", "#3498db"
 THROUGHPUT, TPOT, TTFT, PERPLEXITY, VRAM, CACHE = range(6)
-ORDER = ["baseline", "recent_only_32", "streaming_32", "recent_only_64", "streaming_64"]
+# that of the rows, which is that of the space
+ORDER = ["baseline", "recent_only_32", "recent_only_64", "streaming_32", "streaming_64"]
 
 
 def bars(axes):
@@ -66,7 +67,7 @@ def test_figure_is_the_originals(run, rows):
     for fact in ("SmolLM2-135M", "cpu", "float32", "streaming-decode", "original", "192", "32", "rounds 3"):
         assert fact in subtitle
     assert [axes.get_ylabel() for axes in figure.axes] == [
-        "Tokens / Second", "Milliseconds", "Milliseconds", "PPL Score", "Memory (GB)", "Tokens"
+        "Tokens / Second", "Milliseconds", "Seconds", "PPL Score", "Memory (GB)", "Tokens"
     ]  # fmt: skip
     titles = [axes.get_title() for axes in figure.axes]
     assert [title.split(" ")[0] for title in titles] == ["Throughput", "TPOT", "TTFT", "Perplexity", "Peak", "KV"]
@@ -79,7 +80,7 @@ def test_bars_have_the_values_and_colours_of_the_rows(run, rows):
     for panel, metric, scale in [
         (THROUGHPUT, "output_tok_s", 1),
         (TPOT, "tpot_s", 1e3),
-        (TTFT, "ttft_s", 1e3),
+        (TTFT, "ttft_s", 1),
         (PERPLEXITY, "perplexity", 1),
         (CACHE, "cache_tokens_mean", 1),
     ]:
@@ -88,15 +89,41 @@ def test_bars_have_the_values_and_colours_of_the_rows(run, rows):
         assert [label.get_rotation() for label in axes.get_xticklabels()] == [45] * 5
         expected = [(x, cases[name]["metrics"][metric]["value"] * scale) for x, name in enumerate(ORDER)]
         assert bars(axes) == [pytest.approx(pair) for pair in expected]
-        assert [to_hex(patch.get_facecolor()) for patch in axes.containers[0]] == [GREY, RED, GREEN, RED, GREEN]
+        assert [to_hex(patch.get_facecolor()) for patch in axes.containers[0]] == [GREY, RED, RED, GREEN, GREEN]
         for patch in axes.containers[0]:
             assert patch.get_alpha() == 0.8
             assert to_hex(patch.get_edgecolor()) == "#000000"
         assert len(words(axes)) == 5
-    assert words(figure.axes[CACHE]) == ["224", "32", "45", "32", "64"]
-    assert words(figure.axes[THROUGHPUT]) == ["91.0"] * 5
-    assert words(figure.axes[TTFT]) == ["22.0"] * 5
+    assert words(figure.axes[CACHE]) == ["224", "32", "32", "45", "64"]
+    assert words(figure.axes[THROUGHPUT]) == ["91.0", *["≈91.0"] * 4]
+    assert words(figure.axes[TTFT]) == ["0.0220", *["≈0.0220"] * 4]
     assert all(text.get_fontsize() == 9 for text in figure.axes[TPOT].texts)
+
+
+def test_the_legend_says_what_colours_and_hatching_mean(run, rows, row):
+    assert [text.get_text() for text in build_figure(run, rows).legends[0].get_texts()] == [
+        "full cache",
+        "control: the last tokens alone",
+        "StreamingLLM: first and last tokens",
+        "time uncertain by more than 10%: no order",
+    ]
+    quiet = {"tpots": (0.01, 0.01001, 0.01002), "throughput": (90.0, 90.1, 90.2)}
+    alone = row("fix32", policy="fix_size_l2", **quiet)
+    for entry in (alone["metrics"]["ttft_s"], alone["metrics"]["e2e_s"]):
+        entry["ci95"] = [0.99 * entry["mean"], 1.01 * entry["mean"]]
+    assert [text.get_text() for text in build_figure(run, [alone]).legends[0].get_texts()] == ["other methods"]
+
+
+def test_a_time_that_is_too_uncertain_is_hatched(run, row):
+    cases = [
+        row("baseline", tpots=(0.0100, 0.0101, 0.0099)),
+        row("streaming_32", tpots=(0.0050, 0.0051, 0.0049)),
+        row("streaming_64", tpots=(0.0050, 0.0100, 0.0020)),
+        row("streaming_96", tpots=(0.0050,)),
+    ]
+    axes = build_figure(run, cases).axes[TPOT]
+    assert [patch.get_hatch() is not None for patch in axes.containers[0]] == [False, False, True, True]
+    assert [text.startswith("≈") for text in words(axes)] == [False, False, True, True]
 
 
 def test_timed_whiskers_are_half_the_interval_of_the_mean(run, rows):
@@ -138,7 +165,7 @@ def test_perplexity_whiskers_and_range(run, rows):
 
 
 def test_cache_whiskers_only_where_layers_differ(run, rows):
-    assert whiskers(build_figure(run, rows).axes[CACHE]) == [pytest.approx((2, 32, 224))]
+    assert whiskers(build_figure(run, rows).axes[CACHE]) == [pytest.approx((3, 32, 224))]
 
 
 def test_vram_in_gib(run, row):
