@@ -163,11 +163,10 @@ def test_an_engine_finds_what_transformers_finds_or_says_why_not(
     assert found[2] == pytest.approx(expected[2], abs=1e-4)
 
 
-def keeping_all(engine: str, folder: Path, positions: str) -> Case:
-    """A policy whose budget is longer than the text: nothing is evicted, and everything passes through it."""
+def policy_case(engine: str, folder: Path, recent: int, positions: str) -> Case:
     return Case(
-        suite="compression", engine=engine, model=str(folder), name="streaming_64", device="cpu", dtype="float32",
-        policy="streaming_llm", policy_params={"start_size": 4, "recent_size": 60, "positions": positions},
+        suite="compression", engine=engine, model=str(folder), name=f"recent_{recent}", device="cpu", dtype="float32",
+        policy="recent_only", policy_params={"window": recent, "positions": positions},
         workload={"prompt_tokens": len(PROMPT), "max_new_tokens": NEW},
     )  # fmt: skip
 
@@ -176,24 +175,31 @@ def keeping_all(engine: str, folder: Path, positions: str) -> Case:
     ("engine", "architecture"),
     [row(engine, each, POLICY_NOT_YET) for each in ZOO for engine in SESSIONS if getattr(each, engine) is None],
 )
-def test_a_policy_that_evicts_nothing_changes_nothing_or_is_invalid(
+def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
     engine: str, architecture: Architecture, folder_of: Callable[[Architecture], Path]
 ) -> None:
+    """A budget longer than the text changes no loss. With a shorter one the last tokens are kept, whose distances are those of
+    their places: where distances alone matter, keys that are turned to their places see the same."""
     folder = folder_of(architecture)
     layers = layers_of(architecture.configured().to_dict())
-    expected = plain(folder)[1][: len(SHORT) - 1]
-    original, turned = (keeping_all(engine, folder, positions) for positions in ("original", "cache"))
-    # for `original` nothing may stand against a plain model, for `cache` only what turns otherwise or not at all
+    # nothing may stand against a policy on a plain model, and against places only what turns otherwise or not at all
     turns = layers.positions == "rotary" and layers.switch_length is None and layers.learned_length is None
-    session = SESSIONS[engine](original, EngineSettings(threads=1))
+    all_kept = policy_case(engine, folder, 60, "original")
+    session = SESSIONS[engine](all_kept, EngineSettings(threads=1))
+
+    def scored(case: Case, must: bool) -> list[float] | None:
+        try:
+            session.prepare(case)
+            return session.score(SHORT, "streaming-decode", 0).nll
+        except CaseInvalid:
+            assert not must
+            return None
+
     try:
-        for case, must in ((original, layers.plain), (turned, layers.plain and turns)):
-            try:
-                session.prepare(case)
-                found = session.score(SHORT, "streaming-decode", 0).nll
-            except CaseInvalid:
-                assert not must
-            else:
-                assert found == pytest.approx(expected, abs=1e-4)
+        found = scored(all_kept, layers.plain)
+        assert found is None or found == pytest.approx(plain(folder)[1][: len(SHORT) - 1], abs=1e-4)
+        turned = scored(policy_case(engine, folder, 12, "cache"), layers.plain and turns)
+        if turned is not None:
+            assert turned == pytest.approx(scored(policy_case(engine, folder, 12, "original"), True), abs=1e-4)
     finally:
         session.close()
