@@ -101,8 +101,8 @@ class Judge:
         change: float | None = None
         gate = "" if rule is None or math.isinf(rule.limit.amount) else rule.text
 
-        def verdict(word: Word, note: str = "") -> Verdict:
-            return Verdict(case.id, name, first.unit, base, now, change, word, gate, note)
+        def verdict(word: Word, note: str = "", lacked: float = 0.0, varied: float = 0.0) -> Verdict:
+            return Verdict(case.id, name, first.unit, base, now, change, word, gate, note, lacked, varied)
 
         if old is None or base is None:
             return verdict("information", "the base has none")
@@ -117,8 +117,8 @@ class Judge:
         if first.kind == "timed":
             if case.settings or first.pooled:
                 return verdict("information", case.settings or f"pooled over rounds ({first.pooled})")
-            word, note = self._timed(case, name, old, new, rule)
-            return verdict(word, note)
+            word, note, lacked, varied = self._timed(case, name, old, new, rule)
+            return verdict(word, note, lacked, varied)
         if base == now:
             return verdict("same")
         worse_by = now - base if first.better == "lower" else base - now
@@ -132,31 +132,30 @@ class Judge:
         word = "regression" if broken else "worse" if worse_by > 0 else "better"
         return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}")
 
-    def _timed(self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None) -> tuple[Word, str]:
+    def _timed(
+        self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None
+    ) -> tuple[Word, str, float, float]:
+        """Verdict and reason; what of its speed the machine lacked, and how it varied, where they made the noise wider."""
         found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.machine)
         base = old.value or 0.0
         if found is None:
-            return _without_noise(base, new.value or 0.0, old, min(old.n or 1, new.n or 1), rule)
+            return *_without_noise(base, new.value or 0.0, old, min(old.n or 1, new.n or 1), rule), 0.0, 0.0
         worse_by = found.change * base * (1 if old.better == "lower" else -1)
         broken = rule is not None and rule.limit.exceeded(base, worse_by, "timed")
         band = f"noise {_band_text(found.low, found.high)}"
         if not found.measured:
             band += ", assumed for so few processes"
-        if found.alone:
-            machine = case.machine
-            if max(machine.lacks) > _BUSY:
-                band += f", on a machine that lacked {max(machine.lacks):.0%} of its speed"
-            if machine.varies > MAX_CV:
-                band += f", whose speed varied by {machine.varies:.0%}"
+        lacked, varied = max(case.machine.lacks), case.machine.varies
+        machine = lacked if found.alone and lacked > _BUSY else 0.0, varied if found.alone and varied > MAX_CV else 0.0
         if found.real:
-            return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}"
+            return "regression" if broken else "worse" if worse_by > 0 else "better", f"outside {band}", *machine
         if broken:
-            return "unstable", f"inside {band}"
+            return "unstable", f"inside {band}", *machine
         if found.cv > MAX_CV:
-            return "unstable", f"rounds vary by {found.cv:.0%}, {band}"
+            return "unstable", f"rounds vary by {found.cv:.0%}, {band}", *machine
         if found.alone and case.machine.noise > MAX_CV:
-            return "unstable", band
-        return "same", band
+            return "unstable", band, *machine
+        return "same", band, *machine
 
 
 def _without_noise(base: float, now: float, old: Entry, fewest: int, rule: Rule | None) -> tuple[Word, str]:

@@ -78,6 +78,7 @@ def comparison_text(
             cells = (names[row.case], *_cells(row))
             table.add_row(*(Text(visible(cell)) for cell in cells), style=_STYLES[row.verdict])
         shown.append(table)
+    shown += [lines([line]) for line in _machine(rows)]
     left_out = len(result.rows) - len(rows)
     if left_out:
         shown.append(lines([f"{left_out} more rows that matter less: {more}"]))
@@ -105,6 +106,7 @@ def comparison_markdown(result: Comparison, *, everything: bool = False) -> str:
         for row in rows:
             cells = [names[row.case], *_cells(row)]
             text.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+        text += ["", *map(_escaped, _machine(rows))]
         left_out = len(result.rows) - len(rows)
         text += ["", f"{left_out} more rows that matter less: --all shows them"] if left_out else []
         text += ["", "</details>"]
@@ -135,6 +137,17 @@ def _cells(row: Verdict) -> tuple[str, str, str, str, str, str]:
     before, after = ("", "") if row.metric == STATUS else number_pair(row.base, row.now, row.unit)
     reason = "; ".join(part for part in (row.rule, row.note) if part)
     return row.metric, before, after, change_text(row.change), row.verdict, reason
+
+
+def _machine(rows: Sequence[Verdict]) -> list[str]:
+    """What the machine was like, once for all rows whose noise it made wider."""
+    slowed = [row for row in rows if row.machine]
+    if not slowed:
+        return []
+    lacked, varied = max(row.lacked for row in slowed), max(row.varied for row in slowed)
+    words = [f"lacked up to {lacked:.0%} of its speed"] if lacked else []
+    words += [f"had a speed that varied by up to {varied:.0%}"] if varied else []
+    return [f"the machine {' and '.join(words)}, which makes the noise of {len(slowed)} of these times wider"]
 
 
 def _lists(result: Comparison) -> list[str]:

@@ -34,6 +34,8 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         The rule that gates the metric, empty without.
     note
         Why, in words.
+    lacked, varied
+        Share of its speed that the machine of a side lacked, and by which its speed varied, where that made the noise wider.
     """
 
     case: str
@@ -45,6 +47,19 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     verdict: Word
     rule: str = ""
     note: str = ""
+    lacked: float = 0.0
+    varied: float = 0.0
+
+    @property
+    def machine(self) -> str:
+        """What the note ends in where the machine made the noise wider."""
+        lacked = f", on a machine that lacked {self.lacked:.0%} of its speed" if self.lacked else ""
+        return lacked + (f", whose speed varied by {self.varied:.0%}" if self.varied else "")
+
+    @property
+    def why(self) -> str:
+        """The note, with what the machine was like."""
+        return self.note + self.machine
 
     @property
     def line(self) -> str:
@@ -53,7 +68,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
         values = str(self.change) if self.metric == STATUS else f"{before} -> {after} ({change_text(self.change)})"
         parts = [f"{self.case}: {self.metric} {values}", self.verdict]
         parts += [f"rule {self.rule}"] if self.rule else []
-        parts += [self.note] if self.note else []
+        parts += [self.why] if self.why else []
         return visible("; ".join(parts))
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +82,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
             "change": _finite(self.change) if isinstance(self.change, float) else self.change,
             "verdict": self.verdict,
             "rule": self.rule,
-            "note": self.note,
+            "note": self.why,
         }
 
 

@@ -142,7 +142,7 @@ def test_a_busy_machine_is_allowed_for_however_many_runs_the_base_has(runs: int)
         result = compare(side(*[[quiet]] * runs), side([now]), parse_rules("tpot:+5%"))
         (row,) = [row for row in result.rows if row.metric == "tpot_s"]
         assert (row.verdict, result.failures) == ("unstable", [])
-        assert "on a machine that lacked 50% of its speed" in row.note
+        assert "on a machine that lacked 50% of its speed" in row.why
     # as fast as before in the median, and now and then three times slower
     uneven = {"host_probe_s": [0.004] * 6 + [0.012] * 4, "tpot_s": [1.6 * one for one in times]}
     (row,) = [
@@ -151,7 +151,7 @@ def test_a_busy_machine_is_allowed_for_however_many_runs_the_base_has(runs: int)
         if row.metric == "tpot_s"
     ]
     assert row.verdict == "unstable"
-    assert "whose speed varied by " in row.note
+    assert "whose speed varied by " in row.why
     # with as many on both sides the spread of the processes says it all
     slow = record("a", {"tpot_s": [2 * one for one in times], "host_wait_share": 0.5})
     assert bool(compare(side(*[[quiet]] * runs), side(*[[slow]] * runs), RULES).failures) == (runs > 1)
@@ -206,12 +206,12 @@ def test_the_row_says_what_the_machine_lacked_and_how_it_varied() -> None:
             if row.metric == "tpot_s"
         )
         assert row.verdict == "unstable"
-        assert said in row.note
+        assert said in row.why
     # probes of two interpreters are two probes
     rows = compare(probed(steady, "CPython 3.12.3"), probed(slow, "CPython 3.13.0"), RULES).rows
     (row,) = (row for row in rows if row.metric == "tpot_s")
     assert row.verdict == "same"
-    assert "lacked" not in row.note
+    assert "lacked" not in row.why
 
 
 @pytest.mark.parametrize("processes", [1, 2])

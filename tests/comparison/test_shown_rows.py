@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from kvsuite.comparison.tables import SCREEN_ROWS, shown_rows
+from comparison_samples import record, side
+
+from kvsuite.comparison.compare import compare
+from kvsuite.comparison.rules import parse_rules
+from kvsuite.comparison.tables import SCREEN_ROWS, comparison_markdown, comparison_text, shown_rows
 from kvsuite.comparison.verdicts import Verdict, Word
 
 HEADLINE = ("perplexity", "ttft_s", "tpot_s", "decode_tok_s_agg", "kv_bytes_exact", "next_token_acc")
@@ -32,3 +36,17 @@ def test_five_cases_fit_a_screen_and_no_regression_is_left_out() -> None:
     assert len(shown_rows(rows)) == SCREEN_ROWS
     broken = [verdict(f"case{k}", f"m{n}", "regression", 0.5) for k in range(5) for n in range(10)]
     assert shown_rows([*rows, *broken]) == broken
+
+
+def test_what_the_machine_was_like_is_said_once() -> None:
+    times = [0.01, 0.0101, 0.0099, 0.01, 0.0102, 0.01, 0.01]
+    quiet = [record(f"case{k}", {"tpot_s": times, "host_wait_share": 0.0}) for k in range(5)]
+    slow = [
+        record(f"case{k}", {"tpot_s": [2 * one for one in times], "host_wait_share": 0.5 + k / 100}) for k in range(5)
+    ]
+    result = compare(side(quiet), side(slow), parse_rules("tpot:+5%"))
+    for text in (comparison_text(result), comparison_markdown(result)):
+        assert text.count(" of its speed") == 1
+        assert "lacked up to 54% of its speed" in text
+    # each row of the file has its own
+    assert sum("lacked 5" in row["note"] for row in result.to_dict()["rows"]) == 5
