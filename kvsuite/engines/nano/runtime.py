@@ -13,6 +13,7 @@ from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.quantization.packed import PackedWeight
@@ -123,7 +124,8 @@ class RuntimeHolder:
 
     def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
         rotation = None
-        if policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None):
+        turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
+        if turns and not without_positions(self._loaded.text_config):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
         options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
