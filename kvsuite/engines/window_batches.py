@@ -141,7 +141,13 @@ def _free_tokens(model: Any, device: torch.device) -> int:
         return 8 * _CPU_BATCH_TOKENS
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
-    wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    wide = feed_forward_width(config)
     per_token = (16 * hidden + 4 * wide) * int(model.dtype.itemsize)
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, min(_MOST_BATCH_TOKENS, free // 4 // per_token))
+
+
+def feed_forward_width(config: Any) -> int:
+    """The widest feed-forward part of a language model: Gemma 3n has one for each layer, GPT-2 need not say its own."""
+    found = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(found) if isinstance(found, list) else int(found)

@@ -109,6 +109,12 @@ def learned_positions(text_config: Any) -> int | None:
     return None if known is None else known.learned_length
 
 
+def without_positions(text_config: Any) -> bool:
+    """Whether the model tells its tokens apart by nothing but the causal mask: there is nothing to turn then."""
+    known = _known_layers(text_config)
+    return known is not None and known.positions == "none"
+
+
 def _known_layers(text_config: Any) -> ModelLayers | None:
     """What the configuration says of the layers, ``None`` where it does not tell."""
     try:

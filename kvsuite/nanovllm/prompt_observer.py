@@ -86,9 +86,9 @@ class PromptObserver:
 
     def turn(self, layer: int) -> Turn | None:
         """`rotate` for a layer, where there is something to rotate with; nothing turns where the model does not rotate."""
-        if self._rotation is None:
-            return None
-        return self.rotate if self._where[layer][2].group.rotary else _unturned
+        if not self._where[layer][2].group.rotary:
+            return _unturned
+        return None if self._rotation is None else self.rotate
 
     def see(self, layer: int, query: Tensor, scale: float, batch: StepBatch) -> None:
         """Take the queries ``[T, heads, head_dim]`` of one layer."""

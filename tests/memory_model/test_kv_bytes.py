@@ -85,7 +85,7 @@ def test_they_are_predicted_or_the_reason_is_told(
     ("name", "nano", "mlc"),
     [
         ("DeepSeek-V3", "attends to latents", "latent attention"),
-        ("Qwen3-Next-80B-A3B", "(linear_attention) is no attention alone", "layers that differ"),
+        ("Qwen3-Next-80B-A3B", "(linear_attention) is not one of keys and values of its own", "layers that differ"),
         (
             "Llama-4-Scout",
             "attends by chunks",

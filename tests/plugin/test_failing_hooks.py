@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pytest_runs import TINY, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, copy_benchmarks, run_pytest
 
 from kvsuite.store.validate import validate
 
@@ -33,8 +33,8 @@ class Beside:
         record.effective["rack"] = "b12"
 
 
-def pytest_configure(config):
-    config.pluginmanager.register(Beside(), "beside")
+def pytest_sessionstart(session):
+    session.config.pluginmanager.register(Beside(), "beside")
 
 
 def pytest_kvsuite_update_record(config, record):
@@ -55,8 +55,7 @@ def pytest_kvsuite_update_record(config, record):
     ids=["raises", "NaN", "set", "schema"],
 )
 def test_a_record_that_a_hook_spoils_is_kept_as_it_was_measured(tmp_path: Path, spoils: str, said: str) -> None:
-    folder = copy_benchmarks(tmp_path)
-    (folder / "conftest.py").write_text(BESIDE.format(spoils=spoils))
+    folder = copy_benchmarks(tmp_path, conftest=NO_FIGURES + BESIDE.format(spoils=spoils))
     run = run_pytest(folder, *FEW)
     assert run.code == pytest.ExitCode.TESTS_FAILED
     assert run.said("1 failed, 1 passed")
@@ -76,10 +75,8 @@ def test_a_record_that_a_hook_spoils_is_kept_as_it_was_measured(tmp_path: Path, 
 
 
 def test_a_hook_that_ends_the_run_loses_no_row(tmp_path: Path) -> None:
-    folder = copy_benchmarks(tmp_path)
-    (folder / "conftest.py").write_text(
-        "import pytest\ndef pytest_kvsuite_update_record():\n    pytest.exit('enough', returncode=9)\n"
-    )
+    ends = "import pytest\ndef pytest_kvsuite_update_record():\n    pytest.exit('enough', returncode=9)\n"
+    folder = copy_benchmarks(tmp_path, conftest=NO_FIGURES + ends)
     run = run_pytest(folder, *FEW)
     assert run.code == 9
     assert len(run.rows()) == 1
@@ -87,8 +84,8 @@ def test_a_hook_that_ends_the_run_loses_no_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spoils", ["rows[0].clear() or rows[99]", "rows[0].update(warnings=float('nan'))"])
 def test_a_report_that_a_hook_spoils_is_that_of_the_records(tmp_path: Path, spoils: str) -> None:
-    folder = copy_benchmarks(tmp_path)
-    (folder / "conftest.py").write_text(f"def pytest_kvsuite_update_report(rows):\n    {spoils}\n")
+    hook = f"def pytest_kvsuite_update_report(rows):\n    {spoils}\n"
+    folder = copy_benchmarks(tmp_path, conftest=NO_FIGURES + hook)
     run = run_pytest(folder, *FEW)
     assert run.code == pytest.ExitCode.TESTS_FAILED
     (line,) = run.said("error: ")

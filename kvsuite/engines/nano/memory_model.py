@@ -189,7 +189,10 @@ class NanoMemory:
             if layer.latent:
                 return f"layer {layer.index} attends to latents (MLA), and nano stores keys and values of heads"
             if layer.attention is None or layer.recurrent:
-                return f"layer {layer.index} ({layer.what}) is no attention alone, and nano stores nothing else"
+                return (
+                    f"layer {layer.index} ({layer.what}) is not one of keys and values of its own, and nano is modelled for no "
+                    "other"
+                )
             if layer.attention == "chunked":
                 return f"layer {layer.index} attends by chunks, and nano does not"
             if layer.key_dim != layer.value_dim:

@@ -10,8 +10,10 @@ import torch
 from kvsuite.compression.base import Policy
 from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.engines.rotary import Rotary
+from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.quantization.packed import PackedWeight
@@ -122,7 +124,8 @@ class RuntimeHolder:
 
     def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
         rotation = None
-        if policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None):
+        turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
+        if turns and not without_positions(self._loaded.text_config):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
         options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
@@ -156,7 +159,7 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
         dtype=str(loaded.dtype).removeprefix("torch."),
         head_dim=int(getattr(config, "head_dim", None) or hidden // int(config.num_attention_heads)),
     )
-    wide = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    wide = feed_forward_width(config)
     tokens = min(limits.max_num_batched_tokens, limits.max_num_seqs * limits.max_model_len)
     element = loaded.dtype.itemsize
     logits = limits.max_num_seqs * int(config.vocab_size) * (element + torch.float32.itemsize)

@@ -217,7 +217,10 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
 
 
 def test_a_models_own_window_takes_no_other() -> None:
-    own = NanoMemory(replace(architecture_of("dummy:tiny"), window=256), "float32", "cpu")
+    tiny = architecture_of("dummy:tiny")
+    assert not isinstance(tiny.cache, str)
+    sliding = [replace(layer, attention="sliding", window=256) for layer in tiny.cache.layers]
+    own = NanoMemory(replace(tiny, cache=replace(tiny.cache, layers=tuple(sliding))), "float32", "cpu")
     refused = own.predict(point(1024, 64, 1, 512))
     assert (refused.part("kv_cache"), refused.allocation, refused.total) == (None, None, None)
     assert refused.reasons == (

@@ -24,6 +24,17 @@ def test_the_front() -> None:
     assert front([point(1, 9), point(2, 8, family="other")]) == [point(1, 9), point(2, 8, family="other")]
 
 
+def test_a_speed_inside_the_repeats_of_another_is_no_better() -> None:
+    def spread(memory: float, low: float, middle: float, high: float) -> Point:
+        return Point("m", ("m", "cpu", None), (), memory, Spread(middle, low, high, 3), None)
+
+    small, larger, faster = spread(1, 8, 10, 12), spread(2, 9, 11, 13), spread(3, 14, 15, 16)
+    assert front([small, larger, faster]) == [small, faster]
+    # of one memory neither is the best by chance
+    twin = spread(1, 9, 11, 13)
+    assert front([small, twin]) == [small, twin]
+
+
 def test_quality_counts_where_all_points_have_it() -> None:
     best, worse = point(2, 5, 10.0), point(1, 6, 20.0)
     assert front([best, worse]) == [best, worse]
@@ -72,9 +83,10 @@ def test_a_range_is_shown_and_what_is_missing_is_said() -> None:
     assert "Quality is not measured at all points" in said
     assert "Not beaten: Llama-3-8B-Instruct-q4f16_1-MLC" in said
     assert "context 4 096, prefill chunk 1 024, batch 1: 5472 MB" in said
-    assert "Points whose bars overlap are not told apart" in said
+    assert "Speeds whose bars overlap count as alike" in said
     rings = [line for line in axes.lines if line.get_gid() == "front"]
-    assert sum(len(line.get_xdata()) for line in rings) == 1
+    # of one memory, in two conditions whose speeds overlap
+    assert sum(len(line.get_xdata()) for line in rings) == 2
     assert axes.collections  # bars
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,18 +95,22 @@ def draw_pareto(results: Sequence[Sample], metrics: Sequence[Sample], captions: 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that no point of the same model and machine beats.
 
-    One beats another if it is not worse in any number and better in one. Perplexity counts where all points have it.
+    One beats another if it is not worse in any number and better in one. Perplexity counts where all points have it. Speeds
+    whose repeats overlap are alike, so that no point is among the best by its noise.
     """
     counts = all(point.quality is not None for point in points)
 
-    def costs(point: Point) -> tuple[float, ...]:
-        quality = (point.quality,) if counts and point.quality is not None else ()
-        return (point.memory, -point.speed.middle, *quality)
+    def gaps(point: Point, other: Point) -> Iterator[float]:
+        """How much worse the point is in each number."""
+        yield point.memory - other.memory
+        mine, theirs = point.speed, other.speed
+        yield 0.0 if mine.low <= theirs.high and theirs.low <= mine.high else theirs.middle - mine.middle
+        if counts and point.quality is not None and other.quality is not None:
+            yield point.quality - other.quality
 
     def beaten(point: Point) -> bool:
-        mine = costs(point)
-        rivals = (costs(other) for other in points if other.family == point.family)
-        return any(theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for theirs in rivals)
+        rivals = ([*gaps(point, other)] for other in points if other.family == point.family)
+        return any(max(worse) > 0 and min(worse) >= 0 for worse in rivals)
 
     return [point for point in points if not beaten(point)]
 
@@ -192,9 +196,9 @@ def _handles(labels: Sequence[str]) -> list[object]:
 
 def _words(points: Sequence[Point], best: Sequence[Point], speed: str, with_quality: bool) -> list[str]:
     lines = [
-        f"{len(points)} points, {len(best)} not beaten, by medians, by another of the same model and machine. Points that "
-        "differ in inert axes alone are one; speeds are pooled over the axes that they do not answer to. Points whose bars "
-        "overlap are not told apart by these files."
+        f"{len(points)} points, {len(best)} not beaten by another of the same model and machine. Points that "
+        "differ in inert axes alone are one; speeds are pooled over the axes that they do not answer to. Speeds whose bars "
+        "overlap count as alike."
     ]
     if not with_quality:
         lines.append(
