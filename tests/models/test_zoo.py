@@ -179,7 +179,8 @@ def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
         finally:
             session.finish()
 
-    found = scored(60, "original", layers.plain)
+    # ALiBi counts the places of a whole cache
+    found = scored(60, "original", layers.plain and layers.positions != "alibi")
     assert found is None or found == pytest.approx(plain(folder)[1][: len(SHORT) - 1], abs=1e-4)
     turned = scored(8, "cache", layers.plain and turns)
     if turned is not None:
