@@ -75,3 +75,25 @@ def test_right_up_to_the_last_row_and_no_further(kind: str, tmp_path: Path) -> N
     with pytest.raises(CaseInvalid, match=beyond):
         session.score_windows(TEXT, plan_windows("disjoint", len(TEXT), ROWS + 2, ROWS + 2, prefix="none"), **scored)
     session.close()
+
+
+def test_an_output_at_whose_switch_everything_is_computed_again_is_invalid(tmp_path: Path) -> None:
+    """Phi-3's generate does that; prompts beyond the switch, outputs within it and texts of known tokens need not."""
+    config = transformers.Phi3Config(
+        vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, original_max_position_embeddings=32, pad_token_id=0,
+        bos_token_id=256, eos_token_id=257,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 16.0,
+            "original_max_position_embeddings": 32,
+        },
+    )  # fmt: skip
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    within = case(tmp_path, prompt_tokens=20, max_new_tokens=8, max_tokens=60)
+    session = NanoSession(within, EngineSettings(threads=1))
+    session.prepare(within)
+    assert len(session.score(TEXT[:60], "streaming-decode", 0).nll) == 59
+    session.prepare(case(tmp_path, prompt_tokens=40, max_new_tokens=8))
+    with pytest.raises(CaseInvalid, match=r"engine nano: an output that passes 32 tokens: .*--kv-prompt-tokens"):
+        session.prepare(case(tmp_path, prompt_tokens=20, max_new_tokens=20))
+    session.close()
