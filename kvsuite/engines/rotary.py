@@ -66,7 +66,8 @@ class Rotary:
         self._scale = float(getattr(self._embedding, "attention_scaling", 1.0))
         self._cos = self._sin = torch.empty(0)
         # frequencies may be of a part of a key alone, or given once for both halves
-        layers = layers_of(model.config.get_text_config().to_dict()).layers
+        config: Any = model.config
+        layers = layers_of(config.get_text_config().to_dict()).layers
         # the widest where no layer rotates: there is nothing to turn
         widths = [layer.key_dim for layer in layers if layer.rotary] or [max(layer.key_dim for layer in layers)]
         self._width = self._turned = widths[0]
