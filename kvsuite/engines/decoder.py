@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .cache_plan import kv_bytes
+from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import ModelLayers, UnknownLayers, layers_of
 
 
 class Decoder:
@@ -26,26 +27,47 @@ class Decoder:
     def __init__(self, model: Any, text_config: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self.layers = int(text_config.num_hidden_layers)
-        heads = int(text_config.num_attention_heads)
-        self.kv_heads = int(getattr(text_config, "num_key_value_heads", None) or heads)
-        self.head_dim = int(getattr(text_config, "head_dim", None) or text_config.hidden_size // heads)
-        self.element_bytes = model.dtype.itemsize
-        kinds = getattr(text_config, "layer_types", None) or []
-        window = getattr(text_config, "sliding_window", None)
-        slides = any("sliding" in kind for kind in kinds) if kinds else bool(window)
-        #: the model's own sliding window, ``None`` if its layers see everything
-        self.sliding_window = int(window) if window and slides else None
+        try:
+            #: what each layer is
+            self.of_layers: ModelLayers = layers_of(text_config.to_dict())
+        except UnknownLayers as error:
+            raise CaseInvalid(f"the model cannot be measured: {error}") from error
+        self.layers = len(self.of_layers.layers)
+        #: key-value heads of the first layer that attends, 0 where none does
+        self.kv_heads = next((layer.kv_heads for layer in self.of_layers.layers if layer.attention), 0)
+        self.element_bytes = int(model.dtype.itemsize)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The shortest sliding window of a layer whose cache is bounded by it, ``None`` where no layer has one."""
+        windows = (layer.window for layer in self.of_layers.windows if layer.what == "sliding_attention")
+        return min(filter(None, windows), default=None)
 
     def kv_bytes(self, tokens_per_layer: Sequence[int]) -> int:
-        """Bytes of a cache that holds these numbers of tokens."""
-        return kv_bytes(
-            tokens_per_layer,
-            batch=1,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            element_bytes=self.element_bytes,
+        """Bytes of keys and values where each layer holds so many tokens."""
+        return self.element_bytes * sum(
+            layer.kv_heads * (layer.key_dim + layer.value_dim) * tokens
+            for layer, tokens in zip(self.of_layers.layers, tokens_per_layer, strict=True)
         )
+
+    def full_lengths(self, tokens: int) -> list[int]:
+        """Tokens that each layer holds of ``tokens`` with no policy: a layer with a window no more than that."""
+        return [layer.stored(tokens) for layer in self.of_layers.layers]
+
+    def require_positions(self, tokens: int) -> None:
+        """Refuse a sequence for whose end the model has no position.
+
+        Raises
+        ------
+        CaseInvalid
+            If it is longer than the model's table of positions.
+        """
+        length = self.of_layers.learned_length
+        if length is not None and tokens > length:
+            raise CaseInvalid(
+                f"{tokens} tokens are more than the {length} positions that the model has learned; give shorter texts and "
+                "prompts (--kv-max-tokens, --kv-prompt-tokens, --kv-max-new-tokens, --kv-max-length)"
+            )
 
     def probe_step(self) -> None:
         """A short prefill and a few decode steps: what the thread probe times."""

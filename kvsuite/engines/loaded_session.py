@@ -70,4 +70,4 @@ class LoadedSession(Session):
         return int(self._loaded.text_config.vocab_size)
 
     def full_kv_bytes(self, tokens: int) -> int:
-        return self.decoder.kv_bytes([tokens] * self.decoder.layers)
+        return self.decoder.kv_bytes(self.decoder.full_lengths(tokens))

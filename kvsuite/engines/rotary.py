@@ -9,10 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import layers_of
 
 from .decoder import refuse_while_capturing
 
 _CHANGING_ROPE = ("dynamic", "longrope")
+
+
+def forget_longer_sequences(model: nn.Module) -> None:
+    """Let dynamic frequencies begin anew with every sequence.
+
+    transformers goes back to the frequencies of training only where a sequence is shorter than those: until then a sequence
+    has the frequencies of a longer one that went before.
+    """
+
+    def begin(embedding: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        positions = named["position_ids"] if "position_ids" in named else arguments[1]
+        if embedding.max_seq_len_cached > embedding.original_max_seq_len and not int(positions.min()):
+            embedding.register_buffer("inv_freq", embedding.original_inv_freq.to(positions.device), persistent=False)
+            embedding.max_seq_len_cached = embedding.original_max_seq_len
+
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and hasattr(module, "original_inv_freq"):
+            module.register_forward_pre_hook(begin, with_kwargs=True)
 
 
 class Rotary:
@@ -46,6 +65,12 @@ class Rotary:
         self._apply: Any = apply
         self._scale = float(getattr(self._embedding, "attention_scaling", 1.0))
         self._cos = self._sin = torch.empty(0)
+        # frequencies may be of a part of a key alone, or given once for both halves
+        config: Any = model.config
+        layers = layers_of(config.get_text_config().to_dict()).layers
+        # the widest where no layer rotates: there is nothing to turn
+        widths = [layer.key_dim for layer in layers if layer.rotary] or [max(layer.key_dim for layer in layers)]
+        self._width = self._turned = widths[0]
         self._check()
 
     def table(self, length: int) -> None:
@@ -77,15 +102,22 @@ class Rotary:
             # one row a head: the model's function shares positions between heads
             cos, sin = (t.expand(batch, heads, n, t.shape[-1]).reshape(batch * heads, n, -1) for t in (cos, sin))
             flat = keys.float().reshape(batch * heads, 1, n, dim)
-        turned: Tensor = self._apply(flat, flat, cos, sin)[1]
+        part = flat[..., : self._turned]
+        turned: Tensor = self._apply(part, part, cos, sin)[1]
+        if self._turned < dim:
+            turned = torch.cat([turned, flat[..., self._turned :]], dim=-1)
         return turned.reshape(keys.shape)
 
     def _check(self) -> None:
         self.table(16)
         device = self._cos.device
-        width = self._cos.shape[-1]
-        key = torch.linspace(-1, 1, width, device=device).reshape(1, 1, 1, width)
+        key = torch.linspace(-1, 1, self._width, device=device).reshape(1, 1, 1, self._width)
         at = [torch.tensor([p], device=device) for p in (3, 8, 5)]
+        try:
+            self.rotate(key, at[0])
+        except RuntimeError:
+            # the layers hand the first part of a key to the function, and leave the others as they are
+            self._turned = self._cos.shape[-1]
         same_gap = (self.rotate(key, at[0]) * self.rotate(key, at[1])).sum()
         from_zero = (self.rotate(key, at[0] - 3) * self.rotate(key, at[2])).sum()
         back = self.unrotate(self.rotate(key, at[1]), at[1])

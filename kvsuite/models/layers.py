@@ -159,11 +159,11 @@ _UNTOLD = {
     "hrm_text": "its layers are run several times, each with a cache of its own",
     "longcat_flash": "each of its layers has two attentions",
     "openai-gpt": "its class caches nothing",
-    "recurrent_gemma": "it keeps keys, values and states in its modules, not in a cache",
+    "recurrent_gemma": "it holds no keys and values in a cache, but states in its modules",
     "reformer": "it stores buckets of hashes",
-    "rwkv": "it keeps states, in a form of its own",
+    "rwkv": "it holds no keys and values, but states",
     "xlnet": "it stores hidden states",
-    "xlstm": "it keeps states, in a form of its own",
+    "xlstm": "it holds no keys and values, but states",
     "zamba": "its attention layers share weights and read a width of their own",
 }
 #: words of `layer_types` whose cache is stored in other forms than keys and values of a token each

@@ -64,9 +64,7 @@ def test_requests_that_are_served_together_get_what_each_gets_alone(kind: str, t
     assert [request.output for request in served] == expected
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param("hf", marks=not_yet("keys of layers without rotary positions are rotated")), "nano"]
-)
+@pytest.mark.parametrize("engine", ["hf", "nano"])
 def test_a_model_without_positions_does_not_care_where_its_keys_are_placed(engine: str, tmp_path: Path) -> None:
     folder = save(tmp_path, "SmolLM3", **BASE, no_rope_layers=[0, 0, 0, 0])
     found = []
@@ -101,9 +99,7 @@ def test_losses_that_are_not_finite_are_told_in_every_suite(
     assert "--kv-dtype" in str(record.reason)
 
 
-@pytest.mark.parametrize(
-    "engine", [pytest.param("hf", marks=not_yet("learned positions run out with an IndexError")), "nano"]
-)
+@pytest.mark.parametrize("engine", ["hf", "nano"])
 def test_a_text_past_the_learned_positions_is_refused(engine: str, tmp_path: Path) -> None:
     config = {"vocab_size": 258, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 48}
     folder = save(tmp_path, "GPT2", **config, bos_token_id=256, eos_token_id=257)
@@ -121,7 +117,6 @@ def test_a_tokenizer_that_is_larger_than_the_embedding_is_named(engine: str, tmp
     assert "tokenizer" in str(record.reason)
 
 
-@not_yet("ALiBi counts slots, which an evicted cache does not keep: RuntimeError")
 def test_alibi_under_a_policy_is_refused(tmp_path: Path) -> None:
     folder = save(
         tmp_path, "Falcon", vocab_size=258, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, alibi=True,
@@ -145,17 +140,16 @@ def test_a_model_without_sdpa_is_loaded(kind: str, config: dict[str, Any], tmp_p
     assert load_model(resolve_model(str(folder)), device="cpu", dtype=None).model is not None
 
 
-_REFUSED = not_yet("a window of the model's own refuses what it does not touch")
 _SLIDING = {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}
 
 
 @pytest.mark.parametrize(
     ("kind", "config", "suite", "name", "options", "engine"),
     [
-        pytest.param("Mistral", {"sliding_window": 400}, "compression", "baseline", SMALL, "hf", marks=_REFUSED),
-        pytest.param("Gemma3", _SLIDING, "perplexity", "none", WINDOWS, "hf", marks=_REFUSED),
-        pytest.param("Gemma3", _SLIDING, "perplexity", "none", WINDOWS, "nano"),
-        pytest.param("Gemma3", _SLIDING, "compression", "baseline", SMALL, "nano"),
+        ("Mistral", {"sliding_window": 400}, "compression", "baseline", SMALL, "hf"),
+        ("Gemma3", _SLIDING, "perplexity", "none", WINDOWS, "hf"),
+        ("Gemma3", _SLIDING, "perplexity", "none", WINDOWS, "nano"),
+        ("Gemma3", _SLIDING, "compression", "baseline", SMALL, "nano"),
     ],
 )
 def test_a_window_of_its_own_refuses_nothing_that_it_does_not_touch(

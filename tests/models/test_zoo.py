@@ -35,43 +35,11 @@ PROMPT, NEW, SHORT = IDS[:28], 12, IDS[:20]
 WINDOWS = plan_windows("hf-strided", len(IDS), 32, 16, prefix="none")
 
 # what is wrong today: who is mended loses its mark
-_OWN_WINDOW = "a window of its own refuses everything"
-_LINEAR = "layers without keys and values end in a ValueError"
 NOT_YET: dict[str, dict[str, str]] = {
-    "hf": {
-        "Mistral, window": _OWN_WINDOW,
-        "Ministral, window": _OWN_WINDOW,
-        "Qwen2, window": _OWN_WINDOW,
-        "Gemma 2": _OWN_WINDOW,
-        "Gemma 3": _OWN_WINDOW,
-        "Gemma 3n": _OWN_WINDOW,
-        "Phi-3, window": _OWN_WINDOW,
-        "gpt-oss": _OWN_WINDOW,
-        "Cohere 2": _OWN_WINDOW,
-        "EXAONE 4": _OWN_WINDOW,
-        "OLMo 3, window": _OWN_WINDOW,
-        "Qwen3-Next": _LINEAR,
-        "LFM2": _LINEAR,
-        "Bamba": _LINEAR,
-        "Falcon-H1": _LINEAR,
-        "Jamba": _LINEAR,
-        "Zamba 2": _LINEAR,
-        "MiniMax": _LINEAR,
-    },
+    "hf": {},
     "nano": {},
 }
-_PARTLY_ROTATED = "RuntimeError: keys of which a part is rotated"
-POLICY_NOT_YET: dict[str, dict[str, str]] = {
-    "hf": {name: reason for name, reason in NOT_YET["hf"].items() if reason == _LINEAR}
-    | {
-        "Phi": _PARTLY_ROTATED,
-        "StableLM": _PARTLY_ROTATED,
-        "DeepSeek V3": _PARTLY_ROTATED,
-        "SmolLM3": "keys of layers without rotary positions are rotated",
-        "Falcon, ALiBi": "ALiBi counts slots, which an evicted cache does not keep",
-    },
-    "nano": {"Phi": _PARTLY_ROTATED, "StableLM": _PARTLY_ROTATED},
-}
+POLICY_NOT_YET: dict[str, dict[str, str]] = {"hf": {}, "nano": {}}
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +87,8 @@ def plain(folder: Path) -> tuple[list[int], list[float], list[float]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = torch.tensor([PROMPT])
     # where the frequencies follow the length, a token that is fed behind others was not turned by the whole text's
-    by_steps = layers_of(model.config.to_dict()).switch_length is not None
+    # Zamba 2 computes the state of a single token in another way than that of a text: 2e-3 between its own two
+    by_steps = layers_of(model.config.to_dict()).switch_length is not None or model.config.model_type == "zamba2"
     with torch.inference_mode():
         tokens = copy.deepcopy(model).generate(
             prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False,
@@ -195,8 +164,7 @@ def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
     their places: where distances alone matter, keys that are turned to their places see the same."""
     folder = folder_of(architecture)
     layers = layers_of(architecture.configured().to_dict())
-    # nothing may stand against a policy on a plain model but biases by place; against places, what turns otherwise or not
-    free = layers.plain and layers.positions != "alibi"
+    # nothing may stand against a policy on a plain model, and against places only what turns otherwise or not at all
     turns = layers.positions == "rotary" and layers.switch_length is None and layers.learned_length is None
     session = session_of(engine, folder)
 
@@ -211,8 +179,9 @@ def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
         finally:
             session.finish()
 
-    found = scored(60, "original", free)
+    # ALiBi counts the places of a whole cache
+    found = scored(60, "original", layers.plain and layers.positions != "alibi")
     assert found is None or found == pytest.approx(plain(folder)[1][: len(SHORT) - 1], abs=1e-4)
-    turned = scored(8, "cache", free and turns)
+    turned = scored(8, "cache", layers.plain and turns)
     if turned is not None:
         assert turned == pytest.approx(scored(8, "original", True), abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -95,8 +96,14 @@ def register_observed_attention(base: str) -> str:
         cache = _Current.cache
         if cache is not None:
             scaling = kwargs.get("scaling")
-            cache.layers[module.layer_idx].see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        found: tuple[Tensor, Any] = ALL_ATTENTION_FUNCTIONS[base](
+            see = getattr(cache.layers[module.layer_idx], "see", None)
+            if see is not None:  # a layer on which no policy acts does not look
+                see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        # each model's module has an eager function of its own
+        own = (
+            getattr(sys.modules[type(module).__module__], "eager_attention_forward", None) if base == "eager" else None
+        )
+        found: tuple[Tensor, Any] = (own or ALL_ATTENTION_FUNCTIONS[base])(
             module, query, key, value, attention_mask, dropout=dropout, **kwargs
         )
         return found

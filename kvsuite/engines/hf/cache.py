@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvsuite.compression.base import Policy
 from kvsuite.compression.prompt_view import PromptObservation, PromptView
@@ -19,6 +19,8 @@ from .layer_group import LayerGroup
 
 Implementation = Literal["ring", "copy"]
 OnInterval = Callable[[bool], None]
+#: makes the layers that transformers keeps itself, anew, by index
+OwnLayers = Callable[[], Mapping[int, Any]]
 
 
 class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -33,6 +35,8 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = store
         self.group: LayerGroup
         self.index = 0
+        #: whether the model rotates keys in this layer
+        self.rotates = True
         #: a prompt's keys as stored, keys and values, whose queries the policy has yet to see
         self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -58,7 +62,8 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         if cache.incoming != tokens:
             raise RuntimeError("call EvictionCache.begin(tokens) before the forward pass")
         own = key_states
-        if group.ranked:
+        turns = group.ranked and self.rotates
+        if turns:
             assert cache.rotary is not None
             own = cache.rotary.unrotate(key_states, cache.incoming_positions[0])
         if tokens > 1 and group.slots == 0:
@@ -68,7 +73,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             return key_states, value_states
         keys, values = self.store.append(own, value_states, group.slots, group.hole_of(self.index))
         group.score(self.index, key_states)
-        if group.ranked:
+        if turns:
             assert cache.rotary is not None
             places = group.places(self.index, cache.newest_place, keys.shape[2])
             keys = cache.rotary.rotate(keys, places)
@@ -149,6 +154,10 @@ class EvictionCache(Cache):  # type: ignore[misc]
         ``ring`` (preallocated slots) or ``copy`` (the original's concatenation).
     rotary
         Needed where the policy's positions are ``cache``, or it asks for queries before rotation.
+    unrotated
+        Layers whose keys the model does not rotate.
+    own
+        Makes transformers' own layers, for those that hold no more than a window, a state, or both: no policy acts on them.
     """
 
     def __init__(
@@ -162,9 +171,14 @@ class EvictionCache(Cache):  # type: ignore[misc]
         capacity: tuple[int, int] = (0, 0),
         implementation: Implementation = "ring",
         rotary: Rotary | None = None,
+        unrotated: Collection[int] = (),
+        own: OwnLayers = dict,
     ) -> None:
-        treated = [] if policy is None else [i for i in range(layers) if i not in policy.skip_layers]
-        kept = [i for i in range(layers) if i not in treated]
+        self._make_own = own
+        self._own = dict(own())
+        ours = [i for i in range(layers) if i not in self._own]
+        treated = [] if policy is None else [i for i in ours if i not in policy.skip_layers]
+        kept = [i for i in ours if i not in treated]
 
         def store(layer: int) -> Store:
             reserve = capacity[0] if layer in treated else capacity[1]
@@ -177,7 +191,10 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self.newest_place = 0
         self.on_interval: OnInterval | None = None
         self._device = device
-        members = [EvictionLayer(self, store(i)) for i in range(layers)]
+        members: list[Any] = [self._own.get(i) or EvictionLayer(self, store(i)) for i in range(layers)]
+        self._ours: list[EvictionLayer] = [members[i] for i in ours]
+        for i in ours:
+            members[i].rotates = i not in unrotated
         self.groups: list[LayerGroup] = []
         shape: Any = {"batch": batch, "kv_heads": kv_heads, "device": device}
         for group_policy, indices in ((policy, treated), (None, kept)):
@@ -189,7 +206,7 @@ class EvictionCache(Cache):  # type: ignore[misc]
         if rotary is not None:
             rotary.table(max(capacity) + 1)
 
-    def _join(self, group: LayerGroup, members: list[EvictionLayer]) -> None:
+    def _join(self, group: LayerGroup, members: list[Any]) -> None:
         self.groups.append(group)
         for index, layer in enumerate(group.layers):
             members[layer].group, members[layer].index = group, index
@@ -217,7 +234,9 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self.incoming = tokens
         for group in self.groups:
             group.begin(tokens, self.seen)
-        start = max(group.length for group in self.groups) if self.uses_cache_positions else self.seen
+        # a layer that keeps all, or a window, was rotated by places in the text, and the queries of all layers share theirs
+        placed = self.uses_cache_positions and not self._own
+        start = max(group.length for group in self.groups) if placed else self.seen
         self.newest_place = start + tokens - 1
         if self.rotary is not None and (self.uses_cache_positions or tokens > 1):
             self.rotary.table(start + tokens)
@@ -260,17 +279,32 @@ class EvictionCache(Cache):  # type: ignore[misc]
 
     def lengths(self) -> list[int]:
         """Stored tokens of every layer."""
-        return [layer.group.length for layer in self.layers]
+        return [
+            layer.group.length if isinstance(layer, EvictionLayer) else 0 if held is None else int(held[0].shape[-2])
+            for layer, held in ((layer, _held(layer)) for layer in self.layers)
+        ]
+
+    def state_bytes(self) -> int:
+        """Bytes of the states that recurrent layers carry: they hold no tokens, and do not grow."""
+        states = [
+            state
+            for layer in self._own.values()
+            for name in ("conv_states", "recurrent_states")
+            for state in _tensors(getattr(layer, name, None))
+        ]
+        return sum({s.untyped_storage().data_ptr(): s.untyped_storage().nbytes() for s in states}.values())
 
     def kv_bytes(self) -> tuple[int, int]:
         """Bytes of the distinct live storages, and the part of them that is planned headroom or a hole."""
         storages: dict[int, int] = {}
         headroom = 0
         for layer in self.layers:
-            for tensor in layer.store.tensors():
+            ours = isinstance(layer, EvictionLayer)
+            for tensor in layer.store.tensors() if ours else _held(layer) or ():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-            headroom += layer.store.headroom(layer.group.length)
+            if ours:
+                headroom += layer.store.headroom(layer.group.length)
         return sum(storages.values()), headroom
 
     def host_state(self) -> list[Any]:
@@ -287,8 +321,39 @@ class EvictionCache(Cache):  # type: ignore[misc]
         """Forget all tokens; buffers stay where they are, so that captured steps remain valid."""
         self.seen = 0
         self.incoming = 0
-        for layer in self.layers:
+        for layer in self._ours:
             layer.reset()
+        if self._own:
+            self._own = dict(self._make_own())
+            for index, layer in self._own.items():
+                self.layers[index] = layer
+
+
+class WindowLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """transformers' layer of a window, which keeps no more alive than the window."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        # it keeps a view of what attention sees: a whole prompt
+        for name in ("keys", "values"):
+            setattr(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
+        return keys, values
+
+
+def _held(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of a layer, ``None`` where it has none."""
+    if isinstance(layer, EvictionLayer):
+        return None
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return None if keys is None or values is None or keys.dim() < 4 else (keys, values)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of a state: one, some, or some by index."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _given(keys: Tensor) -> Tensor:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
-from kvsuite.engines.rotary import Rotary
+from kvsuite.engines.rotary import Rotary, forget_longer_sequences
 
 from .attention import showing
-from .cache import EvictionCache, Implementation
+from .cache import EvictionCache, Implementation, WindowLayer
 
 
 class CachedDecoder(Decoder):
     """A decoder that is fed behind what a cache of this engine holds."""
+
+    def __init__(self, model: Any, text_config: Any, device: torch.device) -> None:
+        super().__init__(model, text_config, device)
+        self._text_config = text_config
+        taken = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._last_logits: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        if self.of_layers.switch_length is not None:
+            forget_longer_sequences(model)
 
     def forward(self, ids: Tensor, cache: Any) -> Tensor:
         """Feed ``ids`` ``[batch, tokens]`` behind what ``cache`` holds; logits of the last position ``[batch, 1, vocab]``.
@@ -23,22 +37,37 @@ class CachedDecoder(Decoder):
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
         positions = cache.begin(ids.shape[1])
+        placed = {"position_ids": positions} if self._takes_positions else {}
         with showing(cache if cache.views_prompt else None):
             logits: Tensor = self.model(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids, past_key_values=cache, use_cache=True, **placed, **self._last_logits
             ).logits
         cache.commit()
-        return logits
+        return logits[:, -1:]
 
     def all_logits(self, ids: Tensor) -> Tensor:
         """Logits of every position ``[batch, tokens, vocab]`` in the model's dtype, by one forward without a cache."""
         logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
+    def bounded_layers(self, tokens: int) -> tuple[int, ...]:
+        """Layers that see less than all of ``tokens``, or carry a state too: transformers' own cache layers serve these."""
+        return tuple(
+            layer.index
+            for layer in self.of_layers.layers
+            if layer.attention is None or layer.recurrent or (layer.window is not None and layer.window <= tokens)
+        )
+
     def new_cache(
-        self, policy: Policy | None, capacity: tuple[int, int], implementation: Implementation, rotary: Rotary | None
+        self,
+        policy: Policy | None,
+        capacity: tuple[int, int],
+        implementation: Implementation,
+        rotary: Rotary | None,
+        tokens: int = 0,
     ) -> EvictionCache:
-        """Build an empty cache for batch 1."""
+        """Build an empty cache for batch 1, of sequences of no more than ``tokens``."""
+        bounded = self.bounded_layers(tokens)
         return EvictionCache(
             layers=self.layers,
             policy=policy,
@@ -48,7 +77,17 @@ class CachedDecoder(Decoder):
             capacity=capacity,
             implementation=implementation,
             rotary=rotary,
+            unrotated=[layer.index for layer in self.of_layers.layers if not layer.rotary],
+            own=partial(self._transformers_layers, bounded) if bounded else dict,
         )
+
+    def _transformers_layers(self, indices: tuple[int, ...]) -> Mapping[int, Any]:
+        """The layers that transformers would make for these, whose windows keep no more alive than they hold."""
+        made = DynamicCache(config=self._text_config).layers
+        return {
+            i: WindowLayer(made[i].sliding_window) if type(made[i]) is DynamicSlidingWindowLayer else made[i]
+            for i in indices
+        }
 
     def set_attention(self, implementation: str) -> None:
         """Choose transformers' attention function (``sdpa``, ``eager``)."""

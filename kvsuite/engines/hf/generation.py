@@ -12,6 +12,7 @@ from torch import Tensor
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
+from kvsuite.errors import CaseInvalid
 
 from .cache import EvictionCache, Implementation
 from .decoder import CachedDecoder
@@ -39,6 +40,8 @@ class Generation:
         For presses that write a prompt of their own.
     seed
         For presses that draw random numbers.
+    span
+        Tokens of the longest text that the case has.
     """
 
     def __init__(
@@ -49,8 +52,10 @@ class Generation:
         implementation: Implementation,
         tokenizer: Any,
         seed: int,
+        span: int = 0,
     ) -> None:
         self.decoder = decoder
+        self._span = span
         self.method = method
         self.press: KvpressSession | None = None
         self._implementation: Implementation = implementation
@@ -58,7 +63,9 @@ class Generation:
         self._seed = seed
         policy = method.policy
         turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
-        self._rotary = Rotary(decoder.model) if turns else None
+        # layers that rotate nothing have nothing to undo
+        rotating = turns and decoder.of_layers.positions == "rotary"
+        self._rotary = Rotary(decoder.model) if rotating else None
         self._captured: dict[tuple[int, int], CapturedDecode] = {}
         self._cache: tuple[tuple[int, int], EvictionCache] | None = None
 
@@ -96,7 +103,16 @@ class Generation:
         if plans is None:
             return PressCache(self.decoder.layers, self.device)
         capacity = (plans[0].capacity, plans[1].capacity)
-        return self.decoder.new_cache(self.method.policy, capacity, self._implementation, self._rotary)
+        tokens = max(self._span, prompt_tokens + steps)
+        if self.method.policy and tokens > self._span and self._bounded(tokens) != self._bounded(self._span):
+            raise CaseInvalid(
+                f"a text of {tokens} tokens outgrows the model's own window of {self.decoder.sliding_window}, which the case "
+                f"does not say (--kv-max-tokens, --kv-prompt-tokens): a policy would act on other layers"
+            )
+        return self.decoder.new_cache(self.method.policy, capacity, self._implementation, self._rotary, tokens)
+
+    def _bounded(self, tokens: int) -> tuple[int, ...]:
+        return self.decoder.bounded_layers(tokens)
 
     def persistent_cache(self, prompt_tokens: int, steps: int) -> AnyCache:
         """The cache of the timed rounds, emptied: its buffers stay, as a serving pool's do."""

@@ -61,6 +61,7 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
                     token = generation.step(token, cache)
         evict_s = evict.total() / max(new_tokens - 1, 1)
         allocated, headroom = cache.kv_bytes()
+        states = cache.state_bytes() if isinstance(cache, EvictionCache) else 0
     result = MemoryPass(
         prefill=prefill,
         decode=decode,
@@ -75,6 +76,10 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
         evict_s=evict_s if method.acts_in_decode else None,
     )
     result.warnings += method.caveats(ids.shape[1])
+    if states:
+        result.warnings.append(
+            f"recurrent layers carry states of {states} bytes, which the bytes of the cache leave out"
+        )
     counted = generation.decoder.kv_bytes(result.lengths_decode)
     if counted != result.kv_bytes_decode:
         result.warnings.append(
@@ -90,7 +95,7 @@ def _check_ratio(generation: Generation, live: int, prompt_tokens: int) -> None:
     press, asked = generation.method.press, generation.method.ratio_requested
     if press is None or asked is None or not press.info.frees_memory or "decode" in press.info.compresses:
         return
-    removed = 1 - live / generation.decoder.kv_bytes([prompt_tokens] * generation.decoder.layers)
+    removed = 1 - live / generation.decoder.kv_bytes(generation.decoder.full_lengths(prompt_tokens))
     if abs(removed - asked) > _RATIO_TOLERANCE:
         raise CaseInvalid(
             f"{press.name} was asked to remove {asked:.3f} of the prompt's cache and removed {removed:.3f}"

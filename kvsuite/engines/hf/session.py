@@ -22,6 +22,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
+from .applicable import check_layers, refuse_policy, refuse_press, span_of, treated_layers
 from .attention import register_grouped_attention, register_observed_attention
 from .cache import Implementation
 from .decoder import CachedDecoder
@@ -52,7 +53,13 @@ class HfSession(LoadedSession):
         self._decode_step = settings.decode_step
         self._implementation = cast(Implementation, settings.implementation)
         self._seed = settings.seed
+        check_layers(self._loaded.model, self.decoder.of_layers)
+        if any(layer.attention == "chunked" for layer in self.decoder.of_layers.layers) and attention != "eager":
+            # a single token does not see all that a chunk's layer stores, which the grouped function takes for granted
+            attention = self._facts["attention"] = "sdpa"
         self._base_attention = attention
+        self._treated: frozenset[int] = frozenset()
+        self._passed: list[str] = []
         self._generation = self._new_generation(CacheCompression())
 
     @property
@@ -63,31 +70,35 @@ class HfSession(LoadedSession):
         plans = self._generation.plan(prompt_tokens, new_tokens - 1)
         if plans is None:
             return None
-        policy, layers = self._generation.method.policy, range(self.decoder.layers)
-        skipped = policy.skip_layers if policy else layers
-        return requests * self.decoder.kv_bytes([plans[1 if layer in skipped else 0].final for layer in layers])
+        held = self.decoder.full_lengths(prompt_tokens + new_tokens - 1)
+        return requests * self.decoder.kv_bytes(
+            [plans[0].final if layer in self._treated else full for layer, full in enumerate(held)]
+        )
 
     def prepare(self, case: Case) -> None:
         self.finish()
-        if self.decoder.sliding_window:
-            raise CaseInvalid(
-                f"the model has its own sliding window of {self.decoder.sliding_window}: a policy's window would be "
-                "measured on top of it; use a model without one"
-            )
         if case.partition is not None:
             raise CaseInvalid("SM partitions need the serving runtime; engine hf runs on the whole device")
         method = compression_of(case, layers=self.decoder.layers)
         press, policy = method.press, method.policy
+        span = span_of(case.workload)
+        self.decoder.require_positions(span)
+        self._treated = treated_layers(self.decoder, policy, span)
+        if policy:
+            refuse_policy(policy, self.decoder, self._treated, span)
         if press:
+            refuse_press(press.name, self.decoder, span)
             press.supports_layout(self._loaded.model)
         attention = "eager" if press and press.info.attention == "eager" else self._base_attention
         if policy and policy.needs.prompt:
             attention = register_observed_attention(attention)
         self.decoder.set_attention(attention)
-        self._generation = self._new_generation(method)
-        reason = self._eager_reason(method)
+        self._generation = self._new_generation(method, span)
+        bounded = self.decoder.bounded_layers(span)
+        reason = self._eager_reason(method, bounded)
         if reason and self._decode_step == "graph":
             raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
+        self._passed = []
         self.effective = self._facts | {
             "attention": attention,
             "decode_step": "eager" if reason else "cuda_graph",
@@ -96,6 +107,10 @@ class HfSession(LoadedSession):
             "skip_layers": sorted(policy.skip_layers) if policy else [],
             "frees_memory": method.frees_memory,
         }
+        if bounded:
+            self.effective["bounded_layers"] = {index: self.decoder.of_layers.layers[index].what for index in bounded}
+            if policy:
+                self.effective["policy_layers"] = sorted(self._treated)
         if reason and self.device.type == "cuda":
             self.effective["decode_step_reason"] = reason
 
@@ -113,6 +128,8 @@ class HfSession(LoadedSession):
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
         request = _only(requests)
+        # the last token is chosen and never fed
+        self._note_length(len(request.prompt) + request.new_tokens - 1)
         return self._untimed(request) if clock is None else self._timed(request, clock)
 
     def _timed(self, request: ServeRequest, clock: Clock) -> Served:
@@ -152,14 +169,19 @@ class HfSession(LoadedSession):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         request = _only(requests)
-        return measure_memory(self._generation, self._generation.ids(request.prompt), request.new_tokens)
+        self._note_length(len(request.prompt) + request.new_tokens - 1)
+        found = measure_memory(self._generation, self._generation.ids(request.prompt), request.new_tokens)
+        found.warnings += self._passed
+        return found
 
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
     ) -> TokenScores:
+        self._note_length(len(tokens) - 1)
         return score_tokens(self._generation, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
+        self.decoder.require_positions(len(tokens))
         return score_reference(self.decoder, tokens, first)
 
     def score_windows(
@@ -171,6 +193,7 @@ class HfSession(LoadedSession):
         prefix_token: int | None,
         progress: WindowProgress | None = None,
     ) -> WindowScores:
+        self._note_length(max((window.end - window.begin for window in windows), default=0))
         return score_windows(
             self._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token, progress=progress
         )
@@ -200,18 +223,38 @@ class HfSession(LoadedSession):
         self.finish()
         del self._loaded, self.decoder, self._generation
 
-    def _new_generation(self, method: CacheCompression) -> Generation:
+    def _note_length(self, tokens: int) -> None:
+        """Refuse a text for whose end there is no position; say what is computed where frequencies change with the length."""
+        self.decoder.require_positions(tokens)
+        switch = self.decoder.of_layers.switch_length
+        if switch is not None and tokens > switch and not self._passed:
+            self._passed = [
+                f"the model's rotary frequencies change at {switch} tokens, which {tokens} pass: a forward pass rotates what "
+                "it is given by the length reached then, and stored keys stay as they were rotated, as in generate"
+            ]
+            self.effective["rotary_frequencies"] = self._passed[0]
+
+    def _new_generation(self, method: CacheCompression, span: int = 0) -> Generation:
         return Generation(
-            self.decoder, method, implementation=self._implementation, tokenizer=self.tokenizer, seed=self._seed
+            self.decoder,
+            method,
+            implementation=self._implementation,
+            tokenizer=self.tokenizer,
+            seed=self._seed,
+            span=span,
         )
 
-    def _eager_reason(self, method: CacheCompression) -> str | None:
+    def _eager_reason(self, method: CacheCompression, bounded: Sequence[int]) -> str | None:
         if self.device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if self._decode_step == "eager":
             return "--kv-decode-step=eager"
         if self._implementation == "copy":
             return "a copying cache moves at every step"
+        if bounded:
+            return "layers of the model with a window or a state of their own move at every step"
+        if self.decoder.of_layers.switch_length is not None:
+            return "rotary frequencies that follow the length are computed anew at every step"
         return method.eager_only
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from hf_sessions import LAYERS, TOKEN_BYTES, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
 from requests_served import timed, times_of, tokens_of
-from transformers import MistralConfig, MistralForCausalLM
 
 from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.cache import EvictionCache
@@ -202,20 +200,6 @@ def test_rules_of_a_case() -> None:
         on.prepare(case(policy="nosuch"))
     with pytest.raises(UserError, match="snapkv_lite: not part of kvsuite; use kvpress:SnapKV"):
         on.prepare(case(policy="snapkv_lite"))
-
-
-def test_a_model_with_its_own_window_is_invalid(tmp_path: Path) -> None:
-    config = MistralConfig(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        vocab_size=64, sliding_window=16,
-    )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    of = case(model=str(tmp_path))
-    with pytest.raises(CaseInvalid, match="its own sliding window of 16"):
-        HfSession(of, EngineSettings(threads=1)).prepare(of)
-    config.sliding_window = None
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    HfSession(of, EngineSettings(threads=1)).prepare(of)
 
 
 def test_devices_that_are_not_here() -> None:

@@ -1,0 +1,158 @@
+"""What can be done to a model's cache on this engine: which layers a policy acts on, and what is refused, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from kvsuite.compression.base import Policy
+from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import Layer, ModelLayers
+
+from .decoder import CachedDecoder
+
+
+def span_of(workload: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence that is fed through the cache, as far as the case says it."""
+    # the last token is chosen and never fed; the last one of a text is scored and never fed
+    request = int(workload.get("prompt_tokens") or 1) + int(workload.get("max_new_tokens") or 1) - 1
+    return max(request, int(workload.get("max_tokens") or 1) - 1)
+
+
+def treated_layers(decoder: CachedDecoder, policy: Policy | None, span: int) -> frozenset[int]:
+    """Layers on which ``policy`` acts where no sequence is longer than ``span``: those that hold all of it."""
+    if policy is None:
+        return frozenset()
+    return frozenset(range(decoder.layers)) - set(policy.skip_layers) - set(decoder.bounded_layers(span))
+
+
+def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[int], span: int) -> None:
+    """Refuse what a policy would do wrong on this model.
+
+    Raises
+    ------
+    CaseInvalid
+        With the reason.
+    """
+    of = decoder.of_layers
+    layers = [of.layers[index] for index in treated]
+    bounded = decoder.bounded_layers(span)
+    if not layers and bounded:
+        raise CaseInvalid(
+            f"policy {policy.name} has no layer to act on: {_what(of, bounded)} of the model see less than the {span} tokens "
+            "of the case, or carry states; give shorter texts, or a model with full attention"
+        )
+    if of.positions == "alibi":
+        raise CaseInvalid(
+            f"policy {policy.name}: the model's ALiBi biases count the places of a whole cache, and an evicted one has others; "
+            "use a model with rotary positions"
+        )
+    if policy.positions == "cache" and of.positions == "learned":
+        raise CaseInvalid(
+            "positions=cache: the model adds positions to its embeddings, so a stored key cannot be moved; use "
+            "--kv-positions=original"
+        )
+    if policy.positions == "cache" and of.learned_length is not None:
+        raise CaseInvalid("positions=cache needs a model with one rotary embedding; use --kv-positions=original")
+    looks = policy.needs.prompt or not policy.shared_across_heads
+    if looks and any(layer.latent for layer in layers):
+        raise CaseInvalid(
+            f"policy {policy.name} looks at keys, and this model's cache stores latents (MLA); use one that goes by positions"
+        )
+    if policy.positions == "cache" and any(layer.latent for layer in layers):
+        raise CaseInvalid("positions=cache: this model's cache stores latents (MLA); use --kv-positions=original")
+    if looks and len({layer.kv_heads for layer in layers}) > 1:
+        raise CaseInvalid(
+            f"policy {policy.name} decides for each head, and layers of this model have different numbers of heads"
+        )
+    if policy.needs.prompt and not getattr(decoder.model, "_supports_attention_backend", False):
+        raise CaseInvalid(
+            f"policy {policy.name} looks at queries, which {type(decoder.model).__name__} shows to no attention function; use "
+            "one that goes by keys or positions"
+        )
+    if policy.needs.query_statistics is not None and not all(layer.rotary for layer in layers):
+        raise CaseInvalid(f"policy {policy.name} predicts rotations, and layers of this model rotate nothing")
+
+
+def refuse_press(name: str, decoder: CachedDecoder, span: int) -> None:
+    """Refuse a press on a model whose layers are not all alike and full: presses know no other.
+
+    Raises
+    ------
+    CaseInvalid
+        With the reason.
+    """
+    of = decoder.of_layers
+    if bounded := decoder.bounded_layers(span):
+        raise CaseInvalid(
+            f"{name}: a press works on layers that hold the whole text, and {_what(of, bounded)} of the model see "
+            f"less than the {span} tokens of the case, or carry states"
+        )
+    if any(layer.latent for layer in of.layers):
+        raise CaseInvalid(f"{name}: a press works on keys and values, and this model's cache stores latents (MLA)")
+    if of.positions == "alibi":
+        raise CaseInvalid(
+            f"{name}: the model's ALiBi biases count the places of a whole cache, and an evicted one has others"
+        )
+
+
+def _what(of: ModelLayers, indices: Collection[int]) -> str:
+    """``layers 0, 1, 2 (sliding_attention of 24)``."""
+    words = ", ".join(sorted({_word(of.layers[index]) for index in indices}))
+    which = "all layers" if len(indices) == len(of.layers) else f"layers {', '.join(map(str, indices))}"
+    return f"{which} ({words})"
+
+
+def _word(layer: Layer) -> str:
+    return layer.what if layer.window is None else f"{layer.what} of {layer.window}"
+
+
+def check_layers(model: Any, of: ModelLayers) -> None:
+    """Compare what was read from a configuration with what the loaded model stores and does.
+
+    Raises
+    ------
+    CaseInvalid
+        Where it stores nothing, keeps a cache of another kind, or a layer is not what was read: nothing is measured on a
+        wrong reading.
+    """
+    if not any(layer.attention for layer in of.layers):
+        raise CaseInvalid("the model holds no keys and values, so there is no cache to measure")
+    with torch.inference_mode():
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+        cache: Any = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if type(cache) is not DynamicCache:
+        raise CaseInvalid(
+            "the model gives no cache back"
+            if cache is None
+            else f"the model keeps a cache of its own ({type(cache).__name__}), which no engine of kvsuite handles"
+        )
+    if len(cache.layers) != len(of.layers):
+        raise CaseInvalid(
+            f"{len(of.layers)} layers were read from the configuration, and the cache has {len(cache.layers)}"
+        )
+    for layer, held in zip(of.layers, cache.layers, strict=True):
+        found = _shape(getattr(held, "keys", None), getattr(held, "values", None))
+        read = (layer.kv_heads, layer.key_dim, layer.value_dim) if layer.attention else None
+        if found != read:
+            raise CaseInvalid(
+                f"layer {layer.index} ({layer.what}) was read as {read} (heads, widths of key and value) and stores {found}; "
+                "please report the model"
+            )
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        uses = getattr(module, "use_rope", None)
+        if isinstance(index, int) and uses is not None and bool(uses) != of.layers[index].rotary:
+            raise CaseInvalid(
+                f"layer {index} was read as one that {'does not rotate' if uses else 'rotates'}; please report it"
+            )
+
+
+def _shape(keys: Tensor | None, values: Tensor | None) -> tuple[int, int, int] | None:
+    if keys is None or values is None or not keys.numel():
+        return None
+    return keys.shape[1], keys.shape[3], values.shape[3]
