@@ -504,7 +504,7 @@ def _stores_latents() -> bool:
     return _version(importlib.metadata.version("transformers")) >= _LATENTS_SINCE
 
 
-_LATENTS_SINCE = (5, 23)
+_LATENTS_SINCE = (5, 15)
 
 
 def _version(text: str) -> tuple[int, ...]:

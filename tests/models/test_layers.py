@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from kvsuite.errors import UserError
 from kvsuite.models.layers import UnknownLayers, layers_of
 from kvsuite.models.presets import PRESETS
+
+# GPT-BigCode's module compiles a function in a way that torch is about to drop
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -128,13 +132,17 @@ def test_layers_are_what_the_cache_of_transformers_holds(
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.inference_mode():
         output = model(input_ids=torch.arange(3, 13)[None], use_cache=True)
-    cache = getattr(output, "past_key_values", None) or output.cache_params
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    if not hasattr(cache, "layers"):
+        pytest.skip(f"transformers {transformers.__version__} keeps {kind} in a cache of its own kind")
     stored = [
         (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], getattr(layer, "sliding_window", None))
         if getattr(layer, "keys", None) is not None
         else None
         for layer in cache.layers
     ]
+    # older releases make no entry for a last layer that stores nothing
+    stored += [None] * (config.num_hidden_layers - len(stored))
     found = layers_of(config.to_dict())
     assert [
         (layer.kv_heads, layer.key_dim, layer.value_dim, layer.window) if layer.attention else None
