@@ -103,12 +103,6 @@ def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
     return [layers[index] for index in range(expected)]
 
 
-def learned_positions(text_config: Any) -> int | None:
-    """Rows of the model's table of positions, ``None`` where it has none."""
-    known = _known_layers(text_config)
-    return None if known is None else known.learned_length
-
-
 def without_positions(text_config: Any) -> bool:
     """Whether the model tells its tokens apart by nothing but the causal mask: there is nothing to turn then."""
     known = _known_layers(text_config)

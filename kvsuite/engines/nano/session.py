@@ -26,7 +26,7 @@ from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
-from kvsuite.nanovllm.attention_layers import attention_layers, learned_positions
+from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
@@ -66,7 +66,6 @@ class NanoSession(LoadedSession):
         self._decode_step = settings.decode_step
         # refuses what paged attention is not
         self._layers = attention_layers(self._loaded.model, self._loaded.text_config)
-        self._positions = learned_positions(self._loaded.text_config)
         self._holder = RuntimeHolder(self._loaded, settings.decode_step)
         self._method = CacheCompression()
         #: layers that the policy acts on
@@ -130,8 +129,8 @@ class NanoSession(LoadedSession):
             )
         length, new_tokens = (int(case.workload.get(name, 1)) for name in ("prompt_tokens", "max_new_tokens"))
         # the last token is chosen and never fed, but on CUDA a step is launched before the last one's tokens are here
-        self._require_positions(length + new_tokens - (self.device.type != "cuda"))
-        self._require_positions(_scored_tokens(case) - 1)
+        self.decoder.require_positions(length + new_tokens - (self.device.type != "cuda"))
+        self.decoder.require_positions(_scored_tokens(case) - 1)
         # one token more is fed where blocks are read
         if passed := passes_switch(recomputing_switch(self._loaded.model), length, new_tokens + 1):
             raise CaseInvalid(f"engine nano: {passed}")
@@ -186,11 +185,11 @@ class NanoSession(LoadedSession):
     def score(
         self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
     ) -> TokenScores:
-        self._require_positions(len(tokens) - 1)
+        self.decoder.require_positions(len(tokens) - 1)
         return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
-        self._require_positions(len(tokens) - 1)
+        self.decoder.require_positions(len(tokens) - 1)
         return score_rows(self._holder, tokens, first, len(tokens))
 
     def score_windows(
@@ -203,7 +202,7 @@ class NanoSession(LoadedSession):
         progress: WindowProgress | None = None,
     ) -> WindowScores:
         given = WindowPassages(self._loaded, tokens, windows, prefix, prefix_token)
-        self._require_positions(given.longest)
+        self.decoder.require_positions(given.longest)
         return score_windows(given, given.runtime(self._holder, self._limits), progress)
 
     def compare_windows(
@@ -219,7 +218,7 @@ class NanoSession(LoadedSession):
         if not isinstance(reference, NanoSession):
             raise UserError("--kv-reference: only two models of engine nano can be compared position by position")
         given = WindowPassages(self._loaded, tokens, windows, prefix, prefix_token)
-        self._require_positions(given.longest)
+        self.decoder.require_positions(given.longest)
         sizes = self.vocab_size, reference.vocab_size
         return compare_windows(given, (self._holder, reference._holder), sizes, progress)
 
@@ -232,15 +231,6 @@ class NanoSession(LoadedSession):
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
-
-    def _require_positions(self, tokens: int) -> None:
-        """Refuse a sequence that is longer than the model's table of positions."""
-        rows = self._positions
-        if rows is not None and tokens > rows:
-            raise CaseInvalid(
-                f"{tokens} tokens are more than the {rows} positions that the model has learned; give shorter texts and "
-                "prompts (--kv-max-tokens, --kv-prompt-tokens, --kv-max-new-tokens, --kv-max-length)"
-            )
 
     def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
         """Let a policy act on layers that see everything: in all passes of the case the same ones.
