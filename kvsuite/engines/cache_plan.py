@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsuite.compression.base import Policy
@@ -52,8 +51,3 @@ def plan(policy: Policy | None, prompt_tokens: int, steps: int) -> CachePlan:
         capacity = max(capacity, stored + 1)
         stored = after(stored + 1, prompt_tokens + step)
     return CachePlan(capacity=capacity, prefill=prefill, final=stored)
-
-
-def kv_bytes(tokens_per_layer: Sequence[int], *, batch: int, kv_heads: int, head_dim: int, element_bytes: int) -> int:
-    """Bytes of keys and values: ``sum over layers of 2 * batch * kv_heads * head_dim * element_bytes * tokens``."""
-    return 2 * batch * kv_heads * head_dim * element_bytes * sum(tokens_per_layer)

@@ -45,10 +45,7 @@ class Decoder:
 
     def kv_bytes(self, tokens_per_layer: Sequence[int]) -> int:
         """Bytes of keys and values where each layer holds so many tokens."""
-        return self.element_bytes * sum(
-            layer.kv_heads * (layer.key_dim + layer.value_dim) * tokens
-            for layer, tokens in zip(self.of_layers.layers, tokens_per_layer, strict=True)
-        )
+        return self.of_layers.kv_bytes(tokens_per_layer, self.element_bytes)
 
     def full_lengths(self, tokens: int) -> list[int]:
         """Tokens that each layer holds of ``tokens`` with no policy: a layer with a window no more than that."""

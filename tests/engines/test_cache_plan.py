@@ -8,18 +8,15 @@ from hypothesis import strategies as st
 from policy_matrix import MATRIX
 
 from kvsuite.compression import FixSizeL2, L2Compress, Policy, RecentOnly, StreamingLLM
-from kvsuite.engines.cache_plan import CachePlan, kv_bytes, plan
+from kvsuite.engines.cache_plan import CachePlan, plan
+from kvsuite.models.layers import Layer, ModelLayers, layers_of
 from kvsuite.models.presets import build_config
 
 FED = 1999  # 2,000 tokens are 1,999 predictions
 
 
 def bytes_of(preset: str, lengths: list[int], element_bytes: int = 2) -> int:
-    config = build_config(preset)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    assert len(lengths) == config.num_hidden_layers
-    return kv_bytes(lengths, batch=1, kv_heads=heads, head_dim=head_dim, element_bytes=element_bytes)
+    return layers_of(build_config(preset).to_dict()).kv_bytes(lengths, element_bytes)
 
 
 def lengths_of(policy: Policy, layers: int) -> list[int]:
@@ -94,14 +91,15 @@ def test_a_plan_holds_together(line: Any, prompt: int, steps: int) -> None:
 
 @given(
     lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=40),
-    batch=st.integers(1, 8),
     heads=st.integers(1, 64),
-    dim=st.sampled_from([16, 80, 128]),
+    dims=st.sampled_from([(16, 16), (192, 128), (512, 64)]),
     element=st.sampled_from([2, 4]),
 )
 def test_bytes_are_keys_and_values_of_every_layer(
-    lengths: list[int], batch: int, heads: int, dim: int, element: int
+    lengths: list[int], heads: int, dims: tuple[int, int], element: int
 ) -> None:
-    shape: dict[str, int] = {"batch": batch, "kv_heads": heads, "head_dim": dim, "element_bytes": element}
-    assert kv_bytes(lengths, **shape) == sum(2 * batch * heads * dim * element * n for n in lengths)
-    assert kv_bytes(lengths, **shape) == sum(kv_bytes([n], **shape) for n in lengths)
+    layers = [Layer(index, "full", None, True, heads, *dims, "full_attention") for index in range(len(lengths))]
+    # a layer that stores nothing counts nothing
+    layers.append(Layer(len(lengths), None, None, False, 0, 0, 0, "linear_attention"))
+    found = ModelLayers(tuple(layers), "rotary").kv_bytes([*lengths, 7], element)
+    assert found == sum(heads * sum(dims) * element * n for n in lengths)

@@ -11,11 +11,12 @@ from zoo import ZOO, Architecture
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings, Session
+from kvsuite.engines.hf.session import HfSession
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.memory_model.config import read_fields
 
-SESSIONS: dict[str, type[Any]] = {"nano": NanoSession}
+SESSIONS: dict[str, type[Any]] = {"hf": HfSession, "nano": NanoSession}
 #: of each kind of cache one, prompts past every window
 NAMES = (
     "Llama", "Mistral, window", "Gemma 3", "Gemma 3n", "Llama 4", "DeepSeek V3", "Falcon, multi-query", "Falcon, new",
