@@ -25,7 +25,8 @@ def forget_longer_sequences(model: nn.Module) -> None:
 
     def begin(embedding: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         positions = named["position_ids"] if "position_ids" in named else arguments[1]
-        if embedding.max_seq_len_cached > embedding.original_max_seq_len and not int(positions.min()):
+        # releases before 5.3 do not remember that they changed them
+        if embedding.inv_freq is not embedding.original_inv_freq and not int(positions.min()):
             embedding.register_buffer("inv_freq", embedding.original_inv_freq.to(positions.device), persistent=False)
             embedding.max_seq_len_cached = embedding.original_max_seq_len
 

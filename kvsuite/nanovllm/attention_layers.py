@@ -258,5 +258,8 @@ def _refuse_what_is_not_done(
         reasons.append("it has chunked attention layers")
     if key.shape[1:] != value.shape[1:]:
         reasons.append("its keys and values differ in shape")
+    if getattr(module, "is_kv_shared_layer", False) and hasattr(module, "k_proj"):
+        # releases before 5.9: without transformers' cache such a layer makes keys and values of its own
+        reasons.append("its layers share keys and values through transformers' cache")
     if reasons:
         raise CaseInvalid(f"{name}: {reasons[0]}, which paged attention does not do; use --kv-engine=hf")

@@ -178,7 +178,12 @@ def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
     layers = layers_of(architecture.configured().to_dict())
     # nothing may stand against a policy on a plain model, and against places only what turns otherwise or not at all
     turns = layers.positions == "rotary" and layers.switch_length is None and layers.learned_length is None
-    session = session_of(engine, folder)
+    try:
+        session = session_of(engine, folder)
+    except REFUSALS as error:
+        if IS_NEWEST:
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
 
     def scored(window: int, positions: str, must: bool) -> list[float] | None:
         case = policy_case(engine, folder, window, positions)

@@ -63,8 +63,11 @@ def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[in
         raise CaseInvalid(
             f"policy {policy.name} looks at keys, and this model's cache stores latents (MLA); use one that goes by positions"
         )
-    if policy.positions == "cache" and any(layer.latent for layer in layers):
-        raise CaseInvalid("positions=cache: this model's cache stores latents (MLA); use --kv-positions=original")
+    # before transformers 5.15 the cache holds what the latents expand to, of which the last part is rotated
+    if policy.positions == "cache" and any(layer.latent or layer.key_dim != layer.value_dim for layer in layers):
+        raise CaseInvalid(
+            "positions=cache: this model's cache stores latents (MLA) or keys made of them; use --kv-positions=original"
+        )
     if looks and len({layer.kv_heads for layer in layers}) > 1:
         raise CaseInvalid(
             f"policy {policy.name} decides for each head, and layers of this model have different numbers of heads"

@@ -217,6 +217,11 @@ class EvictionCache(Cache):  # type: ignore[misc]
         return any(group.ranked for group in self.groups)
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether layers hold different numbers of tokens."""
+        return bool(self._own) or len({group.length for group in self.groups}) > 1
+
+    @property
     def views_prompt(self) -> bool:
         """Whether a policy waits for the queries of the prompt, which the attention has to show (`EvictionLayer.see`)."""
         return any(group.views_prompt for group in self.groups)

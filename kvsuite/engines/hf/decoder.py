@@ -38,6 +38,9 @@ class CachedDecoder(Decoder):
         """
         positions = cache.begin(ids.shape[1])
         placed = {"position_ids": positions} if self._takes_positions else {}
+        if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:
+            # eager attention has one mask for all layers, as long as the first one's cache; a token sees all that is stored
+            placed["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
         with showing(cache if cache.views_prompt else None):
             logits: Tensor = self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **placed, **self._last_logits
@@ -88,6 +91,18 @@ class CachedDecoder(Decoder):
             i: WindowLayer(made[i].sliding_window) if type(made[i]) is DynamicSlidingWindowLayer else made[i]
             for i in indices
         }
+
+    @property
+    def _is_masked_at_once(self) -> bool:
+        """Whether one mask may serve all layers, of which none needs another than a plain one."""
+        return self.is_eager and all(
+            layer.attention in ("full", "sliding") and not layer.recurrent for layer in self.of_layers.layers
+        )
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether attention is computed by the model's own eager function."""
+        return str(self.model.config._attn_implementation).startswith("eager")
 
     def set_attention(self, implementation: str) -> None:
         """Choose transformers' attention function (``sdpa``, ``eager``)."""

@@ -44,6 +44,11 @@ class PressCache(Cache):  # type: ignore[misc]
     views_prompt = False
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether layers hold different numbers of tokens."""
+        return len(set(self.lengths())) > 1
+
+    @property
     def seen(self) -> int:
         """Tokens seen."""
         return int(self.layers[0].seen)

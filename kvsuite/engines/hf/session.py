@@ -84,15 +84,16 @@ class HfSession(LoadedSession):
         span = span_of(case.workload)
         self.decoder.require_positions(span)
         self._treated = treated_layers(self.decoder, policy, span)
+        attention = "eager" if press and press.info.attention == "eager" else self._base_attention
+        self.decoder.set_attention(attention)
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
         if press:
             refuse_press(press.name, self.decoder, span)
             press.supports_layout(self._loaded.model)
-        attention = "eager" if press and press.info.attention == "eager" else self._base_attention
         if policy and policy.needs.prompt:
             attention = register_observed_attention(attention)
-        self.decoder.set_attention(attention)
+            self.decoder.set_attention(attention)
         self._generation = self._new_generation(method, span)
         bounded = self.decoder.bounded_layers(span)
         reason = self._eager_reason(method, bounded)

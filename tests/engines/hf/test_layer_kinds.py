@@ -53,6 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
     "latents": ("DeepseekV3", BASE | MLA, [0, 1, 2, 3]),
     "learned positions": ("GPT2", GPT, [0, 1, 2]),
     "a part of a key is rotated": ("Phi", BASE | {"partial_rotary_factor": 0.5}, [0, 1, 2, 3]),
+    "gpt-j, eager": ("GPTJ", GPT | {"rotary_dim": 8}, [0, 1, 2]),
     "convolutions": ("Lfm2", BASE | {
         "layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 16, "block_auto_adjust_ff_dim": False,
     }, [1, 3]),
@@ -130,6 +131,21 @@ def test_a_policy_acts_on_the_layers_that_hold_the_whole_text_and_is_right_there
     if len(treated) < on.decoder.layers:
         assert on.effective["policy_layers"] == treated
     assert on.score(TEXT, "streaming-decode", 0).nll == pytest.approx(masked_losses(path, treated).tolist(), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "auto") for name in ("llama", "gemma 2, eager", "gemma 3", "gpt-j, eager", "learned positions")]
+    + [("llama", "eager")],
+)
+def test_skipped_layers_keep_all_whatever_the_attention(name: str, attention: str) -> None:
+    kind, config, treated = MODELS[name]
+    path = saved(kind, config)
+    chosen = case(path, "streaming_llm", start_size=SINK, recent_size=RECENT, skip_layers=[1])
+    on = HfSession(chosen, EngineSettings(threads=1, attention=attention))
+    on.prepare(chosen)
+    expected = masked_losses(path, sorted({*treated} - {1})).tolist()
+    assert on.score(TEXT, "streaming-decode", 0).nll == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("policy", [None, "streaming_llm"])
