@@ -1,4 +1,4 @@
-"""Models as strangers have them, and what is right for each. What is not right yet is marked, and the mark fails when it is.
+"""Models as strangers have them, and what is right for each.
 
 Where each comes from: QwenLM/Qwen#401, ggml-org/llama.cpp#24875, vllm-project/vllm#27431, huggingface/transformers#25104 and
 #10815, ikawrakow/ik_llama.cpp#285, keras-team/keras-hub#2861.
@@ -26,10 +26,6 @@ from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
-
-
-def not_yet(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])

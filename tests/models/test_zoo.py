@@ -40,13 +40,6 @@ IDS = list(TEXT.encode()[:40])
 PROMPT, NEW, SHORT = IDS[:28], 12, IDS[:20]
 WINDOWS = plan_windows("hf-strided", len(IDS), 32, 16, prefix="none")
 
-# what is wrong today: who is mended loses its mark
-NOT_YET: dict[str, dict[str, str]] = {
-    "hf": {},
-    "nano": {},
-}
-POLICY_NOT_YET: dict[str, dict[str, str]] = {"hf": {}, "nano": {}}
-
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Architecture], Path]:
@@ -137,10 +130,8 @@ def ours(engine: str, folder: Path) -> tuple[list[int], list[float], list[float]
     return tokens, whole, windows
 
 
-def row(engine: str, architecture: Architecture, not_yet: dict[str, dict[str, str]] = NOT_YET) -> Any:
-    wrong = not_yet[engine].get(architecture.name)
-    marks = [pytest.mark.xfail(strict=True, reason=wrong)] if wrong else []
-    return pytest.param(engine, architecture, id=f"{engine}-{architecture.name}", marks=marks)
+def row(engine: str, architecture: Architecture) -> Any:
+    return pytest.param(engine, architecture, id=f"{engine}-{architecture.name}")
 
 
 @pytest.mark.parametrize(("engine", "architecture"), [row(engine, each) for each in ZOO for engine in SESSIONS])
@@ -167,7 +158,7 @@ def test_an_engine_finds_what_transformers_finds_or_says_why_not(
 
 @pytest.mark.parametrize(
     ("engine", "architecture"),
-    [row(engine, each, POLICY_NOT_YET) for each in ZOO for engine in SESSIONS if getattr(each, engine) is None],
+    [row(engine, each) for each in ZOO for engine in SESSIONS if getattr(each, engine) is None],
 )
 def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
     engine: str, architecture: Architecture, folder_of: Callable[[Architecture], Path]

@@ -21,7 +21,6 @@ def _word(what: str) -> str:
 
 def lines() -> list[str]:
     """The table's lines."""
-    from test_zoo import NOT_YET
     from zoo import ELSEWHERE, ENCODER, SEQ2SEQ, ZOO, Architecture
 
     from kvsuite.models.layers import UnknownLayers, layers_of
@@ -44,8 +43,6 @@ def lines() -> list[str]:
         return layers, positions
 
     def outcome(architecture: Architecture, engine: str) -> str:
-        if wrong := NOT_YET[engine].get(architecture.name):
-            return f"not yet ({wrong})"
         refusal = getattr(architecture, engine)
         if refusal == ELSEWHERE:
             refusal = "its attention does not go through transformers' attention interface"
