@@ -193,16 +193,12 @@ class _AttentionChoice:
 def _no_sdpa(config: Any) -> str | None:
     """Why the class of a configuration's model has no sdpa, ``None`` if it has."""
     made = getattr(_auto_class(config), "_model_mapping", {}).get(type(config), None)
-    if made is None or isinstance(made, tuple) or getattr(made, "_supports_sdpa", False):
-        return None
     text = config.get_text_config()
-    why = (
-        " (its scores are capped)"
-        if getattr(text, "attn_logit_softcapping", None)
-        else " (its attention has sinks)"
-        if text.model_type == "gpt_oss"
-        else ""
-    )
+    # several releases say that they have sdpa for models with capped scores, and leave the cap out
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    if made is None or isinstance(made, tuple) or (getattr(made, "_supports_sdpa", False) and not capped):
+        return None
+    why = " (its scores are capped)" if capped else " (its attention has sinks)" if text.model_type == "gpt_oss" else ""
     return f"{made.__name__} has no sdpa in transformers{why}"
 
 

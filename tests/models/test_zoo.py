@@ -83,7 +83,10 @@ def losses_of_steps(model: Any, tokens: list[int]) -> torch.Tensor:
 @functools.cache
 def plain(folder: Path) -> tuple[list[int], list[float], list[float]]:
     """What transformers finds by itself: greedy tokens, losses of the text, losses of its windows."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    # several releases leave a cap of scores out with sdpa
+    attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention).eval()
     prompt = torch.tensor([PROMPT])
     # where the frequencies follow the length, a token that is fed behind others was not turned by the whole text's
     # Zamba 2 computes the state of a single token in another way than that of a text: 2e-3 between its own two
