@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+#: ``PYTEST_ADDOPTS`` of a pytest that a test starts: plugins that load much and have nothing to do there
+FEWER_PLUGINS = "-p no:hypothesispytest -p no:anyio"
 _NUMBERS = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM") if hasattr(signal, name)]
 
 

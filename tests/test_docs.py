@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import FEWER_PLUGINS
 
 import kvsuite.engines.registry  # noqa: F401  a run inside this process drops what it imports first; suites outlive it
 from kvsuite.__main__ import main
@@ -283,7 +284,8 @@ def test_make_targets_and_variables_exist() -> None:
 def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KV_", "PYTEST_"))}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments], cwd=folder,
+        env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": FEWER_PLUGINS},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 

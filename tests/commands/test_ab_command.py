@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from child_processes import child_process
+from child_processes import FEWER_PLUGINS, child_process
 
 from kvsuite.comparison.interleaved import order
 
@@ -91,7 +91,12 @@ def commit(folder: Path, message: str) -> None:
 
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KV_", "PYTEST_", "GIT_"))}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_ADDOPTS": FEWER_PLUGINS,
+    }
 
 
 def ab(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

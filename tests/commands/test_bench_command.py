@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_processes import FEWER_PLUGINS
 
 import kvsuite.benchmarks
 from kvsuite.__main__ import main
@@ -21,6 +22,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
         **{n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")},
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
+        "PYTEST_ADDOPTS": FEWER_PLUGINS,
     }
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from child_processes import child_process
+from child_processes import FEWER_PLUGINS, child_process
 
 from kvsuite.store.validate import validate
 
@@ -45,7 +45,8 @@ NAMES = [
 
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KV_", "PYTEST_", "KVSUITE_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    more = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": FEWER_PLUGINS}
+    return kept | {"HF_HUB_OFFLINE": "1"} | more
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
