@@ -111,7 +111,7 @@ def repository(tmp_path: Path) -> Path:
     (folder / "bench").mkdir(parents=True)
     git(folder, "init", "-q")
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "slow.py").write_text(STEP.format(0.1))
+    (folder / "slow.py").write_text(STEP.format(0.03))
     (folder / "bench" / "test_loop.py").write_text(TEST)
     (folder / "pytest.ini").write_text("[pytest]\nkv_compare = latest\nkv_fail = default\n")
     (folder / ".gitignore").write_text("reports/\n__pycache__/\n.benchmarks/\n")
@@ -136,7 +136,7 @@ def test_8_percent_less_speed_is_named(repository: Path) -> None:
 
 
 def test_a_slower_loop_in_a_dirty_tree_is_named(repository: Path) -> None:
-    (repository / "slow.py").write_text(STEP.format(0.1) + MORE.format(0.1))
+    (repository / "slow.py").write_text(STEP.format(0.03) + MORE.format(0.03))
     (repository / "new.txt").write_text("not committed")
     done = ab(
         repository, "fast", ".", "--processes", "3", "--out", "out", "--fail", "decode_tok_s:-5%", "--", *ARGUMENTS

@@ -19,7 +19,7 @@ pytest.importorskip("xdist")
 METHODS = ("streaming_llm", "segfault", "killed", "cudaerror", "hungry")
 FINE = ["baseline", "recent_only_6", "recent_only_10", "streaming_6", "streaming_10"]
 DEAD = {"segfault": "SIGSEGV", "killed": "SIGKILL"}
-LIMIT = 10
+LIMIT = 6
 # what takes seconds to load is there before the case begins, and its time does not go into that
 PRELOADED = "import torch\nimport transformers.models.llama.modeling_llama\n"
 
