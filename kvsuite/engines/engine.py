@@ -186,7 +186,9 @@ class Session(ABC):
         CaseInvalid
             If this engine serves one request at a time.
         """
-        raise CaseInvalid(f"engine {case.engine} serves one request at a time; use --kv-engine=nano")
+        raise CaseInvalid(
+            f"engine {case.engine} serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"
+        )
 
     def engine_metrics(self, served: Sequence[Served]) -> dict[str, float]:
         """What the engine itself counted in these runs, by its own names; ``{}`` where it counts nothing."""

@@ -161,7 +161,7 @@ def test_a_csv_that_is_not_ours_is_found_before_anything_is_measured(runs: dict[
 def test_a_run_of_which_nothing_can_run_fails_with_the_reason(runs: dict[str, Run]) -> None:
     for name, reason in (
         ("all invalid", "breaks within-trained-length: context_window_size=4096 is more than the 64 positions"),
-        ("hf", "engine hf serves one request at a time; use --kv-engine=nano"),
+        ("hf", "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"),
     ):
         run = runs[name]
         assert run.code == pytest.ExitCode.TESTS_FAILED, run.out

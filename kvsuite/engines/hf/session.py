@@ -261,7 +261,9 @@ class HfSession(LoadedSession):
 
 def _only(requests: Sequence[ServeRequest]) -> ServeRequest:
     if len(requests) != 1:
-        raise CaseInvalid("engine hf serves one request at a time; use --kv-engine=nano")
+        raise CaseInvalid(
+            "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"
+        )
     return requests[0]
 
 

@@ -164,10 +164,16 @@ def test_an_engine_for_single_requests_says_so(sessions: SessionPool, checkpoint
     case = case_of(checkpoint, engine="hf", space=space(), max_new_tokens="6")
     session = sessions.get(case)
     session.prepare(case)
-    with pytest.raises(CaseInvalid, match=r"^engine hf serves one request at a time; use --kv-engine=nano$"):
+    with pytest.raises(
+        CaseInvalid,
+        match=r"^engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model$",
+    ):
         session.reach(case)
     # one alone is no design point, and two are none either
-    with pytest.raises(CaseInvalid, match=r"^engine hf serves one request at a time; use --kv-engine=nano$"):
+    with pytest.raises(
+        CaseInvalid,
+        match=r"^engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model$",
+    ):
         session.serve(requests(prompts(2, 8), 4))
 
 

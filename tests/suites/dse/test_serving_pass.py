@@ -232,7 +232,10 @@ def test_a_prompt_that_leaves_no_room_is_invalid(run: Run) -> None:
 
 def test_another_engine_and_a_format_that_is_quality_only_are_invalid(run: Run) -> None:
     (hf,) = run("ctx=48;chunk=16", engine="hf").values()
-    assert (hf.status, hf.reason) == ("invalid", "engine hf serves one request at a time; use --kv-engine=nano")
+    assert (hf.status, hf.reason) == (
+        "invalid",
+        "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model",
+    )
     (rounded,) = run("ctx=48;chunk=16", quantization="fake_q3").values()
     assert rounded.status == "invalid"
     assert "quality only" in str(rounded.reason)
