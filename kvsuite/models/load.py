@@ -180,13 +180,8 @@ class _AttentionChoice:
         Raises
         ------
         UserError
-            If sdpa is asked for and the class has none, or eager and it is wrong.
+            If sdpa is asked for and the class has none.
         """
-        text = config.get_text_config()
-        if self._attention == "eager" and text.model_type == "falcon" and getattr(text, "alibi", False):
-            raise UserError(
-                "--kv-attention=eager: transformers' eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"
-            )
         if self._attention != "eager" and (reason := _no_sdpa(config)):
             if self._attention == "sdpa":
                 raise UserError(f"--kv-attention=sdpa: {reason}; use auto or eager")

@@ -217,16 +217,3 @@ def test_progress_bars_are_put_back() -> None:
     logging.enable_progress_bar()
     weights(0)
     assert logging.is_progress_bar_enabled()
-
-
-def test_eager_attention_that_is_wrong_is_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.FalconConfig(
-        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True, multi_query=False,
-        new_decoder_architecture=False,
-    )  # fmt: skip
-    transformers.FalconForCausalLM(config).save_pretrained(tmp_path)
-    spec = resolve_model(str(tmp_path))
-    with pytest.raises(UserError, match="eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"):
-        load_model(spec, device="cpu", dtype=None, attention="eager")
-    assert load_model(spec, device="cpu", dtype=None).attention == "sdpa"

@@ -49,6 +49,11 @@ class HfSession(LoadedSession):
         sdpa = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
         super().__init__(case, settings, attention=settings.attention, sdpa=sdpa)
         attention = self._loaded.attention
+        text = self._loaded.text_config
+        if attention == "eager" and text.model_type == "falcon" and getattr(text, "alibi", False):
+            raise UserError(
+                "--kv-attention=eager: transformers' eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"
+            )
         self._facts["attention"] = attention
         self._decode_step = settings.decode_step
         self._implementation = cast(Implementation, settings.implementation)

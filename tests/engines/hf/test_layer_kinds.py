@@ -17,7 +17,7 @@ from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.session import HfSession
 from kvsuite.engines.results import ServeRequest
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.workloads.windows import Window, plan_windows
 
 SINK, RECENT, LENGTH, PROMPT, NEW = 2, 8, 40, 24, 6
@@ -146,6 +146,16 @@ def test_skipped_layers_keep_all_whatever_the_attention(name: str, attention: st
     on.prepare(chosen)
     expected = masked_losses(path, sorted({*treated} - {1})).tolist()
     assert on.score(TEXT, "streaming-decode", 0).nll == pytest.approx(expected, abs=2e-4)
+
+
+def test_eager_attention_that_is_wrong_is_refused() -> None:
+    path = saved("Falcon", {
+        "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True,
+        "multi_query": False, "new_decoder_architecture": False,
+    })  # fmt: skip
+    with pytest.raises(UserError, match="eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"):
+        HfSession(case(path, None), EngineSettings(threads=1, attention="eager"))
+    assert session(path, None).effective["attention"] == "sdpa"
 
 
 @pytest.mark.parametrize("policy", [None, "streaming_llm"])
