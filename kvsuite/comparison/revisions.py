@@ -14,6 +14,7 @@ from types import FrameType
 
 from kvsuite.errors import UserError
 
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WORKING_TREE = "."
 
 
@@ -35,8 +36,8 @@ class Revision:
 def checked_out(base: str, head: str) -> Iterator[tuple[Revision, Revision, Path]]:
     """Check out two revisions of the repository that the current folder is in.
 
-    Either may be ``.``, the working tree as it is, changes and untracked files included. Ctrl-C and SIGTERM end the block
-    like an error, and the work trees are removed whatever ends it.
+    Either may be ``.``, the working tree as it is, changes and untracked files included. Ctrl-C, SIGTERM and SIGHUP end the
+    block like an error, and the work trees are removed whatever ends it.
 
     Yields
     ------
@@ -54,7 +55,10 @@ def checked_out(base: str, head: str) -> Iterator[tuple[Revision, Revision, Path
         name: None if given == WORKING_TREE else _commit(top, name, given)
         for name, given in (("BASE", base), ("HEAD", head))
     }
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # what the parent ignores (nohup) stays ignored
+    ours = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _interrupt)
     made: list[Path] = []
     try:
         with tempfile.TemporaryDirectory(prefix="kvsuite-ab-") as folder:
@@ -73,7 +77,8 @@ def checked_out(base: str, head: str) -> Iterator[tuple[Revision, Revision, Path
                     _run(top, "worktree", "remove", "--force", str(root))
         _run(top, "worktree", "prune")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def git_free_environment() -> dict[str, str]:

@@ -61,7 +61,9 @@ def score_windows(
     Raises
     ------
     UserError
-        If the rule needs a prefix token and there is none, or a token id lies outside the vocabulary.
+        If the rule needs a prefix token and there is none.
+    CaseInvalid
+        If a token id lies outside the vocabulary.
     """
     text = WindowText(model, tokens, windows, prefix, prefix_token)
     at = model.device if device is None else torch.device(device)

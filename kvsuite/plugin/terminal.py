@@ -32,8 +32,9 @@ def _beginning(config: pytest.Config, cases: list[Case]) -> list[str]:
         return []
     first = cases[0]
     order = config.stash[ORDER_SEED]
+    number = "1 case" if len(cases) == 1 else f"{len(cases)} cases"
     lines = [
-        f"kvsuite: {len(cases)} cases on {first.device} ({first.engine}, {first.model}), order seed {order}, "
+        f"kvsuite: {number} on {first.device} ({first.engine}, {first.model}), order seed {order}, "
         f"reports under {config.stash[OPTIONS].of(CommonOptions).report_dir}/"
     ]
     reporter = config.stash.get(REPORTER, None)
@@ -67,9 +68,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if reporter.rows:
         _tell_results(terminalreporter, config, reporter)
     if exitstatus == pytest.ExitCode.INTERRUPTED and reporter.is_kept and reporter.cases_left:
-        terminalreporter.write_line(
-            f"{reporter.cases_left} cases are left: go on by the same command with --kv-resume=latest", yellow=True
-        )
+        left = "1 case is left" if reporter.cases_left == 1 else f"{reporter.cases_left} cases are left"
+        terminalreporter.write_line(f"{left}: go on by the same command with --kv-resume=latest", yellow=True)
 
 
 def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Reporter) -> None:

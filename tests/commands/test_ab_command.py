@@ -163,7 +163,8 @@ def test_a_slower_loop_in_a_dirty_tree_is_named(repository: Path) -> None:
     assert line in again.stdout
 
 
-def test_ctrl_c_removes_the_work_trees(repository: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_removes_the_work_trees(repository: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "kvsuite", "ab", "fast", "fast", "--out", "out", "--", *ARGUMENTS]
     with child_process(
         command,
@@ -177,7 +178,7 @@ def test_ctrl_c_removes_the_work_trees(repository: Path) -> None:
         while not (repository / "out" / "base-1.log").exists() and process.poll() is None:
             time.sleep(0.1)
         assert git(repository, "worktree", "list").count("\n") == 2
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         _, err = process.communicate()
     assert process.returncode == 130
     assert "the work trees are removed" in err

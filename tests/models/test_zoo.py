@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from kvsuite.workloads.windows import plan_windows
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 #: the zoo says what the newest release does; with an older one a model may be refused, and never be wrong
 IS_NEWEST = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+Found = TypeVar("Found")
 REFUSALS = (UserError, CaseInvalid, CaseSkipped)
 
 SESSIONS = {"hf": HfSession, "nano": NanoSession}
@@ -133,6 +134,16 @@ def ours(engine: str, folder: Path) -> tuple[list[int], list[float], list[float]
     return tokens, whole, windows
 
 
+def unless_refused(find: Callable[[str, Path], Found], engine: str, folder: Path) -> Found:
+    """What an engine finds; a model that an older release cannot do is skipped."""
+    try:
+        return find(engine, folder)
+    except REFUSALS as error:
+        if IS_NEWEST:
+            raise
+        pytest.skip(f"transformers {transformers.__version__}: {error}")
+
+
 def row(engine: str, architecture: Architecture) -> Any:
     return pytest.param(engine, architecture, id=f"{engine}-{architecture.name}")
 
@@ -147,12 +158,7 @@ def test_an_engine_finds_what_transformers_finds_or_says_why_not(
         with pytest.raises(REFUSALS, match=refusal):
             ours(engine, folder)
         return
-    try:
-        found = ours(engine, folder)
-    except REFUSALS as error:
-        if IS_NEWEST:
-            raise
-        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    found = unless_refused(ours, engine, folder)
     expected = plain(folder)
     assert found[0] == expected[0]
     assert found[1] == pytest.approx(expected[1], abs=1e-4)
@@ -172,12 +178,7 @@ def test_policies_leave_alone_what_is_not_theirs_or_are_invalid(
     layers = layers_of(architecture.configured().to_dict())
     # nothing may stand against a policy on a plain model, and against places only what turns otherwise or not at all
     turns = layers.positions == "rotary" and layers.switch_length is None and layers.learned_length is None
-    try:
-        session = session_of(engine, folder)
-    except REFUSALS as error:
-        if IS_NEWEST:
-            raise
-        pytest.skip(f"transformers {transformers.__version__}: {error}")
+    session = unless_refused(session_of, engine, folder)
 
     def scored(window: int, positions: str, must: bool) -> list[float] | None:
         case = policy_case(engine, folder, window, positions)

@@ -176,7 +176,7 @@ def test_an_import_that_was_stopped_ends_the_process(tmp_path: Path) -> None:
     assert len(json.loads((stopped.report / "report.json").read_text())["records"]) == 1
     (line,) = stopped.said("was stopped while it imported or loaded")
     assert "--kv-resume=latest and a longer --kv-timeout, or with -n 1" in line
-    assert stopped.said("1 cases are left")
+    assert stopped.said("1 case is left")
     # in a process of their own both are measured
     again = run_pytest(folder, *command, RESUME)
     assert again.code == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvsuite.compression.base import Policy
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.layers import Layer, ModelLayers
 
 from .decoder import CachedDecoder
@@ -112,6 +112,21 @@ def _what(of: ModelLayers, indices: Collection[int]) -> str:
 
 def _word(layer: Layer) -> str:
     return layer.what if layer.window is None else f"{layer.what} of {layer.window}"
+
+
+def refuse_attention(model: Any, attention: str) -> None:
+    """Refuse an attention function that computes something else.
+
+    Raises
+    ------
+    UserError
+        With the reason.
+    """
+    text = model.config.get_text_config()
+    if attention == "eager" and text.model_type == "falcon" and getattr(text, "alibi", False):
+        raise UserError(
+            "--kv-attention=eager: transformers' eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"
+        )
 
 
 def check_layers(model: Any, of: ModelLayers) -> None:

@@ -22,7 +22,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
-from .applicable import check_layers, refuse_policy, refuse_press, span_of, treated_layers
+from .applicable import check_layers, refuse_attention, refuse_policy, refuse_press, span_of, treated_layers
 from .attention import register_grouped_attention, register_observed_attention
 from .cache import Implementation
 from .decoder import CachedDecoder
@@ -49,11 +49,7 @@ class HfSession(LoadedSession):
         sdpa = register_grouped_attention() if case.device_kind == "cuda" else "sdpa"
         super().__init__(case, settings, attention=settings.attention, sdpa=sdpa)
         attention = self._loaded.attention
-        text = self._loaded.text_config
-        if attention == "eager" and text.model_type == "falcon" and getattr(text, "alibi", False):
-            raise UserError(
-                "--kv-attention=eager: transformers' eager attention of Falcon adds the ALiBi biases twice; use auto or sdpa"
-            )
+        refuse_attention(self._loaded.model, attention)
         self._facts["attention"] = attention
         self._decode_step = settings.decode_step
         self._implementation = cast(Implementation, settings.implementation)

@@ -79,7 +79,9 @@ class WindowPassages:
     Raises
     ------
     UserError
-        If the rule needs a prefix token and there is none, or a token id lies outside the vocabulary.
+        If the rule needs a prefix token and there is none.
+    CaseInvalid
+        If a token id lies outside the vocabulary.
     """
 
     def __init__(
