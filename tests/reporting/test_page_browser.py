@@ -159,6 +159,16 @@ def test_the_plot_marks_what_nothing_beats(browser, report):
     assert len(browser.texts(".details")) == 1
 
 
+def test_where_nothing_is_the_best_no_empty_table_stands(browser, tmp_path, run, rows):
+    for row in rows:
+        for name in ("tpot_s", "decode_tok_s_req", "decode_tok_s_agg", "ttft_s"):
+            if name in row["metrics"]:
+                row["metrics"][name]["ci95"] = [0.0, 1e9]
+    opened(browser, page(tmp_path, run, rows))
+    assert "their times are too uncertain" in browser.texts("#plot .state")[0]
+    assert browser.run("document.querySelector('#plot table.front').parentNode.hidden") is True
+
+
 def test_the_plot_by_keys(browser, report):
     opened(browser, report)
     browser.run("document.querySelector('#plot svg').focus()")

@@ -253,6 +253,7 @@ class TradeOff {
     if (q) this.legend.append(` · large and dark: better ${q.title}, by rank`);
     if (lacking) this.legend.append(` · ${count(lacking)} without one of the numbers`);
     if (points.length <= MOST_WHISKERS) this.legend.append(' · lines: 95 % interval of the mean, where there are rounds');
+    this.best.hidden = !front.length;
     const names = ['x', 'y', ...(q ? ['q'] : [])];
     const listed = [...front].sort((a, b) => a.x - b.x).slice(0, MOST_LISTED);
     const more = front.length - listed.length;

@@ -10,7 +10,7 @@ from dse_samples import Q0, Q4, own_sheets, record, sheet
 from matplotlib.figure import Figure
 
 from kvsuite.suites.dse.csv_files import Sheet
-from kvsuite.suites.dse.figures.knobs import draw_knobs, elasticities, format_ratios, signed
+from kvsuite.suites.dse.figures.knobs import _pairs, draw_knobs, elasticities, format_ratios, signed
 from kvsuite.suites.dse.figures.points import Sample, samples_of
 
 
@@ -150,3 +150,7 @@ def test_numbers(number: float, text: str) -> None:
 
 def test_nothing_to_say() -> None:
     assert draw_knobs([], [], []) == "the files have no number that a figure shows"
+
+
+def test_one_pair_is_one_pair() -> None:
+    assert (_pairs([2.0]), _pairs([2.0, 3.0])) == ("1 pair", "2 pairs")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from kvsuite.suites.dse.csv_files import Sheet
-from kvsuite.suites.dse.figures.pareto import Point, draw_pareto, front, pareto_points
+from kvsuite.suites.dse.figures.pareto import Point, _panel, draw_pareto, front, pareto_points
 from kvsuite.suites.dse.figures.points import Sample, Spread, samples_of
 
 
@@ -125,3 +125,13 @@ def test_what_it_needs() -> None:
     no_text = changed(sheet("results"), time_s=None)
     assert "no point has both" in str(draw_pareto(read(no_text), read(other), []))
     assert Q4 in no_text.tag
+
+
+def test_points_lie_inside_of_their_panel() -> None:
+    points = [point(530.0, 15.0), point(540.0, 17.0)]
+    axes = Figure().subplots()
+    _panel(axes, points, points, "decode_tok_s", ["m"])
+    low, high = axes.get_xlim()
+    # from 0 on, and the largest one's ring, 12 points across, is not cut
+    assert low == 0
+    assert (high - 540.0) / high > 0.03

@@ -186,14 +186,18 @@ def _elasticity_cell(axes: Axes, row: int, column: int, found: Elasticity, bette
         _cell(axes, row, column, words, _GREY)
     elif found.values:
         middle, low, high = median(found.values), min(found.values), max(found.values)
-        text = f"{signed(middle)}\n{signed(low)} … {signed(high)}\n{len(found.values)} pairs"
+        text = f"{signed(middle)}\n{signed(low)} … {signed(high)}\n{_pairs(found.values)}"
         _cell(axes, row, column, text, _shade(sign * middle))
     elif found.steps:
         middle = median(found.steps)
-        text = f"on: × {middle:.3g}\n{min(found.steps):.3g} … {max(found.steps):.3g}\n{len(found.steps)} pairs"
+        text = f"on: × {middle:.3g}\n{min(found.steps):.3g} … {max(found.steps):.3g}\n{_pairs(found.steps)}"
         _cell(axes, row, column, text, _shade(sign * math.log2(middle)))
     else:
         _cell(axes, row, column, "no pair", _GREY)
+
+
+def _pairs(found: Sequence[float]) -> str:
+    return "1 pair" if len(found) == 1 else f"{len(found)} pairs"
 
 
 def _formats(axes: Axes, model: str, ratios: dict[str, dict[str, list[float]]], names: Sequence[str]) -> None:
@@ -211,7 +215,7 @@ def _formats(axes: Axes, model: str, ratios: dict[str, dict[str, list[float]]], 
             else:
                 middle = median(values)
                 change = math.log2(middle) if middle > 0 else 0.0
-                text = f"× {middle:.3g}\n{min(values):.3g} … {max(values):.3g}\n{len(values)} pairs"
+                text = f"× {middle:.3g}\n{min(values):.3g} … {max(values):.3g}\n{_pairs(values)}"
                 _cell(axes, row, column, text, _shade(-change if QUANTITIES[name].better == "lower" else change))
     _frame(axes, [short[tag] for tag in ratios], names)
 

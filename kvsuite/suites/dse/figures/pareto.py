@@ -174,7 +174,8 @@ def _panel(axes: Axes, points: Sequence[Point], best: Sequence[Point], name: str
             )  # fmt: skip
     axes.set_xlabel(QUANTITIES[_MEMORY].label)
     axes.set_ylabel(f"{QUANTITIES[name].label}, {QUANTITIES[name].better} is better")
-    axes.set_xlim(left=0)
+    # from 0, with room for the marks of the largest
+    axes.set_xlim(0, 1.04 * max(point.memory for point in points))
     if name != _QUALITY:
         axes.set_ylim(bottom=0)
     axes.grid(linestyle="--", alpha=0.3)
