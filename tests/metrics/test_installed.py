@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvsuite.entry_points import find, warn
 from kvsuite.metrics.installed import installed_metrics
 
 MODULE = """
@@ -35,9 +36,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path)
     # workers of xdist leave the telling to their controller
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    installed_metrics.cache_clear()
+    # another test of this process may have looked for entry points before
+    caches = find, warn, installed_metrics
+    for cached in caches:
+        cached.cache_clear()
     yield
-    installed_metrics.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("package")
