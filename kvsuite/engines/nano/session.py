@@ -21,6 +21,7 @@ from kvsuite.engines.results import (
     WindowProgress,
     WindowScores,
 )
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
@@ -34,6 +35,7 @@ from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
+from .plan_limits import plan_limits, refuse_plan
 from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
 from .scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
@@ -48,7 +50,8 @@ class NanoSession(LoadedSession):
     """A loaded model behind the paged runtime.
 
     A design point (the workload's protocol is ``serving``) is served with its own limits, as many requests at a time as its
-    batch. Of any other case the pool holds the requests that are served together, each as long as the longest.
+    batch; a case with a serving plan as that says, under load. Of any other case the pool holds the requests that are served
+    together, each as long as the longest.
 
     Parameters
     ----------
@@ -75,8 +78,9 @@ class NanoSession(LoadedSession):
         #: layers that the policy acts on
         self._treated: frozenset[int] = frozenset()
         self._longest = 0
-        #: of the prepared design point, ``None`` for any other case
+        #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
+        self._plan: ServingPlan | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -149,7 +153,12 @@ class NanoSession(LoadedSession):
         if policy is not None:
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
-        if case.workload.get("protocol") == "serving":
+        self._plan = ServingPlan.of(case)
+        if self._plan is not None:
+            refuse_plan(self._plan, policy, self.device.type)
+            self._limits = plan_limits(self._plan)
+            self._runtime((), captures=False)
+        elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
             self._prompt_tokens = length
         else:
@@ -243,7 +252,7 @@ class NanoSession(LoadedSession):
         self._holder.drop()
         self._method = CacheCompression()
         self._treated = frozenset()
-        self._limits = self._prompt_tokens = None
+        self._limits = self._prompt_tokens = self._plan = None
 
     def close(self) -> None:
         self.finish()
@@ -273,9 +282,9 @@ class NanoSession(LoadedSession):
         self.effective["policy_layers"] = sorted(self._treated)
 
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
-        """The runtime of the point, or of these requests: its pool holds as many of the longest, and a token more."""
+        """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            runtime = self._holder.get(self._limits, None, captures=captures)
+            runtime = self._holder.get(self._limits, self._method.policy, captures=captures)
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,
