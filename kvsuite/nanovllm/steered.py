@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,8 +15,6 @@ from .spans import Spans
 from .steering import Controller
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from .compression_stage import CompressionStage
     from .scheduler import StepPlan
     from .stage_streams import Work
@@ -35,9 +32,13 @@ def require_steerable(controller: Controller, *, has_policy: bool, is_async: boo
     if not has_policy:
         raise CaseInvalid("controller: it decides how prompts are compressed, and there is no policy; give one")
     if settings.kind == "gemm":
-        raise CaseInvalid(f"controller: {settings.method} needs the decode pipeline, which the runtime has not; leave it out")
+        raise CaseInvalid(
+            f"controller: {settings.method} needs the decode pipeline, which the runtime has not; leave it out"
+        )
     if not is_async:
-        raise CaseInvalid("controller: it chooses when to compress beside the steps, and stage=sync never does; use async")
+        raise CaseInvalid(
+            "controller: it chooses when to compress beside the steps, and stage=sync never does; use async"
+        )
     if settings.greenctx:
         raise CaseInvalid(
             "controller: it moves the SMs of the lanes while they run, and the runtime binds them once; use greenctx=False, "
@@ -66,21 +67,26 @@ class Steered:
         Decides.
     stage
         Compresses; has a place aside.
+    lengths
+        Tokens in the cache by row, ``[rows]``, as the tables keep them.
     device
         Of the runtime.
-    spans
-        Times, another clock's in tests.
     """
 
     def __init__(
-        self, controller: Controller, stage: CompressionStage, device: torch.device, spans: Spans | None = None
+        self,
+        controller: Controller,
+        stage: CompressionStage,
+        lengths: Any,
+        device: torch.device,
+        spans: Spans | None = None,
     ) -> None:
         self.controller = controller
-        self._stage = stage
-        self._spans = Spans(device) if spans is None else spans
+        self._stage, self._lengths = stage, lengths
+        self._spans = Spans(device, controller.now)
         self._pending = 0
         self._step = _Compressions()
-        self._choices: dict[Request, bool] = {}
+        self._choices: WeakKeyDictionary[Request, bool] = WeakKeyDictionary()
         stage.spares = self._spares
         stage.timed = self._timed
         controller.inert["compression_streams"] = (
@@ -96,6 +102,8 @@ class Steered:
             if count > 1 or request.computed < request.prompt_length
         ]
         if not prompts:
+            rows = [request.row for request in plan.requests]
+            self.controller.decode_tokens.add(float(self._lengths[rows].sum()))
             return
         self._close_step()
         decision, is_new = self.controller.prompts(
@@ -116,26 +124,15 @@ class Steered:
             }
         )
 
-    @contextmanager
-    def step(self, *, decode_only: bool, stored: int) -> Iterator[None]:
-        """Time a step, if it is one of the fourth that are: the forward pass is launched inside.
+    def begin(self) -> Any:
+        """A mark before the forward pass, if this step is one of the fourth that are timed."""
+        return self._spans.mark() if self.controller.next_step_is_sampled() else None
 
-        Parameters
-        ----------
-        decode_only
-            Whether it feeds no prompt.
-        stored
-            Tokens in the caches of its sequences, all together.
-        """
-        if not self.controller.next_step_is_sampled():
-            yield
-            return
-        start = self._spans.mark()
-        yield
-        meter = self.controller.decode if decode_only else self.controller.prefill
-        self._spans.add(start, self._spans.mark(), meter.add)
-        if decode_only:
-            self.controller.decode_tokens.add(stored)
+    def end(self, begun: Any, *, decode_only: bool) -> None:
+        """The forward pass is launched."""
+        if begun is not None:
+            meter = self.controller.decode if decode_only else self.controller.prefill
+            self._spans.add(begun, self._spans.mark(), meter.add)
 
     def _spares(self, request: Request) -> bool:
         """Whether the policy leaves a request's prompt alone; decided when it ends first."""

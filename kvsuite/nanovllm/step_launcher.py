@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,19 @@ from .scheduler import StepPlan
 from .step_inputs import ScoredRows, StepInputs
 
 OnRows = Callable[[Sequence[ScoredRows], Tensor], None]
+
+
+class StepWatch(Protocol):
+    """Sees steps before they are launched, and times them."""
+
+    def planned(self, plan: StepPlan) -> None:
+        """A step is about to be launched."""
+
+    def begin(self) -> Any:
+        """Its forward pass begins on the current stream."""
+
+    def end(self, begun: Any, *, decode_only: bool) -> None:
+        """Its forward pass is launched."""
 
 
 class StepLauncher:
@@ -48,6 +62,8 @@ class StepLauncher:
         self._pools = pools
         self._tables = tables
         self._counters = counters
+        #: sees every step before it is launched, and times it
+        self.watch: StepWatch | None = None
 
     def launch(
         self, plan: StepPlan, before: TokensInFlight | None, on_rows: OnRows | None = None
@@ -63,6 +79,8 @@ class StepLauncher:
         on_rows
             Sees the hidden states of scored tokens.
         """
+        if self.watch is not None:
+            self.watch.planned(plan)
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
@@ -72,6 +90,7 @@ class StepLauncher:
         drawing = any(request.sampling.temperature for request in sampled)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
+        begun = None if self.watch is None else self.watch.begin()
         if scored:
             states = self._runner.hidden(batch)
             if on_rows is not None:
@@ -79,6 +98,8 @@ class StepLauncher:
             logits = self._runner.logits(states[: len(sampled)]) if sampled else states[:0]
         else:
             logits = self._runner.run(batch)
+        if self.watch is not None:
+            self.watch.end(begun, decode_only=batch.decode_only)
         if observer is not None:
             observer.end()
         self._counters.steps += 1
