@@ -149,8 +149,10 @@ class Runtime:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
         self.controller = controller
+        self._steered: Steered | None = None
         if controller is not None:
-            self._launcher.watch = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+            self._launcher.watch = self._steered
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -279,6 +281,8 @@ class Runtime:
             self._delivery.land()
             return self._ended
         try:
+            if self._steered is not None:
+                self._steered.planned(plan)
             self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ class Spans:
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter) -> None:
         self._on_cuda = device.type == "cuda"
         self._now = now
-        self._under_way: list[tuple[Any, Any, Callable[[float], None]]] = []
+        self._under_way: deque[tuple[Any, Any, Callable[[float], None]]] = deque()
 
     @property
     def under_way(self) -> int:
@@ -46,12 +47,12 @@ class Spans:
 
     def collect(self) -> None:
         """Tell the times of all that is over; never waits."""
-        still = []
-        for start, end, then in self._under_way:
+        # another thread may add one meanwhile
+        for _ in range(len(self._under_way)):
+            start, end, then = self._under_way.popleft()
             if not self._on_cuda:
                 then(end - start)
             elif end.query():
                 then(start.elapsed_time(end) / 1000)
             else:
-                still.append((start, end, then))
-        self._under_way = still
+                self._under_way.append((start, end, then))

@@ -22,10 +22,7 @@ OnRows = Callable[[Sequence[ScoredRows], Tensor], None]
 
 
 class StepWatch(Protocol):
-    """Sees steps before they are launched, and times them."""
-
-    def planned(self, plan: StepPlan) -> None:
-        """A step is about to be launched."""
+    """Times steps."""
 
     def begin(self) -> Any:
         """Its forward pass begins on the current stream."""
@@ -62,7 +59,7 @@ class StepLauncher:
         self._pools = pools
         self._tables = tables
         self._counters = counters
-        #: sees every step before it is launched, and times it
+        #: times steps
         self.watch: StepWatch | None = None
 
     def launch(
@@ -79,8 +76,6 @@ class StepLauncher:
         on_rows
             Sees the hidden states of scored tokens.
         """
-        if self.watch is not None:
-            self.watch.planned(plan)
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
