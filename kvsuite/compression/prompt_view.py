@@ -171,7 +171,9 @@ class PromptView(CacheView):
 
         assert self.rotate is not None
         if first + count > self.length + self.observed.needs.beyond:
-            raise RuntimeError(f"position {first + count - 1} was not asked for: say so in `beyond` of the policy's `needs`")
+            raise RuntimeError(
+                f"position {first + count - 1} was not asked for: say so in `beyond` of the policy's `needs`"
+            )
         width, device = self.head_dim, self.keys.device
         units = torch.eye(width, device=device)[None, :, None].expand(1, width, count, width)
         return self.rotate(units, torch.arange(first, first + count, device=device))[0].mean(dim=1).T

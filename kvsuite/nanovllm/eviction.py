@@ -140,7 +140,8 @@ class Eviction:
             return
         positions = torch.arange(length, device=self._device)
         self._books[row] = Stored(
-            positions.expand(len(self.group.layers), self.group.kv_heads, length).clone(), self._scores(self._slots(row))
+            positions.expand(len(self.group.layers), self.group.kv_heads, length).clone(),
+            self._scores(self._slots(row)),
         )
 
     def append(self, row: int, position: int) -> None:
@@ -300,14 +301,16 @@ class Eviction:
                 rotate=observer.turn(layers[part.start]),
             )  # fmt: skip
             found = self.policy.keep(view)
-            kept.append(found.expand(own.shape[0], -1).unflatten(0, (-1, self.group.kv_heads)))
+            kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
         return torch.cat(kept)
 
     def _keep_by_score(self, slots: Tensor) -> Tensor:
         """What a policy that ranks by `Policy.token_score` keeps of a complete prompt, ``[layers, kv_heads, k]``."""
         assert self.policy is not None
         length = slots.shape[0]
-        positions = torch.arange(length, device=self._device).expand(len(self.group.layers), self.group.kv_heads, length)
+        positions = torch.arange(length, device=self._device).expand(
+            len(self.group.layers), self.group.kv_heads, length
+        )
         scores = self._scores(slots)
         return self.policy.keep(
             CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length)
