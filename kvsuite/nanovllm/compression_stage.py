@@ -215,7 +215,7 @@ class CompressionStage:
         return fits
 
     def _fenced(self, row: int, fence: Fence, change: Callable[[], Work | None]) -> Work | None:
-        """Change a row's tables: blocks that it gives back wait for the fence, which ends the work that comes of it, if any does."""
+        """Change a row's tables: blocks that it gives back wait for the fence of the work that comes of it, if any does."""
         before = self._under_way.get(row)
         self._under_way[row] = fence
         work = None

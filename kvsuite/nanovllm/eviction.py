@@ -301,7 +301,7 @@ class Eviction:
                 rotate=observer.turn(layers[part.start]),
             )  # fmt: skip
             found = self.policy.keep(view)
-            kept.append(found.expand(own.shape[0], -1).unflatten(0, (-1, self.group.kv_heads)))
+            kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
         return torch.cat(kept)
 
     def _keep_by_score(self, slots: Tensor) -> Tensor:

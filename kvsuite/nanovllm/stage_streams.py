@@ -53,7 +53,8 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.stream: Any = torch.cuda.Stream(device)
+        stream: Any = torch.cuda.Stream
+        self.stream = stream(device)
         # what work reads was made on the stream of the steps, whose allocator would hand it out again
         self._alive: deque[tuple[_EventFence, Work]] = deque()
 

@@ -25,7 +25,7 @@ def plan_limits(plan: ServingPlan) -> Limits:
     )
 
 
-def refuse_plan(plan: ServingPlan, policy: Policy | None, device: str) -> None:
+def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
     """Refuse what the runtime does not do.
 
     Parameters
@@ -34,8 +34,6 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None, device: str) -> None:
         Of the case.
     policy
         Of the case.
-    device
-        Kind of device: ``cpu``, ``cuda``.
 
     Raises
     ------

@@ -155,7 +155,7 @@ class NanoSession(LoadedSession):
         self._longest = 0
         self._plan = ServingPlan.of(case)
         if self._plan is not None:
-            refuse_plan(self._plan, policy, self.device.type)
+            refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
