@@ -1,7 +1,7 @@
 """The pipeline suite: compression, lanes and SM shares under load, judged by goodput, latency and what was served.
 
 pytest benchmarks -k pipeline
-pytest benchmarks -k pipeline --kv-model=dummy:Qwen3-8B --kv-synthetic-context=3584 --kv-synthetic-output=512 --kv-pool-blocks=4096
+pytest benchmarks -k pipeline --kv-model=dummy:Qwen3-8B --kv-synthetic-context=3584 --kv-pool-blocks=4096
 """
 
 from __future__ import annotations

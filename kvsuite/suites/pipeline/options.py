@@ -190,7 +190,8 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     trace_time_scale: Annotated[float, Option(
         _scale, "1",
-        "How many times as fast as the trace requests come, e.g. --kv-trace-time-scale=4.",
+        "How many times as fast as the trace requests come, e.g. --kv-trace-time-scale=4; by itself it asks for "
+        "--kv-arrivals=trace.",
     )]
     concurrency: Annotated[int | None, Option(
         off_or(whole_number(1, MOST_REQUESTS)), "off",
@@ -220,8 +221,10 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         """Arrivals, and the pool's size, of which one way at most may be given."""
         if values["pool_blocks"] is not None and values["pool_bytes"] is not None:
             raise UserError("--kv-pool-blocks and --kv-pool-bytes: one of them hides the other; give one")
-        if values["arrival_rate"] is not None and "arrivals" not in given:
-            values = values | {"arrivals": POISSON}
+        if "arrivals" not in given:
+            # what only one kind of arrivals reads asks for that kind
+            asked = TRACE if "trace_time_scale" in given else POISSON if "arrival_rate" in given else values["arrivals"]
+            values = values | {"arrivals": asked}
         if values["arrivals"] == POISSON and values["arrival_rate"] is None:
             raise UserError("--kv-arrivals=poisson: needs the mean rate; give --kv-arrival-rate=2, say")
         if values["arrivals"] == CLOSED and values["arrival_rate"] is not None:

@@ -52,8 +52,8 @@ def refuse_load(case: Case, own: PipelineOptions) -> None:
         seconds = (load.requests - 1) / load.arrival_rate
         if seconds > _LONGEST_ARRIVALS_S:
             raise CaseInvalid(
-                f"--kv-arrival-rate={load.arrival_rate:g}: the last of {load.requests} requests comes after {seconds:.0f} s, so a "
-                f"round never drains within {_LONGEST_ARRIVALS_S:.0f} s; raise the rate or ask for smaller batches"
+                f"--kv-arrival-rate={load.arrival_rate:g}: the last of {load.requests} requests comes after {seconds:.0f} s: "
+                f"a round never drains within {_LONGEST_ARRIVALS_S:.0f} s; raise the rate or ask for smaller batches"
             )
     if plan is not None and plan.pool_blocks is not None:
         require_room(plan.pool_blocks, plan, option=f"--kv-pool-blocks={plan.pool_blocks}")

@@ -28,8 +28,8 @@ def results_json(run: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[str, 
     """The list: a row for each case, in the order of the space.
 
     Keys of the original as it defines them: ``throughput_tok_s`` counts prompt and output tokens of all requests, whether they
-    were computed or found in the prefix cache, over the wall time; ``prompt_tokens`` is that of the first prompt. A baseline has
-    backend and method ``none`` and neither toggles nor speed-up; a failed case has ``error`` in the place of its results.
+    were computed or found in the prefix cache, over the wall time; ``prompt_tokens`` is that of the first prompt. A baseline
+    has backend and method ``none`` and neither toggles nor speed-up; a failed case has ``error`` in the place of its results.
 
     Parameters
     ----------
