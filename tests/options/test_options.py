@@ -16,7 +16,7 @@ from resolved_values import value_of
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.common import CommonOptions
-from kvsuite.options.groups import all_options, refused_names
+from kvsuite.options.groups import all_options
 from kvsuite.options.numbers import LEAST_RATIO, MOST_TOKENS
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
@@ -243,10 +243,10 @@ def test_every_option_of_the_original_exists_or_is_refused(declared: RecordingPa
     for name in (*ORIGINAL_DEFAULTS, "method", *ORIGINAL_WITHOUT_COUNTERPART):
         assert f"--kv_{name}" in declared.options
         assert f"--kv-{name.replace('_', '-')}" in declared.options
-    assert set(refused_names()) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
+    assert set(CompressionOptions.refused_names) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
 
 
-@pytest.mark.parametrize("name", refused_names())
+@pytest.mark.parametrize("name", CompressionOptions.refused_names)
 @pytest.mark.parametrize("value", ["", "256,512"])
 def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^--kv-{name}: .*use --kv-method=kvpress:(AdaKV|SnapKV)"):
@@ -257,7 +257,8 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 FREE_TEXT = {
     "quantization", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
-    "cache-dir", "compare", "resume",
+    "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
+    "pipeline-json",
 }  # fmt: skip
 
 

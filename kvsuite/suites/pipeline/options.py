@@ -2,6 +2,7 @@
 
 # no postponed annotations: an option that is written wrongly is an error where it stands
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -28,6 +29,7 @@ VARIANTS = (
 WORKLOADS = ("heavy-trace", "light-dataset", "synthetic-long", "synthetic-identical")
 CLOSED, POISSON, TRACE = "closed", "poisson", "trace"
 
+_SLO = re.compile(r"(\d+(\.\d+)?(s|ms)):(\d+(\.\d+)?(s|ms))")
 _MODEL_INSTEAD = "a folder is a model's name like any other; use --kv-model=FOLDER, or --kv-models for several"
 _REFUSED = {
     "gpu-mem-util": (
@@ -61,6 +63,12 @@ def _scale(typed: str) -> float:
     if not 0 < value <= 10**6:
         raise ValueError("must be more than 0, at most 1000000")
     return value
+
+
+def _slo(typed: str) -> str:
+    if not _SLO.fullmatch(typed.strip()):
+        raise ValueError("is no time to the first token and time of a further one, in s or ms")
+    return typed.strip()
 
 
 class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
@@ -200,7 +208,7 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         example="8",
     )]
     slo: Annotated[str, Option(
-        text, "1s:25ms",
+        _slo, "1s:25ms",
         "What counts as served well: TTFT from the arrival, and mean TPOT of the request, e.g. --kv-slo=1s:25ms.",
     )]
     served_quality: Annotated[bool, Option(
