@@ -8,17 +8,22 @@ from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.served import put_served, request_rows, step_columns
+from kvsuite.measure.single_request import judge_spread, put_weight_format
+from kvsuite.meters.serving_times import Slo, wall_s
 from kvsuite.workloads.serving_requests import ServingRequests
 
 from .cases import workload_of
 from .options import PipelineOptions
+from .quality import put_quality
 from .refusals import require_room
 
 
 def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     """Measure one case: every warm-up and round serves all requests, each pass with prompts of its own.
 
-    The prompts of a pass follow from the seed and its number alone, so every variant serves the same ones.
+    The prompts of a pass follow from the seed and its number alone, so every variant serves the same ones. Quality comes
+    first: what it needs beside the case's own runtime is gone before anything is timed.
 
     Raises
     ------
@@ -28,9 +33,14 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     own, common, plan = run.options.of(PipelineOptions), run.common, ServingPlan.of(case)
     assert plan is not None
     _require_pool(session, plan)
-    passes = common.num_warmup + common.rounds
-    loads = [_requests(run, session, common.seed + index) for index in range(passes)]
-    put_dataset(run, loads)
+    loads = [_requests(run, session, common.seed + index) for index in range(common.num_warmup + common.rounds)]
+    _put_dataset(run, loads)
+    run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
+    put_weight_format(session, run)
+    run.phase("quality")
+    put_quality(
+        session, run, requests_of(loads[common.num_warmup]), str(loads[common.num_warmup].facts["prompts_hash"])
+    )
     run.phase("decode")
     for index, load in enumerate(loads[: common.num_warmup]):
         run.progress("warm-up", index + 1, common.num_warmup)
@@ -45,6 +55,27 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
         run.progress("timed rounds", len(served), common.rounds)
 
     run.rounds(one_round, common.rounds)
+    _put_rounds(session, run, served)
+
+
+def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
+    found = run.found
+    put_served(found, served, Slo.parse(str(run.case.params["slo"])))
+    judge_spread(run, ("output_tok_s",))
+    first = served[0]
+    session.effective["served"] = first.counts
+    found.samples["rounds"] = [
+        {
+            "wall_s": wall_s(one.requests),
+            "preemptions": sum(request.preemptions for request in one.requests),
+            "outputs_hash": digest(one.outputs),
+        }
+        for one in served
+    ]
+    # of the first round alone: enough to draw when everything happened
+    found.samples["requests"] = request_rows(first)
+    found.samples["steps"] = step_columns(first)
+    found.samples["decisions"] = first.decisions
 
 
 def requests_of(load: ServingRequests) -> list[ServeRequest]:
@@ -80,7 +111,7 @@ def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
         raise CaseInvalid(str(error)) from error
 
 
-def put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:
+def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:
     """Keep what was served: where the prompts of the first round come from, and a hash of all passes'."""
     facts = loads[run.common.num_warmup].facts
     run.found.dataset = dict(facts) | {"name": str(run.case.workload["workload"])}

@@ -13,10 +13,10 @@ from .variants import VARIANTS
 RESULTS_FILE = "kvcache_matrix_results.json"
 #: metrics behind the original's keys, under their own names
 METRICS = (
-    "output_tok_s", "computed_tok_s", "goodput_rps", "slo_share", "ttft_s", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_s",
-    "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "itl_s", "itl_p50_s", "itl_p90_s", "itl_p99_s", "queue_s", "preemptions",
-    "mean_running", "peak_blocks", "compress_s", "sm_s", "energy_per_output_token_j", "perplexity", "kl_divergence",
-    "top1_agreement",
+    "output_tok_s", "total_tok_s_computed", "total_tok_s_logical", "goodput_req_s", "slo_share", "ttft_p50_s", "ttft_p90_s",
+    "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "itl_p50_s", "itl_p90_s", "itl_p99_s", "queue_p50_s", "queue_p90_s",
+    "queue_p99_s", "preemptions", "running_mean", "blocks_peak", "sm_seconds", "energy_j", "energy_output_token_j",
+    "served_perplexity", "served_perplexity_dense", "served_ppl_ratio", "served_kld", "served_kld_p99", "served_same_top1",
 )  # fmt: skip
 _DECISION = (
     "pipeline", "async_compress", "compression_streams", "decode_layers_per_step", "greenctx_enabled", "sm_compress_ratio",
@@ -81,12 +81,12 @@ def _entry(run: Mapping[str, Any], row: Row, rows: Sequence[Row]) -> dict[str, A
 
 def _results(row: Row) -> dict[str, Any]:
     workload, tokens = row["case"]["workload"], row["tokens"]
-    # of a text prompt the length is not known before it is read, and they differ
-    prompts = row["samples"].get("prompt_tokens") or [workload["prompt_tokens"]]
+    requests = row["samples"].get("requests") or [{}]
+    walls = [one["wall_s"] for one in row["samples"].get("rounds", ())]
     found: dict[str, Any] = {
-        "prompt_tokens": prompts[0],
-        "total_tokens": tokens.get("logical"),
-        "elapsed_s": value(row, "wall_s"),
+        "prompt_tokens": requests[0].get("prompt_tokens", workload["prompt_tokens"]),
+        "total_tokens": tokens.get("prompt", 0) + tokens.get("generated", 0),
+        "elapsed_s": sum(walls) / len(walls) if walls else None,
         "throughput_tok_s": value(row, THROUGHPUT),
     }
     decisions = row["samples"].get("decisions") or []

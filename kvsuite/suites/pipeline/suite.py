@@ -28,7 +28,15 @@ class PipelineSuite(Suite):
     """Requests under load in a pool of fixed size, by variants that compress, share the device, or both."""
 
     name = PIPELINE
-    headline = ("output_tok_s", "goodput_rps", "ttft_s", "tpot_s", "kl_divergence")
+    headline = (
+        "output_tok_s",
+        "goodput_req_s",
+        "ttft_p50_s",
+        "tpot_p50_s",
+        "served_kld",
+        "running_mean",
+        "preemptions",
+    )
     option_group = PipelineOptions
 
     def cases(self, options: Options) -> list[Case]:
