@@ -42,6 +42,11 @@ class PipelineSuite(Suite):
     def cases(self, options: Options) -> list[Case]:
         return pipeline_cases(options)
 
+    def check(self, options: Options) -> None:
+        from .files import check_list
+
+        check_list(options.of(PipelineOptions).pipeline_json)
+
     def cost(self, case: Case, options: Options) -> Work:
         from .work import load_work
 
@@ -67,6 +72,11 @@ class PipelineSuite(Suite):
 
         measure_load(case, session, run)
         return run.found
+
+    def case_done(self, options: Options, run: Mapping[str, Any], rows: Sequence[Row]) -> None:
+        from .files import write_list
+
+        write_list(options.of(PipelineOptions).pipeline_json, run, rows)
 
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import pipeline_legend, pipeline_table
