@@ -98,7 +98,10 @@ def test_computed_logical_and_output_tokens_are_apart(full: Run) -> None:
     for row in (unique, identical):
         tokens = row["tokens"]
         assert (tokens["prompt"], tokens["generated"]) == (4 * 32, 4 * 8)
-        assert tokens["prefill_computed"] + tokens["prefix_hits"] == tokens["prompt"] or row["metrics"]["preemptions"]["value"]
+        assert (
+            tokens["prefill_computed"] + tokens["prefix_hits"] == tokens["prompt"]
+            or row["metrics"]["preemptions"]["value"]
+        )
     assert unique["tokens"]["prefix_hits"] == 0
     assert identical["tokens"]["prefix_hits"] > 0
     ratio = {
@@ -134,7 +137,12 @@ def test_the_list_has_the_originals_keys_in_its_order_and_ours_behind(full: Run)
     base = found[f"{LONG}-baseline"]
     assert (base["backend"], base["method"]) == ("none", "none")
     less = found[f"{LONG}-compression-only"]
-    assert (less["method"], less["auto_tune"], less["greenctx"], less["auto_dual"]) == ("streaming_llm", False, False, False)
+    assert (less["method"], less["auto_tune"], less["greenctx"], less["auto_dual"]) == (
+        "streaming_llm",
+        False,
+        False,
+        False,
+    )
     assert less["speedup_vs_baseline"] == pytest.approx(less["throughput_tok_s"] / base["throughput_tok_s"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvsuite.case import Case, digest
+from kvsuite.engines.capabilities import ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
@@ -32,6 +33,7 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     """
     own, common, plan = run.options.of(PipelineOptions), run.common, ServingPlan.of(case)
     assert plan is not None
+    assert isinstance(session, ServesUnderLoad)  # `PipelineSuite.needs`
     _require_pool(session, plan)
     loads = [_requests(run, session, common.seed + index) for index in range(common.num_warmup + common.rounds)]
     _put_dataset(run, loads)
@@ -86,8 +88,8 @@ def requests_of(load: ServingRequests) -> list[ServeRequest]:
     ]
 
 
-def _serve(session: Session, load: ServingRequests, own: PipelineOptions) -> Served:
-    found: Served = session.serve_under_load(requests_of(load), concurrency=own.concurrency)
+def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions) -> Served:
+    found = session.serve_under_load(requests_of(load), concurrency=own.concurrency)
     for output, wanted in zip(found.outputs, load.new_tokens, strict=True):
         if len(output) != wanted:
             raise CaseInvalid(f"generated {len(output)} tokens instead of {wanted}: no timing is comparable")
