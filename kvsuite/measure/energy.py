@@ -11,7 +11,6 @@ from .case_run import RunRounds
 from .measurement import Measurement
 
 _NO_ROUNDS = "nothing was timed"
-_UNFINISHED = "the timed rounds were not finished"
 _NO_OUTPUT = "this suite's timed rounds generate nothing"
 
 
@@ -35,15 +34,16 @@ class RoundEnergy:
         """``run_rounds`` under the meter; of a case that times several kinds of rounds the last ones count."""
 
         def run(round_: Callable[[], None], rounds: int) -> None:
-            with self._meter(self._device).over() as self._found:
-                run_rounds(round_, rounds)
-            self._rounds = rounds
+            meter = self._meter(self._device)
+            meter.start()
+            run_rounds(round_, rounds)
+            self._found, self._rounds = meter.stop(), rounds
 
         return run
 
     def put(self, found: Measurement) -> None:
         """Write joules a round and an output token (``tokens["generated"]`` of a round), ``null`` with the reason."""
-        joules, rounds, reason = self._found.joules, self._rounds, self._found.reason or _UNFINISHED
+        joules, rounds, reason = self._found.joules, self._rounds, self._found.reason
         tokens = found.tokens.get("generated")
         facts = {} if joules is None else {"scope": "device", "seconds": self._found.seconds}
         found.put("energy_j", None if joules is None else joules / rounds, reason=reason, **facts)

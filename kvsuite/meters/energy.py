@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +22,7 @@ class Energy:
 
 
 class EnergyMeter:
-    """Joules of a whole device over a block, from NVML's counter since the driver was loaded (Volta and later).
+    """Joules of a whole device between `start` and `stop`, from NVML's counter since the driver was loaded (Volta and later).
 
     The device is found by its UUID, since NVML's index is not CUDA's. What other processes do on it is in the number, and so
     is what it takes when idle.
@@ -37,35 +35,47 @@ class EnergyMeter:
 
     def __init__(self, device: Any) -> None:
         self._device = device
+        self._found = Energy()
+        self._before: int | None = None
+        self._begin = 0.0
 
-    @contextmanager
-    def over(self) -> Iterator[Energy]:
-        """Energy over the block; the device's work is waited for at both ends."""
-        found = Energy()
+    def start(self) -> None:
+        """Begin, once the device's work is done."""
+        self._found, self._before = Energy(), None
         kind = str(self._device).partition(":")[0]
         if kind != "cuda":
-            found.reason = f"NVML knows no {kind} device"
-            yield found
+            self._found.reason = f"NVML knows no {kind} device"
             return
-        before, begin = self._read(found), time.perf_counter()
-        yield found
-        after, found.seconds = self._read(found), time.perf_counter() - begin
-        if before is None or after is None:
-            return
+        try:
+            self._before = self._read()
+        except (RuntimeError, AssertionError) as error:
+            # torch's words where there is no such device: whoever measures on it finds that out by itself
+            self._found.reason = str(error).splitlines()[0]
+        self._begin = time.perf_counter()
+
+    def stop(self) -> Energy:
+        """Energy since `start`, once the device's work is done."""
+        found = self._found
+        if self._before is None:
+            return found
+        after, found.seconds = self._read(), time.perf_counter() - self._begin
+        if after is None:
+            return found
         if found.seconds < SHORTEST_S:
             found.reason = (
                 f"{found.seconds:.2f} s were measured, and the driver's counter moves every 0.1 s; raise --kv-rounds to "
                 f"measure for {SHORTEST_S:g} s"
             )
         else:
-            found.joules = (after - before) / 1e3
+            found.joules = (after - self._before) / 1e3
+        return found
 
-    def _read(self, found: Energy) -> int | None:
-        """The counter in mJ."""
+    def _read(self) -> int | None:
+        """The counter in mJ; ``None`` where the reason has been found."""
         try:
             import pynvml
         except ImportError:
-            found.reason = "nvidia-ml-py is missing: pip install nvidia-ml-py"
+            self._found.reason = "nvidia-ml-py is missing: pip install nvidia-ml-py"
             return None
         import torch
 
@@ -78,5 +88,5 @@ class EnergyMeter:
             finally:
                 pynvml.nvmlShutdown()
         except pynvml.NVMLError as error:
-            found.reason = f"NVML: {error}"
+            self._found.reason = f"NVML: {error}"
             return None

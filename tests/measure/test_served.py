@@ -134,19 +134,13 @@ def test_rows_and_columns_for_the_record() -> None:
 
 
 class Meter:
-    """A card that takes 300 J for 2 s, or says why it does not tell."""
+    """A card that takes 300 J for 2 s."""
 
-    def __init__(self, reason: str | None = None) -> None:
-        self.reason = reason
-
-    def over(self) -> Meter:
-        return self
-
-    def __enter__(self) -> Energy:
-        return Energy(reason=self.reason) if self.reason else Energy(300.0, seconds=2.0)
-
-    def __exit__(self, *error: object) -> None:
+    def start(self) -> None:
         pass
+
+    def stop(self) -> Energy:
+        return Energy(300.0, seconds=2.0)
 
 
 @pytest.mark.parametrize("generated", [50, 0])
