@@ -30,6 +30,8 @@ from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
 from .sequence_rotary import passes_switch, recomputing_switch, sequence_rotary
 from .stage_streams import aside_of
+from .steered import Steered, require_steerable
+from .steering import Controller
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
 
@@ -63,6 +65,9 @@ class Runtime:
     stage
         Where prompts are compressed: ``sync``, between two steps, or ``async``, beside them on a stream of its own (on a CPU at
         once, with the same order of books). The tokens are the same.
+    controller
+        Decides at steps with prompts whether and how they are compressed (`kvsuite.nanovllm.steering`); needs a policy and
+        ``stage="async"``.
     eos_token_ids
         Tokens that end a text; the model's own if left out.
 
@@ -85,12 +90,15 @@ class Runtime:
         runner: RunnerFactory | None = None,
         overlap: bool | None = None,
         stage: Stage = "sync",
+        controller: Controller | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
         if stage not in ("sync", "async"):
             raise UserError(f"stage={stage}: unknown; use sync or async")
         if stage == "async":
             require_prompt_only(policy)
+        if controller is not None:
+            require_steerable(controller, has_policy=policy is not None, is_async=stage == "async")
         self.limits = limits
         self.policy = policy
         self.stage = stage
@@ -140,6 +148,11 @@ class Runtime:
         if aside is not None:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
+        self.controller = controller
+        self._steered: Steered | None = None
+        if controller is not None:
+            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+            self._launcher.watch = self._steered
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -268,6 +281,8 @@ class Runtime:
             self._delivery.land()
             return self._ended
         try:
+            if self._steered is not None:
+                self._steered.planned(plan)
             self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)
