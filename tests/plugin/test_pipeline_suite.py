@@ -117,7 +117,6 @@ def test_the_served_continuation_is_compared_with_the_full_cache(full: Run) -> N
     assert dense["served_kld"]["value"] == pytest.approx(0, abs=1e-5)
     assert dense["served_same_top1"]["value"] == 1
     assert less["served_kld"]["value"] > 1e-5
-    assert found[f"{LONG}-compression-only"]["effective"]["stage"] == "sync"
     assert "one stream" in found[f"{LONG}-compression-only"]["inert"]["stage"]
 
 

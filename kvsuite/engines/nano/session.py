@@ -158,8 +158,7 @@ class NanoSession(LoadedSession):
             refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
             if self._plan.stage == "async" and self.device.type == "cpu":
-                self.effective["stage"] = "sync"
-                self.inert["stage"] = "a CPU has one stream: the policy works where the prompt was computed"
+                self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
