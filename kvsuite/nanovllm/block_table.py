@@ -241,6 +241,11 @@ class BlockTables:
         self.dropped[row] += gone * size
         return gone
 
+    def visible_blocks(self, tokens: int) -> int:
+        """Blocks that a sequence behind a window holds at most while ``tokens`` tokens are added to it at a time."""
+        assert self.window is not None
+        return self._head - (-(self.window - 1 + tokens + self.pool.block_size - 1) // self.pool.block_size)
+
     def release(self, row: int) -> None:
         """Give all blocks back and forget the sequence."""
         self._give_back(row, self.row_blocks(row))

@@ -96,7 +96,8 @@ class Runtime:
         self.tables = [tables_for(group, limits, blocks) for group in self.groups]
         self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
         self._switch = recomputing_switch(loaded.model)
-        self.scheduler = Scheduler(limits, self.tables, stepwise=policy is not None, rotary=self.rotary)
+        acted = [group.compressed for group in self.groups]
+        self.scheduler = Scheduler(limits, self.tables, policy=policy, compressed=acted, rotary=self.rotary)
         if runner is None:
             made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
             self.runner: Runner = ModelRunner(loaded, made)
