@@ -383,12 +383,8 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
-<<<<<<< HEAD
         request.stored = [int(table.lengths[request.row]) for table in self._tables]
-        for table in self._tables:
-=======
         for table, reservation in zip(self._tables, self.reservations, strict=True):
->>>>>>> e5ff4ba
             table.release(request.row)
             reservation.leave(request.row)
         self.on_release(request.row)
