@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from kvsuite.models.load import LoadedModel
 from .admission import model_eos_token_ids, outgrown, problem, settle_ends
 from .attention_layers import attention_layers, group_layers
 from .block_table import tables_for
-from .compression_stage import CompressionStage
+from .compression_stage import CompressionStage, require_prompt_only
 from .counters import Counters
 from .delivery import Delivery
 from .eviction import Eviction
@@ -32,12 +32,14 @@ from .runner import ModelRunner, Runner
 from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
 from .sequence_rotary import passes_switch, recomputing_switch, sequence_rotary
+from .stage_streams import aside_of
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
 from .turns import Turns
 
 BackendFactory = Callable[[Sequence[KVPool]], AttentionBackend]
 RunnerFactory = Callable[[LoadedModel, Sequence[KVPool], Limits], Runner]
+Stage = Literal["sync", "async"]
 OnLogits = Callable[[Sequence[Request], Tensor], None]
 
 
@@ -62,6 +64,9 @@ class Runtime:
         Whether a step is launched before the host has seen the tokens of the one before, which are then delivered while the
         device computes. The tokens are the same; a request that a stop token ends has one more computed, for nothing.
         Left out: on CUDA.
+    stage
+        Where prompts are compressed: ``sync``, between two steps, or ``async``, beside them on a stream of its own (on a CPU at
+        once, with the same order of books). With two lanes that is the stream of the prompts for both. The tokens are the same.
     lanes
         2: prompts of some requests are computed on a stream of their own beside the decoding of others, and handed over with
         their first token. On a CPU both take turns. The tokens are the same.
@@ -91,14 +96,20 @@ class Runtime:
         backend: BackendFactory | None = None,
         runner: RunnerFactory | None = None,
         overlap: bool | None = None,
+        stage: Stage = "sync",
         lanes: int = 1,
         partition: TwoStreams | None = None,
         prompt_layers: int | None = 4,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
+        if stage not in ("sync", "async"):
+            raise UserError(f"stage={stage}: unknown; use sync or async")
+        if stage == "async":
+            require_prompt_only(policy)
         _require_lanes(lanes, partition, prompt_layers, policy)
         self.limits = limits
         self.policy = policy
+        self.stage = stage
         self.device = loaded.device
         #: 1, or 2: prompts beside decoding
         self.lanes = lanes
@@ -145,7 +156,13 @@ class Runtime:
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
         self._launcher = self._launcher_of(self.runner, evictions)
-        self.compression = CompressionStage(evictions, self.scheduler, self._end)
+        aside = None
+        if stage == "async" and lanes == 1:
+            aside = aside_of(self.device)
+        self.compression = CompressionStage(evictions, self.scheduler, self._end, aside)
+        if aside is not None:
+            for table in self.tables:
+                table.fence_of = self.compression.fence_of
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -312,6 +329,7 @@ class Runtime:
         """Launch a step of the decode lane, or of the only one, and deliver the one before."""
         began = time.perf_counter()
         try:
+            self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)
             while self._prompts is not None and self._prompts.launching and not self._delivery.arrived:
@@ -392,7 +410,7 @@ class Runtime:
                 self.scheduler.publish(request)
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")
-        for request in plan.requests if self.compression.active else ():
+        for request in self.compression.due(plan.requests) if self.compression.active else ():
             try:
                 self.compression.after_step(request)
             except Exception as error:

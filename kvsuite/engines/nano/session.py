@@ -30,7 +30,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
-from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
 from kvsuite.workloads.windows import Window
 
@@ -155,7 +155,7 @@ class NanoSession(LoadedSession):
         self._longest = 0
         self._plan = ServingPlan.of(case)
         if self._plan is not None:
-            refuse_plan(self._plan, policy, self.device.type)
+            refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
@@ -284,7 +284,8 @@ class NanoSession(LoadedSession):
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            runtime = self._holder.get(self._limits, self._method.policy, captures=captures)
+            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
+            runtime = self._holder.get(self._limits, self._method.policy, captures=captures, stage=stage)
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,
