@@ -62,6 +62,12 @@ class CompressionStage:
         self._scheduler = scheduler
         self._end = end
         self._aside = aside
+        #: whether work is done aside, where there is such a place
+        self.works_aside = True
+        #: whether the policy leaves a request's prompt as it is
+        self.spares: Callable[[Request], bool] = lambda request: False
+        #: work that tells somebody how long it took
+        self.timed: Callable[[Work], Work] = lambda work: work
         #: called with true and false around everything that the policy does to a sequence
         self.on_interval: Callable[[bool], None] | None = None
         self._policies = [eviction for eviction in evictions if eviction.policy is not None]
@@ -89,7 +95,7 @@ class CompressionStage:
     def after_step(self, request: Request) -> None:
         """Do what is due now that ``request.computed`` tokens are stored: the policy, then what was once done by hand."""
         row, prompt = request.row, request.computed == request.prompt_length
-        if self._policies and row >= 0 and (prompt or row in self._open):
+        if self._policies and row >= 0 and (prompt or row in self._open) and not self.spares(request):
             if self.on_interval is not None:
                 self.on_interval(True)
             self._apply_policy(request, prompt=prompt)
@@ -190,7 +196,7 @@ class CompressionStage:
 
     def _work(self, request: Request, change: Callable[[], Work | None]) -> bool:
         """Change a request's tables and do the work that comes of it; whether there was room."""
-        aside = self._aside
+        aside = self._aside if self.works_aside else None
         fence = None if aside is None else aside.fence()
         found: list[Work] = []
 
@@ -201,7 +207,7 @@ class CompressionStage:
                 found.append(work)
 
         fits = self._with_room(request, act)
-        for work in found:
+        for work in map(self.timed, found):
             if aside is None or fence is None:
                 work()
             else:

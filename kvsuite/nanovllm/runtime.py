@@ -33,6 +33,8 @@ from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
 from .sequence_rotary import passes_switch, recomputing_switch, sequence_rotary
 from .stage_streams import aside_of
+from .steered import Steered, require_steerable
+from .steering import Controller
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
 from .turns import Turns
@@ -75,6 +77,9 @@ class Runtime:
     prompt_layers
         With two lanes, layers of a prompt that the host launches between two looks at the decoding; ``None``: a thread
         launches them as the interpreter lets it.
+    controller
+        Decides at steps with prompts whether and how they are compressed (`kvsuite.nanovllm.steering`); needs a policy and
+        ``stage="async"``.
     eos_token_ids
         Tokens that end a text; the model's own if left out.
 
@@ -100,6 +105,7 @@ class Runtime:
         lanes: int = 1,
         partition: TwoStreams | None = None,
         prompt_layers: int | None = 4,
+        controller: Controller | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
         if stage not in ("sync", "async"):
@@ -107,6 +113,12 @@ class Runtime:
         if stage == "async":
             require_prompt_only(policy)
         _require_lanes(lanes, partition, prompt_layers, policy)
+        if controller is not None:
+            if lanes == 2:
+                raise CaseInvalid(
+                    "controller: it chooses between compressing in the lane and aside; with two lanes it has no choice"
+                )
+            require_steerable(controller, has_policy=policy is not None, is_async=stage == "async")
         self.limits = limits
         self.policy = policy
         self.stage = stage
@@ -163,6 +175,11 @@ class Runtime:
         if aside is not None:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
+        self.controller = controller
+        self._steered: Steered | None = None
+        if controller is not None:
+            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+            self._launcher.watch = self._steered
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -329,6 +346,8 @@ class Runtime:
         """Launch a step of the decode lane, or of the only one, and deliver the one before."""
         began = time.perf_counter()
         try:
+            if self._steered is not None:
+                self._steered.planned(plan)
             self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)

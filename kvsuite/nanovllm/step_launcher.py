@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +30,16 @@ class Prepared:
     batch: StepBatch
     sampled: list[Request]
     scored: list[ScoredRows]
+
+
+class StepWatch(Protocol):
+    """Times steps."""
+
+    def begin(self) -> Any:
+        """Its forward pass begins on the current stream."""
+
+    def end(self, begun: Any, *, decode_only: bool) -> None:
+        """Its forward pass is launched."""
 
 
 class StepLauncher:
@@ -59,6 +70,8 @@ class StepLauncher:
         self._pools = pools
         self._tables = tables
         self._counters = counters
+        #: times steps
+        self.watch: StepWatch | None = None
 
     def launch(
         self, plan: StepPlan, before: TokensInFlight | None, on_rows: OnRows | None = None
@@ -91,6 +104,7 @@ class StepLauncher:
         """The second part of `launch`, which leaves the books alone: another thread may do it."""
         batch, sampled = step.batch, step.sampled
         drawing = any(request.sampling.temperature for request in sampled)
+        begun = None if self.watch is None else self.watch.begin()
         if step.scored:
             states = self._runner.hidden(batch)
             if on_rows is not None:
@@ -98,6 +112,8 @@ class StepLauncher:
             logits = self._runner.logits(states[: len(sampled)]) if sampled else states[:0]
         else:
             logits = self._runner.run(batch)
+        if self.watch is not None:
+            self.watch.end(begun, decode_only=batch.decode_only)
         if self._runner.observer is not None:
             self._runner.observer.end()
         if not sampled:
