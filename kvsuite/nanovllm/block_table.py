@@ -62,6 +62,11 @@ class BlockTables:
         held: list[int] = self.table[row, : self.blocks[row]].tolist()
         return held
 
+    def rows(self, rows: Ints) -> NDArray[np.int32]:
+        """The tables of some sequences, as they are now: int32 ``[S, blocks of the longest]``."""
+        found: NDArray[np.int32] = self.table[:, : int(self.blocks[rows].max())][rows]
+        return found
+
     def missing(self, row: int, tokens: int) -> int:
         """Blocks that `reserve` would take for ``tokens`` more tokens."""
         size = self.pool.block_size

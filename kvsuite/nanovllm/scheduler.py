@@ -236,8 +236,7 @@ class Scheduler:
                 for row, position in table.expiring(rows, positions):
                     table.expire(row, position)
         short = [table.short(rows) for table in self._tables]
-        # blocks that a fence holds back are worth waiting for: what others would have to compute again takes longer
-        if all(table.pool.wait_for(len(lacking)) for table, lacking in zip(self._tables, short, strict=True)):
+        if all(len(lacking) <= table.pool.free for table, lacking in zip(self._tables, short, strict=True)):
             for table, lacking, copies in zip(self._tables, short, plan.copies, strict=True):
                 if len(lacking):
                     copies += table.reserve_next(lacking)
@@ -362,9 +361,7 @@ class Scheduler:
         """Tokens, at most ``wanted``, for which every layer group has blocks."""
         room = wanted
         for table in self._tables:
-            missing = table.missing(request.row, room)
-            table.pool.wait_for(missing)
-            lacking = missing - table.pool.free
+            lacking = table.missing(request.row, room) - table.pool.free
             if lacking > 0:
                 slack = -(int(table.lengths[request.row]) + room) % self._limits.block_size
                 room -= lacking * self._limits.block_size - slack
