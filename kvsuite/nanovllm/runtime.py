@@ -148,11 +148,11 @@ class Runtime:
         if aside is not None:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
+        #: decides how prompts are compressed, and logs it
         self.controller = controller
         self._steered: Steered | None = None
         if controller is not None:
-            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
-            self._launcher.watch = self._steered
+            self._steer(controller)
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -308,6 +308,16 @@ class Runtime:
         self.runner.close()
         if self.rotary is not None:
             self.rotary.close()
+
+    def restart_controller(self) -> None:
+        """Let the controller begin anew, as at the first step: what follows is a run of its own."""
+        if self.controller is not None:
+            self._steer(self.controller.renewed())
+
+    def _steer(self, controller: Controller) -> None:
+        self.controller = controller
+        self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+        self._launcher.watch = self._steered
 
     def _settle(self) -> None:
         """Let the books be complete between two steps; requests that this ends are returned by the next step."""

@@ -70,6 +70,7 @@ class Controller:
         replay: Sequence[Mapping[str, Any]] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._log = replay
         self._replay = None if replay is None else _Replay(replay, settings)
         # how fast the memory was is a fact of the run that was recorded
         self.settings = settings = settings if self._replay is None else self._replay.settings
@@ -84,6 +85,10 @@ class Controller:
         self._counter = self._steps = 0
         self._entry: dict[str, Any] = {}
         self._slot = self._decoded = 0
+
+    def renewed(self) -> Controller:
+        """One like this at the beginning of a run, with the same log to replay."""
+        return Controller(self.settings, replay=self._log, now=self.now)
 
     def next_step_is_sampled(self) -> bool:
         """Count a step, and say whether it is one of the fourth that are timed."""
