@@ -8,14 +8,8 @@ import torch
 
 from kvsuite.sm_split import PartitionRequest, SmSplit, split
 
-from .controller import LEAST_RATIO, MOST_RATIO, RATIO_STEP, main_ratio
+from .controller import main_ratio, ratios
 from .green_contexts import SmPartition, open_split, sm_facts
-
-
-def ratios() -> list[float]:
-    """Shares of the prompt lane that rule 3 can give."""
-    steps = round((MOST_RATIO - LEAST_RATIO) / RATIO_STEP)
-    return [round(LEAST_RATIO + RATIO_STEP * step, 4) for step in range(steps + 1)]
 
 
 def splits(total: int, capability: tuple[int, int]) -> dict[float, SmSplit]:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import CaseInvalid, CaseSkipped
-from kvsuite.nanovllm.controller import ControllerInputs, ControllerSettings, sm_ratio
-from kvsuite.nanovllm.partition_ladder import PartitionLadder, ratios, splits
+from kvsuite.nanovllm.controller import ControllerInputs, ControllerSettings, ratios, sm_ratio
+from kvsuite.nanovllm.partition_ladder import PartitionLadder, splits
 
 
 @given(
