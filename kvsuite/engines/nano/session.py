@@ -157,6 +157,8 @@ class NanoSession(LoadedSession):
         if self._plan is not None:
             refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
+            if self._plan.stage == "async" and self.device.type == "cpu":
+                self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -250,6 +252,7 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
+        self.inert.pop("stage", None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
