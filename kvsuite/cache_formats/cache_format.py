@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
+from kvsuite.models.layers import ModelLayers
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.numbers import MOST_TOKENS, whole
 from kvsuite.options.option import outside_brackets
@@ -81,7 +82,11 @@ class SideFormat:
         """
         if not self.is_packed:
             return tokens * head_size * element_bytes
-        groups = tokens // self.token_group * head_size if self.per_channel else tokens * head_size // self._elements(head_size)
+        groups = (
+            tokens // self.token_group * head_size
+            if self.per_channel
+            else tokens * head_size // self._elements(head_size)
+        )
         return tokens * self.width(head_size) + groups * self.numbers_of_group * SCALE_BYTES
 
     def refused(self, head_size: int) -> str | None:
@@ -160,6 +165,20 @@ class CacheFormat:
         one = sum(side.bytes(width, packed, element_bytes) + plain * width * element_bytes for side, width in sides)
         return kv_heads * one
 
+    def kv_bytes(self, of: ModelLayers, tokens_per_layer: Sequence[int], seen: int, element_bytes: int) -> int:
+        """Bytes of the keys and values of one sequence of ``seen`` tokens where each layer holds so many of them.
+
+        The counterpart of `ModelLayers.kv_bytes`: the one formula for what is stored, planned and predicted.
+        """
+        return sum(
+            self.layer_bytes(
+                tokens, seen, kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim,
+                element_bytes=element_bytes,
+            )
+            for layer, tokens in zip(of.layers, tokens_per_layer, strict=True)
+            if layer.attention
+        )  # fmt: skip
+
     def refused(self, key_dim: int, value_dim: int) -> str | None:
         """Why a layer of such head sizes cannot be stored so, ``None`` if it can."""
         return self.keys.refused(key_dim) or self.values.refused(value_dim)
@@ -223,7 +242,10 @@ class _Side:
             raise _wrong(typed, f"{visible(part, VALUE_LIMIT) or 'nothing'} is no format")
         word, inside, suffix = found[1], found[2], found[3]
         is_kivi, number = word.startswith(_KIVI), word.removeprefix(_KIVI)
-        per_channel, number = number.endswith(_CHANNEL) and not is_kivi, number.removesuffix("" if is_kivi else _CHANNEL)
+        per_channel, number = (
+            number.endswith(_CHANNEL) and not is_kivi,
+            number.removesuffix("" if is_kivi else _CHANNEL),
+        )
         if number not in NUMBERS and (word != AUTO):
             known = ", ".join((AUTO, *NUMBERS, f"int4{_CHANNEL}", f"{_KIVI}int4"))
             raise _wrong(typed, f"unknown format {word}; use {known}")
@@ -274,11 +296,11 @@ class ChosenFormat:
     """
 
     format: CacheFormat | None = None
-    parameters: Mapping[str, Any] = field(init=False, hash=False, compare=False)
 
-    def __post_init__(self) -> None:
-        found: dict[str, Any] = {} if self.format is None else {PARAMETER: str(self.format)}
-        object.__setattr__(self, "parameters", found)
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What it adds to the parameters of a case."""
+        return {} if self.format is None else {PARAMETER: str(self.format)}
 
     def named(self, name: str, between: str = "_") -> str:
         """The name of a case, with the format behind it."""
@@ -298,7 +320,9 @@ def selected_cache_formats(options: Options) -> tuple[ChosenFormat, ...]:
     for index, one in enumerate(found):
         if one in found[:index]:
             first = typed[found.index(one)]
-            raise UserError(f"--kv-cache-dtype={','.join(typed)}: {typed[index]} and {first} are one format; name it once")
+            raise UserError(
+                f"--kv-cache-dtype={','.join(typed)}: {typed[index]} and {first} are one format; name it once"
+            )
     return found
 
 

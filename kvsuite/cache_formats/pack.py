@@ -114,7 +114,7 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     distance = 1
     while distance < size:
-        pairs = x.unflatten(-1, (size // (2 * distance), 2, distance))
+        pairs = x.reshape(*x.shape[:-1], size // (2 * distance), 2, distance)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), -2).flatten(-3)
         distance *= 2
@@ -124,8 +124,8 @@ def hadamard(x: Tensor) -> Tensor:
 def _grouped(side: SideFormat, x: Tensor) -> Tensor:
     """``[..., tokens, groups, elements]``, or per channel ``[..., groups, head_size, tokens of a group]``."""
     if side.per_channel:
-        return x.unflatten(-2, (-1, side.token_group)).transpose(-1, -2)
-    return x.unflatten(-1, (-1, side.group or x.shape[-1]))
+        return x.reshape(*x.shape[:-2], -1, side.token_group, x.shape[-1]).transpose(-1, -2)
+    return x.reshape(*x.shape[:-1], -1, side.group or x.shape[-1])
 
 
 def _ungrouped(side: SideFormat, grouped: Tensor, shape: torch.Size) -> Tensor:

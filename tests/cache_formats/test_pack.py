@@ -1,4 +1,4 @@
-"""Packed head vectors come back within the bound of their format, whatever stands in a group; the bits are the documented ones."""
+"""Packed head vectors come back within the bound of their format; the bits are the documented ones."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ matrices = st.builds(
     st.lists(st.sampled_from(KINDS), min_size=TOKENS, max_size=TOKENS),
     st.integers(0, 2**32 - 1),
 )
-sides = st.builds(
-    SideFormat, st.sampled_from(["int8", "int4"]), st.booleans(), st.sampled_from([2, 4, 8])
-) | st.builds(SideFormat, st.sampled_from(["int8", "int4"]))
+sides = st.builds(SideFormat, st.sampled_from(["int8", "int4"]), st.booleans(), st.sampled_from([2, 4, 8])) | st.builds(
+    SideFormat, st.sampled_from(["int8", "int4"])
+)
 
 
 def _groups(side: SideFormat, x: torch.Tensor) -> np.ndarray:
@@ -74,7 +74,9 @@ def test_no_number_is_further_off_than_half_a_step(side: SideFormat, x: torch.Te
     assert (error <= step / 2 * (1 + 1e-5) + 2**-23 * np.abs(groups)).all()
     # and the step is no wider than what the group spans asks for, but for the roundings to float16
     low = groups.min(-1, keepdims=True)
-    asked = (groups.max(-1, keepdims=True) - low if count == 2 else np.abs(groups).max(-1, keepdims=True)) / _STEPS[side.number]
+    asked = (groups.max(-1, keepdims=True) - low if count == 2 else np.abs(groups).max(-1, keepdims=True)) / _STEPS[
+        side.number
+    ]
     lost = 2**-10 * np.abs(low) / 15 if count == 2 else 0.0
     assert (step <= (asked + lost) * (1 + 2**-9) + 2**-23).all()
 
@@ -108,7 +110,9 @@ def test_zeros_come_back_as_zeros() -> None:
         assert torch.equal(unpack(chosen.keys, pack(chosen.keys, x), torch.float32), x)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4_channel(group=4)", "fp8_e4m3", "fp8_e4m3(group=4)", "int8+hadamard"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4", "int4_channel(group=4)", "fp8_e4m3", "fp8_e4m3(group=4)", "int8+hadamard"]
+)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_is_refused(name: str, bad: float) -> None:
     chosen = CacheFormat.parse(name)
@@ -173,10 +177,18 @@ def test_a_token_packs_alike_whatever_stands_beside_it(x: torch.Tensor, side: Si
     whole = pack(side, x)
     parts = [pack(side, x[:, :, at : at + step]) for at in range(0, TOKENS, step)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts], 2))
-    assert torch.equal(whole.scales, torch.cat([part.scales for part in parts], 2), ) or whole.scales.isnan().any()
+    assert (
+        torch.equal(
+            whole.scales,
+            torch.cat([part.scales for part in parts], 2),
+        )
+        or whole.scales.isnan().any()
+    )
 
 
-@pytest.mark.parametrize("name", ["int8", "int4(group=8)", "fp8_e4m3", "int8_channel(group=4)", "int4_channel(group=2)+hadamard"])
+@pytest.mark.parametrize(
+    "name", ["int8", "int4(group=8)", "fp8_e4m3", "int8_channel(group=4)", "int4_channel(group=2)+hadamard"]
+)
 def test_bytes_are_those_of_the_tensors(name: str) -> None:
     chosen = CacheFormat.parse(name)
     assert chosen is not None

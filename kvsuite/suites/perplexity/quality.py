@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import format_of
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
@@ -129,12 +131,17 @@ class WindowQuality:
     def compare(self) -> None:
         """Compare with the reference weight format, loaded beside the case's own model."""
         run, reference = self.run, dict(self.case.params["reference"])
-        if reference["quantization"] == self.case.quantization:
+        own_weights = reference["quantization"] == self.case.quantization
+        if own_weights and format_of(self.case) is None:
             self._without_divergence("this is the reference")
             return
         session = self.session
         if not isinstance(session, ComparesWindows):
             self._without_divergence(str(lacking(session, ComparesWindows)))
+            return
+        if own_weights:
+            # the same model, with and without its packed cache
+            self._compare(session, session, reference)
             return
         case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
         try:
@@ -143,16 +150,16 @@ class WindowQuality:
             self._without_divergence(f"the reference cannot run: {skip}")
             return
         try:
-            found = [
-                session.compare_windows(
-                    beside, text.tokens, text.windows, **self._prefix,
-                    progress=functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}"),
-                )
-                for index, text in enumerate(self.texts.texts)
-            ]  # fmt: skip
+            self._compare(session, beside, reference)
         finally:
             beside.close()
-        self._divergence(_joined(found), reference["quantization"] or "none", case.dtype)
+
+    def _compare(self, session: ComparesWindows, beside: Session, reference: Mapping[str, Any]) -> None:
+        found = []
+        for index, text in enumerate(self.texts.texts):
+            report = functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}")
+            found.append(session.compare_windows(beside, text.tokens, text.windows, **self._prefix, progress=report))
+        self._divergence(_joined(found), reference["quantization"] or "none", reference["dtype"])
 
     @property
     def _all_weights(self) -> list[float] | None:
