@@ -85,8 +85,8 @@ class CachedDecoder(Decoder):
         bounded = self.bounded_layers(tokens)
         if bounded and chosen is not None:
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: {tokens} tokens outgrow the windows of layers {', '.join(map(str, bounded))}, which "
-                "are stored in the model's own numbers; give shorter texts"
+                f"--kv-cache-dtype={chosen}: {tokens} tokens outgrow the windows of layers {', '.join(map(str, bounded))}, "
+                "stored in the model's own numbers; give shorter texts"
             )
         return EvictionCache(
             layers=self.layers,

@@ -133,11 +133,12 @@ def test_a_policy_on_a_packed_cache_is_the_policy_on_rounded_keys_and_values(
     ids, chunks = text(TOKENS), [18] + [1] * 8
     logits, cache = feed(ids, chunks, name, get_policy(policy[0], **policy[1]))
     assert max(cache.lengths()) < TOKENS
-    rounded = [chosen_format(name.replace("residual=6", "residual=0"))]
     if "residual" not in name:
-        found = _on_rounded(ids, chunks, rounded[0], get_policy(policy[0], **policy[1]), monkeypatch)
+        found = _on_rounded(ids, chunks, chosen_format(name), get_policy(policy[0], **policy[1]), monkeypatch)
         for at, row in found.items():
-            torch.testing.assert_close(logits[at], row, rtol=1e-9, atol=1e-9)
+            # keys are turned in float32, here once more than there
+            bound = 1e-5 if "positions" in policy[1] else 1e-9
+            torch.testing.assert_close(logits[at], row, rtol=bound, atol=bound)
     plain, _ = feed(ids, chunks, None, get_policy(policy[0], **policy[1]))
     assert any(not torch.equal(plain[at], logits[at]) for at in plain)
 
