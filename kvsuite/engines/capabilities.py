@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .results import TokenProgress, WindowProgress, WindowScores
+from .results import TakeRow, TokenProgress, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
@@ -41,6 +41,30 @@ class ScoresThroughCache(Protocol):
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+        ...
+
+
+@runtime_checkable
+class GivesLogits(Protocol):
+    """Hands out the logits behind the losses of `ScoresThroughCache`, of the prepared case or of the full cache."""
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        """As `ScoresThroughCache.score`; ``take`` is told each scored row: its index from 0, and logits ``[1, vocab]``.
+
+        Parameters
+        ----------
+        full
+            Through the full cache in the model's dtype, served in the same way, in the place of the case's.
+        """
         ...
 
 
@@ -92,6 +116,7 @@ class ComparesWindows(Protocol):
 _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
     ScoresThroughCache: "returns no losses of a text through its cache",
+    GivesLogits: "hands out no logits of a text through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
 }

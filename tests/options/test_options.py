@@ -95,6 +95,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "decode-step": ("eager", "eager"),
     "attention": ("eager", "eager"),
     "impl": ("copy", "copy"),
+    "divergence": ("off", False),
     "cache-dtype": ("auto, int8:int4(group=32)", ("auto", "int8:int4(group=32)")),
     "threads": ("4", 4),
     "seed": ("17", 17),

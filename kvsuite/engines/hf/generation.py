@@ -60,7 +60,7 @@ class Generation:
     ) -> None:
         self.decoder = decoder
         self.format = chosen
-        self._span = span
+        self.span = span
         self.method = method
         self.press: KvpressSession | None = None
         self._implementation: Implementation = implementation
@@ -108,8 +108,8 @@ class Generation:
         if plans is None:
             return PressCache(self.decoder.layers, self.device)
         capacity = (plans[0].capacity, plans[1].capacity)
-        tokens = max(self._span, prompt_tokens + steps)
-        if self.method.policy and tokens > self._span and self._bounded(tokens) != self._bounded(self._span):
+        tokens = max(self.span, prompt_tokens + steps)
+        if self.method.policy and tokens > self.span and self._bounded(tokens) != self._bounded(self.span):
             raise CaseInvalid(
                 f"a text of {tokens} tokens outgrows the model's own window of {self.decoder.sliding_window}, which the case "
                 f"does not say (--kv-max-tokens, --kv-prompt-tokens): a policy would act on other layers"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvsuite.engines.results import TakeRow
 from kvsuite.meters.quality import TokenScores
 from kvsuite.models.language_head import LanguageHead
 
@@ -24,7 +25,12 @@ _ROWS = 256
 
 
 def score_tokens(
-    generation: Generation, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
+    generation: Generation,
+    tokens: Sequence[int],
+    protocol: str,
+    prefix: int,
+    progress: Progress | None,
+    take: TakeRow | None = None,
 ) -> TokenScores:
     """Score ``tokens`` one forward a token (docs/protocols.md).
 
@@ -40,6 +46,8 @@ def score_tokens(
         Prompt length of ``prefix-continuation``.
     progress
         Called with tokens done and in all.
+    take
+        Called with each scored row's index and logits ``[1, vocab]``.
     """
     start = prefix if protocol == "prefix-continuation" else 0
     targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=generation.device)
@@ -57,6 +65,8 @@ def score_tokens(
             at = start + step
             logits = generation.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
             _score_rows(logits, targets[step : step + 1], nll[step : step + 1], hits[step : step + 1])
+            if take:
+                take(step, logits)
             if progress and (step % 16 == 15 or step == steps - 1):
                 progress(step + 1, steps)
         if isinstance(cache, EvictionCache):

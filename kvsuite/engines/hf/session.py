@@ -14,7 +14,15 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.results import MemoryPass, Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
+from kvsuite.engines.results import (
+    MemoryPass,
+    Served,
+    ServeRequest,
+    TakeRow,
+    TokenProgress,
+    WindowProgress,
+    WindowScores,
+)
 from kvsuite.engines.window_scoring import compare_windows, score_windows
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.clock import Clock
@@ -196,6 +204,20 @@ class HfSession(LoadedSession):
     ) -> TokenScores:
         self._note_length(len(tokens) - 1)
         return score_tokens(self._generation, tokens, protocol, prefix, progress)
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        self._note_length(len(tokens) - 1)
+        generation = self._new_generation(CacheCompression(), self._generation.span) if full else self._generation
+        return score_tokens(generation, tokens, protocol, prefix, progress, take)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens))

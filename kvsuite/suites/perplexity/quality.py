@@ -15,14 +15,16 @@ from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.divergence import DIVERGENCE, put_divergence
 from kvsuite.measure.pooled import not_finite, put_perplexity
-from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
+from kvsuite.meters.divergence import TokenDivergence, joined_divergence
 from kvsuite.meters.quality import NoExponential, paired_ratio, perplexity
 from kvsuite.workloads.windowed import WindowedTexts, WindowRule
 from kvsuite.workloads.windows import original_perplexity, target_weights
 
-_DIVERGENCE = ("kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
-               "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se")  # fmt: skip
+_DIVERGENCE = (
+    *DIVERGENCE, "perplexity_reference", "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se",
+)  # fmt: skip
 # protocols whose windows the original program's formula knows
 _ORIGINAL = ("hf-strided", "disjoint")
 
@@ -159,7 +161,7 @@ class WindowQuality:
         for index, text in enumerate(self.texts.texts):
             report = functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}")
             found.append(session.compare_windows(beside, text.tokens, text.windows, **self._prefix, progress=report))
-        self._divergence(_joined(found), reference["quantization"] or "none", reference["dtype"])
+        self._divergence(joined_divergence(found), reference["quantization"] or "none", reference["dtype"])
 
     @property
     def _all_weights(self) -> list[float] | None:
@@ -193,13 +195,7 @@ class WindowQuality:
             self._without_divergence(reason)
             return
         put = functools.partial(self.run.found.put, reference=reference, reference_dtype=dtype)
-        summary = summarise_divergence(tokens)
-        put("kld", summary.kld_mean)
-        put("kld_median", summary.kld_median)
-        put("kld_p99", summary.kld_p99, reason="fewer than 100 positions")
-        put("kld_max", summary.kld_max)
-        for name in ("same_top1", "rms_delta_p", "mean_delta_p"):
-            put(name, getattr(summary, name))
+        put_divergence(self.run.found, tokens, reference=reference, reference_dtype=dtype)
         weights = self._all_weights
         ours, theirs = perplexity(tokens.nll, weights), perplexity(tokens.nll_reference, weights)
         pair = paired_ratio(tokens.nll, tokens.nll_reference, weights)
@@ -225,12 +221,3 @@ class WindowQuality:
 
 def _but_for_the_text(case: Case) -> Case:
     return replace(case, name="", workload={**case.workload, "dataset": ""})
-
-
-def _joined(found: list[TokenDivergence]) -> TokenDivergence:
-    return TokenDivergence(
-        nll=[x for one in found for x in one.nll],
-        nll_reference=[x for one in found for x in one.nll_reference],
-        kld=[x for one in found for x in one.kld],
-        same_top1=[x for one in found for x in one.same_top1],
-    )
