@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ class ReferenceRows:
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="kvsuite-reference-")  # noqa: SIM115  lives as long as the rows
+        weakref.finalize(self, self._file.close)
         self._range: list[tuple[float, float]] = []
         self._vocabulary = 0
         self.top1: list[int] = []

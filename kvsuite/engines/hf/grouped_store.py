@@ -88,7 +88,7 @@ class GroupedStore(Store):
         return [*self._buffers, *(self._tail or ())]
 
     def headroom(self, slots: int) -> int:
-        rows = zip(self._buffers, self._rows, strict=True)
+        rows = zip(self._buffers, self._rows, strict=bool(self._buffers))
         return sum(
             (own.shape[2] - self._packed // tokens) * own[:, :, :1].numel() * own.element_size() for own, tokens in rows
         )
