@@ -35,12 +35,12 @@ def test_divergences_are_those_of_the_exact_rows(noise: float) -> None:
     arm = exact + noise * logits(20, 5000, 2)
     wanted = row_divergence(arm, exact)[0]
     found = torch.tensor(compared(kept(exact), arm))
-    assert ((found - wanted).abs() <= 2e-4 * wanted.sqrt() + 2e-8).all()
+    assert ((found - wanted).abs() <= 2e-4 * wanted.sqrt() + 1e-7).all()
 
 
 def test_an_equal_cache_has_a_divergence_of_next_to_nothing() -> None:
     exact = logits(20, 5000, 1)
-    assert max(compared(kept(exact), exact)) < 5e-8
+    assert max(compared(kept(exact), exact)) < 2e-7
 
 
 def test_a_token_that_cannot_come_stays_one() -> None:
@@ -49,7 +49,7 @@ def test_a_token_that_cannot_come_stays_one() -> None:
     row = kept(exact).row(1, "cpu")
     assert row[0, 7] == -torch.inf
     assert row[0].isfinite().sum() == 49
-    assert max(compared(kept(exact), exact)) < 5e-8
+    assert max(compared(kept(exact), exact)) < 2e-7
 
 
 def test_the_most_likely_token_is_the_exact_one_where_two_round_alike() -> None:
