@@ -12,7 +12,7 @@ FIRST_BLOCK = 16
 def make_prompts(
     *, count: int, length: int, vocab_size: int, seed: int, token_pool: Sequence[int] | None
 ) -> list[list[int]]:
-    """Make token prompts, the same ones for the same arguments.
+    """Make token prompts of one length, the same ones for the same arguments.
 
     Parameters
     ----------
@@ -38,30 +38,63 @@ def make_prompts(
     UserError
         If there are not so many different prompts.
     """
+    return prompts_of(
+        [length] * count, typed=f"--kv-prompt-tokens={length}", vocab_size=vocab_size, seed=seed, token_pool=token_pool
+    )
+
+
+def prompts_of(
+    lengths: Sequence[int],
+    *,
+    typed: str,
+    vocab_size: int,
+    seed: int,
+    token_pool: Sequence[int] | None,
+    mend: str = "ask for shorter ones or give a longer --kv-corpus",
+) -> list[list[int]]:
+    """Make token prompts of these lengths, of which no two agree in their first 16 tokens.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each; where the shortest has fewer than 16, no two agree in as many as that one has.
+    typed
+        Option and value that gave the lengths, for messages.
+    vocab_size, seed, token_pool
+        As of `make_prompts`.
+    mend
+        What to do where the text is too short.
+
+    Raises
+    ------
+    UserError
+        If there are not so many different prompts.
+    """
     import numpy as np
 
-    if count < 1 or length < 1:
-        raise UserError(f"--kv-prompt-tokens={length}: {count} prompt(s) asked; both must be at least 1")
+    count, shortest, longest = len(lengths), min(lengths, default=0), max(lengths, default=0)
+    if shortest < 1:
+        raise UserError(f"{typed}: {count} prompt(s) asked; both must be at least 1")
     random = np.random.default_rng(seed)
-    head = min(length, FIRST_BLOCK)
+    head = min(shortest, FIRST_BLOCK)
     prompts: dict[tuple[int, ...], list[int]] = {}
     if token_pool is None:
         if vocab_size**head < count:
             raise UserError(
-                f"--kv-prompt-tokens={length}: a vocabulary of {vocab_size} has fewer than {count} different prompts; "
-                "ask for longer ones"
+                f"{typed}: a vocabulary of {vocab_size} has fewer than {count} different prompts; ask for longer ones"
             )
         while len(prompts) < count:
-            prompt: list[int] = random.integers(0, vocab_size, size=length).tolist()
+            prompt: list[int] = random.integers(0, vocab_size, size=lengths[len(prompts)]).tolist()
             prompts.setdefault(tuple(prompt[:head]), prompt)
         return list(prompts.values())
 
     pool = list(token_pool)
-    for offset in random.permutation(max(0, len(pool) - length + 1)).tolist():
-        prompts.setdefault(tuple(pool[offset : offset + head]), pool[offset : offset + length])
+    for offset in random.permutation(max(0, len(pool) - longest + 1)).tolist():
+        window = pool[offset : offset + lengths[len(prompts)]]
+        prompts.setdefault(tuple(window[:head]), window)
         if len(prompts) == count:
             return list(prompts.values())
     raise UserError(
-        f"--kv-prompt-tokens={length}: the corpus of {len(pool)} tokens has only {len(prompts)} different prompts of "
-        f"that length, {count} needed; ask for shorter ones or give a longer --kv-corpus"
+        f"{typed}: the corpus of {len(pool)} tokens has only {len(prompts)} different prompts of "
+        f"that length, {count} needed; {mend}"
     )

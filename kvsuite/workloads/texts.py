@@ -13,11 +13,15 @@ from kvsuite.meters.reference_rows import ReferenceRows
 
 from .corpus import Corpus, load_corpus
 from .prompts import make_prompts
+from .serving_requests import ServingRequests, WorkloadModel, serving_requests
+from .serving_workload import LIGHT, ServingWorkload
 from .token_rows import require_rows
 from .windowed import WindowedText, WindowedTexts, WindowRule, prefix_token
 
 # the original used only texts of more than 10,000 characters of this corpus
 _MIN_CHARS = {"pg19": 10_000}
+# long prompts need more text than the articles have
+_SERVING = ("default", "pydoc")
 _TOKENIZERS = "as the tokenizer adds it"
 
 
@@ -166,6 +170,46 @@ class TextSource:
             seed=seed,
             token_pool=pool,
         )
+
+    def serving(
+        self,
+        session: Any,
+        workload: ServingWorkload,
+        *,
+        seed: int,
+        trace: str | None = None,
+        dataset_dir: str | None = None,
+        corpus: str = "default",
+        num_samples: int = 1,
+    ) -> ServingRequests:
+        """The requests of a workload under load for the session's model.
+
+        Parameters and errors are those of `serving_requests`, and of `load_corpus` for ``corpus`` and ``num_samples``;
+        ``default`` is followed by the text that every CPython has, because long prompts need more.
+        """
+        self._follow(session)
+        corpora: list[Corpus] = []
+        text: list[int] = []
+        passages: list[list[int]] = []
+        if session.tokenizer is not None:
+            names = dict.fromkeys(_SERVING, 1) if corpus == "default" else {corpus: num_samples}
+            corpora = [self._corpus({"corpus": name, "num_samples": count}) for name, count in names.items()]
+            if workload.name == LIGHT:
+                passages = [ids for each in corpora for ids in self._passages(session, each)]
+            else:
+                text = [token for each in corpora for ids in self._tokenised(session, each) for token in ids]
+        name = " and ".join(each.name for each in corpora)
+        model = WorkloadModel(session.vocab_size, session.tokenizer, text, passages, name)
+        return serving_requests(workload, model, seed=seed, trace=trace, dataset_dir=dataset_dir)
+
+    def _passages(self, session: Any, corpus: Corpus) -> list[list[int]]:
+        key = (corpus.text_hash, "passages")
+        if key not in self._tokens:
+            found = [part.strip("\n") for text in corpus.texts for part in text.split("\n\n")]
+            # an empty text is no prompt, and some tokenizers refuse an empty list
+            filled = [part for part in found if part.strip()]
+            self._tokens[key] = [list(ids) for ids in session.tokenizer(filled, verbose=False)["input_ids"]]
+        return self._tokens[key]
 
     def _corpus(self, workload: Mapping[str, Any]) -> Corpus:
         key = (str(workload["corpus"]), int(workload["num_samples"]))

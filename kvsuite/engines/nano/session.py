@@ -21,6 +21,7 @@ from kvsuite.engines.results import (
     WindowProgress,
     WindowScores,
 )
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
@@ -29,22 +30,28 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
-from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
+from .plan_limits import plan_limits, refuse_plan
 from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
 from .scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
 from .serving import exactly, serve_requests
+from .under_load import serve_under_load
+
+# requests whose full caches a dense run holds at a time
+_DENSE_SEQUENCES = 8
 
 
 class NanoSession(LoadedSession):
     """A loaded model behind the paged runtime.
 
     A design point (the workload's protocol is ``serving``) is served with its own limits, as many requests at a time as its
-    batch. Of any other case the pool holds the requests that are served together, each as long as the longest.
+    batch; a case with a serving plan as that says, under load. Of any other case the pool holds the requests that are served
+    together, each as long as the longest.
 
     Parameters
     ----------
@@ -71,8 +78,9 @@ class NanoSession(LoadedSession):
         #: layers that the policy acts on
         self._treated: frozenset[int] = frozenset()
         self._longest = 0
-        #: of the prepared design point, ``None`` for any other case
+        #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
+        self._plan: ServingPlan | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -145,7 +153,12 @@ class NanoSession(LoadedSession):
         if policy is not None:
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
-        if case.workload.get("protocol") == "serving":
+        self._plan = ServingPlan.of(case)
+        if self._plan is not None:
+            refuse_plan(self._plan, policy)
+            self._limits = plan_limits(self._plan)
+            self._runtime((), captures=False)
+        elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
             self._prompt_tokens = length
         else:
@@ -153,6 +166,10 @@ class NanoSession(LoadedSession):
             self._runtime([ServeRequest(range(length), new_tokens)], captures=False)
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        if any(one.arrival_s or one.scored for one in requests):
+            raise ValueError(
+                "serve() serves all requests at once; use serve_under_load() for arrivals and forced output"
+            )
         runtime = self._runtime(requests)
         served = serve_requests(
             runtime, requests, clock, stamps_on_delivery=self._limits is None and len(requests) == 1
@@ -167,6 +184,15 @@ class NanoSession(LoadedSession):
                 "preemptions": taken["preemptions"],
             }
         return served
+
+    def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+        return serve_under_load(self._runtime(requests), requests, concurrency=concurrency)
+
+    def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
+        longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
+        limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        at_once = [replace(one, arrival_s=0.0) for one in requests]
+        return serve_under_load(self._holder.get(limits, None, captures=False), at_once)
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
@@ -226,7 +252,7 @@ class NanoSession(LoadedSession):
         self._holder.drop()
         self._method = CacheCompression()
         self._treated = frozenset()
-        self._limits = self._prompt_tokens = None
+        self._limits = self._prompt_tokens = self._plan = None
 
     def close(self) -> None:
         self.finish()
@@ -256,9 +282,10 @@ class NanoSession(LoadedSession):
         self.effective["policy_layers"] = sorted(self._treated)
 
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
-        """The runtime of the point, or of these requests: its pool holds as many of the longest, and a token more."""
+        """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            runtime = self._holder.get(self._limits, None, captures=captures)
+            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
+            runtime = self._holder.get(self._limits, self._method.policy, captures=captures, stage=stage)
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,

@@ -1,0 +1,56 @@
+"""Serving plans on the `nano` engine: the runtime limits of a plan, and what of a plan it cannot do."""
+
+from __future__ import annotations
+
+from kvsuite.compression.base import Policy
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
+from kvsuite.errors import CaseInvalid
+from kvsuite.nanovllm.compression_stage import require_prompt_only
+from kvsuite.nanovllm.limits import Limits
+
+from .runtime import BLOCK_SIZE
+
+
+def plan_limits(plan: ServingPlan) -> Limits:
+    """Limits of a plan: the pool that it names, whatever else fits the device."""
+    return Limits(
+        max_model_len=plan.max_model_len,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.step_tokens,
+        block_size=BLOCK_SIZE,
+        num_blocks=None if plan.pool_blocks is None else plan.pool_blocks * BLOCK_TOKENS // BLOCK_SIZE,
+        pool_bytes=plan.pool_bytes,
+        prefix_caching=plan.prefix_caching,
+        prefill_first=plan.prompts_first,
+    )
+
+
+def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
+    """Refuse what the runtime does not do.
+
+    Parameters
+    ----------
+    plan
+        Of the case.
+    policy
+        Of the case.
+
+    Raises
+    ------
+    CaseInvalid
+        With the reason: nothing else is served under the name of what was asked.
+    """
+    if (policy is None) != (plan.stage == "none"):
+        raise CaseInvalid(
+            f"stage={plan.stage}: a policy is there if and only if it has a stage to work in; give both or none"
+        )
+    if plan.controller is not None:
+        raise CaseInvalid(
+            f"controller={plan.controller}: engine nano has no controller yet; use the variants without one"
+        )
+    if plan.lanes == 2:
+        raise CaseInvalid(
+            "lanes=2: engine nano computes prompts and decoding on one stream yet; use the variants with one"
+        )
+    if plan.stage == "async":
+        require_prompt_only(policy)

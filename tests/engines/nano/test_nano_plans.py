@@ -1,0 +1,120 @@
+"""A serving plan on the nano engine: the pool, steps and order that it names, and what the engine cannot do is refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from hf_sessions import VOCAB, case, random_tokens
+
+from kvsuite.case import Case
+from kvsuite.compression import get_policy
+from kvsuite.engines.engine import EngineSettings
+from kvsuite.engines.nano.session import NanoSession
+from kvsuite.engines.results import ServeRequest
+from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
+from kvsuite.errors import CaseInvalid
+
+PLAN: dict[str, Any] = {"pool_blocks": 8, "max_model_len": 64, "max_num_seqs": 4, "step_tokens": 32}
+
+
+def planned(policy: str | None = None, params: dict[str, Any] | None = None, **plan: Any) -> Case:
+    chosen = ServingPlan(**{**PLAN, **({"pool_blocks": None} if "pool_bytes" in plan else {}), **plan})
+    kept = {} if policy is None else get_policy(policy, **(params or {})).to_dict()
+    return Case(
+        **(
+            case().to_dict()
+            | {
+                "engine": "nano",
+                "policy": policy,
+                "policy_params": kept,
+                "workload": {"protocol": "load", "prompt_tokens": 40, "max_new_tokens": 20},
+                "params": {SERVING_PARAM: chosen.to_dict()},
+            }
+        )
+    )
+
+
+@functools.cache
+def session() -> NanoSession:
+    return NanoSession(planned(), EngineSettings(threads=1))
+
+
+def requests(count: int = 4) -> list[ServeRequest]:
+    return [ServeRequest(random_tokens(40, seed), 20) for seed in range(count)]
+
+
+def test_the_pool_is_the_plans_for_every_variant() -> None:
+    """Not what happens to be free, and the same whether something is compressed or not (flaw 8)."""
+    found = []
+    for of in (planned(), planned(prompts_first=False), planned("recent_only", {"window": 8}, stage="sync")):
+        session().prepare(of)
+        found.append(session().effective["num_blocks"])
+        assert session().effective["max_num_seqs"] == 4
+    assert found == [8, 8, 8]
+    block = session().full_kv_bytes(16)
+    session().prepare(planned(pool_bytes=6 * block))
+    # one of them is the scratch block, which is no sequence's
+    assert session().effective["num_blocks"] == 5
+
+
+def test_a_pool_for_two_takes_more_steps_and_gives_the_same_tokens() -> None:
+    session().prepare(planned())
+    served = session().serve(requests())
+    assert [len(output) for output in served.outputs] == [20] * 4
+    session().prepare(planned(pool_blocks=16))
+    roomy = session().serve(requests())
+    assert roomy.counts["steps"] < served.counts["steps"]
+    assert roomy.outputs == served.outputs
+
+
+def test_the_policy_of_the_case_acts_beside_its_plan() -> None:
+    session().prepare(planned("recent_only", {"window": 8}, stage="sync"))
+    served = session().serve(requests(2))
+    assert served.counts["evicted_tokens"] > 0
+    session().prepare(planned())
+    assert session().serve(requests(2)).counts["evicted_tokens"] == 0
+
+
+def test_chunks_of_prompts_share_steps_with_decoding_and_change_no_token() -> None:
+    session().prepare(planned(pool_blocks=16, step_tokens=8, prompts_first=False))
+    chunked = session().serve(requests())
+    session().prepare(planned(pool_blocks=16, step_tokens=64))
+    whole = session().serve(requests())
+    assert chunked.outputs == whole.outputs
+    assert chunked.counts["steps"] != whole.counts["steps"]
+
+
+def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None:
+    same = [ServeRequest(random_tokens(40, 3), 4)] * 2
+    for caching, hits in ((True, 32), (False, 0)):
+        session().prepare(planned(pool_blocks=16, prefix_caching=caching, max_num_seqs=1))
+        assert session().serve(same).counts["prefix_hit_tokens"] == hits
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ({"lanes": 2}, "on one stream yet"),
+        ({"lanes": 2, "controller": "auto"}, "has no controller yet"),
+        ({"stage": "sync"}, "if and only if"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_under_its_name(plan: dict[str, Any], said: str) -> None:
+    with pytest.raises(CaseInvalid, match=said):
+        session().prepare(planned(**plan))
+
+
+def test_a_policy_without_a_stage_is_refused() -> None:
+    with pytest.raises(CaseInvalid, match="if and only if"):
+        session().prepare(planned("recent_only", {"window": 8}))
+
+
+def test_a_case_after_one_with_a_plan_has_none() -> None:
+    session().prepare(planned())
+    session().prepare(Case(**(case().to_dict() | {"engine": "nano"})))
+    [output] = session().serve([ServeRequest(random_tokens(64, 1), 8)]).outputs
+    assert len(output) == 8
+    assert max(output) < VOCAB
+    assert session().effective["num_blocks"] > 4
