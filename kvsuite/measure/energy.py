@@ -10,7 +10,6 @@ from kvsuite.meters.energy import Energy, EnergyMeter
 from .case_run import RunRounds
 from .measurement import Measurement
 
-_NO_ROUNDS = "nothing was timed"
 _NO_OUTPUT = "this suite's timed rounds generate nothing"
 
 
@@ -27,7 +26,7 @@ class RoundEnergy:
 
     def __init__(self, device: str, meter: Callable[[Any], EnergyMeter] = EnergyMeter) -> None:
         self._device, self._meter = device, meter
-        self._found = Energy(reason=_NO_ROUNDS)
+        self._found = Energy()
         self._rounds = 0
 
     def metered(self, run_rounds: RunRounds) -> RunRounds:
@@ -42,7 +41,12 @@ class RoundEnergy:
         return run
 
     def put(self, found: Measurement) -> None:
-        """Write joules a round and an output token (``tokens["generated"]`` of a round), ``null`` with the reason."""
+        """Write joules a round and an output token (``tokens["generated"]`` of a round), ``null`` with the reason.
+
+        Nothing where nothing was timed: a case of quality alone has no numbers of speed.
+        """
+        if not self._rounds:
+            return
         joules, rounds, reason = self._found.joules, self._rounds, self._found.reason
         tokens = found.tokens.get("generated")
         facts = {} if joules is None else {"scope": "device", "seconds": self._found.seconds}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,18 @@ def test_sm_seconds_are_those_that_the_lanes_own() -> None:
     assert "no partition" in found.metrics["sm_seconds"]["reason"]
 
 
+def test_steps_that_overlap_count_their_time_once() -> None:
+    one = served(4)
+    beside = [
+        StepServed("prompt", 0.0, 0.9, 64, 0, 3, 0, 8),
+        StepServed("decode", 0.0, 0.3, 0, 1, 1, 0, 8),
+        StepServed("decode", 0.3, 0.6, 0, 1, 1, 0, 8),
+    ]
+    found = values(written(replace(one, steps=beside), sms={"prompt": 100, "decode": 10}))
+    assert found["running_mean"] == pytest.approx((0.3 * 1 + 0.3 * 1 + 0.3 * 3) / 0.9)
+    assert found["sm_seconds"] == pytest.approx(0.9 * 100 + 0.6 * 10)
+
+
 def test_a_rate_that_never_drains_is_a_warning() -> None:
     waiting = [
         RequestServed(index * 0.1, index * 0.2, [index * 0.2 + 0.1, index * 0.2 + 0.2], 8, 0, 8, 0, 9.0, 0.0)
@@ -159,11 +172,10 @@ def test_energy_of_a_round_and_of_an_output_token(generated: int) -> None:
 
 
 def test_energy_that_is_not_known_has_its_reason() -> None:
-    for timed, reason in ((True, "NVML knows no cpu device"), (False, "nothing was timed")):
-        found = Measurement(MetricRegistry())
-        energy = RoundEnergy("cpu")
-        if timed:
-            energy.metered(lambda round_, rounds: round_())(lambda: None, 1)
-        energy.put(found)
-        for name in ("energy_j", "energy_output_token_j"):
-            assert (found.metrics[name]["value"], found.metrics[name]["reason"]) == (None, reason)
+    found, energy = Measurement(MetricRegistry()), RoundEnergy("cpu")
+    energy.put(found)
+    assert not found.metrics, "nothing was timed"
+    energy.metered(lambda round_, rounds: round_())(lambda: None, 1)
+    energy.put(found)
+    for name in ("energy_j", "energy_output_token_j"):
+        assert (found.metrics[name]["value"], found.metrics[name]["reason"]) == (None, "NVML knows no cpu device")

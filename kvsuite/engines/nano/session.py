@@ -42,8 +42,8 @@ from .scoring import WindowPassages, compare_windows, score_rows, score_text, sc
 from .serving import exactly, serve_requests
 from .under_load import serve_under_load
 
-# requests whose full caches a dense run holds at a time
-_DENSE_SEQUENCES = 8
+# requests whose full caches a dense run holds at a time, at most
+_DENSE_SEQUENCES = 64
 
 
 class NanoSession(LoadedSession):
@@ -157,6 +157,8 @@ class NanoSession(LoadedSession):
         if self._plan is not None:
             refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
+            if self._plan.stage == "async" and self.device.type == "cpu":
+                self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -191,6 +193,8 @@ class NanoSession(LoadedSession):
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
         limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        # as many blocks as they need together, where there is room for them
+        limits = replace(limits, num_blocks=None)
         at_once = [replace(one, arrival_s=0.0) for one in requests]
         return serve_under_load(self._holder.get(limits, None, captures=False), at_once)
 
@@ -250,6 +254,7 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
+        self.inert.pop("stage", None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
