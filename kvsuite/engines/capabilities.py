@@ -117,7 +117,7 @@ class ServesUnderLoad(Protocol):
         ...
 
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
-        """Serve the same requests with their full caches: no policy, no arrivals, and a pool that preempts nobody."""
+        """Serve the same requests with their full caches: no policy, no arrivals, and the largest pool that they need."""
         ...
 
 
