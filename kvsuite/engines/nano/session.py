@@ -164,7 +164,7 @@ class NanoSession(LoadedSession):
             refuse_plan(self._plan, policy)
             if case.partition is not None:
                 self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
-                self.partition["realised"] = self._sms.to_dict()
+                self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
             self._limits = plan_limits(self._plan)
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
@@ -267,7 +267,7 @@ class NanoSession(LoadedSession):
             # behind the runtime whose streams have these SMs
             self._sms.close()
             self._sms = None
-        self.partition["realised"] = None
+        self.partition = {"requested": None, "realised": None}
         for axis in ("stage", "lanes"):
             self.inert.pop(axis, None)
         self._method = CacheCompression()
