@@ -338,6 +338,8 @@ class Runtime:
         self._delivery.flight = None
         if self._prompts is not None:
             self._prompts.close()
+        if self._streams is not None:
+            self._streams.join()
         self.runner.close()
         if self.rotary is not None:
             self.rotary.close()
@@ -391,6 +393,8 @@ class Runtime:
         )
         for table in self.tables:
             table.fence_of = lane.fence_of
+        # pools, tables and weights were made on other streams
+        streams.join()
         return lane
 
     def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
