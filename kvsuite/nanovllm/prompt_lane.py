@@ -190,6 +190,8 @@ class PromptLane:
         self._on_step = on_step
         self._on_logits = on_logits
         self._step: _Step | None = None
+        #: seconds that the host waited for prompts
+        self.waited_s = 0.0
 
     @property
     def launching(self) -> bool:
@@ -302,7 +304,9 @@ class PromptLane:
     def _land(self) -> None:
         step = self._step
         assert step is not None
+        started = time.perf_counter()
         step.fence.wait()
+        self.waited_s += time.perf_counter() - started
         self._step = None
         for request in step.plan.requests:
             # who was preempted meanwhile has no row

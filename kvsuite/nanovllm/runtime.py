@@ -214,7 +214,7 @@ class Runtime:
     @property
     def waited_s(self) -> float:
         """Seconds that the host waited for tokens so far."""
-        return self._delivery.waited_s
+        return self._delivery.waited_s + (0.0 if self._prompts is None else self._prompts.waited_s)
 
     @property
     def unfinished(self) -> int:

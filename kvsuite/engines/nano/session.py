@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
@@ -28,10 +29,12 @@ from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
+from kvsuite.nanovllm.green_contexts import SmPartition, open_partition
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
+from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
@@ -81,6 +84,7 @@ class NanoSession(LoadedSession):
         #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
         self._plan: ServingPlan | None = None
+        self._sms: SmPartition | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -128,8 +132,6 @@ class NanoSession(LoadedSession):
 
     def prepare(self, case: Case) -> None:
         self.finish()
-        if case.partition is not None:
-            raise CaseInvalid("SM partitions are not part of engine nano yet; leave the partition out")
         if case.policy is not None and case.policy.startswith("kvpress:"):
             raise CaseInvalid(
                 f"{case.policy} on engine nano: a press works on the dense cache of one prompt, and here sequences share "
@@ -154,9 +156,15 @@ class NanoSession(LoadedSession):
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
         self._plan = ServingPlan.of(case)
+        if case.partition is not None:
+            self._part(case.partition)
         if self._plan is not None:
             refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
+            if self._plan.lanes == 2 and self.device.type == "cpu":
+                self.inert["lanes"] = (
+                    "a CPU has one stream: prompts and decoding take turns, and neither is faster for it"
+                )
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             self._runtime((), captures=False)
@@ -252,7 +260,12 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        self.inert.pop("stage", None)
+        if self._sms is not None:
+            self._sms.close()
+        self._sms = None
+        self.partition = {"requested": None, "realised": None}
+        for name in ("stage", "lanes"):
+            self.inert.pop(name, None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
@@ -260,6 +273,23 @@ class NanoSession(LoadedSession):
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
+
+    def _part(self, wanted: Mapping[str, Any]) -> None:
+        """Open the partition of the case; it outlives the runtimes on it.
+
+        Raises
+        ------
+        CaseInvalid
+            If there are no two lanes to part the SMs between, or the device cannot be parted so.
+        CaseSkipped
+            If nobody here can part them.
+        """
+        if self._plan is None or self._plan.lanes != 2:
+            raise CaseInvalid(
+                "SM partitions are for prompts beside decoding: two lanes under load; leave the partition out"
+            )
+        self._sms = open_partition(PartitionRequest.of(wanted), self.device)
+        self.partition = {"requested": dict(wanted), "realised": self._sms.to_dict()}
 
     def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
         """Let a policy act on layers that see everything: in all passes of the case the same ones.
@@ -287,8 +317,16 @@ class NanoSession(LoadedSession):
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
-            runtime = self._holder.get(self._limits, self._method.policy, captures=captures, stage=stage)
+            plan = self._plan
+            stage: Stage = "async" if plan is not None and plan.stage == "async" else "sync"
+            runtime = self._holder.get(
+                self._limits,
+                self._method.policy,
+                captures=captures,
+                stage=stage,
+                lanes=1 if plan is None else plan.lanes,
+                partition=self._sms,
+            )
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,

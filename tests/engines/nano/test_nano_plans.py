@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, CaseSkipped
 
 PLAN: dict[str, Any] = {"pool_blocks": 8, "max_model_len": 64, "max_num_seqs": 4, "step_tokens": 32}
 
@@ -86,6 +87,39 @@ def test_chunks_of_prompts_share_steps_with_decoding_and_change_no_token() -> No
     assert chunked.counts["steps"] != whole.counts["steps"]
 
 
+@pytest.mark.parametrize("policy", [None, "recent_only"])
+def test_two_lanes_change_no_token_and_say_which_lane_a_step_was_of(policy: str | None) -> None:
+    given = {} if policy is None else {"policy": policy, "params": {"factor": 2}, "stage": "async"}
+    found = []
+    for lanes in (1, 2):
+        session().prepare(planned(**given, pool_blocks=9, lanes=lanes))
+        found.append(session().serve_under_load(requests()))
+        assert session().effective.get("lanes", 1) == lanes
+        assert ("lanes" in session().inert) == (lanes == 2)
+    one, two = found
+    assert two.outputs == one.outputs
+    assert {step.lane for step in one.steps} == {"both"}
+    fed = dict.fromkeys(("prompt", "decode"), (0, 0))
+    for step in two.steps:
+        prompts, decodes = fed[step.lane]
+        fed[step.lane] = prompts + step.prompt_tokens, decodes + step.decode_tokens
+    assert fed["prompt"][0] >= 4 * 40
+    assert fed["prompt"][1] == fed["decode"][0] == 0
+    assert fed["decode"][1] >= 4 * 19
+    session().prepare(planned())
+    assert "lanes" not in session().inert
+
+
+def test_a_partition_wants_two_lanes_and_a_device() -> None:
+    parted = replace(planned(lanes=2), partition={"decode_ratio": 0.5, "prompt_ratio": 0.5})
+    with pytest.raises(CaseSkipped, match="CUDA"):
+        session().prepare(parted)
+    with pytest.raises(CaseInvalid, match="two lanes"):
+        session().prepare(replace(planned(), partition=parted.partition))
+    session().prepare(planned())
+    assert session().partition == {"requested": None, "realised": None}
+
+
 def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None:
     same = [ServeRequest(random_tokens(40, 3), 4)] * 2
     for caching, hits in ((True, 32), (False, 0)):
@@ -96,7 +130,6 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ({"lanes": 2}, "on one stream yet"),
         ({"lanes": 2, "controller": "auto"}, "has no controller yet"),
         ({"stage": "sync"}, "if and only if"),
     ],
