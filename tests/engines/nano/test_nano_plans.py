@@ -78,6 +78,36 @@ def test_the_policy_of_the_case_acts_beside_its_plan() -> None:
     assert session().serve(requests(2)).counts["evicted_tokens"] == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "own"), [("streaming_llm", {"start_size": 2}), ("snapkv", {"window": 4}), ("h2o", {})]
+)
+def test_a_prompt_is_compressed_by_a_factor_where_the_plan_says_and_the_tokens_are_the_same(
+    name: str, own: dict[str, Any]
+) -> None:
+    found = {}
+    for stage in ("sync", "async"):
+        session().prepare(planned(name, {"factor": 5, **own}, stage=stage))
+        served = session().serve(requests())
+        assert session().effective["stage"] == stage
+        assert session().effective["stepwise"] is False
+        assert served.counts["evicted_tokens"] == 4 * (40 - 8)
+        found[stage] = served.outputs
+    assert found["async"] == found["sync"]
+    session().prepare(planned())
+    assert "stepwise" not in session().effective
+    dense = session().serve(requests())
+    session().prepare(planned(name, {"factor": 1, **own}, stage="async"))
+    assert session().serve(requests()).outputs == dense.outputs
+
+
+def test_what_acts_after_every_token_is_stepwise_and_has_no_place_beside_the_steps() -> None:
+    session().prepare(planned("recent_only", {"window": 8}, stage="sync"))
+    session().serve(requests(1))
+    assert session().effective["stepwise"] is True
+    with pytest.raises(CaseInvalid, match=r"policy recent_only: .* give the policy a factor"):
+        session().prepare(planned("recent_only", {"window": 8}, stage="async"))
+
+
 def test_chunks_of_prompts_share_steps_with_decoding_and_change_no_token() -> None:
     session().prepare(planned(pool_blocks=16, step_tokens=8, prompts_first=False))
     chunked = session().serve(requests())
