@@ -123,6 +123,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "decode-step": ("eager", "eager"),
     "attention": ("eager", "eager"),
     "impl": ("copy", "copy"),
+    "divergence": ("off", False),
+    "cache-dtype": ("auto, int8:int4(group=32)", ("auto", "int8:int4(group=32)")),
     "threads": ("4", 4),
     "seed": ("17", 17),
     "report-dir": ("/tmp/runs", "/tmp/runs"),
@@ -255,7 +257,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 # names that are looked up later, by who knows them: spaces, models, corpora, weight formats, schedules, rules, the file system
 FREE_TEXT = {
-    "quantization", "reference", "l2-mode", "fail",
+    "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json",

@@ -45,8 +45,8 @@ from .scoring import WindowPassages, compare_windows, score_rows, score_text, sc
 from .serving import exactly, serve_requests
 from .under_load import serve_under_load
 
-# requests whose full caches a dense run holds at a time
-_DENSE_SEQUENCES = 8
+# requests whose full caches a dense run holds at a time, at most
+_DENSE_SEQUENCES = 64
 
 
 class NanoSession(LoadedSession):
@@ -201,6 +201,8 @@ class NanoSession(LoadedSession):
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
         limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        # as many blocks as they need together, where there is room for them
+        limits = replace(limits, num_blocks=None)
         at_once = [replace(one, arrival_s=0.0) for one in requests]
         return serve_under_load(self._holder.get(limits, None, captures=False), at_once)
 
