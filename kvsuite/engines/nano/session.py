@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
@@ -84,6 +83,7 @@ class NanoSession(LoadedSession):
         #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
         self._plan: ServingPlan | None = None
+        #: SMs of its lanes, where the case parts them
         self._sms: SmPartition | None = None
         self._prompt_tokens: int | None = None
 
@@ -156,17 +156,20 @@ class NanoSession(LoadedSession):
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
         self._plan = ServingPlan.of(case)
-        if case.partition is not None:
-            self._part(case.partition)
+        if case.partition is not None and (self._plan is None or self._plan.lanes == 1):
+            raise CaseInvalid(
+                "partition: SMs are parted between two lanes, and this case has one; leave the partition out"
+            )
         if self._plan is not None:
             refuse_plan(self._plan, policy)
+            if case.partition is not None:
+                self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
+                self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
             self._limits = plan_limits(self._plan)
-            if self._plan.lanes == 2 and self.device.type == "cpu":
-                self.inert["lanes"] = (
-                    "a CPU has one stream: prompts and decoding take turns, and neither is faster for it"
-                )
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
+            if self._plan.lanes == 2 and self.device.type == "cpu":
+                self.inert["lanes"] = "a CPU has one stream: prompts and decoding take turns"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -263,11 +266,12 @@ class NanoSession(LoadedSession):
     def finish(self) -> None:
         self._holder.drop()
         if self._sms is not None:
+            # behind the runtime whose streams have these SMs
             self._sms.close()
-        self._sms = None
+            self._sms = None
         self.partition = {"requested": None, "realised": None}
-        for name in ("stage", "lanes"):
-            self.inert.pop(name, None)
+        for axis in ("stage", "lanes"):
+            self.inert.pop(axis, None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
@@ -275,23 +279,6 @@ class NanoSession(LoadedSession):
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
-
-    def _part(self, wanted: Mapping[str, Any]) -> None:
-        """Open the partition of the case; it outlives the runtimes on it.
-
-        Raises
-        ------
-        CaseInvalid
-            If there are no two lanes to part the SMs between, or the device cannot be parted so.
-        CaseSkipped
-            If nobody here can part them.
-        """
-        if self._plan is None or self._plan.lanes != 2:
-            raise CaseInvalid(
-                "SM partitions are for prompts beside decoding: two lanes under load; leave the partition out"
-            )
-        self._sms = open_partition(PartitionRequest.of(wanted), self.device)
-        self.partition = {"requested": dict(wanted), "realised": self._sms.to_dict()}
 
     def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
         """Let a policy act on layers that see everything: in all passes of the case the same ones.
@@ -319,14 +306,13 @@ class NanoSession(LoadedSession):
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            plan = self._plan
-            stage: Stage = "async" if plan is not None and plan.stage == "async" else "sync"
+            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
             runtime = self._holder.get(
                 self._limits,
                 self._method.policy,
                 captures=captures,
                 stage=stage,
-                lanes=1 if plan is None else plan.lanes,
+                lanes=1 if self._plan is None else self._plan.lanes,
                 partition=self._sms,
             )
             self._holder.state(runtime, self.effective)
