@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .results import TokenProgress, WindowProgress, WindowScores
+from .results import Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
@@ -88,12 +89,45 @@ class ComparesWindows(Protocol):
         ...
 
 
+@runtime_checkable
+class ServesUnderLoad(Protocol):
+    """Serves requests that come at their times and share one pool, and tells what became of each."""
+
+    def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+        """Serve requests as the prepared case says: through its pool, with its policy.
+
+        Parameters
+        ----------
+        requests
+            In any order. Each enters when its time has come; one that the loop takes up late is late.
+        concurrency
+            Closed loop: so many requests are under way at a time, and the next one comes when one is over, which is its
+            arrival then. The requests' own arrivals must be 0.
+
+        Returns
+        -------
+        Served
+            With `Served.requests` and `Served.steps`.
+
+        Raises
+        ------
+        RuntimeError
+            If a request could not be served to its end.
+        """
+        ...
+
+    def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
+        """Serve the same requests with their full caches: no policy, no arrivals, and a pool that preempts nobody."""
+        ...
+
+
 #: in words, for reasons
 _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
     ScoresThroughCache: "returns no losses of a text through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
+    ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",
 }
 
 
@@ -102,3 +136,17 @@ def lacking(session: Session, capability: type) -> str | None:
     if isinstance(session, capability):
         return None
     return session.lacks.get(capability) or f"this engine {_NAMES.get(capability, f'lacks {capability.__name__}')}"
+
+
+def refuse_load(requests: Sequence[ServeRequest], engine: str) -> None:
+    """Refuse what only a session that serves under load does.
+
+    Raises
+    ------
+    CaseInvalid
+        If a request comes later than at once, or its output is forced or scored.
+    """
+    if any(one.arrival_s for one in requests):
+        raise CaseInvalid(f"engine {engine} serves all requests at once, not by their arrivals; use --kv-engine=nano")
+    if any(one.scored for one in requests):
+        raise CaseInvalid(f"engine {engine} takes no forced output and returns no losses of it; use --kv-engine=nano")

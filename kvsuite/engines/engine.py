@@ -157,7 +157,8 @@ class Session(ABC):
         Raises
         ------
         CaseInvalid
-            For more requests than this engine serves at a time.
+            For more requests than this engine serves at a time, and for arrivals and forced output, which only
+            `kvsuite.engines.capabilities.ServesUnderLoad` has.
         """
 
     @abstractmethod

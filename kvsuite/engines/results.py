@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from kvsuite.meters.served_divergence import LogProbabilityRows
 
 #: called with targets done, targets in all, and the mean loss so far in nats
 WindowProgress = Callable[[int, int, float], None]
@@ -26,10 +32,37 @@ class ServeRequest:
         Token ids.
     new_tokens
         Exactly so many are generated, greedily; an end of text ends nothing.
+    arrival_s
+        When it comes, in seconds after the start: 0 is at once. Only sessions that serve under load wait for it
+        (`kvsuite.engines.capabilities.ServesUnderLoad`); others refuse it.
+    forced
+        ``new_tokens`` tokens that are fed in the place of the chosen ones. Their losses come back.
+    rows
+        Whose log-probabilities come back for every output token, beside losses: those of so many of the most probable
+        tokens, or of the tokens ``[new_tokens, k]`` of a vocabulary.
+
+    Raises
+    ------
+    ValueError
+        If the arrival is no time, or not exactly ``new_tokens`` tokens are forced.
     """
 
     prompt: Sequence[int]
     new_tokens: int
+    arrival_s: float = 0.0
+    forced: Sequence[int] | None = None
+    rows: int | NDArray[Any] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.arrival_s < math.inf:
+            raise ValueError(f"arrival_s={self.arrival_s}: must be seconds after the start")
+        if self.forced is not None and len(self.forced) != self.new_tokens:
+            raise ValueError(f"forced: {len(self.forced)} tokens where new_tokens={self.new_tokens} are generated")
+
+    @property
+    def scored(self) -> bool:
+        """Whether losses of its output are wanted."""
+        return self.forced is not None or self.rows is not None
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,94 @@ class EngineView:
 
 
 @dataclass(frozen=True)
+class OutputScores:
+    """What the model said of a request's output tokens, forced or chosen, position by position.
+
+    Parameters
+    ----------
+    nll
+        ``-log p`` of each, in nats, from a float32 log-softmax.
+    top1
+        The most probable token there.
+    rows
+        Log-probabilities of the tokens that `ServeRequest.rows` names; ``None`` where it names none.
+    """
+
+    nll: list[float]
+    top1: list[int]
+    rows: LogProbabilityRows | None = None
+
+
+@dataclass(frozen=True)
+class RequestServed:
+    """One request that was served under load. Times are the host's, in seconds after the start of the run.
+
+    Parameters
+    ----------
+    arrival_s
+        When it was due, however late it was taken up.
+    admitted_s
+        When it was first given blocks; until then it waited in the queue.
+    token_s
+        When each output token was on the host.
+    prompt_tokens
+        Tokens of the prompt, whatever was computed for them.
+    cached_tokens
+        Those of them whose keys were found in the prefix cache at the first admission.
+    computed_prompt_tokens
+        Prompt tokens that went through the model for it: ``prompt_tokens - cached_tokens`` where it was never preempted. What
+        a preemption has computed once more is in the run's ``counts``.
+    preemptions
+        How often its blocks were taken from it.
+    stored_tokens
+        Tokens whose keys its blocks held at its end, mean over the attention layers.
+    evicted_tokens
+        Tokens that had been removed by then, mean over the attention layers: by a policy, or a window.
+    scores
+        Of its output, where they were asked for.
+    """
+
+    arrival_s: float
+    admitted_s: float
+    token_s: list[float]
+    prompt_tokens: int
+    cached_tokens: int
+    computed_prompt_tokens: int
+    preemptions: int
+    stored_tokens: float
+    evicted_tokens: float
+    scores: OutputScores | None = None
+
+
+@dataclass(frozen=True)
+class StepServed:
+    """One step as the host saw it. Where steps overlap, tokens that are delivered in it are those of the step before.
+
+    Parameters
+    ----------
+    lane
+        Which lane launched it: ``both`` where one stream does everything.
+    start_s, end_s
+        Host clock, seconds after the start of the run.
+    prompt_tokens, decode_tokens
+        Tokens that it fed: of prompts (and what a resumed request computes again), and one each of decoding requests.
+    running, waiting
+        Requests that hold blocks, and that wait for them, at its end.
+    used_blocks
+        Blocks in use at its end, of the fullest layer group.
+    """
+
+    lane: Literal["decode", "prompt", "both"]
+    start_s: float
+    end_s: float
+    prompt_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+    used_blocks: int
+
+
+@dataclass(frozen=True)
 class Served:
     """Requests that were served together.
 
@@ -65,6 +186,12 @@ class Served:
         What an engine that gives text gave for each.
     engine
         What a server says itself.
+    requests, steps
+        Of requests that were served under load: each of them, in their order, and every step.
+    decisions
+        What a controller decided, with its inputs and times, in JSON types.
+    waited_s
+        Seconds that the host waited for the device's tokens.
     """
 
     times: list[RequestTimes]
@@ -72,6 +199,10 @@ class Served:
     counts: dict[str, int] = field(default_factory=dict)
     texts: list[str] | None = None
     engine: EngineView | None = None
+    requests: list[RequestServed] = field(default_factory=list)
+    steps: list[StepServed] = field(default_factory=list)
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    waited_s: float = 0.0
 
 
 @dataclass

@@ -75,6 +75,12 @@ class Request:
     #: tokens whose keys were found in the prefix cache when it was first admitted
     prefix_hits: int = field(default=0, init=False)
     preemptions: int = field(default=0, init=False)
+    #: tokens that went through the model for it, again after a preemption
+    fed: int = field(default=0, init=False)
+    #: `time.perf_counter` when it first got a row of the tables
+    admitted_at: float | None = field(default=None, init=False)
+    #: tokens whose keys its blocks held when it gave them back last, per layer group
+    stored: list[int] = field(default_factory=list, init=False)
     #: `time.perf_counter` of every output token
     times: list[float] = field(default_factory=list, init=False)
     #: row of the block tables while it runs

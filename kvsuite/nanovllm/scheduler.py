@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ class Scheduler:
             If ``max_num_seqs`` requests run already.
         """
         request.row = self._rows.pop()
+        if request.admitted_at is None:
+            request.admitted_at = time.perf_counter()
         request.status = Status.RUNNING
         self.running.append(request)
 
@@ -305,6 +308,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
+        request.stored = [int(table.lengths[request.row]) for table in self._tables]
         for table in self._tables:
             table.release(request.row)
         self.on_release(request.row)

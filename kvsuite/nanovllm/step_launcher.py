@@ -101,6 +101,7 @@ class StepLauncher:
             if fed == 1 and request.computed >= request.prompt_length:
                 decoded += 1
             request.computed += fed
+            request.fed += fed
         self._counters.computed_decode_tokens += decoded
         self._counters.computed_prefill_tokens += sum(plan.counts) - decoded
 

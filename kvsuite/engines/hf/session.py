@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvsuite.case import Case
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
+from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
@@ -261,6 +262,7 @@ class HfSession(LoadedSession):
 
 
 def _only(requests: Sequence[ServeRequest]) -> ServeRequest:
+    refuse_load(requests, "hf")
     if len(requests) != 1:
         raise CaseInvalid(
             "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"

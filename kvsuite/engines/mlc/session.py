@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.capabilities import ScoresWindows
+from kvsuite.engines.capabilities import ScoresWindows, refuse_load
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.results import EngineView, MemoryPass, Reach, Served, ServeRequest
 from kvsuite.errors import CaseInvalid, UserError
@@ -162,6 +162,7 @@ class MlcSession(Session):
         return ClientClock()
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        refuse_load(requests, "mlc")
         server = self._up()
         before = server.metrics()
         stamps = clock or ClientClock()

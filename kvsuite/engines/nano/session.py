@@ -40,6 +40,10 @@ from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
 from .scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
 from .serving import exactly, serve_requests
+from .under_load import serve_under_load
+
+# requests whose full caches a dense run holds at a time
+_DENSE_SEQUENCES = 8
 
 
 class NanoSession(LoadedSession):
@@ -162,6 +166,10 @@ class NanoSession(LoadedSession):
             self._runtime([ServeRequest(range(length), new_tokens)], captures=False)
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
+        if any(one.arrival_s or one.scored for one in requests):
+            raise ValueError(
+                "serve() serves all requests at once; use serve_under_load() for arrivals and forced output"
+            )
         runtime = self._runtime(requests)
         served = serve_requests(
             runtime, requests, clock, stamps_on_delivery=self._limits is None and len(requests) == 1
@@ -176,6 +184,15 @@ class NanoSession(LoadedSession):
                 "preemptions": taken["preemptions"],
             }
         return served
+
+    def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+        return serve_under_load(self._runtime(requests), requests, concurrency=concurrency)
+
+    def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
+        longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
+        limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        at_once = [replace(one, arrival_s=0.0) for one in requests]
+        return serve_under_load(self._holder.get(limits, None, captures=False), at_once)
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._holder.drop()
