@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from kvsuite.meters.serving_times import Slo
 
 from kvsuite.case import canonical_json
 from kvsuite.foreign_text import visible
@@ -83,11 +86,12 @@ class Group:
 
     @property
     def slo(self) -> tuple[float, float] | None:
-        """TTFT and TPOT that count as served well, in seconds."""
-        from ..slo import parse_slo
-
-        texts = {str(arm.params.get("slo")) for arm in self.arms}
-        return parse_slo(texts.pop()) if len(texts) == 1 and "None" not in texts else None
+        """TTFT and TPOT that count as served well, in seconds; ``None`` where arms were judged by others."""
+        texts = {str(arm.params["slo"]) for arm in self.arms if arm.params.get("slo")}
+        if len(texts) != 1:
+            return None
+        bounds = Slo.parse(texts.pop())
+        return bounds.ttft_s, bounds.tpot_s
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
@@ -117,9 +121,8 @@ def _group(rows: Sequence[Row]) -> Group:
 
 def _label(row: Row) -> str:
     """The part of a case's name that tells it from the others of its group."""
-    case = row["case"]
-    _, _, arm = str(case["name"]).partition(f"-bs{case['workload'].get('batch')}-")
-    return visible(arm or case["name"])
+    name = str(row["case"]["name"])
+    return visible(re.split(r"-bs\d+-", name, maxsplit=1)[-1])
 
 
 def _title(row: Row) -> str:
@@ -134,7 +137,7 @@ def _title(row: Row) -> str:
         row["model"].get("label") or case["model"],
         case["quantization"],
         f"{case['device']}, {case['dtype']}",
-        f"{workload.get('name')}, {workload.get('requests')} requests",
+        f"{workload.get('workload')}, {workload.get('requests')} requests",
         f"at most {workload.get('prompt_tokens')} in, {workload.get('max_new_tokens')} out",
         f"arrivals {arrivals}",
         f"pool {pool}",

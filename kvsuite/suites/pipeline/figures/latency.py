@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arms import PERCENTILES, Arm, Group, why_missing
-from .draw import arm_axis, panels_by_group, say
+from .draw import arm_axis, log_steps, opacity, panels_by_group, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,13 +64,27 @@ def _lines(
         if not numbers:
             axes.annotate("n/a", (0.01, place), xycoords=axes.get_yaxis_transform(), va="center", fontsize=9)
             continue
-        axes.plot([min(numbers.values()), max(numbers.values())], [place, place], color=arm.colour, linewidth=2.5)
+        axes.plot(
+            [min(numbers.values()), max(numbers.values())],
+            [place, place],
+            color=arm.colour,
+            linewidth=2.5,
+            alpha=opacity(arm),
+        )
         for which, number in numbers.items():
-            axes.plot(number, place, _MARKERS[which], color=arm.colour, markeredgecolor="black", markersize=7)
+            axes.plot(
+                number,
+                place,
+                _MARKERS[which],
+                color=arm.colour,
+                markeredgecolor="black",
+                markersize=7,
+                alpha=opacity(arm),
+            )
         highest = max(numbers.values())
         axes.annotate(
             f"{numbers.get('p50', highest):.3g} … {highest:.3g}", (highest, place), xytext=(8, 0),
-            textcoords="offset points", va="center", fontsize=9,
+            textcoords="offset points", va="center", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.set_xscale("log")
     every = [number for numbers in found.values() for number in numbers.values()] + ([limit * scale] if limit else [])
@@ -89,6 +103,6 @@ def _plain_ticks(axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=log_steps(low, high)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .arms import PERCENTILES, Arm, Group, highest_percentile, why_missing
-from .draw import opacity, panels_by_group, say
+from .draw import POINT_LABEL, log_steps, opacity, panels_by_group, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +36,9 @@ def draw_front(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure:
 
 def draw_quality(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | str:
     """KL divergence of what was served from the full cache's against throughput; or why there is nothing to draw."""
-    shown = [group for group in groups if any(arm.value("kl_divergence") is not None for arm in group.arms)]
+    shown = [group for group in groups if any(arm.value("served_kld") is not None for arm in group.arms)]
     if not shown:
-        return "quality against throughput: " + why_missing(groups[0].arms, "kl_divergence")
+        return "quality against throughput: " + why_missing(groups[0].arms, "served_kld")
     notes = [
         "KL divergence of the served continuation from the full cache's, forced tokens through the same pool and arrivals: 0 "
         "is the same distribution. Upper left is better. Factors of one policy and variant are joined by a line."
@@ -49,12 +50,18 @@ def draw_quality(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | st
 
 def draw_sm_share(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | str:
     """Throughput and latencies against the SMs of the decode lane; or why there is nothing to draw."""
-    shown = [group for group in groups if len({arm.decode_sms for arm in group.arms} - {None}) > 1]
+    shown = [
+        replace(
+            group, arms=tuple(arm for arm in group.arms if arm.decode_sms is not None or arm.variant == "streams-only")
+        )
+        for group in groups
+        if len({arm.decode_sms for arm in group.arms} - {None}) > 1
+    ]
     if not shown:
         return "SM shares: needs at least two partitions that were realised, without a controller"
     notes = [
-        "SMs that the driver gave to the lane of decoding; the lane of prompts has those of the label. Dotted: the same without "
-        "a partition (two streams), where it was measured."
+        "SMs that the driver gave to the decode lane; labels have those of both lanes. Dotted: two streams without any, "
+        "where that was measured."
     ]
     return panels_by_group(
         shown, run, title="What a share of the SMs buys", draw=_sm_share, columns=3, notes=notes,
@@ -97,7 +104,7 @@ def _front(panels: Sequence[Axes], group: Group) -> None:
 
 def _quality(panels: Sequence[Axes], group: Group) -> None:
     (axes,) = panels
-    points = _points(group.arms, lambda arm: arm.value("kl_divergence"), lambda arm: arm.value("output_tok_s"))
+    points = _points(group.arms, lambda arm: arm.value("served_kld"), lambda arm: arm.value("output_tok_s"))
     _lines(axes, group.arms, points, lambda arm: (float(arm.params.get("factor") or 1),), _method)
     _scatter(axes, group.arms, points)
     axes.set_xlabel("KL divergence from the full cache, nats a token")
@@ -119,13 +126,15 @@ def _sm_share(panels: Sequence[Axes], group: Group) -> None:
     for axes, (title, unit, number) in zip(panels, read, strict=True):
         axes.set_title(title)
         axes.set_ylabel(unit)
-        axes.set_xlabel("SMs of the lane of decoding")
+        axes.set_xlabel("SMs of the decode lane")
         points = _points(split, lambda arm: arm.decode_sms, number)
         if not points:
             say(axes, why_missing(split, "itl_p50_s"), width=34)
             continue
         _lines(axes, split, points, lambda arm: (arm.decode_sms or 0,), _kind)
-        _scatter(axes, split, points)
+        _scatter(axes, split, points, _split_name)
+        axes.set_xticks(sorted({int(x) for x, _ in points.values()}))
+        axes.margins(x=0.12)
         apart = [
             (arm, level) for arm in group.arms if arm.variant == "streams-only" and (level := number(arm)) is not None
         ]
@@ -135,6 +144,11 @@ def _sm_share(panels: Sequence[Axes], group: Group) -> None:
             axes.legend(fontsize=9)
         axes.set_ylim(0, 1.15 * max([*(y for _, y in points.values()), *(level for _, level in apart)]))
         axes.grid(linestyle="--", alpha=0.3)
+
+
+def _split_name(arm: Arm) -> str:
+    prompt = (arm.row["partition"].get("realised") or {}).get("prompt_sms")
+    return f"{arm.decode_sms}/{prompt}" + (f" {arm.variant}" if arm.variant != "greenctx-only" else "")
 
 
 def _points(
@@ -178,14 +192,19 @@ def _lines(
         )  # fmt: skip
 
 
-def _scatter(axes: Axes, arms: Sequence[Arm], points: Mapping[str, Point]) -> None:
+def _scatter(
+    axes: Axes, arms: Sequence[Arm], points: Mapping[str, Point], name: Callable[[Arm], str] = lambda arm: arm.label
+) -> None:
     for arm in arms:
         if arm.label in points:
             axes.plot(
                 *points[arm.label], _MARKERS.get(arm.variant, "o"), color=arm.colour, alpha=opacity(arm),
                 markeredgecolor="black", markersize=9, linestyle="none", zorder=3,
             )  # fmt: skip
-            axes.annotate(arm.label, points[arm.label], xytext=(7, 5), textcoords="offset points", fontsize=8, zorder=4)
+            axes.annotate(
+                name(arm), points[arm.label], xytext=(8, 5), textcoords="offset points", fontsize=8, zorder=4,
+                gid=POINT_LABEL, in_layout=False,
+            )  # fmt: skip
 
 
 def _log_limits(axes: Axes, points: Iterable[Point]) -> None:
@@ -199,8 +218,8 @@ def _log_limits(axes: Axes, points: Iterable[Point]) -> None:
         low, high = min(numbers), max(numbers)
         room = max(1.25, (high / low) ** 0.15)
         # labels stand at the right of their points
-        set_limits(low / room, high * room ** (3 if axis is axes.xaxis else 1))
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 200 else (1.0,)))
+        set_limits(low / room, high * room ** (2 if axis is axes.xaxis else 1))
+        axis.set_major_locator(LogLocator(subs=log_steps(low, high)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
     axes.grid(which="both", linestyle="--", alpha=0.3)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OUTPUT, _GOODPUT = "output_tok_s", "goodput_rps"
+_OUTPUT, _GOODPUT = "output_tok_s", "goodput_req_s"
 
 
 def draw_throughput(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure:
