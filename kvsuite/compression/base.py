@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -67,10 +67,15 @@ class Schedule:
 
     def due(self, *, step: int, done: bool) -> bool:
         """Whether the policy acts after ``step`` tokens were seen; ``done`` says that it already removed something."""
-        if self.name == "single_shot":
+        if self.once:
             return not done
         interval = _INTERVAL.fullmatch(self.name)
         return interval is None or step % int(interval[1]) == 0
+
+    @property
+    def once(self) -> bool:
+        """Whether it acts a single time."""
+        return self.name == "single_shot"
 
     @property
     def label(self) -> str:
@@ -123,7 +128,7 @@ class Policy(ABC):
     shared_across_heads: ClassVar[bool] = True
     frees_memory: ClassVar[bool] = True
     #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
-    acts: ClassVar[Literal["prompt", "decode"]] = "decode"
+    acts: Literal["prompt", "decode"] = field(default="decode", init=False, repr=False)
     #: parameters whose default variants come from an option of the compression suite: ``{"keep_ratio": "keep_ratios"}``
     swept_by_options: ClassVar[Mapping[str, str]] = {}
 
@@ -178,6 +183,11 @@ class Policy(ABC):
         return None
 
     @classmethod
+    def swept(cls, given: Collection[str]) -> dict[str, str]:
+        """Parameters that options of the compression suite sweep where those in ``given`` are named, and which options."""
+        return {name: source for name, source in cls.swept_by_options.items() if name not in given}
+
+    @classmethod
     def sweep(cls) -> Sequence[Mapping[str, Any]]:
         """Parameters of the variants that a run has by default; one variant with the default parameters."""
         return ({},)
@@ -193,6 +203,10 @@ class Policy(ABC):
         """
         marks = (f"{_SHORT.get(name, name)}={value}" for name, value in (chosen or {}).items())
         return "_".join([self.name, *marks])
+
+    def settled(self, *, done: bool) -> bool:
+        """Whether nothing more is decided for a sequence whose prompt is over; ``done`` says that something was removed."""
+        return self.acts == "prompt" or (done and self.schedule.once)
 
     def due(self, *, step: int, done: bool, prompt: bool) -> bool:
         """Whether the policy acts after ``step`` tokens, of which the last one ends the prompt if ``prompt`` says so."""

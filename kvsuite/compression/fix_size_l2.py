@@ -36,6 +36,7 @@ class FixSizeL2(RankedPolicy):
     """
 
     name: ClassVar[str] = "fix_size_l2"
+    sizes: ClassVar[tuple[str, ...]] = ("size",)
 
     size: int = 1024
     keep_ratio: float = 0.0
@@ -49,19 +50,17 @@ class FixSizeL2(RankedPolicy):
             raise UserError(f"--kv-strategies={self.strategy}: unknown strategy; use {', '.join(STRATEGIES)}")
         if not 0 <= self.keep_ratio <= 1:
             raise UserError(f"--kv-keep-ratios={self.keep_ratio}: the protected fraction must lie in [0, 1]")
-        self.protected = protected_count(self.size, self.keep_ratio)
 
     def label(self, chosen: Mapping[str, Any] | None) -> str:
         return super().label(chosen) if chosen is not None else f"fix{self.size}_{self.strategy}_kr={self.keep_ratio}"
 
     def caveat(self, length: int) -> str | None:
-        if length <= self.size or self.protected < self.size:
-            return None
-        return (
-            f"all of the {self.size} tokens that stay are protected as recent: norms decide nothing, as in recent_only"
-        )
+        kept = self.size_after(length)
+        if kept == length or protected_count(kept, self.keep_ratio) < kept:
+            return super().caveat(length)
+        return f"all of the {kept} tokens that stay are protected as recent: norms decide nothing, as in recent_only"
 
-    def size_after(self, length: int) -> int:
+    def own_size_after(self, length: int) -> int:
         return min(length, self.size)
 
     def priority(self, view: CacheView) -> Tensor:
@@ -71,7 +70,8 @@ class FixSizeL2(RankedPolicy):
         else:
             score = -view.scores if self.strategy == "keep_low" else view.scores
         # the last `protected` logical positions are never evicted, so position alone tells them
-        return score.masked_fill(view.positions > view.newest - self.protected, float("inf"))
+        protected = protected_count(self.size_after(view.length), self.keep_ratio)
+        return score.masked_fill(view.positions > view.newest - protected, float("inf"))
 
     def _random(self, view: CacheView) -> Tensor:
         """Uniform float32 in [0, 1) from a counter: the finaliser of SplitMix64 (Steele et al., 2014) on 62-bit words."""
@@ -85,8 +85,10 @@ class FixSizeL2(RankedPolicy):
         return ((word & 0xFFFFFF).float() / float(1 << 24)).expand(view.scores.shape)
 
     def parameters(self) -> dict[str, Any]:
-        seed = {"seed": self.seed} if self.strategy == "random" else {}
-        return {"size": self.size, "keep_ratio": self.keep_ratio, "strategy": self.strategy, **seed}
+        found = super().parameters()
+        if self.strategy != "random":
+            del found["seed"]
+        return found
 
 
 def _mix(word: Tensor) -> Tensor:

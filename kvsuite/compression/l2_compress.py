@@ -33,7 +33,7 @@ class L2Compress(RankedPolicy):
     """
 
     name: ClassVar[str] = "l2_compress"
-
+    sizes: ClassVar[tuple[str, ...]] = ("keep_ratio", "prune_after", "mode")
     swept_by_options: ClassVar[Mapping[str, str]] = {
         "keep_ratio": "keep_ratios",
         "prune_after": "prune_after",
@@ -51,13 +51,13 @@ class L2Compress(RankedPolicy):
         self.schedule = Schedule(self.mode)
 
     @property
-    def ratio_requested(self) -> float:
-        return removed_from_keep(self.keep_ratio)
+    def ratio_requested(self) -> float | None:
+        return removed_from_keep(self.keep_ratio) if self.factor is None else super().ratio_requested
 
     def label(self, chosen: Mapping[str, Any] | None) -> str:
         return super().label(chosen) if chosen is not None else f"l2_kr={self.keep_ratio}_{self.schedule.label}"
 
-    def size_after(self, length: int) -> int:
+    def own_size_after(self, length: int) -> int:
         return length if length <= self.prune_after else keep_count(length, self.keep_ratio)
 
     def priority(self, view: CacheView) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from .base import CacheView, Needs, Policy
+from .base import CacheView, Needs
+from .by_factor import ByFactor
 from .prompt_view import PromptView
 from .ranked import ranked
 from .ratio import protected_count, removed_from_keep
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, eq=False)
-class PromptRanked(Policy):
+class PromptRanked(ByFactor):
     """Keep the tokens of highest `importance` of each key head, once, at the end of the prompt; what comes later stays.
 
     Of equally important tokens the older stays, on every engine alike.
@@ -29,9 +30,10 @@ class PromptRanked(Policy):
     """
 
     shared_across_heads: ClassVar[bool] = False
-    acts: ClassVar[Literal["prompt", "decode"]] = "prompt"
+    sizes: ClassVar[tuple[str, ...]] = ("keep_ratio",)
     swept_by_options: ClassVar[Mapping[str, str]] = {"keep_ratio": "keep_ratios"}
 
+    acts: Literal["prompt", "decode"] = field(default="prompt", init=False, repr=False)
     keep_ratio: float = 0.5
 
     def __post_init__(self) -> None:
@@ -43,10 +45,10 @@ class PromptRanked(Policy):
         return Needs(prompt=True)
 
     @property
-    def ratio_requested(self) -> float:
-        return removed_from_keep(self.keep_ratio)
+    def ratio_requested(self) -> float | None:
+        return removed_from_keep(self.keep_ratio) if self.factor is None else super().ratio_requested
 
-    def size_after(self, length: int) -> int:
+    def own_size_after(self, length: int) -> int:
         return min(length, max(1, protected_count(length, self.keep_ratio)))
 
     @abstractmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import CacheView, Policy, time_order
+from .base import CacheView, time_order
+from .by_factor import ByFactor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def ranked(priority: Tensor) -> Tensor:
     return rank.argsort(dim=-1, stable=True)
 
 
-class RankedPolicy(Policy):
+class RankedPolicy(ByFactor):
     """Keep the `size_after` tokens of highest `priority`; of equal ones the older stays, whatever slot it is in."""
 
     shared_across_heads: ClassVar[bool] = False

@@ -57,6 +57,30 @@ def protected_count(size: int, ratio: float) -> int:
     return math.floor(_exact_size(size) * _exact(ratio, low_open=False))
 
 
+def removed_by_factor(factor: float) -> float:
+    """Fraction removed where one of ``factor`` tokens stays: the float nearest to ``1 - 1 / factor``, so 5 gives 0.8."""
+    return float(1 - 1 / Fraction(repr(float(factor))))
+
+
+def factor_count(length: int, factor: float, *, kvpress_compat: bool = False) -> int:
+    """Number of ``length`` tokens that stay where one of ``factor`` does: ``floor(length / factor)``, at least 1.
+
+    Parameters
+    ----------
+    length
+        Tokens, at least 1.
+    factor
+        At least 1; taken as the decimal that the user wrote.
+    kvpress_compat
+        Count as kvpress does, ``int(length * (1 - ratio))`` with the float ``ratio = 1 - 1 / factor``: 1 - 0.8 is
+        0.19999999999999996, so that 799 and not 800 of 4000 tokens stay at a factor of 5.
+    """
+    if kvpress_compat:
+        ratio = 1 - 1 / factor
+        return max(1, int(length * (1 - ratio)))
+    return max(1, math.floor(_exact_size(length) / Fraction(repr(float(factor)))))
+
+
 def _exact_keep(keep_ratio: float) -> Fraction:
     return _exact(keep_ratio, low_open=True)
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import CacheView, Policy, require_size, time_order
+from .base import CacheView, require_size, time_order
+from .by_factor import ByFactor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(kw_only=True, eq=False)
-class RecentOnly(Policy):
+class RecentOnly(ByFactor):
     """Keep the last ``window`` tokens ("window attention" in arXiv 2309.17453, section 2).
 
     Parameters
@@ -23,6 +24,7 @@ class RecentOnly(Policy):
     """
 
     name: ClassVar[str] = "recent_only"
+    sizes: ClassVar[tuple[str, ...]] = ("window",)
 
     window: int = 512
 
@@ -33,7 +35,7 @@ class RecentOnly(Policy):
     def label(self, chosen: Mapping[str, Any] | None) -> str:
         return super().label(chosen) if chosen is not None else f"recent_only_{self.window}"
 
-    def size_after(self, length: int) -> int:
+    def own_size_after(self, length: int) -> int:
         return min(length, self.window)
 
     def keep(self, view: CacheView) -> Tensor:

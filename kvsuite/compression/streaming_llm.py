@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import CacheView, Policy, require_size, time_order
+from .base import CacheView, require_size, time_order
+from .by_factor import ByFactor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(kw_only=True, eq=False)
-class StreamingLLM(Policy):
+class StreamingLLM(ByFactor):
     """Keep the first ``start_size`` tokens (attention sinks) and the last ``recent_size`` (Xiao et al., arXiv 2309.17453).
 
     The paper's method is ``positions="cache"``; ``original`` leaves the keys as they are.
@@ -23,10 +24,11 @@ class StreamingLLM(Policy):
     start_size
         Attention sinks kept, 0 or more; 0 is `RecentOnly`.
     recent_size
-        Recent tokens kept, at least 1.
+        Recent tokens kept, at least 1. With a factor they are what it keeps but for the sinks, and at least 1 as well.
     """
 
     name: ClassVar[str] = "streaming_llm"
+    sizes: ClassVar[tuple[str, ...]] = ("recent_size",)
 
     start_size: int = 4
     recent_size: int = 508
@@ -45,17 +47,23 @@ class StreamingLLM(Policy):
         return super().label(chosen) if chosen is not None else f"streaming_{self.size}"
 
     def caveat(self, length: int) -> str | None:
-        if length <= self.size or self.start_size:
+        kept = self.size_after(length)
+        if kept == length:
             return None
-        return "no sinks stay: this is recent_only, the control that the method has to beat"
+        if self.start_size == 0:
+            return "no sinks stay: this is recent_only, the control that the method has to beat"
+        if kept > self.start_size:
+            return None
+        return f"{kept} tokens stay, no more than the {self.start_size} sinks: the first {kept - 1} and the last one"
 
-    def size_after(self, length: int) -> int:
+    def own_size_after(self, length: int) -> int:
         return min(length, self.size)
 
     def keep(self, view: CacheView) -> Tensor:
         import torch
 
-        order = time_order(view)
-        if view.length <= self.size:
+        order, size = time_order(view), self.size_after(view.length)
+        if size == view.length:
             return order
-        return torch.cat([order[..., : self.start_size], order[..., view.length - self.recent_size :]], dim=-1)
+        sinks = min(self.start_size, size - 1)
+        return torch.cat([order[..., :sinks], order[..., view.length - size + sinks :]], dim=-1)

@@ -25,6 +25,7 @@ def part_findings() -> list[Finding]:
         _presses(),
         *_weight_formats(devices),
         _paged_attention(devices),
+        *_partitions(devices),
         _mlc(),
         _tool("pytest-benchmark", "--benchmark-* options and its storage"),
         _tool("pytest-xdist", "several workers (-n)"),
@@ -116,6 +117,25 @@ def _paged_attention(devices: list[str]) -> Finding:
         return f"FlashInfer {getattr(flashinfer_module(), '__version__', installed('flashinfer-python'))}"
 
     return _tried(part, load)
+
+
+def _partitions(devices: list[str]) -> Iterator[Finding]:
+    """Whether lanes can own SMs, tried with the smallest pair, and who gives them."""
+    import torch
+
+    cuda = [device for device in devices if device.startswith("cuda")]
+    if not cuda:
+        yield Finding("SM partitions", "ok", "not needed: no CUDA device")
+    for device in cuda:
+
+        def load(device: str = device) -> str:
+            from kvsuite.nanovllm.green_contexts import partition_available
+
+            provider, passed_over = partition_available(torch.device(device))
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+            return f"by {provider}" + (f" (not by {reasons})" if reasons else "")
+
+        yield _tried(f"SM partitions, {device}", load)
 
 
 def _mlc() -> Finding:

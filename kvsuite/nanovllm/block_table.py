@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .block_pool import BlockPool, PoolFullError
 from .groups import LayerGroup
 from .limits import Limits
+
+if TYPE_CHECKING:
+    from .fences import Fence
 
 Copy = tuple[int, int]
 Ints = NDArray[np.int64]
@@ -36,6 +42,8 @@ class BlockTables:
         self, pool: BlockPool, *, rows: int, blocks_per_row: int, window: int | None = None, sinks: int = 0
     ) -> None:
         self.pool = pool
+        #: what has to pass before the blocks that a row gives back are somebody else's (`BlockPool.release`)
+        self.fence_of: Callable[[int], Fence | None] = _no_fence
         self.window = window
         self.sinks = sinks
         self._head = -(-sinks // pool.block_size)
@@ -94,11 +102,13 @@ class BlockTables:
         PoolFullError
             If the pool lacks blocks; nothing has changed then.
         """
+        # asked before the pool waits for fences, which may change the answer
+        copies_tail = self._copies_tail(row)
         fresh = self.pool.allocate(self.missing(row, tokens))
         copies: list[Copy] = []
         if self._tail_suspect[row]:
             last = int(self.blocks[row]) - 1
-            if self._copies_tail(row):
+            if copies_tail:
                 copies.append(self._swap(row, last, fresh.pop()))
             else:
                 self.pool.forget(int(self.table[row, last]))
@@ -162,13 +172,16 @@ class BlockTables:
             If a copy is needed and no block is free.
         """
         block = int(self.table[row, index])
-        if self.pool.references(block) == 1:
+        if self.pool.exclusive(block):
             self.pool.forget(block)
             return []
         return [self._swap(row, index, self.pool.allocate(1)[0])]
 
     def replace(self, row: int, length: int) -> None:
         """Give the blocks back and take others for ``length`` tokens, which the caller has in his hands.
+
+        Where a fence holds back what is given back, and free blocks do not suffice, the row keeps some of those that are its
+        own: whoever moves the tokens is behind all who read them in these.
 
         Raises
         ------
@@ -177,17 +190,28 @@ class BlockTables:
         """
         held = self.row_blocks(row)
         count = -(-length // self.pool.block_size)
-        back = sum(self.pool.references(block) == 1 for block in held)
-        if count > self.pool.free + back:
-            raise PoolFullError(f"{count} blocks wanted, {self.pool.free + back} of {self.pool.num_blocks} free")
-        self.release(row)
-        self._extend(row, self.pool.allocate(count))
+        own = [block for block in held if self.pool.exclusive(block)]
+        if count > self.pool.free + len(own) and not self.pool.wait_for(count - len(own)):
+            raise PoolFullError(f"{count} blocks wanted, {self.pool.free + len(own)} of {self.pool.num_blocks} free")
+        fence = self.fence_of(row)
+        if fence is None:
+            self.pool.release(held)
+            blocks = self.pool.allocate(count)
+        else:
+            fresh = self.pool.allocate(min(count, self.pool.free))
+            kept = own[: count - len(fresh)]
+            for block in kept:
+                self.pool.forget(block)
+            self.pool.release([block for block in held if block not in kept], fence)
+            blocks = kept + fresh
+        self._empty(row)
+        self._extend(row, blocks)
         self.lengths[row] = length
 
     def shrink(self, row: int, length: int) -> None:
         """Drop the last tokens; blocks that hold none of the others are given back."""
         keep = -(-length // self.pool.block_size)
-        self.pool.release(self.row_blocks(row)[keep:])
+        self._give_back(row, self.row_blocks(row)[keep:])
         self._clear(row, keep)
         self._tail_suspect[row] = length % self.pool.block_size != 0
         self.blocks[row] = keep
@@ -208,7 +232,7 @@ class BlockTables:
         size = self.pool.block_size
         held = self.row_blocks(row)
         rest = held[: self._head] + held[self._head + gone :]
-        self.pool.release(held[self._head : self._head + gone])
+        self._give_back(row, held[self._head : self._head + gone])
         self.table[row, : len(rest)] = rest
         self._note(row, self._head, len(rest))
         self._clear(row, len(rest))
@@ -219,10 +243,8 @@ class BlockTables:
 
     def release(self, row: int) -> None:
         """Give all blocks back and forget the sequence."""
-        self.pool.release(self.row_blocks(row))
-        self._clear(row, 0)
-        self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
-        self._tail_suspect[row] = False
+        self._give_back(row, self.row_blocks(row))
+        self._empty(row)
 
     def changes(self) -> list[int]:
         """Entries of `table` that changed since `forget_changes`: places in the flattened table."""
@@ -259,7 +281,7 @@ class BlockTables:
 
     def _copies_tail(self, row: int) -> bool:
         """Whether the half-full last block has to be copied: the other holder may have left meanwhile."""
-        return bool(self._tail_suspect[row]) and self.pool.references(int(self.table[row, self.blocks[row] - 1])) > 1
+        return bool(self._tail_suspect[row]) and not self.pool.exclusive(int(self.table[row, self.blocks[row] - 1]))
 
     def _extend(self, row: int, blocks: list[int]) -> None:
         held = int(self.blocks[row])
@@ -273,8 +295,21 @@ class BlockTables:
         block = int(self.table[row, index])
         self.table[row, index] = fresh
         self._note(row, index, index + 1)
-        self.pool.release([block])
+        self._give_back(row, [block])
         return block, fresh
+
+    def _empty(self, row: int) -> None:
+        self._clear(row, 0)
+        self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
+        self._tail_suspect[row] = False
+
+    def _give_back(self, row: int, blocks: list[int]) -> None:
+        if blocks:
+            self.pool.release(blocks, self.fence_of(row))
+
+
+def _no_fence(row: int) -> Fence | None:
+    return None
 
 
 def tables_for(group: LayerGroup, limits: Limits, num_blocks: int) -> BlockTables:

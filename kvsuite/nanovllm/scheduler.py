@@ -131,7 +131,7 @@ class Scheduler:
                 self._decode(plan)
                 self._feed_prompts(plan, budget - sum(plan.counts))
                 self._admit(plan, budget - sum(plan.counts))
-            if not plan.requests and not self._make_progress(plan):
+            if not plan.requests and not self._wait_for_blocks() and not self._make_progress(plan):
                 break
         return plan
 
@@ -181,6 +181,8 @@ class Scheduler:
             if self._room(request, 1) >= 1:
                 self._reserve(request, 1, plan)
                 return True
+            if self._wait_for_blocks():
+                continue
             if len(self.running) == 1:
                 return False
             self._preempt(self.running[-1])
@@ -239,10 +241,14 @@ class Scheduler:
             if table.window is not None:
                 # what a chunk and the window before it hold at a time, with sinks and a block cut at either end
                 tokens = min(tokens, table.window + table.sinks + self._limits.max_num_batched_tokens + 2 * size)
-            revived = sum(table.pool.references(block) == 0 for block in blocks)
+            revived = sum(table.pool.is_free(block) for block in blocks)
             if -(-tokens // size) - len(blocks) + revived > table.pool.free:
                 return False
         return True
+
+    def _wait_for_blocks(self) -> bool:
+        """Wait for blocks that work on another stream holds back, before anybody has to go for them; whether there were any."""
+        return any(table.pool.wait() for table in self._tables)
 
     def _make_progress(self, plan: StepPlan) -> bool:
         """Nobody could be planned: let the last one go, or give up the only one. Whether planning again makes sense."""

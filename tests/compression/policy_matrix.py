@@ -49,6 +49,11 @@ def sinks_and_recent(n: int, sinks: int, window: int) -> list[int]:
     return list(range(n)) if n <= sinks + window else [*range(sinks), *range(n - window, n)]
 
 
+def ends(n: int, count: int, sinks: int) -> list[int]:
+    """The first ``sinks`` of ``n`` tokens and the last ones, ``count`` together: one of them the last whatever the sinks."""
+    return sinks_and_recent(n, min(sinks, count - 1), count - min(sinks, count - 1))
+
+
 def smallest(n: int, score: Sequence[float], count: int, protected: int = 0) -> list[int]:
     """The ``protected`` youngest, and of the older ones those of lowest score; of equal ones the older."""
     zone = sorted(range(n - protected), key=lambda i: (score[i], i))
@@ -113,6 +118,24 @@ MATRIX = (
         None,
         unlimited=(("size", 999),),
     ),
+)
+
+
+def strided(n: int, count: int) -> list[int]:
+    return [i for i in range(n) if i % max(1, n // count) == 0][:count]
+
+
+#: at the end of the prompt, by a factor of 3
+FACTOR_MATRIX = (
+    Line("recent_only", {"factor": 3.0}, lambda n, norms: recent(n, max(1, n // 3))),
+    Line("streaming_llm", {"start_size": 3, "factor": 3.0}, lambda n, norms: ends(n, max(1, n // 3), 3)),
+    Line("l2_compress", {"factor": 3.0}, lambda n, norms: smallest(n, norms, max(1, n // 3))),
+    Line(
+        "fix_size_l2",
+        {"keep_ratio": 0.5, "strategy": "keep_low", "factor": 3.0},
+        lambda n, norms: smallest(n, norms, max(1, n // 3), max(1, n // 3) // 2),
+    ),
+    Line("uniform_stride", {"factor": 3.0}, lambda n, norms: strided(n, max(1, n // 3))),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_matrix import MATRIX, PROMPT_MATRIX, Line
+from policy_matrix import FACTOR_MATRIX, MATRIX, PROMPT_MATRIX, Line
 
 from kvsuite.compression import CacheView, FixSizeL2, Policy, StreamingLLM, get_policy, list_policies
 from kvsuite.compression.ranked import ranked
@@ -19,7 +19,7 @@ HEADS = 3
 
 
 def test_every_policy_has_a_line() -> None:
-    assert {line.policy for line in (*MATRIX, *PROMPT_MATRIX)} == set(list_policies())
+    assert {line.policy for line in (*MATRIX, *PROMPT_MATRIX, *FACTOR_MATRIX)} == set(list_policies())
 
 
 @EVERY_LINE

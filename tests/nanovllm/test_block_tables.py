@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hand_fence import HandFence
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -36,6 +37,15 @@ class Blocks(RuleBasedStateMachine):
     def rows(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.texts)))
 
+    @property
+    def room(self) -> int:
+        """Blocks that nobody refers to, whatever still reads them."""
+        return self.pool.free + self.pool.held
+
+    def held_back(self, copies: list[tuple[int, int]]) -> int:
+        """Copied blocks that nobody refers to any more."""
+        return sum(self.pool.references(source) == 0 for source, _ in copies)
+
     def write(self, slots: list[int], tokens: list[int]) -> None:
         for slot, token in zip(slots, tokens, strict=True):
             block = slot // SIZE
@@ -51,16 +61,16 @@ class Blocks(RuleBasedStateMachine):
                 self.memory[target * SIZE + i] = token
 
     def append_tokens(self, row: int, tokens: list[int]) -> None:
-        free, missing = self.pool.free, self.tables.missing(row, len(tokens))
+        room, missing = self.room, self.tables.missing(row, len(tokens))
         before = self.tables.row_blocks(row)
         try:
             copies = self.tables.reserve(row, len(tokens))
         except PoolFullError:
-            assert missing > free
+            assert missing > room
             assert self.tables.row_blocks(row) == before
-            assert self.pool.free == free
+            assert self.room == room
             return
-        assert self.pool.free == free - missing
+        assert self.room == room - missing + self.held_back(copies)
         self.copy(copies)
         self.write(self.tables.slots(row, len(tokens)).tolist(), tokens)
         self.tables.commit(row, len(tokens))
@@ -111,9 +121,9 @@ class Blocks(RuleBasedStateMachine):
     def fork(self, data: st.DataObject) -> None:
         row = self.rows(data)
         target = next(other for other in range(ROWS) if other not in self.texts)
-        free = self.pool.free
+        room = self.room
         self.tables.fork(row, target)
-        assert self.pool.free == free
+        assert self.room == room
         self.texts[target], self.seen[target] = list(self.texts[row]), self.seen[row]
         if self.whole.get(row) is not None:
             self.whole[target] = list(self.whole[row])
@@ -154,9 +164,9 @@ class Blocks(RuleBasedStateMachine):
         """Also what preemption does."""
         row = self.rows(data)
         mine = [block for block in self.tables.row_blocks(row) if self.pool.references(block) == 1]
-        free = self.pool.free
+        room = self.room
         self.tables.release(row)
-        assert self.pool.free == free + len(mine)
+        assert self.room == room + len(mine)
         del self.texts[row], self.seen[row]
         self.whole.pop(row, None)
 
@@ -169,11 +179,11 @@ class Blocks(RuleBasedStateMachine):
             return
         keep = sorted(data.draw(st.sets(st.sampled_from(range(len(text))), min_size=1)))
         kept = [self.memory[slot] for slot in self.tables.stored_slots(row)[keep].tolist()]
-        held, free = self.tables.row_blocks(row), self.pool.free
+        held, room = self.tables.row_blocks(row), self.room
         try:
             self.tables.replace(row, len(keep))
         except PoolFullError:
-            assert (self.tables.row_blocks(row), self.pool.free) == (held, free)
+            assert (self.tables.row_blocks(row), self.room) == (held, room)
             return
         self.write(self.tables.stored_slots(row).tolist(), kept)
         self.texts[row] = [text[i] for i in keep]
@@ -229,7 +239,7 @@ class Blocks(RuleBasedStateMachine):
         for block in range(1, BLOCKS + 1):
             assert self.pool.references(block) == held.count(block)
         assert self.pool.used == len(set(held))
-        assert self.pool.free == BLOCKS - len(set(held))
+        assert self.room == BLOCKS - len(set(held))
         assert 0 not in held
         for row in range(ROWS):
             blocks = self.tables.row_blocks(row)
@@ -253,7 +263,7 @@ class Blocks(RuleBasedStateMachine):
     def teardown(self) -> None:
         for row in list(self.texts):
             self.tables.release(row)
-        assert self.pool.free == BLOCKS
+        assert self.room == BLOCKS
         assert sorted(self.pool.allocate(BLOCKS)) == list(range(1, BLOCKS + 1))
 
 
@@ -262,10 +272,150 @@ class WindowedBlocks(Blocks):
     sinks = 3
 
 
+class FencedBlocks(Blocks):
+    """Rows whose blocks work on other streams still reads when they give them back: until its fence has passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fences: dict[int, HandFence] = {}
+        #: slots that the work before a fence has yet to read
+        self.reads: dict[HandFence, set[int]] = {}
+        self.tables.fence_of = self.fences.get
+        release = self.pool.release
+
+        def noted(blocks: list[int], after: HandFence | None = None) -> None:
+            if after is not None and not after.over:
+                self.reads.setdefault(after, set()).update(block * SIZE + i for block in blocks for i in range(SIZE))
+            release(blocks, after)
+
+        self.pool.release = noted  # type: ignore[assignment, method-assign]
+
+    @rule(row=st.integers(0, ROWS - 1), number=st.none() | st.integers(0, 2))
+    def read_by_others(self, row: int, number: int | None) -> None:
+        """Another stream works on what a row holds, alone or with other rows; or none does."""
+        open_fences = [fence for fence in self.reads if not fence.over]
+        self.fences.pop(row, None)
+        if number is not None:
+            self.fences[row] = open_fences[number] if number < len(open_fences) else HandFence()
+
+    @precondition(lambda self: self.reads)
+    @rule(data=st.data())
+    def pass_fence(self, data: st.DataObject) -> None:
+        """Streams finish in any order."""
+        data.draw(st.sampled_from(list(self.reads))).let_pass()
+
+    def write(self, slots: list[int], tokens: list[int]) -> None:
+        super().write(slots, tokens)
+        for fence, read in self.reads.items():
+            assert fence.over or not read & set(slots), "a block is written that others still read"
+
+
 TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestWindowedBlocks = WindowedBlocks.TestCase
 TestWindowedBlocks.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestFencedBlocks = FencedBlocks.TestCase
+TestFencedBlocks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_block_that_is_still_read_is_free_only_when_its_fence_has_passed() -> None:
+    pool = BlockPool(3, SIZE)
+    read, other = pool.allocate(2)
+    fence = HandFence()
+    pool.release([read], after=fence)
+    assert (pool.free, pool.held, pool.used) == (1, 1, 1)
+    assert pool.allocate(1) != [read]
+    with pytest.raises(PoolFullError):
+        pool.allocate(2)
+    assert fence.waits == 0, "waited although it could not help"
+    fence.let_pass()
+    assert (pool.free, pool.held) == (1, 0)
+    pool.release([other], after=fence)
+    assert pool.free == 2
+
+
+def test_who_lacks_blocks_waits_for_the_oldest_fences() -> None:
+    pool = BlockPool(3, SIZE)
+    first, second, third = pool.allocate(3)
+    fences = [HandFence() for _ in range(3)]
+    for block, fence in zip((second, first, third), fences, strict=True):
+        pool.release([block], after=fence)
+    assert sorted(pool.allocate(2)) == [first, second]
+    assert [fence.waits for fence in fences] == [1, 1, 0]
+
+
+def test_a_block_waits_for_all_who_read_it() -> None:
+    pool = BlockPool(1, SIZE)
+    [block] = pool.allocate(1)
+    pool.share(block)
+    pool.share(block)
+    early, late = HandFence(), HandFence()
+    pool.release([block], after=late)
+    pool.release([block], after=early)
+    early.let_pass()
+    assert not pool.exclusive(block)
+    pool.release([block])
+    assert pool.free == 0
+    late.let_pass()
+    assert pool.free == 1
+
+
+def test_a_held_block_is_found_by_its_tokens_and_still_held_after_its_finder() -> None:
+    pool = BlockPool(1, SIZE)
+    [block] = pool.allocate(1)
+    pool.publish(block, b"text")
+    fence = HandFence()
+    pool.release([block], after=fence)
+    assert pool.find(b"text") == block
+    pool.share(block)
+    assert not pool.exclusive(block)
+    pool.release([block])
+    assert (pool.free, pool.held) == (0, 1)
+    fence.let_pass()
+    assert pool.free == 1
+    assert pool.find(b"text") == block
+
+
+def test_compressing_in_a_full_pool_takes_blocks_of_its_own_and_none_that_others_read() -> None:
+    pool = BlockPool(3, SIZE)
+    tables = BlockTables(pool, rows=2, blocks_per_row=3)
+    tables.reserve(0, SIZE)
+    tables.commit(0, SIZE)
+    tables.fork(0, 1)
+    [shared] = tables.row_blocks(0)
+    tables.reserve(0, 2 * SIZE)
+    tables.commit(0, 2 * SIZE)
+    reader, mover = HandFence(), HandFence()
+    tables.fence_of = lambda row: reader
+    tables.release(1)
+    tables.fence_of = lambda row: mover
+    tables.replace(0, 2 * SIZE)
+    assert shared not in tables.row_blocks(0)
+    assert (pool.free, pool.held) == (0, 1)
+    mover.let_pass()
+    assert pool.free == 0
+    reader.let_pass()
+    assert pool.free == 1
+
+
+def test_the_last_holder_copies_a_block_that_one_who_left_still_reads() -> None:
+    pool = BlockPool(5, SIZE)
+    tables = BlockTables(pool, rows=2, blocks_per_row=4)
+    tables.reserve(0, SIZE + 1)
+    tables.commit(0, SIZE + 1)
+    tables.fork(0, 1)
+    first, last = tables.row_blocks(0)
+    fence = HandFence()
+    tables.fence_of = lambda row: fence if row == 1 else None
+    tables.release(1)
+    [(source, copy)] = tables.reserve(0, 1)
+    assert source == last
+    assert tables.row_blocks(0) == [first, copy]
+    [(source, _)] = tables.own(0, 0)
+    assert source == first
+    fence.let_pass()
+    assert pool.free == 3
+    assert tables.own(0, 0) == []
 
 
 def test_a_block_cannot_be_released_twice() -> None:

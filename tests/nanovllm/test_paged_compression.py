@@ -34,6 +34,10 @@ OTHERS = (
     ("h2o", {"keep_ratio": 0.5, "recent_share": 0.25}),
     ("knorm", {"keep_ratio": 0.5}),
     ("expected_attention", {"keep_ratio": 0.5, "future": 16, "sinks": 2}),
+    ("streaming_llm", {"start_size": 2, "factor": 3}),
+    ("l2_compress", {"factor": 3}),
+    ("h2o", {"factor": 3}),
+    ("uniform_stride", {"factor": 3}),
 )
 LENGTHS = (30, 1, 12, 47, 13)
 
@@ -94,7 +98,7 @@ def test_policies_equal_hf(name: str, parameters: dict[str, Any], positions: str
 
 
 @pytest.mark.parametrize("positions", ["original", "cache"])
-@pytest.mark.parametrize(("name", "parameters"), [STREAMING, OTHERS[2], OTHERS[4], OTHERS[8], OTHERS[10]])
+@pytest.mark.parametrize(("name", "parameters"), [STREAMING, OTHERS[2], OTHERS[4], OTHERS[8], *OTHERS[10:13]])
 def test_a_preempted_request_is_compressed_again_as_before(
     name: str, parameters: dict[str, Any], positions: str
 ) -> None:

@@ -133,8 +133,7 @@ def unread_options(options: Options) -> list[str]:
 def _reads(method: MethodText, option: str) -> bool:
     if method.name.startswith(_READERS[option]):
         return True
-    swept = {} if method.name.startswith(PRESS_PREFIX) else find_policy(method.name).swept_by_options
-    return any(source == option and name not in method.values for name, source in swept.items())
+    return not method.name.startswith(PRESS_PREFIX) and option in find_policy(method.name).swept(method.values).values()
 
 
 def _groups(own: CompressionOptions, seed: int) -> Iterator[Group]:
@@ -213,9 +212,7 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
 def _variants(own: CompressionOptions, method: MethodText) -> Iterator[dict[str, Any]]:
     """Parameters of a policy's variants: those given, those that options sweep, else the policy's own defaults."""
     policy = find_policy(method.name)
-    swept = {
-        name: getattr(own, source) for name, source in policy.swept_by_options.items() if name not in method.values
-    }
+    swept = {name: getattr(own, source) for name, source in policy.swept(method.values).items()}
     if not swept and not method.values:
         yield from map(dict, policy.sweep())
         return

@@ -104,6 +104,23 @@ def test_policies_and_their_parameters() -> None:
     )
 
 
+def test_a_factor_is_a_parameter_of_any_policy_and_takes_the_place_of_its_sizes() -> None:
+    found = cases(
+        method="snapkv(factor=[2,5]),streaming_llm(factor=5),l2_compress(factor=2.5,rounding=kvpress_compat)",
+        no_baseline="true", keep_ratios="0.3,0.4",
+    )  # fmt: skip
+    common = {"positions": "original", "skip_layers": []}
+    assert {case.name: case.policy_params for case in found} == {
+        "snapkv_factor=2": {"window": 64, "kernel": 5, "factor": 2.0} | common,
+        "snapkv_factor=5": {"window": 64, "kernel": 5, "factor": 5.0} | common,
+        "streaming_llm_factor=5": {"start_size": 4, "factor": 5.0} | common,
+        "l2_compress_factor=2.5_rounding=kvpress_compat": {"factor": 2.5, "rounding": "kvpress_compat"} | common,
+    }
+    assert {case.workload["protocol"] for case in found} == {"prefix-continuation"}
+    given = default_options(method="snapkv(factor=2)", keep_ratios="0.3", no_baseline="true")
+    assert unread_options(given) == ["--kv-keep-ratios"]
+
+
 def test_a_random_strategy_is_seeded() -> None:
     low, random = cases(
         method="fix_size_l2", strategies="keep_low,random", keep_ratios="0.5", fix_kv_sizes="32", seed="7", no_baseline="true",
