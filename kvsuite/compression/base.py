@@ -97,12 +97,15 @@ class Needs:
         Whether it asks how much attention each token got from all queries of the prompt (decode steps are not in it).
     query_statistics
         From which position on mean and covariance of the queries before rotation are taken, ``None`` for none.
+    beyond
+        How many positions behind the prompt it rotates to.
     """
 
     prompt: bool = False
     queries: int = 0
     attention_sums: bool = False
     query_statistics: int | None = None
+    beyond: int = 0
 
     @property
     def looks_at_queries(self) -> bool:
@@ -126,6 +129,9 @@ class Policy(ABC):
     name: ClassVar[str]
     #: one decision serves every head, made from positions alone
     shared_across_heads: ClassVar[bool] = True
+    #: of a policy that looks at a prompt: whether a key head's decision depends on nothing but the head and its query heads.
+    #: The heads of several layers may then stand in one view
+    heads_apart: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
     acts: Literal["prompt", "decode"] = field(default="decode", init=False, repr=False)

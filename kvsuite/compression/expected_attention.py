@@ -42,6 +42,7 @@ class ExpectedAttention(PromptRanked):
     """
 
     name: ClassVar[str] = "expected_attention"
+    heads_apart: ClassVar[bool] = True
 
     future: int = 512
     sinks: int = 4
@@ -58,7 +59,7 @@ class ExpectedAttention(PromptRanked):
 
     @property
     def needs(self) -> Needs:
-        return Needs(prompt=True, query_statistics=self.sinks)
+        return Needs(prompt=True, query_statistics=self.sinks, beyond=self.future)
 
     def caveat(self, length: int) -> str | None:
         kept = self.size_after(length)

@@ -30,6 +30,7 @@ class H2O(PromptRanked):
     """
 
     name: ClassVar[str] = "h2o"
+    heads_apart: ClassVar[bool] = True
 
     recent_share: float = 0.5
 

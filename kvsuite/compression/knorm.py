@@ -20,6 +20,7 @@ class KNorm(PromptRanked):
     """
 
     name: ClassVar[str] = "knorm"
+    heads_apart: ClassVar[bool] = True
 
     def importance(self, view: PromptView) -> Tensor:
         return -view.keys.float().square().sum(dim=-1).sqrt()

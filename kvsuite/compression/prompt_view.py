@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,21 @@ class PromptObservation:
             skipped = max(self.needs.query_statistics - first, 0)
             if skipped < tokens:
                 self._add_statistics(query[:, skipped:], first + skipped)
+
+    @classmethod
+    def side_by_side(cls, layers: Sequence[PromptObservation]) -> PromptObservation:
+        """What was gathered in several layers, their heads one after the other."""
+        import torch
+
+        if len(layers) == 1:
+            return layers[0]
+        first = layers[0]
+        found = cls(first.needs, first._unrotate)
+        found.scale, found._seen, found._count = first.scale, first._seen, first._count
+        for name in ("last", "sums", "_mean", "_scatter"):
+            if getattr(first, name) is not None:
+                setattr(found, name, torch.cat([getattr(layer, name) for layer in layers]))
+        return found
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean ``[heads, head_dim]`` and covariance ``[heads, head_dim, head_dim]`` of the queries before rotation."""
@@ -155,6 +170,10 @@ class PromptView(CacheView):
         import torch
 
         assert self.rotate is not None
+        if first + count > self.length + self.observed.needs.beyond:
+            raise RuntimeError(
+                f"position {first + count - 1} was not asked for: say so in `beyond` of the policy's `needs`"
+            )
         width, device = self.head_dim, self.keys.device
         units = torch.eye(width, device=device)[None, :, None].expand(1, width, count, width)
         return self.rotate(units, torch.arange(first, first + count, device=device))[0].mean(dim=1).T

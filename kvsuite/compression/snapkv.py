@@ -31,6 +31,7 @@ class SnapKV(PromptRanked):
     """
 
     name: ClassVar[str] = "snapkv"
+    heads_apart: ClassVar[bool] = True
 
     window: int = 64
     kernel: int = 5

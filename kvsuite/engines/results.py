@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
+from kvsuite.meters.serving_times import LoadTimes
 from kvsuite.meters.timing import RequestTimes
 
 if TYPE_CHECKING:
@@ -102,24 +103,18 @@ class OutputScores:
 
 
 @dataclass(frozen=True)
-class RequestServed:
-    """One request that was served under load. Times are the host's, in seconds after the start of the run.
+class RequestServed(LoadTimes):
+    """One request that was served under load, with its times.
 
     Parameters
     ----------
-    arrival_s
-        When it was due, however late it was taken up.
-    admitted_s
-        When it was first given blocks; until then it waited in the queue.
-    token_s
-        When each output token was on the host.
     prompt_tokens
         Tokens of the prompt, whatever was computed for them.
     cached_tokens
         Those of them whose keys were found in the prefix cache at the first admission.
     computed_prompt_tokens
-        Prompt tokens that went through the model for it: ``prompt_tokens - cached_tokens`` where it was never preempted. What
-        a preemption has computed once more is in the run's ``counts``.
+        Tokens that went through the model for it beside one for each further output token: its prompt without what was
+        found in the cache, and what a preemption made it compute again.
     preemptions
         How often its blocks were taken from it.
     stored_tokens
@@ -130,9 +125,6 @@ class RequestServed:
         Of its output, where they were asked for.
     """
 
-    arrival_s: float
-    admitted_s: float
-    token_s: list[float]
     prompt_tokens: int
     cached_tokens: int
     computed_prompt_tokens: int

@@ -27,6 +27,7 @@ from kvsuite.workloads.texts import TextSource
 
 from .case_run import CaseRun, MeasuresCases, Progress, RunRounds
 from .deadline import CaseTimeout, alarm, stopped
+from .energy import RoundEnergy
 from .measurement import Measurement
 from .source_hash import others_code, source_hash
 
@@ -218,6 +219,7 @@ class _Work:
         self.found = Measurement(runner.registry)
         self.session: Session | None = None
         self.phase = "setup"
+        self.energy = RoundEnergy(record.case.device)
         record.partition["requested"] = None if self.case.partition is None else dict(self.case.partition)
         self.run = CaseRun(
             case=self.case,
@@ -226,7 +228,7 @@ class _Work:
             texts=runner.texts,
             planned=runner.planned,
             progress=progress,
-            rounds=watched(run_rounds, self.found.put),
+            rounds=watched(self.energy.metered(run_rounds), self.found.put),
             clock=runner.clock,
             beside=runner.sessions.beside,
             begins=self.begins,
@@ -256,6 +258,7 @@ class _Work:
                 f"suite {self.case.suite}: measure() returned {found!r}, not a Measurement; return run.found"
             )
         self.found = found
+        self.energy.put(found)
         self.take_over()
 
     def take_over(self) -> None:

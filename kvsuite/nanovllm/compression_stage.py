@@ -1,21 +1,43 @@
-"""When sequences are compressed, and who makes room for it."""
+"""When sequences are compressed, where, and who makes room for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from kvsuite.errors import UserError
+from kvsuite.compression.base import Policy
+from kvsuite.errors import CaseInvalid, UserError
 
 from .block_pool import PoolFullError
 from .eviction import Eviction
+from .fences import Fence
 from .request import Request, Status
 from .scheduler import Scheduler
+from .stage_streams import Aside, Work
+
+
+def require_prompt_only(policy: Policy | None) -> None:
+    """Refuse to compress beside the steps what is decided between them.
+
+    Raises
+    ------
+    CaseInvalid
+        If the policy acts after every token too.
+    """
+    if policy is not None and policy.acts == "decode":
+        raise CaseInvalid(
+            f"policy {policy.name}: it acts after every token too, between two steps, and stage=async compresses beside "
+            "them; use stage=sync, or give the policy a factor, by which it acts at the end of the prompt alone"
+        )
 
 
 class CompressionStage:
     """Applies the runtime's policy, and choices made by hand, to the sequences of all layer groups.
+
+    A prompt's tables change when its last chunk was launched; the work on keys and values follows, on the stream of the
+    steps or aside. Aside it runs behind all that the steps were given so far. The first step that reads the sequence comes
+    behind it (`follow`), and blocks that it still reads or writes are nobody else's before (`fence_of`).
 
     Parameters
     ----------
@@ -25,6 +47,8 @@ class CompressionStage:
         Preempts others where blocks are lacking.
     end
         Ends a request that the pool cannot hold even alone: with a status and a reason.
+    aside
+        Where the work is done; on the stream of the steps if left out.
     """
 
     def __init__(
@@ -32,33 +56,69 @@ class CompressionStage:
         evictions: Sequence[Eviction],
         scheduler: Scheduler,
         end: Callable[[Request, Status, str, Exception], None],
+        aside: Aside | None = None,
     ) -> None:
         self._evictions = evictions
         self._scheduler = scheduler
         self._end = end
+        self._aside = aside
+        #: whether work is done aside, where there is such a place
+        self.works_aside = True
+        #: whether the policy leaves a request's prompt as it is
+        self.spares: Callable[[Request], bool] = lambda request: False
+        #: work that tells somebody how long it took
+        self.timed: Callable[[Work], Work] = lambda work: work
         #: called with true and false around everything that the policy does to a sequence
         self.on_interval: Callable[[bool], None] | None = None
-        self._has_policy = any(eviction.policy is not None for eviction in evictions)
+        self._policies = [eviction for eviction in evictions if eviction.policy is not None]
+        # rows for which more may be decided, and what is under way aside
+        self._open: set[int] = set()
+        self._under_way: dict[int, Fence] = {}
         #: whether there is anything to do after a step: a policy, or requests that were compressed by hand
-        self.active = self._has_policy
+        self.active = bool(self._policies)
 
     @property
     def evicted(self) -> int:
         """Tokens removed so far, summed over layer groups."""
         return sum(eviction.evicted for eviction in self._evictions)
 
+    def due(self, requests: Iterable[Request]) -> list[Request]:
+        """Those of a step's requests for which there is something to do after it."""
+        still = self._open
+        # one walk, since a decode step has nothing for most
+        return [
+            request
+            for request in requests
+            if request.computed == request.prompt_length or request.row in still or request.compressions
+        ]
+
     def after_step(self, request: Request) -> None:
         """Do what is due now that ``request.computed`` tokens are stored: the policy, then what was once done by hand."""
-        if self._has_policy and request.row >= 0 and request.computed >= request.prompt_length:
+        row, prompt = request.row, request.computed == request.prompt_length
+        if self._policies and row >= 0 and (prompt or row in self._open) and not self.spares(request):
             if self.on_interval is not None:
                 self.on_interval(True)
-            self._apply_policy(request)
+            self._apply_policy(request, prompt=prompt)
             if self.on_interval is not None:
                 self.on_interval(False)
         for at, keep in request.compressions:
             # compressing one request may have preempted another
             if at == request.computed and request.row >= 0:
                 self._select(request, keep)
+
+    def follow(self, requests: Iterable[Request]) -> None:
+        """Let the step that is launched next, with these requests, come behind what is under way for them."""
+        if not self._under_way:
+            return
+        for request in requests:
+            fence = self._under_way.pop(request.row, None)
+            if fence is not None:
+                assert self._aside is not None
+                self._aside.follow(fence)
+
+    def fence_of(self, row: int) -> Fence | None:
+        """What has to pass before the blocks that a row gives back are somebody else's."""
+        return self._under_way.get(row)
 
     def by_hand(self, request: Request, keep_indices: Sequence[Tensor | None] | Tensor) -> None:
         """See `kvsuite.nanovllm.runtime.Runtime.compress`."""
@@ -68,7 +128,7 @@ class CompressionStage:
             )
         if any(eviction.group.window is not None for eviction in self._evictions):
             raise UserError("compress: the blocks of a sliding window are freed by the window; leave it out")
-        if self._has_policy and request.computed < request.prompt_length:
+        if self._policies and request.computed < request.prompt_length:
             raise UserError(f"request {request.id}: its prompt is not complete, and the policy has not seen it yet")
         groups = len(self._evictions)
         keep: list[Tensor | None] = [keep_indices] * groups if isinstance(keep_indices, Tensor) else list(keep_indices)
@@ -86,29 +146,41 @@ class CompressionStage:
         """Let a new sequence have the bookkeeping of another one."""
         for eviction in self._evictions:
             eviction.fork(row, target)
+        if row in self._open:
+            self._open.add(target)
+        if row in self._under_way:
+            self._under_way[target] = self._under_way[row]
 
     def leave(self, row: int) -> None:
         """Forget a sequence whose blocks were given back."""
+        self._open.discard(row)
+        self._under_way.pop(row, None)
         for eviction in self._evictions:
             eviction.leave(row)
 
-    def _apply_policy(self, request: Request) -> None:
-        seen = request.computed
-        prompt = seen == request.prompt_length
-        for eviction in self._evictions:
-            if eviction.policy is None:
+    def _apply_policy(self, request: Request, *, prompt: bool) -> None:
+        row, seen = request.row, request.computed
+        for eviction in self._policies:
+            assert eviction.policy is not None
+            if eviction.policy.acts == "prompt":
+                if not self._work(request, lambda eviction=eviction: eviction.complete(row)):  # type: ignore[misc]
+                    return
                 continue
             if prompt:
-                eviction.enter(request.row)
+                eviction.enter(row)
             else:
-                eviction.append(request.row, seen - 1)
+                eviction.append(row, seen - 1)
 
             def act(eviction: Eviction = eviction) -> None:
                 # before anything moves: `publish` must not see a request that is half compressed
-                request.compressed |= eviction.act(request.row, seen, prompt=prompt)
+                request.compressed |= eviction.act(row, seen, prompt=prompt)
 
             if not self._with_room(request, act):
                 return
+        if any(eviction.follows(row) for eviction in self._policies):
+            self._open.add(row)
+        else:
+            self._open.discard(row)
 
     def _select(self, request: Request, keep: Sequence[Tensor | None]) -> None:
         """Keep some of a request's stored tokens, group by group."""
@@ -116,12 +188,45 @@ class CompressionStage:
             if own is None:
                 continue
 
-            def select(eviction: Eviction = eviction, own: Tensor = own) -> None:
-                eviction.select(request.row, own)
-                request.compressed = True
+            def select(eviction: Eviction = eviction, own: Tensor = own) -> Work:
+                return eviction.select(request.row, own)
 
-            if not self._with_room(request, select):
+            if not self._work(request, select):
                 return
+
+    def _work(self, request: Request, change: Callable[[], Work | None]) -> bool:
+        """Change a request's tables and do the work that comes of it; whether there was room."""
+        aside = self._aside if self.works_aside else None
+        fence = None if aside is None else aside.fence()
+        found: list[Work] = []
+
+        def act() -> None:
+            work = change() if fence is None else self._fenced(request.row, fence, change)
+            if work is not None:
+                request.compressed = True
+                found.append(work)
+
+        fits = self._with_room(request, act)
+        for work in map(self.timed, found):
+            if aside is None or fence is None:
+                work()
+            else:
+                aside.submit(work, fence)
+        return fits
+
+    def _fenced(self, row: int, fence: Fence, change: Callable[[], Work | None]) -> Work | None:
+        """Change a row's tables: blocks that it gives back wait for the fence of the work that comes of it, if any does."""
+        before = self._under_way.get(row)
+        self._under_way[row] = fence
+        work = None
+        try:
+            work = change()
+        finally:
+            if work is None:
+                del self._under_way[row]
+                if before is not None:
+                    self._under_way[row] = before
+        return work
 
     def _with_room(self, request: Request, act: Callable[[], None]) -> bool:
         """Run ``act``, preempting others while blocks are lacking; a request that lacks them even alone fails."""

@@ -1,21 +1,26 @@
-"""Applies a policy to the blocks of sequences: at the end of the prompt and after every further token."""
+"""Applies a policy to the blocks of sequences: at the end of the prompt, and after every further token if it acts then."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
-from kvsuite.compression.prompt_view import PromptView
+from kvsuite.compression.prompt_view import PromptObservation, PromptView
 from kvsuite.errors import UserError
 
-from .block_table import BlockTables
+from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
 from .prompt_observer import PromptObserver
+from .stage_streams import Work
+
+# what a policy looks at of several layers at once, in bytes of float32
+_LOOK_BYTES = 1 << 28
 
 
 @dataclass
@@ -30,15 +35,39 @@ class Stored:
         What the policy's `token_score` gave, ``[layers, kv_heads, n]``; ``None`` for a policy without.
     done
         Whether anything was removed yet.
+    ordered
+        Whether the table still has the order of time.
     """
 
     positions: Tensor
     scores: Tensor | None = None
     done: bool = False
+    ordered: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PooledPrompt(PromptView):
+    """A prompt whose values are copied from the pool when a policy asks for them."""
+
+    values: Tensor = field(init=False)
+    gather_values: Callable[[], Tensor]
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "values":
+            raise AttributeError(name)
+        values = self.gather_values()
+        object.__setattr__(self, "values", values)
+        return values
 
 
 class Eviction:
-    """One layer group's tokens under a policy. The bookkeeping of a sequence begins with `enter` and ends with `leave`.
+    """One layer group's tokens under a policy.
+
+    A sequence has a book as long as something may be decided for it: from `enter` on, until `act` decides the last time or
+    the sequence goes (`leave`). A policy that acts at the end of the prompt alone needs none (`complete`).
+
+    Work on keys and values is separate from the tables: what changes them gives the `Work` to be done then, on whatever
+    stream, before anybody reads the sequence. On CUDA it does not wait for the device.
 
     Parameters
     ----------
@@ -65,34 +94,65 @@ class Eviction:
         self._observer = observer
         self._device = pool.keys.device
         self._per_head = self.policy is not None and not self.policy.shared_across_heads
-        self._sequences: dict[int, Stored] = {}
+        self._layers = torch.tensor(group.layers, device=self._device)[:, None]
+        self._heads = torch.arange(group.kv_heads, device=self._device)
+        self._books: dict[int, Stored] = {}
         self.evicted = 0
 
+    def follows(self, row: int) -> bool:
+        """Whether more may be decided for a sequence."""
+        return row in self._books
+
+    def complete(self, row: int) -> Work | None:
+        """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
+
+        Raises
+        ------
+        PoolFullError
+            If the kept tokens have no room; nothing has changed then.
+        """
+        assert self.policy is not None
+        policy, length = self.policy, int(self._tables.lengths[row])
+        due = policy.due(step=length, done=False, prompt=True)
+        size = policy.size_after(length) if due else length
+        if size == length:
+            self._observations(row)
+            return None
+        if not (policy.needs.prompt or self._per_head):
+            # positions alone decide, here and now
+            chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length))
+            return self._replace(row, size)(chosen)
+        take = self._replace(row, size)
+        observed = self._observations(row)
+
+        def keep(slots: Tensor) -> Tensor:
+            return self._keep_of_prompt(slots, observed) if policy.needs.prompt else self._keep_by_score(slots)
+
+        return take(keep)
+
     def enter(self, row: int) -> None:
-        """Begin the bookkeeping of a sequence whose first tokens are stored and complete."""
+        """Begin the book of a sequence whose first tokens are stored and complete."""
         length = int(self._tables.lengths[row])
         if self.policy is None:
             return
         if not self._per_head:
-            self._sequences[row] = Stored(torch.arange(length))
+            self._books[row] = Stored(torch.arange(length))
             return
-        keys = self._pool.gather_keys(self._slots(row))
         positions = torch.arange(length, device=self._device)
-        self._sequences[row] = Stored(
+        self._books[row] = Stored(
             positions.expand(len(self.group.layers), self.group.kv_heads, length).clone(),
-            self.policy.token_score(keys),
+            self._scores(self._slots(row)),
         )
 
     def append(self, row: int, position: int) -> None:
         """Note the token at ``position``, which is the last in the table."""
-        stored = self._sequences.get(row)
+        stored = self._books.get(row)
         if stored is None:
             return
         new = torch.full((*stored.positions.shape[:-1], 1), position, device=stored.positions.device)
         stored.positions = torch.cat([stored.positions, new], dim=-1)
         if stored.scores is not None:
-            assert self.policy is not None
-            score = self.policy.token_score(self._pool.gather_keys(self._slots(row)[-1:]))
+            score = self._scores(self._slots(row)[-1:])
             assert score is not None
             stored.scores = torch.cat([stored.scores, score], dim=-1)
 
@@ -104,7 +164,7 @@ class Eviction:
         PoolFullError
             If a shared block has to be copied and none is free. Acting again later gives what it would have given.
         """
-        stored = self._sequences.get(row)
+        stored = self._books.get(row)
         if stored is None or self.policy is None:
             return False
         length = int(self._tables.lengths[row])
@@ -113,42 +173,27 @@ class Eviction:
         if size == length:
             return False
         if self.policy.needs.prompt and prompt:
-            self.select(row, self._keep_of_prompt(row))
-            stored.done = True
-            return True
-        view = CacheView(
-            stored.positions,
-            seen - 1,
-            stored.scores,
-            layer=torch.tensor(self.group.layers, device=self._device)[:, None] if self._per_head else 0,
-            heads=torch.arange(self.group.kv_heads, device=self._device) if self._per_head else 0,
-            step=seen,
-        )
-        if size == length - 1 and not prompt:
-            self._evict_one(row, stored, self.policy.victim(view))
+            observed = self._observer_of_prompts.observations(row, self.group.layers)
+            keep = self._keep_of_prompt(self._slots(row), observed)
+            self.select(row, keep)()
         else:
-            self.select(row, self.policy.keep(view))
+            view = CacheView(
+                stored.positions,
+                seen - 1,
+                stored.scores,
+                layer=self._layers if self._per_head else 0,
+                heads=self._heads if self._per_head else 0,
+                step=seen,
+            )
+            if size == length - 1 and not prompt:
+                self._evict_one(row, stored, self.policy.victim(view))
+            else:
+                self.select(row, self.policy.keep(view))()
+                stored.ordered = True
         stored.done = True
+        if self.policy.settled(done=True) and (stored.ordered or not self.group.places):
+            del self._books[row]
         return True
-
-    def _keep_of_prompt(self, row: int) -> Tensor:
-        """What the policy keeps of a complete prompt, ``[layers, kv_heads, k]``, or ``[k]`` of one that all heads share."""
-        assert self.policy is not None
-        assert self._observer is not None
-        keys, values = self._pool.gather(self._slots(row))
-        positions = torch.arange(keys.shape[2], device=self._device)
-        kept = []
-        for index, layer in enumerate(self.group.layers):
-            own = keys[index]
-            if self.group.places:
-                own = self._observer.rotate(own[None], positions)[0]
-            view = PromptView(
-                positions.expand(own.shape[:2]), own.shape[1] - 1, keys=own, values=values[index],
-                observed=self._observer.observation(row, layer), layer=layer, layers=self._observer.layers,
-                rotate=self._observer.turn(layer),
-            )  # fmt: skip
-            kept.append(self.policy.keep(view))
-        return torch.stack(kept)
 
     def require_indices(self, row: int, keep: Tensor) -> None:
         """Check what a caller wants to keep.
@@ -162,38 +207,29 @@ class Eviction:
         if kept < 1 or bool((keep < 0).any()) or bool((keep >= length).any()):
             raise UserError(f"keep_indices of {kept} tokens: at least one of the tokens 0 to {length - 1} has to stay")
 
-    def select(self, row: int, keep: Tensor) -> None:
+    def select(self, row: int, keep: Tensor) -> Work:
         """Keep the stored tokens ``keep``, int64 ``[k]`` or ``[layers, kv_heads, k]``, and free what the others held.
 
-        The kept ones move to blocks that no other sequence holds and that no prefix finds.
+        The kept ones move to blocks that no other sequence holds and that no prefix finds, by the work that is returned.
 
         Raises
         ------
         PoolFullError
             If there are no such blocks; nothing has changed then.
         """
-        length, kept = int(self._tables.lengths[row]), int(keep.shape[-1])
-        keys, values = self._pool.gather(self._slots(row))
-        index = keep.to(self._device)
-        if index.dim() == 1:
-            picked = (tensor.index_select(2, index) for tensor in (keys, values))
-        else:
-            wide = index[..., None].expand(*index.shape, self.group.head_dim)
-            picked = (tensor.gather(2, wide) for tensor in (keys, values))
-        chosen = tuple(picked)
-        self._tables.replace(row, kept)
-        self._pool.scatter(self._slots(row), *chosen)
-        self.evicted += length - kept
-        stored = self._sequences.get(row)
+        kept = int(keep.shape[-1])
+        work = self._replace(row, kept)(keep)
+        stored = self._books.get(row)
         if stored is not None:
             own = keep.to(stored.positions.device)
             stored.positions = stored.positions.gather(-1, own.expand(*stored.positions.shape[:-1], kept))
             if stored.scores is not None:
-                stored.scores = stored.scores.gather(-1, index.expand(*stored.scores.shape[:-1], kept))
+                stored.scores = stored.scores.gather(-1, own.expand(*stored.scores.shape[:-1], kept))
+        return work
 
     def ranks(self, row: int, coming: int) -> Tensor | None:
         """Rank in time of the stored tokens and ``coming`` new ones behind them; ``None`` where they lie in that order."""
-        stored = self._sequences.get(row)
+        stored = self._books.get(row)
         if stored is None or not stored.done:
             return None
         positions, length = stored.positions.to(self._device), stored.positions.shape[-1]
@@ -203,21 +239,119 @@ class Eviction:
 
     def positions(self, row: int) -> Tensor | None:
         """Logical positions of the stored tokens in the order of the table; ``None`` where nothing is kept of them."""
-        stored = self._sequences.get(row)
+        stored = self._books.get(row)
         return None if stored is None else stored.positions
 
     def fork(self, row: int, target: int) -> None:
         """Begin the bookkeeping of a sequence that holds what another one does."""
-        stored = self._sequences.get(row)
+        stored = self._books.get(row)
         if stored is not None:
             # tensors are replaced or cloned before they are written, so both may refer to the same ones
-            self._sequences[target] = Stored(stored.positions, stored.scores, stored.done)
+            self._books[target] = replace(stored)
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
-        self._sequences.pop(row, None)
+        self._books.pop(row, None)
         if self._observer is not None:
             self._observer.leave(row)
+
+    def _replace(self, row: int, size: int) -> Callable[[Tensor | Callable[[Tensor], Tensor]], Work]:
+        """Give a sequence blocks for ``size`` of its tokens; what comes back turns a choice into the work of moving them.
+
+        The choice is an index, or gives one from the slots ``[n]`` of all tokens once it is asked: then, not before.
+        """
+        before = self._tables.stored_slots(row)
+        self._tables.replace(row, size)
+        after = self._tables.stored_slots(row)
+        self.evicted += len(before) - size
+
+        def take(choice: Tensor | Callable[[Tensor], Tensor]) -> Work:
+            def work() -> None:
+                if isinstance(choice, Tensor) and choice.dim() == 1 and choice.device.type == "cpu":
+                    source = self._upload(before[choice.numpy()])
+                else:
+                    slots = self._upload(before)
+                    keep = choice.to(self._device) if isinstance(choice, Tensor) else choice(slots)
+                    source = slots[keep]
+                self._pool.keep(source, self._upload(after))
+
+            return work
+
+        return take
+
+    def _keep_of_prompt(self, slots: Tensor, observed: Sequence[PromptObservation]) -> Tensor:
+        """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``."""
+        assert self.policy is not None
+        observer, layers = self._observer_of_prompts, self.group.layers
+        positions = torch.arange(slots.shape[0], device=self._device)
+        kept = []
+        asked = 0 if observed[0].last is None else self.policy.needs.queries * observed[0].last.shape[0]
+        together = self.policy.heads_apart and len({one.scale for one in observed}) == 1
+        for part in self._parts(slots.shape[0], asked, together=together):
+            own = self._pool.keys_of(slots, part).flatten(0, 1)
+            if self.group.places:
+                own = observer.rotate(own[None], positions)[0]
+
+            def values(part: slice = part) -> Tensor:
+                return self._pool.values_of(slots, part).flatten(0, 1)
+
+            view = _PooledPrompt(
+                positions.expand(own.shape[:2]), own.shape[1] - 1, keys=own, gather_values=values,
+                observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
+                rotate=observer.turn(layers[part.start]),
+            )  # fmt: skip
+            found = self.policy.keep(view)
+            kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
+        return torch.cat(kept)
+
+    def _keep_by_score(self, slots: Tensor) -> Tensor:
+        """What a policy that ranks by `Policy.token_score` keeps of a complete prompt, ``[layers, kv_heads, k]``."""
+        assert self.policy is not None
+        length = slots.shape[0]
+        positions = torch.arange(length, device=self._device).expand(
+            len(self.group.layers), self.group.kv_heads, length
+        )
+        scores = self._scores(slots)
+        return self.policy.keep(
+            CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length)
+        )
+
+    def _scores(self, slots: Tensor) -> Tensor | None:
+        """`Policy.token_score` of the tokens in ``slots``, ``[layers, kv_heads, n]``, from keys alone."""
+        assert self.policy is not None
+        found = []
+        for part in self._parts(slots.shape[0], together=True):
+            score = self.policy.token_score(self._pool.keys_of(slots, part))
+            if score is None:
+                return None
+            found.append(score)
+        return torch.cat(found)
+
+    def _parts(self, tokens: int, asked: int = 0, *, together: bool) -> list[slice]:
+        """The group's layers: as many at once as `_LOOK_BYTES` allow, or one by one.
+
+        Parameters
+        ----------
+        tokens
+            Of a sequence.
+        asked
+            What is computed for each of them in a layer beside its keys, in numbers.
+        together
+            Whether several layers may be looked at together.
+        """
+        layers = len(self.group.layers)
+        each = 4 * tokens * (self.group.kv_heads * self.group.head_dim + asked)
+        step = max(1, _LOOK_BYTES // each) if together else 1
+        return [slice(first, min(first + step, layers)) for first in range(0, layers, step)]
+
+    @property
+    def _observer_of_prompts(self) -> PromptObserver:
+        assert self._observer is not None
+        return self._observer
+
+    def _observations(self, row: int) -> list[PromptObservation]:
+        """What was gathered of a sequence's prompt in the layers of the group, which nobody asks for again."""
+        return [] if self._observer is None else self._observer.take(row, self.group.layers)
 
     def _evict_one(self, row: int, stored: Stored, victim: Tensor) -> None:
         """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot."""
@@ -231,8 +365,14 @@ class Eviction:
             if book is not None:
                 moved = book.scatter(-1, victim[..., None].to(book.device), book[..., last:])
                 setattr(stored, name, moved[..., :last])
+        stored.ordered = False
         self._tables.shrink(row, last)
         self.evicted += 1
 
     def _slots(self, row: int) -> Tensor:
-        return torch.from_numpy(self._tables.stored_slots(row)).to(self._device)
+        return self._upload(self._tables.stored_slots(row))
+
+    def _upload(self, slots: Ints) -> Tensor:
+        """Slots on the device. From pinned memory, which the host need not wait for."""
+        found = torch.from_numpy(slots)
+        return found.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else found

@@ -15,6 +15,8 @@ from .limits import Limits
 #: block that no sequence owns: padding reads and writes it
 SCRATCH_BLOCK = 0
 _CPU_SHARE_BYTES = 1 << 30
+# tokens on their way to other slots, at once: keys or values of as many layers as fit, of one at least
+_STAGING_BYTES = 1 << 26
 
 
 class KVPool:
@@ -56,6 +58,8 @@ class KVPool:
                 f"num_blocks={num_blocks}: the pool needs {needed / 2**30:.2f} GiB, which {device} does not have free; "
                 "give fewer num_blocks, pool_bytes or memory_share"
             ) from error
+        # made by the first that keeps anything, on the stream that does so
+        self._staging = self.keys.new_empty(0)
 
     @property
     def nbytes(self) -> int:
@@ -82,21 +86,47 @@ class KVPool:
         for tensor in (self.keys, self.values):
             tensor.index_copy_(1, target, tensor.index_select(1, source))
 
-    def gather_keys(self, slots: Tensor) -> Tensor:
-        """Copies of the keys in ``slots`` ``[n]``: ``[layers, kv_heads, n, head_dim]``."""
-        return self._by_slot()[0].index_select(1, slots.to(self.keys.device)).transpose(1, 2)
+    def keys_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Copies of the keys in ``slots`` ``[n]`` of some of the group's layers: ``[layers, kv_heads, n, head_dim]``."""
+        return self.keys[layers].flatten(1, 2).index_select(1, slots).transpose(1, 2)
 
-    def gather(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the tokens in ``slots`` ``[n]``: keys and values ``[layers, kv_heads, n, head_dim]``."""
-        slots = slots.to(self.keys.device)
-        keys, values = (tensor.index_select(1, slots).transpose(1, 2) for tensor in self._by_slot())
-        return keys, values
+    def values_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
+        """Copies of the values in ``slots``, like `keys_of`."""
+        return self.values[layers].flatten(1, 2).index_select(1, slots).transpose(1, 2)
 
-    def scatter(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Write tokens ``[layers, kv_heads, n, head_dim]`` to ``slots`` ``[n]``, all different."""
-        slots = slots.to(self.keys.device)
-        for tensor, new in zip(self._by_slot(), (keys, values), strict=True):
-            tensor.index_copy_(1, slots, new.transpose(1, 2).to(tensor.dtype))
+    @torch.inference_mode()
+    def keep(self, source: Tensor, target: Tensor) -> None:
+        """Copy tokens from slots ``source`` to slots ``target``, which may overlap.
+
+        Nothing else is read, at most `_STAGING_BYTES` (or one layer) are on their way at a time, and the host does not wait.
+
+        Parameters
+        ----------
+        source
+            int64 ``[k]``, or ``[layers, kv_heads, k]`` where heads keep different tokens.
+        target
+            int64 ``[k]``, all different.
+        """
+        layers, heads, width = len(self.group.layers), self.group.kv_heads, self.group.head_dim
+        slots, device = self.keys.shape[1] * self.block_size, self.keys.device
+        # what moves as one: a token of one head, or of all
+        parts = 1 if source.dim() == 1 else heads
+        vector, count = heads * width // parts, target.shape[0] * parts
+        head = torch.arange(parts, device=device)
+        step = min(layers, max(1, _STAGING_BYTES // (count * vector * self.keys.element_size())))
+        if self._staging.numel() < step * count * vector:
+            self._staging = self.keys.new_empty(step * count * vector)
+        for first in range(0, layers, step):
+            own = torch.arange(first, min(first + step, layers), device=device)
+            base = own[:, None, None] * slots
+            chosen = source[None, :, None] if parts == 1 else source[first : first + step].transpose(1, 2)
+            taken = ((base + chosen) * parts + head).flatten()
+            given = ((base + target[:, None]) * parts + head).flatten()
+            staged = self._staging[: given.shape[0] * vector].view(-1, vector)
+            for tensor in (self.keys, self.values):
+                vectors = tensor.view(-1, vector)
+                torch.index_select(vectors, 0, taken, out=staged)
+                vectors.index_copy_(0, given, staged)
 
     def move(self, source: Tensor, target: int) -> None:
         """Copy one token of each head: slots ``source`` ``[layers, kv_heads]`` (or one int64) from slot ``target``.

@@ -38,7 +38,7 @@ class PromptObserver:
         self._rotation = rotation
         self._unrotate = None if rotation is None else rotation.unrotate
         if rotation is not None:
-            rotation.table(longest + 1)
+            rotation.table(longest + 1 + needs.beyond)
         #: layers of the model
         self.layers = sum(len(pool.group.layers) for pool in pools)
         self._where = {
@@ -69,19 +69,25 @@ class PromptObserver:
         """The attention of this step, which shows the queries of its prompts."""
         return _Observed(self, backend, batch) if self._prompts and self._needs.looks_at_queries else backend
 
-    def observation(self, row: int, layer: int) -> PromptObservation:
-        """What was gathered of a sequence's prompt in one layer."""
-        found = self._gathered.get(row, {}).get(layer)
-        return PromptObservation(self._needs) if found is None else found
+    def observations(self, row: int, layers: Sequence[int]) -> list[PromptObservation]:
+        """What was gathered of a sequence's prompt in some layers."""
+        gathered = self._gathered.get(row, {})
+        return [gathered.get(layer) or PromptObservation(self._needs) for layer in layers]
+
+    def take(self, row: int, layers: Sequence[int]) -> list[PromptObservation]:
+        """`observations`, which are forgotten here."""
+        found = self.observations(row, layers)
+        for layer in layers:
+            self._gathered.get(row, {}).pop(layer, None)
+        return found
 
     def leave(self, row: int) -> None:
-        """Forget a sequence: its prompt was compressed, or its blocks were given back."""
+        """Forget a sequence whose blocks were given back."""
         self._gathered.pop(row, None)
 
     def rotate(self, vectors: Tensor, positions: Tensor) -> Tensor:
-        """Rotate ``[1, heads, n, head_dim]`` to ``positions`` ``[n]``."""
+        """Rotate ``[1, heads, n, head_dim]`` to ``positions`` ``[n]``, none further behind a prompt than `Needs.beyond`."""
         assert self._rotation is not None
-        self._rotation.table(int(positions.max()) + 1)
         return self._rotation.rotate(vectors, positions)
 
     def turn(self, layer: int) -> Turn | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from kvsuite.models.load import LoadedModel
 from .admission import model_eos_token_ids, outgrown, problem, settle_ends
 from .attention_layers import attention_layers, group_layers
 from .block_table import tables_for
-from .compression_stage import CompressionStage
+from .compression_stage import CompressionStage, require_prompt_only
 from .counters import Counters
 from .delivery import Delivery
 from .eviction import Eviction
@@ -29,11 +29,15 @@ from .runner import ModelRunner, Runner
 from .sampling import SamplingParameters
 from .scheduler import Scheduler, StepPlan
 from .sequence_rotary import passes_switch, recomputing_switch, sequence_rotary
+from .stage_streams import aside_of
+from .steered import Steered, require_steerable
+from .steering import Controller
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
 
 BackendFactory = Callable[[Sequence[KVPool]], AttentionBackend]
 RunnerFactory = Callable[[LoadedModel, Sequence[KVPool], Limits], Runner]
+Stage = Literal["sync", "async"]
 OnLogits = Callable[[Sequence[Request], Tensor], None]
 
 
@@ -58,6 +62,12 @@ class Runtime:
         Whether a step is launched before the host has seen the tokens of the one before, which are then delivered while the
         device computes. The tokens are the same; a request that a stop token ends has one more computed, for nothing.
         Left out: on CUDA.
+    stage
+        Where prompts are compressed: ``sync``, between two steps, or ``async``, beside them on a stream of its own (on a CPU at
+        once, with the same order of books). The tokens are the same.
+    controller
+        Decides at steps with prompts whether and how they are compressed (`kvsuite.nanovllm.steering`); needs a policy and
+        ``stage="async"``.
     eos_token_ids
         Tokens that end a text; the model's own if left out.
 
@@ -79,10 +89,19 @@ class Runtime:
         backend: BackendFactory | None = None,
         runner: RunnerFactory | None = None,
         overlap: bool | None = None,
+        stage: Stage = "sync",
+        controller: Controller | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
+        if stage not in ("sync", "async"):
+            raise UserError(f"stage={stage}: unknown; use sync or async")
+        if stage == "async":
+            require_prompt_only(policy)
+        if controller is not None:
+            require_steerable(controller, has_policy=policy is not None, is_async=stage == "async")
         self.limits = limits
         self.policy = policy
+        self.stage = stage
         self.device = loaded.device
         layers = attention_layers(loaded.model, loaded.text_config)
         self.groups = group_layers(layers, limits, policy)
@@ -122,7 +141,18 @@ class Runtime:
         ]
         inputs = StepInputs(self.groups, self.tables, evictions, self.device, spans=self.rotary is not None)
         self._launcher = StepLauncher(self.runner, inputs, self.pools, self.tables, self.counters)
-        self.compression = CompressionStage(evictions, self.scheduler, self._end)
+        aside = None
+        if stage == "async":
+            aside = aside_of(self.device)
+        self.compression = CompressionStage(evictions, self.scheduler, self._end, aside)
+        if aside is not None:
+            for table in self.tables:
+                table.fence_of = self.compression.fence_of
+        self.controller = controller
+        self._steered: Steered | None = None
+        if controller is not None:
+            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
+            self._launcher.watch = self._steered
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -251,6 +281,9 @@ class Runtime:
             self._delivery.land()
             return self._ended
         try:
+            if self._steered is not None:
+                self._steered.planned(plan)
+            self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)
             self._delivery.land()
@@ -293,7 +326,7 @@ class Runtime:
                 self.scheduler.publish(request)
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")
-        for request in plan.requests if self.compression.active else ():
+        for request in self.compression.due(plan.requests) if self.compression.active else ():
             try:
                 self.compression.after_step(request)
             except Exception as error:

@@ -55,7 +55,7 @@ class Controller:
     replay
         A log to take the decisions from (`read_log`).
     now
-        Seconds, of the log.
+        Seconds: of the log, and of steps where no device has a clock of its own.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class Controller:
         #: entries as JSON: the settings, then each decision and each choice of a phase that was one
         self.log: list[dict[str, Any]] = [{"schema": SCHEMA, "settings": asdict(settings)}]
         self.inert = inert_axes(settings)
-        self._now = now
+        self.now = now
         self._started = now()
         self._counter = self._steps = 0
         self._entry: dict[str, Any] = {}
@@ -127,7 +127,7 @@ class Controller:
         self.decision = decide(self.settings, inputs)
         self._entry = {
             "counter": self._counter,
-            "time_s": self._now() - self._started,
+            "time_s": self.now() - self._started,
             "inputs": asdict(inputs),
             "decision": self.decision.to_dict(),
             "applied": None,
@@ -155,7 +155,7 @@ class Controller:
             inputs = self._replay.phase_of(inputs)
         chosen, reason = choose_phase(self.settings, inputs)
         if is_choice:
-            time_s = self._now() - self._started
+            time_s = self.now() - self._started
             self.log.append({"time_s": time_s, "inputs": asdict(inputs), "phase": chosen, "reason": reason})
         self._slot, self._decoded = self._slot + 1, self._decoded + (chosen == "decode")
         if self._slot == self.settings.dual_interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,16 @@ from .scheduler import StepPlan
 from .step_inputs import ScoredRows, StepInputs
 
 OnRows = Callable[[Sequence[ScoredRows], Tensor], None]
+
+
+class StepWatch(Protocol):
+    """Times steps."""
+
+    def begin(self) -> Any:
+        """Its forward pass begins on the current stream."""
+
+    def end(self, begun: Any, *, decode_only: bool) -> None:
+        """Its forward pass is launched."""
 
 
 class StepLauncher:
@@ -48,6 +59,8 @@ class StepLauncher:
         self._pools = pools
         self._tables = tables
         self._counters = counters
+        #: times steps
+        self.watch: StepWatch | None = None
 
     def launch(
         self, plan: StepPlan, before: TokensInFlight | None, on_rows: OnRows | None = None
@@ -72,6 +85,7 @@ class StepLauncher:
         drawing = any(request.sampling.temperature for request in sampled)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
+        begun = None if self.watch is None else self.watch.begin()
         if scored:
             states = self._runner.hidden(batch)
             if on_rows is not None:
@@ -79,6 +93,8 @@ class StepLauncher:
             logits = self._runner.logits(states[: len(sampled)]) if sampled else states[:0]
         else:
             logits = self._runner.run(batch)
+        if self.watch is not None:
+            self.watch.end(begun, decode_only=batch.decode_only)
         if observer is not None:
             observer.end()
         self._counters.steps += 1

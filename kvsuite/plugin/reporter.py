@@ -58,6 +58,8 @@ class Reporter:
         self._earlier: EarlierRun | None = None
         #: ids of the cases that have a row of this session
         self.measured: set[str] = set()
+        #: what was said of suites that could not take note of a row
+        self._told: set[str] = set()
         #: whether selected cases were left out: another shard has them, or the run that goes on
         self.left_out = False
         self.rows: list[dict[str, Any]] = []
@@ -210,6 +212,25 @@ class Reporter:
         self.rows[place : place + 1] = [row]
         self._progress.case(row["case"]["name"])
         self._progress.finished(_summary(row), row)
+        self._tell_suite(str(row["suite"]))
+
+    def _tell_suite(self, name: str) -> None:
+        """Let the suite of a row write what it keeps up to date while a run goes on."""
+        from kvsuite.reporting.aggregate import in_space_order
+        from kvsuite.suites.registry import suite_of_rows
+        from kvsuite.suites.suite import Suite
+
+        suite = suite_of_rows(name)
+        if type(suite).case_done is Suite.case_done:
+            return
+        own = in_space_order([row for row in self.rows if row["suite"] == name])
+        try:
+            suite.case_done(self._options, self.run, own)
+        except Exception as error:  # suites are others' too, and a row that is written is safe
+            what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if what not in self._told:
+                self._told.add(what)
+                self._write(f"kvsuite: {name}: {what}")
 
     def _open(self, row: dict[str, Any], environment: dict[str, Any]) -> RecordStore:
         """The store, which knows the environment of the row that comes next."""

@@ -157,7 +157,16 @@ class Suite(ABC):
         """
         raise NotImplementedError(f"suite {self.name} draws no CSV")
 
-    # after a run: rows are of this suite, in the order of its space
+    # after each case, and after a run: rows are of this suite, in the order of its space
+
+    def case_done(self, options: Options, run: Mapping[str, Any], rows: Sequence[Row]) -> None:  # noqa: B027
+        """Take note that another case of a run has its row, which is among ``rows``, those so far.
+
+        Raises
+        ------
+        UserError
+            If what is kept beside the run cannot be written; the run goes on, and says so.
+        """
 
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType | None:
         """The console table with what its columns mean, as rich draws it; ``None`` for none. `kvsuite.console` has parts."""

@@ -31,10 +31,10 @@ def test_a_metric_is_defined_once() -> None:
 
 def test_units_are_the_suffix() -> None:
     for metric in BUILTIN:
-        for suffix, unit in (("_tok_s", "tok/s"), ("_bytes", "bytes")):
+        for suffix, unit in (("_tok_s", "tok/s"), ("_req_s", "req/s"), ("_bytes", "bytes")):
             if metric.name.endswith(suffix):
                 assert metric.unit == unit, metric.name
-        if metric.name.endswith("_s") and "tok_s" not in metric.name:
+        if metric.name.endswith("_s") and not metric.name.endswith("_req_s") and "tok_s" not in metric.name:
             assert metric.unit == "s", metric.name
         assert metric.formula
 

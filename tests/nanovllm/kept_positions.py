@@ -17,6 +17,7 @@ from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.engines.rotary import Rotary
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
 
 #: scores nearer to each other than this may be ranked either way
@@ -45,7 +46,7 @@ def spied(policy: Policy) -> list[Tensor]:
 def full_keys(of: LoadedModel, prompt: Sequence[int]) -> list[Tensor]:
     """Keys ``[kv_heads, n, head_dim]`` of every layer."""
     cache = DynamicCache()
-    of.model(input_ids=torch.tensor([list(prompt)]), past_key_values=cache, logits_to_keep=1)
+    of.model(input_ids=torch.tensor([list(prompt)], device=of.device), past_key_values=cache, logits_to_keep=1)
     return [layer.keys[0] for layer in cache.layers]
 
 
@@ -81,6 +82,8 @@ def kept_by_kvpress(of: LoadedModel, press: str, keep_ratio: float, prompt: Sequ
 
 def kept_on_nano(of: LoadedModel, policy: Policy, prompt: Sequence[int], *, chunk: int, **limits: Any) -> Tensor:
     """Positions ``[layers, kv_heads, k]``, the prompt fed ``chunk`` tokens a step."""
+    # a runtime gives the model its own attention
+    whole = full_keys(of, prompt)
     small = {"max_model_len": len(prompt) + 8, "max_num_batched_tokens": chunk, "prefix_caching": False} | limits
     with serving(of, policy=policy, rotation=turning(of, policy), **small) as runtime:
         # a request that ends with its first token would leave nothing to look at
@@ -92,11 +95,16 @@ def kept_on_nano(of: LoadedModel, policy: Policy, prompt: Sequence[int], *, chun
                 break
             runtime.step()
         assert request.computed == len(prompt), (request.status, request.reason)
-        found = runtime.compression._evictions[0].positions(request.row)
-        assert found is not None
-        kept = found.sort(dim=-1).values.cpu()
+        kept = kept_in_pool(runtime, request, whole)
         runtime.run()
     return kept
+
+
+def kept_in_pool(runtime: Runtime, request: Request, whole: Sequence[Tensor]) -> Tensor:
+    """Positions ``[layers, kv_heads, k]`` of what the blocks of a request hold, among the keys of its whole prompt."""
+    slots = torch.from_numpy(runtime.tables[0].stored_slots(request.row)).to(runtime.device)
+    stored = runtime.pools[0].keys_of(slots)
+    return torch.stack([places_of(keys.cpu(), own.cpu()) for keys, own in zip(stored, whole, strict=True)])
 
 
 def differing(one: Tensor, other: Tensor, scores: Sequence[Tensor]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import fresh, greedy, loaded, text
+from kept_positions import full_keys, kept_in_pool
 from serving import assert_nothing_lost
 from torch import Tensor
 
@@ -40,6 +41,7 @@ def positions(of: LoadedModel, name: str, *, chunk: int, runner: Any = None) -> 
         prefix_caching=False,
     )
     policy = get_policy(name, keep_ratio=0.5, **POLICIES[name])
+    whole = full_keys(of, text(PROMPT))
     rotation = Rotary(of.model) if policy.needs.query_statistics is not None else None
     runtime = Runtime(of, limits, policy=policy, rotation=rotation, runner=runner, overlap=False)
     try:
@@ -49,9 +51,7 @@ def positions(of: LoadedModel, name: str, *, chunk: int, runner: Any = None) -> 
         request = runtime.add(greedy(text(PROMPT), 8))
         while request.computed < PROMPT:
             runtime.step()
-        found = runtime.compression._evictions[0].positions(request.row)
-        assert found is not None
-        kept = found.cpu().sort(dim=-1).values[..., : int(PROMPT * 0.5)].clone()
+        kept = kept_in_pool(runtime, request, whole)
         while runtime.unfinished:
             runtime.step()
     finally:

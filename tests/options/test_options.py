@@ -16,7 +16,7 @@ from resolved_values import value_of
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.common import CommonOptions
-from kvsuite.options.groups import all_options, refused_names
+from kvsuite.options.groups import all_options
 from kvsuite.options.numbers import LEAST_RATIO, MOST_TOKENS
 from kvsuite.options.option import Option
 from kvsuite.options.resolve import Options, add_options, default_options, resolve_options
@@ -62,6 +62,34 @@ OTHER: dict[str, tuple[str, Any]] = {
     "mlc-timeout": ("20", 20),
     "mlc-compile-timeout": ("60", 60),
     "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),
+    "models": ("smollm2,dummy:tiny", ("smollm2", "dummy:tiny")),
+    "workloads": ("heavy-trace, synthetic-identical", ("heavy-trace", "synthetic-identical")),
+    "variants": ("baseline,auto-tune+greenctx", ("baseline", "auto-tune+greenctx")),
+    "pipeline-method": ("snapkv(window=[8,16]),knorm", ("snapkv(window=[8,16])", "knorm")),
+    "factors": ("1,2.5", (1, 2.5)),
+    "async-compression": ("off", False),
+    "dataset-dir": ("/data/prompts", "/data/prompts"),
+    "trace-conv": ("/data/trace.csv", "/data/trace.csv"),
+    "synthetic-context": ("4096", 4096),
+    "synthetic-output": ("0", 0),
+    "synthetic-dialogue": ("true", True),
+    "synthetic-token": ("Hello", "Hello"),
+    "synthetic-num-batches": ("2", 2),
+    "synthetic-batch-sizes": ("32,64", (32, 64)),
+    "pipeline-batch-sizes": ("16", (16,)),
+    "pool-blocks": ("4096", 4096),
+    "pool-bytes": ("1000000", 1000000),
+    "max-model-len": ("8192", 8192),
+    "max-running": ("64", 64),
+    "step-tokens": ("2048", 2048),
+    "chunk-sizes": ("256,512", (256, 512)),
+    "arrivals": ("trace", "trace"),
+    "arrival-rate": ("2.5", 2.5),
+    "trace-time-scale": ("4", 4.0),
+    "concurrency": ("8", 8),
+    "slo": ("200ms:50ms", "200ms:50ms"),
+    "served-quality": ("off", False),
+    "pipeline-json": ("/tmp/matrix.json", "/tmp/matrix.json"),
     "method": ("recent_only, kvpress:SnapKV", ("recent_only", "kvpress:SnapKV")),
     "compare-all": ("true", True),
     "no-baseline": ("yes", True),
@@ -215,10 +243,10 @@ def test_every_option_of_the_original_exists_or_is_refused(declared: RecordingPa
     for name in (*ORIGINAL_DEFAULTS, "method", *ORIGINAL_WITHOUT_COUNTERPART):
         assert f"--kv_{name}" in declared.options
         assert f"--kv-{name.replace('_', '-')}" in declared.options
-    assert set(refused_names()) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
+    assert set(CompressionOptions.refused_names) == {name.replace("_", "-") for name in ORIGINAL_WITHOUT_COUNTERPART}
 
 
-@pytest.mark.parametrize("name", refused_names())
+@pytest.mark.parametrize("name", CompressionOptions.refused_names)
 @pytest.mark.parametrize("value", ["", "256,512"])
 def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"^--kv-{name}: .*use --kv-method=kvpress:(AdaKV|SnapKV)"):
@@ -229,7 +257,8 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 FREE_TEXT = {
     "quantization", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
-    "cache-dir", "compare", "resume",
+    "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
+    "pipeline-json",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvsuite.compression.base import Policy
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
+from kvsuite.nanovllm.compression_stage import require_prompt_only
 from kvsuite.nanovllm.limits import Limits
 
 from .runtime import BLOCK_SIZE
@@ -24,7 +25,7 @@ def plan_limits(plan: ServingPlan) -> Limits:
     )
 
 
-def refuse_plan(plan: ServingPlan, policy: Policy | None, device: str) -> None:
+def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
     """Refuse what the runtime does not do.
 
     Parameters
@@ -33,8 +34,6 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None, device: str) -> None:
         Of the case.
     policy
         Of the case.
-    device
-        Kind of device: ``cpu``, ``cuda``.
 
     Raises
     ------
@@ -53,5 +52,5 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None, device: str) -> None:
         raise CaseInvalid(
             "lanes=2: engine nano computes prompts and decoding on one stream yet; use the variants with one"
         )
-    if plan.stage == "async" and device == "cuda":
-        raise CaseInvalid("stage=async: engine nano compresses on the one stream yet; use --kv-async-compression=off")
+    if plan.stage == "async":
+        require_prompt_only(policy)

@@ -15,7 +15,7 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.limits import Limits
-from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.quantization.packed import PackedWeight
 
 BLOCK_SIZE = 16
@@ -61,12 +61,12 @@ class RuntimeHolder:
             prefix_caching=False,
         )
 
-    def get(self, limits: Limits, policy: Policy | None, *, captures: bool) -> Runtime:
+    def get(self, limits: Limits, policy: Policy | None, *, captures: bool, stage: Stage = "sync") -> Runtime:
         """A runtime with these limits and this very policy, with nothing to do.
 
         Parameters
         ----------
-        limits, policy
+        limits, policy, stage
             As for `Runtime`.
         captures
             Whether capturing decode steps is worth its time.
@@ -78,11 +78,11 @@ class RuntimeHolder:
         UserError
             If the device has no room for the pool.
         """
-        key = (limits, policy, captures)
+        key = (limits, policy, captures, stage)
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
-        runtime = self._make(limits, policy, captures)
+        runtime = self._make(limits, policy, captures, stage)
         self._held = (key, runtime)
         return runtime
 
@@ -98,7 +98,8 @@ class RuntimeHolder:
 
     def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
-        effective.pop("decode_step_reason", None)
+        for name in ("decode_step_reason", "stage", "stepwise"):
+            effective.pop(name, None)
         effective |= self.facts(runtime)
 
     def facts(self, runtime: Runtime) -> dict[str, Any]:
@@ -118,19 +119,21 @@ class RuntimeHolder:
             "layer_groups": [list(group.layers) for group in runtime.groups],
             "overlap": runtime.overlap,
         }
+        if runtime.policy is not None:
+            found |= {"stage": runtime.stage, "stepwise": runtime.policy.acts == "decode"}
         if step != "cuda_graph" and reason:
             found.setdefault("decode_step_reason", reason.removesuffix(")"))
         return found
 
-    def _make(self, limits: Limits, policy: Policy | None, captures: bool) -> Runtime:
+    def _make(self, limits: Limits, policy: Policy | None, captures: bool, stage: Stage) -> Runtime:
         rotation = None
         turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
         if turns and not without_positions(self._loaded.text_config):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
-        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
-        if policy is not None:
-            # what a policy does to a sequence comes between two of its tokens
+        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "stage": stage, "eos_token_ids": ()}
+        if policy is not None and policy.acts == "decode":
+            # what it does to a sequence comes between two of its tokens
             options["overlap"] = False
         if self._loaded.device.type == "cuda":
             from kvsuite.nanovllm.cuda_runner import cuda_runner

@@ -30,7 +30,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
-from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
 from kvsuite.workloads.windows import Window
 
@@ -155,8 +155,10 @@ class NanoSession(LoadedSession):
         self._longest = 0
         self._plan = ServingPlan.of(case)
         if self._plan is not None:
-            refuse_plan(self._plan, policy, self.device.type)
+            refuse_plan(self._plan, policy)
             self._limits = plan_limits(self._plan)
+            if self._plan.stage == "async" and self.device.type == "cpu":
+                self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -250,6 +252,7 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
+        self.inert.pop("stage", None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
@@ -284,7 +287,8 @@ class NanoSession(LoadedSession):
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            runtime = self._holder.get(self._limits, self._method.policy, captures=captures)
+            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
+            runtime = self._holder.get(self._limits, self._method.policy, captures=captures, stage=stage)
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,

@@ -223,6 +223,10 @@ def _cached(run: CaseRun, clock: Clock, again: Sequence[Served]) -> None:
         reason = "no block of a prompt was found again: the pool had to give them away, or a prompt fills none"
         if "prefix_hit_tokens" in again[0].counts:
             run.found.tokens["prefix_hits"] = again[0].counts["prefix_hit_tokens"]
+        # the meter cannot tell the two apart
+        run.found.put(
+            "energy_output_token_j", None, reason="every prompt of a round is served twice, once from the cache"
+        )
     run.found.put("ttft_cached_s", [x for x in times if x is not None] or None, clock=clock.name, reason=reason)
 
 

@@ -269,6 +269,7 @@ def test_what_is_in_effect() -> None:
         "frees_memory": True, "positions": "original", "skip_layers": [2], "attention": "paged: reference",
         "decode_step": "eager", "block_size": 16, "num_blocks": 5, "max_model_len": 73, "max_num_seqs": 1,
         "max_num_batched_tokens": 2048, "prefix_caching": False, "layer_groups": [[0, 1, 3], [2]], "overlap": False,
+        "stage": "sync", "stepwise": True,
     }  # fmt: skip
     assert on.inert == {}
     assert (

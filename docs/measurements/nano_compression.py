@@ -1,0 +1,192 @@
+"""What does the compression stage cost? Device time of compressing one prompt, host time of a step with nothing to compress.
+
+    python docs/measurements/nano_compression.py prompt host                     # on a GPU, under a minute
+    python docs/measurements/nano_compression.py host --device cpu               # the host's part needs no GPU
+    python docs/measurements/nano_compression.py prompt host --device cpu --tiny # the same code on small shapes
+
+Parts:
+
+    prompt    a prompt of 3,968 tokens of dummy:Qwen3-8B, compressed by a factor of 5: device time from events around the
+              stage's work alone (median of some), the host's time for it, and the floor: bytes that have to be read and written
+              (what stays, twice; all keys, where they are scored) over the copy bandwidth. The step's own time beside it: the
+              sums of attention of h2o are computed with the prompt
+    host      64 sequences that decode under a policy: time of the books after a step, nothing to be done and every token
+
+Weights and prompts are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nano_session import Session
+
+from kvsuite.compression import get_policy
+from kvsuite.compression.base import Policy
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.sampling import SamplingParameters
+
+FACTOR = 5
+POLICIES = ("streaming_llm", "knorm", "snapkv", "h2o")
+REPEATS = 7
+
+
+def made(session: Session, model: str, policy: Policy | None, limits: Limits) -> Runtime:
+    options: dict[str, Any] = {}
+    if session.device.type == "cuda":
+        from kvsuite.nanovllm.cuda_runner import cuda_runner
+
+        options["runner"] = cuda_runner(graphs=False, tune=False)
+    return Runtime(session.model(model), limits, policy=policy, overlap=False, eos_token_ids=(), **options)
+
+
+def tokens(count: int, vocab: int, seed: int) -> list[int]:
+    found: list[int] = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return found
+
+
+def request(count: int, runtime: Runtime, seed: int, new: int) -> Request:
+    sampling = SamplingParameters(max_new_tokens=new, temperature=0.0, ignore_eos=True)
+    return Request(tokens(count, runtime.vocab_size, seed), sampling)
+
+
+def floor_bytes(runtime: Runtime, policy: str, length: int) -> int:
+    """Keys and values that stay are read and written; keys of all tokens are read where they are scored."""
+    stays = max(1, length // FACTOR)
+    element = runtime.pools[0].keys.element_size()
+    token = sum(group.token_bytes(element) for group in runtime.groups)
+    return 2 * stays * token + (length * token // 2 if policy in ("knorm", "snapkv") else 0)
+
+
+def prompt(session: Session) -> None:
+    model, length = session.shapes.large, 60 if session.options.tiny else 3968
+    steps: dict[str, float] = {}
+    for name in ("", *POLICIES):
+        policy = get_policy(name, factor=FACTOR) if name else None
+        limits = Limits(
+            max_model_len=length + 16, max_num_seqs=1, max_num_batched_tokens=length, prefix_caching=False,
+            num_blocks=2 * (-(-length // 16) + 1),
+        )  # fmt: skip
+        runtime = made(session, model, policy, limits)
+        device: list[float] = []
+        host: list[float] = []
+        after_step = runtime.compression.after_step
+
+        def timed(
+            one: Request, after_step: Any = after_step, host: list[float] = host, device: list[float] = device
+        ) -> None:
+            session.synchronize()
+            begin, end = marks(session)
+            started = time.perf_counter()
+            begin()
+            after_step(one)
+            elapsed = end()
+            host.append((time.perf_counter() if elapsed is None else elapsed[1]) - started)
+            device.append(host[-1] if elapsed is None else elapsed[0])
+
+        if policy is not None:
+            runtime.compression.after_step = timed  # type: ignore[method-assign]
+        walls = []
+        for seed in range(REPEATS):
+            one = runtime.add(request(length, runtime, seed, 1))
+            started = time.perf_counter()
+            runtime.step()
+            session.synchronize()
+            walls.append(time.perf_counter() - started)
+            runtime.run()
+            del one
+        steps[name] = statistics.median(walls)
+        facts = {"policy": name or "none", "length": length, "step_ms": 1e3 * steps[name]}
+        if policy is not None:
+            moved = floor_bytes(runtime, name, length)
+            facts |= {
+                "kept": policy.size_after(length), "device_ms": 1e3 * statistics.median(device),
+                "host_ms": 1e3 * statistics.median(host), "floor_ms": 1e3 * moved / session.bandwidth,
+                "prompt_more_ms": 1e3 * (steps[name] - steps[""]),
+            }  # fmt: skip
+        runtime.close()
+        del runtime
+        session.say("compress", **facts)
+
+
+def marks(session: Session) -> tuple[Callable[[], None], Callable[[], tuple[float, float] | None]]:
+    """Begin and end of a piece of device work: seconds between them on the device, and when the host had launched it."""
+    if session.device.type != "cuda":
+        return lambda: None, lambda: None
+    event: Any = torch.cuda.Event
+    first, last = event(enable_timing=True), event(enable_timing=True)
+
+    def end() -> tuple[float, float]:
+        last.record()
+        launched = time.perf_counter()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, launched
+
+    return first.record, end
+
+
+def host(session: Session) -> None:
+    """Time of the books after a decode step of 64 sequences, medians of steps."""
+    sequences, length, steps = 64, 96, 24
+    for name, parameters in (
+        ("streaming_llm", {"factor": FACTOR}),
+        ("snapkv", {"factor": FACTOR}),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 48}),
+        ("streaming_llm", {"recent_size": 32}),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 48, "mode": "every_token"}),
+    ):
+        policy = get_policy(name, **parameters)
+        limits = Limits(
+            max_model_len=length + steps + 8, max_num_seqs=sequences, max_num_batched_tokens=sequences * length,
+            prefix_caching=False, num_blocks=sequences * 9,
+        )  # fmt: skip
+        runtime = made(session, "dummy:tiny", policy, limits)
+        stage = runtime.compression
+        due, after_step = stage.due, stage.after_step
+        spent = [0.0]
+
+        def timed_due(requests: Any, due: Any = due, spent: list[float] = spent) -> list[Request]:
+            started = time.perf_counter()
+            found: list[Request] = due(requests)
+            spent[-1] += time.perf_counter() - started
+            return found
+
+        def timed(one: Request, after_step: Any = after_step, spent: list[float] = spent) -> None:
+            started = time.perf_counter()
+            after_step(one)
+            spent[-1] += time.perf_counter() - started
+
+        stage.due, stage.after_step = timed_due, timed  # type: ignore[method-assign]
+        for seed in range(sequences):
+            runtime.add(request(length, runtime, seed, steps))
+        while runtime.unfinished:
+            runtime.step()
+            spent.append(0.0)
+        runtime.close()
+        # the first step computes all prompts
+        session.say(
+            "books", policy=name, parameters=parameters, sequences=sequences, ms=1e3 * statistics.median(spent[2:-2])
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=["prompt", "host"])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out")
+    session = Session(parser.parse_args())
+    for part in session.options.parts:
+        {"prompt": prompt, "host": host}[part](session)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

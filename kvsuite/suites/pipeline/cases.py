@@ -1,0 +1,286 @@
+"""The pipeline suite's space: model x workload x batch, and for each of them every variant with what it varies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsuite.case import Case, id_token, model_tag
+from kvsuite.compression import find_policy, get_policy
+from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
+from kvsuite.entry_points import in_a_line
+from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.devices import resolve_device
+from kvsuite.options.resolve import Options
+from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
+from kvsuite.workloads.serving_workload import (
+    HEAVY,
+    IDENTICAL,
+    LIGHT,
+    LIGHT_OUTPUT,
+    LIGHT_TOKENS,
+    LONG,
+    UNIQUE,
+    ServingWorkload,
+)
+
+from .options import PipelineOptions
+from .variants import BASELINE, VARIANTS, Variant
+
+PIPELINE = "pipeline"
+#: the protocol of its workload
+LOAD = "load"
+SYNTHETIC_IDENTICAL = "synthetic-identical"
+#: batch sizes of the original's models by what is in a model's name, and those of any other
+_BATCH_SIZES = {"qwen3-8b": (16, 64), "qwen3-32b": (8, 16), "llava": (1, 4)}
+_OTHER_BATCH_SIZES = (6,)
+#: batches that the original queues of its two workloads
+_BATCHES = {HEAVY: 4, LIGHT: 1}
+_HUB_NAMES = {"qwen3-8b": "Qwen/Qwen3-8B", "qwen3-32b": "Qwen/Qwen3-32B"}
+_MOST_OUTPUT = 512
+_MOST_RUNNING = 256
+_POOL_REQUESTS = 2
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a compressing variant leaves in the cache: a policy with a factor, and its piece of an id."""
+
+    policy: str
+    parameters: Mapping[str, Any]
+    factor: float
+    id: str
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant with what it varies."""
+
+    variant: Variant
+    reduction: Reduction | None = None
+    chunk: int | None = None
+    partition: Mapping[str, Any] | None = None
+    marks: tuple[str, ...] = field(default=())
+
+    @property
+    def id(self) -> str:
+        """Its piece of a case's name."""
+        return "-".join([self.variant.id, *self.marks])
+
+
+def pipeline_cases(options: Options) -> list[Case]:
+    """Cases of the suite: of each model, workload and batch size the baseline first, then the variants as asked.
+
+    Cases that cannot be (a pool smaller than a request, say) are among them, and end as ``invalid`` with the reason.
+
+    Raises
+    ------
+    UserError
+        Naming the option whose value cannot be.
+    """
+    common, own = options.of(CommonOptions), options.of(PipelineOptions)
+    device = resolve_device(common.device)
+    models = _models(options)
+    arms = _arms(own)
+    return [
+        _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
+        for model in models
+        for chosen in selected_formats(options) or (NONE,)
+        for workload in own.workloads
+        for batch in _batch_sizes(own, model, workload)
+        for arm in arms
+    ]
+
+
+def workload_of(case: Case) -> ServingWorkload:
+    """The workload of a case as its requests are made of."""
+    return ServingWorkload.of(case.workload)
+
+
+def longest_request(case: Case) -> tuple[int, int]:
+    """Prompt and output tokens of the longest request, as far as they are known before its texts are read."""
+    return int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
+
+
+def _models(options: Options) -> tuple[str, ...]:
+    common, own = options.of(CommonOptions), options.of(PipelineOptions)
+    if {"models", "model"} <= options.given:
+        raise UserError("--kv-models and --kv-model: one of them hides the other; give one")
+    if own.models is None or "model" in options.given:
+        return (common.model,)
+    refused = next((model for model in own.models if model == "llava-mlp"), None)
+    if refused is not None:
+        raise UserError(
+            f"--kv-models={refused}: images and the MLP compressor are not part of kvsuite yet; name a text model"
+        )
+    return tuple(_HUB_NAMES.get(model, model) for model in own.models)
+
+
+def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, ...]:
+    is_synthetic = workload not in _BATCHES
+    asked = (own.synthetic_batch_sizes if is_synthetic else None) or own.pipeline_batch_sizes
+    name = model_tag(model).lower()
+    return asked or next((sizes for part, sizes in _BATCH_SIZES.items() if part in name), _OTHER_BATCH_SIZES)
+
+
+def _arms(own: PipelineOptions) -> list[Arm]:
+    reductions = _reductions(own)
+    several = len(reductions) > 1
+    found = [Arm(VARIANTS[BASELINE])]
+    for name in own.variants:
+        variant = VARIANTS[name]
+        if variant.chunked:
+            for chunk in own.chunk_sizes:
+                found.append(Arm(variant, chunk=chunk, marks=(f"c{chunk}",)))
+                found += [Arm(variant, one, chunk, marks=(f"c{chunk}", one.id)) for one in reductions]
+        elif name != BASELINE:
+            found += [Arm(variant, one, marks=(one.id,) if several else ()) for one in reductions]
+    return found
+
+
+def _reductions(own: PipelineOptions) -> list[Reduction]:
+    found = []
+    for method in own.pipeline_method:
+        for policy, parameters, label in _policies(method):
+            for factor in own.factors:
+                built = _built(policy, parameters, factor, method)
+                mark = "-".join([*([label] if len(own.pipeline_method) > 1 or label != policy else []), f"f{factor:g}"])
+                found.append(Reduction(policy, built.to_dict(), factor, mark))
+    return found
+
+
+def _policies(method: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Policy, parameters and piece of an id of each method that a text names."""
+    try:
+        text = MethodText.parse(method)
+        if text.name.startswith("kvpress:"):
+            raise UserError(
+                f"--kv-method={method}: a press works on the dense cache of one prompt, and here requests share blocks; use a "
+                "policy"
+            )
+        policy = find_policy(text.name)
+        if "factor" in text.values:
+            raise UserError(f"--kv-method={method}: how much stays is --kv-factors here; leave the factor out")
+        variants = list(text.variants(parameter_types(policy)))
+    except UserError as error:
+        raise _of_this_suite(error) from error
+    for parameters in variants:
+        yield text.name, parameters, id_token("_".join([text.name, *(f"{k}{v}" for k, v in parameters.items())]))
+
+
+def _built(policy: str, parameters: Mapping[str, Any], factor: float, method: str) -> Any:
+    try:
+        return get_policy(policy, **parameters, factor=factor)
+    except UserError as error:
+        raise _of_this_suite(error) from error
+    except Exception as error:  # policies are others' too
+        made = find_policy(policy)
+        raise UserError(
+            f"--kv-pipeline-method={method}: {made.__module__}:{made.__qualname__} cannot be made with factor={factor:g} "
+            f"({in_a_line(error)}); take a policy that has a factor"
+        ) from error
+
+
+def _of_this_suite(error: UserError) -> UserError:
+    return UserError(str(error).replace("--kv-method", "--kv-pipeline-method"))
+
+
+def _load(own: PipelineOptions, name: str, batch: int) -> tuple[ServingWorkload, int, int, int]:
+    """The workload, its batches, and the prompt and output tokens of its longest request (0: nothing is left of one)."""
+    batches = _BATCHES.get(name, own.synthetic_num_batches)
+    output = own.synthetic_output or max(1, min(_MOST_OUTPUT, own.max_model_len // 4))
+    load = ServingWorkload(
+        name=LONG if name == SYNTHETIC_IDENTICAL else name,
+        requests=batch * batches,
+        max_model_len=own.max_model_len,
+        context=own.synthetic_context,
+        output=output,
+        prompts=IDENTICAL if name == SYNTHETIC_IDENTICAL else UNIQUE,
+        dialogue=own.synthetic_dialogue,
+        token=own.synthetic_token or "",
+        arrivals=own.arrivals,
+        arrival_rate=own.arrival_rate,
+        time_scale=own.trace_time_scale,
+    )
+    if name == HEAVY:
+        output, prompt = _MOST_OUTPUT, own.max_model_len - 1
+        return load, batches, prompt, min(output, own.max_model_len - 1)
+    if name == LIGHT:
+        return load, batches, min(LIGHT_TOKENS[1], own.max_model_len - LIGHT_OUTPUT), LIGHT_OUTPUT
+    return load, batches, max(0, min(own.synthetic_context, own.max_model_len - output)), output
+
+
+def _case(
+    options: Options, device: str, model: str, chosen: str, workload: str, batch: int, arm: Arm, *, several_models: bool
+) -> Case:
+    common, own = options.of(CommonOptions), options.of(PipelineOptions)
+    load, batches, prompt, new_tokens = _load(own, workload, batch)
+    longest = own.max_model_len if workload == HEAVY else max(2, prompt + new_tokens)
+    pieces = [*([id_token(model_tag(model))] if several_models else []), *([] if chosen == NONE else [chosen])]
+    return Case(
+        suite=PIPELINE,
+        engine="nano" if common.engine == "auto" else common.engine,
+        model=model,
+        name="-".join([*pieces, workload, f"bs{batch:02}", arm.id]),
+        device=device,
+        dtype=dtype_of(options, device, chosen),
+        quantization=None if chosen == NONE else chosen,
+        policy=None if arm.reduction is None else arm.reduction.policy,
+        policy_params={} if arm.reduction is None else arm.reduction.parameters,
+        workload=load.to_dict()
+        | {
+            "protocol": LOAD,
+            "workload": workload,
+            "batch": batch,
+            "num_batches": batches,
+            "prompt_tokens": prompt,
+            "max_new_tokens": new_tokens,
+            "concurrency": own.concurrency,
+            "corpus": common.corpus,
+            "num_samples": common.num_samples,
+        },
+        params={
+            "variant": arm.variant.name,
+            "factor": None if arm.reduction is None else arm.reduction.factor,
+            "chunk": arm.chunk,
+            "slo": own.slo,
+            SERVING_PARAM: _plan(own, arm, load, longest).to_dict(),
+        },
+        partition=arm.partition,
+    )
+
+
+def _plan(own: PipelineOptions, arm: Arm, load: ServingWorkload, longest: int) -> ServingPlan:
+    running, chunks = own.max_running, own.chunk_sizes if "chunked" in own.variants else ()
+    least_step = min([own.step_tokens, *chunks])
+    if running is None:
+        # the same for every variant, and a step has room for a token of each
+        running = min(load.requests, _MOST_RUNNING, least_step)
+    elif running > least_step:
+        option = "--kv-step-tokens" if least_step == own.step_tokens else "--kv-chunk-sizes"
+        raise UserError(
+            f"{option}={least_step}: fewer tokens than --kv-max-running={running} requests need in a step; raise the former or "
+            "lower the latter"
+        )
+    blocks = None
+    if own.pool_bytes is None:
+        blocks = own.pool_blocks or _POOL_REQUESTS * -(-longest // BLOCK_TOKENS)
+    variant = arm.variant
+    stage = "none"
+    if arm.reduction is not None:
+        stage = "async" if own.async_compression or variant.lanes == 2 else "sync"
+    return ServingPlan(
+        pool_blocks=blocks,
+        pool_bytes=own.pool_bytes,
+        max_model_len=longest,
+        max_num_seqs=running,
+        step_tokens=arm.chunk or own.step_tokens,
+        prompts_first=arm.chunk is None,
+        prefix_caching=load.prompts == IDENTICAL,
+        stage=stage,
+        lanes=variant.lanes,
+        controller=variant.controller,
+    )

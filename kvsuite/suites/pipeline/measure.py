@@ -1,0 +1,128 @@
+"""One case under load: warm-ups and timed rounds of the same shape, then the quality of what was served."""
+
+from __future__ import annotations
+
+from kvsuite.case import Case, digest
+from kvsuite.engines.capabilities import ServesUnderLoad
+from kvsuite.engines.engine import Session
+from kvsuite.engines.results import Served, ServeRequest
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.served import put_served, request_rows, step_columns
+from kvsuite.measure.single_request import judge_spread, put_weight_format
+from kvsuite.meters.serving_times import Slo, wall_s
+from kvsuite.workloads.serving_requests import ServingRequests
+
+from .cases import workload_of
+from .options import PipelineOptions
+from .quality import put_quality
+from .refusals import require_room
+
+
+def measure_load(case: Case, session: Session, run: CaseRun) -> None:
+    """Measure one case: every warm-up and round serves all requests, each pass with prompts of its own.
+
+    The prompts of a pass follow from the seed and its number alone, so every variant serves the same ones. Quality comes
+    first: what it needs beside the case's own runtime is gone before anything is timed.
+
+    Raises
+    ------
+    CaseInvalid
+        If there are no such requests, or the pool cannot hold one.
+    """
+    own, common, plan = run.options.of(PipelineOptions), run.common, ServingPlan.of(case)
+    assert plan is not None
+    assert isinstance(session, ServesUnderLoad)  # `PipelineSuite.needs`
+    _require_pool(session, plan)
+    loads = [_requests(run, session, common.seed + index) for index in range(common.num_warmup + common.rounds)]
+    _put_dataset(run, loads)
+    run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
+    put_weight_format(session, run)
+    run.phase("quality")
+    put_quality(
+        session, run, requests_of(loads[common.num_warmup]), str(loads[common.num_warmup].facts["prompts_hash"])
+    )
+    run.phase("decode")
+    for index, load in enumerate(loads[: common.num_warmup]):
+        run.progress("warm-up", index + 1, common.num_warmup)
+        _serve(session, load, own)
+    if common.num_warmup == 0:
+        run.found.warnings.append("no warm-up: the first round pays for what is made once; raise --kv-num-warmup")
+    waiting = iter(loads[common.num_warmup :])
+    served: list[Served] = []
+
+    def one_round() -> None:
+        served.append(_serve(session, next(waiting), own))
+        run.progress("timed rounds", len(served), common.rounds)
+
+    run.rounds(one_round, common.rounds)
+    _put_rounds(session, run, served)
+
+
+def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
+    found = run.found
+    put_served(found, served, Slo.parse(str(run.case.params["slo"])))
+    judge_spread(run, ("output_tok_s",))
+    first = served[0]
+    session.effective["served"] = first.counts
+    found.samples["rounds"] = [
+        {
+            "wall_s": wall_s(one.requests),
+            "preemptions": sum(request.preemptions for request in one.requests),
+            "outputs_hash": digest(one.outputs),
+        }
+        for one in served
+    ]
+    # of the first round alone: enough to draw when everything happened
+    found.samples["requests"] = request_rows(first)
+    found.samples["steps"] = step_columns(first)
+    found.samples["decisions"] = first.decisions
+
+
+def requests_of(load: ServingRequests) -> list[ServeRequest]:
+    """What an engine is given of a load."""
+    return [
+        ServeRequest(prompt, new_tokens, arrival_s=arrival)
+        for prompt, new_tokens, arrival in zip(load.prompts, load.new_tokens, load.arrivals_s, strict=True)
+    ]
+
+
+def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions) -> Served:
+    found = session.serve_under_load(requests_of(load), concurrency=own.concurrency)
+    for output, wanted in zip(found.outputs, load.new_tokens, strict=True):
+        if len(output) != wanted:
+            raise CaseInvalid(f"generated {len(output)} tokens instead of {wanted}: no timing is comparable")
+    return found
+
+
+def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
+    own, workload = run.options.of(PipelineOptions), run.case.workload
+    try:
+        return run.texts.serving(
+            session,
+            workload_of(run.case),
+            seed=seed,
+            trace=own.trace_conv,
+            dataset_dir=own.dataset_dir,
+            corpus=str(workload["corpus"]),
+            num_samples=int(workload["num_samples"]),
+        )
+    except UserError as error:
+        # one workload that cannot be made must not end the others
+        raise CaseInvalid(str(error)) from error
+
+
+def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:
+    """Keep what was served: where the prompts of the first round come from, and a hash of all passes'."""
+    facts = loads[run.common.num_warmup].facts
+    run.found.dataset = dict(facts) | {"name": str(run.case.workload["workload"])}
+    run.found.dataset_revision = digest([load.facts["prompts_hash"] for load in loads])
+
+
+def _require_pool(session: Session, plan: ServingPlan) -> None:
+    if plan.pool_bytes is None:
+        return
+    # one block is the runtime's own
+    blocks = plan.pool_bytes // session.full_kv_bytes(BLOCK_TOKENS) - 1
+    require_room(blocks, plan, option=f"--kv-pool-bytes={plan.pool_bytes}")

@@ -1,0 +1,42 @@
+"""What rows of the pipeline suite are to each other: the baseline of a row, and how much faster than it a row served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kvsuite.case import canonical_json
+from kvsuite.reporting.aggregate import Row, value
+
+from .variants import BASELINE
+
+#: logical tokens a second: what the original calls throughput, of which a speed-up is the ratio
+THROUGHPUT = "total_tok_s_logical"
+
+
+def is_baseline(row: Row) -> bool:
+    """Whether the row is one that others are compared with: full caches, prompts first, one stream."""
+    return bool(row["case"]["params"].get("variant") == BASELINE)
+
+
+def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The baseline of the same engine, model, weights, device, workload and pool, finished or not.
+
+    The last one of those, if a resumed run has measured a failed one again.
+    """
+    return next((other for other in reversed(rows) if is_baseline(other) and _setting(other) == _setting(row)), None)
+
+
+def speedup(row: Row, rows: Sequence[Row]) -> float | None:
+    """Logical tokens a second in units of the baseline's; ``None`` where either has none."""
+    baseline = baseline_for(row, rows)
+    own, base = value(row, THROUGHPUT), None if baseline is None else value(baseline, THROUGHPUT)
+    return None if own is None or not base else own / base
+
+
+def _setting(row: Row) -> str:
+    case = row["case"]
+    plan: dict[str, Any] = case["params"].get("serving") or {}
+    pool = {name: plan.get(name) for name in ("pool_blocks", "pool_bytes", "max_num_seqs", "prefix_caching")}
+    axes = [case[axis] for axis in ("engine", "model", "quantization", "dtype", "workload")]
+    return canonical_json([str(case["device"]).partition(":")[0], *axes, pool])

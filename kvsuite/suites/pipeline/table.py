@@ -1,0 +1,88 @@
+"""The console table of the pipeline suite: what is served, how well, and what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvsuite import console
+from kvsuite.reporting.aggregate import Row, by_name, suite_rows
+from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
+
+from .rows import speedup
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def pipeline_table(rows: Sequence[Row]) -> RenderableType:
+    """A line a case: throughput of outputs and beside the baseline, goodput, latencies, what ran together, quality.
+
+    Raises
+    ------
+    UserError
+        If no row is of the pipeline suite.
+    """
+    rows = suite_rows(rows, "pipeline")
+    labelled = by_name(rows)
+    columns = [
+        Column("output_tok_s", 8, title="Output/s", spec=".1f"),
+        Column("", 7, title="vs base", cell=partial(_speedup, rows=rows)),
+        Column("goodput_req_s", 8),
+        Column("slo_share", 6),
+        Column("ttft_p50_s", 9),
+        Column("tpot_p50_s", 9),
+        Column("itl_p99_s", 9),
+        Column("running_mean", 7),
+        Column("preemptions", 7, title="Preempt"),
+        Column("served_kld", 8, spec=".4f"),
+        Column("served_same_top1", 7),
+        *own_columns(rows),
+    ]
+    return console.stacked(
+        _settings(rows),
+        [case_table("Case", labelled, columns)],
+        [*_inert(rows), *footnotes(labelled, columns)],
+    )
+
+
+def pipeline_legend(rows: Sequence[Row]) -> str:
+    """What the columns of `pipeline_table` mean."""
+    return (
+        "Output/s: output tokens of all requests over the wall time. vs base: logical tokens a second in units of the "
+        "baseline of the same workload and pool. Goodput: requests a second that meet the SLO, SLO: their share. TTFT from the "
+        "scheduled arrival, TPOT of a request without its first token, ITL: gaps of all requests. Running: requests that hold "
+        "blocks, mean over time. KL, Top1: of the continuation as served against the full cache."
+    )
+
+
+def _speedup(row: Row, rows: Sequence[Row]) -> str:
+    found = speedup(row, rows)
+    return MISSING if found is None else f"{found:.2f}x"
+
+
+def _settings(rows: Sequence[Row]) -> list[str]:
+    """What is the same for the variants of a workload, once each."""
+    lines = []
+    for row in rows:
+        workload, plan, params = row["case"]["workload"], row["case"]["params"]["serving"], row["case"]["params"]
+        pool = f"{plan['pool_blocks']} blocks" if plan["pool_bytes"] is None else f"{plan['pool_bytes']} bytes"
+        arrivals = str(workload["arrivals"])
+        if workload["arrival_rate"] is not None:
+            arrivals += f" at {workload['arrival_rate']:g} a second"
+        lines.append(
+            f"{workload['workload']}, {workload['requests']} requests of up to {workload['prompt_tokens']} + "
+            f"{workload['max_new_tokens']} tokens, arrivals {arrivals}, pool of {pool}, SLO {params['slo']}"
+        )
+    return list(dict.fromkeys(lines))
+
+
+def _inert(rows: Sequence[Row]) -> list[str]:
+    """Every reason for which an axis changed nothing, with the cases it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            for axis, reason in row["inert"].items():
+                reasons.setdefault(f"{axis} inert: {reason}", []).append(str(row["case"]["name"]))
+    return [f"{reason} ({', '.join(names)})" for reason, names in reasons.items()]

@@ -1,0 +1,141 @@
+"""Compression on CUDA: beside captured, overlapped steps, without waiting, with the tokens of `sync` and of no policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("a side stream needs a CUDA device", allow_module_level=True)
+pytest.importorskip("triton")
+
+from decoders import fresh, greedy, prompts  # noqa: E402
+from kept_positions import turning  # noqa: E402
+from serving import assert_nothing_lost  # noqa: E402
+
+from kvsuite.compression import get_policy  # noqa: E402
+from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
+from kvsuite.nanovllm.limits import Limits  # noqa: E402
+from kvsuite.nanovllm.runtime import Runtime  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda:0")
+POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("streaming_llm", {"start_size": 2}),
+    ("uniform_stride", {}),
+    ("l2_compress", {}),
+    ("fix_size_l2", {"strategy": "random", "keep_ratio": 0.25}),
+    ("snapkv", {"window": 4}),
+    ("h2o", {}),
+    ("tova", {}),
+    ("knorm", {}),
+    ("expected_attention", {"future": 16, "sinks": 2}),
+)
+EVERY = pytest.mark.parametrize(("name", "own"), POLICIES, ids=[name for name, _ in POLICIES])
+LENGTHS = (38, 12, 40, 37, 11, 52, 29, 47)
+NEW = 16
+
+
+def _on_cuda(kind: str = "llama"):
+    of = fresh(kind)
+    return replace(of, model=of.model.to(DEVICE), device=DEVICE, dtype=of.model.dtype)
+
+
+def _served(
+    name: str,
+    own: dict[str, Any],
+    *,
+    stage: str,
+    slow: bool = False,
+    watched: bool = False,
+    shared: bool = False,
+    **limits: Any,
+):
+    """Output of requests that want each other's blocks, and the runtime's facts."""
+    of = _on_cuda()
+    policy = get_policy(name, **own) if name else None
+    rotation = None if policy is None else turning(of, policy)
+    small: dict[str, Any] = {
+        "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 56, "num_blocks": 40, "block_size": 4,
+        "prefix_caching": False, "prefill_first": True,
+    }  # fmt: skip
+    runner = cuda_runner(rotation=rotation, sizes=[2, 5, 8])
+    runtime = Runtime(of, Limits(**small | limits), policy=policy, rotation=rotation, stage=stage, runner=runner)
+    assert runtime.overlap
+    facts = runtime.runner.facts
+    assert facts["decode_step"] == "cuda_graph", facts
+    stage_of = runtime.compression
+    if slow:
+        submit = stage_of._aside.submit
+
+        def later(work: Any, fence: Any) -> None:
+            def slowly() -> None:
+                torch.cuda._sleep(20_000_000)
+                work()
+
+            submit(slowly, fence)
+
+        stage_of._aside.submit = later
+    if watched:
+        # kernels and libraries are loaded by the first requests
+        runtime.run([greedy(prompt, 3) for prompt in prompts((21, 33))])
+        after_step = stage_of.after_step
+
+        def watching(request: Any) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                after_step(request)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        stage_of.after_step = watching
+    given = prompts(LENGTHS)
+    if shared:
+        given = [given[5][:20] + prompt for prompt in given[:5]]
+    requests = runtime.run([greedy(prompt, NEW) for prompt in given])
+    counters = runtime.counters
+    runtime.close()
+    torch.cuda.synchronize()
+    assert_nothing_lost(runtime)
+    assert [request.reason for request in requests] == ["length"] * len(requests)
+    return [request.output for request in requests], counters
+
+
+@EVERY
+def test_aside_gives_the_tokens_of_between_the_steps(name, own):
+    wanted, counters = _served(name, {"factor": 3, **own}, stage="sync")
+    assert counters.evicted_tokens > 0
+    assert _served(name, {"factor": 3, **own}, stage="async")[0] == wanted
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "knorm", "snapkv"])
+def test_a_slow_stage_gives_the_same_tokens(name):
+    """20 million cycles before every move: whoever does not wait reads blocks that are not written yet."""
+    wanted, _ = _served(name, {"factor": 3}, stage="sync", num_blocks=20)
+    assert _served(name, {"factor": 3}, stage="async", num_blocks=20, slow=True)[0] == wanted
+
+
+@pytest.mark.parametrize("stage", ["sync", "async"])
+def test_a_factor_of_one_gives_the_tokens_of_no_compression(stage):
+    dense, _ = _served("", {}, stage="sync")
+    for name in ("streaming_llm", "h2o"):
+        assert _served(name, {"factor": 1}, stage=stage)[0] == dense
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "uniform_stride", "knorm"])
+def test_the_prefix_cache_changes_nothing(name):
+    wanted, off = _served(name, {"factor": 3}, stage="async", prefix_caching=False, shared=True)
+    for slow in (False, True):
+        found, on = _served(name, {"factor": 3}, stage="async", prefix_caching=True, slow=slow, shared=True)
+        assert on.prefix_hit_tokens > 0
+        assert found == wanted
+    assert off.prefix_hit_tokens == 0
+
+
+@pytest.mark.parametrize("stage", ["sync", "async"])
+@EVERY
+def test_the_stage_does_not_wait_for_the_device(name, own, stage):
+    _served(name, {"factor": 3, **own}, stage=stage, watched=True, num_blocks=160)

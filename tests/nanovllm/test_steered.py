@@ -1,0 +1,179 @@
+"""A controller at a runtime: what its decisions do there, what its meters are fed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from decoders import fresh, prompts
+from serving import assert_nothing_lost
+
+from kvsuite.compression import get_policy
+from kvsuite.errors import CaseInvalid
+from kvsuite.nanovllm.controller import ControllerSettings
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.sampling import SamplingParameters
+from kvsuite.nanovllm.spans import Spans
+from kvsuite.nanovllm.steering import Controller
+
+LENGTHS = (48, 40, 56, 33, 64, 50, 37, 61)
+NEW = 12
+
+
+def settings(**how) -> ControllerSettings:
+    known = {
+        "method": "streaming_llm", "factor": 2, "layers": 3, "kv_heads": 2, "head_dim": 16, "weight_bytes": 1,
+        "token_bytes": 768, "bandwidth": 1e9, "greenctx": False, "min_seq_len": 32, "min_output_len": 8,
+    }  # fmt: skip
+    return ControllerSettings(**known | how)
+
+
+def ticking(**how) -> Controller:
+    """A controller whose clock goes on by a tenth of a second with every look."""
+    ticks = count()
+    replay = how.pop("replay", None)
+    return Controller(settings(**how), replay=replay, now=lambda: next(ticks) * 0.1)
+
+
+def served(controller: Controller | None, *, lengths=LENGTHS, compresses=True, new=NEW, **limits):
+    """Outputs, tokens evicted, and what every step fed to whom."""
+    of = fresh("llama")
+    policy = get_policy("streaming_llm", factor=2) if compresses else None
+    small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 64, "block_size": 8}
+    stage = "async" if compresses else "sync"
+    runtime = Runtime(of, Limits(**small | limits), policy=policy, stage=stage, controller=controller, eos_token_ids=())
+    steps = []
+    commit = runtime._launcher.commit
+    requests = [Request(prompt, SamplingParameters(max_new_tokens=new)) for prompt in prompts(lengths)]
+
+    def noted(plan):
+        steps.append([(requests.index(one), fed) for one, fed in zip(plan.requests, plan.counts, strict=True)])
+        commit(plan)
+
+    runtime._launcher.commit = noted
+    try:
+        runtime.run(requests)
+        assert {request.reason for request in requests} == {"length"}
+        return [list(request.output) for request in requests], runtime.counters.evicted_tokens, steps
+    finally:
+        runtime.close()
+        assert_nothing_lost(runtime)
+
+
+def decisions(controller: Controller) -> list[dict]:
+    return [entry for entry in controller.log if "decision" in entry]
+
+
+def test_a_controller_that_always_compresses_changes_no_token():
+    controller = ticking(force=True)
+    assert served(controller) == served(None)
+    assert {entry["applied"]["pipeline"] for entry in decisions(controller)} == {"prefill"}
+
+
+@pytest.mark.parametrize("short", [{"min_seq_len": 65}, {"min_output_len": 13}])
+def test_pipeline_none_leaves_the_prompts_alone(short):
+    controller = ticking(**short)
+    found, evicted, _ = served(controller)
+    assert evicted == 0
+    assert found == served(None, compresses=False)[0]
+    assert {entry["applied"]["pipeline"] for entry in decisions(controller)} == {"none"}
+
+
+def test_prompts_of_one_decision_are_compressed_and_those_of_another_are_not():
+    # one prompt a step, and the rules are asked at the first, the fourth and the eighth
+    lengths = (60, 61, 62, 20, 21, 22, 23, 63)
+    controller = ticking(force=False, min_speedup=0.0)
+    _, evicted, steps = served(controller, lengths=lengths, max_num_seqs=1, max_num_batched_tokens=128)
+    assert [entry["decision"]["pipeline"] for entry in decisions(controller)] == ["prefill", "none", "prefill"]
+    assert [fed for step in steps for _, fed in step if fed > 1] == list(lengths)
+    assert evicted == sum(length - length // 2 for length in (60, 61, 62, 63))
+
+
+def test_what_was_decided_for_a_prompt_holds_when_it_is_computed_again():
+    controller = ticking(min_speedup=1e9)
+    made = {"policy": get_policy("streaming_llm", factor=2), "stage": "async", "controller": controller}
+    runtime = Runtime(fresh("llama"), Limits(max_model_len=64, num_blocks=16), **made)
+    try:
+        early, late = (Request(prompt) for prompt in prompts((40, 40)))
+        decision, _ = controller.prompts(batch=1, seq_len=40, expected_output=16, pending=0)
+        assert (decision.pipeline, runtime.compression.spares(early)) == ("none", True)
+        controller.decision = replace(decision, pipeline="prefill")
+        assert (runtime.compression.spares(early), runtime.compression.spares(late)) == (True, False)
+    finally:
+        runtime.close()
+
+
+def test_meters_are_fed_and_every_decision_says_what_came_of_it():
+    controller = ticking(force=True)
+    served(controller, max_num_seqs=1, max_num_batched_tokens=128, lengths=LENGTHS * 2)
+    assert [entry["counter"] for entry in decisions(controller)] == [1, 4, 8, 12, 16]
+    first, *later = decisions(controller)
+    assert (first["inputs"]["prefill_s"], first["inputs"]["compress_s"], first["inputs"]["pending"]) == (None, None, 0)
+    # one request at a time: 12 decode steps on up to 76 tokens after each prompt, and one prompt's compression
+    assert later[-1]["inputs"]["compress_samples"] == 15
+    assert later[-1]["inputs"]["compress_s"] == pytest.approx(0.1)
+    assert later[-1]["inputs"]["decode_s"] == pytest.approx(0.1)
+    assert 16 <= later[-1]["inputs"]["decode_tokens"] <= 44
+    for entry in decisions(controller):
+        assert entry["applied"]["async_compress"] == entry["decision"]["async_compress"]
+        assert entry["applied"]["compression_streams"] == 1
+    assert json.loads(json.dumps(controller.log)) == controller.log
+    assert "one stream" in controller.inert["compression_streams"]
+
+
+def test_triad_runs_the_schedule_of_auto_tune_and_marks_its_axis_inert():
+    auto, triad = ticking(force=True), ticking(force=True, dual=True)
+    assert served(auto, num_blocks=24) == served(triad, num_blocks=24)
+    assert [entry["decision"] for entry in decisions(auto)] == [entry["decision"] for entry in decisions(triad)]
+    assert "auto_dual" in triad.inert
+    assert "auto_dual" not in auto.inert
+
+
+def test_a_replayed_run_does_what_the_recorded_one_did_whatever_its_clock_says():
+    recorded = ticking(min_speedup=0.0)
+    expected = served(recorded)
+    log = json.loads(json.dumps(recorded.log))
+    slow = count()
+    again = Controller(settings(min_speedup=0.0), replay=log, now=lambda: next(slow) ** 2 * 3.0)
+    assert served(again) == expected
+    assert [entry["decision"] for entry in decisions(again)] == [entry["decision"] for entry in decisions(recorded)]
+    assert [entry["applied"] for entry in decisions(again)] == [entry["applied"] for entry in decisions(recorded)]
+
+
+def test_a_log_of_other_requests_ends_the_run():
+    recorded = ticking(force=True)
+    served(recorded)
+    with pytest.raises(CaseInvalid, match="seq_len is 49, and 48 in the log"):
+        served(ticking(force=True, replay=recorded.log), lengths=(49, *LENGTHS[1:]))
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"policy": None}, "there is no policy"),
+        ({"stage": "sync"}, "stage=sync never does"),
+        ({"controller": Controller(settings(greenctx=True))}, "the runtime binds them once"),
+        ({"controller": Controller(settings(method="mlp"))}, "needs the decode pipeline"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_run(how, told):
+    made = {"policy": get_policy("streaming_llm", factor=2), "stage": "async", "controller": Controller(settings())}
+    with pytest.raises(CaseInvalid, match=told):
+        Runtime(fresh("llama"), Limits(max_model_len=64, num_blocks=16), **made | how)
+
+
+def test_spans_are_told_once_in_order():
+    readings = iter([1.0, 3.0, 4.0, 9.0])
+    spans, found = Spans(torch.device("cpu"), lambda: next(readings)), []
+    first, second, third, fourth = (spans.mark() for _ in range(4))
+    spans.add(first, second, found.append)
+    spans.add(third, fourth, found.append)
+    assert (found, spans.under_way) == ([], 2)
+    spans.collect()
+    spans.collect()
+    assert (found, spans.under_way) == ([2.0, 5.0], 0)

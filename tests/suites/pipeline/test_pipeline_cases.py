@@ -1,0 +1,196 @@
+"""The space of the pipeline suite: ids, baselines, one pool for all variants, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kvsuite.case import Case
+from kvsuite.engines.serving_plan import ServingPlan
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.pipeline.cases import pipeline_cases, workload_of
+from kvsuite.suites.pipeline.options import PipelineOptions
+from kvsuite.suites.pipeline.refusals import refuse_load
+from kvsuite.suites.pipeline.work import load_work
+
+QWEN = {"model": "dummy:Qwen3-8B", "device": "cpu"}
+VARIANTS = "compression-only,greenctx-only,auto-tune+greenctx,triad,streams-only,chunked"
+
+
+def cases(**typed: str) -> list[Case]:
+    return pipeline_cases(default_options(**({"device": "cpu"} | typed)))
+
+
+def ids(**typed: str) -> list[str]:
+    return [case.id for case in cases(**typed)]
+
+
+def plan(case: Case) -> ServingPlan:
+    found = ServingPlan.of(case)
+    assert found is not None
+    return found
+
+
+def refusal(case: Case, **typed: str) -> str:
+    with pytest.raises(CaseInvalid) as refused:
+        refuse_load(case, default_options(**typed).of(PipelineOptions))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_default_is_something_for_a_laptop() -> None:
+    found = cases()
+    assert [case.id for case in found] == [
+        "nano-synthetic-long-bs06-baseline",
+        "nano-synthetic-long-bs06-compression-only",
+        "nano-synthetic-long-bs06-chunked-c64",
+        "nano-synthetic-long-bs06-chunked-c64-f5",
+    ]
+    for case in found:
+        assert case.model == "smollm2"
+        assert case.workload["requests"] == 6
+        # room for two of the longest requests
+        assert plan(case).pool_blocks == 2 * -(-(128 + 32) // 16)
+
+
+def test_ids_name_every_axis_and_have_no_plus() -> None:
+    found = ids(**QWEN, variants=VARIANTS, chunk_sizes="256,512", factors="2,5", workloads="synthetic-long")
+    assert "nano-synthetic-long-bs16-chunked-c256" in found
+    assert "nano-synthetic-long-bs64-chunked-c512-f2" in found
+    assert any(re.fullmatch(r"nano-synthetic-long-bs16-auto-tune_greenctx-.*f5.*", name) for name in found)
+    assert len(set(found)) == len(found)
+    assert not [name for name in found if set(name) & set("+[](), ")]
+
+
+def test_several_methods_stand_in_the_id_and_one_does_not() -> None:
+    assert ids(variants="compression-only")[1] == "nano-synthetic-long-bs06-compression-only"
+    found = ids(variants="compression-only", pipeline_method="streaming_llm,snapkv(window=8)")
+    assert found[1:] == [
+        "nano-synthetic-long-bs06-compression-only-streaming_llm-f5",
+        "nano-synthetic-long-bs06-compression-only-snapkv_window8-f5",
+    ]
+
+
+@pytest.mark.parametrize("variants", ["compression-only", "baseline", "chunked", "baseline,compression-only"])
+def test_the_baseline_of_each_model_workload_and_batch_is_there_once(variants: str) -> None:
+    found = cases(
+        models="smollm2,dummy:tiny", variants=variants, workloads="synthetic-long,synthetic-identical",
+        synthetic_batch_sizes="2,4",
+    )  # fmt: skip
+    baselines = [case for case in found if case.params["variant"] == "baseline"]
+    assert len(baselines) == 2 * 2 * 2
+    assert len({(case.model, case.workload["workload"], case.workload["batch"]) for case in baselines}) == 8
+    for case in baselines:
+        assert case.policy is None
+        assert plan(case).stage == "none"
+
+
+@pytest.mark.parametrize("typed", [{}, {"pool_blocks": "64"}, {"pool_bytes": "10000000"}, {"max_running": "40"}])
+def test_every_variant_has_the_same_pool_and_may_run_as_many(typed: dict[str, str]) -> None:
+    """Flaw 8: not a share of what happens to be free once something is loaded."""
+    found = cases(**QWEN, variants=VARIANTS, synthetic_batch_sizes="64", **typed)
+    pools = {(plan(case).pool_blocks, plan(case).pool_bytes, plan(case).max_num_seqs) for case in found}
+    assert len(pools) == 1
+
+
+def test_what_the_variants_ask_for() -> None:
+    found = {case.params["variant"]: case for case in cases(variants=VARIANTS) if case.params["chunk"] is None}
+    asked = {name: (plan(case).stage, plan(case).lanes, plan(case).controller) for name, case in found.items()}
+    assert asked == {
+        "baseline": ("none", 1, None),
+        "compression-only": ("async", 1, None),
+        "streams-only": ("async", 2, None),
+        "greenctx-only": ("async", 2, None),
+        "auto-tune+greenctx": ("async", 2, "auto"),
+        "triad": ("async", 2, "dual"),
+    }
+    assert all(case.policy == "streaming_llm" for name, case in found.items() if name != "baseline")
+    dense, compressed = (case for case in cases(variants="chunked") if case.params["chunk"])
+    assert (dense.policy, compressed.policy) == (None, "streaming_llm")
+    for case in (dense, compressed):
+        assert not plan(case).prompts_first
+        assert plan(case).step_tokens == case.params["chunk"] == 64
+    assert plan(cases(variants="compression-only", async_compression="off")[1]).stage == "sync"
+
+
+def test_identical_prompts_are_a_workload_of_their_own_and_alone_are_found_again() -> None:
+    """Flaw 1: cached tokens are not throughput unless somebody asks for that."""
+    unique, identical = cases(variants="baseline", workloads="synthetic-long,synthetic-identical")
+    assert (workload_of(unique).prompts, plan(unique).prefix_caching) == ("unique", False)
+    assert (workload_of(identical).prompts, plan(identical).prefix_caching) == ("identical", True)
+
+
+def test_sizes_of_the_original() -> None:
+    """Golden facts: clipped contexts, outputs of 0, and how many prompts a case takes."""
+    for context, output, clipped in ((4096, 128, 3968), (3072, 512, 3072), (4096, 512, 3584)):
+        case = cases(synthetic_context=str(context), synthetic_output=str(output))[0]
+        assert case.workload["prompt_tokens"] == clipped
+    assert cases(synthetic_output="0")[0].workload["max_new_tokens"] == 512
+    heavy = cases(**QWEN, workloads="heavy-trace", variants="baseline", trace_conv="t.csv")
+    assert [case.workload["requests"] for case in heavy] == [64, 256]
+    synthetic = cases(**QWEN, synthetic_batch_sizes="32,64", variants="baseline")
+    assert [case.workload["requests"] for case in synthetic] == [32, 64]
+
+
+def test_models_by_the_originals_keys_and_their_batch_sizes() -> None:
+    found = cases(models="qwen3-8b,qwen3-32b", variants="baseline")
+    assert [(case.model, case.workload["batch"]) for case in found] == [
+        ("Qwen/Qwen3-8B", 16), ("Qwen/Qwen3-8B", 64), ("Qwen/Qwen3-32B", 8), ("Qwen/Qwen3-32B", 16),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--kv-models=llava-mlp: images"):
+        cases(models="llava-mlp")
+    with pytest.raises(UserError, match="--kv-models and --kv-model"):
+        cases(models="smollm2", model="smollm2")
+    # the preset names the original's models, and a user who names one means it
+    assert {case.model for case in cases(preset="original", model="dummy:tiny")} == {"dummy:tiny"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ({"pipeline_method": "kvpress:SnapKV"}, "--kv-pipeline-method=kvpress:SnapKV: a press works on the dense cache"),
+        ({"pipeline_method": "nosuch"}, "--kv-pipeline-method=nosuch: unknown policy"),
+        ({"pipeline_method": "snapkv(factor=3)"}, "--kv-factors here"),
+        ({"pipeline_method": "snapkv(width=3)"}, "has no parameter width"),
+        ({"max_running": "100", "synthetic_batch_sizes": "200"}, "--kv-chunk-sizes=64: fewer tokens than --kv-max-running=100"),
+        ({"max_running": "100", "step_tokens": "50", "variants": "baseline"}, "--kv-step-tokens=50: fewer tokens than"),
+    ],
+)  # fmt: skip
+def test_what_no_case_can_be_made_of_is_a_line(typed: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        cases(**typed)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_case_lacks_makes_it_invalid_and_not_the_run() -> None:
+    trace = {"workloads": "heavy-trace"}
+    assert refusal(cases(**trace)[0], **trace).startswith(
+        "--kv-workloads=heavy-trace: is made of a trace and none is given"
+    )
+    assert "--kv-arrivals=trace" in refusal(cases(arrivals="trace")[0], arrivals="trace")
+    nothing = {"synthetic_output": "500", "max_model_len": "400"}
+    assert "leave no room for a prompt" in refusal(cases(**nothing)[0], **nothing)
+    small = {"pool_blocks": "9"}
+    assert refusal(cases(**small)[0], **small).startswith(
+        "--kv-pool-blocks=9: 9 blocks of 16 tokens are fewer than the 10"
+    )
+    kept = {"factors": "200"}
+    assert "--kv-factors=200: keeps nothing of a prompt of 128 tokens" in refusal(cases(**kept)[1], **kept)
+    slow = {"arrival_rate": "0.001"}
+    assert "never drains" in refusal(cases(**slow)[0], **slow)
+    # what has all that is not refused
+    for typed in ({}, {"arrival_rate": "2"}, {"pool_blocks": "10"}, {"factors": "128"}):
+        for case in cases(**typed):
+            refuse_load(case, default_options(**typed).of(PipelineOptions))
+
+
+def test_a_plan_counts_fewer_steps_where_more_requests_decode_at_a_time() -> None:
+    common = default_options().of(CommonOptions)
+    baseline, compressed = cases(variants="compression-only")
+    dense, less = (load_work(case, common, quality=False) for case in (baseline, compressed))
+    assert dense.bulk == less.bulk == 7 * 6 * 128
+    assert (dense.steps, less.steps) == (7 * 3 * 32, 7 * 2 * 32)
