@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvsuite.measure.served import request_rows, step_columns
-
 from kvsuite import __version__
 from kvsuite.case import Case
 from kvsuite.engines.results import RequestServed, Served, StepServed
 from kvsuite.engines.serving_plan import ServingPlan
+from kvsuite.measure.served import request_rows, step_columns
 from kvsuite.metrics.registry import percentile
 from kvsuite.record import RUN_SCHEMA, Record
 

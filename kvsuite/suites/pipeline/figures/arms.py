@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvsuite.meters.serving_times import Slo
-
-from kvsuite.case import canonical_json
 from kvsuite.foreign_text import visible
+from kvsuite.meters.serving_times import Slo
 from kvsuite.reporting.aggregate import Row, entry, failure, missing_reason, value
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED
+from kvsuite.suites.pipeline.rows import setting_of
 
 #: colours of variants, in the order of a legend
 COLOURS = {
@@ -98,16 +97,8 @@ def groups_of(rows: Sequence[Row]) -> list[Group]:
     """Rows of the pipeline suite by model, workload and pool, in their order; a case without numbers is told, not drawn."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(_setting(row), []).append(row)
+        found.setdefault(setting_of(row), []).append(row)
     return [_group(members) for members in found.values()]
-
-
-def _setting(row: Row) -> str:
-    case = row["case"]
-    plan = case["params"].get("serving") or {}
-    pool = [plan.get(name) for name in ("pool_blocks", "pool_bytes", "max_num_seqs", "prefix_caching")]
-    axes = [case[axis] for axis in ("engine", "model", "quantization", "dtype", "device", "workload")]
-    return canonical_json([*axes, pool])
 
 
 def _group(rows: Sequence[Row]) -> Group:
