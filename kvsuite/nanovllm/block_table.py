@@ -62,6 +62,11 @@ class BlockTables:
         held: list[int] = self.table[row, : self.blocks[row]].tolist()
         return held
 
+    def rows(self, rows: Ints) -> NDArray[np.int32]:
+        """The tables of some sequences, as they are now: int32 ``[S, blocks of the longest]``."""
+        found: NDArray[np.int32] = self.table[:, : int(self.blocks[rows].max())][rows]
+        return found
+
     def missing(self, row: int, tokens: int) -> int:
         """Blocks that `reserve` would take for ``tokens`` more tokens."""
         size = self.pool.block_size
@@ -240,6 +245,11 @@ class BlockTables:
         self.lengths[row] -= gone * size
         self.dropped[row] += gone * size
         return gone
+
+    def visible_blocks(self, tokens: int) -> int:
+        """Blocks that a sequence behind a window holds at most while ``tokens`` tokens are added to it at a time."""
+        assert self.window is not None
+        return self._head - (-(self.window - 1 + tokens + self.pool.block_size - 1) // self.pool.block_size)
 
     def release(self, row: int) -> None:
         """Give all blocks back and forget the sequence."""

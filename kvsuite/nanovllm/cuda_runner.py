@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .reference_attention import KeyRotation, ReferenceAttention
 from .runner import ModelRunner
 from .sampling import SamplingParameters, sample
 from .sequence_rotary import switch_length
+from .turns import Turns
 
 # widths that FlashInfer's kernels exist for
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
@@ -214,6 +215,14 @@ class CudaRunner(ModelRunner):
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
         return super().logits(rows) if self.decoder is None else self.decoder.head(rows)
+
+    def beside(self, turns: Turns) -> Self:
+        """Another runner for steps on another stream, the current one; it shares the fused layers and captures nothing."""
+        other = super().beside(turns)
+        assert isinstance(other.backend, FlashInferAttention | CapturableReference)
+        other.attention, other.graphs, other.captured_bytes = other.backend, None, 0
+        other._why_not_captured = "steps of prompts are not captured"
+        return other
 
     def close(self) -> None:
         """Give the model its own attention back, and the memory of the graphs."""

@@ -160,7 +160,7 @@ class _Step:
 
     def _capture(self, memory: Any) -> None:
         # what is compiled or allocated at first use must not be captured
-        side = _side_stream(torch.cuda.current_device())
+        side = _capture_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._once()
@@ -188,6 +188,12 @@ class _Step:
             return
         with torch.inference_mode():
             self.logits = self._once()
+
+
+def _capture_stream(device: int) -> Any:
+    """The current stream where that is a lane's: a graph keeps the SMs of the stream that it was captured on."""
+    current = torch.cuda.current_stream(device)
+    return _side_stream(device) if current == torch.cuda.default_stream(device) else current
 
 
 @functools.cache

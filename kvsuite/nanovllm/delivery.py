@@ -41,6 +41,11 @@ class Delivery:
         #: seconds that the host waited for tokens
         self.waited_s = 0.0
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `land` would not wait."""
+        return self.flight is None or self.flight.arrived
+
     def take_off(self, flight: TokensInFlight) -> None:
         """Let the tokens of a launched step be under way; who gets its last one needs no blocks any more."""
         last = flight.depart()

@@ -145,14 +145,15 @@ class Eviction:
         )
 
     def append(self, row: int, position: int) -> None:
-        """Note the token at ``position``, which is the last in the table."""
+        """Note the tokens up to ``position``, which is the last in the table: several where known output was fed at once."""
         stored = self._books.get(row)
         if stored is None:
             return
-        new = torch.full((*stored.positions.shape[:-1], 1), position, device=stored.positions.device)
-        stored.positions = torch.cat([stored.positions, new], dim=-1)
+        count = int(self._tables.lengths[row]) - stored.positions.shape[-1]
+        new = torch.arange(position - count + 1, position + 1, device=stored.positions.device)
+        stored.positions = torch.cat([stored.positions, new.expand(*stored.positions.shape[:-1], count)], dim=-1)
         if stored.scores is not None:
-            score = self._scores(self._slots(row)[-1:])
+            score = self._scores(self._slots(row)[-count:])
             assert score is not None
             stored.scores = torch.cat([stored.scores, score], dim=-1)
 

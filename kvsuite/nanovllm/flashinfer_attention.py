@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvsuite.errors import CaseSkipped
 
+from . import cuda_driver
 from .batch import StepBatch
 from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
 from .kv_pool import KVPool
@@ -76,9 +77,12 @@ class FlashInferAttention(FlashInferLayers):
         device = self.pools[0].keys.device
         # FlashInfer wants it zeroed at first use
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.processors = _processors(device)
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
+        self._given: dict[str, Any] = {
+            "query_heads": query_heads, "rotation": rotation, "prompt_backend": prompt_backend
+        }  # fmt: skip
         self._exact = ReferenceAttention(pools, rotation)
         self._by_reference = [pool.group.places for pool in self.pools]
         wrapper = self.flashinfer.BatchPrefillWithPagedKVCacheWrapper
@@ -90,6 +94,10 @@ class FlashInferAttention(FlashInferLayers):
         ]
         # single tokens stand in front; what follows them goes through FlashInfer
         self._singles = 0
+
+    def beside(self) -> FlashInferAttention:
+        """The same for steps of another lane, whose stream is the current one, with a workspace of its own."""
+        return FlashInferAttention(self.pools, **self._given)
 
     @property
     def capturable(self) -> bool:
@@ -169,6 +177,20 @@ class FlashInferAttention(FlashInferLayers):
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
         return CapturedAttention(self, batch, few_programs)
+
+
+def _processors(device: torch.device) -> int:
+    """SMs that the current stream may use: all of the device, or those of its green context."""
+    every = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    stream = torch.cuda.current_stream(device)
+    if stream == torch.cuda.default_stream(device):
+        return every
+    try:
+        own = cuda_driver.sms_of(stream.cuda_stream)
+    except cuda_driver.DriverError:
+        # a driver that knows no green contexts has none
+        return every
+    return every if own is None else own
 
 
 def _starts(counts: Any) -> Any:

@@ -74,6 +74,11 @@ class TokensInFlight:
         else:
             ids.copy_(torch.where(ids < 0, self._tokens[(-1 - ids).clamp_min(0)], ids))
 
+    @property
+    def arrived(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self._event is None or bool(self._event.query())
+
     def wait(self) -> list[int]:
         """The tokens, as soon as the device has them."""
         if self._event is not None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from kvsuite.errors import UserError
 
+ADMISSIONS = ("reserve", "optimistic")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -35,6 +37,10 @@ class Limits:
         First tokens of a sequence, which stay visible beside the window.
     prefill_first
         Whether steps that feed prompts feed nothing else: fewer, fuller decode steps, but decoding pauses meanwhile.
+    admission
+        When a waiting request may run beside others (`kvsuite.nanovllm.reservation`). ``reserve``: as soon as all of them
+        could grow to their longest, so that none is preempted and nothing is computed twice. ``optimistic``: as soon as the
+        tokens known now fit, which runs more at once where outputs end early, and computes again what it preempts.
 
     Raises
     ------
@@ -53,6 +59,7 @@ class Limits:
     sliding_window: int | None = None
     attention_sinks: int = 0
     prefill_first: bool = False
+    admission: str = "reserve"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -74,6 +81,8 @@ class Limits:
         if self.sliding_window is not None:
             _whole("sliding_window", self.sliding_window, 1, "leave it out for full attention")
         _whole("attention_sinks", self.attention_sinks, 0)
+        if self.admission not in ADMISSIONS:
+            raise UserError(f"admission={self.admission}: unknown; use {' or '.join(ADMISSIONS)}")
         if self.attention_sinks and self.sliding_window is None:
             raise UserError(
                 f"attention_sinks={self.attention_sinks}: without a window every token stays visible; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -26,11 +27,14 @@ class AttentionBackend(Protocol):
         """Attention of the step's queries ``[T, heads, head_dim]`` over what their sequences hold, shaped like them."""
 
 
-class _Current:
-    """What belongs to the forward pass under way; functions inside the model have no other way to learn it."""
+class _Current(threading.local):
+    """What belongs to a thread's forward pass under way; functions inside the model have no other way to learn it."""
 
     backend: AttentionBackend | None = None
     spans: Tensor | None = None
+
+
+_current = _Current()
 
 
 def register_paged_attention() -> str:
@@ -47,17 +51,17 @@ def register_paged_attention() -> str:
 @contextmanager
 def attending(backend: AttentionBackend, spans: Tensor | None = None) -> Iterator[None]:
     """Let forward passes inside the block attend through ``backend``; their tokens have these spans (`StepBatch.spans`)."""
-    before = _Current.backend, _Current.spans
-    _Current.backend, _Current.spans = backend, spans
+    before = _current.backend, _current.spans
+    _current.backend, _current.spans = backend, spans
     try:
         yield
     finally:
-        _Current.backend, _Current.spans = before
+        _current.backend, _current.spans = before
 
 
 def spans_under_way() -> Tensor | None:
     """Spans of the tokens of the forward pass under way, int64 ``[T]``; ``None`` where nothing depends on them."""
-    return _Current.spans
+    return _current.spans
 
 
 def paged_attention(
@@ -74,7 +78,7 @@ def paged_attention(
 
     ``dropout`` is 0 in evaluation; it has its place because kvpress' wrapper gives it by position.
     """
-    backend = _Current.backend
+    backend = _current.backend
     if backend is None:
         raise RuntimeError(f"attention {PAGED} works inside a kvsuite.nanovllm step only; set another implementation")
     layer: int = module.layer_idx  # type: ignore[assignment]

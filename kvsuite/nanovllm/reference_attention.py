@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +48,10 @@ class ReferenceAttention:
         }
         self._batch: StepBatch
         self._masks: dict[int, list[Tensor | None]] = {}
+
+    def beside(self) -> Self:
+        """The same for steps of another lane: what belongs to a step is replaced by `begin`."""
+        return copy.copy(self)
 
     def begin(self, batch: StepBatch) -> None:
         self._batch = batch

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from torch import Tensor
 
 from .sampling import SamplingParameters
 
 OnToken = Callable[["Request", int, float], None]
+#: when a policy acts (`kvsuite.compression.base.Policy.acts`); ``None`` where there is none
+Acts = Literal["prompt", "decode"] | None
 
 
 class Status(Enum):
@@ -83,6 +86,10 @@ class Request:
     stored: list[int] = field(default_factory=list, init=False)
     #: `time.perf_counter` of every output token
     times: list[float] = field(default_factory=list, init=False)
+    #: first tokens that are computed as a prompt: those known when it was last admitted, an earlier output included
+    prefill: int = field(default=0, init=False)
+    #: with two lanes, whether the decode lane has it
+    handed_over: bool = field(default=False, init=False)
     #: row of the block tables while it runs
     row: int = field(default=-1, init=False)
     #: what `Runtime.compress` did: after how many computed tokens, and which stay, per layer group; replayed on resuming
@@ -117,35 +124,44 @@ class Request:
         """Number of output tokens so far."""
         return len(self.tokens) - self.prompt_length
 
+    @property
+    def largest(self) -> int:
+        """Tokens whose keys are stored at most, were none removed: the last output token is never fed."""
+        return self.prompt_length if self.scored else max(self.longest - 1, self.prompt_length)
+
     def branch(self, id: str, sampling: SamplingParameters) -> Request:
         """A new request that stands where this one does, with blocks yet to be given to it."""
         child = Request(list(self.prompt), sampling, together=self.together, id=id)
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
+        child.prefill, child.handed_over = self.prefill, self.handed_over
         child.compressed, child.compressions = self.compressed, list(self.compressions)
         return child
 
-    def chunk(self, *, stepwise: bool) -> int:
+    def chunk(self, acts: Acts) -> int:
         """Tokens that the next step may feed at most.
 
         Parameters
         ----------
-        stepwise
-            Whether a policy acts at the end of the prompt and after every further token: known output, too, is then fed
-            token by token when a preempted request is resumed, so that the policy sees what it saw before.
+        acts
+            When the runtime's policy acts. The prompt ends a step for any, so that the policy sees what it saw before when a
+            preempted request is resumed; for one that acts after every further token, known output is fed token by token.
         """
         pending = len(self.tokens) - self.computed
-        if stepwise:
-            pending = 1 if self.computed >= self.prompt_length else min(pending, self.prompt_length - self.computed)
+        if acts is not None and self.computed < self.prompt_length:
+            pending = min(pending, self.prompt_length - self.computed)
+        elif acts == "decode":
+            pending = 1
         for at, _ in self.compressions:
             if at > self.computed:
                 return min(pending, at - self.computed)
         return pending
 
-    def findable(self, *, stepwise: bool) -> int:
+    def findable(self, acts: Acts) -> int:
         """First tokens whose keys may be taken from the prefix cache.
 
-        All but the last, none at or behind a compression, and none whose hidden state is wanted.
+        All but the last, none at or behind a compression, and none whose hidden state is wanted. Under a policy the last of
+        the prompt is computed, and the policy acts then.
         """
-        tokens = (self.prompt_length if stepwise else len(self.tokens)) - max(self.scored, 1)
+        tokens = (len(self.tokens) if acts is None else self.prompt_length) - max(self.scored, 1)
         return min([tokens, *(at - 1 for at, _ in self.compressions)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from kvsuite.errors import CaseInvalid
 from kvsuite.models.language_head import LanguageHead
 from kvsuite.models.load import LoadedModel
 
@@ -16,6 +18,7 @@ from .batch import StepBatch
 from .paged_attention import AttentionBackend, attending, register_paged_attention
 from .prompt_observer import PromptObserver
 from .reference_attention import ReferenceAttention
+from .turns import Turns
 
 
 class Runner(Protocol):
@@ -39,6 +42,12 @@ class Runner(Protocol):
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
 
     observer: PromptObserver | None
+
+    def beside(self, turns: Turns) -> Runner:
+        """Another runner of the same model and pools for steps on another stream, the current one; `turns` pauses them.
+
+        It captures nothing, and ends with this one.
+        """
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -67,6 +76,7 @@ class ModelRunner:
         self.captured_bytes = 0
         #: sees the queries of prompts, for a policy that looks at them
         self.observer: PromptObserver | None = None
+        self._turns: Turns | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -109,12 +119,31 @@ class ModelRunner:
         with torch.inference_mode():
             return self._language_head().logits(rows)
 
+    def beside(self, turns: Turns) -> Self:
+        """Another runner of the same model and pools for steps on another stream, the current one.
+
+        Raises
+        ------
+        CaseInvalid
+            If the attention cannot be had twice.
+        """
+        again = getattr(self.backend, "beside", None)
+        if again is None:
+            raise CaseInvalid(
+                f"lanes=2: the attention {type(self.backend).__name__} cannot serve two lanes; use lanes=1"
+            )
+        other = copy.copy(self)
+        other.backend, other.observer, other._turns = again(), None, turns
+        return other
+
     def close(self) -> None:
         """Give the model its own attention back."""
         set_attention(self._config, self._before)
 
     def _observed(self, backend: AttentionBackend, batch: StepBatch) -> AttentionBackend:
-        return backend if self.observer is None else self.observer.around(backend, batch)
+        if self.observer is not None:
+            backend = self.observer.around(backend, batch)
+        return backend if self._turns is None else self._turns.around(backend)
 
     def _language_head(self) -> LanguageHead:
         """Made when it is first asked for: most runtimes score nothing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from .eviction import Eviction
 from .kv_pool import KVPool, blocks_that_fit
 from .limits import Limits
 from .paged_attention import AttentionBackend
+from .prompt_lane import LaneStep, LaneStreams, PromptLane, TwoStreams
 from .prompt_observer import PromptObserver
 from .reference_attention import KeyRotation, ReferenceAttention
 from .request import Request, Status
@@ -34,6 +37,7 @@ from .steered import Steered, require_steerable
 from .steering import Controller
 from .step_inputs import StepInputs
 from .step_launcher import OnRows, StepLauncher, still_wanted
+from .turns import Turns
 
 BackendFactory = Callable[[Sequence[KVPool]], AttentionBackend]
 RunnerFactory = Callable[[LoadedModel, Sequence[KVPool], Limits], Runner]
@@ -64,7 +68,15 @@ class Runtime:
         Left out: on CUDA.
     stage
         Where prompts are compressed: ``sync``, between two steps, or ``async``, beside them on a stream of its own (on a CPU at
-        once, with the same order of books). The tokens are the same.
+        once, with the same order of books). With two lanes that is the stream of the prompts for both. The tokens are the same.
+    lanes
+        2: prompts of some requests are computed on a stream of their own beside the decoding of others, and handed over with
+        their first token. On a CPU both take turns. The tokens are the same.
+    partition
+        With two lanes, streams with SMs of their own. It has to outlive the runtime.
+    prompt_layers
+        With two lanes, layers of a prompt that the host launches between two looks at the decoding; ``None``: a thread
+        launches them as the interpreter lets it.
     controller
         Decides at steps with prompts whether and how they are compressed (`kvsuite.nanovllm.steering`); needs a policy and
         ``stage="async"``.
@@ -90,6 +102,9 @@ class Runtime:
         runner: RunnerFactory | None = None,
         overlap: bool | None = None,
         stage: Stage = "sync",
+        lanes: int = 1,
+        partition: TwoStreams | None = None,
+        prompt_layers: int | None = 4,
         controller: Controller | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
@@ -97,12 +112,20 @@ class Runtime:
             raise UserError(f"stage={stage}: unknown; use sync or async")
         if stage == "async":
             require_prompt_only(policy)
+        _require_lanes(lanes, partition, prompt_layers, policy)
         if controller is not None:
+            if lanes == 2:
+                raise CaseInvalid(
+                    "controller: it chooses between compressing in the lane and aside; with two lanes it has no choice"
+                )
             require_steerable(controller, has_policy=policy is not None, is_async=stage == "async")
         self.limits = limits
         self.policy = policy
         self.stage = stage
         self.device = loaded.device
+        #: 1, or 2: prompts beside decoding
+        self.lanes = lanes
+        self._streams = LaneStreams(self.device, partition) if lanes == 2 else None
         layers = attention_layers(loaded.model, loaded.text_config)
         self.groups = group_layers(layers, limits, policy)
         if any(group.places for group in self.groups):
@@ -115,18 +138,23 @@ class Runtime:
         self.tables = [tables_for(group, limits, blocks) for group in self.groups]
         self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
         self._switch = recomputing_switch(loaded.model)
-        self.scheduler = Scheduler(limits, self.tables, stepwise=policy is not None, rotary=self.rotary)
-        if runner is None:
-            made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
-            self.runner: Runner = ModelRunner(loaded, made)
-        else:
-            self.runner = runner(loaded, self.pools, limits)
+        acted = [group.compressed for group in self.groups]
+        self.scheduler = Scheduler(limits, self.tables, policy=policy, compressed=acted, rotary=self.rotary)
+        with self._decoding():
+            if runner is None:
+                made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
+                self.runner: Runner = ModelRunner(loaded, made)
+            else:
+                self.runner = runner(loaded, self.pools, limits)
         self.counters = Counters()
         #: sees the logits ``[R, vocab]`` of every step with the requests they belong to
         self.on_logits: OnLogits | None = None
         #: sees the last hidden states ``[rows, hidden]`` of scored tokens (`Runner.hidden`); a resumed request's come again
         self.on_rows: OnRows | None = None
+        #: told about every step of a lane when its tokens were delivered, with two lanes
+        self.on_lane_step: Callable[[LaneStep], None] | None = None
         self.vocab_size = int(loaded.text_config.vocab_size)
+        observer = None
         if policy is not None and policy.needs.prompt:
             if limits.prefix_caching and policy.needs.looks_at_queries:
                 self.runner.close()
@@ -134,15 +162,14 @@ class Runtime:
                     f"policy {policy.name}: it looks at the queries of a prompt, and those of a prefix that is found in the "
                     "cache are not computed again; leave prefix caching off"
                 )
-            self.runner.observer = PromptObserver(policy.needs, self.pools, rotation, limits.max_model_len)
+            observer = PromptObserver(policy.needs, self.pools, rotation, limits.max_model_len)
         evictions = [
-            Eviction(policy, *parts, observer=self.runner.observer)
+            Eviction(policy, *parts, observer=observer)
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
-        inputs = StepInputs(self.groups, self.tables, evictions, self.device, spans=self.rotary is not None)
-        self._launcher = StepLauncher(self.runner, inputs, self.pools, self.tables, self.counters)
+        self._launcher = self._launcher_of(self.runner, evictions)
         aside = None
-        if stage == "async":
+        if stage == "async" and lanes == 1:
             aside = aside_of(self.device)
         self.compression = CompressionStage(evictions, self.scheduler, self._end, aside)
         if aside is not None:
@@ -160,6 +187,15 @@ class Runtime:
         self._ended: list[Request] = []
         self._late: list[Request] = []
         self._delivery = Delivery(self.scheduler, self.counters, self._end)
+        self._prompts: PromptLane | None = None
+        if self._streams is None:
+            self.runner.observer = observer
+        else:
+            try:
+                self._prompts = self._prompt_lane(self._streams, Turns(prompt_layers, self.device), evictions, observer)
+            except BaseException:
+                self.runner.close()
+                raise
         if self.rotary is not None:
             self.rotary.install()
         #: whether a step is launched before the tokens of the one before are here
@@ -192,6 +228,8 @@ class Runtime:
         if request.status is not Status.WAITING or self._requests.get(request.id) is request:
             raise UserError(f"request {request.id}: it was added before; make a new one")
         blocks = self.num_blocks if all(group.window is None for group in self.groups) else None
+        if self.lanes == 2 and request.scored:
+            raise UserError(f"request {request.id}: tokens are scored on one lane; make the runtime with lanes=1")
         facts: Any = {"vocab_size": self.vocab_size, "taken": self._requests, "has_policy": self.policy is not None}
         reason = problem(request, self.limits, num_blocks=blocks, **facts)
         if reason is None and request.forced is None and not request.scored:
@@ -261,7 +299,8 @@ class Runtime:
             If the request does not run, a group has a sliding window, or an index is out of range.
         """
         self._settle()
-        self.compression.by_hand(request, keep_indices)
+        with self._decoding():
+            self.compression.by_hand(request, keep_indices)
         self._count()
 
     def step(self) -> list[Request]:
@@ -273,19 +312,48 @@ class Runtime:
             What the model raised. The requests of that step have failed then, the others can go on.
         """
         self._ended, self._late = self._late, []
-        plan = self.scheduler.plan()
+        if self._prompts is None:
+            plan = self.scheduler.plan()
+        else:
+            begun = self._prompts.advance()
+            self._drop_misfits(begun)
+            plan = self.scheduler.plan_decodes()
         self._count()
-        for request in plan.misfits:
-            self._end(request, Status.FAILED, outgrown(request, self.limits, self.num_blocks))
-        if not plan.requests:
+        self._drop_misfits(plan)
+        if plan.requests:
+            with self._decoding():
+                self._step(plan)
+        else:
             self._delivery.land()
-            return self._ended
+            if self._prompts is not None:
+                # nobody decodes: nothing is late while the host waits
+                self._prompts.settle()
+        self._count()
+        return self._ended
+
+    def close(self) -> None:
+        """End all requests and give the model back."""
+        for request in list(self._requests.values()):
+            self.cancel(request)
+        self._delivery.flight = None
+        if self._prompts is not None:
+            self._prompts.close()
+        self.runner.close()
+        if self.rotary is not None:
+            self.rotary.close()
+
+    def _step(self, plan: StepPlan) -> None:
+        """Launch a step of the decode lane, or of the only one, and deliver the one before."""
+        began = time.perf_counter()
         try:
             if self._steered is not None:
                 self._steered.planned(plan)
             self.compression.follow(plan.requests)
             flight, logits = self._launcher.launch(plan, self._delivery.flight, self.on_rows)
             self._launcher.commit(plan)
+            while self._prompts is not None and self._prompts.launching and not self._delivery.arrived:
+                # the host would wait for tokens
+                self._prompts.turn()
             self._delivery.land()
             if flight is not None and self.on_logits:
                 self.on_logits(*still_wanted(flight, logits))
@@ -297,22 +365,57 @@ class Runtime:
             self._delivery.take_off(flight)
         if not self.overlap:
             self._delivery.land()
-        self._count()
-        return self._ended
+        if self._prompts is not None:
+            self._lane_step(LaneStep("decode", began, time.perf_counter(), 0, sum(plan.counts)))
 
-    def close(self) -> None:
-        """End all requests and give the model back."""
-        for request in list(self._requests.values()):
-            self.cancel(request)
-        self._delivery.flight = None
-        self.runner.close()
-        if self.rotary is not None:
-            self.rotary.close()
+    def _prompt_lane(
+        self, streams: LaneStreams, turns: Turns, evictions: Sequence[Eviction], observer: PromptObserver | None
+    ) -> PromptLane:
+        try:
+            with streams.prompt():
+                runner = self.runner.beside(turns)
+        except BaseException:
+            turns.close()
+            raise
+        runner.observer = observer
+        lane = PromptLane(
+            self.scheduler,
+            self._launcher_of(runner, evictions, keeps_tables=False),
+            Delivery(self.scheduler, self.counters, self._end),
+            streams=streams,
+            turns=turns,
+            budget=self.limits.max_num_batched_tokens,
+            finish=self._finish,
+            on_logits=lambda requests, logits: self.on_logits(requests, logits) if self.on_logits else None,
+            on_step=self._lane_step,
+        )
+        for table in self.tables:
+            table.fence_of = lane.fence_of
+        return lane
+
+    def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
+        given: Any = {"spans": self.rotary is not None, "keeps_tables": keeps_tables}
+        inputs = StepInputs(self.groups, self.tables, evictions, self.device, **given)
+        return StepLauncher(runner, inputs, self.pools, self.tables, self.counters)
+
+    def _decoding(self) -> AbstractContextManager[Any]:
+        """What is launched inside belongs to the decode lane."""
+        return nullcontext() if self._streams is None else self._streams.decode()
+
+    def _lane_step(self, step: LaneStep) -> None:
+        if self.on_lane_step is not None:
+            self.on_lane_step(step)
+
+    def _drop_misfits(self, plan: StepPlan | None) -> None:
+        for request in plan.misfits if plan is not None else ():
+            self._end(request, Status.FAILED, outgrown(request, self.limits, self.num_blocks))
 
     def _settle(self) -> None:
         """Let the books be complete between two steps; requests that this ends are returned by the next step."""
         before, self._ended = self._ended, []
         self._delivery.land()
+        if self._prompts is not None:
+            self._prompts.settle()
         self._late += self._ended
         self._ended = before
 
@@ -351,3 +454,17 @@ class Runtime:
         self.counters.prefix_hit_tokens = self.scheduler.prefix_hits
         self.counters.resumed_hit_tokens = self.scheduler.resumed_hits
         self.counters.evicted_tokens = self.compression.evicted
+
+
+def _require_lanes(lanes: int, partition: TwoStreams | None, prompt_layers: int | None, policy: Policy | None) -> None:
+    if lanes not in (1, 2):
+        raise UserError(f"lanes={lanes}: unknown; use 1, or 2 for prompts beside decoding")
+    if prompt_layers is not None and prompt_layers < 1:
+        raise UserError(f"prompt_layers={prompt_layers}: at least 1, or None for a thread that is not held up")
+    if partition is not None and lanes == 1:
+        raise UserError("partition: the SMs are parted between two lanes; use lanes=2")
+    if lanes == 2 and policy is not None and policy.acts == "decode":
+        raise CaseInvalid(
+            f"policy {policy.name}: it acts after every token too, and what it keeps is decided on one lane; use lanes=1, or "
+            "give the policy a factor, by which it acts at the end of the prompt alone"
+        )

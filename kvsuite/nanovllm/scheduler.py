@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvsuite.compression.base import Policy
+
 from .block_pool import ROOT, chain
 from .block_table import BlockTables, Copy
 from .limits import Limits
-from .request import Request, Status
+from .request import Acts, Request, Status
+from .reservation import Reservation
 from .sequence_rotary import SequenceRotary
 
 
@@ -41,8 +44,12 @@ class StepPlan:
 class Scheduler:
     """Queues of waiting and running requests over the block tables of all layer groups.
 
-    When the pool is full, the request admitted last gives all its blocks back and later computes its tokens again
-    (those of its blocks that the prefix cache still has excepted).
+    Requests are admitted in the order in which they came, each when `Limits.admission` allows it; one that nobody runs
+    beside is admitted at once. When the pool is full all the same, the request admitted last gives all its blocks back and
+    later computes its tokens again (those of its blocks that the prefix cache still has excepted).
+
+    One lane asks for `plan`, two ask for `plan_prompts` and `plan_decodes`: the same requests in the same order. A request
+    whose prompt is complete is in neither until `hand_over`.
 
     Parameters
     ----------
@@ -50,8 +57,10 @@ class Scheduler:
         Sizes.
     tables
         Block tables, one per layer group.
-    stepwise
-        Whether a policy acts after every token (see `Request.chunk`).
+    policy
+        What the runtime compresses with.
+    compressed
+        Per layer group whether the policy acts on it; on all of them if left out.
     rotary
         Where frequencies change with the length: only sequences with the same ones share a prefix.
     """
@@ -61,13 +70,19 @@ class Scheduler:
         limits: Limits,
         tables: Sequence[BlockTables],
         *,
-        stepwise: bool,
+        policy: Policy | None = None,
+        compressed: Sequence[bool] | None = None,
         rotary: SequenceRotary | None = None,
     ) -> None:
         self._rotary = rotary
         self._limits = limits
         self._tables = tables
-        self._stepwise = stepwise
+        self._acts: Acts = None if policy is None else policy.acts
+        #: what running requests will still take, per layer group
+        self.reservations = [
+            Reservation(table, limits.max_num_batched_tokens, policy if acts else None)
+            for table, acts in zip(tables, compressed or [True] * len(tables), strict=True)
+        ]
         #: called with the row of a sequence whose blocks were given back
         self.on_release: Callable[[int], None] = lambda row: None
         self._rows = list(range(limits.max_num_seqs))[::-1]
@@ -107,6 +122,12 @@ class Scheduler:
             request.admitted_at = time.perf_counter()
         request.status = Status.RUNNING
         self.running.append(request)
+        for reservation in self.reservations:
+            reservation.enter(request)
+
+    def hand_over(self, request: Request) -> None:
+        """Let the decode lane have a request whose prompt is complete."""
+        request.handed_over = True
 
     def preempt_for(self, request: Request) -> bool:
         """Preempt the request admitted last that is not ``request``; return whether there was one."""
@@ -124,15 +145,50 @@ class Scheduler:
         while not plan.requests and (self.running or self.waiting):
             if self._limits.prefill_first:
                 self._feed_prompts(plan, budget)
-                self._admit(plan, budget - sum(plan.counts))
+                self._admit(plan, budget - sum(plan.counts), pauses=True)
                 if not plan.requests:
-                    self._decode(plan)
+                    self._decode(plan, self.running)
             else:
-                self._decode(plan)
+                self._decode(plan, self.running)
                 self._feed_prompts(plan, budget - sum(plan.counts))
-                self._admit(plan, budget - sum(plan.counts))
+                self._admit(plan, budget - sum(plan.counts), pauses=False)
             if not plan.requests and not self._wait_for_blocks() and not self._make_progress(plan):
                 break
+        return plan
+
+    def plan_prompts(self, budget: int) -> StepPlan:
+        """Decide the next step of the prompt lane and reserve its blocks: at most ``budget`` tokens of prompts.
+
+        Empty if no prompt can be computed now. Requests whose last token is still under way from the decode lane that they
+        were taken from are not admitted yet.
+        """
+        plan = StepPlan(copies=[[] for _ in self._tables])
+        while not plan.requests and (self.running or self.waiting):
+            left = budget
+            for request in self.running:
+                if left > 0 and request.computed < request.prefill:
+                    left -= self._feed(request, plan, left)
+            if not (self.waiting and self.waiting[0].in_flight):
+                self._admit(plan, left, pauses=False)
+            # what decodes, or waits for its hand-over, gives its blocks back one day; prompts that wait for each other do not
+            if not self.running or any(request.computed >= request.prefill for request in self.running):
+                break
+            if not plan.requests and not self._make_progress(plan):
+                break
+        # a decode step that took somebody's blocks keeps him out of one step, not of all
+        self._preempted = False
+        return plan
+
+    def plan_decodes(self) -> StepPlan:
+        """Decide the next step of the decode lane and reserve its blocks: a token of every request handed over.
+
+        Empty if there is none whose last token is known or under way.
+        """
+        plan = StepPlan(copies=[[] for _ in self._tables])
+        handed = [request for request in self.running if request.handed_over]
+        self._decode(plan, handed)
+        if not plan.requests and len(self.running) == 1 and self.running[0].handed_over and self._ready(self.running):
+            self._make_progress(plan)
         return plan
 
     def publish(self, request: Request) -> None:
@@ -140,7 +196,7 @@ class Scheduler:
         if not self.publishes or request.compressed:
             return
         size = self._limits.block_size
-        last = request.prompt_length if self._stepwise else request.computed
+        last = request.prompt_length if self._acts == "decode" else request.computed
         full = min(request.computed, last) // size
         if full <= request.published:
             return
@@ -151,12 +207,17 @@ class Scheduler:
                 table.pool.publish(int(table.table[request.row, index - gone]), request.digests[index])
         request.published = full
 
-    def _decode(self, plan: StepPlan) -> None:
-        """Plan one token for every request that has all its earlier ones computed."""
-        if self._stepwise:
-            ready = [r for r in self.running if r.computed >= r.prompt_length or r.computed + 1 == len(r.tokens)]
-        else:
-            ready = [r for r in self.running if r.computed + 1 == len(r.tokens)]
+    def _ready(self, requests: Sequence[Request]) -> list[Request]:
+        """Those of which the next step feeds one token: all earlier ones are computed."""
+        if self._acts == "decode":
+            return [
+                r for r in requests if r.computed + 1 == len(r.tokens) or r.prompt_length <= r.computed < len(r.tokens)
+            ]
+        return [r for r in requests if r.computed + 1 == len(r.tokens)]
+
+    def _decode(self, plan: StepPlan, requests: Sequence[Request]) -> None:
+        """Plan one token for every one of ``requests`` that is ready for it."""
+        ready = self._ready(requests)
         if not ready:
             return
         rows = np.array([request.row for request in ready])
@@ -204,7 +265,7 @@ class Scheduler:
         """Plan a chunk of one request, as much as budget and pool allow; return its tokens."""
         for table in self._tables:
             table.expire(request.row, request.computed)
-        count = min(request.chunk(stepwise=self._stepwise), budget)
+        count = min(request.chunk(self._acts), budget)
         count = min(count, self._room(request, count))
         if count < 1:
             return 0
@@ -213,12 +274,12 @@ class Scheduler:
         plan.counts.append(count)
         return count
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _admit(self, plan: StepPlan, budget: int, *, pauses: bool) -> None:
         """Start waiting requests while budget, rows and blocks last; not in a step that preempted."""
         while self.waiting and self._rows and budget > 0 and not self._preempted:
             request = self.waiting[0]
             found = self._find_prefix(request)
-            if self.running and not self._has_room(request, found):
+            if self.running and not self._has_room(request, found, pauses):
                 return
             self.waiting.popleft()
             self.take_row(request)
@@ -231,10 +292,18 @@ class Scheduler:
                 self.prefix_hits += request.computed
                 request.prefix_hits = request.computed
             request.published = len(found[0])
+            request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
             budget -= self._feed(request, plan, budget)
 
-    def _has_room(self, request: Request, found: list[list[int]]) -> bool:
-        """Whether all known tokens of a waiting request would fit: half a prompt helps nobody."""
+    def _has_room(self, request: Request, found: list[list[int]], pauses: bool) -> bool:
+        """Whether a waiting request may run beside those that do (`Limits.admission`)."""
+        if self._limits.admission == "reserve":
+            prompting = [one for one in self.running if one.computed < one.prefill]
+            return all(
+                reservation.fits(request, blocks, prompting, pauses=pauses)
+                for reservation, blocks in zip(self.reservations, found, strict=True)
+            )
+        # half a prompt helps nobody
         size = self._limits.block_size
         for table, blocks in zip(self._tables, found, strict=True):
             tokens = len(request.tokens)
@@ -284,7 +353,7 @@ class Scheduler:
         """Published blocks of the first tokens, per layer group: as many as every group has."""
         if not self.publishes:
             return [[] for _ in self._tables]
-        wanted = request.findable(stepwise=self._stepwise) // self._limits.block_size
+        wanted = request.findable(self._acts) // self._limits.block_size
         found: list[list[int]] = [[] for _ in self._tables]
         for index in range(wanted):
             # no further than needed: the rest is hashed when it is published, behind the step's launch
@@ -315,10 +384,11 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         request.stored = [int(table.lengths[request.row]) for table in self._tables]
-        for table in self._tables:
+        for table, reservation in zip(self._tables, self.reservations, strict=True):
             table.release(request.row)
+            reservation.leave(request.row)
         self.on_release(request.row)
         self._rows.append(request.row)
         request.row = -1
         request.computed = request.published = 0
-        request.compressed = False
+        request.compressed = request.handed_over = False

@@ -36,6 +36,9 @@ class StepInputs:
         Where the tensors go.
     spans
         Whether the model needs the tokens' spans (`StepBatch.spans`).
+    keeps_tables
+        Whether block tables stay on the device and steps bring what changed: cheap where many sequences come back in every
+        step. Else every step brings the rows that it reads. One follower of the tables may keep them.
     """
 
     def __init__(
@@ -46,12 +49,13 @@ class StepInputs:
         device: torch.device,
         *,
         spans: bool = False,
+        keeps_tables: bool = True,
     ) -> None:
         self._with_spans = spans
         self._parts = list(zip(groups, tables, evictions, strict=True))
         self._tables = tables
         self._places = any(group.places for group in groups)
-        self._on_device = [DeviceTables(own, device) for own in tables]
+        self._on_device = [DeviceTables(own, device) if keeps_tables else None for own in tables]
         self._builder = BatchBuilder(device)
 
     def build(self, plan: StepPlan) -> tuple[StepBatch, list[Request], list[ScoredRows]]:
@@ -105,7 +109,7 @@ class StepInputs:
                 GroupInputs(
                     slots=own,
                     kv_lengths=table.lengths[rows] + counts,
-                    block_tables=TableRows(on_device, rows),
+                    block_tables=table.rows(rows) if on_device is None else TableRows(on_device, rows),
                     dropped=table.dropped[rows],
                     places=[eviction.ranks(row, count) for row, count in zip(row_list, fed, strict=True)]
                     if group.places

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from .batch import StepBatch
 from .block_table import BlockTables
 from .counters import Counters
 from .in_flight import TokensInFlight
@@ -19,6 +21,15 @@ from .scheduler import StepPlan
 from .step_inputs import ScoredRows, StepInputs
 
 OnRows = Callable[[Sequence[ScoredRows], Tensor], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step whose tensors are on their way to the device."""
+
+    batch: StepBatch
+    sampled: list[Request]
+    scored: list[ScoredRows]
 
 
 class StepWatch(Protocol):
@@ -76,29 +87,35 @@ class StepLauncher:
         on_rows
             Sees the hidden states of scored tokens.
         """
+        return self.compute(self.prepare(plan, before), on_rows)
+
+    def prepare(self, plan: StepPlan, before: TokensInFlight | None) -> Prepared:
+        """The first part of `launch`, which reads the books: all but the forward pass."""
         for pool, copies in zip(self._pools, plan.copies, strict=True):
             pool.copy_blocks(copies)
         batch, sampled, scored = self._inputs.build(plan)
-        observer = self._runner.observer
-        if observer is not None:
-            observer.begin(plan.requests)
-        drawing = any(request.sampling.temperature for request in sampled)
+        if self._runner.observer is not None:
+            self._runner.observer.begin(plan.requests)
         if before is not None:
             before.fill(batch.ids, plan.requests, batch.decode_only)
+        return Prepared(batch, sampled, scored)
+
+    def compute(self, step: Prepared, on_rows: OnRows | None = None) -> tuple[TokensInFlight | None, Tensor]:
+        """The second part of `launch`, which leaves the books alone: another thread may do it."""
+        batch, sampled = step.batch, step.sampled
+        drawing = any(request.sampling.temperature for request in sampled)
         begun = None if self.watch is None else self.watch.begin()
-        if scored:
+        if step.scored:
             states = self._runner.hidden(batch)
             if on_rows is not None:
-                on_rows(scored, states[len(sampled) :])
+                on_rows(step.scored, states[len(sampled) :])
             logits = self._runner.logits(states[: len(sampled)]) if sampled else states[:0]
         else:
             logits = self._runner.run(batch)
         if self.watch is not None:
             self.watch.end(begun, decode_only=batch.decode_only)
-        if observer is not None:
-            observer.end()
-        self._counters.steps += 1
-        self._counters.decode_steps += batch.decode_only
+        if self._runner.observer is not None:
+            self._runner.observer.end()
         if not sampled:
             return None, logits
         if drawing:
@@ -108,18 +125,21 @@ class StepLauncher:
         return TokensInFlight(sampled, chosen), logits
 
     def commit(self, plan: StepPlan) -> None:
-        """Count the tokens whose keys a step stores."""
+        """Count a step, and the tokens whose keys it stores."""
         rows, counts = np.array([request.row for request in plan.requests]), np.array(plan.counts)
         for table in self._tables:
             table.commit(rows, counts)
         decoded = 0
-        for request, fed in zip(plan.requests, plan.counts, strict=True):
-            if fed == 1 and request.computed >= request.prompt_length:
+        for request, count in zip(plan.requests, plan.counts, strict=True):
+            if count == 1 and request.computed >= request.prompt_length:
                 decoded += 1
-            request.computed += fed
-            request.fed += fed
+            request.computed += count
+            request.fed += count
+        fed = sum(plan.counts)
+        self._counters.steps += 1
+        self._counters.decode_steps += fed == len(plan.counts)
         self._counters.computed_decode_tokens += decoded
-        self._counters.computed_prefill_tokens += sum(plan.counts) - decoded
+        self._counters.computed_prefill_tokens += fed - decoded
 
 
 def still_wanted(flight: TokensInFlight, logits: Tensor) -> tuple[list[Request], Tensor]:

@@ -17,8 +17,9 @@ from kvsuite.nanovllm.runtime import Runtime
 
 @contextmanager
 def serving(of: LoadedModel, *, policy: Any = None, rotation: Any = None, **limits: Any) -> Iterator[Runtime]:
-    """A runtime with small limits; at the end no block may be lost."""
-    small = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 64}
+    """A runtime with small limits, which admits so much that it has to preempt; at the end no block may be lost."""
+    small: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 64}
+    small["admission"] = "optimistic"
     if {"pool_bytes", "memory_share"} & limits.keys():
         del small["num_blocks"]
     runtime = Runtime(of, Limits(**(small | limits)), policy=policy, rotation=rotation)

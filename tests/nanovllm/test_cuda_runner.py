@@ -29,7 +29,7 @@ MIXED = (1, 40, 7, 16, 33, 3, 57, 15, 17, 21)
 @contextmanager
 def _running(of: LoadedModel, runner: dict[str, Any] | None = None, **limits: Any) -> Iterator[Runtime]:
     small = {"max_model_len": 84, "max_num_seqs": 8, "max_num_batched_tokens": 24, "num_blocks": 32, "block_size": 4}
-    runtime = Runtime(of, Limits(**(small | limits)), runner=cuda_runner(**(runner or {})))
+    runtime = Runtime(of, Limits(**(small | limits), admission="optimistic"), runner=cuda_runner(**(runner or {})))
     try:
         yield runtime
     finally:

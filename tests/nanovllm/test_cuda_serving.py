@@ -27,6 +27,7 @@ DEVICE = torch.device("cuda:0")
 MIXED = (1, 40, 7, 16, 33, 3, 57, 15, 17, 21, 64, 2)
 SMALL: dict[str, Any] = {
     "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 24, "num_blocks": 32, "block_size": 4,
+    "admission": "optimistic",
 }  # fmt: skip
 NEW = 24
 # bfloat16 keeps 8 bits; four layers of them

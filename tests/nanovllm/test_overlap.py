@@ -25,7 +25,7 @@ MIXED = (1, 40, 7, 16, 33, 3, 57, 15, 17, 21)
 @contextmanager
 def _overlapping(of: LoadedModel, overlap: bool = True, **limits: Any) -> Iterator[Runtime]:
     small = {"max_model_len": 84, "max_num_seqs": 8, "max_num_batched_tokens": 24, "num_blocks": 32, "block_size": 4}
-    runtime = Runtime(of, Limits(**(small | limits)), overlap=overlap)
+    runtime = Runtime(of, Limits(**(small | limits), admission="optimistic"), overlap=overlap)
     try:
         yield runtime
     finally:
@@ -220,7 +220,14 @@ def test_static_steps_and_overlap_together() -> None:
     given = prompts(MIXED)
     runtime = Runtime(
         of,
-        Limits(max_model_len=84, max_num_seqs=8, max_num_batched_tokens=24, num_blocks=32, block_size=4),
+        Limits(
+            max_model_len=84,
+            max_num_seqs=8,
+            max_num_batched_tokens=24,
+            num_blocks=32,
+            block_size=4,
+            admission="optimistic",
+        ),
         runner=cuda_runner(sizes=[2, 5, 8]),
         overlap=True,
     )

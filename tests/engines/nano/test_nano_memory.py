@@ -137,7 +137,7 @@ def test_one_block_less_and_somebody_is_preempted() -> None:
     loaded, sequences = tiny("float32"), 2
     blocks = pool_blocks(context=96, sequences=sequences, chunk=32, window=None, sinks=0) - 1
     sizes = {"max_model_len": 96, "max_num_seqs": sequences, "max_num_batched_tokens": 32, "block_size": BLOCK_TOKENS}
-    runtime = Runtime(loaded, Limits(**sizes, num_blocks=blocks, prefix_caching=False))
+    runtime = Runtime(loaded, Limits(**sizes, num_blocks=blocks, prefix_caching=False, admission="optimistic"))
     chosen = SamplingParameters(max_new_tokens=76, ignore_eos=True)
     try:
         runtime.run([Request(range(3, 23), chosen) for _ in range(sequences)])
