@@ -130,7 +130,9 @@ def _draw_requests(axes: Axes, course: Course) -> None:
         axes.plot(arrival, place, "|", color="black", markersize=7)
         if one["preemptions"]:
             text = "preempted" + (f" {one['preemptions']}x" if one["preemptions"] > 1 else "")
-            axes.annotate(text, (last, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+            axes.annotate(
+                text, (last, place), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", fontsize=7
+            )
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_yticks([])
     axes.set_ylabel("requests")
@@ -148,6 +150,8 @@ def _draw_lanes(axes: Axes, course: Course) -> None:
 
 
 def _draw_state(axes: Axes, one: Run) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     state = one.course.state
     times, running, waiting, used = (
         list(column) for column in zip(*state, (one.course.end_s, *state[-1][1:]), strict=True)
@@ -156,6 +160,7 @@ def _draw_state(axes: Axes, one: Run) -> None:
     axes.step(times, waiting, "--", where="post", color="black", linewidth=1.2)
     axes.set_ylabel("requests")
     axes.set_ylim(0, 1.1 * max([1, *running, *waiting]))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.grid(axis="y", linestyle="--", alpha=0.3)
     pool = (one.arm.params.get("serving") or {}).get("pool_blocks")
     beside = axes.twinx()
