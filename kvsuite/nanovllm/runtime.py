@@ -224,7 +224,7 @@ class Runtime:
     @property
     def waited_s(self) -> float:
         """Seconds that the host waited for tokens so far."""
-        return self._delivery.waited_s
+        return self._delivery.waited_s + (0.0 if self._prompts is None else self._prompts.waited_s)
 
     @property
     def unfinished(self) -> int:
@@ -399,6 +399,8 @@ class Runtime:
         )
         for table in self.tables:
             table.fence_of = lane.fence_of
+        # pools, tables and weights were made on other streams
+        streams.join()
         return lane
 
     def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
@@ -452,6 +454,8 @@ class Runtime:
     def _close_lanes(self) -> None:
         if self._prompts is not None:
             self._prompts.close()
+        if self._streams is not None:
+            self._streams.join()
         self.runner.close()
 
     def _settle(self) -> None:
