@@ -110,7 +110,7 @@ def test_a_preempted_request_is_compressed_again_as_before(
     [
         ("knorm", {"keep_ratio": 0.3}, 2),
         ("snapkv", {"keep_ratio": 0.5, "window": 4}, 2),
-        ("streaming_llm", {"start_size": 3, "recent_size": 9}, 10),
+        ("streaming_llm", {"start_size": 3, "recent_size": 9}, 11),
     ],
 )
 def test_a_resumed_request_is_fed_its_output_at_once_unless_the_policy_acts_on_it(
