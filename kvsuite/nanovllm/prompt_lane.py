@@ -16,7 +16,7 @@ from .fences import Fence, fence_now
 from .in_flight import TokensInFlight
 from .request import Request
 from .scheduler import Scheduler, StepPlan
-from .step_launcher import Prepared, StepLauncher, still_wanted
+from .step_launcher import Prepared, StepLauncher, StepWatch, still_wanted
 from .turns import Turns
 
 
@@ -30,6 +30,13 @@ class TwoStreams(Protocol):
     @property
     def prompt_stream(self) -> Any:
         """The prompt lane's."""
+
+
+class Watch(StepWatch, Protocol):
+    """Sees steps before they are launched, and times them."""
+
+    def planned(self, plan: StepPlan) -> None:
+        """A step is about to be launched."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,16 @@ class LaneStreams:
         elif device.type == "cuda":
             stream: Any = torch.cuda.Stream
             self._decode, self._prompt = torch.cuda.current_stream(device), stream(device)
+        self._first = self._decode, self._prompt
+
+    def bind(self, partition: TwoStreams | None) -> None:
+        """Move both lanes to other streams, behind all that they were given; ``None``: to those they began with."""
+        before = self._decode, self._prompt
+        after = self._first if partition is None else (partition.decode_stream, partition.prompt_stream)
+        self._decode, self._prompt = after
+        for stream in after:
+            for old in before if stream is not None else ():
+                stream.wait_stream(old)
 
     def decode(self) -> AbstractContextManager[Any]:
         """What is launched inside belongs to the decode lane."""
@@ -185,6 +202,12 @@ class PromptLane:
         self._on_step = on_step
         self._on_logits = on_logits
         self._step: _Step | None = None
+        #: sees a step before anything of it is launched
+        self.before: Callable[[StepPlan], None] = lambda plan: None
+
+    def steer(self, watch: Watch) -> None:
+        """Show steps to somebody before anything of them is launched, and have them timed."""
+        self.before, self._launcher.watch = watch.planned, watch
 
     @property
     def launching(self) -> bool:
@@ -237,14 +260,16 @@ class PromptLane:
             return plan
         rows = [request.row for request in plan.requests]
         step = self._step = _Step(plan, time.perf_counter(), rows, LaunchFence(self._turns.finish))
-        with self._streams.prompt():
-            self._streams.follow_decodes()
-            try:
+        try:
+            self.before(plan)
+            with self._streams.prompt():
+                self._streams.follow_decodes()
                 prepared = self._launcher.prepare(plan, None)
-            except Exception as error:
+        except Exception as error:
+            with self._streams.prompt():
                 step.fence.reach(self._streams.device)
-                self._fail(step, error)
-                raise
+            self._fail(step, error)
+            raise
         self._launcher.commit(plan)
         self._turns.start(lambda: self._compute(step, prepared))
         return plan

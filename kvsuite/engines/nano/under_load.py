@@ -46,6 +46,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     scorer = OutputScorer(runtime, scored) if scored else None
     before, waited = runtime.counters.to_dict(), runtime.waited_s
     runtime.on_logits = scorer
+    runtime.restart_controller()
     try:
         arrivals, steps, origin = _loop(runtime, requests, own, concurrency)
     finally:
@@ -67,6 +68,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
             for request, arrival in zip(own, arrivals, strict=True)
         ],
         steps=steps,
+        decisions=[] if runtime.controller is None else runtime.controller.log,
         waited_s=runtime.waited_s - waited,
     )
 

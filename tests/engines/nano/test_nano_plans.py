@@ -14,7 +14,7 @@ from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, CaseSkipped
 
 PLAN: dict[str, Any] = {"pool_blocks": 8, "max_model_len": 64, "max_num_seqs": 4, "step_tokens": 32}
 
@@ -126,7 +126,6 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ({"lanes": 2}, "on one stream yet"),
         ({"lanes": 2, "controller": "auto"}, "has no controller yet"),
         ({"stage": "sync"}, "if and only if"),
     ],
@@ -134,6 +133,26 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 def test_what_the_engine_cannot_do_is_refused_under_its_name(plan: dict[str, Any], said: str) -> None:
     with pytest.raises(CaseInvalid, match=said):
         session().prepare(planned(**plan))
+
+
+def test_two_lanes_take_turns_on_a_cpu_say_so_and_give_the_same_tokens() -> None:
+    session().prepare(planned(pool_blocks=16, lanes=2))
+    lanes = session().serve_under_load(requests())
+    assert session().effective["lanes"] == 2
+    assert "take turns" in session().inert["lanes"]
+    session().prepare(planned(pool_blocks=16))
+    assert "lanes" not in session().inert
+    assert "lanes" not in session().effective
+    assert session().serve_under_load(requests()).outputs == lanes.outputs
+
+
+def test_a_partition_that_cannot_be_had_skips_the_case_and_needs_two_lanes() -> None:
+    parted = planned(lanes=2).to_dict() | {"partition": {"decode_sms": 64, "prompt_sms": 64}}
+    with pytest.raises(CaseSkipped, match="needs a CUDA device, not cpu"):
+        session().prepare(Case(**parted))
+    assert session().partition["realised"] is None
+    with pytest.raises(CaseInvalid, match="between two lanes, and this case has one"):
+        session().prepare(Case(**(planned().to_dict() | {"partition": parted["partition"]})))
 
 
 def test_a_policy_without_a_stage_is_refused() -> None:
