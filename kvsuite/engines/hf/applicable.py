@@ -166,8 +166,8 @@ def refuse_foreign(chosen: HqqFormat, decoder: CachedDecoder, method: CacheCompr
     named = method.press.name if method.press else method.policy.name if method.policy else None
     if named is not None:
         raise CaseInvalid(
-            f"--kv-cache-dtype={chosen}: transformers' cache takes no method that removes tokens, and this is {named}; use int4, "
-            "int8 or fp8_e4m3"
+            f"--kv-cache-dtype={chosen}: transformers' cache takes no method that removes tokens, such as {named}; use "
+            "int4, int8 or fp8_e4m3"
         )
     of = decoder.of_layers
     if decoder.bounded_layers(span) or not of.plain:

@@ -106,8 +106,8 @@ def states_through(generation: Generation) -> Callable[[LanguageHead, Tensor], T
     decoder, chosen = generation.decoder, generation.format
     if generation.foreign is not None:
         raise CaseInvalid(
-            f"--kv-cache-dtype={generation.foreign}: transformers' cache lets a prompt attend to itself unpacked: whole windows "
-            "would show nothing of it; use the compression suite"
+            f"--kv-cache-dtype={generation.foreign}: transformers' cache lets a prompt attend to itself unpacked, so "
+            "whole windows would show nothing of it; use the compression suite"
         )
     if chosen is None:
         return LanguageHead.hidden

@@ -70,4 +70,4 @@ def test_what_it_does_not_combine_with_is_refused() -> None:
 def test_without_hqq_the_case_is_skipped_with_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CaseSkipped, match=r"needs hqq, which is not installed; run: pip install hqq"):
-        session().prepare(case(params={"kv_cache_dtype": "hqq_int4"}))
+        session().prepare(case(params={"kv_cache_dtype": "hqq_int4(group=16)"}))
