@@ -99,6 +99,11 @@ class LaneStreams:
         """What is launched inside belongs to the prompt lane."""
         return nullcontext() if self._prompt is None else torch.cuda.stream(self._prompt)
 
+    def join(self) -> None:
+        """Wait for all that the device was given: what one stream made is used on others, or freed."""
+        if self._prompt is not None:
+            torch.cuda.synchronize(self.device)
+
     def follow_decodes(self) -> None:
         """Let what the prompt lane is given from now on come behind all that the decode lane was given.
 
@@ -202,6 +207,8 @@ class PromptLane:
         self._on_step = on_step
         self._on_logits = on_logits
         self._step: _Step | None = None
+        #: seconds that the host waited for prompts
+        self.waited_s = 0.0
         #: sees a step before anything of it is launched
         self.before: Callable[[StepPlan], None] = lambda plan: None
 
@@ -212,7 +219,7 @@ class PromptLane:
     @property
     def launching(self) -> bool:
         """Whether there is something to launch in turns."""
-        return self._turns.in_turns and self._step is not None and not self._step.launched
+        return self._turns.in_turns and not self._turns.over
 
     def fence_of(self, row: int) -> Fence | None:
         """What has to pass before blocks that a row gives back are somebody else's (`BlockTables.fence_of`)."""
@@ -227,15 +234,15 @@ class PromptLane:
         Exception
             What the step under way raised; its requests have failed.
         """
-        self.turn()
+        if self._step is not None and not self._step.launched and self._turns.turn():
+            self._end_launch(self._step)
         if self._step is not None and self._step.launched and self._step.fence.passed():
             self._land()
         return self._begin() if self._step is None else None
 
     def turn(self) -> None:
-        """Launch some more layers."""
-        if self._step is not None and not self._step.launched and self._turns.turn():
-            self._end_launch(self._step)
+        """Launch some more layers; what follows the last one is left to `advance`, and so is an error."""
+        self._turns.turn()
 
     def settle(self) -> None:
         """Launch the rest of the step under way, wait for it, and deliver."""
@@ -322,7 +329,9 @@ class PromptLane:
     def _land(self) -> None:
         step = self._step
         assert step is not None
+        started = time.perf_counter()
         step.fence.wait()
+        self.waited_s += time.perf_counter() - started
         self._step = None
         for request in step.plan.requests:
             # who was preempted meanwhile has no row

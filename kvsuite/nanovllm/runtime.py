@@ -141,7 +141,8 @@ class Runtime:
         self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
         self._switch = recomputing_switch(loaded.model)
         acted = [group.compressed for group in self.groups]
-        self.scheduler = Scheduler(limits, self.tables, policy=policy, compressed=acted, rotary=self.rotary)
+        scheduled: Any = {"policy": policy, "compressed": acted, "lanes": lanes}
+        self.scheduler = Scheduler(limits, self.tables, rotary=self.rotary, **scheduled)
         with self._decoding():
             if runner is None:
                 made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
@@ -223,7 +224,7 @@ class Runtime:
     @property
     def waited_s(self) -> float:
         """Seconds that the host waited for tokens so far."""
-        return self._delivery.waited_s
+        return self._delivery.waited_s + (0.0 if self._prompts is None else self._prompts.waited_s)
 
     @property
     def unfinished(self) -> int:
@@ -398,6 +399,8 @@ class Runtime:
         )
         for table in self.tables:
             table.fence_of = lane.fence_of
+        # pools, tables and weights were made on other streams
+        streams.join()
         return lane
 
     def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
@@ -451,6 +454,8 @@ class Runtime:
     def _close_lanes(self) -> None:
         if self._prompts is not None:
             self._prompts.close()
+        if self._streams is not None:
+            self._streams.join()
         self.runner.close()
 
     def _settle(self) -> None:

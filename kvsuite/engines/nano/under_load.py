@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvsuite.engines.results import OutputScores, RequestServed, Served, ServeRequest, StepServed
 from kvsuite.errors import CaseInvalid
+from kvsuite.nanovllm.prompt_lane import LaneStep
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -82,6 +83,12 @@ def _loop(
     # tuples while it runs: what is kept of a step must not slow the next one
     taken: list[tuple[float, float, int, int, int, int, int]] = []
     counters, scheduler, pools = runtime.counters, runtime.scheduler, [table.pool for table in runtime.tables]
+    lanes: list[tuple[LaneStep, int, int, int]] = []
+
+    def on_lane_step(step: LaneStep) -> None:
+        lanes.append((step, len(scheduler.running), len(scheduler.waiting), max(pool.used for pool in pools)))
+
+    runtime.on_lane_step = on_lane_step
     clock = time.perf_counter
     entered, origin = 0, clock()
     while entered < len(own) or runtime.unfinished:
@@ -111,6 +118,15 @@ def _loop(
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             used = max(pool.used for pool in pools)
             taken.append((start - origin, end - origin, prompts, decoded, running, waiting, used))
+    runtime.on_lane_step = None
+    if runtime.lanes == 2:
+        steps = [
+            StepServed(
+                step.lane, step.start_s - origin, step.end_s - origin, step.prompt_tokens, step.decode_tokens, *state
+            )
+            for step, *state in lanes
+        ]
+        return arrivals, steps, origin
     return arrivals, [StepServed("both", *step) for step in taken], origin
 
 
