@@ -169,6 +169,26 @@ def test_what_the_engine_cannot_do_is_refused_under_its_name(plan: dict[str, Any
         session().prepare(planned(**plan))
 
 
+def test_two_lanes_take_turns_on_a_cpu_say_so_and_give_the_same_tokens() -> None:
+    session().prepare(planned(pool_blocks=16, lanes=2))
+    lanes = session().serve_under_load(requests())
+    assert session().effective["lanes"] == 2
+    assert "take turns" in session().inert["lanes"]
+    session().prepare(planned(pool_blocks=16))
+    assert "lanes" not in session().inert
+    assert "lanes" not in session().effective
+    assert session().serve_under_load(requests()).outputs == lanes.outputs
+
+
+def test_a_partition_that_cannot_be_had_skips_the_case_and_needs_two_lanes() -> None:
+    parted = planned(lanes=2).to_dict() | {"partition": {"decode_sms": 64, "prompt_sms": 64}}
+    with pytest.raises(CaseSkipped, match="needs a CUDA device, not cpu"):
+        session().prepare(Case(**parted))
+    assert session().partition["realised"] is None
+    with pytest.raises(CaseInvalid, match="between two lanes, and this case has one"):
+        session().prepare(Case(**(planned().to_dict() | {"partition": parted["partition"]})))
+
+
 def test_a_policy_without_a_stage_is_refused() -> None:
     with pytest.raises(CaseInvalid, match="if and only if"):
         session().prepare(planned("recent_only", {"window": 8}))
