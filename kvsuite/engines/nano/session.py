@@ -31,13 +31,16 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.green_contexts import SmPartition, open_partition
 from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.partition_ladder import PartitionLadder
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
+from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
+from .plan_controller import plan_controller
 from .plan_limits import plan_limits, refuse_plan
 from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
@@ -85,6 +88,9 @@ class NanoSession(LoadedSession):
         self._limits: Limits | None = None
         self._plan: ServingPlan | None = None
         self._sms: SmPartition | None = None
+        #: of a plan with a controller, and the partitions that it may choose
+        self._controller: Controller | None = None
+        self._ladder: PartitionLadder | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -160,6 +166,8 @@ class NanoSession(LoadedSession):
             self._part(case.partition)
         if self._plan is not None:
             refuse_plan(self._plan, policy)
+            if self._plan.controller is not None and policy is not None:
+                self._control(self._plan, policy, case.name)
             self._limits = plan_limits(self._plan)
             if self._plan.lanes == 2 and self.device.type == "cpu":
                 self.inert["lanes"] = (
@@ -262,11 +270,12 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        if self._sms is not None:
-            self._sms.close()
-        self._sms = None
+        for opened in (self._sms, self._ladder):
+            if opened is not None:
+                opened.close()
+        self._sms = self._ladder = self._controller = None
         self.partition = {"requested": None, "realised": None}
-        for name in ("stage", "lanes"):
+        for name in ("stage", "lanes", "auto_dual", "async_compress", "compression_streams"):
             self.inert.pop(name, None)
         self._method = CacheCompression()
         self._treated = frozenset()
@@ -282,16 +291,46 @@ class NanoSession(LoadedSession):
         Raises
         ------
         CaseInvalid
-            If there are no two lanes to part the SMs between, or the device cannot be parted so.
+            If there are no two lanes to part the SMs between, a controller parts them, or the device cannot be parted so.
         CaseSkipped
             If nobody here can part them.
         """
         if self._plan is None or self._plan.lanes != 2:
             raise CaseInvalid(
-                "SM partitions are for prompts beside decoding: two lanes under load; leave the partition out"
+                "partition: SMs are parted between two lanes, and this case has one; leave the partition out"
+            )
+        if self._plan.controller is not None:
+            raise CaseInvalid(
+                f"partition {dict(wanted)}: the controller chooses the SMs itself, and would replace what is given at its "
+                "first decision; leave the partition out, or use greenctx-only"
             )
         self._sms = open_partition(PartitionRequest.of(wanted), self.device)
         self.partition = {"requested": dict(wanted), "realised": self._sms.to_dict()}
+
+    def _control(self, plan: ServingPlan, policy: Policy, name: str) -> None:
+        """Make the controller of a plan, and open all partitions that it may choose.
+
+        Raises
+        ------
+        CaseInvalid
+            If the decisions to replay do not fit.
+        CaseSkipped
+            If nobody here can part the device.
+        UserError
+            If the file of decisions cannot be read.
+        """
+        self._ladder = PartitionLadder(self.device)
+        self.partition = {"requested": None, "realised": self._ladder.to_dict()}
+        self._controller = plan_controller(
+            plan,
+            policy,
+            name=name,
+            layers=self._layers,
+            element_bytes=self._loaded.dtype.itemsize,
+            weight_bytes=int(self.model["step_weight_bytes"] or self.model["weights_bytes"]),
+            bandwidth=self.bandwidth,
+        )
+        self.effective["controller"] = self._controller.log[0]["settings"]
 
     def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
         """Let a policy act on layers that see everything: in all passes of the case the same ones.
@@ -328,7 +367,11 @@ class NanoSession(LoadedSession):
                 stage=stage,
                 lanes=1 if plan is None else plan.lanes,
                 partition=self._sms,
+                controller=self._controller,
+                partitions=None if self._ladder is None else self._ladder.by_ratio,
             )
+            if runtime.controller is not None:
+                self.inert |= runtime.controller.inert
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,
