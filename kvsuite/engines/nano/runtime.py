@@ -96,9 +96,9 @@ class RuntimeHolder:
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
-        options: dict[str, Any] = {"stage": stage, "lanes": lanes, "partition": partition}
-        options |= {"controller": controller, "partitions": partitions}
-        runtime = self._make(limits, policy, captures, options)
+        streams: dict[str, Any] = {"stage": stage, "lanes": lanes, "partition": partition}
+        streams |= {"controller": controller, "partitions": partitions}
+        runtime = self._make(limits, policy, captures, streams)
         self._held = (key, runtime)
         return runtime
 
@@ -135,21 +135,21 @@ class RuntimeHolder:
             "layer_groups": [list(group.layers) for group in runtime.groups],
             "overlap": runtime.overlap,
         }
-        if runtime.lanes == 2:
-            found["lanes"] = 2
+        if runtime.lanes > 1:
+            found["lanes"] = runtime.lanes
         if runtime.policy is not None:
             found |= {"stage": runtime.stage, "stepwise": runtime.policy.acts == "decode"}
         if step != "cuda_graph" and reason:
             found.setdefault("decode_step_reason", reason.removesuffix(")"))
         return found
 
-    def _make(self, limits: Limits, policy: Policy | None, captures: bool, options: dict[str, Any]) -> Runtime:
+    def _make(self, limits: Limits, policy: Policy | None, captures: bool, streams: dict[str, Any]) -> Runtime:
         rotation = None
         turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
         if turns and not without_positions(self._loaded.text_config):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
-        options |= {"policy": policy, "rotation": rotation, "eos_token_ids": ()}
+        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": (), **streams}
         if policy is not None and policy.acts == "decode":
             # what it does to a sequence comes between two of its tokens
             options["overlap"] = False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
@@ -87,6 +86,7 @@ class NanoSession(LoadedSession):
         #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
         self._plan: ServingPlan | None = None
+        #: SMs of its lanes, where the case parts them
         self._sms: SmPartition | None = None
         #: of a plan with a controller, and the partitions that it may choose
         self._controller: Controller | None = None
@@ -162,19 +162,22 @@ class NanoSession(LoadedSession):
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
         self._plan = ServingPlan.of(case)
-        if case.partition is not None:
-            self._part(case.partition)
+        if case.partition is not None and (self._plan is None or self._plan.lanes == 1):
+            raise CaseInvalid(
+                "partition: SMs are parted between two lanes, and this case has one; leave the partition out"
+            )
         if self._plan is not None:
             refuse_plan(self._plan, policy)
             if self._plan.controller is not None and policy is not None:
-                self._control(self._plan, policy, case.name)
+                self._control(self._plan, policy, case)
+            elif case.partition is not None:
+                self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
+                self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
             self._limits = plan_limits(self._plan)
-            if self._plan.lanes == 2 and self.device.type == "cpu":
-                self.inert["lanes"] = (
-                    "a CPU has one stream: prompts and decoding take turns, and neither is faster for it"
-                )
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
+            if self._plan.lanes == 2 and self.device.type == "cpu":
+                self.inert["lanes"] = "a CPU has one stream: prompts and decoding take turns"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -271,12 +274,13 @@ class NanoSession(LoadedSession):
     def finish(self) -> None:
         self._holder.drop()
         for opened in (self._sms, self._ladder):
+            # behind the runtime whose streams have these SMs
             if opened is not None:
                 opened.close()
         self._sms = self._ladder = self._controller = None
         self.partition = {"requested": None, "realised": None}
-        for name in ("stage", "lanes", "auto_dual", "async_compress", "compression_streams"):
-            self.inert.pop(name, None)
+        for axis in ("stage", "lanes", "auto_dual", "async_compress", "compression_streams"):
+            self.inert.pop(axis, None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
@@ -285,46 +289,29 @@ class NanoSession(LoadedSession):
         self.finish()
         del self._loaded, self.decoder, self._holder
 
-    def _part(self, wanted: Mapping[str, Any]) -> None:
-        """Open the partition of the case; it outlives the runtimes on it.
-
-        Raises
-        ------
-        CaseInvalid
-            If there are no two lanes to part the SMs between, a controller parts them, or the device cannot be parted so.
-        CaseSkipped
-            If nobody here can part them.
-        """
-        if self._plan is None or self._plan.lanes != 2:
-            raise CaseInvalid(
-                "partition: SMs are parted between two lanes, and this case has one; leave the partition out"
-            )
-        if self._plan.controller is not None:
-            raise CaseInvalid(
-                f"partition {dict(wanted)}: the controller chooses the SMs itself, and would replace what is given at its "
-                "first decision; leave the partition out, or use greenctx-only"
-            )
-        self._sms = open_partition(PartitionRequest.of(wanted), self.device)
-        self.partition = {"requested": dict(wanted), "realised": self._sms.to_dict()}
-
-    def _control(self, plan: ServingPlan, policy: Policy, name: str) -> None:
+    def _control(self, plan: ServingPlan, policy: Policy, case: Case) -> None:
         """Make the controller of a plan, and open all partitions that it may choose.
 
         Raises
         ------
         CaseInvalid
-            If the decisions to replay do not fit.
+            If the case names a partition too, or the decisions to replay do not fit.
         CaseSkipped
             If nobody here can part the device.
         UserError
             If the file of decisions cannot be read.
         """
+        if case.partition is not None:
+            raise CaseInvalid(
+                f"partition {dict(case.partition)}: the controller chooses the SMs itself, and would replace what is given at "
+                "its first decision; leave the partition out, or use greenctx-only"
+            )
         self._ladder = PartitionLadder(self.device)
         self.partition = {"requested": None, "realised": self._ladder.to_dict()}
         self._controller = plan_controller(
             plan,
             policy,
-            name=name,
+            name=case.name,
             layers=self._layers,
             element_bytes=self._loaded.dtype.itemsize,
             weight_bytes=int(self.model["step_weight_bytes"] or self.model["weights_bytes"]),
@@ -358,14 +345,13 @@ class NanoSession(LoadedSession):
     def _runtime(self, requests: Sequence[ServeRequest], *, captures: bool = True) -> Runtime:
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
-            plan = self._plan
-            stage: Stage = "async" if plan is not None and plan.stage == "async" else "sync"
+            stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
             runtime = self._holder.get(
                 self._limits,
                 self._method.policy,
                 captures=captures,
                 stage=stage,
-                lanes=1 if plan is None else plan.lanes,
+                lanes=1 if self._plan is None else self._plan.lanes,
                 partition=self._sms,
                 controller=self._controller,
                 partitions=None if self._ladder is None else self._ladder.by_ratio,
