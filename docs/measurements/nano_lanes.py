@@ -63,7 +63,9 @@ def _measured(loaded: Any, arm: str, args: argparse.Namespace) -> dict[str, Any]
         admission="optimistic",
     )
     with _parted(arm, loaded.device) as partition:
-        lanes: dict[str, Any] = {} if chunked else {"lanes": 2, "partition": partition, "prompt_layers": args.layers}
+        lanes: dict[str, Any] = (
+            {} if chunked else {"lanes": 2, "partition": partition, "prompt_layers": args.layers or None}
+        )
         runtime = Runtime(loaded, limits, runner=cuda_runner(sizes=[args.rows], tune=False), eos_token_ids=(), **lanes)
         endless = SamplingParameters(max_new_tokens=4000, ignore_eos=True)
         rows = [runtime.add(Request(prompt(args.context), endless)) for _ in range(args.rows)]
@@ -107,7 +109,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--layers", type=int, default=4, help="layers of a prompt between two looks at the decoding")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=4,
+        help="of a prompt between two looks at the decoding; 0: on a thread that runs free",
+    )
     args = parser.parse_args()
     loaded = load_model(resolve_model(args.model), device="cuda:0", dtype="bfloat16")
     for arm in args.arms.split(","):

@@ -31,9 +31,9 @@ examples:
 
 The records are only read. In the output folder report.json, report.html, table.txt and the files of the run's suites are
 replaced, each in one step: results.json and benchmark_comparison.png and .svg (compression), <dataset>_ppl_results.csv and
-<dataset>_ppl_vs_quant.png and .svg (perplexity), kv_cache_dse_*.csv and their figures (design space). Of a perplexity CSV,
-kvsuite's or the original program's, the figure is drawn, as a single file where --out ends in .png or .svg. Exit code 4: bad
-input, nothing was written.
+<dataset>_ppl_vs_quant.png and .svg (perplexity), kv_cache_dse_*.csv and their figures (design space), pipeline_results.csv,
+kvcache_matrix_results.json and pipeline_*.png and .svg (pipeline). Of a perplexity CSV, kvsuite's or the original program's,
+the figure is drawn, as a single file where --out ends in .png or .svg. Exit code 4: bad input, nothing was written.
 """
 
 

@@ -12,7 +12,7 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .results import Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
+from .results import Served, ServeRequest, TakeRow, TokenProgress, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
@@ -42,6 +42,30 @@ class ScoresThroughCache(Protocol):
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         """Losses of the same tokens from position ``first`` on by one teacher-forced forward with the full cache."""
+        ...
+
+
+@runtime_checkable
+class GivesLogits(Protocol):
+    """Hands out the logits behind the losses of `ScoresThroughCache`, of the prepared case or of the full cache."""
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        """As `ScoresThroughCache.score`; ``take`` is told each scored row: its index from 0, and logits ``[1, vocab]``.
+
+        Parameters
+        ----------
+        full
+            Through the full cache in the model's dtype, served in the same way, in the place of the case's.
+        """
         ...
 
 
@@ -117,7 +141,7 @@ class ServesUnderLoad(Protocol):
         ...
 
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
-        """Serve the same requests with their full caches: no policy, no arrivals, and a pool that preempts nobody."""
+        """Serve the same requests with their full caches: no policy, no arrivals, and the largest pool that they need."""
         ...
 
 
@@ -125,6 +149,7 @@ class ServesUnderLoad(Protocol):
 _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
     ScoresThroughCache: "returns no losses of a text through its cache",
+    GivesLogits: "hands out no logits of a text through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
     ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvsuite.cache_formats.cache_format import format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
@@ -252,6 +253,8 @@ class Engine(ABC):
     option_group: ClassVar[type[OptionGroup] | None] = None
     #: whether an installation is whole without it
     is_optional: ClassVar[bool] = True
+    #: whether its sessions store keys and values in the formats of `kvsuite.cache_formats`
+    stores_cache_formats: ClassVar[bool] = False
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
@@ -270,6 +273,21 @@ class Engine(ABC):
 
         Asked for every case; the runtime need not be loaded for it.
         """
+
+    def refuse(self, case: Case) -> None:
+        """Refuse a case that no session of this engine can run, before anything is loaded.
+
+        Raises
+        ------
+        CaseInvalid
+            With the reason and the mend.
+        """
+        chosen = format_of(case)
+        if chosen is not None and not self.stores_cache_formats:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
+                "--kv-engine=hf, or --kv-cache-dtype=auto"
+            )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         """Predicts the memory of design points on the device of ``case``, ``None`` where there are no formulas.

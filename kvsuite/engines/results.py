@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: called with targets done, targets in all, and the mean loss so far in nats
 WindowProgress = Callable[[int, int, float], None]
+#: called with the index of a scored row and its logits ``[1, vocab]``, a tensor
+TakeRow = Callable[[int, Any], None]
 #: called with tokens done and in all
 TokenProgress = Callable[[int, int], None]
 

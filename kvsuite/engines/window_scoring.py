@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from kvsuite.workloads.windows import Window
 from .results import WindowProgress, WindowScores
 from .window_batches import Batches, Pass, WindowText
 
+#: hidden states of token ids ``[batch, tokens]``
+StatesOf = Callable[[LanguageHead, Tensor], Tensor]
 # logits of so many bytes are made at a time: few enough to stay small beside the weights, enough rows for a fast product
 _LOGIT_BYTES = {"cpu": 32 * 2**20}
 _LOGIT_BYTES_ELSEWHERE = 512 * 2**20
@@ -32,6 +34,7 @@ def score_windows(
     prefix: str = "none",
     prefix_token: int | None = None,
     progress: WindowProgress | None = None,
+    states_of: StatesOf = LanguageHead.hidden,
 ) -> WindowScores:
     """Score the targets of ``windows``.
 
@@ -57,6 +60,8 @@ def score_windows(
         Prefix rule that the windows were planned with, and its token.
     progress
         Called after every forward. On an accelerator this waits for the forward.
+    states_of
+        Computes hidden states, where they go through a cache.
 
     Raises
     ------
@@ -76,7 +81,7 @@ def score_windows(
         rows, report = _rows_at_once(model, at), _Report(progress, nll)
         done = 0
         for batch in batches:
-            states = _predicting_rows(head, text.inputs(batch, at), batch)
+            states = _predicting_rows(states_of(head, text.inputs(batch, at)), batch)
             for part, piece in _pieces(states, rows, done):
                 logits = head.logits(piece)
                 nll[part] = token_losses(logits, targets[part])
@@ -106,6 +111,7 @@ def compare_windows(
     prefix: str = "none",
     prefix_token: int | None = None,
     progress: WindowProgress | None = None,
+    states_of: StatesOf = LanguageHead.hidden,
 ) -> TokenDivergence:
     """Compare a model with a reference on the same windows, position by position; both are in memory, no logits are kept.
 
@@ -113,8 +119,8 @@ def compare_windows(
     ----------
     model, reference_model
         Two transformers models of one vocabulary on one device.
-    tokens, windows, batch_tokens, device, prefix, prefix_token, progress
-        As for `score_windows`.
+    tokens, windows, batch_tokens, device, prefix, prefix_token, progress, states_of
+        As for `score_windows`; the reference goes through no cache.
 
     Raises
     ------
@@ -139,7 +145,8 @@ def compare_windows(
         done = 0
         for batch in Batches(text.passes, batch_tokens, model, at):
             ids = text.inputs(batch, at)
-            states, reference_states = (_predicting_rows(head, ids, batch) for head in heads)
+            states = _predicting_rows(states_of(heads[0], ids), batch)
+            reference_states = _predicting_rows(heads[1].hidden(ids), batch)
             for part, piece in _pieces(states, rows, done):
                 logits = heads[0].logits(piece)
                 reference = heads[1].logits(reference_states[part.start - done : part.stop - done])
@@ -154,9 +161,8 @@ def compare_windows(
     return TokenDivergence(nll.tolist(), nll_reference.tolist(), kld.tolist(), same.tolist())
 
 
-def _predicting_rows(head: LanguageHead, ids: Tensor, batch: Sequence[Pass]) -> Tensor:
+def _predicting_rows(states: Tensor, batch: Sequence[Pass]) -> Tensor:
     """The rows ``[rows, hidden]`` that predict the targets: the last ones of each sequence."""
-    states = head.hidden(ids)
     return torch.cat([states[index, -each.window.targets :] for index, each in enumerate(batch)])
 
 

@@ -245,6 +245,7 @@ class _Work:
     def measure(self, suite: MeasuresCases) -> None:
         """Load the case's model and let its suite measure."""
         suite.refuse(self.case, self.runner.options)
+        self.runner.sessions.engine(self.case.engine).refuse(self.case)
         session = self.session = self.runner.sessions.get(self.case)
         self.record.model = dict(session.model)
         session.prepare(self.case)

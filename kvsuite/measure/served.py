@@ -128,7 +128,7 @@ def _of_rounds(rounds: Sequence[Served], slo: Slo) -> dict[str, list[float] | No
                 "goodput_req_s": meeting,
                 "slo_share": share,
                 "preemptions": sum(one.preemptions for one in requests),
-                "running_mean": time_mean([(step.end_s - step.start_s, step.running) for step in steps]),
+                "running_mean": time_mean(_spans(steps)),
                 "blocks_peak": max(step.used_blocks for step in steps),
             }
         )
@@ -136,6 +136,16 @@ def _of_rounds(rounds: Sequence[Served], slo: Slo) -> dict[str, list[float] | No
     for name in rows[0]:
         values = [value for row in rows if (value := row[name]) is not None]
         found[name] = values if len(values) == len(rows) else None
+    return found
+
+
+def _spans(steps: Sequence[StepServed]) -> list[tuple[float, float]]:
+    """Seconds and running requests of every step; where two lanes' steps overlap, of what the one that ends first leaves."""
+    found, until = [], 0.0
+    for step in sorted(steps, key=lambda step: step.end_s):
+        begin = max(step.start_s, until)
+        found.append((step.end_s - begin, float(step.running)))
+        until = step.end_s
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING
 
 from kvsuite.metrics.registry import percentile
@@ -33,6 +34,16 @@ class TokenDivergence:
     same_top1: list[bool]
 
 
+def joined_divergence(found: Sequence[TokenDivergence]) -> TokenDivergence:
+    """Several texts as one."""
+    return TokenDivergence(
+        nll=[x for one in found for x in one.nll],
+        nll_reference=[x for one in found for x in one.nll_reference],
+        kld=[x for one in found for x in one.kld],
+        same_top1=[x for one in found for x in one.same_top1],
+    )
+
+
 @dataclass(frozen=True)
 class Divergence:
     """Summary of a `TokenDivergence`, as llama-perplexity's ``--kl-divergence`` has it.
@@ -41,8 +52,8 @@ class Divergence:
     ----------
     n
         Number of positions.
-    kld_mean, kld_median, kld_p99, kld_max
-        In nats; the 99th percentile is ``None`` below 100 positions.
+    kld_mean, kld_se, kld_median, kld_p99, kld_max
+        In nats; the 99th percentile is ``None`` below 100 positions, the standard error of the mean at a single one.
     same_top1
         Share of positions where both arms rank the same token first.
     rms_delta_p
@@ -53,6 +64,7 @@ class Divergence:
 
     n: int
     kld_mean: float
+    kld_se: float | None
     kld_median: float
     kld_p99: float | None
     kld_max: float
@@ -75,6 +87,7 @@ def summarise_divergence(tokens: TokenDivergence) -> Divergence:
     return Divergence(
         n=len(tokens.kld),
         kld_mean=fmean(tokens.kld),
+        kld_se=stdev(tokens.kld) / math.sqrt(len(tokens.kld)) if len(tokens.kld) > 1 else None,
         kld_median=median(tokens.kld),
         kld_p99=percentile(tokens.kld, 0.99),
         kld_max=max(tokens.kld),

@@ -34,26 +34,27 @@ class LanguageHead:
         self._output_class: Any = None
         self.split = self._base is not None and self._base is not model and self._halves_agree()
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """Hidden states ``[batch, tokens, hidden]`` of ``ids`` ``[batch, tokens]``; logits where there is no split.
 
         No cache is made and no mask is passed: every sequence is whole, which lets attention take its causal kernels.
-        ``positions`` ``[batch, tokens]`` are those from 0 on if left out.
+        ``positions`` ``[batch, tokens]`` are those from 0 on if left out. With an empty ``cache`` the attention reads what that
+        one stores.
         """
-        return self._states(ids, positions) if self.split else self._logits(ids, positions)
+        return self._states(ids, positions, cache) if self.split else self._logits(ids, positions, cache)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[rows, vocab]`` of rows of what `hidden` returned."""
         return self._project(rows) if self.split else rows
 
-    def _states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        output = self._base(input_ids=ids, use_cache=False, **_given(positions))
+    def _states(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        output = self._base(input_ids=ids, **_given(positions, cache))
         self._output_class = type(output)
         states: Tensor = output.last_hidden_state
         return states
 
-    def _logits(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False, **_given(positions)).logits
+    def _logits(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, **_given(positions, cache)).logits
         return logits
 
     def _project(self, rows: Tensor) -> Tensor:
@@ -89,5 +90,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return wide.logsumexp(-1) - wide.gather(-1, targets[:, None])[:, 0]
 
 
-def _given(positions: Tensor | None) -> dict[str, Tensor]:
-    return {} if positions is None else {"position_ids": positions}
+def _given(positions: Tensor | None, cache: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    return given if positions is None else given | {"position_ids": positions}

@@ -228,6 +228,12 @@ def cost_of(settings: ControllerSettings, inputs: ControllerInputs) -> CostModel
     )
 
 
+def ratios() -> list[float]:
+    """Shares of the prompt lane that rule 3 can give."""
+    steps = round((MOST_RATIO - LEAST_RATIO) / RATIO_STEP)
+    return [round(LEAST_RATIO + RATIO_STEP * step, 4) for step in range(steps + 1)]
+
+
 def main_ratio(ratio: float) -> float:
     """The decode lane's share beside the prompt lane's."""
     return max(0.05, round(1 - ratio, 4))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.errors import UserError
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
 
 from .batch import BatchBuilder, GroupInputs, StepBatch
@@ -148,6 +148,9 @@ class CudaRunner(ModelRunner):
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
         self._why_not_captured = ""
+        # by the streams that they were captured on, whose SMs they keep
+        self._captured: dict[str, DecodeGraphs] = {}
+        self._again: Callable[[], DecodeGraphs | None] = lambda: None
         try:
             if not self._why_not_fused:
                 self.decoder = FusedDecoder(loaded.model, config, limits.max_model_len + 1)
@@ -161,7 +164,10 @@ class CudaRunner(ModelRunner):
             elif not attention.capturable:
                 self._why_not_captured = attention.why_not_capturable
             else:
-                self._capture(attention, wanted, limits)
+                self._again = partial(self._capture, attention, wanted, limits)
+                self.graphs = self._again()
+                if self.graphs is not None:
+                    self._captured[""] = self.graphs
             if warm_up:
                 self._warm_up(pools, limits)
         except BaseException:
@@ -216,6 +222,27 @@ class CudaRunner(ModelRunner):
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
         return super().logits(rows) if self.decoder is None else self.decoder.head(rows)
 
+    def use_captured(self, streams: str) -> None:
+        """Replay the decode steps that were captured on the streams of a name, ``""`` for the first.
+
+        Those of a new name are captured now, on the current stream, if any are captured at all.
+
+        Raises
+        ------
+        UserError
+            If the captured steps do not fit beside the pool.
+        CaseInvalid
+            If the model can be captured once and not again.
+        """
+        if not self._captured:
+            return
+        if streams not in self._captured:
+            graphs = self._again()
+            if graphs is None:
+                raise CaseInvalid(f"decode steps cannot be captured on other streams: {self._why_not_captured}")
+            self._captured[streams] = graphs
+        self.graphs = self._captured[streams]
+
     def beside(self, turns: Turns) -> Self:
         """Another runner for steps on another stream, the current one; it shares the fused layers and captures nothing."""
         other = super().beside(turns)
@@ -227,6 +254,7 @@ class CudaRunner(ModelRunner):
     def close(self) -> None:
         """Give the model its own attention back, and the memory of the graphs."""
         self.graphs = None
+        self._captured.clear()
         super().close()
 
     def _objection(self, loaded: LoadedModel, pools: Sequence[KVPool], fuse: bool) -> str:
@@ -267,7 +295,8 @@ class CudaRunner(ModelRunner):
 
             choose_tilings(decoder, sizes)
 
-    def _capture(self, attention: CapturableAttention, sizes: Sequence[int], limits: Limits) -> None:
+    def _capture(self, attention: CapturableAttention, sizes: Sequence[int], limits: Limits) -> DecodeGraphs | None:
+        """Decode steps captured on the current stream; ``None`` where that cannot be, for a reason that `facts` has then."""
         forward = self._plain if self.decoder is None else self.decoder.logits
         if isinstance(attention, CapturableReference):
             row = max(pool.block_bytes // len(pool.group.layers) for pool in attention.pools)
@@ -275,7 +304,7 @@ class CudaRunner(ModelRunner):
             sizes = [size for size in sizes if size <= most]
             if not sizes:
                 self._why_not_captured = "the reference would gather more than 1 GiB a layer"
-                return
+                return None
         before = _reserved_bytes(self.device)
         graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
@@ -290,9 +319,9 @@ class CudaRunner(ModelRunner):
             if self.decoder is not None:
                 raise
             self._why_not_captured = f"the model cannot be captured: {str(error).splitlines()[0][:200]}"
-            return
-        self.graphs = graphs
-        self.captured_bytes = _reserved_bytes(self.device) - before
+            return None
+        self.captured_bytes += _reserved_bytes(self.device) - before
+        return graphs
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""

@@ -16,7 +16,7 @@ from .fences import Fence, fence_now
 from .in_flight import TokensInFlight
 from .request import Request
 from .scheduler import Scheduler, StepPlan
-from .step_launcher import Prepared, StepLauncher, still_wanted
+from .step_launcher import Prepared, StepLauncher, StepWatch, still_wanted
 from .turns import Turns
 
 
@@ -30,6 +30,13 @@ class TwoStreams(Protocol):
     @property
     def prompt_stream(self) -> Any:
         """The prompt lane's."""
+
+
+class Watch(StepWatch, Protocol):
+    """Sees steps before they are launched, and times them."""
+
+    def planned(self, plan: StepPlan) -> None:
+        """A step is about to be launched."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,16 @@ class LaneStreams:
         elif device.type == "cuda":
             stream: Any = torch.cuda.Stream
             self._decode, self._prompt = torch.cuda.current_stream(device), stream(device)
+        self._first = self._decode, self._prompt
+
+    def bind(self, partition: TwoStreams | None) -> None:
+        """Move both lanes to other streams, behind all that they were given; ``None``: to those they began with."""
+        before = self._decode, self._prompt
+        after = self._first if partition is None else (partition.decode_stream, partition.prompt_stream)
+        self._decode, self._prompt = after
+        for stream in after:
+            for old in before if stream is not None else ():
+                stream.wait_stream(old)
 
     def decode(self) -> AbstractContextManager[Any]:
         """What is launched inside belongs to the decode lane."""
@@ -81,6 +98,11 @@ class LaneStreams:
     def prompt(self) -> AbstractContextManager[Any]:
         """What is launched inside belongs to the prompt lane."""
         return nullcontext() if self._prompt is None else torch.cuda.stream(self._prompt)
+
+    def join(self) -> None:
+        """Wait for all that the device was given: what one stream made is used on others, or freed."""
+        if self._prompt is not None:
+            torch.cuda.synchronize(self.device)
 
     def follow_decodes(self) -> None:
         """Let what the prompt lane is given from now on come behind all that the decode lane was given.
@@ -185,11 +207,19 @@ class PromptLane:
         self._on_step = on_step
         self._on_logits = on_logits
         self._step: _Step | None = None
+        #: seconds that the host waited for prompts
+        self.waited_s = 0.0
+        #: sees a step before anything of it is launched
+        self.before: Callable[[StepPlan], None] = lambda plan: None
+
+    def steer(self, watch: Watch) -> None:
+        """Show steps to somebody before anything of them is launched, and have them timed."""
+        self.before, self._launcher.watch = watch.planned, watch
 
     @property
     def launching(self) -> bool:
         """Whether there is something to launch in turns."""
-        return self._turns.in_turns and self._step is not None and not self._step.launched
+        return self._turns.in_turns and not self._turns.over
 
     def fence_of(self, row: int) -> Fence | None:
         """What has to pass before blocks that a row gives back are somebody else's (`BlockTables.fence_of`)."""
@@ -204,15 +234,15 @@ class PromptLane:
         Exception
             What the step under way raised; its requests have failed.
         """
-        self.turn()
+        if self._step is not None and not self._step.launched and self._turns.turn():
+            self._end_launch(self._step)
         if self._step is not None and self._step.launched and self._step.fence.passed():
             self._land()
         return self._begin() if self._step is None else None
 
     def turn(self) -> None:
-        """Launch some more layers."""
-        if self._step is not None and not self._step.launched and self._turns.turn():
-            self._end_launch(self._step)
+        """Launch some more layers; what follows the last one is left to `advance`, and so is an error."""
+        self._turns.turn()
 
     def settle(self) -> None:
         """Launch the rest of the step under way, wait for it, and deliver."""
@@ -237,14 +267,16 @@ class PromptLane:
             return plan
         rows = [request.row for request in plan.requests]
         step = self._step = _Step(plan, time.perf_counter(), rows, LaunchFence(self._turns.finish))
-        with self._streams.prompt():
-            self._streams.follow_decodes()
-            try:
+        try:
+            self.before(plan)
+            with self._streams.prompt():
+                self._streams.follow_decodes()
                 prepared = self._launcher.prepare(plan, None)
-            except Exception as error:
+        except Exception as error:
+            with self._streams.prompt():
                 step.fence.reach(self._streams.device)
-                self._fail(step, error)
-                raise
+            self._fail(step, error)
+            raise
         self._launcher.commit(plan)
         self._turns.start(lambda: self._compute(step, prepared))
         return plan
@@ -297,7 +329,9 @@ class PromptLane:
     def _land(self) -> None:
         step = self._step
         assert step is not None
+        started = time.perf_counter()
         step.fence.wait()
+        self.waited_s += time.perf_counter() - started
         self._step = None
         for request in step.plan.requests:
             # who was preempted meanwhile has no row

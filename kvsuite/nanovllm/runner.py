@@ -43,6 +43,9 @@ class Runner(Protocol):
 
     observer: PromptObserver | None
 
+    def use_captured(self, streams: str) -> None:
+        """Replay the decode steps captured on the streams of a name (``""``: the first), on the current stream if it is new."""
+
     def beside(self, turns: Turns) -> Runner:
         """Another runner of the same model and pools for steps on another stream, the current one; `turns` pauses them.
 
@@ -118,6 +121,9 @@ class ModelRunner:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
         with torch.inference_mode():
             return self._language_head().logits(rows)
+
+    def use_captured(self, streams: str) -> None:
+        """Nothing: it captures nothing."""
 
     def beside(self, turns: Turns) -> Self:
         """Another runner of the same model and pools for steps on another stream, the current one.

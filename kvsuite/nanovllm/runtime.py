@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from .compression_stage import CompressionStage, require_prompt_only
 from .counters import Counters
 from .delivery import Delivery
 from .eviction import Eviction
+from .green_contexts import SmPartition
 from .kv_pool import KVPool, blocks_that_fit
 from .limits import Limits
 from .paged_attention import AttentionBackend
@@ -80,6 +81,9 @@ class Runtime:
     controller
         Decides at steps with prompts whether and how they are compressed (`kvsuite.nanovllm.steering`); needs a policy and
         ``stage="async"``.
+    partitions
+        With a controller that parts the SMs, a partition for every share of the prompt lane that it may choose
+        (`kvsuite.nanovllm.partition_ladder`). They have to outlive the runtime.
     eos_token_ids
         Tokens that end a text; the model's own if left out.
 
@@ -106,6 +110,7 @@ class Runtime:
         partition: TwoStreams | None = None,
         prompt_layers: int | None = 4,
         controller: Controller | None = None,
+        partitions: Mapping[float, SmPartition] | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
         if stage not in ("sync", "async"):
@@ -114,11 +119,8 @@ class Runtime:
             require_prompt_only(policy)
         _require_lanes(lanes, partition, prompt_layers, policy)
         if controller is not None:
-            if lanes == 2:
-                raise CaseInvalid(
-                    "controller: it chooses between compressing in the lane and aside; with two lanes it has no choice"
-                )
-            require_steerable(controller, has_policy=policy is not None, is_async=stage == "async")
+            facts: Any = {"has_policy": policy is not None, "is_async": stage == "async", "lanes": lanes}
+            require_steerable(controller, **facts, shares=partitions or ())
         self.limits = limits
         self.policy = policy
         self.stage = stage
@@ -139,7 +141,8 @@ class Runtime:
         self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
         self._switch = recomputing_switch(loaded.model)
         acted = [group.compressed for group in self.groups]
-        self.scheduler = Scheduler(limits, self.tables, policy=policy, compressed=acted, rotary=self.rotary)
+        scheduled: Any = {"policy": policy, "compressed": acted, "lanes": lanes}
+        self.scheduler = Scheduler(limits, self.tables, rotary=self.rotary, **scheduled)
         with self._decoding():
             if runner is None:
                 made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)
@@ -175,11 +178,6 @@ class Runtime:
         if aside is not None:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
-        self.controller = controller
-        self._steered: Steered | None = None
-        if controller is not None:
-            self._steered = Steered(controller, self.compression, self.tables[0].lengths, self.device)
-            self._launcher.watch = self._steered
         self.scheduler.on_release = self.compression.leave
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -196,6 +194,18 @@ class Runtime:
             except BaseException:
                 self.runner.close()
                 raise
+        #: decides how prompts are compressed, and logs it
+        self.controller = controller
+        self._steered: Steered | None = None
+        self._partitions = dict(partitions or {})
+        self._bound: SmPartition | None = None
+        if controller is not None:
+            try:
+                self._prepare_partitions()
+            except BaseException:
+                self._close_lanes()
+                raise
+            self._steer(controller)
         if self.rotary is not None:
             self.rotary.install()
         #: whether a step is launched before the tokens of the one before are here
@@ -214,7 +224,7 @@ class Runtime:
     @property
     def waited_s(self) -> float:
         """Seconds that the host waited for tokens so far."""
-        return self._delivery.waited_s
+        return self._delivery.waited_s + (0.0 if self._prompts is None else self._prompts.waited_s)
 
     @property
     def unfinished(self) -> int:
@@ -336,9 +346,7 @@ class Runtime:
         for request in list(self._requests.values()):
             self.cancel(request)
         self._delivery.flight = None
-        if self._prompts is not None:
-            self._prompts.close()
-        self.runner.close()
+        self._close_lanes()
         if self.rotary is not None:
             self.rotary.close()
 
@@ -391,6 +399,8 @@ class Runtime:
         )
         for table in self.tables:
             table.fence_of = lane.fence_of
+        # pools, tables and weights were made on other streams
+        streams.join()
         return lane
 
     def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
@@ -409,6 +419,44 @@ class Runtime:
     def _drop_misfits(self, plan: StepPlan | None) -> None:
         for request in plan.misfits if plan is not None else ():
             self._end(request, Status.FAILED, outgrown(request, self.limits, self.num_blocks))
+
+    def restart_controller(self) -> None:
+        """Let the controller begin anew, as at the first step: what follows is a run of its own."""
+        if self.controller is not None:
+            self._bind(None)
+            self._steer(self.controller.renewed())
+
+    def _steer(self, controller: Controller) -> None:
+        self.controller = controller
+        facts: Any = {"lengths": self.tables[0].lengths, "device": self.device, "has_lanes": self.lanes == 2}
+        self._steered = Steered(controller, self.compression, bind=self._bind, **facts)
+        self._launcher.watch = self._steered
+        if self._prompts is not None:
+            self._prompts.steer(self._steered)
+
+    def _prepare_partitions(self) -> None:
+        """Capture decode steps on every partition: later it would be done while requests wait."""
+        for ratio in self._partitions:
+            self._bind(ratio)
+        self._bind(None)
+
+    def _bind(self, ratio: float | None) -> dict[str, int] | None:
+        """Move the lanes to the partition of a share of the prompt lane, between two steps of either; return its SMs."""
+        partition = None if ratio is None else self._partitions[ratio]
+        if partition is not self._bound:
+            assert self._streams is not None
+            self._streams.bind(partition)
+            self._bound = partition
+            with self._decoding():
+                self.runner.use_captured("" if partition is None else partition.id)
+        return None if partition is None else {"decode_sms": partition.decode_sms, "prompt_sms": partition.prompt_sms}
+
+    def _close_lanes(self) -> None:
+        if self._prompts is not None:
+            self._prompts.close()
+        if self._streams is not None:
+            self._streams.join()
+        self.runner.close()
 
     def _settle(self) -> None:
         """Let the books be complete between two steps; requests that this ends are returned by the next step."""

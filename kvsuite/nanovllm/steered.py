@@ -10,18 +10,32 @@ import torch
 
 from kvsuite.errors import CaseInvalid
 
+from .controller import ratios
 from .request import Request
 from .spans import Spans
 from .steering import Controller
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from .compression_stage import CompressionStage
     from .scheduler import StepPlan
     from .stage_streams import Work
 
 
-def require_steerable(controller: Controller, *, has_policy: bool, is_async: bool) -> None:
+def require_steerable(
+    controller: Controller, *, has_policy: bool, is_async: bool, lanes: int, shares: Iterable[float]
+) -> None:
     """Refuse what a runtime cannot do of what a controller may decide.
+
+    Parameters
+    ----------
+    controller
+        Decides.
+    has_policy, is_async, lanes
+        Of the runtime.
+    shares
+        Shares of the prompt lane for which it was given partitions.
 
     Raises
     ------
@@ -39,11 +53,13 @@ def require_steerable(controller: Controller, *, has_policy: bool, is_async: boo
         raise CaseInvalid(
             "controller: it chooses when to compress beside the steps, and stage=sync never does; use async"
         )
-    if settings.greenctx:
-        raise CaseInvalid(
-            "controller: it moves the SMs of the lanes while they run, and the runtime binds them once; use greenctx=False, "
-            "or a partition without a controller"
-        )
+    given = sorted(shares)
+    if settings.greenctx and lanes == 1:
+        raise CaseInvalid("controller: it parts the SMs between two lanes; use lanes=2, or greenctx=False")
+    if settings.greenctx and given != ratios():
+        raise CaseInvalid(f"controller: it may part the SMs by {ratios()}, and partitions were given for {given}")
+    if given and not settings.greenctx:
+        raise CaseInvalid("controller: partitions were given, and greenctx=False never uses one; leave them out")
 
 
 @dataclass
@@ -67,6 +83,10 @@ class Steered:
         Decides.
     stage
         Compresses; has a place aside.
+    bind
+        Moves the lanes to the partition of a share, ``None`` for none, and says what that is.
+    has_lanes
+        Whether there are two: the prompt lane then compresses, beside the decoding.
     lengths
         Tokens in the cache by row, ``[rows]``, as the tables keep them.
     device
@@ -77,18 +97,25 @@ class Steered:
         self,
         controller: Controller,
         stage: CompressionStage,
+        *,
         lengths: Any,
         device: torch.device,
-        spans: Spans | None = None,
+        bind: Callable[[float | None], dict[str, int] | None],
+        has_lanes: bool,
     ) -> None:
         self.controller = controller
         self._stage, self._lengths = stage, lengths
+        self._bind, self._has_lanes = bind, has_lanes
         self._spans = Spans(device, controller.now)
         self._pending = 0
         self._step = _Compressions()
         self._choices: WeakKeyDictionary[Request, bool] = WeakKeyDictionary()
         stage.spares = self._spares
         stage.timed = self._timed
+        if has_lanes:
+            controller.inert["async_compress"] = (
+                "with two lanes the prompt lane compresses, beside the decoding, whatever is decided"
+            )
         controller.inert["compression_streams"] = (
             "compression has one stream here, as it has beside a partition in the original; the number decides nothing"
         )
@@ -118,15 +145,15 @@ class Steered:
         self.controller.applied(
             {
                 "pipeline": decision.pipeline,
-                "async_compress": decision.async_compress,
+                "async_compress": decision.async_compress or self._has_lanes,
                 "compression_streams": 1,
-                "partition": None,
+                "partition": self._bind(decision.sm_compress_ratio if decision.greenctx_enabled else None),
             }
         )
 
-    def begin(self) -> Any:
+    def begin(self, *, decode_only: bool) -> Any:
         """A mark before the forward pass, if this step is one of the fourth that are timed."""
-        return self._spans.mark() if self.controller.next_step_is_sampled() else None
+        return self._spans.mark() if self.controller.next_step_is_sampled(decode_only=decode_only) else None
 
     def end(self, begun: Any, *, decode_only: bool) -> None:
         """The forward pass is launched."""

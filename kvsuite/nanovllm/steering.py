@@ -24,7 +24,7 @@ from .controller import (
 T = TypeVar("T")
 SCHEMA = "kvsuite.decisions/1"
 _ALPHA = 0.2
-#: steps of which one is timed
+#: steps of a kind of which one is timed
 SAMPLED = 4
 #: inputs that the requests decide, not the machine: a replayed run has to have the same ones
 _OF_REQUESTS = ("counter", "batch", "seq_len", "expected_output")
@@ -70,6 +70,7 @@ class Controller:
         replay: Sequence[Mapping[str, Any]] | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self._log = replay
         self._replay = None if replay is None else _Replay(replay, settings)
         # how fast the memory was is a fact of the run that was recorded
         self.settings = settings = settings if self._replay is None else self._replay.settings
@@ -81,14 +82,21 @@ class Controller:
         self.inert = inert_axes(settings)
         self.now = now
         self._started = now()
-        self._counter = self._steps = 0
+        self._counter, self._steps = 0, [0, 0]
         self._entry: dict[str, Any] = {}
         self._slot = self._decoded = 0
 
-    def next_step_is_sampled(self) -> bool:
-        """Count a step, and say whether it is one of the fourth that are timed."""
-        self._steps += 1
-        return self._steps % SAMPLED == 0
+    def renewed(self) -> Controller:
+        """One like this at the beginning of a run, with the same log to replay."""
+        return Controller(self.settings, replay=self._log, now=self.now)
+
+    def next_step_is_sampled(self, *, decode_only: bool) -> bool:
+        """Count a step, and say whether it is one of the fourth of its kind, which are timed.
+
+        The original counts steps of both kinds together: where outputs have a multiple of four tokens it never times a prompt.
+        """
+        self._steps[decode_only] += 1
+        return self._steps[decode_only] % SAMPLED == 0
 
     def prompts(self, *, batch: int, seq_len: int, expected_output: float, pending: int) -> tuple[Decision, bool]:
         """The decision for a step with prompts, and whether it is a new one.

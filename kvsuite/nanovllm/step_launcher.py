@@ -35,7 +35,7 @@ class Prepared:
 class StepWatch(Protocol):
     """Times steps."""
 
-    def begin(self) -> Any:
+    def begin(self, *, decode_only: bool) -> Any:
         """Its forward pass begins on the current stream."""
 
     def end(self, begun: Any, *, decode_only: bool) -> None:
@@ -104,7 +104,7 @@ class StepLauncher:
         """The second part of `launch`, which leaves the books alone: another thread may do it."""
         batch, sampled = step.batch, step.sampled
         drawing = any(request.sampling.temperature for request in sampled)
-        begun = None if self.watch is None else self.watch.begin()
+        begun = None if self.watch is None else self.watch.begin(decode_only=batch.decode_only)
         if step.scored:
             states = self._runner.hidden(batch)
             if on_rows is not None:

@@ -48,6 +48,11 @@ class Turns:
         """Whether the thread runs only inside `turn`."""
         return self._layers is not None
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self._over.is_set()
+
     def start(self, work: Callable[[], None]) -> None:
         """Begin a piece of work; the one before is over."""
         assert self._over.is_set()

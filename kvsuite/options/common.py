@@ -60,6 +60,13 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         "engine mlc, or what MLC weights are in), none in the compression suite.",
         example="none,q4f16_1",
     )]
+    cache_dtype: Annotated[tuple[str, ...], Option(
+        list_of(text), "auto",
+        "Number formats of keys and values, comma separated, keys:values where they differ: auto (the model's dtype), "
+        "fp8_e4m3, int8, int4, int4_channel, kivi_int4, with group=, residual= and +hadamard, e.g. "
+        "--kv-cache-dtype='auto,int8:int4(group=32,residual=64)+hadamard'. Engine hf.",
+        example="auto,int8:int4",
+    )]
     load_in_4bit: Annotated[bool, Option(
         switch, "false",
         "Short for --kv-quantization=4bit (bitsandbytes nf4, double quantisation).",
@@ -161,6 +168,12 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
     @classmethod
     def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
         """Weight formats, with the original's three switches, of which one at most may be on."""
+        packed = next((one for one in values["cache_dtype"] if one != "auto"), None)
+        if packed is not None and values["impl"] == "copy":
+            raise UserError(
+                f"--kv-impl=copy and --kv-cache-dtype={packed}: the copying cache stores the model's own numbers alone; leave "
+                "--kv-impl out"
+            )
         switched = [name for name in _SWITCHES if values[name]]
         chosen = switched + ["quantization"] * ("quantization" in given)
         if len(chosen) > 1:

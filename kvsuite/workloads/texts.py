@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvsuite.case import digest
 from kvsuite.errors import UserError
 from kvsuite.meters.quality import TokenScores
+from kvsuite.meters.reference_rows import ReferenceRows
 
 from .corpus import Corpus, load_corpus
 from .prompts import make_prompts
@@ -52,6 +53,7 @@ class TextSource:
     _windowed: dict[tuple[Any, ...], tuple[WindowedText, ...]] = field(default_factory=dict)
     _tokens: dict[tuple[Any, ...], list[list[int]]] = field(default_factory=dict)
     _references: dict[tuple[Any, ...], TokenScores] = field(default_factory=dict)
+    _rows: dict[tuple[Any, ...], ReferenceRows] = field(default_factory=dict)
     _session: Any = None
 
     def scored(self, session: Any, workload: Mapping[str, Any], *, tokens: int) -> ScoredTexts:
@@ -138,6 +140,18 @@ class TextSource:
         if key not in self._references:
             self._references[key] = session.score_reference(tokens, first)
         return self._references[key]
+
+    def reference_rows(
+        self, session: Any, tokens: list[int], protocol: str, prefix: int, progress: Callable[[int, int], None]
+    ) -> ReferenceRows:
+        """Log-probabilities of the full cache in the model's dtype, served as the cases are: one pass a text and session."""
+        self._follow(session)
+        key = (digest(tokens), protocol, prefix)
+        if key not in self._rows:
+            rows = ReferenceRows()
+            rows.scores = session.score_rows(tokens, protocol, prefix, rows.add, full=True, progress=progress)
+            self._rows[key] = rows
+        return self._rows[key]
 
     def prompts(self, session: Any, workload: Mapping[str, Any], *, count: int, seed: int) -> list[list[int]]:
         """Different prompts of the workload's length.
@@ -241,6 +255,7 @@ class TextSource:
             self._tokens.clear()
             self._windowed.clear()
             self._references.clear()
+            self._rows.clear()
 
 
 def _tokenizer(session: Any) -> Any:

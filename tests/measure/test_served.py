@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,6 +107,18 @@ def test_sm_seconds_are_those_that_the_lanes_own() -> None:
     found = written(one)
     assert found.metrics["sm_seconds"]["value"] is None
     assert "no partition" in found.metrics["sm_seconds"]["reason"]
+
+
+def test_steps_that_overlap_count_their_time_once() -> None:
+    one = served(4)
+    beside = [
+        StepServed("prompt", 0.0, 0.9, 64, 0, 3, 0, 8),
+        StepServed("decode", 0.0, 0.3, 0, 1, 1, 0, 8),
+        StepServed("decode", 0.3, 0.6, 0, 1, 1, 0, 8),
+    ]
+    found = values(written(replace(one, steps=beside), sms={"prompt": 100, "decode": 10}))
+    assert found["running_mean"] == pytest.approx((0.3 * 1 + 0.3 * 1 + 0.3 * 3) / 0.9)
+    assert found["sm_seconds"] == pytest.approx(0.9 * 100 + 0.6 * 10)
 
 
 def test_a_rate_that_never_drains_is_a_warning() -> None:

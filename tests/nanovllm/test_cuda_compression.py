@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,10 @@ def _served(
         after_step = stage_of.after_step
 
         def watching(request: Any) -> None:
-            torch.cuda.set_sync_debug_mode("error")
+            with warnings.catch_warnings():
+                # the mode itself warns that it is a prototype
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
             try:
                 after_step(request)
             finally:

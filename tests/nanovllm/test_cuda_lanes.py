@@ -45,7 +45,7 @@ def _parted(shares: tuple[float, float] | None) -> Iterator[Any]:
         yield None
         return
     try:
-        partition = open_partition(PartitionRequest(*shares), DEVICE)
+        partition = open_partition(PartitionRequest(decode=shares[0], prompt=shares[1]), DEVICE)
     except CaseSkipped as reason:
         pytest.skip(str(reason))
     try:

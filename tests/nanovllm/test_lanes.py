@@ -17,6 +17,7 @@ from kvsuite.compression import get_policy
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.cuda_runner import cuda_runner
+from kvsuite.nanovllm.in_flight import TokensInFlight
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.prompt_lane import LaneStep
 from kvsuite.nanovllm.request import Request, Status
@@ -239,6 +240,40 @@ def test_an_error_of_one_lane_costs_its_own_requests() -> None:
         runtime.run()
     assert first.output == generated(of, text(9), 20)
     assert third.output == generated(of, text(7, seed=2), 4)
+
+
+def test_prompts_are_launched_while_the_host_would_wait_for_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = loaded("llama")
+    with _lanes(of, options={"overlap": True}) as runtime:
+        first = runtime.add(greedy(text(9), 30))
+        while len(first.output) < 3:
+            runtime.step()
+        lane = runtime._prompts
+        assert lane is not None
+        # a device that is never ready before the whole prompt is launched
+        monkeypatch.setattr(TokensInFlight, "arrived", property(lambda flight: False))
+        second = runtime.add(greedy(text(11, seed=1), 4))
+        runtime.step()
+        assert not lane.launching
+        assert lane._step is not None
+        compute = lane._launcher.compute
+        while not second.output:
+            runtime.step()
+
+        def breaks(*given: Any) -> Any:
+            raise RuntimeError("broken")
+
+        lane._launcher.compute = breaks  # type: ignore[method-assign]
+        third = runtime.add(greedy(text(7, seed=2), 4))
+        runtime.step()
+        assert not third.status.over
+        with pytest.raises(RuntimeError, match="broken"):
+            runtime.step()
+        assert third.status is Status.FAILED
+        lane._launcher.compute = compute  # type: ignore[method-assign]
+        runtime.run()
+    assert first.output == generated(of, text(9), 30)
+    assert second.output == generated(of, text(11, seed=1), 4)
 
 
 def test_fork_and_compress_settle_both_lanes() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from serving import assert_nothing_lost
 
 from kvsuite.compression import get_policy
 from kvsuite.errors import CaseInvalid
-from kvsuite.nanovllm.controller import ControllerSettings
+from kvsuite.nanovllm.controller import ControllerSettings, ratios
 from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.prompt_lane import LaneStreams
 from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.runner import ModelRunner
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
 from kvsuite.nanovllm.spans import Spans
@@ -40,13 +43,14 @@ def ticking(**how) -> Controller:
     return Controller(settings(**how), replay=replay, now=lambda: next(ticks) * 0.1)
 
 
-def served(controller: Controller | None, *, lengths=LENGTHS, compresses=True, new=NEW, **limits):
+def served(controller, *, lengths=LENGTHS, compresses=True, new=NEW, lanes=1, given=None, **limits):
     """Outputs, tokens evicted, and what every step fed to whom."""
     of = fresh("llama")
     policy = get_policy("streaming_llm", factor=2) if compresses else None
     small = {"max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 64, "num_blocks": 64, "block_size": 8}
     stage = "async" if compresses else "sync"
-    runtime = Runtime(of, Limits(**small | limits), policy=policy, stage=stage, controller=controller, eos_token_ids=())
+    how = {"policy": policy, "stage": stage, "controller": controller, "lanes": lanes, "partitions": given}
+    runtime = Runtime(of, Limits(**small | limits), **how, eos_token_ids=())
     steps = []
     commit = runtime._launcher.commit
     requests = [Request(prompt, SamplingParameters(max_new_tokens=new)) for prompt in prompts(lengths)]
@@ -157,7 +161,9 @@ def test_a_log_of_other_requests_ends_the_run():
     [
         ({"policy": None}, "there is no policy"),
         ({"stage": "sync"}, "stage=sync never does"),
-        ({"controller": Controller(settings(greenctx=True))}, "the runtime binds them once"),
+        ({"controller": Controller(settings(greenctx=True))}, "parts the SMs between two lanes"),
+        ({"controller": Controller(settings(greenctx=True)), "lanes": 2}, r"partitions were given for \[\]"),
+        ({"partitions": dict.fromkeys(ratios()), "lanes": 2}, "greenctx=False never uses one"),
         ({"controller": Controller(settings(method="mlp"))}, "needs the decode pipeline"),
     ],
 )
@@ -165,6 +171,96 @@ def test_what_cannot_be_done_is_refused_before_the_run(how, told):
     made = {"policy": get_policy("streaming_llm", factor=2), "stage": "async", "controller": Controller(settings())}
     with pytest.raises(CaseInvalid, match=told):
         Runtime(fresh("llama"), Limits(max_model_len=64, num_blocks=16), **made | how)
+
+
+def test_two_lanes_do_what_one_does_and_say_that_the_prompt_lane_compresses():
+    controller = ticking(force=True)
+    outputs, evicted, _ = served(controller, lanes=2)
+    assert (outputs, evicted) == served(None)[:2]
+    assert {entry["applied"]["async_compress"] for entry in decisions(controller)} == {True}
+    assert "prompt lane compresses" in controller.inert["async_compress"]
+    spared = ticking(min_speedup=1e9)
+    assert served(spared, lanes=2)[:2] == (served(None, compresses=False)[0], 0)
+
+
+@dataclass
+class Part:
+    """A partition by its counts, as far as a runtime on a CPU looks at one."""
+
+    decode_sms: int
+    prompt_sms: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.decode_sms}_{self.prompt_sms}"
+
+
+GIVEN = {ratio: Part(100 - round(100 * ratio), round(100 * ratio)) for ratio in ratios()}
+ONE_BY_ONE = {"lanes": 2, "given": GIVEN, "max_num_seqs": 1, "max_num_batched_tokens": 128}
+
+
+def test_lanes_move_to_the_partition_of_every_decision_and_the_log_says_which(monkeypatch):
+    bound, captured = [], []
+    monkeypatch.setattr(LaneStreams, "bind", lambda self, partition: bound.append(partition))
+    monkeypatch.setattr(ModelRunner, "use_captured", lambda self, streams: captured.append(streams))
+    # every span takes a tenth of a second: compression is as long as a step, and gets more and more
+    controller = ticking(force=True, greenctx=True)
+    outputs, _, _ = served(controller, lengths=LENGTHS * 2, **ONE_BY_ONE)
+    assert outputs == served(None, lengths=LENGTHS * 2, max_num_seqs=1, max_num_batched_tokens=128)[0]
+    shares = [entry["decision"]["sm_compress_ratio"] for entry in decisions(controller)]
+    assert shares == [0.2, 0.2, 0.25, 0.3, 0.35]
+    expected = [GIVEN[ratio] for ratio in shares]
+    moved = expected[1:]
+    # all of them are there, decode steps captured, before anything runs
+    assert bound == [*GIVEN.values(), None, *moved]
+    assert captured == [*(part.id for part in GIVEN.values()), "", *(part.id for part in moved)]
+    told = [{"decode_sms": part.decode_sms, "prompt_sms": part.prompt_sms} for part in expected]
+    assert [entry["applied"]["partition"] for entry in decisions(controller)] == told
+
+
+def test_lanes_leave_their_partitions_where_a_decision_says_so(monkeypatch):
+    bound = []
+    monkeypatch.setattr(LaneStreams, "bind", lambda self, partition: bound.append(partition))
+    controller = ticking(min_speedup=0.0, greenctx=True)
+    served(controller, lengths=(60, 61, 62, 20, 21, 22, 23, 63), **ONE_BY_ONE)
+    assert bound[len(GIVEN) + 1 :] == [GIVEN[0.2], None, GIVEN[controller.decision.sm_compress_ratio]]
+    assert decisions(controller)[1]["applied"]["partition"] is None
+
+
+def test_lanes_that_move_come_behind_all_that_they_were_given():
+    class Stream:
+        def __init__(self):
+            self.behind = []
+
+        def wait_stream(self, other):
+            self.behind.append(other)
+
+    first, second = SimpleNamespace(decode_stream=Stream(), prompt_stream=Stream()), SimpleNamespace()
+    second.decode_stream, second.prompt_stream = Stream(), Stream()
+    streams = LaneStreams(torch.device("cpu"), first)
+    streams.bind(second)
+    for stream in (second.decode_stream, second.prompt_stream):
+        assert stream.behind == [first.decode_stream, first.prompt_stream]
+    streams.bind(None)
+    for stream in (first.decode_stream, first.prompt_stream):
+        assert stream.behind == [second.decode_stream, second.prompt_stream]
+
+
+def test_every_run_begins_with_a_controller_of_its_own():
+    first = ticking(force=True)
+    made = {"policy": get_policy("streaming_llm", factor=2), "stage": "async", "controller": first}
+    runtime = Runtime(fresh("llama"), Limits(max_model_len=128, num_blocks=64), **made, eos_token_ids=())
+    try:
+        logs = []
+        for _ in range(2):
+            runtime.restart_controller()
+            runtime.run(Request(prompt, SamplingParameters(max_new_tokens=NEW)) for prompt in prompts(LENGTHS))
+            logs.append([entry["inputs"] for entry in decisions(runtime.controller)])
+        assert logs[0][0] == logs[1][0]
+        assert logs[0][0]["prefill_s"] is None
+        assert decisions(first) == []
+    finally:
+        runtime.close()
 
 
 def test_spans_are_told_once_in_order():

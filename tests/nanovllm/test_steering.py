@@ -47,7 +47,14 @@ def test_in_between_the_last_decision_holds():
 
 def test_every_fourth_step_is_timed():
     made = controller()
-    assert [made.next_step_is_sampled() for _ in range(9)] == [False, False, False, True] * 2 + [False]
+    assert [made.next_step_is_sampled(decode_only=True) for _ in range(9)] == [False, False, False, True] * 2 + [False]
+    # whatever lies between, a step with prompts comes to be timed
+    prompts = []
+    for _ in range(8):
+        prompts.append(made.next_step_is_sampled(decode_only=False))
+        for _ in range(3):
+            made.next_step_is_sampled(decode_only=True)
+    assert prompts == [False, False, False, True] * 2
 
 
 def test_a_meter_forgets_slowly_and_ignores_a_clock_that_failed():

@@ -83,6 +83,10 @@ OTHER: dict[str, tuple[str, Any]] = {
     "max-running": ("64", 64),
     "step-tokens": ("2048", 2048),
     "chunk-sizes": ("256,512", (256, 512)),
+    "greenctx-sms": ("64:64,32:96", ((64, 64), (32, 96))),
+    "greenctx-compress-ratio": ("0.2,0.5", (0.2, 0.5)),
+    "greenctx-main-ratio": ("0.8", (0.8,)),
+    "greenctx-main-stream": ("off", False),
     "arrivals": ("trace", "trace"),
     "arrival-rate": ("2.5", 2.5),
     "trace-time-scale": ("4", 4.0),
@@ -123,6 +127,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "decode-step": ("eager", "eager"),
     "attention": ("eager", "eager"),
     "impl": ("copy", "copy"),
+    "divergence": ("off", False),
+    "cache-dtype": ("auto, int8:int4(group=32)", ("auto", "int8:int4(group=32)")),
     "threads": ("4", 4),
     "seed": ("17", 17),
     "report-dir": ("/tmp/runs", "/tmp/runs"),
@@ -255,7 +261,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 # names that are looked up later, by who knows them: spaces, models, corpora, weight formats, schedules, rules, the file system
 FREE_TEXT = {
-    "quantization", "reference", "l2-mode", "fail",
+    "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
+from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.layers import Layer, ModelLayers
 
@@ -112,6 +114,44 @@ def _what(of: ModelLayers, indices: Collection[int]) -> str:
 
 def _word(layer: Layer) -> str:
     return layer.what if layer.window is None else f"{layer.what} of {layer.window}"
+
+
+def refuse_format(chosen: CacheFormat, decoder: CachedDecoder, method: CacheCompression, span: int) -> None:
+    """Refuse a cache format that the case's method or the model's layers cannot have.
+
+    Raises
+    ------
+    CaseInvalid
+        With the reason.
+    """
+    of, asked = decoder.of_layers, f"--kv-cache-dtype={chosen}"
+    if method.press is not None:
+        raise CaseInvalid(
+            f"{asked}: {method.press.name} works on a cache of the model's own numbers; use a policy of kvsuite, or "
+            "--kv-cache-dtype=auto"
+        )
+    if method.policy is not None and chosen.token_group > 1:
+        raise CaseInvalid(
+            f"{asked}: policy {method.policy.name} removes tokens, and groups per channel hold {chosen.token_group} of them "
+            "together; use a format whose tokens are packed on their own (int4, int8, fp8_e4m3)"
+        )
+    if bounded := decoder.bounded_layers(span):
+        raise CaseInvalid(
+            f"{asked}: {_what(of, bounded)} of the model see less than the {span} tokens of the case, or carry states, and are "
+            "stored in the model's own numbers alone; give shorter texts, or a model with full attention"
+        )
+    if any(layer.latent for layer in of.layers):
+        raise CaseInvalid(f"{asked}: this model's cache stores latents (MLA), not keys and values of heads")
+    for layer in of.layers:
+        if reason := chosen.refused(layer.key_dim, layer.value_dim):
+            raise CaseInvalid(f"{asked}: {reason}")
+    if chosen.is_mixed and (
+        of.positions == "alibi" or not getattr(decoder.model, "_supports_attention_backend", False)
+    ):
+        raise CaseInvalid(
+            f"{asked}: a query sees some tokens packed and some not, for which {type(decoder.model).__name__} takes no mask; "
+            "use residual=0 and a format whose tokens are packed on their own"
+        )
 
 
 def refuse_attention(model: Any, attention: str) -> None:

@@ -55,7 +55,7 @@ def register_grouped_attention() -> str:
 
 
 class SeesQueries(Protocol):
-    """A cache whose policy looks at the queries of a prompt."""
+    """A cache whose policy looks at the queries of a prompt, or whose layers have masks of their own."""
 
     layers: Any
 
@@ -77,7 +77,10 @@ def showing(cache: SeesQueries | None) -> Iterator[None]:
 
 
 def register_observed_attention(base: str) -> str:
-    """Make attention ``base`` known under a second name, under which it shows the cache every layer's queries first."""
+    """Make attention ``base`` known under a second name, under which it shows the cache every layer's queries first.
+
+    A layer that returned packed and other tokens has a mask for them, which stands in the place of the model's.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -99,6 +102,12 @@ def register_observed_attention(base: str) -> str:
             see = getattr(cache.layers[module.layer_idx], "see", None)
             if see is not None:  # a layer on which no policy acts does not look
                 see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+                seen = cache.layers[module.layer_idx].take_mask(query.shape[1])
+                if seen is not None:
+                    least = torch.finfo(query.dtype).min
+                    attention_mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(
+                        ~seen, least
+                    )
         # each model's module has an eager function of its own
         own = (
             getattr(sys.modules[type(module).__module__], "eager_attention_forward", None) if base == "eager" else None

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.compression.prompt_view import PromptObservation, PromptView
 from kvsuite.engines.rotary import Rotary
 
 from .cache_store import CopyStore, RingStore, Store, gather
+from .grouped_store import GroupedStore
 from .layer_group import LayerGroup
+from .packed_form import PackedForm
+from .residual_window import ResidualWindow
 
 Implementation = Literal["ring", "copy"]
 OnInterval = Callable[[bool], None]
@@ -37,20 +41,31 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         self.index = 0
         #: whether the model rotates keys in this layer
         self.rotates = True
-        #: a prompt's keys as stored, keys and values, whose queries the policy has yet to see
-        self._unseen: tuple[Tensor, Tensor, Tensor] | None = None
+        #: of a prompt whose queries the policy has yet to see: keys and values to store, and as the attention reads them
+        self._unseen: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        #: newest tokens in the model's dtype beside the packed ones
+        self.residual: ResidualWindow | None = None
+        self._mask: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
         """Stored keys ``[batch, kv_heads, n, head_dim]`` (unrotated where the policy's positions are ``cache``)."""
-        self.group.settle()
-        return self.store.view(self.group.slots)[0]
+        return self._stored()[0]
 
     @property
     def values(self) -> Tensor:
         """Stored values ``[batch, kv_heads, n, head_dim]``."""
+        return self._stored()[1]
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
         self.group.settle()
-        return self.store.view(self.group.slots)[1]
+        return self._plain_where_new(*self.store.view(self.group.slots), seen=self._cache.seen)
+
+    def _plain_where_new(self, keys: Tensor, values: Tensor, *, seen: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots, those in the residual window of the last of ``seen`` tokens not packed."""
+        if self.residual is None:
+            return keys, values
+        return self.residual.over(keys, values, self.group.positions(self.index, keys.shape[2]), seen)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         return None
@@ -67,17 +82,93 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             assert cache.rotary is not None
             own = cache.rotary.unrotate(key_states, cache.incoming_positions[0])
         if tokens > 1 and group.slots == 0:
-            self._unseen = (own, key_states, value_states)
+            read_keys, read_values = self._as_read(key_states, own, value_states)
+            self._unseen = (own, value_states, read_keys, read_values)
             if not group.views_prompt:
                 self._enter_prompt(None)
-            return key_states, value_states
+            if cache.format is None or not cache.format.is_mixed:
+                return read_keys, read_values
+            places = torch.arange(tokens, device=key_states.device)
+            return self._mixed((read_keys, read_values, places), (key_states, value_states, places))
+        if tokens > 1 and cache.format is not None and cache.format.is_mixed:
+            return self._append_many(key_states, own, value_states)
         keys, values = self.store.append(own, value_states, group.slots, group.hole_of(self.index))
-        group.score(self.index, key_states)
+        if self.residual is not None:
+            self.residual.keep(own, value_states, cache.seen)
+            keys, values = self._plain_where_new(keys, values, seen=cache.seen + tokens)
+        if group.policy is not None:
+            group.score(self.index, self._as_read(key_states, own, value_states)[0])
         if turns:
-            assert cache.rotary is not None
-            places = group.places(self.index, cache.newest_place, keys.shape[2])
-            keys = cache.rotary.rotate(keys, places)
+            keys = self._turned(keys)
         return keys, values
+
+    def _as_read(self, keys: Tensor, own: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys at their places and values as they are read once ``own`` and ``values`` are stored."""
+        cache = self._cache
+        if cache.format is None:
+            return keys, values
+        read_keys, read_values = cache.through(own, values)
+        if own is not keys:
+            assert cache.rotary is not None
+            read_keys = cache.rotary.rotate(read_keys, cache.incoming_positions[0])
+        return read_keys, read_values
+
+    def _turned(self, keys: Tensor) -> Tensor:
+        """Keys of the first slots, rotated to their places in the cache."""
+        cache = self._cache
+        assert cache.rotary is not None
+        return cache.rotary.rotate(keys, self.group.places(self.index, cache.newest_place, keys.shape[2]))
+
+    def _append_many(self, keys: Tensor, own: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store several tokens behind others, of which each query sees some packed and some not."""
+        cache, group, store = self._cache, self.group, self.store
+        seen, slots = cache.seen, group.slots
+        if isinstance(store, GroupedStore):
+            old_keys, old_values, first = store.tail
+            before = torch.arange(first, seen, device=own.device)
+        else:
+            old_keys, old_values = self._plain_where_new(*store.view(slots), seen=seen)
+            before = group.positions(self.index, slots)
+        packed_keys, packed_values = store.append(own, values, slots, None)
+        if self.residual is not None:
+            self.residual.keep(own, values, seen)
+        if group.policy is not None:
+            group.score(self.index, self._as_read(keys, own, values)[0])
+        after = group.positions(self.index, packed_keys.shape[2])
+        new = torch.arange(seen, seen + own.shape[2], device=own.device)
+        plain_keys, plain_values = torch.cat((old_keys, own), 2), torch.cat((old_values, values), 2)
+        if own is not keys:
+            packed_keys, plain_keys = self._turned(packed_keys), self._turned(plain_keys)
+        places = torch.cat((before.to(own.device), new.expand(*before.shape[:-1], -1)), -1)
+        return self._mixed((packed_keys, packed_values, after.to(own.device)), (plain_keys, plain_values, places))
+
+    def _mixed(
+        self, packed: tuple[Tensor, Tensor, Tensor], plain: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Both forms behind each other, with a mask that shows each query one form of each token.
+
+        ``packed`` and ``plain`` are keys, values and positions ``[n]`` or ``[batch, heads, n]``.
+        """
+        cache = self._cache
+        assert cache.format is not None
+        queries = range(cache.seen, cache.seen + cache.incoming)
+        device = packed[0].device
+        at = torch.tensor(list(queries), device=device)[:, None]
+        bound = torch.tensor([cache.format.boundary(query + 1) for query in queries], device=device)[:, None]
+        old, new = (places.unsqueeze(-2) for places in (packed[2], plain[2]))
+        seen = torch.cat((old < bound, (new >= bound) & (new <= at)), -1)
+        self._mask = seen if seen.dim() == 4 else seen[None, None]
+        return torch.cat((packed[0], plain[0]), 2), torch.cat((packed[1], plain[1]), 2)
+
+    def take_mask(self, heads: int) -> Tensor | None:
+        """What each query of ``heads`` heads sees of the keys that `update` returned last, bool ``[batch, heads, q, n]``.
+
+        ``None`` where the model's own mask is the right one. It is handed out once.
+        """
+        mask, self._mask = self._mask, None
+        if mask is None or mask.shape[1] in (1, heads):
+            return mask
+        return mask.repeat_interleave(heads // mask.shape[1], 1)
 
     def see(self, query: Tensor, scale: float) -> None:
         """Show the policy the queries ``[batch, heads, q, head_dim]`` of the prompt that was just stored; none for a token."""
@@ -85,7 +176,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         cache, policy = self._cache, self.group.policy
         assert policy is not None
-        _, keys, values = self._unseen
+        _, _, keys, values = self._unseen
         views = []
         for own_query, own_keys, own_values in zip(query, keys, values, strict=True):
             observed = PromptObservation(policy.needs, None if cache.rotary is None else cache.rotary.unrotate)
@@ -104,7 +195,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         """Store of a prompt what the policy keeps."""
         cache = self._cache
         assert self._unseen is not None
-        own, keys, values = self._unseen
+        own, values, keys, _ = self._unseen
         self._unseen = None
         if cache.on_interval:
             cache.on_interval(True)
@@ -115,6 +206,12 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
             cache.on_interval(False)
         if keep is None:
             self.store.append(own, values, 0, None)
+        if self.residual is not None:
+            self.residual.keep(own, values, 0)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors kept alive."""
+        return self.store.tensors() + ([] if self.residual is None else self.residual.tensors())
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens seen, not stored: default positions are the true ones."""
@@ -131,7 +228,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self._unseen = None
+        self._unseen = self._mask = None
         self.group.reset()
 
 
@@ -158,6 +255,8 @@ class EvictionCache(Cache):  # type: ignore[misc]
         Layers whose keys the model does not rotate.
     own
         Makes transformers' own layers, for those that hold no more than a window, a state, or both: no policy acts on them.
+    form
+        How keys and values are packed, ``None`` for the model's own numbers.
     """
 
     def __init__(
@@ -173,7 +272,10 @@ class EvictionCache(Cache):  # type: ignore[misc]
         rotary: Rotary | None = None,
         unrotated: Collection[int] = (),
         own: OwnLayers = dict,
+        form: PackedForm | None = None,
     ) -> None:
+        self._form = form
+        self.format: CacheFormat | None = None if form is None else form.format
         self._make_own = own
         self._own = dict(own())
         ours = [i for i in range(layers) if i not in self._own]
@@ -182,7 +284,9 @@ class EvictionCache(Cache):  # type: ignore[misc]
 
         def store(layer: int) -> Store:
             reserve = capacity[0] if layer in treated else capacity[1]
-            return CopyStore() if implementation == "copy" else RingStore(reserve)
+            if form is not None and form.format.token_group > 1:
+                return GroupedStore(reserve, form)
+            return CopyStore() if implementation == "copy" else RingStore(reserve, form)
 
         self.rotary = rotary
         self.seen = 0
@@ -195,6 +299,8 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self._ours: list[EvictionLayer] = [members[i] for i in ours]
         for i in ours:
             members[i].rotates = i not in unrotated
+            if self.format is not None and self.format.residual and self.format.token_group == 1:
+                members[i].residual = ResidualWindow(self.format.residual)
         self.groups: list[LayerGroup] = []
         shape: Any = {"batch": batch, "kv_heads": kv_heads, "device": device}
         for group_policy, indices in ((policy, treated), (None, kept)):
@@ -225,6 +331,35 @@ class EvictionCache(Cache):  # type: ignore[misc]
     def views_prompt(self) -> bool:
         """Whether a policy waits for the queries of the prompt, which the attention has to show (`EvictionLayer.see`)."""
         return any(group.views_prompt for group in self.groups)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the attention has to ask the layers: for a policy's sake, or for a mask of packed and other tokens."""
+        return self.views_prompt or (self.format is not None and self.format.is_mixed)
+
+    def through(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens as they are read once they are stored, behind the last whole group as they are."""
+        if self._form is None:
+            return keys, values
+        whole = self._form.format.boundary(keys.shape[2]) if self._form.format.token_group > 1 else keys.shape[2]
+        if not whole:
+            return keys, values
+        read = self._form.through(keys[:, :, :whole], values[:, :, :whole])
+        if whole == keys.shape[2]:
+            return read
+        rest = (keys[:, :, whole:], values[:, :, whole:])
+        return torch.cat((read[0], rest[0]), 2), torch.cat((read[1], rest[1]), 2)
+
+    def refuse_vectors(self) -> None:
+        """Refuse keys and values that were not finite since the last call; waits for the device.
+
+        Raises
+        ------
+        CaseInvalid
+            If a format could not store one.
+        """
+        if self._form is not None:
+            self._form.refuse()
 
     def turn(self, vectors: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``[1, heads, n, head_dim]`` to ``positions`` ``[n]``, wherever they lie."""
@@ -305,11 +440,13 @@ class EvictionCache(Cache):  # type: ignore[misc]
         headroom = 0
         for layer in self.layers:
             ours = isinstance(layer, EvictionLayer)
-            for tensor in layer.store.tensors() if ours else _held(layer) or ():
+            for tensor in layer.tensors() if ours else _held(layer) or ():
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
             if ours:
                 headroom += layer.store.headroom(layer.group.length)
+                if layer.residual is not None:
+                    headroom += layer.residual.headroom(self.seen)
         return sum(storages.values()), headroom
 
     def host_state(self) -> list[Any]:

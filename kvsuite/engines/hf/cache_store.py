@@ -1,19 +1,25 @@
-"""Where a layer's keys and values lie: a preallocated buffer with reused slots, or tensors rebuilt by concatenation."""
+"""Where a layer's keys and values lie: preallocated slots, packed or not, or tensors rebuilt at every token."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kvsuite.engines.decoder import refuse_while_capturing
 
+from .packed_form import PackedForm
+
 Hole = int | Tensor | None
 
 
 class Store(ABC):
     """Keys and values ``[batch, heads, n, head_dim]`` of one layer, by slot. A *hole* is the slot the next token reuses."""
+
+    #: whether a token may take the slot of an evicted one
+    reuses_slots = False
 
     @abstractmethod
     def load(self, keys: Tensor, values: Tensor) -> None:
@@ -54,57 +60,73 @@ class RingStore(Store):
     ----------
     capacity
         Slots; grown by doubling if a caller stores more than announced.
+    form
+        How keys and values are packed, token by token; ``None`` stores them as they are.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    reuses_slots = True
 
-    def _reserve(self, keys: Tensor, values: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
+    def __init__(self, capacity: int, form: PackedForm | None = None) -> None:
+        self._capacity = capacity
+        self._form = form
+        self._buffers: list[Tensor] = []
+
+    def _reserve(self, like: Sequence[Tensor], slots: int) -> list[Tensor]:
+        if not self._buffers:
             self._capacity = max(self._capacity, slots)
-            self._keys, self._values = (t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in (keys, values))
-        elif slots > self._keys.shape[2]:
+            self._buffers = [t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in like]
+        elif slots > self._buffers[0].shape[2]:
             refuse_while_capturing("a cache buffer")
             self._capacity = max(2 * self._capacity, slots)
-            grown = [t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in (self._keys, self._values)]
-            for new, old in zip(grown, (self._keys, self._values), strict=True):
+            grown = [t.new_empty(*t.shape[:2], self._capacity, t.shape[3]) for t in self._buffers]
+            for new, old in zip(grown, self._buffers, strict=True):
                 new[:, :, : old.shape[2]] = old
-            self._keys, self._values = grown
-        return self._keys, self._values
+            self._buffers = grown
+        return self._buffers
+
+    def _pieces(self, keys: Tensor, values: Tensor) -> list[Tensor]:
+        return [keys, values] if self._form is None else self._form.pieces(keys, values)
+
+    def _first(self, slots: int) -> list[Tensor]:
+        if not self._buffers:
+            raise RuntimeError("the layer has seen no token yet")
+        return [buffer[:, :, :slots] for buffer in self._buffers]
+
+    def _put(self, pieces: Sequence[Tensor]) -> None:
+        n = pieces[0].shape[2]
+        for own, new in zip(self._reserve(pieces, n), pieces, strict=True):
+            own[:, :, :n] = new
 
     def load(self, keys: Tensor, values: Tensor) -> None:
-        n = keys.shape[2]
-        own_keys, own_values = self._reserve(keys, values, n)
-        own_keys[:, :, :n], own_values[:, :, :n] = keys, values
+        self._put(self._pieces(keys, values))
 
     def append(self, keys: Tensor, values: Tensor, slots: int, hole: Hole) -> tuple[Tensor, Tensor]:
         end = slots if hole is not None else slots + keys.shape[2]
-        own_keys, own_values = self._reserve(keys, values, end)
-        if hole is None:
-            own_keys[:, :, slots:end], own_values[:, :, slots:end] = keys, values
-        elif isinstance(hole, int):
-            own_keys[:, :, hole], own_values[:, :, hole] = keys[:, :, 0], values[:, :, 0]
-        else:
-            for own, new in ((own_keys, keys), (own_values, values)):
+        pieces = self._pieces(keys, values)
+        for own, new in zip(self._reserve(pieces, end), pieces, strict=True):
+            if hole is None:
+                own[:, :, slots:end] = new
+            elif isinstance(hole, int):
+                own[:, :, hole] = new[:, :, 0]
+            else:
                 own.scatter_(2, hole[..., None, None].expand_as(new), new)
-        return own_keys[:, :, :end], own_values[:, :, :end]
+        return self.view(end)
 
     def select(self, keep: Tensor, slots: int) -> None:
-        keys, values = self.view(slots)
-        self.load(gather(keys, keep), gather(values, keep))
+        self._put([gather(piece, keep) for piece in self._first(slots)])
 
     def view(self, slots: int) -> tuple[Tensor, Tensor]:
-        if self._keys is None or self._values is None:
-            raise RuntimeError("the layer has seen no token yet")
-        return self._keys[:, :, :slots], self._values[:, :, :slots]
+        stored = self._first(slots)
+        if self._form is not None:
+            return self._form.whole(stored)
+        keys, values = stored
+        return keys, values
 
     def tensors(self) -> list[Tensor]:
-        return [] if self._keys is None or self._values is None else [self._keys, self._values]
+        return list(self._buffers)
 
     def headroom(self, slots: int) -> int:
-        return sum((t.shape[2] - slots) * t[:, :, :1].numel() * t.element_size() for t in self.tensors())
+        return sum((t.shape[2] - slots) * t[:, :, :1].numel() * t.element_size() for t in self._buffers)
 
 
 class CopyStore(Store):

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary, forget_longer_sequences
+from kvsuite.errors import CaseInvalid
 
 from .attention import showing
 from .cache import EvictionCache, Implementation, WindowLayer
+from .packed_form import PackedForm
 
 
 class CachedDecoder(Decoder):
@@ -26,7 +29,8 @@ class CachedDecoder(Decoder):
         super().__init__(model, text_config, device)
         self._text_config = text_config
         taken = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in taken
+        #: whether a forward pass may be told the positions of its tokens
+        self.takes_positions = "position_ids" in taken
         self._last_logits: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         if self.of_layers.switch_length is not None:
             forget_longer_sequences(model)
@@ -37,11 +41,11 @@ class CachedDecoder(Decoder):
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
         positions = cache.begin(ids.shape[1])
-        placed = {"position_ids": positions} if self._takes_positions else {}
+        placed = {"position_ids": positions} if self.takes_positions else {}
         if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:
             # eager attention has one mask for all layers, as long as the first one's cache; a token sees all that is stored
             placed["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
-        with showing(cache if cache.views_prompt else None):
+        with showing(cache if cache.is_shown else None):
             logits: Tensor = self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **placed, **self._last_logits
             ).logits
@@ -68,13 +72,26 @@ class CachedDecoder(Decoder):
         implementation: Implementation,
         rotary: Rotary | None,
         tokens: int = 0,
+        chosen: CacheFormat | None = None,
+        batch: int = 1,
     ) -> EvictionCache:
-        """Build an empty cache for batch 1, of sequences of no more than ``tokens``."""
+        """Build an empty cache of format ``chosen`` for sequences of no more than ``tokens``.
+
+        Raises
+        ------
+        CaseInvalid
+            If layers that transformers' own cache serves would not be packed.
+        """
         bounded = self.bounded_layers(tokens)
+        if bounded and chosen is not None:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen}: {tokens} tokens outgrow the windows of layers {', '.join(map(str, bounded))}, "
+                "stored in the model's own numbers; give shorter texts"
+            )
         return EvictionCache(
             layers=self.layers,
             policy=policy,
-            batch=1,
+            batch=batch,
             kv_heads=self.kv_heads,
             device=self.device,
             capacity=capacity,
@@ -82,6 +99,7 @@ class CachedDecoder(Decoder):
             rotary=rotary,
             unrotated=[layer.index for layer in self.of_layers.layers if not layer.rotary],
             own=partial(self._transformers_layers, bounded) if bounded else dict,
+            form=None if chosen is None else PackedForm(chosen, self.model.dtype),
         )
 
     def _transformers_layers(self, indices: tuple[int, ...]) -> Mapping[int, Any]:

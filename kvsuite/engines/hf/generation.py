@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
@@ -42,6 +43,8 @@ class Generation:
         For presses that draw random numbers.
     span
         Tokens of the longest text that the case has.
+    chosen
+        Format of stored keys and values, ``None`` for the model's own numbers.
     """
 
     def __init__(
@@ -53,9 +56,11 @@ class Generation:
         tokenizer: Any,
         seed: int,
         span: int = 0,
+        chosen: CacheFormat | None = None,
     ) -> None:
         self.decoder = decoder
-        self._span = span
+        self.format = chosen
+        self.span = span
         self.method = method
         self.press: KvpressSession | None = None
         self._implementation: Implementation = implementation
@@ -103,16 +108,22 @@ class Generation:
         if plans is None:
             return PressCache(self.decoder.layers, self.device)
         capacity = (plans[0].capacity, plans[1].capacity)
-        tokens = max(self._span, prompt_tokens + steps)
-        if self.method.policy and tokens > self._span and self._bounded(tokens) != self._bounded(self._span):
+        tokens = max(self.span, prompt_tokens + steps)
+        if self.method.policy and tokens > self.span and self._bounded(tokens) != self._bounded(self.span):
             raise CaseInvalid(
                 f"a text of {tokens} tokens outgrows the model's own window of {self.decoder.sliding_window}, which the case "
                 f"does not say (--kv-max-tokens, --kv-prompt-tokens): a policy would act on other layers"
             )
-        return self.decoder.new_cache(self.method.policy, capacity, self._implementation, self._rotary, tokens)
+        return self.decoder.new_cache(
+            self.method.policy, capacity, self._implementation, self._rotary, tokens, self.format
+        )
 
     def _bounded(self, tokens: int) -> tuple[int, ...]:
         return self.decoder.bounded_layers(tokens)
+
+    def kv_bytes(self, lengths: Sequence[int], seen: int) -> int:
+        """Bytes of the case's cache where each layer holds so many tokens of a text of ``seen``."""
+        return self.decoder.cache_bytes(lengths, seen, self.format)
 
     def persistent_cache(self, prompt_tokens: int, steps: int) -> AnyCache:
         """The cache of the timed rounds, emptied: its buffers stay, as a serving pool's do."""

@@ -45,7 +45,7 @@ class LayerGroup:
         self.policy = policy
         self.layers = layers
         self.stores = stores
-        self.reuses_slots = all(type(store).__name__ == "RingStore" for store in stores)
+        self.reuses_slots = all(store.reuses_slots for store in stores)
         self.per_head = policy is not None and not policy.shared_across_heads
         self.ranked = policy is not None and policy.positions == "cache"
         #: whether the policy decides on a prompt by a view of it, in the place of scores that are kept beside the tokens
@@ -153,6 +153,12 @@ class LayerGroup:
     def hole_of(self, index: int) -> Hole:
         """The slot that layer ``index``'s next token reuses."""
         return self.hole[index] if isinstance(self.hole, Tensor) else self.hole
+
+    def positions(self, index: int, slots: int) -> Tensor:
+        """Positions in the text of the tokens in layer ``index``'s first ``slots``: ``[n]`` or ``[batch, heads, n]``."""
+        if self.policy is None:
+            return torch.arange(slots, device=self._device)
+        return (self._positions[index] if self.per_head else self._positions)[..., :slots]
 
     def places(self, index: int, newest_place: int, slots: int) -> Tensor:
         """Cache positions of the first ``slots``, counted so that the newest token stands at ``newest_place``."""

@@ -80,7 +80,9 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
         result.warnings.append(
             f"recurrent layers carry states of {states} bytes, which the bytes of the cache leave out"
         )
-    counted = generation.decoder.kv_bytes(result.lengths_decode)
+    if isinstance(cache, EvictionCache):
+        cache.refuse_vectors()
+    counted = generation.kv_bytes(result.lengths_decode, ids.shape[1] + new_tokens - 1)
     if counted != result.kv_bytes_decode:
         result.warnings.append(
             f"the cache's storages hold {result.kv_bytes_decode} bytes, its tokens {counted}: something is kept alive"

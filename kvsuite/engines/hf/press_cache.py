@@ -41,7 +41,7 @@ class PressCache(Cache):  # type: ignore[misc]
         self._device = device
 
     #: presses hook into the model themselves
-    views_prompt = False
+    is_shown = False
 
     @property
     def is_uneven(self) -> bool:

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvsuite.engines.results import TakeRow
 from kvsuite.meters.quality import TokenScores
+from kvsuite.models.language_head import LanguageHead
 
+from .attention import showing
+from .cache import EvictionCache
 from .decoder import CachedDecoder
 
 if TYPE_CHECKING:
@@ -21,7 +25,12 @@ _ROWS = 256
 
 
 def score_tokens(
-    generation: Generation, tokens: Sequence[int], protocol: str, prefix: int, progress: Progress | None
+    generation: Generation,
+    tokens: Sequence[int],
+    protocol: str,
+    prefix: int,
+    progress: Progress | None,
+    take: TakeRow | None = None,
 ) -> TokenScores:
     """Score ``tokens`` one forward a token (docs/protocols.md).
 
@@ -37,6 +46,8 @@ def score_tokens(
         Prompt length of ``prefix-continuation``.
     progress
         Called with tokens done and in all.
+    take
+        Called with each scored row's index and logits ``[1, vocab]``.
     """
     start = prefix if protocol == "prefix-continuation" else 0
     targets = torch.tensor(list(tokens[start + 1 :]), dtype=torch.int64, device=generation.device)
@@ -54,8 +65,12 @@ def score_tokens(
             at = start + step
             logits = generation.decoder.forward(ids[:, at : at + 1], cache)[0, -1:]
             _score_rows(logits, targets[step : step + 1], nll[step : step + 1], hits[step : step + 1])
+            if take:
+                take(step, logits)
             if progress and (step % 16 == 15 or step == steps - 1):
                 progress(step + 1, steps)
+        if isinstance(cache, EvictionCache):
+            cache.refuse_vectors()
     generation.drop_cache()
     return TokenScores(
         targets=[int(t) for t in tokens[start + 1 :]],
@@ -83,6 +98,25 @@ def score_reference(decoder: CachedDecoder, tokens: Sequence[int], first: int) -
         nll=nll.tolist(),
         correct=hits.tolist(),
     )
+
+
+def states_through(generation: Generation) -> Callable[[LanguageHead, Tensor], Tensor]:
+    """How hidden states of whole windows are computed: reading what a cache of the case's format stores, or with none."""
+    decoder, chosen = generation.decoder, generation.format
+    if chosen is None:
+        return LanguageHead.hidden
+
+    def states(head: LanguageHead, ids: Tensor) -> Tensor:
+        batch, tokens = ids.shape
+        cache = decoder.new_cache(None, (0, tokens), "ring", None, tokens, chosen, batch=batch)
+        positions = cache.begin(tokens).expand(batch, -1)
+        with showing(cache if cache.is_shown else None):
+            found = head.hidden(ids, positions if decoder.takes_positions else None, cache)
+        cache.commit()
+        cache.refuse_vectors()
+        return found
+
+    return states
 
 
 def _score_rows(logits: Tensor, targets: Tensor, nll: Tensor, hits: Tensor) -> None:

@@ -8,13 +8,22 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from kvsuite.cache_formats.cache_format import CacheFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.results import MemoryPass, Served, ServeRequest, TokenProgress, WindowProgress, WindowScores
+from kvsuite.engines.results import (
+    MemoryPass,
+    Served,
+    ServeRequest,
+    TakeRow,
+    TokenProgress,
+    WindowProgress,
+    WindowScores,
+)
 from kvsuite.engines.window_scoring import compare_windows, score_windows
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.clock import Clock
@@ -23,13 +32,21 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
-from .applicable import check_layers, refuse_attention, refuse_policy, refuse_press, span_of, treated_layers
+from .applicable import (
+    check_layers,
+    refuse_attention,
+    refuse_format,
+    refuse_policy,
+    refuse_press,
+    span_of,
+    treated_layers,
+)
 from .attention import register_grouped_attention, register_observed_attention
-from .cache import Implementation
+from .cache import EvictionCache, Implementation
 from .decoder import CachedDecoder
-from .generation import Generation
+from .generation import AnyCache, Generation
 from .memory import measure_memory
-from .scoring import score_reference, score_tokens
+from .scoring import score_reference, score_tokens, states_through
 
 
 class HfSession(LoadedSession):
@@ -73,9 +90,8 @@ class HfSession(LoadedSession):
         if plans is None:
             return None
         held = self.decoder.full_lengths(prompt_tokens + new_tokens - 1)
-        return requests * self.decoder.kv_bytes(
-            [plans[0].final if layer in self._treated else full for layer, full in enumerate(held)]
-        )
+        lengths = [plans[0].final if layer in self._treated else full for layer, full in enumerate(held)]
+        return requests * self._generation.kv_bytes(lengths, prompt_tokens + new_tokens - 1)
 
     def prepare(self, case: Case) -> None:
         self.finish()
@@ -90,15 +106,18 @@ class HfSession(LoadedSession):
         self.decoder.set_attention(attention)
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
+        chosen = format_of(case)
+        if chosen:
+            refuse_format(chosen, self.decoder, method, span)
         if press:
             refuse_press(press.name, self.decoder, span)
             press.supports_layout(self._loaded.model)
-        if policy and policy.needs.prompt:
+        if (policy and policy.needs.prompt) or (chosen and chosen.is_mixed):
             attention = register_observed_attention(attention)
             self.decoder.set_attention(attention)
-        self._generation = self._new_generation(method, span)
+        self._generation = self._new_generation(method, span, chosen)
         bounded = self.decoder.bounded_layers(span)
-        reason = self._eager_reason(method, bounded)
+        reason = self._eager_reason(method, bounded, chosen)
         if reason and self._decode_step == "graph":
             raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
         self._passed = []
@@ -110,6 +129,8 @@ class HfSession(LoadedSession):
             "skip_layers": sorted(policy.skip_layers) if policy else [],
             "frees_memory": method.frees_memory,
         }
+        if chosen:
+            self.effective["kv_cache_dtype"] = str(chosen)
         if bounded:
             self.effective["bounded_layers"] = {index: self.decoder.of_layers.layers[index].what for index in bounded}
             if policy:
@@ -156,6 +177,7 @@ class HfSession(LoadedSession):
                     output.append(generation.step(output[-1], cache))
                     clock.mark()
             prefill_end, *times = clock.seconds()
+            _refuse_vectors(cache)
         taken = RequestTimes(len(prompt), len(prompt), [(t, 1) for t in times], prefill_end=prefill_end)
         return Served([taken], [_token_list(output)])
 
@@ -168,6 +190,7 @@ class HfSession(LoadedSession):
             cache = generation.settle(cache, steps)
             for _ in range(steps):
                 output.append(generation.step(output[-1], cache))
+            _refuse_vectors(cache)
         return Served([], [_token_list(output)])
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
@@ -182,6 +205,20 @@ class HfSession(LoadedSession):
     ) -> TokenScores:
         self._note_length(len(tokens) - 1)
         return score_tokens(self._generation, tokens, protocol, prefix, progress)
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        self._note_length(len(tokens) - 1)
+        generation = self._new_generation(CacheCompression(), self._generation.span) if full else self._generation
+        return score_tokens(generation, tokens, protocol, prefix, progress, take)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens))
@@ -198,8 +235,9 @@ class HfSession(LoadedSession):
     ) -> WindowScores:
         self._note_length(max((window.end - window.begin for window in windows), default=0))
         return score_windows(
-            self._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token, progress=progress
-        )
+            self._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token, progress=progress,
+            states_of=states_through(self._generation),
+        )  # fmt: skip
 
     def compare_windows(
         self,
@@ -215,7 +253,7 @@ class HfSession(LoadedSession):
             raise UserError("--kv-reference: only two models of engine hf can be compared position by position")
         return compare_windows(
             self._loaded.model, reference._loaded.model, tokens, windows, prefix=prefix, prefix_token=prefix_token,
-            progress=progress,
+            progress=progress, states_of=states_through(self._generation),
         )  # fmt: skip
 
     def finish(self) -> None:
@@ -237,7 +275,7 @@ class HfSession(LoadedSession):
             ]
             self.effective["rotary_frequencies"] = self._passed[0]
 
-    def _new_generation(self, method: CacheCompression, span: int = 0) -> Generation:
+    def _new_generation(self, method: CacheCompression, span: int = 0, chosen: CacheFormat | None = None) -> Generation:
         return Generation(
             self.decoder,
             method,
@@ -245,13 +283,16 @@ class HfSession(LoadedSession):
             tokenizer=self.tokenizer,
             seed=self._seed,
             span=span,
+            chosen=chosen,
         )
 
-    def _eager_reason(self, method: CacheCompression, bounded: Sequence[int]) -> str | None:
+    def _eager_reason(self, method: CacheCompression, bounded: Sequence[int], chosen: CacheFormat | None) -> str | None:
         if self.device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if self._decode_step == "eager":
             return "--kv-decode-step=eager"
+        if chosen is not None:
+            return "packed keys and values are unpacked by many small kernels, which are not captured yet"
         if self._implementation == "copy":
             return "a copying cache moves at every step"
         if bounded:
@@ -268,6 +309,11 @@ def _only(requests: Sequence[ServeRequest]) -> ServeRequest:
             "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"
         )
     return requests[0]
+
+
+def _refuse_vectors(cache: AnyCache) -> None:
+    if isinstance(cache, EvictionCache):
+        cache.refuse_vectors()
 
 
 def _token_list(output: list[Tensor]) -> list[int]:

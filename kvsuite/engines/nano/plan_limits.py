@@ -48,9 +48,5 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
         raise CaseInvalid(
             f"controller={plan.controller}: engine nano has no controller yet; use the variants without one"
         )
-    if plan.lanes == 2:
-        raise CaseInvalid(
-            "lanes=2: engine nano computes prompts and decoding on one stream yet; use the variants with one"
-        )
     if plan.stage == "async":
         require_prompt_only(policy)

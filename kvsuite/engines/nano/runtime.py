@@ -14,6 +14,7 @@ from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
+from kvsuite.nanovllm.green_contexts import SmPartition
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.quantization.packed import PackedWeight
@@ -61,12 +62,21 @@ class RuntimeHolder:
             prefix_caching=False,
         )
 
-    def get(self, limits: Limits, policy: Policy | None, *, captures: bool, stage: Stage = "sync") -> Runtime:
+    def get(
+        self,
+        limits: Limits,
+        policy: Policy | None,
+        *,
+        captures: bool,
+        stage: Stage = "sync",
+        lanes: int = 1,
+        partition: SmPartition | None = None,
+    ) -> Runtime:
         """A runtime with these limits and this very policy, with nothing to do.
 
         Parameters
         ----------
-        limits, policy, stage
+        limits, policy, stage, lanes, partition
             As for `Runtime`.
         captures
             Whether capturing decode steps is worth its time.
@@ -78,11 +88,11 @@ class RuntimeHolder:
         UserError
             If the device has no room for the pool.
         """
-        key = (limits, policy, captures, stage)
+        key = (limits, policy, captures, stage, lanes, id(partition))
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
-        runtime = self._make(limits, policy, captures, stage)
+        runtime = self._make(limits, policy, captures, {"stage": stage, "lanes": lanes, "partition": partition})
         self._held = (key, runtime)
         return runtime
 
@@ -98,7 +108,7 @@ class RuntimeHolder:
 
     def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
-        for name in ("decode_step_reason", "stage", "stepwise"):
+        for name in ("decode_step_reason", "stage", "stepwise", "lanes"):
             effective.pop(name, None)
         effective |= self.facts(runtime)
 
@@ -119,19 +129,21 @@ class RuntimeHolder:
             "layer_groups": [list(group.layers) for group in runtime.groups],
             "overlap": runtime.overlap,
         }
+        if runtime.lanes > 1:
+            found["lanes"] = runtime.lanes
         if runtime.policy is not None:
             found |= {"stage": runtime.stage, "stepwise": runtime.policy.acts == "decode"}
         if step != "cuda_graph" and reason:
             found.setdefault("decode_step_reason", reason.removesuffix(")"))
         return found
 
-    def _make(self, limits: Limits, policy: Policy | None, captures: bool, stage: Stage) -> Runtime:
+    def _make(self, limits: Limits, policy: Policy | None, captures: bool, streams: dict[str, Any]) -> Runtime:
         rotation = None
         turns = policy is not None and (policy.positions == "cache" or policy.needs.query_statistics is not None)
         if turns and not without_positions(self._loaded.text_config):
             # made while the model has its own attention
             rotation = self._rotary = self._rotary or Rotary(self._loaded.model)
-        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "stage": stage, "eos_token_ids": ()}
+        options: dict[str, Any] = {"policy": policy, "rotation": rotation, "eos_token_ids": (), **streams}
         if policy is not None and policy.acts == "decode":
             # what it does to a sequence comes between two of its tokens
             options["overlap"] = False

@@ -28,10 +28,12 @@ from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
+from kvsuite.nanovllm.green_contexts import SmPartition, open_partition
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
+from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
@@ -42,8 +44,8 @@ from .scoring import WindowPassages, compare_windows, score_rows, score_text, sc
 from .serving import exactly, serve_requests
 from .under_load import serve_under_load
 
-# requests whose full caches a dense run holds at a time
-_DENSE_SEQUENCES = 8
+# requests whose full caches a dense run holds at a time, at most
+_DENSE_SEQUENCES = 64
 
 
 class NanoSession(LoadedSession):
@@ -81,6 +83,8 @@ class NanoSession(LoadedSession):
         #: of the prepared design point or serving plan, ``None`` for any other case
         self._limits: Limits | None = None
         self._plan: ServingPlan | None = None
+        #: SMs of its lanes, where the case parts them
+        self._sms: SmPartition | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -128,8 +132,6 @@ class NanoSession(LoadedSession):
 
     def prepare(self, case: Case) -> None:
         self.finish()
-        if case.partition is not None:
-            raise CaseInvalid("SM partitions are not part of engine nano yet; leave the partition out")
         if case.policy is not None and case.policy.startswith("kvpress:"):
             raise CaseInvalid(
                 f"{case.policy} on engine nano: a press works on the dense cache of one prompt, and here sequences share "
@@ -154,11 +156,20 @@ class NanoSession(LoadedSession):
             self._restrict(policy, case, length + new_tokens + 1)
         self._longest = 0
         self._plan = ServingPlan.of(case)
+        if case.partition is not None and (self._plan is None or self._plan.lanes == 1):
+            raise CaseInvalid(
+                "partition: SMs are parted between two lanes, and this case has one; leave the partition out"
+            )
         if self._plan is not None:
             refuse_plan(self._plan, policy)
+            if case.partition is not None:
+                self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
+                self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
             self._limits = plan_limits(self._plan)
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
+            if self._plan.lanes == 2 and self.device.type == "cpu":
+                self.inert["lanes"] = "a CPU has one stream: prompts and decoding take turns"
             self._runtime((), captures=False)
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
@@ -193,6 +204,8 @@ class NanoSession(LoadedSession):
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
         limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        # as many blocks as they need together, where there is room for them
+        limits = replace(limits, num_blocks=None)
         at_once = [replace(one, arrival_s=0.0) for one in requests]
         return serve_under_load(self._holder.get(limits, None, captures=False), at_once)
 
@@ -252,7 +265,13 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        self.inert.pop("stage", None)
+        if self._sms is not None:
+            # behind the runtime whose streams have these SMs
+            self._sms.close()
+            self._sms = None
+        self.partition = {"requested": None, "realised": None}
+        for axis in ("stage", "lanes"):
+            self.inert.pop(axis, None)
         self._method = CacheCompression()
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
@@ -288,7 +307,14 @@ class NanoSession(LoadedSession):
         """The runtime of the point or plan, or of these requests: its pool holds as many of the longest, and a token more."""
         if self._limits is not None:
             stage: Stage = "async" if self._plan is not None and self._plan.stage == "async" else "sync"
-            runtime = self._holder.get(self._limits, self._method.policy, captures=captures, stage=stage)
+            runtime = self._holder.get(
+                self._limits,
+                self._method.policy,
+                captures=captures,
+                stage=stage,
+                lanes=1 if self._plan is None else self._plan.lanes,
+                partition=self._sms,
+            )
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,

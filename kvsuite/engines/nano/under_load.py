@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvsuite.engines.results import OutputScores, RequestServed, Served, ServeRequest, StepServed
 from kvsuite.errors import CaseInvalid
+from kvsuite.nanovllm.prompt_lane import LaneStep
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -46,6 +47,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     scorer = OutputScorer(runtime, scored) if scored else None
     before, waited = runtime.counters.to_dict(), runtime.waited_s
     runtime.on_logits = scorer
+    runtime.restart_controller()
     try:
         arrivals, steps, origin = _loop(runtime, requests, own, concurrency)
     finally:
@@ -67,6 +69,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
             for request, arrival in zip(own, arrivals, strict=True)
         ],
         steps=steps,
+        decisions=[] if runtime.controller is None else runtime.controller.log,
         waited_s=runtime.waited_s - waited,
     )
 
@@ -80,6 +83,12 @@ def _loop(
     # tuples while it runs: what is kept of a step must not slow the next one
     taken: list[tuple[float, float, int, int, int, int, int]] = []
     counters, scheduler, pools = runtime.counters, runtime.scheduler, [table.pool for table in runtime.tables]
+    lanes: list[tuple[LaneStep, int, int, int]] = []
+
+    def on_lane_step(step: LaneStep) -> None:
+        lanes.append((step, len(scheduler.running), len(scheduler.waiting), max(pool.used for pool in pools)))
+
+    runtime.on_lane_step = on_lane_step
     clock = time.perf_counter
     entered, origin = 0, clock()
     while entered < len(own) or runtime.unfinished:
@@ -109,6 +118,15 @@ def _loop(
             running, waiting = len(scheduler.running), len(scheduler.waiting)
             used = max(pool.used for pool in pools)
             taken.append((start - origin, end - origin, prompts, decoded, running, waiting, used))
+    runtime.on_lane_step = None
+    if runtime.lanes == 2:
+        steps = [
+            StepServed(
+                step.lane, step.start_s - origin, step.end_s - origin, step.prompt_tokens, step.decode_tokens, *state
+            )
+            for step, *state in lanes
+        ]
+        return arrivals, steps, origin
     return arrivals, [StepServed("both", *step) for step in taken], origin
 
 

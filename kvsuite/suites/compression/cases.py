@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.compression import REPLACEMENTS, find_policy, get_policy, list_policies
 from kvsuite.compression.base import Schedule
@@ -68,6 +69,10 @@ def compression_cases(options: Options) -> list[Case]:
     if twice:
         raise UserError(f"--kv-method: the groups {', '.join(twice)} occur twice; name every size and ratio once")
     device = resolve_device(common.device)
+    stores = selected_cache_formats(options)
+    for stored in stores:
+        refuse_long_residual(stored, own.max_tokens, "--kv-max-tokens")
+        refuse_long_residual(stored, common.prompt_tokens, "--kv-prompt-tokens")
     workload = {
         "protocol": protocol_of(own, groups),
         "corpus": common.corpus,
@@ -82,16 +87,17 @@ def compression_cases(options: Options) -> list[Case]:
             suite="compression",
             engine="hf" if common.engine == "auto" else common.engine,
             model=common.model,
-            name=group.name if chosen == NONE else f"{group.name}_{chosen}",
+            name=stored.named(group.name if chosen == NONE else f"{group.name}_{chosen}"),
             device=device,
             dtype=dtype_of(options, device, chosen),
             quantization=None if chosen == NONE else chosen,
             policy=group.policy,
             policy_params=group.parameters,
             workload=workload,
-            params={"group": group.kind, "budget": group.budget} | common.attention_parameters,
+            params={"group": group.kind, "budget": group.budget} | common.attention_parameters | stored.parameters,
         )
         for chosen in formats
+        for stored in stores
         for group in groups
     ]
 

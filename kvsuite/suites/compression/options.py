@@ -99,6 +99,12 @@ class CompressionOptions(OptionGroup, frozen=True, kw_only=True):
         "How quality is scored; auto is prefix-continuation when a press is selected (for all groups), else "
         "streaming-decode.",
     )]
+    divergence: Annotated[bool, Option(
+        switch, "true",
+        "Compare the predictions of every cache with the full cache's, token by token (KL divergence, same most likely token, "
+        "paired loss): one extra scored pass a text, none where the full cache is in the run; off leaves it out.",
+        example="off",
+    )]
     max_tokens: Annotated[int, Option(
         whole_number(2), "257",
         "Tokens evaluated of each text.",

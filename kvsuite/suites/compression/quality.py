@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvsuite.engines.capabilities import ScoresThroughCache, lacking
+from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.engines.capabilities import GivesLogits, ScoresThroughCache, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid
 from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.divergence import CACHE_DIVERGENCE, put_cache_divergence
 from kvsuite.measure.pooled import POOLED, not_finite, put_perplexity
+from kvsuite.meters.divergence import TokenDivergence, joined_divergence
 from kvsuite.meters.quality import TokenScores, paired_ratio, perplexity
+from kvsuite.meters.reference_rows import RowComparison
+
+from .options import CompressionOptions
 
 # a compressed cache that predicts clearly better than the full one saw the future (docs/protocols.md, the leak guard)
 _LEAK_NATS, _LEAK_SIGMAS = 0.1, 4.0
@@ -19,7 +25,8 @@ _LEAK_NATS, _LEAK_SIGMAS = 0.1, 4.0
 
 def score_through_cache(run: CaseRun, session: Session) -> None:
     """Perplexity through the case's cache, beside the full cache's on the same tokens (docs/protocols.md)."""
-    names = (*POOLED, "perplexity_full", "ppl_ratio", "ppl_ratio_se")
+    compares = run.options.of(CompressionOptions).divergence
+    names = (*POOLED, "perplexity_full", "ppl_ratio", "ppl_ratio_se", *(CACHE_DIVERGENCE if compares else ()))
     if session.model.get("is_dummy"):
         run.found.inert["corpus"] = "random weights: nothing is scored, and prompts are random tokens"
         for name in names:
@@ -34,10 +41,23 @@ def score_through_cache(run: CaseRun, session: Session) -> None:
     prefix = int(workload["prompt_tokens"]) if protocol == "prefix-continuation" else 0
     texts = run.texts.scored(session, workload, tokens=prefix + max_tokens)
     run.found.dataset = texts.facts
-    scores, references = [], []
+    scores, references, compared = [], [], []
+    is_full = run.case.policy is None and format_of(run.case) is None
     for index, tokens in enumerate(texts.tokens):
-        report = functools.partial(run.progress, f"scoring text {index + 1}/{len(texts.tokens)}")
-        scores.append(session.score(tokens, protocol, prefix, report))
+        place = f"text {index + 1}/{len(texts.tokens)}"
+        report = functools.partial(run.progress, f"scoring {place}")
+        if compares and isinstance(session, GivesLogits):
+            full_report = report if is_full else functools.partial(run.progress, f"full cache, {place}")
+            rows = run.texts.reference_rows(session, tokens, protocol, prefix, full_report)
+            assert rows.scores is not None
+            if is_full:
+                scores.append(rows.scores)
+            else:
+                arm = RowComparison(rows)
+                scores.append(session.score_rows(tokens, protocol, prefix, arm.add, full=False, progress=report))
+                compared.append(arm.found(scores[-1]))
+        else:
+            scores.append(session.score(tokens, protocol, prefix, report))
         references.append(run.texts.reference(session, tokens, scores[-1].positions[0]))
     nll = [x for score in scores for x in score.nll]
     reference = [x for score in references for x in score.nll]
@@ -50,6 +70,8 @@ def score_through_cache(run: CaseRun, session: Session) -> None:
     run.found.put("perplexity_full", full.value, protocol="one teacher-forced forward over the same text")
     run.found.put("ppl_ratio", paired.ratio, **facts)
     run.found.put("ppl_ratio_se", paired.standard_error, reason="one token only")
+    if compares:
+        _divergence(run, session, compared, facts)
     run.found.samples["texts"] = [
         {
             "index": i,
@@ -61,6 +83,9 @@ def score_through_cache(run: CaseRun, session: Session) -> None:
         for i, s in enumerate(scores)
     ]
     run.found.sidecar = _token_table(scores, references)
+    if compared:
+        run.found.sidecar["kld"] = [x for one in compared for x in one.kld]
+        run.found.sidecar["same_top1"] = [x for one in compared for x in one.same_top1]
     leak = _LEAK_SIGMAS * (paired.difference_se or 0.0)
     if paired.mean_difference < -max(_LEAK_NATS, leak):
         raise CaseInvalid(
@@ -68,6 +93,19 @@ def score_through_cache(run: CaseRun, session: Session) -> None:
             "tokens; the compressed cache saw tokens it should predict"
         )
     run.found.dataset_revision = texts.revision
+
+
+def _divergence(run: CaseRun, session: Session, compared: Sequence[TokenDivergence], facts: Mapping[str, Any]) -> None:
+    """Distance to the full cache in the model's dtype, row by row."""
+    if not compared:
+        reason = lacking(session, GivesLogits) or "this is the reference"
+        for name in CACHE_DIVERGENCE:
+            run.found.put(name, None, reason=reason)
+        return
+    joined = joined_divergence(compared)
+    if broken := not_finite(joined.nll_reference, session.dtype_name, "losses of the full cache"):
+        raise CaseInvalid(broken)
+    put_cache_divergence(run.found, joined, reference="full cache in the model's dtype, served alike", **facts)
 
 
 def _token_table(scores: Sequence[TokenScores], references: Sequence[TokenScores]) -> dict[str, list[Any]]:

@@ -54,6 +54,8 @@ _COLUMNS = (
     Column("ppl_ratio", 15, cell=_ratio),
     Column("kv_bytes_exact"),
 )
+# to the full cache, token by token; not in runs without
+_DISTANCE = (Column("kld", 9), Column("same_top1", 8))
 _CHANGES = ("Thruput", "TPOT", "PPL", "Acc", "KV bytes")
 
 
@@ -71,7 +73,8 @@ def comparison_table(rows: Sequence[Row]) -> RenderableType:
     """
     rows = suite_rows(rows, "compression")
     labelled = by_name(rows)
-    columns = [*_COLUMNS, *own_columns(rows)]
+    distance = [one for one in _DISTANCE if any(value(row, one.metric) is not None for row in rows)]
+    columns = [*_COLUMNS, *distance, *own_columns(rows)]
     return console.stacked([case_table("Method", labelled, columns)], _changes(labelled), footnotes(labelled, columns))
 
 

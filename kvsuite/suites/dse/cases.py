@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from kvsuite.cache_formats.cache_format import ChosenFormat, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
@@ -41,7 +42,8 @@ def dse_cases(options: Options) -> list[Case]:
         Naming the option whose value cannot be.
     """
     device = resolve_device(options.of(CommonOptions).device)
-    return [_case(options, device, entry.point) for entry in design_space(options).entries]
+    stores = selected_cache_formats(options)
+    return [_case(options, device, entry.point, stored) for stored in stores for entry in design_space(options).entries]
 
 
 def design_space(options: Options) -> DesignSpace:
@@ -122,14 +124,14 @@ def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = Fal
     return Verdict(tuple(broken), entry.flags)
 
 
-def _case(options: Options, device: str, point: DesignPoint) -> Case:
+def _case(options: Options, device: str, point: DesignPoint, stored: ChosenFormat) -> Case:
     common, own = options.of(CommonOptions), options.of(DseOptions)
     chosen, engine = point.quantization, dse_engine(options, device)
     return Case(
         suite=DSE,
         engine=engine,
         model=common.model,
-        name=point.id,
+        name=stored.named(point.id, "-"),
         device=device,
         dtype=dtype_of(options, device, chosen),
         quantization=None if chosen == NONE else chosen,
@@ -145,5 +147,6 @@ def _case(options: Options, device: str, point: DesignPoint) -> Case:
         },
         params={short: getattr(point, axis) for axis, short in PARAMS.items()}
         | get_engine(engine, options).case_params()
-        | common.attention_parameters,
+        | common.attention_parameters
+        | stored.parameters,
     )

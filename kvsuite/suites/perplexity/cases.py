@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvsuite.cache_formats.cache_format import ChosenFormat, refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
@@ -39,15 +40,19 @@ def perplexity_cases(options: Options) -> list[Case]:
             "name one"
         )
     device = resolve_device(options.of(CommonOptions).device)
+    stores = selected_cache_formats(options)
+    for stored in stores:
+        refuse_long_residual(stored, own.max_length, "--kv-max-length")
     return [
-        _case(options, device, name, protocol, chosen)
+        _case(options, device, name, protocol, chosen, stored)
         for name in names
         for protocol in own.ppl_protocol
         for chosen in selected_formats(options) or DEFAULT_FORMATS
+        for stored in stores
     ]
 
 
-def _case(options: Options, device: str, dataset: str, protocol: str, chosen: str) -> Case:
+def _case(options: Options, device: str, dataset: str, protocol: str, chosen: str, stored: ChosenFormat) -> Case:
     common, own = options.of(CommonOptions), options.of(PerplexityOptions)
     # for its error messages: the length of the text comes later
     plan_windows(protocol, 4 * own.max_length, own.max_length, own.stride, prefix=bos_rule(own.bos))
@@ -58,7 +63,7 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
         # the reference engine is left out: wikitext2-4bit
         shows_engine=engine != "hf",
         model=model_of(options),
-        name="-".join([dataset, chosen, *([protocol] if len(own.ppl_protocol) > 1 else [])]),
+        name=stored.named("-".join([dataset, chosen, *([protocol] if len(own.ppl_protocol) > 1 else [])]), "-"),
         device=device,
         dtype=dtype_of(options, device, chosen),
         quantization=None if chosen == NONE else chosen,
@@ -78,7 +83,8 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
             "batch": 1,
         },
         params={"mlc_model": own.mlc_model or None, "reference": _reference(options, device)}
-        | common.attention_parameters,
+        | common.attention_parameters
+        | stored.parameters,
     )
 
 

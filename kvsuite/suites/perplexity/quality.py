@@ -5,22 +5,26 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import format_of
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.measure.case_run import CaseRun
+from kvsuite.measure.divergence import DIVERGENCE, put_divergence
 from kvsuite.measure.pooled import not_finite, put_perplexity
-from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
+from kvsuite.meters.divergence import TokenDivergence, joined_divergence
 from kvsuite.meters.quality import NoExponential, paired_ratio, perplexity
 from kvsuite.workloads.windowed import WindowedTexts, WindowRule
 from kvsuite.workloads.windows import original_perplexity, target_weights
 
-_DIVERGENCE = ("kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
-               "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se")  # fmt: skip
+_DIVERGENCE = (
+    *DIVERGENCE, "perplexity_reference", "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se",
+)  # fmt: skip
 # protocols whose windows the original program's formula knows
 _ORIGINAL = ("hf-strided", "disjoint")
 
@@ -129,12 +133,17 @@ class WindowQuality:
     def compare(self) -> None:
         """Compare with the reference weight format, loaded beside the case's own model."""
         run, reference = self.run, dict(self.case.params["reference"])
-        if reference["quantization"] == self.case.quantization:
+        own_weights = reference["quantization"] == self.case.quantization
+        if own_weights and format_of(self.case) is None:
             self._without_divergence("this is the reference")
             return
         session = self.session
         if not isinstance(session, ComparesWindows):
             self._without_divergence(str(lacking(session, ComparesWindows)))
+            return
+        if own_weights:
+            # the same model, with and without its packed cache
+            self._compare(session, session, reference)
             return
         case = replace(self.case, quantization=reference["quantization"], dtype=reference["dtype"])
         try:
@@ -143,16 +152,16 @@ class WindowQuality:
             self._without_divergence(f"the reference cannot run: {skip}")
             return
         try:
-            found = [
-                session.compare_windows(
-                    beside, text.tokens, text.windows, **self._prefix,
-                    progress=functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}"),
-                )
-                for index, text in enumerate(self.texts.texts)
-            ]  # fmt: skip
+            self._compare(session, beside, reference)
         finally:
             beside.close()
-        self._divergence(_joined(found), reference["quantization"] or "none", case.dtype)
+
+    def _compare(self, session: ComparesWindows, beside: Session, reference: Mapping[str, Any]) -> None:
+        found = []
+        for index, text in enumerate(self.texts.texts):
+            report = functools.partial(self._report, f"comparing text {index + 1}/{len(self.texts.texts)}")
+            found.append(session.compare_windows(beside, text.tokens, text.windows, **self._prefix, progress=report))
+        self._divergence(joined_divergence(found), reference["quantization"] or "none", reference["dtype"])
 
     @property
     def _all_weights(self) -> list[float] | None:
@@ -186,13 +195,7 @@ class WindowQuality:
             self._without_divergence(reason)
             return
         put = functools.partial(self.run.found.put, reference=reference, reference_dtype=dtype)
-        summary = summarise_divergence(tokens)
-        put("kld", summary.kld_mean)
-        put("kld_median", summary.kld_median)
-        put("kld_p99", summary.kld_p99, reason="fewer than 100 positions")
-        put("kld_max", summary.kld_max)
-        for name in ("same_top1", "rms_delta_p", "mean_delta_p"):
-            put(name, getattr(summary, name))
+        put_divergence(self.run.found, tokens, reference=reference, reference_dtype=dtype)
         weights = self._all_weights
         ours, theirs = perplexity(tokens.nll, weights), perplexity(tokens.nll_reference, weights)
         pair = paired_ratio(tokens.nll, tokens.nll_reference, weights)
@@ -218,12 +221,3 @@ class WindowQuality:
 
 def _but_for_the_text(case: Case) -> Case:
     return replace(case, name="", workload={**case.workload, "dataset": ""})
-
-
-def _joined(found: list[TokenDivergence]) -> TokenDivergence:
-    return TokenDivergence(
-        nll=[x for one in found for x in one.nll],
-        nll_reference=[x for one in found for x in one.nll_reference],
-        kld=[x for one in found for x in one.kld],
-        same_top1=[x for one in found for x in one.same_top1],
-    )

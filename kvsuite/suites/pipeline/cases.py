@@ -16,6 +16,7 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
+from kvsuite.sm_split import PartitionRequest, requests
 from kvsuite.workloads.serving_workload import (
     HEAVY,
     IDENTICAL,
@@ -62,7 +63,7 @@ class Arm:
     variant: Variant
     reduction: Reduction | None = None
     chunk: int | None = None
-    partition: Mapping[str, Any] | None = None
+    partition: PartitionRequest | None = None
     marks: tuple[str, ...] = field(default=())
 
     @property
@@ -137,8 +138,21 @@ def _arms(own: PipelineOptions) -> list[Arm]:
                 found.append(Arm(variant, chunk=chunk, marks=(f"c{chunk}",)))
                 found += [Arm(variant, one, chunk, marks=(f"c{chunk}", one.id)) for one in reductions]
         elif name != BASELINE:
-            found += [Arm(variant, one, marks=(one.id,) if several else ()) for one in reductions]
+            found += [
+                Arm(variant, one, partition=sms, marks=(*([one.id] if several else []), *([sms.id] if sms else [])))
+                for one in reductions
+                for sms in (_partitions(own) if variant.partitioned and variant.controller is None else [None])
+            ]
     return found
+
+
+def _partitions(own: PipelineOptions) -> list[PartitionRequest]:
+    return requests(
+        own.greenctx_sms,
+        own.greenctx_compress_ratio,
+        own.greenctx_main_ratio,
+        decode_bound=own.greenctx_main_stream,
+    )
 
 
 def _reductions(own: PipelineOptions) -> list[Reduction]:
@@ -249,7 +263,7 @@ def _case(
             "slo": own.slo,
             SERVING_PARAM: _plan(own, arm, load, longest).to_dict(),
         },
-        partition=arm.partition,
+        partition=None if arm.partition is None else arm.partition.to_dict(),
     )
 
 

@@ -62,7 +62,9 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
 
 def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     found = run.found
-    put_served(found, served, Slo.parse(str(run.case.params["slo"])))
+    realised = session.partition["realised"]
+    sms = None if realised is None else {lane: int(realised[f"{lane}_sms"]) for lane in ("decode", "prompt")}
+    put_served(found, served, Slo.parse(str(run.case.params["slo"])), sms=sms)
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts

@@ -17,10 +17,12 @@ from kvsuite.options.option import (
     off_or,
     path,
     path_or_name,
+    ratio,
     switch,
     text,
     whole_number,
 )
+from kvsuite.options.sm_pairs import sm_pair
 
 #: variants of the original in its order, and ours
 VARIANTS = (
@@ -184,6 +186,26 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         list_of(whole_number(1)), "64",
         "Tokens of a step of the variant chunked, decoding requests first and prompts in what is left, comma separated, e.g. "
         "--kv-chunk-sizes=256,512.",
+    )]
+    greenctx_sms: Annotated[tuple[tuple[int, int], ...] | None, Option(
+        auto_or(list_of(sm_pair)), "auto",
+        "SMs of the decode lane and of the prompt lane of greenctx-only, comma separated, e.g. --kv-greenctx-sms=64:64,32:96; "
+        "auto takes the two shares.",
+    )]
+    greenctx_compress_ratio: Annotated[tuple[float, ...] | None, Option(
+        auto_or(list_of(ratio)), "auto",
+        "Share of the SMs for prompts and their compression, comma separated, e.g. --kv-greenctx-compress-ratio=0.2; auto is "
+        "0.25.",
+    )]
+    greenctx_main_ratio: Annotated[tuple[float, ...] | None, Option(
+        auto_or(list_of(ratio)), "auto",
+        "Share of the SMs for decoding, comma separated, e.g. --kv-greenctx-main-ratio=0.8; auto is what the other leaves.",
+    )]
+    greenctx_main_stream: Annotated[bool, Option(
+        switch, "true",
+        "Whether decoding is held to its share; off, as in the original's commands, it may use all SMs, e.g. "
+        "--kv-greenctx-main-stream=off.",
+        original="false",
     )]
     arrivals: Annotated[str, Option(
         choice(CLOSED, POISSON, TRACE), CLOSED,

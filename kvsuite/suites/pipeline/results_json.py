@@ -66,8 +66,8 @@ def _entry(run: Mapping[str, Any], row: Row, rows: Sequence[Row]) -> dict[str, A
             "auto_tune": variant.controller is not None,
             "greenctx": variant.partitioned,
             "auto_dual": variant.controller == "dual",
-            "greenctx_compress_ratio": _ratio(requested, "prompt"),
-            "greenctx_main_ratio": _ratio(requested, "decode"),
+            "greenctx_compress_ratio": requested.get("prompt_ratio"),
+            "greenctx_main_ratio": requested.get("decode_ratio"),
             "greenctx_main_stream": requested.get("decode_bound", variant.partitioned),
         }
         if ok:
@@ -95,7 +95,7 @@ def _results(row: Row) -> dict[str, Any]:
     if VARIANTS[row["case"]["params"]["variant"]].partitioned:
         partition = row.get("partition") or {}
         found["greenctx_available"] = partition.get("realised") is not None
-        found["greenctx_reason"] = partition.get("reason")
+        found["greenctx_reason"] = (partition.get("realised") or {}).get("provider")
     return found
 
 
@@ -122,9 +122,3 @@ def _ours(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
         ours["tokens"] = dict(row["tokens"])
         ours |= {name: value(row, name) for name in METRICS}
     return ours
-
-
-def _ratio(requested: Mapping[str, Any], lane: str) -> float | None:
-    """A share of SMs as it was asked for; ``None`` where counts were."""
-    found = requested.get(lane)
-    return found if isinstance(found, float) else None

@@ -24,7 +24,9 @@ def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:
 
     The last one of those, if a resumed run has measured a failed one again.
     """
-    return next((other for other in reversed(rows) if is_baseline(other) and _setting(other) == _setting(row)), None)
+    return next(
+        (other for other in reversed(rows) if is_baseline(other) and setting_of(other) == setting_of(row)), None
+    )
 
 
 def speedup(row: Row, rows: Sequence[Row]) -> float | None:
@@ -34,7 +36,8 @@ def speedup(row: Row, rows: Sequence[Row]) -> float | None:
     return None if own is None or not base else own / base
 
 
-def _setting(row: Row) -> str:
+def setting_of(row: Row) -> str:
+    """What rows that are compared with each other have in common: engine, model, device, workload and pool."""
     case = row["case"]
     plan: dict[str, Any] = case["params"].get("serving") or {}
     pool = {name: plan.get(name) for name in ("pool_blocks", "pool_bytes", "max_num_seqs", "prefix_caching")}

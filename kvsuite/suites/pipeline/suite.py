@@ -87,3 +87,8 @@ class PipelineSuite(Suite):
         from .files import pipeline_files
 
         return pipeline_files(run, rows)
+
+    def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        from .figures.render import pipeline_figures
+
+        return pipeline_figures(run, rows)

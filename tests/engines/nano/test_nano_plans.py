@@ -14,7 +14,7 @@ from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, CaseSkipped
 
 PLAN: dict[str, Any] = {"pool_blocks": 8, "max_model_len": 64, "max_num_seqs": 4, "step_tokens": 32}
 
@@ -116,6 +116,30 @@ def test_chunks_of_prompts_share_steps_with_decoding_and_change_no_token() -> No
     assert chunked.counts["steps"] != whole.counts["steps"]
 
 
+@pytest.mark.parametrize("policy", [None, "recent_only"])
+def test_two_lanes_change_no_token_and_say_which_lane_a_step_was_of(policy: str | None) -> None:
+    given = {} if policy is None else {"policy": policy, "params": {"factor": 2}, "stage": "async"}
+    found = []
+    for lanes in (1, 2):
+        session().prepare(planned(**given, pool_blocks=9, lanes=lanes))
+        found.append(session().serve_under_load(requests()))
+        assert session().effective.get("lanes", 1) == lanes
+        assert ("take turns" in session().inert.get("lanes", "")) == (lanes == 2)
+    one, two = found
+    assert two.outputs == one.outputs
+    assert {step.lane for step in one.steps} == {"both"}
+    fed = dict.fromkeys(("prompt", "decode"), (0, 0))
+    for step in two.steps:
+        prompts, decodes = fed[step.lane]
+        fed[step.lane] = prompts + step.prompt_tokens, decodes + step.decode_tokens
+    assert fed["prompt"][0] >= 4 * 40
+    assert fed["prompt"][1] == fed["decode"][0] == 0
+    assert fed["decode"][1] >= 4 * 19
+    session().prepare(planned())
+    assert "lanes" not in session().inert
+    assert "lanes" not in session().effective
+
+
 def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None:
     same = [ServeRequest(random_tokens(40, 3), 4)] * 2
     for caching, hits in ((True, 32), (False, 0)):
@@ -126,7 +150,6 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ({"lanes": 2}, "on one stream yet"),
         ({"lanes": 2, "controller": "auto"}, "has no controller yet"),
         ({"stage": "sync"}, "if and only if"),
     ],
@@ -134,6 +157,15 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 def test_what_the_engine_cannot_do_is_refused_under_its_name(plan: dict[str, Any], said: str) -> None:
     with pytest.raises(CaseInvalid, match=said):
         session().prepare(planned(**plan))
+
+
+def test_a_partition_that_cannot_be_had_skips_the_case_and_needs_two_lanes() -> None:
+    parted = planned(lanes=2).to_dict() | {"partition": {"decode_sms": 64, "prompt_sms": 64}}
+    with pytest.raises(CaseSkipped, match="needs a CUDA device, not cpu"):
+        session().prepare(Case(**parted))
+    assert session().partition["realised"] is None
+    with pytest.raises(CaseInvalid, match="between two lanes, and this case has one"):
+        session().prepare(Case(**(planned().to_dict() | {"partition": parted["partition"]})))
 
 
 def test_a_policy_without_a_stage_is_refused() -> None:

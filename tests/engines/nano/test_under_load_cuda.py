@@ -45,7 +45,9 @@ def model() -> LoadedModel:
 
 
 def runtime(of: LoadedModel, blocks: int, *, graphs: bool) -> Runtime:
-    limits = Limits(max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, num_blocks=blocks)
+    limits = Limits(
+        max_model_len=256, max_num_seqs=8, max_num_batched_tokens=512, num_blocks=blocks, admission="optimistic"
+    )
     return Runtime(of, limits, runner=cuda_runner(rotation=None, graphs=graphs, tune=False), eos_token_ids=())
 
 

@@ -116,6 +116,21 @@ def test_what_the_variants_ask_for() -> None:
     assert plan(cases(variants="compression-only", async_compression="off")[1]).stage == "sync"
 
 
+def test_partitions_stand_in_the_id_and_counts_win_over_shares() -> None:
+    assert ids(variants="greenctx-only")[1] == "nano-synthetic-long-bs06-greenctx-only-sm0.75_0.25"
+    found = cases(variants="greenctx-only,triad", greenctx_sms="64:64,24:104", greenctx_compress_ratio="0.2")
+    assert [(case.name.removeprefix("synthetic-long-bs06-"), case.partition) for case in found[1:]] == [
+        ("greenctx-only-sm64_64", {"decode_sms": 64, "prompt_sms": 64}),
+        ("greenctx-only-sm24_104", {"decode_sms": 24, "prompt_sms": 104}),
+        ("triad", None),
+    ]
+    shares = cases(variants="greenctx-only", greenctx_compress_ratio="0.2,0.5", greenctx_main_stream="off")[1:]
+    assert [case.partition for case in shares] == [
+        {"decode_ratio": 0.8, "prompt_ratio": 0.2, "decode_bound": False},
+        {"decode_ratio": 0.5, "prompt_ratio": 0.5, "decode_bound": False},
+    ]
+
+
 def test_identical_prompts_are_a_workload_of_their_own_and_alone_are_found_again() -> None:
     """Flaw 1: cached tokens are not throughput unless somebody asks for that."""
     unique, identical = cases(variants="baseline", workloads="synthetic-long,synthetic-identical")

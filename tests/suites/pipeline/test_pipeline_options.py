@@ -9,12 +9,13 @@ from kvsuite.options.groups import all_options
 from kvsuite.options.resolve import default_options, resolve_options
 from kvsuite.suites.pipeline.options import PipelineOptions
 
-#: the matrix bench's, by its names (systems of the original), but those of its SM split
+#: the matrix bench's, by its names
 ORIGINAL = {
     "output": "kvcache_matrix_results.json", "models": None, "workloads": None, "variants": None, "resume": None,
     "dataset-dir": None, "trace-conv": None, "qwen3-8b": None, "qwen3-32b": None, "llava": None, "compressor-path": None,
     "synthetic-context": 3072, "synthetic-output": 512, "synthetic-dialogue": None, "synthetic-token": None,
     "synthetic-num-batches": 2, "synthetic-batch-sizes": None, "gpu-mem-util": None,
+    "greenctx-compress-ratio": None, "greenctx-main-ratio": None, "greenctx-main-stream": None,
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Figures of the pipeline suite, drawn from rows alone."""

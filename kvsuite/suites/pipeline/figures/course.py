@@ -1,0 +1,117 @@
+"""The course of a run as a record's samples have it: who waited, ran and was served when, and what the lanes did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: a pause of a lane that is shorter than this, in seconds or in lengths of the step after it, does not end a span
+_PAUSE_S, _PAUSE_STEPS = 1e-3, 0.25
+
+
+@dataclass
+class Span:
+    """Steps of one lane that follow each other and fed the same kind of tokens.
+
+    Parameters
+    ----------
+    lane
+        ``decode``, ``prompt``, or ``both`` where one stream does everything.
+    kind
+        ``prompt``: prompts alone; ``decode``: decoding requests alone; ``both`` together.
+    start_s, end_s
+        Seconds from the start of the run.
+    steps, prompt_tokens, decode_tokens
+        How many steps, and what they fed.
+    """
+
+    lane: str
+    kind: str
+    start_s: float
+    end_s: float
+    steps: int = 0
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Course:
+    """One timed round.
+
+    Parameters
+    ----------
+    requests
+        Rows with ``arrival_s``, ``admitted_s``, ``ttft_s``, ``end_s``, ``preemptions``.
+    spans
+        By start.
+    state
+        Time in seconds, running, waiting, blocks in use, by time, wherever one of the three changes.
+    decisions
+        Of a controller, by time, those that changed something.
+    """
+
+    requests: Sequence[Mapping[str, Any]]
+    spans: Sequence[Span]
+    state: Sequence[tuple[float, int, int, int]]
+    decisions: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, samples: Mapping[str, Any]) -> Course | None:
+        """From a record's samples; ``None`` where they do not tell."""
+        requests, columns = samples.get("requests") or [], samples.get("steps") or {}
+        if not requests or not columns.get("start_s"):
+            return None
+        steps = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        decisions: list[Mapping[str, Any]] = []
+        for decision in samples.get("decisions") or []:
+            if not decisions or decided(decision) != decided(decisions[-1]):
+                decisions.append(decision)
+        return cls(requests, spans_of(steps), state_of(steps), decisions)
+
+    @property
+    def end_s(self) -> float:
+        """When the last request had its last token."""
+        return max(float(one["end_s"]) for one in self.requests)
+
+    @property
+    def lanes(self) -> set[str]:
+        """Lanes that did something."""
+        return {span.lane for span in self.spans}
+
+
+def decided(decision: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a controller decided, without when and why."""
+    found: Mapping[str, Any] = decision.get("decision", decision)
+    return {name: value for name, value in found.items() if name not in ("time_s", "inputs", "counter", "reason")}
+
+
+def spans_of(steps: Sequence[Mapping[str, Any]]) -> list[Span]:
+    """Join the steps of a lane that follow each other without a pause and are of one kind."""
+    found: list[Span] = []
+    last: dict[str, Span] = {}
+    for step in sorted(steps, key=lambda step: float(step["start_s"])):
+        prompts, decodes, lane = int(step["prompt_tokens"]), int(step["decode_tokens"]), str(step["lane"])
+        if not prompts and not decodes:
+            continue
+        kind = "both" if prompts and decodes else "prompt" if prompts else "decode"
+        span = last.get(lane)
+        pause = max(_PAUSE_S, _PAUSE_STEPS * (step["end_s"] - step["start_s"]))
+        if span is None or span.kind != kind or step["start_s"] - span.end_s > pause:
+            span = last[lane] = Span(lane, kind, step["start_s"], step["end_s"])
+            found.append(span)
+        span.end_s = max(span.end_s, step["end_s"])
+        span.steps += 1
+        span.prompt_tokens += prompts
+        span.decode_tokens += decodes
+    return found
+
+
+def state_of(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, int, int, int]]:
+    """What ran, waited and was in use at the end of a step, wherever it changed."""
+    found: list[tuple[float, int, int, int]] = []
+    for step in sorted(steps, key=lambda step: float(step["end_s"])):
+        now = (int(step["running"]), int(step["waiting"]), int(step["used_blocks"]))
+        if not found or found[-1][1:] != now:
+            found.append((float(step["end_s"]), *now))
+    return found
