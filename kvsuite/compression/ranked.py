@@ -68,7 +68,8 @@ def key_norms(keys: Tensor) -> Tensor:
     """L2 norm of each key ``[..., head_dim]`` in float32; a rotation leaves it unchanged."""
     import torch
 
-    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    found: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    return found
 
 
 def _ranks(priority: Tensor) -> tuple[Tensor, Tensor]:
