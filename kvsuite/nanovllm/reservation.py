@@ -1,19 +1,20 @@
-"""What running requests will still take from the pools, so that nobody is admitted who would cost another one its blocks.
+"""What running requests will hold at every later step, so that nobody is admitted who would cost another one its blocks.
 
-Every running request counts with the most that it can still hold: its longest output, less what the policy will have removed
-by then, no more than a sliding window sees. Blocks that several requests share count once. Two moments matter:
+How long a request can become is known, and decoding requests advance together, by one token a step. So it is known, too, how
+many blocks they hold at any later step: until a request is over what it has stored by then, less what the policy will have
+removed, no more than a sliding window sees; then nothing. Blocks that several requests share count once, for as long as one of
+them may need them. A prompt counts as it is while it is computed, and as what the policy leaves of it afterwards.
 
-1. *In the end*, with all prompts complete and compressed, all running requests at their longest have to fit.
-2. *Meanwhile* the prompts being computed have to fit as they are, beside whatever the others hold. Where decoding pauses
-   for prompts (prompts first, on one lane) those others do not grow; else they count at their longest here, too.
-
-The longest is a known number, not a guess: where outputs end as late as their requests allow, no request is ever preempted.
+A request is admitted if all of that fits the pool at every later step. Where outputs end as late as they may, no request is
+preempted then; where they end earlier, blocks are free that somebody might have had. What is not known counts as the worst:
+when exactly a prompt is complete (between the next step and the last one that it can take), and on two lanes how often the
+others decode meanwhile (a prompt then counts at its largest from the start to the end).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,26 +41,24 @@ class Reservation:
         self._tables = tables
         self._step_tokens = step_tokens
         self._policy = policy
-        rows = len(tables.blocks)
-        # blocks that a row holds at most: once its prompt is complete, and while it is computed
-        self._ends: Ints = np.zeros(rows, dtype=np.int64)
-        self._peaks: Ints = np.zeros(rows, dtype=np.int64)
+        # by row: tokens stored when decoding begins and tokens fed by then, tokens fed in the end; blocks held at most while
+        # the prompt is computed, and afterwards
+        self._facts: Ints = np.zeros((len(tables.blocks), 5), dtype=np.int64)
         # a row that gives blocks back while it runs does not free those that others hold, too, but takes its new ones
         self._gives_back = policy is not None or tables.window is not None
 
     def enter(self, request: Request) -> None:
         """Count a request, which has its row."""
-        self._ends[request.row], self._peaks[request.row] = self._most(request)
+        self._facts[request.row] = self._of(request)
 
-    def leave(self, row: int) -> None:
-        """Count a row no longer."""
-        self._ends[row] = self._peaks[row] = 0
-
-    def promised(self, prompting: Iterable[Request], *, pauses: bool) -> int:
-        """Most blocks that are in use at a time from now on, if nobody else is admitted."""
-        return self._total(prompting, None, [], pauses)
-
-    def fits(self, request: Request, found: list[int], prompting: Iterable[Request], *, pauses: bool) -> bool:
+    def fits(
+        self,
+        request: Request,
+        found: Sequence[int],
+        running: Sequence[Request],
+        prompting: Sequence[bool],
+        steps: int | None,
+    ) -> bool:
         """Whether a waiting request may run beside the running ones.
 
         Parameters
@@ -68,55 +67,86 @@ class Reservation:
             Has no row yet.
         found
             Blocks of its first tokens that the prefix cache has.
+        running
+            All running requests.
         prompting
-            Running requests whose prompts are not complete.
-        pauses
-            Whether decoding pauses while prompts are computed.
+            Which of them do not decode yet.
+        steps
+            In how many steps at most all of these, and the waiting one, decode; ``None`` if that is unknown.
         """
-        return self._total(prompting, request, found, pauses) <= self._tables.pool.num_blocks
+        pool, peak = self._tables.pool, self._of(request)[3]
+        revived = sum(pool.references(block) == 0 for block in found)
+        # mostly there is no room even now, and no need to look further
+        if peak - len(found) + revived > pool.free:
+            return False
+        return self._most(running, prompting, steps, request, found) <= pool.num_blocks
 
-    def _total(self, prompting: Iterable[Request], candidate: Request | None, found: list[int], pauses: bool) -> int:
+    def promised(self, running: Sequence[Request], prompting: Sequence[bool], steps: int | None) -> int:
+        """Most blocks in use at a time from now on, if nobody else is admitted. Parameters are those of `fits`."""
+        return self._most(running, prompting, steps, None, ())
+
+    def _most(
+        self,
+        running: Sequence[Request],
+        prompting: Sequence[bool],
+        steps: int | None,
+        candidate: Request | None,
+        found: Sequence[int],
+    ) -> int:
         tables, pool = self._tables, self._tables.pool
-        used = pool.num_blocks - pool.free + sum(pool.references(block) == 0 for block in found)
-        own = self._own(found)
-        to_come = self._ends - own
-        if self._policy is None:
-            to_come = np.maximum(to_come, 0)
-        rows = np.array([request.row for request in prompting], dtype=np.int64)
-        # a compressed prompt, too, may need more blocks than it gives back, if others hold its own
-        rises = np.maximum(self._peaks[rows] - tables.blocks[rows], to_come[rows])
-        in_the_end = int(to_come.sum())
-        meanwhile = int(rises.sum()) + (0 if pauses else int(np.maximum(np.delete(to_come, rows), 0).sum()))
+        rows = np.array([request.row for request in running], dtype=np.int64)
+        early = np.array(prompting, dtype=np.bool_)
+        computed = np.array([request.computed for request in running], dtype=np.int64)
+        facts, held, own, stored = self._facts[rows], tables.blocks[rows], self._own(rows, found), tables.lengths[rows]
+        used = pool.num_blocks - pool.free
         if candidate is not None:
-            end, peak = self._most(candidate)
-            mine = sum(pool.references(block) == 0 for block in found) if self._gives_back else len(found)
-            more = end - mine if self._policy is not None else max(end - mine, 0)
-            in_the_end += more
-            meanwhile += max(peak - len(found), more)
-        return used + max(in_the_end, meanwhile, 0)
+            revived = sum(pool.references(block) == 0 for block in found)
+            used += revived
+            facts = np.vstack([facts, self._of(candidate)])
+            held, own = np.append(held, len(found)), np.append(own, revived)
+            early, computed, stored = np.append(early, True), np.append(computed, 0), np.append(stored, 0)
+        begins, fed, last, peaks, ends = facts.T
+        stored = np.where(early, begins, stored)
+        over = np.where(early, last - fed + (steps or 0), last - computed)
+        if steps is None:
+            over = np.where(early, np.iinfo(np.int64).max, over)
+        # what is held grows until somebody is over, or prompts are complete: no other step needs more than these
+        at = np.unique(np.append(over, steps or 1))
+        holds = np.minimum(-(-(stored[:, None] + np.minimum(at, last.max())) // pool.block_size), ends[:, None])
+        if steps is None:
+            holds[early] = np.maximum(ends, peaks)[early, None]
+        else:
+            holds = np.where(early[:, None] & (at <= steps), np.maximum(holds, peaks[:, None]), holds)
+        more = holds - (own if self._gives_back else held)[:, None]
+        if self._policy is None:
+            # what a window has passed is given back in a sequence's own next step, which prompts may come before
+            more = np.where(at > steps, more, np.maximum(more, 0)) if steps is not None else np.maximum(more, 0)
+        return used + int(np.where(at <= over[:, None], more, -own[:, None]).sum(axis=0).max())
 
-    def _own(self, found: Sequence[int]) -> Ints:
+    def _own(self, rows: Ints, found: Sequence[int]) -> Ints:
         """Blocks of every row that are free once it gives them back, and will be if ``found`` are held by another one."""
         tables, pool = self._tables, self._tables.pool
-        if not self._gives_back or (not found and int(tables.blocks.sum()) == pool.used):
-            return tables.blocks
-        shared, own = set(found), np.zeros_like(tables.blocks)
-        for row in np.flatnonzero(tables.blocks).tolist():
-            own[row] = sum(pool.references(block) == 1 and block not in shared for block in tables.row_blocks(row))
+        held: Ints = tables.blocks[rows]
+        if not found and int(tables.blocks.sum()) == pool.used:
+            return held
+        shared, own = set(found), np.zeros_like(held)
+        for index, row in enumerate(rows.tolist()):
+            own[index] = sum(pool.references(block) == 1 and block not in shared for block in tables.row_blocks(row))
         return own
 
-    def _most(self, request: Request) -> tuple[int, int]:
-        """Blocks held at most once the prompt is complete, and while it is computed."""
-        size = self._tables.pool.block_size
-        longest = request.largest
-        end, peak = -(-longest // size), -(-min(len(request.tokens), longest) // size)
+    def _of(self, request: Request) -> tuple[int, int, int, int, int]:
+        """What `_facts` says of a request."""
+        size, longest, fed = self._tables.pool.block_size, request.largest, request.prefill
         if self._policy is not None:
-            kept = largest_after_prompt(self._policy, request.prompt_length, longest)
-            return -(-kept // size), -(-request.prompt_length // size)
+            prompt = request.prompt_length
+            begins = size_after_action(self._policy, prompt, prompt, done=False, prompt=True) + fed - prompt
+            most = largest_after_prompt(self._policy, prompt, longest)
+            return begins, fed, longest, -(-prompt // size), -(-most // size)
+        peak, end = -(-fed // size), -(-longest // size)
         if self._tables.window is not None:
-            chunk = min(self._step_tokens, len(request.tokens))
-            return min(end, self._tables.visible_blocks(1)), min(end, self._tables.visible_blocks(chunk))
-        return end, peak
+            chunk = min(self._step_tokens, fed)
+            peak, end = min(peak, self._tables.visible_blocks(chunk)), min(end, self._tables.visible_blocks(1))
+        return fed, fed, longest, peak, end
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,18 +160,18 @@ def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int) -> int
     prompt_length, tokens
         Tokens of the prompt, and of prompt and output together, the last one, which is never fed, excepted.
     """
-    stored = most = _act(policy, prompt_length, prompt_length, done=False, prompt=True)
+    stored = most = size_after_action(policy, prompt_length, prompt_length, done=False, prompt=True)
     if policy.acts == "prompt":
         return stored + tokens - prompt_length
     done = stored < prompt_length
     for seen in range(prompt_length + 1, tokens + 1):
         most = max(most, stored + 1)
-        left = _act(policy, stored + 1, seen, done=done, prompt=False)
+        left = size_after_action(policy, stored + 1, seen, done=done, prompt=False)
         done |= left <= stored
         stored = left
     return most
 
 
-def _act(policy: Policy, stored: int, seen: int, *, done: bool, prompt: bool) -> int:
+def size_after_action(policy: Policy, stored: int, seen: int, *, done: bool, prompt: bool) -> int:
     """Tokens that stay of ``stored`` ones after ``seen`` were seen, as `kvsuite.nanovllm.eviction.Eviction.act` has it."""
     return policy.size_after(stored) if policy.due(step=seen, done=done, prompt=prompt) else stored

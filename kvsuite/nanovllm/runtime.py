@@ -141,7 +141,8 @@ class Runtime:
         self.rotary = sequence_rotary(loaded.model, limits.max_model_len)
         self._switch = recomputing_switch(loaded.model)
         acted = [group.compressed for group in self.groups]
-        self.scheduler = Scheduler(limits, self.tables, policy=policy, compressed=acted, rotary=self.rotary)
+        scheduled: Any = {"policy": policy, "compressed": acted, "lanes": lanes}
+        self.scheduler = Scheduler(limits, self.tables, rotary=self.rotary, **scheduled)
         with self._decoding():
             if runner is None:
                 made = ReferenceAttention(self.pools, rotation) if backend is None else backend(self.pools)

@@ -61,6 +61,8 @@ class Scheduler:
         What the runtime compresses with.
     compressed
         Per layer group whether the policy acts on it; on all of them if left out.
+    lanes
+        1 or 2.
     rotary
         Where frequencies change with the length: only sequences with the same ones share a prefix.
     """
@@ -72,10 +74,12 @@ class Scheduler:
         *,
         policy: Policy | None = None,
         compressed: Sequence[bool] | None = None,
+        lanes: int = 1,
         rotary: SequenceRotary | None = None,
     ) -> None:
         self._rotary = rotary
         self._limits = limits
+        self._lanes = lanes
         self._tables = tables
         self._acts: Acts = None if policy is None else policy.acts
         #: what running requests will still take, per layer group
@@ -145,13 +149,13 @@ class Scheduler:
         while not plan.requests and (self.running or self.waiting):
             if self._limits.prefill_first:
                 self._feed_prompts(plan, budget)
-                self._admit(plan, budget - sum(plan.counts), pauses=True)
+                self._admit(plan, budget - sum(plan.counts))
                 if not plan.requests:
                     self._decode(plan, self.running)
             else:
                 self._decode(plan, self.running)
                 self._feed_prompts(plan, budget - sum(plan.counts))
-                self._admit(plan, budget - sum(plan.counts), pauses=False)
+                self._admit(plan, budget - sum(plan.counts))
             if not plan.requests and not self._wait_for_blocks() and not self._make_progress(plan):
                 break
         return plan
@@ -169,7 +173,7 @@ class Scheduler:
                 if left > 0 and request.computed < request.prefill:
                     left -= self._feed(request, plan, left)
             if not (self.waiting and self.waiting[0].in_flight):
-                self._admit(plan, left, pauses=False)
+                self._admit(plan, left)
             # what decodes, or waits for its hand-over, gives its blocks back one day; prompts that wait for each other do not
             if not self.running or any(request.computed >= request.prefill for request in self.running):
                 break
@@ -190,6 +194,11 @@ class Scheduler:
         if not plan.requests and len(self.running) == 1 and self.running[0].handed_over and self._ready(self.running):
             self._make_progress(plan)
         return plan
+
+    def promised(self) -> list[int]:
+        """Blocks that running requests hold at a time from now on at most, per layer group, if nobody else is admitted."""
+        prompting, steps = self._outlook()
+        return [reservation.promised(self.running, prompting, steps) for reservation in self.reservations]
 
     def publish(self, request: Request) -> None:
         """Make the full blocks that steps completed findable by their tokens."""
@@ -274,12 +283,13 @@ class Scheduler:
         plan.counts.append(count)
         return count
 
-    def _admit(self, plan: StepPlan, budget: int, *, pauses: bool) -> None:
+    def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting requests while budget, rows and blocks last; not in a step that preempted."""
         while self.waiting and self._rows and budget > 0 and not self._preempted:
             request = self.waiting[0]
             found = self._find_prefix(request)
-            if self.running and not self._has_room(request, found, pauses):
+            request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
+            if self.running and not self._has_room(request, found):
                 return
             self.waiting.popleft()
             self.take_row(request)
@@ -292,15 +302,30 @@ class Scheduler:
                 self.prefix_hits += request.computed
                 request.prefix_hits = request.computed
             request.published = len(found[0])
-            request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
             budget -= self._feed(request, plan, budget)
 
-    def _has_room(self, request: Request, found: list[list[int]], pauses: bool) -> bool:
+    def _outlook(self, more: int = 0) -> tuple[list[bool], int | None]:
+        """Which running requests do not decode yet, and in how many steps they all do, ``more`` prompt tokens behind them.
+
+        The number is the most that it can be, ``None`` if that is unknown.
+        """
+        if self._lanes == 2:
+            return [not request.handed_over for request in self.running], None
+        prompting = [request.computed < request.prefill for request in self.running]
+        if self._limits.prefill_first:
+            # whoever has one token to go is fed it beside the decoding ones
+            return prompting, 1
+        left = self._limits.max_num_batched_tokens - len(self.running) - bool(more)
+        pending = sum(max(request.prefill - request.computed, 0) for request in self.running) + more
+        # in the step that admits it a request gets what is left of the budget, perhaps nothing
+        return prompting, 1 - (-pending // left) if left > 0 else None
+
+    def _has_room(self, request: Request, found: list[list[int]]) -> bool:
         """Whether a waiting request may run beside those that do (`Limits.admission`)."""
         if self._limits.admission == "reserve":
-            prompting = [one for one in self.running if one.computed < one.prefill]
+            prompting, steps = self._outlook(request.prefill)
             return all(
-                reservation.fits(request, blocks, prompting, pauses=pauses)
+                reservation.fits(request, blocks, self.running, prompting, steps)
                 for reservation, blocks in zip(self.reservations, found, strict=True)
             )
         # half a prompt helps nobody
@@ -384,9 +409,8 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         request.stored = [int(table.lengths[request.row]) for table in self._tables]
-        for table, reservation in zip(self._tables, self.reservations, strict=True):
+        for table in self._tables:
             table.release(request.row)
-            reservation.leave(request.row)
         self.on_release(request.row)
         self._rows.append(request.row)
         request.row = -1
