@@ -178,7 +178,11 @@ class NanoSession(LoadedSession):
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             if self._plan.lanes == 2 and self.device.type == "cpu":
                 self.inert["lanes"] = "a CPU has one stream: prompts and decoding take turns"
-            self._runtime((), captures=False)
+            try:
+                self._runtime((), captures=False)
+            except UserError as error:
+                # a pool that this case names and cannot have is no fault of the others
+                raise CaseInvalid(str(error)) from error
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
             self._prompt_tokens = length
