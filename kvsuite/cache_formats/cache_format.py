@@ -24,6 +24,7 @@ NUMBERS: dict[str, tuple[int, int]] = {"fp8_e4m3": (8, 1), "int8": (8, 1), "int4
 PARAMETER = "kv_cache_dtype"
 SCALE_BYTES = 2
 _CHANNEL, _HADAMARD, _KIVI = "_channel", "+hadamard", "kivi_"
+_HQQ = "hqq_int"
 _KIVI_GROUP, _KIVI_RESIDUAL = 32, 128
 _SIDE = re.compile(r"([\w.-]+)(?:\(([^()]*)\))?(\+\w+)?")
 
@@ -230,6 +231,50 @@ def _with(side: SideFormat, more: list[str]) -> str:
 
 
 @dataclass(frozen=True)
+class HqqFormat:
+    """transformers' own quantised cache with hqq along the rows of head vectors (its axis 1): a foreign reference.
+
+    Parameters
+    ----------
+    bits
+        Of an element, 4 or 8.
+    group
+        Numbers that share a scale and a zero point.
+    residual
+        Tokens in the model's dtype until all are packed anew; a prompt is packed at once, and attends to itself unpacked.
+    """
+
+    bits: int
+    group: int = 64
+    residual: int = 128
+
+    def __str__(self) -> str:
+        return f"{_HQQ}{self.bits}(group={self.group},residual={self.residual})"
+
+
+#: what a case may ask for beside the model's own numbers
+StoredFormat = CacheFormat | HqqFormat
+
+
+def parse_format(typed: str) -> StoredFormat | None:
+    """Read a format's name, a foreign one included; ``None`` for ``auto``.
+
+    Raises
+    ------
+    UserError
+        For a number format, parameter or combination that there is not.
+    """
+    if not typed.strip().startswith(_HQQ):
+        return CacheFormat.parse(typed)
+    found = _SIDE.fullmatch(typed.strip())
+    if found is None or found[1] not in (f"{_HQQ}4", f"{_HQQ}8") or found[3]:
+        raise _wrong(
+            typed, f"transformers' cache with hqq is {_HQQ}4 or {_HQQ}8, for keys and values alike, without rotation"
+        )
+    return HqqFormat(int(found[1].removeprefix(_HQQ)), **_parameters(typed, found[1], found[2]))
+
+
+@dataclass(frozen=True)
 class _Side:
     side: SideFormat
     residual: int | None = None
@@ -295,7 +340,7 @@ class ChosenFormat:
         ``None`` for ``auto``, which adds nothing to a case.
     """
 
-    format: CacheFormat | None = None
+    format: StoredFormat | None = None
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -316,7 +361,7 @@ def selected_cache_formats(options: Options) -> tuple[ChosenFormat, ...]:
         If there is no such format, one is named twice in two ways, or a residual window is no shorter than every text.
     """
     typed = options.of(CommonOptions).cache_dtype
-    found = tuple(ChosenFormat(CacheFormat.parse(one)) for one in typed)
+    found = tuple(ChosenFormat(parse_format(one)) for one in typed)
     for index, one in enumerate(found):
         if one in found[:index]:
             first = typed[found.index(one)]
@@ -326,7 +371,7 @@ def selected_cache_formats(options: Options) -> tuple[ChosenFormat, ...]:
     return found
 
 
-def format_of(case: Case) -> CacheFormat | None:
+def format_of(case: Case) -> StoredFormat | None:
     """The format of a case, ``None`` for the model's dtype.
 
     Raises
@@ -335,7 +380,7 @@ def format_of(case: Case) -> CacheFormat | None:
         If its parameters name one that there is not.
     """
     name = case.params.get(PARAMETER)
-    return None if name is None else CacheFormat.parse(str(name))
+    return None if name is None else parse_format(str(name))
 
 
 def refuse_long_residual(chosen: ChosenFormat, tokens: int, option: str) -> None:
@@ -346,7 +391,7 @@ def refuse_long_residual(chosen: ChosenFormat, tokens: int, option: str) -> None
     UserError
         Naming both.
     """
-    if chosen.format is not None and chosen.format.residual >= tokens:
+    if isinstance(chosen.format, CacheFormat) and chosen.format.residual >= tokens:
         raise UserError(
             f"--kv-cache-dtype={chosen.format}: the residual window of {chosen.format.residual} tokens is no shorter than "
             f"the text of {tokens} ({option}), of which nothing would be packed; lower residual or give a longer text"

@@ -72,6 +72,13 @@ def add_parser(subparsers: Subparsers) -> None:
         help="weight formats, separated by commas (default: of MLC weights their own, else q4f16_1; with nano none)",
     )
     add(
+        "--cache-dtype",
+        "--kv-cache-dtype",
+        metavar="NAMES",
+        help="also say what a token's keys and values take in these cache formats (auto,int8,int8:int4), and with --card how "
+        "many tokens it holds beside the weights",
+    )
+    add(
         "--space",
         "--kv-space",
         metavar="SPACE",
@@ -144,6 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = survey(judged, predictor, card)
     shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
     print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
+    if arguments.cache_dtype is not None:
+        rooms = _rooms(arguments.cache_dtype, found)
+        print(console_text(rooms, width=console_width(sys.stdout.isatty())), end="")
     print(f"{len(found.rows)} points in {time.perf_counter() - started:.2f} s")
     if arguments.csv is not None:
         _write(arguments.csv, found)
@@ -201,6 +211,25 @@ def _explained(found: Survey, name: str) -> RenderableType:
         shown = ", ".join(one.entry.point.id for one in found.rows[:3])
         raise UserError(f"--explain={name}: no valid point of --space {found.space.name}; it has {shown or 'none'} ...")
     return stacked([LEGEND, *breakdown(row, found)])
+
+
+def _rooms(names: str, found: Survey) -> RenderableType:
+    """What cache formats take of the model's tokens, beside weights in the first weight format of the space."""
+    from kvsuite.cache_formats.cache_format import CacheFormat
+    from kvsuite.memory_model.cache_room import cache_rooms
+    from kvsuite.memory_model.formats import ELEMENT_BYTES
+    from kvsuite.memory_model.tables import cache_room_table
+    from kvsuite.options.option import outside_brackets
+
+    formats = [CacheFormat.parse(one) for one in outside_brackets(names)]
+    if not found.rows:
+        raise UserError("--cache-dtype: no point of the space is valid, so there is no weight format to predict with")
+    prediction = found.rows[0].prediction
+    allocation, weights = prediction.allocation, prediction.part("parameters")
+    element_bytes = 2 if allocation is None else ELEMENT_BYTES[allocation.dtype]
+    free = None if found.card is None or weights is None else found.card.usable - weights
+    rooms = cache_rooms(found.predictor.architecture, element_bytes, formats, free)
+    return cache_room_table(rooms, prediction.point.quantization, element_bytes, free)
 
 
 def _write(path: Path, found: Survey) -> None:

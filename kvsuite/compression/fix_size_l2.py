@@ -56,9 +56,13 @@ class FixSizeL2(RankedPolicy):
 
     def caveat(self, length: int) -> str | None:
         kept = self.size_after(length)
-        if kept == length or protected_count(kept, self.keep_ratio) < kept:
+        if kept == length or self.protected_of(length) < kept:
             return super().caveat(length)
         return f"all of the {kept} tokens that stay are protected as recent: norms decide nothing, as in recent_only"
+
+    def protected_of(self, length: int) -> int:
+        """How many of those that stay of ``length`` tokens are protected as recent."""
+        return protected_count(self.size_after(length), self.keep_ratio)
 
     def own_size_after(self, length: int) -> int:
         return min(length, self.size)
@@ -70,8 +74,7 @@ class FixSizeL2(RankedPolicy):
         else:
             score = -view.scores if self.strategy == "keep_low" else view.scores
         # the last `protected` logical positions are never evicted, so position alone tells them
-        protected = protected_count(self.size_after(view.length), self.keep_ratio)
-        return score.masked_fill(view.positions > view.newest - protected, float("inf"))
+        return score.masked_fill(view.positions > view.newest - self.protected_of(view.length), float("inf"))
 
     def _random(self, view: CacheView) -> Tensor:
         """Uniform float32 in [0, 1) from a counter: the finaliser of SplitMix64 (Steele et al., 2014) on 62-bit words."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .prompt_ranked import PromptRanked
 from .prompt_view import PromptView
+from .ranked import key_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,4 +24,4 @@ class KNorm(PromptRanked):
     heads_apart: ClassVar[bool] = True
 
     def importance(self, view: PromptView) -> Tensor:
-        return -view.keys.float().square().sum(dim=-1).sqrt()
+        return -key_norms(view.keys)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from .base import CacheView, Needs
 from .by_factor import ByFactor
 from .prompt_view import PromptView
-from .ranked import ranked
+from .ranked import highest
 from .ratio import protected_count, removed_from_keep
 
 if TYPE_CHECKING:
@@ -57,4 +57,4 @@ class PromptRanked(ByFactor):
 
     def keep(self, view: CacheView) -> Tensor:
         assert isinstance(view, PromptView)
-        return ranked(self.importance(view))[..., : self.size_after(view.length)].sort(dim=-1).values
+        return highest(self.importance(view), self.size_after(view.length))

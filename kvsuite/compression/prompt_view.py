@@ -202,8 +202,14 @@ def attention_weights(query: Tensor, keys: Tensor, scale: float, first: int) -> 
 
     heads, tokens, width = query.shape
     # the heads of a group lie side by side, so they are rows of one product
-    grouped = query.float().reshape(keys.shape[0], -1, width)
-    products = (grouped @ keys.float().transpose(1, 2) * scale).view(heads, tokens, keys.shape[1])
-    at = torch.arange(first, first + query.shape[1], device=query.device)[:, None]
-    hidden = torch.arange(keys.shape[1], device=query.device) > at
-    return products.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    grouped = query.reshape(keys.shape[0], -1, width)
+    if query.device.type == "cuda" and query.dtype == keys.dtype in (torch.bfloat16, torch.float16):
+        # products of two half-precision numbers are exact in float32, where they are added up
+        products = torch.bmm(grouped, keys.transpose(1, 2), out_dtype=torch.float32)
+    else:
+        products = grouped.float() @ keys.float().transpose(1, 2)
+    products = products.mul_(scale).view(heads, tokens, keys.shape[1])
+    # all of them see what lies before the first
+    at = torch.arange(tokens, device=query.device)
+    products[..., first:].masked_fill_(at[: keys.shape[1] - first] > at[:, None], float("-inf"))
+    return products.softmax(dim=-1)

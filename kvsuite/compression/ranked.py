@@ -33,14 +33,55 @@ def ranked(priority: Tensor) -> Tensor:
     Tensor
         int64, shaped like ``priority``.
     """
+    return _ranks(priority)[0].argsort(dim=-1, stable=True)
+
+
+def highest(priority: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest priorities in time order: the first of `ranked`, sorted, by a single sort.
+
+    Parameters
+    ----------
+    priority
+        Float32 ``[..., n]`` in time order.
+    count
+        At least 1, at most n.
+
+    Returns
+    -------
+    Tensor
+        int64 ``[..., count]``.
+    """
+    import torch
+
+    rank, sorted_ranks = _ranks(priority)
+    # of those that are equal to the last one that stays, the older stay
+    last = sorted_ranks[..., count - 1 : count]
+    sure, equal = rank < last, rank == last
+    stays = sure | (equal & (equal.cumsum(dim=-1) <= count - sure.sum(dim=-1, keepdim=True)))
+    # what goes is written behind the others
+    place = torch.where(stays, stays.cumsum(dim=-1) - 1, count)
+    index = torch.arange(priority.shape[-1], device=priority.device).expand(priority.shape)
+    return index.new_empty(*priority.shape[:-1], count + 1).scatter_(-1, place, index)[..., :count]
+
+
+def key_norms(keys: Tensor) -> Tensor:
+    """L2 norm of each key ``[..., head_dim]`` in float32; a rotation leaves it unchanged."""
+    import torch
+
+    found: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    return found
+
+
+def _ranks(priority: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank of each priority, equal ones alike, in time order and in theirs."""
     import torch
 
     value, order = priority.sort(dim=-1, descending=True, stable=True)
     higher, lower = value[..., :-1], value[..., 1:]
     # two infinities differ by NaN, which is no step
     steps = (higher - lower > lower.abs() * _ROUNDING).long().cumsum(dim=-1)
-    rank = torch.zeros_like(order).scatter(-1, order, torch.nn.functional.pad(steps, (1, 0)))
-    return rank.argsort(dim=-1, stable=True)
+    steps = torch.nn.functional.pad(steps, (1, 0))
+    return torch.zeros_like(order).scatter(-1, order, steps), steps
 
 
 class RankedPolicy(ByFactor):
@@ -54,12 +95,11 @@ class RankedPolicy(ByFactor):
 
     def token_score(self, keys: Tensor) -> Tensor:
         """L2 norm of each key in float32; a rotation leaves it unchanged, so it may be taken before or after RoPE."""
-        return keys.float().square().sum(dim=-1).sqrt()
+        return key_norms(keys)
 
     def keep(self, view: CacheView) -> Tensor:
         order = time_order(view)
-        chosen = ranked(self.priority(view).gather(-1, order))[..., : self.size_after(view.length)].sort(dim=-1).values
-        return order.gather(-1, chosen)
+        return order.gather(-1, highest(self.priority(view).gather(-1, order), self.size_after(view.length)))
 
     def victim(self, view: CacheView) -> Tensor:
         import torch

@@ -49,11 +49,11 @@ class SnapKV(PromptRanked):
 
     def caveat(self, length: int) -> str | None:
         kept = self.size_after(length)
-        if kept == length or (length > self.window and kept >= self.window):
+        if kept == length or (length > self.window and kept > self.window):
             return None
         if length <= self.window:
             return f"the prompt has {length} tokens, and all of them lie in the window of {self.window}: the first ones stay"
-        return f"{kept} tokens stay, fewer than the window of {self.window}: the first of the window, whatever is attended to"
+        return f"{kept} tokens stay, no more than the window of {self.window}: the first of the window, whatever is attended to"
 
     def importance(self, view: PromptView) -> Tensor:
         import torch

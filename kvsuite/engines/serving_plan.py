@@ -47,6 +47,8 @@ class ServingPlan:
         1: prompts and decoding in turn on one stream; 2: prompts of some requests beside decoding of others.
     controller
         ``None``, ``auto`` (chooses the partition), ``dual`` (chooses between prompts and decoding as well).
+    replay_decisions
+        File of decisions that the controller makes again, ``None`` for those of its own meters.
 
     Raises
     ------
@@ -64,6 +66,7 @@ class ServingPlan:
     stage: str = "none"
     lanes: int = 1
     controller: str | None = None
+    replay_decisions: str | None = None
 
     def __post_init__(self) -> None:
         if (self.pool_blocks is None) == (self.pool_bytes is None):
@@ -89,6 +92,8 @@ class ServingPlan:
             )
         if self.controller is not None and self.lanes == 1:
             raise UserError(f"serving plan: controller={self.controller} shares SMs between two lanes; use lanes=2")
+        if self.replay_decisions is not None and self.controller is None:
+            raise UserError("serving plan: replay_decisions: there is no controller whose decisions these could be")
 
     @classmethod
     def of(cls, case: Case) -> ServingPlan | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvsuite.console import Column, Sheet, stacked
 from kvsuite.models.layers import Layer
 
+from .cache_room import TEXT_TOKENS, CacheRoom
 from .config import Architecture
 from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
@@ -224,6 +225,30 @@ def _mark(prediction: Prediction) -> str:
 
 def _mb(size: float | None) -> str:
     return MISSING if size is None else f"{size / MIB:.3f}"
+
+
+def cache_room_table(
+    rooms: Sequence[CacheRoom], quantization: str, element_bytes: int, free_bytes: float | None
+) -> RenderableType:
+    """What each cache format takes, and how long a text may be whose cache stands beside the weights alone."""
+    shown: list[RenderableType] = [
+        f"cache formats; auto is {8 * element_bytes} bits, and a token's bytes are the mean of a text of {TEXT_TOKENS:,}"
+        + (
+            ""
+            if free_bytes is None
+            else f"; {quantization} weights leave {free_bytes / MIB:,.0f} MB for keys and values alone"
+        )
+    ]
+    shown += [f"  {room.name} {MISSING}: {room.reason}" for room in rooms if room.reason]
+    columns = [Column("KiB a token", 12), *([] if free_bytes is None else [Column("tokens", 14)])]
+    lines: list[tuple[str, list[str]] | None] = []
+    for room in rooms:
+        cells = [MISSING if room.token_bytes is None else f"{room.token_bytes / 1024:.3f}"]
+        if free_bytes is not None:
+            cells.append(MISSING if room.tokens is None else f"{room.tokens:,}")
+        lines.append((room.name, cells))
+    shown.append(Sheet("format", columns, lines, 40))
+    return stacked(shown)
 
 
 def find_row(rows: Sequence[Row], point: DesignPoint) -> Row | None:

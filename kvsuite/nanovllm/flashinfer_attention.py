@@ -77,7 +77,6 @@ class FlashInferAttention(FlashInferLayers):
         device = self.pools[0].keys.device
         # FlashInfer wants it zeroed at first use
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.processors = _processors(device)
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
         self._given: dict[str, Any] = {
@@ -94,6 +93,10 @@ class FlashInferAttention(FlashInferLayers):
         ]
         # single tokens stand in front; what follows them goes through FlashInfer
         self._singles = 0
+
+    def _look_at_stream(self) -> None:
+        """Keys are cut for as many SMs as the current stream has: lanes move between partitions."""
+        self.processors = _processors(self.workspace.device)
 
     def beside(self) -> FlashInferAttention:
         """The same for steps of another lane, whose stream is the current one, with a workspace of its own."""
@@ -123,6 +126,7 @@ class FlashInferAttention(FlashInferLayers):
 
     def begin(self, batch: StepBatch) -> None:
         self._batch = batch
+        self._look_at_stream()
         if None in self._prompts:
             self._exact.begin(batch)
         starts = batch.query_start_host.numpy()
@@ -176,6 +180,7 @@ class FlashInferAttention(FlashInferLayers):
 
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
+        self._look_at_stream()
         return CapturedAttention(self, batch, few_programs)
 
 

@@ -88,11 +88,19 @@ class KVPool:
 
     def keys_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
         """Copies of the keys in ``slots`` ``[n]`` of some of the group's layers: ``[layers, kv_heads, n, head_dim]``."""
-        return self.keys[layers].flatten(1, 2).index_select(1, slots).transpose(1, 2)
+        return self._vectors(self.keys, slots, layers)
 
     def values_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
         """Copies of the values in ``slots``, like `keys_of`."""
-        return self.values[layers].flatten(1, 2).index_select(1, slots).transpose(1, 2)
+        return self._vectors(self.values, slots, layers)
+
+    def _vectors(self, tensor: Tensor, slots: Tensor, layers: slice) -> Tensor:
+        count, heads, device = tensor.shape[1] * self.block_size, self.group.kv_heads, tensor.device
+        layer = torch.arange(len(self.group.layers), device=device)[layers, None, None]
+        # one copy, in the order in which heads are looked at
+        index = (layer * count + slots) * heads + torch.arange(heads, device=device)[:, None]
+        found = tensor.view(-1, self.group.head_dim).index_select(0, index.flatten())
+        return found.view(*index.shape, self.group.head_dim)
 
     @torch.inference_mode()
     def keep(self, source: Tensor, target: Tensor) -> None:

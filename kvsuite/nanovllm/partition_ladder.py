@@ -59,8 +59,9 @@ class PartitionLadder:
             raise
 
     def to_dict(self) -> dict[str, Any]:
-        """What a record says as realised, by share; JSON types."""
-        return {f"{ratio:g}": partition.to_dict() for ratio, partition in self.by_ratio.items()}
+        """What a record says as realised: a partition for every share, JSON types."""
+        parts = {f"{ratio:g}": partition.to_dict() for ratio, partition in self.by_ratio.items()}
+        return {"provider": next(iter(parts.values()))["provider"], "by_share": parts}
 
     def close(self) -> None:
         """Give all of them back."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from kvsuite.cache_formats.cache_format import HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.errors import UserError
+from kvsuite.memory_model.cache_room import kv_bytes
 from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import WeightFormat, nano_format
 from kvsuite.options.common import CommonOptions
@@ -95,7 +97,10 @@ def weights_and_cache(case: Case, options: Options) -> Footprint:
         return known
     if isinstance(known.architecture.cache, str):
         return replace(known.weights, reason=known.weights.reason or known.architecture.cache)
-    cache = known.architecture.kv_bytes(_tokens(case), known.format.element_bytes)
+    chosen = format_of(case)
+    if isinstance(chosen, HqqFormat):
+        return replace(known.weights, reason=known.weights.reason or "transformers decides what its packed cache takes")
+    cache = kv_bytes(known.architecture, _tokens(case), known.format.element_bytes, chosen)
     return replace(known.weights, bytes=known.weights.weight_bytes + cache)
 
 

@@ -66,7 +66,7 @@ def test_golden_l2() -> None:
 )  # fmt: skip
 def test_golden_protected(size: int, ratio: float, protected: int) -> None:
     policy = FixSizeL2(size=size, keep_ratio=ratio)
-    assert policy.protected == protected
+    assert policy.protected_of(policy.size) == protected
     norms = [float(i + 1) for i in range(2 * size)]
     chosen = kept(policy, view(norms))
     # the lowest norms are the oldest tokens here

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from policy_matrix import FACTOR_MATRIX, MATRIX, PROMPT_MATRIX, Line
 
 from kvsuite.compression import CacheView, FixSizeL2, Policy, StreamingLLM, get_policy, list_policies
-from kvsuite.compression.ranked import ranked
+from kvsuite.compression.ranked import highest, ranked
 
 EVERY_LINE = pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
 HEADS = 3
@@ -85,7 +85,7 @@ def test_what_stays(line: Line, cache: CacheView) -> None:
             if line.policy != "fix_size_l2":
                 assert row == [stored[i] for i in line.kept(len(stored), in_time)]
         if isinstance(policy, FixSizeL2):
-            assert {p for p in stored if p > cache.newest - policy.protected} <= set(row)
+            assert {p for p in stored if p > cache.newest - policy.protected_of(policy.size)} <= set(row)
         if isinstance(policy, StreamingLLM):
             assert row[: policy.start_size] == stored[: policy.start_size]
             assert row[-policy.recent_size :] == stored[-policy.recent_size :]
@@ -187,7 +187,7 @@ def test_equal_norms_make_it_streaming(size: int, data: Any, n: int, every_token
     """Of equal norms the older stays, so that the zone keeps its first tokens: attention sinks."""
     protected = data.draw(st.integers(1, size))
     fixed = FixSizeL2(size=size, keep_ratio=protected / size)
-    assert fixed.protected == protected
+    assert fixed.protected_of(fixed.size) == protected
     streaming = StreamingLLM(start_size=size - protected, recent_size=protected)
     norms = [1.0] * n
     assert simulate(fixed, norms, every_token=every_token) == simulate(streaming, norms, every_token=every_token)
@@ -223,9 +223,9 @@ def test_low_and_high_are_each_others_mirror(norms: list[int], protected: float)
     high = FixSizeL2(size=size, keep_ratio=protected, strategy="keep_high")
     n, values = len(norms), [float(x) for x in norms]
     kept_low, kept_high = (set(simulate(p, values, every_token=False)) for p in (low, high))
-    safe = set(range(n - low.protected, n))
+    safe = set(range(n - low.protected_of(n), n))
     assert safe <= kept_low & kept_high
-    if size - low.protected <= (n - low.protected) // 2:
+    if size - low.protected_of(n) <= (n - low.protected_of(n)) // 2:
         assert kept_low & kept_high == safe
     mirrored = [1001.0 - x for x in values]
     assert kept_high == set(simulate(low, mirrored, every_token=False))
@@ -249,3 +249,13 @@ def test_protected_tokens_rank_first_in_time_order() -> None:
     assert ranked(torch.tensor([1.0, infinite, 3.0, infinite])).tolist() == [1, 3, 2, 0]
     # what is not equal is ranked, however small it is
     assert ranked(torch.tensor([1e-9, 3e-9, 2e-9, 0.0])).tolist() == [1, 2, 0, 3]
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data(), n=st.integers(1, 30))
+def test_the_highest_are_the_first_of_the_ranks(data: Any, n: int) -> None:
+    """Ties, ties within rounding and infinities among them."""
+    value = st.sampled_from([0.0, 1.0, 1.0 + 2**-21, 1.0 + 2**-19, 2.0, -3.0, float("inf")])
+    rows = torch.tensor([data.draw(st.lists(value, min_size=n, max_size=n)) for _ in range(3)])
+    count = data.draw(st.integers(1, n))
+    assert torch.equal(highest(rows, count), ranked(rows)[..., :count].sort(dim=-1).values)

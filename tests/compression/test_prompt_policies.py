@@ -153,8 +153,9 @@ def test_what_was_not_asked_for_is_not_there() -> None:
 
 def test_sizes_below_which_a_policy_is_something_else() -> None:
     snapkv = get_policy("snapkv", keep_ratio=0.3, window=64)
-    assert "60 tokens stay, fewer than the window of 64" in str(snapkv.caveat(200))
+    assert "60 tokens stay, no more than the window of 64" in str(snapkv.caveat(200))
     assert snapkv.caveat(400) is None
+    assert "64 tokens stay, no more" in str(get_policy("snapkv", factor=5).caveat(320)), "all of them are the window"
     assert "all of them lie in the window" in str(snapkv.caveat(50))
     assert "no more than the 4 sinks" in str(get_policy("expected_attention", keep_ratio=0.1).caveat(40))
     assert get_policy("streaming_llm").caveat(10) is None

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from decoders import generated, greedy, loaded, prompts, text
+from hand_fence import HandFence
 from serving import LogitsByRequest, assert_nothing_lost
 
 from kvsuite.compression import get_policy
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm import prompt_lane
 from kvsuite.nanovllm.cuda_runner import cuda_runner
 from kvsuite.nanovllm.in_flight import TokensInFlight
 from kvsuite.nanovllm.limits import Limits
@@ -194,6 +196,49 @@ def test_compressed_prompts_give_the_tokens_of_one_lane(name: str, factor: int) 
     assert factor > 1 or found[0] == _plain("llama")
 
 
+def test_nothing_is_handed_over_or_reused_before_the_device_has_compressed_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding that does not wait for the compression reads what is still being moved (flaws 5 and 14 of the original)."""
+    of = loaded("llama")
+    policy = get_policy("streaming_llm", factor=3)
+    limits = Limits(**SMALL | {"num_blocks": 30})
+    alone = Runtime(of, limits, policy=policy)
+    expected = [request.output for request in alone.run([greedy(text(9), 40), greedy(text(20, seed=1), 4)])]
+    alone.close()
+    fences: list[HandFence] = []
+
+    def made(device: torch.device) -> HandFence:
+        fences.append(HandFence())
+        return fences[-1]
+
+    with _lanes(of, num_blocks=30, options={"overlap": False, "policy": policy}) as runtime:
+        [table] = runtime.tables
+        first = runtime.add(greedy(text(9), 40))
+        while not first.output:
+            runtime.step()
+        monkeypatch.setattr(prompt_lane, "fence_now", made)
+        second = runtime.add(greedy(text(20, seed=1), 4))
+        runtime.step()
+        blocks, computed = set(table.row_blocks(second.row)), len(first.output)
+        for _ in range(12):
+            runtime.step()
+            given_back = blocks - set(table.row_blocks(second.row))
+            assert not second.output
+            assert not second.handed_over
+            assert not given_back & set(table.row_blocks(first.row))
+        assert second.compressed
+        assert given_back
+        assert table.pool.held == len(given_back)
+        assert len(first.output) == computed + 12
+        for fence in fences:
+            fence.let_pass()
+        runtime.step()
+        assert second.handed_over
+        assert table.pool.free + table.pool.used == 30
+        monkeypatch.undo()
+        runtime.run()
+    assert [first.output, second.output] == expected
+
+
 def test_sampled_and_forced_requests_and_static_steps() -> None:
     of = loaded("qwen3")
     given = prompts((9, 30, 14, 25, 7))
@@ -290,6 +335,17 @@ def test_fork_and_compress_settle_both_lanes() -> None:
         runtime.run()
     assert child.output == first.output == generated(of, text(13), 12)
     assert second.output[:1] == generated(of, text(20, seed=1), 1)
+
+
+def test_closing_ends_a_prompt_that_is_being_launched() -> None:
+    with _lanes(loaded("llama")) as runtime:
+        request = runtime.add(greedy(text(20), 4))
+        lane = runtime._prompts
+        assert lane is not None
+        lane.advance()
+        assert lane.launching
+    assert request.status is Status.CANCELLED
+    assert not lane.launching
 
 
 def test_what_two_lanes_cannot_do_is_refused() -> None:

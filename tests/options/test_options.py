@@ -87,6 +87,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "greenctx-compress-ratio": ("0.2,0.5", (0.2, 0.5)),
     "greenctx-main-ratio": ("0.8", (0.8,)),
     "greenctx-main-stream": ("off", False),
+    "replay-decisions": ("decisions.json", "decisions.json"),
     "arrivals": ("trace", "trace"),
     "arrival-rate": ("2.5", 2.5),
     "trace-time-scale": ("4", 4.0),
@@ -264,7 +265,7 @@ FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
-    "pipeline-json",
+    "pipeline-json", "replay-decisions",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.__main__ import main
 from kvsuite.store.validate import validate
+from kvsuite.suites.pipeline.files import DECISIONS_FILE, pipeline_files
 from kvsuite.suites.pipeline.results_json import METRICS, RESULTS_FILE
 
 SMALL = (
@@ -89,6 +90,18 @@ def test_every_variant_serves_the_same_prompts_in_the_same_pool(full: Run) -> No
         assert all(row["warmup"] == 1 for row in own)
     # one stream for all: what a partition or a controller would change did not happen under another name
     assert all(row["partition"] == {"requested": None, "realised": None} for row in found.values())
+
+
+def test_decisions_of_a_controller_are_a_file_that_can_be_replayed(full: Run) -> None:
+    rows = list(records(full).values())
+    assert DECISIONS_FILE not in pipeline_files({}, rows)
+    log = [{"schema": "kvsuite.decisions/1"}, {"decision": {"pipeline": "none"}}, {"decision": {"pipeline": "prefill"}}]
+    controlled = next(row for row in rows if row["case"]["params"]["variant"] == "compression-only")
+    controlled["samples"]["decisions"] = log
+    files = pipeline_files({}, rows)
+    assert json.loads(files[DECISIONS_FILE]) == {controlled["case"]["name"]: log}
+    (row,) = [one for one in json.loads(files[RESULTS_FILE]) if "auto_last_decision" in one]
+    assert (row["name"], row["auto_last_decision"]["pipeline"]) == (controlled["case"]["name"], "prefill")
 
 
 def test_computed_logical_and_output_tokens_are_apart(full: Run) -> None:

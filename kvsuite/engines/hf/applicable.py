@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.layers import Layer, ModelLayers
 
 from .decoder import CachedDecoder
+from .hqq_cache import require_hqq
 
 
 def span_of(workload: Mapping[str, Any]) -> int:
@@ -152,6 +153,32 @@ def refuse_format(chosen: CacheFormat, decoder: CachedDecoder, method: CacheComp
             f"{asked}: a query sees some tokens packed and some not, for which {type(decoder.model).__name__} takes no mask; "
             "use residual=0 and a format whose tokens are packed on their own"
         )
+
+
+def refuse_foreign(chosen: HqqFormat, decoder: CachedDecoder, method: CacheCompression, span: int) -> None:
+    """Refuse transformers' quantised cache where it is not installed, or is no cache for the case.
+
+    Raises
+    ------
+    CaseInvalid, CaseSkipped
+        With the reason.
+    """
+    named = method.press.name if method.press else method.policy.name if method.policy else None
+    if named is not None:
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen}: transformers' cache takes no method that removes tokens, such as {named}; use "
+            "int4, int8 or fp8_e4m3"
+        )
+    of = decoder.of_layers
+    if decoder.bounded_layers(span) or not of.plain:
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen}: transformers' quantised cache is for models with full attention alone"
+        )
+    if any(layer.key_dim % chosen.group for layer in of.layers):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen}: group={chosen.group} does not divide the head size {of.layers[0].key_dim}"
+        )
+    require_hqq(chosen)
 
 
 def refuse_attention(model: Any, attention: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
@@ -18,12 +18,13 @@ from kvsuite.errors import CaseInvalid
 from .cache import EvictionCache, Implementation
 from .decoder import CachedDecoder
 from .graph import CapturedDecode
+from .hqq_cache import HqqCache
 from .press_cache import PressCache
 
 if TYPE_CHECKING:
     from kvsuite.compression.kvpress.session import KvpressSession
 
-AnyCache = EvictionCache | PressCache
+AnyCache = EvictionCache | PressCache | HqqCache
 
 
 class Generation:
@@ -56,10 +57,11 @@ class Generation:
         tokenizer: Any,
         seed: int,
         span: int = 0,
-        chosen: CacheFormat | None = None,
+        chosen: StoredFormat | None = None,
     ) -> None:
         self.decoder = decoder
-        self.format = chosen
+        self.format = chosen if isinstance(chosen, CacheFormat) else None
+        self.foreign = chosen if isinstance(chosen, HqqFormat) else None
         self.span = span
         self.method = method
         self.press: KvpressSession | None = None
@@ -80,8 +82,8 @@ class Generation:
         return self.decoder.device
 
     def plan(self, prompt_tokens: int, steps: int) -> tuple[CachePlan, CachePlan] | None:
-        """Stored tokens of a compressed and of an uncompressed layer; ``None`` where only a press knows."""
-        if self.method.press:
+        """Stored tokens of a compressed and of an uncompressed layer; ``None`` where only others know."""
+        if self.method.press or self.foreign:
             return None
         return plan(self.method.policy, prompt_tokens, steps), plan(None, prompt_tokens, steps)
 
@@ -104,6 +106,8 @@ class Generation:
 
     def new_cache(self, prompt_tokens: int, steps: int) -> AnyCache:
         """An empty cache with room for a prompt and single-token steps."""
+        if self.foreign:
+            return HqqCache(self.foreign, self.decoder.model.config, self.device)
         plans = self.plan(prompt_tokens, steps)
         if plans is None:
             return PressCache(self.decoder.layers, self.device)
@@ -127,8 +131,8 @@ class Generation:
 
     def persistent_cache(self, prompt_tokens: int, steps: int) -> AnyCache:
         """The cache of the timed rounds, emptied: its buffers stay, as a serving pool's do."""
-        if self.method.press:
-            return PressCache(self.decoder.layers, self.device)
+        if self.method.press or self.foreign:
+            return self.new_cache(prompt_tokens, steps)
         key = (prompt_tokens, steps)
         if self._cache is None or self._cache[0] != key:
             self.drop_cache()
@@ -156,7 +160,7 @@ class Generation:
 
     def settle(self, cache: AnyCache, steps: int) -> AnyCache:
         """After a prompt: move what a prefill press left into preallocated slots, so that every method decodes alike."""
-        if isinstance(cache, EvictionCache) or self.method.eager_only:
+        if not isinstance(cache, PressCache) or self.method.eager_only:
             return cache
         assert self.press is not None
         key = (cache.seen, steps)

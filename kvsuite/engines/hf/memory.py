@@ -43,8 +43,9 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
             if isinstance(cache, EvictionCache):
                 cache.on_interval = compress if method.policy else None
                 token = generation.prefill(ids, cache)
+            elif generation.press is None:
+                token = generation.prefill(ids, cache)
             else:
-                assert generation.press is not None
                 with generation.press.timed(compress):
                     token = generation.prefill(ids, cache)
         compress_s = compress.total()
@@ -83,7 +84,7 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
     if isinstance(cache, EvictionCache):
         cache.refuse_vectors()
     counted = generation.kv_bytes(result.lengths_decode, ids.shape[1] + new_tokens - 1)
-    if counted != result.kv_bytes_decode:
+    if generation.foreign is None and counted != result.kv_bytes_decode:
         result.warnings.append(
             f"the cache's storages hold {result.kv_bytes_decode} bytes, its tokens {counted}: something is kept alive"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.engines.results import TakeRow
+from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.models.language_head import LanguageHead
 
@@ -103,6 +104,11 @@ def score_reference(decoder: CachedDecoder, tokens: Sequence[int], first: int) -
 def states_through(generation: Generation) -> Callable[[LanguageHead, Tensor], Tensor]:
     """How hidden states of whole windows are computed: reading what a cache of the case's format stores, or with none."""
     decoder, chosen = generation.decoder, generation.format
+    if generation.foreign is not None:
+        raise CaseInvalid(
+            f"--kv-cache-dtype={generation.foreign}: transformers' cache lets a prompt attend to itself unpacked, so "
+            "whole windows would show nothing of it; use the compression suite"
+        )
     if chosen is None:
         return LanguageHead.hidden
 

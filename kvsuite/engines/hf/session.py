@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat, format_of
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.capabilities import refuse_load
@@ -28,6 +28,7 @@ from kvsuite.engines.window_scoring import compare_windows, score_windows
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
+from kvsuite.meters.environment import installed_versions
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
@@ -35,6 +36,7 @@ from kvsuite.workloads.windows import Window
 from .applicable import (
     check_layers,
     refuse_attention,
+    refuse_foreign,
     refuse_format,
     refuse_policy,
     refuse_press,
@@ -93,6 +95,11 @@ class HfSession(LoadedSession):
         lengths = [plans[0].final if layer in self._treated else full for layer, full in enumerate(held)]
         return requests * self._generation.kv_bytes(lengths, prompt_tokens + new_tokens - 1)
 
+    def planned_unknown(self) -> str:
+        if self._generation.foreign:
+            return "transformers decides when its cache packs"
+        return super().planned_unknown()
+
     def prepare(self, case: Case) -> None:
         self.finish()
         if case.partition is not None:
@@ -106,7 +113,10 @@ class HfSession(LoadedSession):
         self.decoder.set_attention(attention)
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
-        chosen = format_of(case)
+        stored = format_of(case)
+        chosen = stored if isinstance(stored, CacheFormat) else None
+        if isinstance(stored, HqqFormat):
+            refuse_foreign(stored, self.decoder, method, span)
         if chosen:
             refuse_format(chosen, self.decoder, method, span)
         if press:
@@ -115,9 +125,9 @@ class HfSession(LoadedSession):
         if (policy and policy.needs.prompt) or (chosen and chosen.is_mixed):
             attention = register_observed_attention(attention)
             self.decoder.set_attention(attention)
-        self._generation = self._new_generation(method, span, chosen)
+        self._generation = self._new_generation(method, span, stored)
         bounded = self.decoder.bounded_layers(span)
-        reason = self._eager_reason(method, bounded, chosen)
+        reason = self._eager_reason(method, bounded, stored)
         if reason and self._decode_step == "graph":
             raise CaseInvalid(f"--kv-decode-step=graph: {reason}; use auto or eager")
         self._passed = []
@@ -129,8 +139,10 @@ class HfSession(LoadedSession):
             "skip_layers": sorted(policy.skip_layers) if policy else [],
             "frees_memory": method.frees_memory,
         }
-        if chosen:
-            self.effective["kv_cache_dtype"] = str(chosen)
+        if stored:
+            self.effective["kv_cache_dtype"] = str(stored)
+        if isinstance(stored, HqqFormat):
+            self.effective |= {"implementation": "transformers", **installed_versions("hqq")}
         if bounded:
             self.effective["bounded_layers"] = {index: self.decoder.of_layers.layers[index].what for index in bounded}
             if policy:
@@ -275,7 +287,9 @@ class HfSession(LoadedSession):
             ]
             self.effective["rotary_frequencies"] = self._passed[0]
 
-    def _new_generation(self, method: CacheCompression, span: int = 0, chosen: CacheFormat | None = None) -> Generation:
+    def _new_generation(
+        self, method: CacheCompression, span: int = 0, chosen: StoredFormat | None = None
+    ) -> Generation:
         return Generation(
             self.decoder,
             method,
@@ -286,7 +300,9 @@ class HfSession(LoadedSession):
             chosen=chosen,
         )
 
-    def _eager_reason(self, method: CacheCompression, bounded: Sequence[int], chosen: CacheFormat | None) -> str | None:
+    def _eager_reason(
+        self, method: CacheCompression, bounded: Sequence[int], chosen: StoredFormat | None
+    ) -> str | None:
         if self.device.type != "cuda":
             return "CUDA graphs need a CUDA device"
         if self._decode_step == "eager":

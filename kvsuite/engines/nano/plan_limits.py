@@ -44,9 +44,7 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
         raise CaseInvalid(
             f"stage={plan.stage}: a policy is there if and only if it has a stage to work in; give both or none"
         )
-    if plan.controller is not None:
-        raise CaseInvalid(
-            f"controller={plan.controller}: engine nano has no controller yet; use the variants without one"
-        )
+    if plan.controller is not None and policy is None:
+        raise CaseInvalid(f"controller={plan.controller}: it decides how prompts are compressed; give a policy")
     if plan.stage == "async":
         require_prompt_only(policy)

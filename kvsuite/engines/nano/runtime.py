@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime, Stage
+from kvsuite.nanovllm.steering import Controller
 from kvsuite.quantization.packed import PackedWeight
 
 BLOCK_SIZE = 16
@@ -71,12 +73,14 @@ class RuntimeHolder:
         stage: Stage = "sync",
         lanes: int = 1,
         partition: SmPartition | None = None,
+        controller: Controller | None = None,
+        partitions: Mapping[float, SmPartition] | None = None,
     ) -> Runtime:
         """A runtime with these limits and this very policy, with nothing to do.
 
         Parameters
         ----------
-        limits, policy, stage, lanes, partition
+        limits, policy, stage, lanes, partition, controller, partitions
             As for `Runtime`.
         captures
             Whether capturing decode steps is worth its time.
@@ -88,11 +92,13 @@ class RuntimeHolder:
         UserError
             If the device has no room for the pool.
         """
-        key = (limits, policy, captures, stage, lanes, id(partition))
+        key = (limits, policy, captures, stage, lanes, id(partition), controller)
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
-        runtime = self._make(limits, policy, captures, {"stage": stage, "lanes": lanes, "partition": partition})
+        streams: dict[str, Any] = {"stage": stage, "lanes": lanes, "partition": partition}
+        streams |= {"controller": controller, "partitions": partitions}
+        runtime = self._make(limits, policy, captures, streams)
         self._held = (key, runtime)
         return runtime
 

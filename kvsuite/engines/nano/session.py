@@ -30,13 +30,16 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.nanovllm.attention_layers import attention_layers
 from kvsuite.nanovllm.green_contexts import SmPartition, open_partition
 from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.partition_ladder import PartitionLadder
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.sequence_rotary import passes_switch, recomputing_switch
+from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
 from .memory import measure_memory
+from .plan_controller import plan_controller
 from .plan_limits import plan_limits, refuse_plan
 from .point import point_limits, point_reach, stored_tokens, visible_tokens
 from .runtime import RuntimeHolder
@@ -85,6 +88,9 @@ class NanoSession(LoadedSession):
         self._plan: ServingPlan | None = None
         #: SMs of its lanes, where the case parts them
         self._sms: SmPartition | None = None
+        #: of a plan with a controller, and the partitions that it may choose
+        self._controller: Controller | None = None
+        self._ladder: PartitionLadder | None = None
         self._prompt_tokens: int | None = None
 
     @property
@@ -162,7 +168,9 @@ class NanoSession(LoadedSession):
             )
         if self._plan is not None:
             refuse_plan(self._plan, policy)
-            if case.partition is not None:
+            if self._plan.controller is not None and policy is not None:
+                self._control(self._plan, policy, case)
+            elif case.partition is not None:
                 self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
                 self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
             self._limits = plan_limits(self._plan)
@@ -170,7 +178,11 @@ class NanoSession(LoadedSession):
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             if self._plan.lanes == 2 and self.device.type == "cpu":
                 self.inert["lanes"] = "a CPU has one stream: prompts and decoding take turns"
-            self._runtime((), captures=False)
+            try:
+                self._runtime((), captures=False)
+            except UserError as error:
+                # a pool that this case names and cannot have is no fault of the others
+                raise CaseInvalid(str(error)) from error
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
             self._prompt_tokens = length
@@ -265,12 +277,13 @@ class NanoSession(LoadedSession):
 
     def finish(self) -> None:
         self._holder.drop()
-        if self._sms is not None:
+        for opened in (self._sms, self._ladder):
             # behind the runtime whose streams have these SMs
-            self._sms.close()
-            self._sms = None
+            if opened is not None:
+                opened.close()
+        self._sms = self._ladder = self._controller = None
         self.partition = {"requested": None, "realised": None}
-        for axis in ("stage", "lanes"):
+        for axis in ("stage", "lanes", "auto_dual", "async_compress", "compression_streams"):
             self.inert.pop(axis, None)
         self._method = CacheCompression()
         self._treated = frozenset()
@@ -279,6 +292,36 @@ class NanoSession(LoadedSession):
     def close(self) -> None:
         self.finish()
         del self._loaded, self.decoder, self._holder
+
+    def _control(self, plan: ServingPlan, policy: Policy, case: Case) -> None:
+        """Make the controller of a plan, and open all partitions that it may choose.
+
+        Raises
+        ------
+        CaseInvalid
+            If the case names a partition too, or the decisions to replay do not fit.
+        CaseSkipped
+            If nobody here can part the device.
+        UserError
+            If the file of decisions cannot be read.
+        """
+        if case.partition is not None:
+            raise CaseInvalid(
+                f"partition {dict(case.partition)}: the controller chooses the SMs itself, and would replace what is given at "
+                "its first decision; leave the partition out, or use greenctx-only"
+            )
+        self._ladder = PartitionLadder(self.device)
+        self.partition = {"requested": None, "realised": self._ladder.to_dict()}
+        self._controller = plan_controller(
+            plan,
+            policy,
+            name=case.name,
+            layers=self._layers,
+            element_bytes=self._loaded.dtype.itemsize,
+            weight_bytes=int(self.model["step_weight_bytes"] or self.model["weights_bytes"]),
+            bandwidth=self.bandwidth,
+        )
+        self.effective["controller"] = self._controller.log[0]["settings"]
 
     def _restrict(self, policy: Policy, case: Case, longest: int) -> None:
         """Let a policy act on layers that see everything: in all passes of the case the same ones.
@@ -314,7 +357,11 @@ class NanoSession(LoadedSession):
                 stage=stage,
                 lanes=1 if self._plan is None else self._plan.lanes,
                 partition=self._sms,
+                controller=self._controller,
+                partitions=None if self._ladder is None else self._ladder.by_ratio,
             )
+            if runtime.controller is not None:
+                self.inert |= runtime.controller.inert
             self._holder.state(runtime, self.effective)
             self.effective |= {
                 "sliding_window": runtime.limits.sliding_window,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
@@ -86,13 +88,19 @@ def pipeline_cases(options: Options) -> list[Case]:
     device = resolve_device(common.device)
     models = _models(options)
     arms = _arms(own)
-    return [
+    _refuse_unused(options, own)
+    cases = [
         _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
         for model in models
         for chosen in selected_formats(options) or (NONE,)
         for workload in own.workloads
         for batch in _batch_sizes(own, model, workload)
         for arm in arms
+    ]
+    return [
+        replace(case, name=stored.named(case.name, "-"), params={**case.params, **stored.parameters})
+        for stored in selected_cache_formats(options)
+        for case in cases
     ]
 
 
@@ -153,6 +161,27 @@ def _partitions(own: PipelineOptions) -> list[PartitionRequest]:
         own.greenctx_main_ratio,
         decode_bound=own.greenctx_main_stream,
     )
+
+
+def _refuse_unused(options: Options, own: PipelineOptions) -> None:
+    """Refuse options of variants that are not there: what a controller chooses, for one, is no sweep of shares."""
+    variants = [VARIANTS[name] for name in own.variants]
+    shares = ("greenctx_sms", "greenctx_compress_ratio", "greenctx_main_ratio", "greenctx_main_stream")
+    given = next((name for name in shares if name in options.given), None)
+    if given is not None and not any(variant.partitioned and variant.controller is None for variant in variants):
+        raise UserError(
+            f"--kv-{given.replace('_', '-')}: SMs are parted as given in greenctx-only; a controller chooses its own from its "
+            "first decision on; name greenctx-only in --kv-variants, or leave the option out"
+        )
+    if own.replay_decisions is not None and not any(variant.controller for variant in variants):
+        raise UserError(
+            f"--kv-replay-decisions={own.replay_decisions}: none of --kv-variants={','.join(own.variants)} has a controller; "
+            "name auto-tune+greenctx or triad"
+        )
+    if own.replay_decisions is not None and not Path(own.replay_decisions).is_file():
+        raise UserError(
+            f"--kv-replay-decisions={own.replay_decisions}: no such file; name the pipeline_decisions.json of a run"
+        )
 
 
 def _reductions(own: PipelineOptions) -> list[Reduction]:
@@ -297,4 +326,5 @@ def _plan(own: PipelineOptions, arm: Arm, load: ServingWorkload, longest: int) -
         stage=stage,
         lanes=variant.lanes,
         controller=variant.controller,
+        replay_decisions=own.replay_decisions if variant.controller else None,
     )

@@ -1,4 +1,4 @@
-"""Files of the pipeline suite in a run's folder: the original's JSON list, and the same rows as a CSV."""
+"""Files of the pipeline suite in a run's folder: the original's JSON list, the same rows as a CSV, a controller's decisions."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from kvsuite.store.files import write_atomic
 from .results_json import RESULTS_FILE, results_json
 
 CSV_FILE = "pipeline_results.csv"
+#: what ``--kv-replay-decisions`` reads: the log of each case's first round by its name, where there was a controller
+DECISIONS_FILE = "pipeline_decisions.json"
 
 
 def pipeline_files(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, str]:
-    """Both files by name; the CSV's columns are the keys of the list, in the order in which rows have them."""
+    """The files by name; the CSV's columns are the keys of the list, in the order in which rows have them."""
     found = results_json(run, rows)
     names = list(dict.fromkeys(name for one in found for name in one))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in one.items()} for one in found)
-    return {RESULTS_FILE: results_text(found), CSV_FILE: buffer.getvalue()}
+    files = {RESULTS_FILE: results_text(found), CSV_FILE: buffer.getvalue()}
+    logs = {row["case"]["name"]: row["samples"]["decisions"] for row in rows if row["samples"].get("decisions")}
+    return files | ({DECISIONS_FILE: json.dumps(logs, indent=1) + "\n"} if logs else {})
 
 
 def results_text(found: Sequence[Mapping[str, Any]]) -> str:

@@ -63,8 +63,12 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
 def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     found = run.found
     realised = session.partition["realised"]
-    sms = None if realised is None else {lane: int(realised[f"{lane}_sms"]) for lane in ("decode", "prompt")}
-    put_served(found, served, Slo.parse(str(run.case.params["slo"])), sms=sms)
+    sms, unknown = None, "no partition: the device's SMs are shared by everything"
+    if realised is not None and "by_share" in realised:
+        unknown = "a controller moves the SMs while it runs; the decisions say when"
+    elif realised is not None:
+        sms = {lane: int(realised[f"{lane}_sms"]) for lane in ("decode", "prompt")}
+    put_served(found, served, Slo.parse(str(run.case.params["slo"])), sms=sms, sms_unknown=unknown)
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts

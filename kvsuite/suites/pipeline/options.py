@@ -207,6 +207,11 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         "--kv-greenctx-main-stream=off.",
         original="false",
     )]
+    replay_decisions: Annotated[str | None, Option(
+        path, "",
+        "Let the controller of auto-tune+greenctx and triad decide as in another run, by its pipeline_decisions.json, e.g. "
+        "--kv-replay-decisions=reports/latest/pipeline_decisions.json; a log that does not fit ends the case.",
+    )]
     arrivals: Annotated[str, Option(
         choice(CLOSED, POISSON, TRACE), CLOSED,
         "When requests come: closed (all at once, or by --kv-concurrency), poisson (at --kv-arrival-rate), trace (as in "

@@ -89,7 +89,7 @@ def _results(row: Row) -> dict[str, Any]:
         "elapsed_s": sum(walls) / len(walls) if walls else None,
         "throughput_tok_s": value(row, THROUGHPUT),
     }
-    decisions = row["samples"].get("decisions") or []
+    decisions = [one["decision"] for one in row["samples"].get("decisions") or [] if "decision" in one]
     if decisions:
         found["auto_last_decision"] = {name: decisions[-1].get(name) for name in _DECISION}
     if VARIANTS[row["case"]["params"]["variant"]].partitioned:

@@ -150,7 +150,7 @@ def test_identical_prompts_are_found_again_only_where_the_plan_says_so() -> None
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ({"lanes": 2, "controller": "auto"}, "has no controller yet"),
+        ({"lanes": 2, "controller": "auto"}, "decides how prompts are compressed; give a policy"),
         ({"stage": "sync"}, "if and only if"),
     ],
 )

@@ -294,14 +294,16 @@ def test_options_that_nothing_reads_are_named() -> None:
 
 
 def test_registry() -> None:
-    assert suite_names() == ["compression", "dse", "perplexity"]
+    assert suite_names() == ["compression", "dse", "perplexity", "pipeline"]
     # tables stand in this order
     suites = usable_suites()
     assert [suite.name for suite in suites] == ["compression", "perplexity", "dse"]
     # other suites name their folders after themselves
     assert [suite.run_name(default_options()) for suite in suites] == ["streaming_llm", "perplexity", "dse"]
     assert cases_of("compression", default_options()) == cases()
-    with pytest.raises(UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity"):
+    with pytest.raises(
+        UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity, pipeline"
+    ):
         cases_of("nope", default_options())
     empty = default_options(method="l2_compress", no_baseline="true", keep_ratios="0.5", compare_all="false")
     assert len(cases_of("compression", empty)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,34 @@ def test_ids_name_every_axis_and_have_no_plus() -> None:
     assert any(re.fullmatch(r"nano-synthetic-long-bs16-auto-tune_greenctx-.*f5.*", name) for name in found)
     assert len(set(found)) == len(found)
     assert not [name for name in found if set(name) & set("+[](), ")]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        {"variants": "auto-tune+greenctx,triad", "greenctx_compress_ratio": "0.2"},
+        {"variants": "triad", "greenctx_sms": "64:64"},
+        {"variants": "compression-only", "greenctx_main_stream": "off"},
+    ],
+)
+def test_shares_of_sms_are_no_sweep_under_a_controller(typed: dict[str, str]) -> None:
+    """The original takes them, and replaces them at its first decision (flaw 10)."""
+    with pytest.raises(UserError, match=r"SMs are parted as given in greenctx-only; a controller chooses its own"):
+        cases(**typed)
+    found = cases(**typed | {"variants": f"greenctx-only,{typed['variants']}"})
+    assert {plan(case).controller for case in found if case.partition is not None} == {None}
+    assert any(case.partition is not None for case in found)
+
+
+def test_decisions_are_replayed_by_variants_with_a_controller_alone(tmp_path: Path) -> None:
+    log = tmp_path / "decisions.json"
+    with pytest.raises(UserError, match="none of --kv-variants=compression-only has a controller"):
+        cases(variants="compression-only", replay_decisions=str(log))
+    with pytest.raises(UserError, match="no such file"):
+        cases(variants="triad", replay_decisions=str(log))
+    log.write_text("{}")
+    found = cases(variants="compression-only,triad", replay_decisions=str(log))
+    assert [plan(case).replay_decisions for case in found] == [None, None, str(log)]
 
 
 def test_several_methods_stand_in_the_id_and_one_does_not() -> None:

@@ -72,9 +72,11 @@ def test_no_token_is_lost(drawn: list[tuple[str, float, float, int, int]]) -> No
 
 
 def test_the_course_of_a_record() -> None:
-    decisions = [
-        {"time_s": at, "decision": {"pipeline": word}} for at, word in enumerate(("prefill", "prefill", "none", "none"))
+    decisions: list[dict[str, Any]] = [
+        {"time_s": at, "inputs": {}, "decision": {"pipeline": word, "speedup": 1.0 + at, "reasons": [str(at)]}}
+        for at, word in enumerate(("prefill", "prefill", "none", "none"))
     ]
+    decisions.insert(1, {"time_s": 0.5, "inputs": {}, "phase": "decode", "reason": "its turn"})
     served = simulated(requests=3)
     course = Course.of(pipeline_row(served=served, decisions=decisions)["samples"])
     assert course is not None

@@ -8,6 +8,8 @@ from typing import Any
 
 #: a pause of a lane that is shorter than this, in seconds or in lengths of the step after it, does not end a span
 _PAUSE_S, _PAUSE_STEPS = 1e-3, 0.25
+#: fields of a decision that change nothing by themselves
+_BEHIND_IT = ("sm_ratio", "speedup", "reasons")
 
 
 @dataclass
@@ -65,7 +67,8 @@ class Course:
         steps = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         decisions: list[Mapping[str, Any]] = []
         for decision in samples.get("decisions") or []:
-            if not decisions or decided(decision) != decided(decisions[-1]):
+            # who is served next is chosen at every step; that is what the lanes show
+            if "decision" in decision and (not decisions or decided(decision) != decided(decisions[-1])):
                 decisions.append(decision)
         return cls(requests, spans_of(steps), state_of(steps), decisions)
 
@@ -81,9 +84,8 @@ class Course:
 
 
 def decided(decision: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a controller decided, without when and why."""
-    found: Mapping[str, Any] = decision.get("decision", decision)
-    return {name: value for name, value in found.items() if name not in ("time_s", "inputs", "counter", "reason")}
+    """What a controller decided, without the estimates and reasons behind it."""
+    return {name: value for name, value in decision["decision"].items() if name not in _BEHIND_IT}
 
 
 def spans_of(steps: Sequence[Mapping[str, Any]]) -> list[Span]:

@@ -1,0 +1,174 @@
+"""Cases of the pipeline suite as records: same prompts in the same shape for every arm, identities, what is kept of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from synthetic_session import ENVIRONMENT
+from tiny_checkpoint import TEXT, save_checkpoint
+
+from kvsuite.engines.nano.session import NanoSession
+from kvsuite.engines.registry import SessionPool
+from kvsuite.engines.results import Served, ServeRequest
+from kvsuite.measure.runner import CaseRunner
+from kvsuite.metrics.registry import MetricRegistry
+from kvsuite.options.resolve import default_options
+from kvsuite.record import Record, schema
+from kvsuite.suites.pipeline.cases import pipeline_cases
+from kvsuite.suites.registry import suite_named
+
+Call = tuple[str, tuple[tuple[int, int, float], ...], tuple[int, ...]]
+Run = Callable[..., dict[str, Record]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "text.txt").write_text(TEXT * 2, encoding="utf-8")
+    return save_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint: Path) -> Run:
+    """Records by the name of the case without workload and batch; ``calls`` takes what the session was asked to serve."""
+
+    def measure(calls: list[Call] | None = None, *, backwards: bool = False, **options: str) -> dict[str, Record]:
+        given = {
+            "model": str(checkpoint), "device": "cpu", "rounds": "2", "num_warmup": "1", "synthetic_context": "30",
+            "synthetic_output": "8", "pipeline_batch_sizes": "3", "corpus": str(checkpoint / "text.txt"), "chunk_sizes": "8",
+        }  # fmt: skip
+        resolved = default_options(**(given | options))
+        cases = pipeline_cases(resolved)
+        sessions, serve, dense = SessionPool(threads=1), NanoSession.serve_under_load, NanoSession.serve_dense
+
+        def note(kind: str, requests: Sequence[ServeRequest]) -> None:
+            if calls is not None:
+                shape = tuple((len(one.prompt), one.new_tokens, one.arrival_s) for one in requests)
+                calls.append((kind, shape, tuple(requests[0].prompt)))
+
+        def served(self: NanoSession, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+            note("forced" if requests[0].forced else "served", requests)
+            return serve(self, requests, concurrency=concurrency)
+
+        def served_dense(self: NanoSession, requests: Sequence[ServeRequest]) -> Served:
+            note("dense", requests)
+            return dense(self, requests)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NanoSession, "serve_under_load", served)
+            patch.setattr(NanoSession, "serve_dense", served_dense)
+            runner = CaseRunner(resolved, MetricRegistry(), ENVIRONMENT, sessions, suite_named, planned=cases)
+            found = {}
+            for case in cases[::-1] if backwards else cases:
+                record = runner.run(case, f"tests::{case.id}").record
+                jsonschema.validate(json.loads(json.dumps(record.to_dict())), schema("record"))
+                found[re.sub(r".*-bs\d+-", "", case.name)] = record
+            sessions.close()
+        return found
+
+    return measure
+
+
+def outputs(record: Record) -> list[str]:
+    return [one["outputs_hash"] for one in record.samples["rounds"]]
+
+
+def value(record: Record, name: str) -> Any:
+    return record.metrics[name]["value"]
+
+
+def test_each_arm_is_warmed_up_with_the_timed_shape_and_all_serve_the_same_prompts(run: Run) -> None:
+    """Flaw 7: no arm pays for what the first one of its shape makes, and none is timed on other prompts."""
+    calls: list[Call] = []
+    found = run(calls, variants="compression-only", arrival_rate="200")
+    assert [record.status for record in found.values()] == ["ok", "ok"]
+    first, second = (calls[:5], calls[5:])
+    # the dense run of these prompts is there already for the second arm
+    assert [kind for kind, *_ in first] == ["dense", "forced", "served", "served", "served"]
+    assert [kind for kind, *_ in second] == ["forced", "served", "served", "served"]
+    for own in (first, second):
+        timed = [call for call in own if call[0] == "served"]
+        # a warm-up, then the rounds: lengths alike, prompts of their own
+        assert len({tuple(shape[:2] for shape in shapes) for _, shapes, _ in timed}) == 1
+        assert len({prompt for *_, prompt in timed}) == 3
+        assert all(shapes[-1][2] > 0 for _, shapes, _ in timed)
+    assert [call[1:] for call in first[2:]] == [call[1:] for call in second[1:]]
+
+
+def test_the_order_of_the_arms_changes_no_token_and_no_count(run: Run) -> None:
+    forwards, backwards = run(), run(backwards=True)
+    assert set(forwards) == set(backwards)
+    for name, record in forwards.items():
+        assert outputs(record) == outputs(backwards[name])
+        assert record.tokens == backwards[name].tokens
+        assert value(record, "served_kld") == pytest.approx(value(backwards[name], "served_kld"), abs=1e-6)
+
+
+def test_what_removes_nothing_and_what_only_schedules_otherwise_gives_the_baselines_tokens(run: Run) -> None:
+    """Factor 1, chunks, two lanes and an asynchronous stage are no other model."""
+    found = run(variants="compression-only,chunked,streams-only", factors="1")
+    base = found.pop("baseline")
+    assert set(found) == {"compression-only", "chunked-c8", "chunked-c8-f1", "streams-only"}
+    for name, record in found.items():
+        assert record.status == "ok", (name, record.reason, record.error)
+        assert outputs(record) == outputs(base), name
+        assert value(record, "served_kld") == pytest.approx(0, abs=1e-5)
+
+
+def test_compression_lets_more_run_in_the_same_pool_and_costs_something(run: Run) -> None:
+    found = run(variants="compression-only", pipeline_batch_sizes="8", factors="5", rounds="1", num_warmup="0")
+    base, less = found["baseline"], found["compression-only"]
+    assert base.effective["num_blocks"] == less.effective["num_blocks"]
+    assert value(less, "served_kld") > 1e-4
+    steps = [record.samples["steps"] for record in (base, less)]
+    assert max(steps[1]["running"]) > max(steps[0]["running"])
+    assert [len(record.samples["requests"]) for record in (base, less)] == [8, 8]
+    # what a factor leaves, and the tokens that came behind it but the last, which nobody reads
+    assert {one["stored_tokens"] for one in less.samples["requests"]} == {30 // 5 + 7}
+
+
+def test_random_weights_and_a_switch_have_no_quality_and_say_why(run: Run) -> None:
+    found = run(model="dummy:tiny", variants="baseline", rounds="1", num_warmup="0")["baseline"]
+    assert found.metrics["served_kld"]["reason"] == "random weights"
+    assert any("no warm-up" in warning for warning in found.warnings)
+    calls: list[Call] = []
+    found = run(calls, served_quality="off", variants="baseline", rounds="1")["baseline"]
+    assert found.metrics["served_kld"]["reason"] == "--kv-served-quality=off"
+    assert {kind for kind, *_ in calls} == {"served"}
+
+
+def test_a_partition_on_a_machine_without_one_is_skipped_and_no_other_thing_under_its_name(run: Run) -> None:
+    """Flaw 9: the original ran on plain streams and kept the label."""
+    found = run(variants="greenctx-only", greenctx_sms="64:64", rounds="1", num_warmup="0", served_quality="off")
+    record = found["greenctx-only-sm64_64"]
+    assert record.status == "skipped"
+    assert "needs a CUDA device" in str(record.reason)
+    assert record.partition["requested"] == {"decode_sms": 64, "prompt_sms": 64}
+    assert record.partition["realised"] is None
+    assert found["baseline"].status == "ok"
+
+
+def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it_is_served(run: Run) -> None:
+    found = run(variants="baseline", pool_bytes="3000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
+    assert found.status == "invalid"
+    assert str(found.reason).startswith("pool_bytes=3000: 3000 bytes do not hold one block")
+    found = run(variants="baseline", pool_bytes="20000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
+    assert found.status == "invalid"
+    assert str(found.reason).startswith(
+        "--kv-pool-bytes=20000: 1 blocks of 16 tokens are fewer than the 3 of one request"
+    )
+    found = run(variants="baseline", pool_bytes="300000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
+    assert found.status == "ok"
+
+
+def test_a_closed_loop_has_no_more_under_way_than_it_was_told(run: Run) -> None:
+    found = run(
+        variants="baseline", concurrency="1", pool_blocks="64", rounds="1", num_warmup="0", served_quality="off"
+    )
+    assert max(found["baseline"].samples["steps"]["running"]) == 1
