@@ -17,7 +17,7 @@ from kvsuite.workloads.serving_requests import ServingRequests
 from .cases import workload_of
 from .options import PipelineOptions
 from .quality import put_quality
-from .refusals import require_room
+from .refusals import require_end, require_room
 
 
 def measure_load(case: Case, session: Session, run: CaseRun) -> None:
@@ -103,11 +103,11 @@ def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions
 
 
 def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
-    own, workload = run.options.of(PipelineOptions), run.case.workload
+    own, workload, load = run.options.of(PipelineOptions), run.case.workload, workload_of(run.case)
     try:
-        return run.texts.serving(
+        found = run.texts.serving(
             session,
-            workload_of(run.case),
+            load,
             seed=seed,
             trace=own.trace_conv,
             dataset_dir=own.dataset_dir,
@@ -117,6 +117,9 @@ def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
     except UserError as error:
         # one workload that cannot be made must not end the others
         raise CaseInvalid(str(error)) from error
+    # what a trace takes is known once it is read
+    require_end(max(found.arrivals_s), load)
+    return found
 
 
 def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:

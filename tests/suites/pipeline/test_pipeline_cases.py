@@ -94,6 +94,54 @@ def test_decisions_are_replayed_by_variants_with_a_controller_alone(tmp_path: Pa
     assert [plan(case).replay_decisions for case in found] == [None, None, str(log)]
 
 
+@pytest.mark.parametrize(
+    ("typed", "said", "mended"),
+    [
+        (
+            {"variants": "compression-only", "chunk_sizes": "32"},
+            "--kv-chunk-sizes: nothing of --kv-variants=",
+            {"variants": "chunked"},
+        ),
+        ({"variants": "baseline", "factors": "2"}, "--kv-factors: nothing of", {"variants": "streams-only"}),
+        (
+            {"variants": "baseline", "pipeline_method": "snapkv"},
+            "--kv-pipeline-method: nothing of",
+            {"variants": "triad"},
+        ),
+        (
+            {"variants": "triad", "async_compression": "off"},
+            "--kv-async-compression: nothing of",
+            {"variants": "chunked"},
+        ),
+        (
+            {"workloads": "light-dataset", "synthetic_context": "9"},
+            "--kv-synthetic-context: nothing of",
+            {"workloads": "synthetic-identical"},
+        ),
+        (
+            {"workloads": "heavy-trace", "synthetic_batch_sizes": "9"},
+            "--kv-synthetic-batch-sizes: nothing of",
+            {"workloads": "synthetic-long"},
+        ),
+        (
+            {"dataset_dir": "texts"},
+            "--kv-dataset-dir: nothing of --kv-workloads=synthetic-long reads it",
+            {"workloads": "light-dataset"},
+        ),
+        ({"trace_conv": "t.csv"}, "--kv-trace-conv: nothing of", {"workloads": "heavy-trace"}),
+        ({"trace_conv": "t.csv"}, "--kv-trace-conv: nothing of", {"arrivals": "trace"}),
+    ],
+)
+def test_an_option_that_nothing_of_the_run_reads_is_refused(
+    typed: dict[str, str], said: str, mended: dict[str, str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        cases(**typed)
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+    assert cases(**typed | mended)
+
+
 def test_several_methods_stand_in_the_id_and_one_does_not() -> None:
     assert ids(variants="compression-only")[1] == "nano-synthetic-long-bs06-compression-only"
     found = ids(variants="compression-only", pipeline_method="streaming_llm,snapkv(window=8)")
