@@ -203,7 +203,7 @@ def attention_weights(query: Tensor, keys: Tensor, scale: float, first: int) -> 
     heads, tokens, width = query.shape
     # the heads of a group lie side by side, so they are rows of one product
     grouped = query.reshape(keys.shape[0], -1, width)
-    if query.device.type == "cuda" and query.dtype == keys.dtype != torch.float32:
+    if query.device.type == "cuda" and query.dtype == keys.dtype in (torch.bfloat16, torch.float16):
         # products of two half-precision numbers are exact in float32, where they are added up
         products = torch.bmm(grouped, keys.transpose(1, 2), out_dtype=torch.float32)
     else:

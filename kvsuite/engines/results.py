@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from kvsuite.meters.served_divergence import LogProbabilityRows
 
+#: which lane launched a step: ``both`` where one stream does everything
+Lane = Literal["decode", "prompt", "both"]
 #: called with targets done, targets in all, and the mean loss so far in nats
 WindowProgress = Callable[[int, int, float], None]
 #: called with the index of a scored row and its logits ``[1, vocab]``, a tensor
@@ -154,7 +156,7 @@ class StepServed:
         Blocks in use at its end, of the fullest layer group.
     """
 
-    lane: Literal["decode", "prompt", "both"]
+    lane: Lane
     start_s: float
     end_s: float
     prompt_tokens: int

@@ -18,6 +18,7 @@ from kept_positions import turning  # noqa: E402
 from serving import assert_nothing_lost  # noqa: E402
 
 from kvsuite.compression import get_policy  # noqa: E402
+from kvsuite.compression.prompt_view import attention_weights  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.limits import Limits  # noqa: E402
 from kvsuite.nanovllm.runtime import Runtime  # noqa: E402
@@ -143,3 +144,14 @@ def test_the_prefix_cache_changes_nothing(name):
 @EVERY
 def test_the_stage_does_not_wait_for_the_device(name, own, stage):
     _served(name, {"factor": 3, **own}, stage=stage, watched=True, num_blocks=160)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("queries", "length"), [(5, 70), (64, 64), (1, 9)])
+def test_attention_weights_of_half_precision_are_added_up_in_float32(dtype, queries, length):
+    generator = torch.Generator().manual_seed(3)
+    query, keys = (torch.randn(heads, n, 32, generator=generator).to(dtype) for heads, n in ((8, queries), (2, length)))
+    wanted = attention_weights(query.float(), keys.float(), 0.2, length - queries)
+    found = attention_weights(query.to(DEVICE), keys.to(DEVICE), 0.2, length - queries)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-3)

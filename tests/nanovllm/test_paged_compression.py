@@ -19,6 +19,7 @@ from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.request import Status
 
 STREAMING = ("streaming_llm", {"start_size": 3, "recent_size": 9})
@@ -105,6 +106,39 @@ def test_a_preempted_request_is_compressed_again_as_before(
     compare("llama", name, parameters | {"positions": positions}, 1e-4, preempt_at=(5, 9, 15, 22))
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps"),
+    [
+        ("knorm", {"keep_ratio": 0.3}, 2),
+        ("snapkv", {"keep_ratio": 0.5, "window": 4}, 2),
+        ("streaming_llm", {"start_size": 3, "recent_size": 9}, 11),
+    ],
+)
+def test_a_resumed_request_is_fed_its_output_at_once_unless_the_policy_acts_on_it(
+    name: str, parameters: dict[str, Any], steps: int
+) -> None:
+    of, prompt = loaded("llama"), text(30)
+    found: list[Tensor] = []
+    for preempted in (False, True):
+        with serving(of, policy=get_policy(name, **parameters), block_size=4, prefix_caching=False) as runtime:
+            seen = LogitsByRequest(runtime)
+            request = runtime.add(greedy(prompt, 20))
+            while len(request.output) < 10:
+                runtime.step()
+            before = runtime.counters.steps
+            if preempted:
+                runtime.scheduler.preempt_for(greedy([1], 1))
+            while len(request.output) < 11:
+                runtime.step()
+            assert request.preemptions == preempted
+            # the prompt, then the output that is known; a policy that acts while decoding has to see every token of it
+            assert runtime.counters.steps - before == (steps if preempted else 1)
+            while runtime.unfinished:
+                runtime.step()
+            found.append(seen.of(request))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("positions", ["original", "cache"])
 @pytest.mark.parametrize(
     ("name", "parameters"), [("streaming_llm", {"recent_size": 999}), ("fix_size_l2", {"size": 999})]
@@ -132,6 +166,58 @@ def test_a_compressed_sequence_holds_few_blocks() -> None:
             runtime.step()
             # a token comes in before another one goes
         assert runtime.counters.evicted_tokens == 60 - 12 + 29
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "more"),
+    [
+        ("streaming_llm", {"factor": 3}, False),
+        ("snapkv", {"window": 4}, False),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 14}, False),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 50}, True),
+        ("streaming_llm", {"recent_size": 12}, True),
+    ],
+)
+@pytest.mark.parametrize("positions", ["original", "cache"])
+def test_a_decode_step_costs_nothing_once_nothing_more_is_decided(
+    name: str, parameters: dict[str, Any], more: bool, positions: str
+) -> None:
+    of = loaded("llama")
+    policy = get_policy(name, positions=positions, **parameters)
+    with serving(of, policy=policy, rotation=rotation_of(of, policy), prefix_caching=False) as runtime:
+        request = runtime.add(greedy(text(30), 8))
+        runtime.step()
+        assert runtime.compression.due([request]) == [request], "its prompt has just ended"
+        runtime.step()
+        assert runtime.compression.due([request]) == ([request] if more else [])
+        runtime.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "values"), [("streaming_llm", 0, 0), ("uniform_stride", 0, 0), ("l2_compress", 1, 0), ("knorm", 1, 0),
+     ("h2o", 1, 0), ("tova", 1, 0), ("expected_attention", 1, 1)],
+)  # fmt: skip
+def test_nothing_is_copied_that_the_policy_does_not_look_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, keys: int, values: int
+) -> None:
+    """What stays is moved; beside that no value is read where keys decide, and no key where positions do."""
+    copied = {"keys_of": 0, "values_of": 0}
+    for part in copied:
+        original = getattr(KVPool, part)
+
+        def counted(pool: KVPool, slots: Tensor, *layers: Any, part: str = part, original: Any = original) -> Tensor:
+            copied[part] += 1
+            found: Tensor = original(pool, slots, *layers)
+            return found
+
+        monkeypatch.setattr(KVPool, part, counted)
+    of = loaded("llama")
+    policy = get_policy(name, factor=3)
+    with serving(of, policy=policy, rotation=rotation_of(of, policy), prefix_caching=False) as runtime:
+        runtime.run([greedy(text(30), 3)])
+        assert runtime.counters.evicted_tokens == 20
+    # layer by layer, or several at once
+    assert (copied["keys_of"] > 0, copied["values_of"] > 0) == (bool(keys), bool(values))
 
 
 def test_a_shared_prefix_survives_compression() -> None:

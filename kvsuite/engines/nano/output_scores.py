@@ -60,6 +60,7 @@ class OutputScorer:
         if self._named:
             named = np.concatenate([np.asarray(asked.rows, dtype=np.int32) for _, asked in requests])
             self._ids.copy_(torch.from_numpy(named))
+        self._settle()
 
     def __call__(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Score one step: ``logits`` ``[R, vocab]`` of ``requests``, none of which has a token under way."""
@@ -70,6 +71,7 @@ class OutputScorer:
 
     def scores(self) -> dict[Request, OutputScores]:
         """Of every request, on the host; it waits for the device."""
+        self._settle()
         nll, top1 = self._nll.tolist(), self._top1.tolist()
         tables = [part.cpu().numpy() for part in (self._ids, self._log_p, self._log_rest)] if self._width else []
         ends = [*list(self._first.values())[1:], len(nll)]
@@ -95,6 +97,11 @@ class OutputScorer:
         whole = wide.logsumexp(-1)
         self._log_p[places] = wide.gather(1, ids) - whole[:, None]
         self._log_rest[places] = wide.scatter(1, ids, float("-inf")).logsumexp(-1) - whole
+
+    def _settle(self) -> None:
+        """Lanes write from streams of their own, which wait for no other."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _kept(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         found = torch.tensor(values, dtype=dtype)

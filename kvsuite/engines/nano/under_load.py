@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from kvsuite.engines.results import OutputScores, RequestServed, Served, ServeRequest, StepServed
+from kvsuite.engines.results import Lane, OutputScores, RequestServed, Served, ServeRequest, StepServed
 from kvsuite.errors import CaseInvalid
-from kvsuite.nanovllm.prompt_lane import LaneStep
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -51,7 +50,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     try:
         arrivals, steps, origin = _loop(runtime, requests, own, concurrency)
     finally:
-        runtime.on_logits = None
+        runtime.on_logits = runtime.on_lane_step = None
         for request in own:
             runtime.cancel(request)
     for request in own:
@@ -81,16 +80,22 @@ def _loop(
     order = sorted(range(len(own)), key=lambda index: requests[index].arrival_s)
     arrivals = [one.arrival_s for one in requests]
     # tuples while it runs: what is kept of a step must not slow the next one
-    taken: list[tuple[float, float, int, int, int, int, int]] = []
+    taken: list[tuple[Lane, float, float, int, int, int, int, int]] = []
     counters, scheduler, pools = runtime.counters, runtime.scheduler, [table.pool for table in runtime.tables]
-    lanes: list[tuple[LaneStep, int, int, int]] = []
-
-    def on_lane_step(step: LaneStep) -> None:
-        lanes.append((step, len(scheduler.running), len(scheduler.waiting), max(pool.used for pool in pools)))
-
-    runtime.on_lane_step = on_lane_step
     clock = time.perf_counter
     entered, origin = 0, clock()
+
+    def note(lane: Lane, start: float, end: float, prompts: int, decoded: int) -> None:
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        used = max(pool.used for pool in pools)
+        taken.append((lane, start - origin, end - origin, prompts, decoded, running, waiting, used))
+
+    # with two lanes a call of `step` may be part of several steps, which tell of themselves
+    lanes_tell = runtime.lanes == 2
+    if lanes_tell:
+        runtime.on_lane_step = lambda step: note(
+            step.lane, step.start_s, step.end_s, step.prompt_tokens, step.decode_tokens
+        )
     while entered < len(own) or runtime.unfinished:
         now = clock() - origin
         while entered < len(own):
@@ -114,20 +119,9 @@ def _loop(
         runtime.step()
         end = clock()
         prompts, decoded = counters.computed_prefill_tokens - fed[0], counters.computed_decode_tokens - fed[1]
-        if prompts or decoded:
-            running, waiting = len(scheduler.running), len(scheduler.waiting)
-            used = max(pool.used for pool in pools)
-            taken.append((start - origin, end - origin, prompts, decoded, running, waiting, used))
-    runtime.on_lane_step = None
-    if runtime.lanes == 2:
-        steps = [
-            StepServed(
-                step.lane, step.start_s - origin, step.end_s - origin, step.prompt_tokens, step.decode_tokens, *state
-            )
-            for step, *state in lanes
-        ]
-        return arrivals, steps, origin
-    return arrivals, [StepServed("both", *step) for step in taken], origin
+        if not lanes_tell and (prompts or decoded):
+            note("both", start, end, prompts, decoded)
+    return arrivals, [StepServed(*step) for step in taken], origin
 
 
 def _served(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
@@ -88,13 +89,18 @@ def pipeline_cases(options: Options) -> list[Case]:
     models = _models(options)
     arms = _arms(own)
     _refuse_unused(options, own)
-    return [
+    cases = [
         _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
         for model in models
         for chosen in selected_formats(options) or (NONE,)
         for workload in own.workloads
         for batch in _batch_sizes(own, model, workload)
         for arm in arms
+    ]
+    return [
+        replace(case, name=stored.named(case.name, "-"), params={**case.params, **stored.parameters})
+        for stored in selected_cache_formats(options)
+        for case in cases
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvsuite.models.load import LoadedModel  # noqa: E402
 from kvsuite.models.resolve import resolve_model  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.limits import Limits  # noqa: E402
+from kvsuite.nanovllm.request import Request  # noqa: E402
 from kvsuite.nanovllm.runtime import Runtime  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -71,6 +73,15 @@ def test_overlapped_steps_under_preemption_score_what_is_forced(model: LoadedMod
         for one, output, kept in zip(requests(), dense.outputs, rows, strict=True)
         if kept is not None
     ]
+    step, calls = small.step, itertools.count(1)
+
+    def preempting() -> list[Request]:
+        ended = step()
+        if next(calls) in (8, 20, 30):
+            small.scheduler.preempt_for(Request([1]))
+        return ended
+
+    small.step = preempting  # type: ignore[method-assign]
     served = serve_under_load(small, forced)
     small.close()
     assert served.counts["preemptions"] > 0
