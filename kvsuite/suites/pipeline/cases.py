@@ -39,7 +39,7 @@ LOAD = "load"
 SYNTHETIC_IDENTICAL = "synthetic-identical"
 #: batch sizes of the original's models by what is in a model's name, and those of any other
 _BATCH_SIZES = {"qwen3-8b": (16, 64), "qwen3-32b": (8, 16), "llava": (1, 4)}
-_OTHER_BATCH_SIZES = (6,)
+_OTHER_BATCH_SIZES = (4,)
 #: batches that the original queues of its two workloads
 _BATCHES = {HEAVY: 4, LIGHT: 1}
 _HUB_NAMES = {"qwen3-8b": "Qwen/Qwen3-8B", "qwen3-32b": "Qwen/Qwen3-32B"}

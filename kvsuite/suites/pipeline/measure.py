@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvsuite.case import Case, digest
+from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
@@ -39,6 +40,7 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     _put_dataset(run, loads)
     run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
     put_weight_format(session, run)
+    _warn_of_policy(run, min(map(len, loads[common.num_warmup].prompts)))
     run.phase("quality")
     put_quality(
         session, run, requests_of(loads[common.num_warmup]), str(loads[common.num_warmup].facts["prompts_hash"])
@@ -58,6 +60,15 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
 
     run.rounds(one_round, common.rounds)
     _put_rounds(session, run, served)
+
+
+def _warn_of_policy(run: CaseRun, shortest: int) -> None:
+    """Say where a prompt is so short that the policy is something else than its name says."""
+    if run.case.policy is None:
+        return
+    said = get_policy(run.case.policy, **run.case.policy_params).caveat(shortest)
+    if said is not None:
+        run.found.warnings.append(f"not what its name says: {said}")
 
 
 def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:

@@ -161,7 +161,7 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         auto_or(list_of(whole_number(1, MOST_REQUESTS))), "auto",
         "Requests of a batch, comma separated, e.g. --kv-pipeline-batch-sizes=16,64; all requests of a case are queued at "
         "once, what runs together is --kv-max-running. auto is the original's for its models (16,64 for Qwen3-8B, 8,16 for "
-        "Qwen3-32B), else 6.",
+        "Qwen3-32B), else 4.",
     )]
     pool_blocks: Annotated[int | None, Option(
         auto_or(whole_number(1)), "auto",

@@ -145,6 +145,14 @@ def test_random_weights_and_a_switch_have_no_quality_and_say_why(run: Run) -> No
     assert {kind for kind, *_ in calls} == {"served"}
 
 
+def test_a_policy_that_keeps_no_more_than_its_window_says_so(run: Run) -> None:
+    quick = {"variants": "compression-only", "rounds": "1", "num_warmup": "0", "served_quality": "off"}
+    found = run(pipeline_method="snapkv", **quick)["compression-only"]
+    assert any(warning.startswith("not what its name says: ") for warning in found.warnings), found.warnings
+    found = run(pipeline_method="snapkv(window=2)", **quick)["compression-only"]
+    assert not any(warning.startswith("not what its name says") for warning in found.warnings)
+
+
 def test_a_partition_on_a_machine_without_one_is_skipped_and_no_other_thing_under_its_name(run: Run) -> None:
     """Flaw 9: the original ran on plain streams and kept the label."""
     found = run(variants="greenctx-only", greenctx_sms="64:64", rounds="1", num_warmup="0", served_quality="off")
