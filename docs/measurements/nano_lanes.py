@@ -1,6 +1,6 @@
 """Decode steps beside prompts on a CUDA device: one lane with chunks, two streams, two streams with SMs of their own.
 
-``python docs/measurements/nano_lanes.py [--model dummy:Qwen3-8B] [--seconds 8] [--arms chunk256,streams,32:96,64:64]``
+``python docs/measurements/nano_lanes.py [--model dummy:Qwen3-8B] [--seconds 4] [--arms chunk256,streams,32:96,64:64]``
 
 ``--rows`` requests decode at a context of ``--context`` tokens, without end, while prompts of ``--prompt`` tokens arrive one
 behind the other, each for one token. For every arm: the time between two decode steps (p50, p99 of what a user of a decoding
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument(
         "--layers",
         type=int,

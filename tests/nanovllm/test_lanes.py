@@ -337,6 +337,17 @@ def test_fork_and_compress_settle_both_lanes() -> None:
     assert second.output[:1] == generated(of, text(20, seed=1), 1)
 
 
+def test_closing_ends_a_prompt_that_is_being_launched() -> None:
+    with _lanes(loaded("llama")) as runtime:
+        request = runtime.add(greedy(text(20), 4))
+        lane = runtime._prompts
+        assert lane is not None
+        lane.advance()
+        assert lane.launching
+    assert request.status is Status.CANCELLED
+    assert not lane.launching
+
+
 def test_what_two_lanes_cannot_do_is_refused() -> None:
     of = loaded("llama")
     with pytest.raises(UserError, match="lanes=3"):

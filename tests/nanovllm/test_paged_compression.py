@@ -106,6 +106,39 @@ def test_a_preempted_request_is_compressed_again_as_before(
     compare("llama", name, parameters | {"positions": positions}, 1e-4, preempt_at=(5, 9, 15, 22))
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps"),
+    [
+        ("knorm", {"keep_ratio": 0.3}, 2),
+        ("snapkv", {"keep_ratio": 0.5, "window": 4}, 2),
+        ("streaming_llm", {"start_size": 3, "recent_size": 9}, 11),
+    ],
+)
+def test_a_resumed_request_is_fed_its_output_at_once_unless_the_policy_acts_on_it(
+    name: str, parameters: dict[str, Any], steps: int
+) -> None:
+    of, prompt = loaded("llama"), text(30)
+    found: list[Tensor] = []
+    for preempted in (False, True):
+        with serving(of, policy=get_policy(name, **parameters), block_size=4, prefix_caching=False) as runtime:
+            seen = LogitsByRequest(runtime)
+            request = runtime.add(greedy(prompt, 20))
+            while len(request.output) < 10:
+                runtime.step()
+            before = runtime.counters.steps
+            if preempted:
+                runtime.scheduler.preempt_for(greedy([1], 1))
+            while len(request.output) < 11:
+                runtime.step()
+            assert request.preemptions == preempted
+            # the prompt, then the output that is known; a policy that acts while decoding has to see every token of it
+            assert runtime.counters.steps - before == (steps if preempted else 1)
+            while runtime.unfinished:
+                runtime.step()
+            found.append(seen.of(request))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("positions", ["original", "cache"])
 @pytest.mark.parametrize(
     ("name", "parameters"), [("streaming_llm", {"recent_size": 999}), ("fix_size_l2", {"size": 999})]

@@ -39,7 +39,7 @@ def test_auto_adds_nothing_to_parameters_ids_and_keys(suite: str) -> None:
     assert key(plain[0]) == OLD[suite]
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [*SUITES, "pipeline"])
 def test_every_case_runs_in_every_format_under_a_name_and_a_key_of_its_own(suite: str) -> None:
     plain = cases(suite)
     asked = cases(suite, cache_dtype="auto,int8,int8:int4(group=32)")
@@ -57,13 +57,13 @@ def test_two_ways_to_write_a_format_are_one_key(suite: str) -> None:
     assert key(one) == key(other)
 
 
-@pytest.mark.parametrize("engine", ["nano", "mlc"])
-def test_engines_without_formats_refuse_them_and_name_the_one_that_has(engine: str) -> None:
-    [*_, case] = cases("dse", cache_dtype="int8")
+@pytest.mark.parametrize(("suite", "engine"), [("dse", "nano"), ("dse", "mlc"), ("pipeline", "nano")])
+def test_engines_without_formats_refuse_them_and_name_the_one_that_has(suite: str, engine: str) -> None:
+    [*_, case] = cases(suite, cache_dtype="int8")
     with pytest.raises(CaseInvalid, match=f"^--kv-cache-dtype=int8: engine {engine} .*--kv-engine=hf"):
         get_engine(engine).refuse(case)
     get_engine("hf").refuse(case)
-    [*_, plain] = cases("dse")
+    [*_, plain] = cases(suite)
     get_engine(engine).refuse(plain)
 
 

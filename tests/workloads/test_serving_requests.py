@@ -74,6 +74,12 @@ def test_unique_prompts_are_windows_of_the_text() -> None:
     assert made.prompts != serving_requests(LONG, model, seed=1).prompts
 
 
+@pytest.mark.parametrize("model", [DUMMY, text_model()])
+def test_a_smaller_batch_has_the_first_prompts_of_a_larger_one(model: WorkloadModel) -> None:
+    larger = serving_requests(replace(LONG, requests=12), model, seed=5)
+    assert serving_requests(replace(LONG, requests=5), model, seed=5).prompts == larger.prompts[:5]
+
+
 @pytest.mark.parametrize(
     ("wishes", "named"), [({"token": "Hello"}, "the text 'Hello'"), ({"dialogue": True}, "a dialogue")]
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kvsuite.cache_formats.cache_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
@@ -29,7 +30,7 @@ from kvsuite.workloads.serving_workload import (
     ServingWorkload,
 )
 
-from .options import PipelineOptions
+from .options import TRACE, PipelineOptions
 from .variants import BASELINE, VARIANTS, Variant
 
 PIPELINE = "pipeline"
@@ -38,13 +39,18 @@ LOAD = "load"
 SYNTHETIC_IDENTICAL = "synthetic-identical"
 #: batch sizes of the original's models by what is in a model's name, and those of any other
 _BATCH_SIZES = {"qwen3-8b": (16, 64), "qwen3-32b": (8, 16), "llava": (1, 4)}
-_OTHER_BATCH_SIZES = (6,)
+_OTHER_BATCH_SIZES = (4,)
 #: batches that the original queues of its two workloads
 _BATCHES = {HEAVY: 4, LIGHT: 1}
 _HUB_NAMES = {"qwen3-8b": "Qwen/Qwen3-8B", "qwen3-32b": "Qwen/Qwen3-32B"}
 _MOST_OUTPUT = 512
 _MOST_RUNNING = 256
 _POOL_REQUESTS = 2
+#: what the synthetic workloads alone read
+_SYNTHETIC = (
+    "synthetic_context", "synthetic_output", "synthetic_dialogue", "synthetic_token", "synthetic_num_batches",
+    "synthetic_batch_sizes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,13 +94,18 @@ def pipeline_cases(options: Options) -> list[Case]:
     models = _models(options)
     arms = _arms(own)
     _refuse_unused(options, own)
-    return [
+    cases = [
         _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
         for model in models
         for chosen in selected_formats(options) or (NONE,)
         for workload in own.workloads
         for batch in _batch_sizes(own, model, workload)
         for arm in arms
+    ]
+    return [
+        replace(case, name=stored.named(case.name, "-"), params={**case.params, **stored.parameters})
+        for stored in selected_cache_formats(options)
+        for case in cases
     ]
 
 
@@ -167,6 +178,30 @@ def _refuse_unused(options: Options, own: PipelineOptions) -> None:
             f"--kv-{given.replace('_', '-')}: SMs are parted as given in greenctx-only; a controller chooses its own from its "
             "first decision on; name greenctx-only in --kv-variants, or leave the option out"
         )
+    asked = f"--kv-variants={','.join(own.variants)}"
+    for names, is_read, what, mend in (
+        (("chunk_sizes",), any(variant.chunked for variant in variants), asked, "chunked"),
+        (("pipeline_method", "factors"), any(v.compresses for v in variants), asked, "compression-only, say"),
+        (
+            ("async_compression",),
+            any(variant.compresses and variant.lanes == 1 for variant in variants),
+            asked,
+            "compression-only or chunked",
+        ),
+        (_SYNTHETIC, set(own.workloads) - set(_BATCHES), f"--kv-workloads={','.join(own.workloads)}", "synthetic-long"),
+        (("dataset_dir",), LIGHT in own.workloads, f"--kv-workloads={','.join(own.workloads)}", LIGHT),
+        (
+            ("trace_conv",),
+            HEAVY in own.workloads or own.arrivals == TRACE,
+            f"--kv-workloads={','.join(own.workloads)} --kv-arrivals={own.arrivals}",
+            "heavy-trace or --kv-arrivals=trace",
+        ),
+    ):
+        unread = next((name for name in names if name in options.given), None)
+        if unread is not None and not is_read:
+            raise UserError(
+                f"--kv-{unread.replace('_', '-')}: nothing of {what} reads it; name {mend}, or leave the option out"
+            )
     if own.replay_decisions is not None and not any(variant.controller for variant in variants):
         raise UserError(
             f"--kv-replay-decisions={own.replay_decisions}: none of --kv-variants={','.join(own.variants)} has a controller; "

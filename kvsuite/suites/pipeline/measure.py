@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvsuite.case import Case, digest
+from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
@@ -17,7 +18,7 @@ from kvsuite.workloads.serving_requests import ServingRequests
 from .cases import workload_of
 from .options import PipelineOptions
 from .quality import put_quality
-from .refusals import require_room
+from .refusals import require_end, require_room
 
 
 def measure_load(case: Case, session: Session, run: CaseRun) -> None:
@@ -39,6 +40,7 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     _put_dataset(run, loads)
     run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
     put_weight_format(session, run)
+    _warn_of_policy(run, min(map(len, loads[common.num_warmup].prompts)))
     run.phase("quality")
     put_quality(
         session, run, requests_of(loads[common.num_warmup]), str(loads[common.num_warmup].facts["prompts_hash"])
@@ -58,6 +60,15 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
 
     run.rounds(one_round, common.rounds)
     _put_rounds(session, run, served)
+
+
+def _warn_of_policy(run: CaseRun, shortest: int) -> None:
+    """Say where a prompt is so short that the policy is something else than its name says."""
+    if run.case.policy is None:
+        return
+    said = get_policy(run.case.policy, **run.case.policy_params).caveat(shortest)
+    if said is not None:
+        run.found.warnings.append(f"not what its name says: {said}")
 
 
 def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
@@ -103,11 +114,11 @@ def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions
 
 
 def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
-    own, workload = run.options.of(PipelineOptions), run.case.workload
+    own, workload, load = run.options.of(PipelineOptions), run.case.workload, workload_of(run.case)
     try:
-        return run.texts.serving(
+        found = run.texts.serving(
             session,
-            workload_of(run.case),
+            load,
             seed=seed,
             trace=own.trace_conv,
             dataset_dir=own.dataset_dir,
@@ -117,6 +128,9 @@ def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
     except UserError as error:
         # one workload that cannot be made must not end the others
         raise CaseInvalid(str(error)) from error
+    # what a trace takes is known once it is read
+    require_end(max(found.arrivals_s), load)
+    return found
 
 
 def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:

@@ -2,11 +2,11 @@
 
 # no postponed annotations: an option that is written wrongly is an error where it stands
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from kvsuite.errors import UserError
+from kvsuite.meters.serving_times import Slo
 from kvsuite.options.numbers import MOST_REQUESTS, decimal
 from kvsuite.options.option import (
     Option,
@@ -31,7 +31,6 @@ VARIANTS = (
 WORKLOADS = ("heavy-trace", "light-dataset", "synthetic-long", "synthetic-identical")
 CLOSED, POISSON, TRACE = "closed", "poisson", "trace"
 
-_SLO = re.compile(r"(\d+(\.\d+)?(s|ms)):(\d+(\.\d+)?(s|ms))")
 _MODEL_INSTEAD = "a folder is a model's name like any other; use --kv-model=FOLDER, or --kv-models for several"
 _REFUSED = {
     "gpu-mem-util": (
@@ -68,8 +67,12 @@ def _scale(typed: str) -> float:
 
 
 def _slo(typed: str) -> str:
-    if not _SLO.fullmatch(typed.strip()):
-        raise ValueError("is no time to the first token and time of a further one, in s or ms")
+    try:
+        Slo.parse(typed)
+    except UserError as error:
+        raise ValueError(
+            "is no time to the first token and time of a further one, both above 0, in s, ms or us"
+        ) from error
     return typed.strip()
 
 
@@ -158,7 +161,7 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         auto_or(list_of(whole_number(1, MOST_REQUESTS))), "auto",
         "Requests of a batch, comma separated, e.g. --kv-pipeline-batch-sizes=16,64; all requests of a case are queued at "
         "once, what runs together is --kv-max-running. auto is the original's for its models (16,64 for Qwen3-8B, 8,16 for "
-        "Qwen3-32B), else 6.",
+        "Qwen3-32B), else 4.",
     )]
     pool_blocks: Annotated[int | None, Option(
         auto_or(whole_number(1)), "auto",

@@ -6,7 +6,7 @@ from kvsuite.case import Case
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
 from kvsuite.quantization.registry import quantization
-from kvsuite.workloads.serving_workload import LONG
+from kvsuite.workloads.serving_workload import LONG, ServingWorkload
 
 from .cases import longest_request, workload_of
 from .options import PipelineOptions
@@ -49,14 +49,35 @@ def refuse_load(case: Case, own: PipelineOptions) -> None:
             f"--kv-factors={factor:g}: keeps nothing of a prompt of {prompt} tokens; lower it, or take longer prompts"
         )
     if load.arrivals == "poisson" and load.arrival_rate:
-        seconds = (load.requests - 1) / load.arrival_rate
-        if seconds > _LONGEST_ARRIVALS_S:
-            raise CaseInvalid(
-                f"--kv-arrival-rate={load.arrival_rate:g}: the last of {load.requests} requests comes after {seconds:.0f} s: "
-                f"a round never drains within {_LONGEST_ARRIVALS_S:.0f} s; raise the rate or ask for smaller batches"
-            )
+        require_end((load.requests - 1) / load.arrival_rate, load)
     if plan is not None and plan.pool_blocks is not None:
         require_room(plan.pool_blocks, plan, option=f"--kv-pool-blocks={plan.pool_blocks}")
+
+
+def require_end(seconds: float, load: ServingWorkload) -> None:
+    """Refuse arrivals whose last one comes so late that nobody would wait for a round of them.
+
+    Parameters
+    ----------
+    seconds
+        From the first arrival to the last, known or expected.
+    load
+        Whose arrivals they are.
+
+    Raises
+    ------
+    CaseInvalid
+        Naming what says how fast they come.
+    """
+    if seconds <= _LONGEST_ARRIVALS_S:
+        return
+    option, mend = f"--kv-trace-time-scale={load.time_scale:g}", "raise the scale"
+    if load.arrival_rate is not None:
+        option, mend = f"--kv-arrival-rate={load.arrival_rate:g}", "raise the rate"
+    raise CaseInvalid(
+        f"{option}: the last of {load.requests} requests comes after {seconds:.0f} s: a round never drains within "
+        f"{_LONGEST_ARRIVALS_S:.0f} s; {mend} or ask for smaller batches"
+    )
 
 
 def require_room(blocks: int, plan: ServingPlan, *, option: str) -> None:

@@ -36,6 +36,19 @@ def speedup(row: Row, rows: Sequence[Row]) -> float | None:
     return None if own is None or not base else own / base
 
 
+def arrivals_of(row: Row) -> str:
+    """When a case's requests come, for a reader: ``closed``, ``closed, 4 under way``, ``poisson at 2 a second``."""
+    workload = row["case"]["workload"]
+    found = str(workload["arrivals"])
+    if workload["arrival_rate"] is not None:
+        found += f" at {workload['arrival_rate']:g} a second"
+    if workload.get("time_scale", 1) != 1:
+        found += f", {workload['time_scale']:g} times as fast"
+    if workload.get("concurrency") is not None:
+        found += f", {workload['concurrency']} under way"
+    return found
+
+
 def setting_of(row: Row) -> str:
     """What rows that are compared with each other have in common: engine, model, device, workload and pool."""
     case = row["case"]

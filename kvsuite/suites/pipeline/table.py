@@ -7,10 +7,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvsuite import console
-from kvsuite.reporting.aggregate import Row, by_name, suite_rows
+from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
 
-from .rows import speedup
+from .rows import arrivals_of, setting_of, speedup
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,7 +43,7 @@ def pipeline_table(rows: Sequence[Row]) -> RenderableType:
     return console.stacked(
         _settings(rows),
         [case_table("Case", labelled, columns)],
-        [*_inert(rows), *footnotes(labelled, columns)],
+        [*_unmet(rows), *_inert(rows), *footnotes(labelled, columns)],
     )
 
 
@@ -68,14 +68,35 @@ def _settings(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         workload, plan, params = row["case"]["workload"], row["case"]["params"]["serving"], row["case"]["params"]
         pool = f"{plan['pool_blocks']} blocks" if plan["pool_bytes"] is None else f"{plan['pool_bytes']} bytes"
-        arrivals = str(workload["arrivals"])
-        if workload["arrival_rate"] is not None:
-            arrivals += f" at {workload['arrival_rate']:g} a second"
         lines.append(
             f"{workload['workload']}, {workload['requests']} requests of up to {workload['prompt_tokens']} + "
-            f"{workload['max_new_tokens']} tokens, arrivals {arrivals}, pool of {pool}, SLO {params['slo']}"
+            f"{workload['max_new_tokens']} tokens, arrivals {arrivals_of(row)}, pool of {pool}, SLO {params['slo']}"
         )
     return list(dict.fromkeys(lines))
+
+
+def _unmet(rows: Sequence[Row]) -> list[str]:
+    """A line for each setting in which no case has a request that meets the SLO: a goodput of 0 compares nothing."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if value(row, "slo_share") is not None:
+            groups.setdefault((setting_of(row), str(row["case"]["params"]["slo"])), []).append(row)
+    lines = []
+    for (_, slo), group in groups.items():
+        if any(value(row, "slo_share") for row in group):
+            continue
+        workload = group[0]["case"]["workload"]
+        medians = [
+            f"{name} {min(found):.3g} s"
+            for name, metric in (("TTFT", "ttft_p50_s"), ("TPOT", "tpot_p50_s"))
+            if (found := [number for row in group if (number := value(row, metric)) is not None])
+        ]
+        lowest = f" (lowest medians: {', '.join(medians)})" if medians else ""
+        lines.append(
+            f"{workload['workload']}, {workload['requests']} requests: none of any case meets the SLO {slo}{lowest}, so "
+            "goodput tells no case from another; give a --kv-slo that this machine can meet"
+        )
+    return lines
 
 
 def _inert(rows: Sequence[Row]) -> list[str]:

@@ -100,7 +100,7 @@ def pipeline_row(
         policy=None if factor is None else policy,
         policy_params={} if factor is None else {"factor": factor},
         workload={
-            "protocol": "load", "workload": workload, "load": {"name": workload, "arrivals": "closed", "arrival_rate": None},
+            "protocol": "load", "workload": workload, "name": workload, "arrivals": "closed", "arrival_rate": None,
             "batch": requests, "num_batches": 1, "requests": requests, "prompt_tokens": PROMPT, "max_new_tokens": NEW,
         },
         params={"variant": variant, "factor": factor, "chunk": chunk, "slo": "1s:25ms", "serving": plan.to_dict()},

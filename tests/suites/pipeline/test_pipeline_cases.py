@@ -45,14 +45,14 @@ def refusal(case: Case, **typed: str) -> str:
 def test_the_default_is_something_for_a_laptop() -> None:
     found = cases()
     assert [case.id for case in found] == [
-        "nano-synthetic-long-bs06-baseline",
-        "nano-synthetic-long-bs06-compression-only",
-        "nano-synthetic-long-bs06-chunked-c64",
-        "nano-synthetic-long-bs06-chunked-c64-f5",
+        "nano-synthetic-long-bs04-baseline",
+        "nano-synthetic-long-bs04-compression-only",
+        "nano-synthetic-long-bs04-chunked-c64",
+        "nano-synthetic-long-bs04-chunked-c64-f5",
     ]
     for case in found:
         assert case.model == "smollm2"
-        assert case.workload["requests"] == 6
+        assert case.workload["requests"] == 4
         # room for two of the longest requests
         assert plan(case).pool_blocks == 2 * -(-(128 + 32) // 16)
 
@@ -94,12 +94,60 @@ def test_decisions_are_replayed_by_variants_with_a_controller_alone(tmp_path: Pa
     assert [plan(case).replay_decisions for case in found] == [None, None, str(log)]
 
 
+@pytest.mark.parametrize(
+    ("typed", "said", "mended"),
+    [
+        (
+            {"variants": "compression-only", "chunk_sizes": "32"},
+            "--kv-chunk-sizes: nothing of --kv-variants=",
+            {"variants": "chunked"},
+        ),
+        ({"variants": "baseline", "factors": "2"}, "--kv-factors: nothing of", {"variants": "streams-only"}),
+        (
+            {"variants": "baseline", "pipeline_method": "snapkv"},
+            "--kv-pipeline-method: nothing of",
+            {"variants": "triad"},
+        ),
+        (
+            {"variants": "triad", "async_compression": "off"},
+            "--kv-async-compression: nothing of",
+            {"variants": "chunked"},
+        ),
+        (
+            {"workloads": "light-dataset", "synthetic_context": "9"},
+            "--kv-synthetic-context: nothing of",
+            {"workloads": "synthetic-identical"},
+        ),
+        (
+            {"workloads": "heavy-trace", "synthetic_batch_sizes": "9"},
+            "--kv-synthetic-batch-sizes: nothing of",
+            {"workloads": "synthetic-long"},
+        ),
+        (
+            {"dataset_dir": "texts"},
+            "--kv-dataset-dir: nothing of --kv-workloads=synthetic-long reads it",
+            {"workloads": "light-dataset"},
+        ),
+        ({"trace_conv": "t.csv"}, "--kv-trace-conv: nothing of", {"workloads": "heavy-trace"}),
+        ({"trace_conv": "t.csv"}, "--kv-trace-conv: nothing of", {"arrivals": "trace"}),
+    ],
+)
+def test_an_option_that_nothing_of_the_run_reads_is_refused(
+    typed: dict[str, str], said: str, mended: dict[str, str]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        cases(**typed)
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+    assert cases(**typed | mended)
+
+
 def test_several_methods_stand_in_the_id_and_one_does_not() -> None:
-    assert ids(variants="compression-only")[1] == "nano-synthetic-long-bs06-compression-only"
+    assert ids(variants="compression-only")[1] == "nano-synthetic-long-bs04-compression-only"
     found = ids(variants="compression-only", pipeline_method="streaming_llm,snapkv(window=8)")
     assert found[1:] == [
-        "nano-synthetic-long-bs06-compression-only-streaming_llm-f5",
-        "nano-synthetic-long-bs06-compression-only-snapkv_window8-f5",
+        "nano-synthetic-long-bs04-compression-only-streaming_llm-f5",
+        "nano-synthetic-long-bs04-compression-only-snapkv_window8-f5",
     ]
 
 
@@ -146,9 +194,9 @@ def test_what_the_variants_ask_for() -> None:
 
 
 def test_partitions_stand_in_the_id_and_counts_win_over_shares() -> None:
-    assert ids(variants="greenctx-only")[1] == "nano-synthetic-long-bs06-greenctx-only-sm0.75_0.25"
+    assert ids(variants="greenctx-only")[1] == "nano-synthetic-long-bs04-greenctx-only-sm0.75_0.25"
     found = cases(variants="greenctx-only,triad", greenctx_sms="64:64,24:104", greenctx_compress_ratio="0.2")
-    assert [(case.name.removeprefix("synthetic-long-bs06-"), case.partition) for case in found[1:]] == [
+    assert [(case.name.removeprefix("synthetic-long-bs04-"), case.partition) for case in found[1:]] == [
         ("greenctx-only-sm64_64", {"decode_sms": 64, "prompt_sms": 64}),
         ("greenctx-only-sm24_104", {"decode_sms": 24, "prompt_sms": 104}),
         ("triad", None),
@@ -224,7 +272,7 @@ def test_what_a_case_lacks_makes_it_invalid_and_not_the_run() -> None:
     )
     kept = {"factors": "200"}
     assert "--kv-factors=200: keeps nothing of a prompt of 128 tokens" in refusal(cases(**kept)[1], **kept)
-    slow = {"arrival_rate": "0.001"}
+    slow = {"arrival_rate": "0.0005"}
     assert "never drains" in refusal(cases(**slow)[0], **slow)
     # what has all that is not refused
     for typed in ({}, {"arrival_rate": "2"}, {"pool_blocks": "10"}, {"factors": "128"}):
@@ -236,5 +284,5 @@ def test_a_plan_counts_fewer_steps_where_more_requests_decode_at_a_time() -> Non
     common = default_options().of(CommonOptions)
     baseline, compressed = cases(variants="compression-only")
     dense, less = (load_work(case, common, quality=False) for case in (baseline, compressed))
-    assert dense.bulk == less.bulk == 7 * 6 * 128
-    assert (dense.steps, less.steps) == (7 * 3 * 32, 7 * 2 * 32)
+    assert dense.bulk == less.bulk == 7 * 4 * 128
+    assert (dense.steps, less.steps) == (7 * 2 * 32, 7 * 1 * 32)

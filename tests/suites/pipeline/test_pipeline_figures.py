@@ -16,6 +16,7 @@ from kvsuite.suites.pipeline.figures.render import pipeline_figures
 from kvsuite.suites.pipeline.figures.scatter import draw_front, draw_quality, draw_sm_share, pareto_front
 from kvsuite.suites.pipeline.figures.throughput import draw_throughput
 from kvsuite.suites.pipeline.figures.timeline import chosen, courses_of, draw_timeline
+from kvsuite.suites.pipeline.suite import PipelineSuite
 from tests.suites.pipeline.pipeline_rows import RUN, a_run, pipeline_row, simulated
 
 NAMES = ("throughput", "latency", "front", "sm_share", "quality", "timeline")
@@ -77,7 +78,7 @@ def test_what_rows_do_not_have_is_not_drawn() -> None:
         pipeline_row("baseline", drop=("samples", "served_kld")),
         pipeline_row("chunked", chunk=64, drop=("samples", "served_kld")),
     ]
-    assert set(pipeline_figures(RUN, rows)) == {
+    assert set(PipelineSuite().figures(RUN, rows)) == {
         f"pipeline_{name}.{kind}" for name in ("throughput", "latency", "front") for kind in ("png", "svg")
     }
     groups = groups_of(rows)

@@ -64,6 +64,8 @@ def test_paths_of_developers_and_shares_of_free_memory_are_refused_with_what_rep
         ({"factors": "0.5"}, "--kv-factors=0.5: must lie between 1"),
         ({"slo": "1s"}, "--kv-slo=1s: is no time to the first token"),
         ({"slo": "1s:25"}, "--kv-slo=1s:25: is no time to the first token"),
+        ({"slo": "0s:25ms"}, "--kv-slo=0s:25ms: is no time to the first token"),
+        ({"slo": "1s:0ms"}, "--kv-slo=1s:0ms: is no time to the first token"),
         ({"pool_blocks": "4", "pool_bytes": "4"}, "--kv-pool-blocks and --kv-pool-bytes: one of them hides the other"),
         ({"arrivals": "poisson"}, "--kv-arrivals=poisson: needs the mean rate"),
         (

@@ -41,8 +41,10 @@ def run(checkpoint: Path) -> Run:
     def measure(calls: list[Call] | None = None, *, backwards: bool = False, **options: str) -> dict[str, Record]:
         given = {
             "model": str(checkpoint), "device": "cpu", "rounds": "2", "num_warmup": "1", "synthetic_context": "30",
-            "synthetic_output": "8", "pipeline_batch_sizes": "3", "corpus": str(checkpoint / "text.txt"), "chunk_sizes": "8",
+            "synthetic_output": "8", "pipeline_batch_sizes": "3", "corpus": str(checkpoint / "text.txt"),
         }  # fmt: skip
+        if "chunked" in options.get("variants", "chunked"):
+            given["chunk_sizes"] = "8"
         resolved = default_options(**(given | options))
         cases = pipeline_cases(resolved)
         sessions, serve, dense = SessionPool(threads=1), NanoSession.serve_under_load, NanoSession.serve_dense
@@ -143,6 +145,14 @@ def test_random_weights_and_a_switch_have_no_quality_and_say_why(run: Run) -> No
     assert {kind for kind, *_ in calls} == {"served"}
 
 
+def test_a_policy_that_keeps_no_more_than_its_window_says_so(run: Run) -> None:
+    quick = {"variants": "compression-only", "rounds": "1", "num_warmup": "0", "served_quality": "off"}
+    found = run(pipeline_method="snapkv", **quick)["compression-only"]
+    assert any(warning.startswith("not what its name says: ") for warning in found.warnings), found.warnings
+    found = run(pipeline_method="snapkv(window=2)", **quick)["compression-only"]
+    assert not any(warning.startswith("not what its name says") for warning in found.warnings)
+
+
 def test_a_partition_on_a_machine_without_one_is_skipped_and_no_other_thing_under_its_name(run: Run) -> None:
     """Flaw 9: the original ran on plain streams and kept the label."""
     found = run(variants="greenctx-only", greenctx_sms="64:64", rounds="1", num_warmup="0", served_quality="off")
@@ -165,6 +175,19 @@ def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it
     )
     found = run(variants="baseline", pool_bytes="300000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "ok"
+
+
+def test_a_trace_that_takes_longer_than_anybody_waits_is_invalid_and_names_the_scale(run: Run, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    days = "".join(f"2024-05-1{day} 00:00:00,9,9\n" for day in range(3))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + days)
+    asked = {"variants": "baseline", "rounds": "1", "num_warmup": "0", "served_quality": "off", "arrivals": "trace"}
+    found = run(**asked, trace_conv=str(trace))["baseline"]
+    assert found.status == "invalid"
+    assert str(found.reason).startswith(
+        "--kv-trace-time-scale=1: the last of 3 requests comes after 172800 s: a round never drains within 3600 s"
+    )
+    assert run(**asked, trace_conv=str(trace), trace_time_scale="1000000")["baseline"].status == "ok"
 
 
 def test_a_closed_loop_has_no_more_under_way_than_it_was_told(run: Run) -> None:

@@ -11,7 +11,7 @@ from kvsuite.foreign_text import visible
 from kvsuite.meters.serving_times import Slo
 from kvsuite.reporting.aggregate import Row, entry, failure, missing_reason, value
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED
-from kvsuite.suites.pipeline.rows import setting_of
+from kvsuite.suites.pipeline.rows import arrivals_of, setting_of
 
 #: colours of variants, in the order of a legend
 COLOURS = {
@@ -118,11 +118,7 @@ def _label(row: Row) -> str:
 
 def _title(row: Row) -> str:
     case = row["case"]
-    workload, load = case["workload"], case["workload"].get("load") or {}
-    plan = case["params"].get("serving") or {}
-    arrivals = str(load.get("arrivals", "closed"))
-    if load.get("arrival_rate") is not None:
-        arrivals += f", {load['arrival_rate']:g} requests/s"
+    workload, plan = case["workload"], case["params"].get("serving") or {}
     pool = f"{plan['pool_blocks']} blocks" if plan.get("pool_blocks") else f"{plan.get('pool_bytes')} bytes"
     parts = [
         row["model"].get("label") or case["model"],
@@ -130,7 +126,7 @@ def _title(row: Row) -> str:
         f"{case['device']}, {case['dtype']}",
         f"{workload.get('workload')}, {workload.get('requests')} requests",
         f"at most {workload.get('prompt_tokens')} in, {workload.get('max_new_tokens')} out",
-        f"arrivals {arrivals}",
+        f"arrivals {arrivals_of(row)}",
         f"pool {pool}",
     ]
     return visible("  |  ".join(str(part) for part in parts if part))

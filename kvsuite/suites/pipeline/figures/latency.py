@@ -82,8 +82,9 @@ def _lines(
                 alpha=opacity(arm),
             )
         highest = max(numbers.values())
+        ends = [f"{number:.3g}" for number in (min(numbers.values()), highest)]
         axes.annotate(
-            f"{numbers.get('p50', highest):.3g} … {highest:.3g}", (highest, place), xytext=(8, 0),
+            " … ".join(dict.fromkeys(ends)), (highest, place), xytext=(8, 0),
             textcoords="offset points", va="center", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.set_xscale("log")

@@ -1,0 +1,51 @@
+"""The console table of the pipeline suite: an SLO that nobody meets is told, for then goodput compares nothing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pipeline_rows import pipeline_row
+
+from kvsuite.console import console_text
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.pipeline.cases import pipeline_cases
+from kvsuite.suites.pipeline.figures.arms import groups_of
+from kvsuite.suites.pipeline.table import pipeline_table
+
+
+def shares(row: dict[str, Any], share: float) -> dict[str, Any]:
+    metrics = row["metrics"] | {"slo_share": {"value": share}, "goodput_req_s": {"value": share}}
+    return row | {"metrics": metrics}
+
+
+def said(*rows: dict[str, Any]) -> str:
+    return " ".join(console_text(pipeline_table(rows)).split())
+
+
+def test_an_slo_that_no_request_of_any_case_meets_is_a_line_with_what_was_reached() -> None:
+    baseline, less = pipeline_row(), pipeline_row("compression-only", factor=5.0)
+    found = said(shares(baseline, 0.0), shares(less, 0.0))
+    line = "synthetic-long, 8 requests: none of any case meets the SLO 1s:25ms (lowest medians: TTFT "
+    assert found.count(line) == 1
+    assert re.search(r"TPOT [\d.]+ s\), so goodput tells no case from another; give a --kv-slo", found)
+    # one request of one case is enough to tell cases apart
+    assert line not in said(shares(baseline, 0.0), shares(less, 0.125))
+
+
+def test_a_workload_whose_cases_failed_says_nothing_of_an_slo() -> None:
+    assert "none of any case" not in said(pipeline_row(status="failed", error={"type": "RuntimeError", "message": "x"}))
+
+
+def test_table_and_figures_say_when_requests_came() -> None:
+    """Of real cases: rows that a test makes up could have the arrivals where no case has them."""
+    for typed, words in (
+        ({}, "arrivals closed"),
+        ({"concurrency": "4"}, "arrivals closed, 4 under way"),
+        ({"arrival_rate": "2"}, "arrivals poisson at 2 a second"),
+        ({"trace_time_scale": "3"}, "arrivals trace, 3 times as fast"),
+    ):
+        case = pipeline_cases(default_options(device="cpu", **typed))[0].to_dict()
+        row = pipeline_row() | {"case": case}
+        assert f"{words}, pool of 20 blocks" in said(row)
+        assert f"|  {words}  |" in groups_of([row])[0].title
