@@ -69,9 +69,7 @@ class BlockTables:
 
     def missing(self, row: int, tokens: int) -> int:
         """Blocks that `reserve` would take for ``tokens`` more tokens."""
-        size = self.pool.block_size
-        more = -(-(int(self.lengths[row]) + tokens) // size) - int(self.blocks[row])
-        return max(more, 0) + int(self._copies_tail(row))
+        return self._lacking(row, tokens) + int(self._copies_tail(row))
 
     def short(self, rows: Ints) -> Ints:
         """Those of ``rows`` whose next token needs a block."""
@@ -107,9 +105,9 @@ class BlockTables:
         PoolFullError
             If the pool lacks blocks; nothing has changed then.
         """
-        # asked before the pool waits for fences, which may change the answer
+        # asked once: a fence may pass at any moment, and change the answer
         copies_tail = self._copies_tail(row)
-        fresh = self.pool.allocate(self.missing(row, tokens))
+        fresh = self.pool.allocate(self._lacking(row, tokens) + int(copies_tail))
         copies: list[Copy] = []
         if self._tail_suspect[row]:
             last = int(self.blocks[row]) - 1
@@ -288,6 +286,11 @@ class BlockTables:
         # no more than is stored: a short text behind many sinks fills no block beyond theirs
         gone: Ints = np.minimum((visible_from - held_from) // size, self.lengths[rows] // size - self._head)
         return gone
+
+    def _lacking(self, row: int, tokens: int) -> int:
+        """Blocks that ``tokens`` more tokens need beside those of a row."""
+        more = -(-(int(self.lengths[row]) + tokens) // self.pool.block_size) - int(self.blocks[row])
+        return max(more, 0)
 
     def _copies_tail(self, row: int) -> bool:
         """Whether the half-full last block has to be copied: the other holder may have left meanwhile."""

@@ -116,6 +116,11 @@ class CompressionStage:
                 assert self._aside is not None
                 self._aside.follow(fence)
 
+    def join(self) -> None:
+        """Let whatever comes next on the stream of the steps, freeing the pool included, come behind all work aside."""
+        if self._aside is not None:
+            self._aside.join()
+
     def fence_of(self, row: int) -> Fence | None:
         """What has to pass before the blocks that a row gives back are somebody else's."""
         return self._under_way.get(row)
@@ -197,6 +202,9 @@ class CompressionStage:
     def _work(self, request: Request, change: Callable[[], Work | None]) -> bool:
         """Change a request's tables and do the work that comes of it; whether there was room."""
         aside = self._aside if self.works_aside else None
+        if aside is None:
+            # work aside may be at this very sequence, and all work moves tokens through one place of the pool
+            self.join()
         fence = None if aside is None else aside.fence()
         found: list[Work] = []
 

@@ -346,6 +346,8 @@ class Runtime:
         for request in list(self._requests.values()):
             self.cancel(request)
         self._delivery.flight = None
+        # the pool's memory is somebody else's afterwards
+        self.compression.join()
         self._close_lanes()
         if self.rotary is not None:
             self.rotary.close()

@@ -172,8 +172,7 @@ class Scheduler:
             for request in self.running:
                 if left > 0 and request.computed < request.prefill:
                     left -= self._feed(request, plan, left)
-            if not (self.waiting and self.waiting[0].in_flight):
-                self._admit(plan, left)
+            self._admit(plan, left)
             # what decodes, or waits for its hand-over, gives its blocks back one day; prompts that wait for each other do not
             if not self.running or any(request.computed >= request.prefill for request in self.running):
                 break
@@ -287,6 +286,9 @@ class Scheduler:
         """Start waiting requests while budget, rows and blocks last; not in a step that preempted."""
         while self.waiting and self._rows and budget > 0 and not self._preempted:
             request = self.waiting[0]
+            if self._lanes == 2 and request.in_flight:
+                # only the lane that it was taken from could fill in the token
+                return
             found = self._find_prefix(request)
             request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
             if self.running and not self._has_room(request, found):

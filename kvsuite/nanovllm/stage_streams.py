@@ -25,6 +25,9 @@ class Aside(Protocol):
     def follow(self, fence: Fence) -> None:
         """Let what the steps are given from now on come behind a fence; the host does not wait."""
 
+    def join(self) -> None:
+        """Let what the steps are given from now on come behind all that was submitted; the host does not wait."""
+
 
 class _EventFence:
     """The end of one piece of work on a stream."""
@@ -81,6 +84,10 @@ class SideStream:
         assert isinstance(fence, _EventFence)
         torch.cuda.current_stream(self.stream.device).wait_event(fence.event)
 
+    def join(self) -> None:
+        """Let the current stream wait for all work."""
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
 
 class _DoneFence:
     """The end of work that is over when it was given."""
@@ -112,6 +119,9 @@ class AtOnce:
             fence.done = True
 
     def follow(self, fence: Fence) -> None:
+        """Nothing is left to wait for."""
+
+    def join(self) -> None:
         """Nothing is left to wait for."""
 
 

@@ -46,6 +46,9 @@ class HandAside:
         if self._follows:
             self.do_until(fence)
 
+    def join(self) -> None:
+        self.do_all()
+
     def do_until(self, fence: WorkFence) -> None:
         while not fence.over:
             work, own = self.queue.popleft()

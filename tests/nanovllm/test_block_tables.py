@@ -484,3 +484,26 @@ def test_a_shared_last_block_is_copied_after_tokens_were_dropped_from_it() -> No
     assert source == shared[1]
     assert tables.row_blocks(0) == [shared[0], target]
     assert tables.row_blocks(1) == shared
+
+
+class PassingFence(HandFence):
+    """A device's event: it passes by itself, between two looks at it."""
+
+    def passed(self) -> bool:
+        before, self.over = self.over, True
+        return before
+
+
+def test_a_fence_that_passes_while_room_is_reserved_costs_no_block() -> None:
+    tables = BlockTables(BlockPool(8, SIZE), rows=2, blocks_per_row=4)
+    fence = PassingFence()
+    tables.reserve(0, SIZE + 1)
+    tables.commit(0, SIZE + 1)
+    tables.fork(0, 1)
+    tables.fence_of = lambda row: fence
+    tables.release(0)
+    fence.over = False
+    # its tail has to be copied, or has not: in either case there is room for what was asked
+    tables.reserve(1, 2 * SIZE)
+    assert int(tables.blocks[1]) * SIZE >= 3 * SIZE + 1
+    assert 0 not in tables.row_blocks(1)

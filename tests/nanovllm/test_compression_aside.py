@@ -225,6 +225,28 @@ def test_a_choice_by_hand_is_done_aside_too() -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
+def test_a_choice_by_hand_between_the_steps_comes_behind_what_is_under_way_aside() -> None:
+    """A controller may end the work aside while some of it is not done."""
+    keep = torch.arange(0, 13, 2)
+    found = []
+    for stops in (False, True):
+        runtime, request = begun(HandAside(), num_blocks=64)
+        seen = LogitsByRequest(runtime)
+        runtime.compression.works_aside = not stops
+        runtime.compress(request, keep)
+        runtime.run()
+        runtime.close()
+        found.append(seen.of(request))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_closed_runtime_leaves_no_work_that_would_write_to_its_pool() -> None:
+    late = HandAside()
+    runtime, _ = begun(late)
+    runtime.close()
+    assert not late.queue
+
+
 @EVERY
 def test_overlapped_steps_give_the_same_tokens(name: str, own: dict[str, Any]) -> None:
     policy_of = {"factor": 3, **own}

@@ -140,3 +140,14 @@ TestOptimistic = Optimistic.TestCase
 TestOptimistic.settings = _SETTINGS
 TestOptimisticTwoLanes = OptimisticTwoLanes.TestCase
 TestOptimisticTwoLanes.settings = _SETTINGS
+
+
+def test_two_lanes_admit_nobody_whose_last_token_is_under_way_wherever_he_waits() -> None:
+    limits = Limits(max_model_len=BLOCKS * SIZE, max_num_seqs=ROWS, block_size=SIZE, num_blocks=BLOCKS)
+    scheduler = Simulator(limits, AffineStepTime(1.0), None, None, 2).scheduler
+    first, second = Request([1, 2, 3]), Request([4, 5, 6])
+    second.tokens.append(-1)
+    second.in_flight = True
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.plan_prompts(64).requests == [first]
