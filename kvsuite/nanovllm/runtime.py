@@ -433,6 +433,7 @@ class Runtime:
         facts: Any = {"lengths": self.tables[0].lengths, "device": self.device, "has_lanes": self.lanes == 2}
         self._steered = Steered(controller, self.compression, bind=self._bind, **facts)
         self._launcher.watch = self._steered
+        self.scheduler.expects_spared = self._steered.expects_spared
         if self._prompts is not None:
             self._prompts.steer(self._steered)
 
