@@ -49,7 +49,8 @@ class LaneStep:
     lane
         Whose step it was.
     start_s, end_s
-        When it was begun, and when its tokens were delivered: `time.perf_counter`.
+        When it was begun, and when the host was done with it: `time.perf_counter`. A step of prompts is delivered then; with
+        overlap the tokens of a decode step come while the next one is under way.
     prompt_tokens, decode_tokens
         What it fed.
     """

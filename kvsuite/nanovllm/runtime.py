@@ -154,7 +154,7 @@ class Runtime:
         self.on_logits: OnLogits | None = None
         #: sees the last hidden states ``[rows, hidden]`` of scored tokens (`Runner.hidden`); a resumed request's come again
         self.on_rows: OnRows | None = None
-        #: told about every step of a lane when its tokens were delivered, with two lanes
+        #: told about every step of a lane when the host is done with it, with two lanes
         self.on_lane_step: Callable[[LaneStep], None] | None = None
         self.vocab_size = int(loaded.text_config.vocab_size)
         observer = None
