@@ -102,7 +102,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         begin(metafunc.config)
         parametrize(metafunc)
     except UserError as error:
-        raise pytest.UsageError(f"kvsuite: {error}") from error
+        # of what is raised while pytest collects, this alone is shown without a trace
+        raise pytest.Collector.CollectError(f"kvsuite: {error}") from error
 
 
 def pytest_kvsuite_metrics(config: pytest.Config) -> Iterable[Metric]:

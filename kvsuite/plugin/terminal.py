@@ -82,7 +82,7 @@ def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Report
     terminalreporter.write_line(table)
     for suite, _ in by_suite(reporter.rows):
         for option in suite.unread_options(config.stash[OPTIONS]):
-            terminalreporter.write_line(f"warning: {option}: no selected method reads it")
+            terminalreporter.write_line(f"warning: {option}: nothing that was selected reads it")
     if reporter.is_kept:
         terminalreporter.write_line(visible(f"records and figures: {reporter.folder}"))
         if reporter.page is not None:

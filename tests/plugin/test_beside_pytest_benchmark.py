@@ -98,8 +98,8 @@ def test_quiet_hides_progress_and_keeps_the_table(compared: Run) -> None:
 
 
 def test_an_option_that_no_method_reads_is_told(compared: Run, plain: Run) -> None:
-    assert compared.said("warning: --kv-strategies: no selected method reads it")
-    assert not plain.said("no selected method reads it")
+    assert compared.said("warning: --kv-strategies: nothing that was selected reads it")
+    assert not plain.said("nothing that was selected reads it")
 
 
 def test_benchmark_only_skips_other_tests(benchmarks: pytest.Pytester) -> None:

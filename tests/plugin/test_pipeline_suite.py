@@ -80,6 +80,16 @@ def test_every_case_has_a_valid_record_and_what_cannot_be_stops_no_other(full: R
     assert full.said("--kv-workloads=heavy-trace: is made of a trace and none is given")
 
 
+def test_what_no_case_can_be_made_of_is_a_line_and_no_trace(tmp_path: Path) -> None:
+    """Found while pytest collects, for a bare run has no cases of this suite."""
+    run = run_pytest(project(tmp_path), "-k", "pipeline", "--kv-model=dummy:tiny", "--kv-pipeline-method=nosuch")
+    assert run.code != 0
+    assert run.said("kvsuite: --kv-pipeline-method=nosuch: unknown policy; known: ")
+    assert not run.said("cases.py")
+    assert not run.said("Traceback")
+    assert len(run.out.splitlines()) < 25
+
+
 def test_every_variant_serves_the_same_prompts_in_the_same_pool(full: Run) -> None:
     found = records(full)
     for workload in ("synthetic-long", "synthetic-identical"):

@@ -119,6 +119,23 @@ def longest_request(case: Case) -> tuple[int, int]:
     return int(case.workload["prompt_tokens"]), int(case.workload["max_new_tokens"])
 
 
+def unread_options(options: Options) -> list[str]:
+    """Options that a user set although no variant and no workload of the run reads them, as typed: ``--kv-chunk-sizes``."""
+    own = options.of(PipelineOptions)
+    variants = [VARIANTS[name] for name in own.variants]
+    compresses = any(variant.compresses for variant in variants)
+    is_read = {
+        **dict.fromkeys(_SYNTHETIC, bool(set(own.workloads) - set(_BATCHES))),
+        "pipeline_method": compresses,
+        "factors": compresses,
+        "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
+        "chunk_sizes": any(variant.chunked for variant in variants),
+        "dataset_dir": LIGHT in own.workloads,
+        "trace_conv": HEAVY in own.workloads or own.arrivals == TRACE,
+    }
+    return [f"--kv-{name.replace('_', '-')}" for name in sorted(is_read.keys() & options.given) if not is_read[name]]
+
+
 def _models(options: Options) -> tuple[str, ...]:
     common, own = options.of(CommonOptions), options.of(PipelineOptions)
     if {"models", "model"} <= options.given:
@@ -178,30 +195,6 @@ def _refuse_unused(options: Options, own: PipelineOptions) -> None:
             f"--kv-{given.replace('_', '-')}: SMs are parted as given in greenctx-only; a controller chooses its own from its "
             "first decision on; name greenctx-only in --kv-variants, or leave the option out"
         )
-    asked = f"--kv-variants={','.join(own.variants)}"
-    for names, is_read, what, mend in (
-        (("chunk_sizes",), any(variant.chunked for variant in variants), asked, "chunked"),
-        (("pipeline_method", "factors"), any(v.compresses for v in variants), asked, "compression-only, say"),
-        (
-            ("async_compression",),
-            any(variant.compresses and variant.lanes == 1 for variant in variants),
-            asked,
-            "compression-only or chunked",
-        ),
-        (_SYNTHETIC, set(own.workloads) - set(_BATCHES), f"--kv-workloads={','.join(own.workloads)}", "synthetic-long"),
-        (("dataset_dir",), LIGHT in own.workloads, f"--kv-workloads={','.join(own.workloads)}", LIGHT),
-        (
-            ("trace_conv",),
-            HEAVY in own.workloads or own.arrivals == TRACE,
-            f"--kv-workloads={','.join(own.workloads)} --kv-arrivals={own.arrivals}",
-            "heavy-trace or --kv-arrivals=trace",
-        ),
-    ):
-        unread = next((name for name in names if name in options.given), None)
-        if unread is not None and not is_read:
-            raise UserError(
-                f"--kv-{unread.replace('_', '-')}: nothing of {what} reads it; name {mend}, or leave the option out"
-            )
     if own.replay_decisions is not None and not any(variant.controller for variant in variants):
         raise UserError(
             f"--kv-replay-decisions={own.replay_decisions}: none of --kv-variants={','.join(own.variants)} has a controller; "

@@ -12,7 +12,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work
 
-from .cases import PIPELINE, pipeline_cases
+from .cases import PIPELINE, pipeline_cases, unread_options
 from .options import PipelineOptions
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class PipelineSuite(Suite):
         from .files import check_list
 
         check_list(options.of(PipelineOptions).pipeline_json)
+
+    def unread_options(self, options: Options) -> list[str]:
+        return unread_options(options)
 
     def cost(self, case: Case, options: Options) -> Work:
         from .work import load_work

@@ -41,10 +41,8 @@ def run(checkpoint: Path) -> Run:
     def measure(calls: list[Call] | None = None, *, backwards: bool = False, **options: str) -> dict[str, Record]:
         given = {
             "model": str(checkpoint), "device": "cpu", "rounds": "2", "num_warmup": "1", "synthetic_context": "30",
-            "synthetic_output": "8", "pipeline_batch_sizes": "3", "corpus": str(checkpoint / "text.txt"),
+            "synthetic_output": "8", "pipeline_batch_sizes": "3", "corpus": str(checkpoint / "text.txt"), "chunk_sizes": "8",
         }  # fmt: skip
-        if "chunked" in options.get("variants", "chunked"):
-            given["chunk_sizes"] = "8"
         resolved = default_options(**(given | options))
         cases = pipeline_cases(resolved)
         sessions, serve, dense = SessionPool(threads=1), NanoSession.serve_under_load, NanoSession.serve_dense
