@@ -24,6 +24,7 @@ from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.sm_split import PartitionRequest, SmSplit, nearest, split
 
 from . import cuda_driver
+from .side_streams import side_stream
 
 Stream = torch.cuda.Stream
 
@@ -162,7 +163,7 @@ def _opened(provider: str, made: _Made, wanted: SmSplit, index: int, passed_over
         raise
     return SmPartition(
         split=wanted,
-        decode_stream=_plain(index) if made.decode is None else made.decode,
+        decode_stream=side_stream("unbound decoding", index) if made.decode is None else made.decode,
         prompt_stream=made.prompt,
         decode_sms=wanted.decode_sms,
         prompt_sms=wanted.prompt_sms,
@@ -247,11 +248,6 @@ def _from_driver(contexts: list[int], index: int) -> _Made:
 def _external(handle: int, index: int) -> Stream:
     external: Callable[..., Stream] = torch.cuda.ExternalStream
     return external(handle, device=index)
-
-
-def _plain(index: int) -> Stream:
-    made: Callable[..., Stream] = torch.cuda.Stream
-    return made(index)
 
 
 def _destroy(streams: list[Stream]) -> None:
