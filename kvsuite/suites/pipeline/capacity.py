@@ -41,7 +41,7 @@ def capacity_passes(case: Case) -> int:
     lowest, highest = rates_of(asked, 1.0)
     halvings = math.ceil(math.log2(max(1.0, math.log(highest / lowest) / math.log(1 + _TOLERANCE))))
     closed_loop = asked == AUTO and case.workload["arrivals"] != CLOSED
-    return closed_loop + min(MOST_RATES, 2 + halvings)
+    return int(closed_loop) + min(MOST_RATES, 2 + halvings)
 
 
 def put_case_capacity(
