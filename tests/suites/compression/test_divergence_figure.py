@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from matplotlib.colors import to_hex
 
-from kvsuite.console import shown
+from kvsuite.console import console_text
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.suites.compression.divergence_figure import build_divergence, render_divergence
 from kvsuite.suites.compression.figure import build_figure
@@ -119,7 +119,7 @@ def test_a_trap_is_a_better_loss_with_other_most_likely_tokens(run, compared, sa
     assert rings(left) == ([(2, 0.001)] if marked else [])
     assert rings(right) == ([(pytest.approx(100 * (1 - same)), difference)] if marked else [])
     assert ("† trap" in legend(figure)) is marked
-    table = shown(comparison_table(rows), 300)
+    table = console_text(comparison_table(rows))
     assert ("†1.0300±0.0040" in table) is marked
     assert ("† trap:" in comparison_legend(rows)) is marked
 
@@ -170,13 +170,15 @@ def test_it_is_drawn_without_torch():
 def test_packed_full_caches_are_compared_with_the_baseline(formats):
     assert [is_baseline(one) for one in formats] == [True, *[False] * 5]
     assert all(baseline_for(one, formats) is formats[0] for one in formats)
-    table = shown(comparison_table(formats), 300)
+    table = console_text(comparison_table(formats))
     changes = table[table.index("Change against baseline") :]
     assert "baseline_int8 " in changes
     assert "-75.0%" in changes
     # one that is not there takes no other's place
     assert baseline_for(formats[3], formats[2:]) is None
-    assert "no full cache in the model's dtype (--kv-cache-dtype=auto,...)" in shown(comparison_table(formats[2:]), 300)
+    assert "no full cache in the model's dtype (--kv-cache-dtype=auto,...)" in console_text(
+        comparison_table(formats[2:])
+    )
 
 
 def test_the_baseline_of_the_results_is_in_the_models_dtype(run, formats):
