@@ -151,7 +151,7 @@ class StepServed:
     prompt_tokens, decode_tokens
         Tokens that it fed: of prompts (and what a resumed request computes again), and one each of decoding requests.
     running, waiting
-        Requests that hold blocks, and that wait for them, at its end.
+        Requests that held blocks in it, those that are over at its end too, and those that wait for them at its end.
     used_blocks
         Blocks in use at its end, of the fullest layer group.
     """

@@ -161,7 +161,8 @@ def _put_percentiles(found: Measurement, latency: str, rounds: Sequence[Sequence
             f"{latency}_{name}_s",
             own if each_has else whole[name],
             clock=DELIVERY,
-            pooled="gaps of a round" if latency == "itl" and each_has else "round" if each_has else "all rounds",
-            pooled_n=count,
             reason=too_few(name, count),
+            pooled_n=count,
+            # a number of all rounds has no spread by which it could be judged; numbers of rounds have
+            **({} if each_has else {"pooled": "all rounds"}),
         )

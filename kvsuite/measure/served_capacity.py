@@ -47,7 +47,7 @@ def put_capacity(
     *,
     tolerance: float = 0.05,
     most: int = 12,
-    progress: Callable[[Attempt], None] | None = None,
+    trying: Callable[[int, float], None] | None = None,
 ) -> Capacity:
     """Find the capacity of a prepared case in the open loop, and write it with all attempts.
 
@@ -63,8 +63,8 @@ def put_capacity(
         What a request must meet.
     lowest, highest, tolerance, most
         As for `kvsuite.meters.capacity.find_capacity`.
-    progress
-        Called after every attempt.
+    trying
+        Called before every attempt, with the number of attempts so far and its rate.
 
     Raises
     ------
@@ -72,12 +72,13 @@ def put_capacity(
         If the requests have no rate.
     """
     rate_of(requests)
+    made: list[Attempt] = []
 
     def attempt(rate: float) -> Attempt:
-        made = attempt_of(rate, session.serve_under_load(at_rate(requests, rate)).requests, slo)
-        if progress is not None:
-            progress(made)
-        return made
+        if trying is not None:
+            trying(len(made), rate)
+        made.append(attempt_of(rate, session.serve_under_load(at_rate(requests, rate)).requests, slo))
+        return made[-1]
 
     capacity = find_capacity(attempt, lowest, highest, tolerance=tolerance, most=most)
     facts = {"slo": str(slo), "above": capacity.above, "attempts": len(capacity.attempts)}

@@ -95,7 +95,10 @@ class CompressionStage:
     def after_step(self, request: Request) -> None:
         """Do what is due now that ``request.computed`` tokens are stored: the policy, then what was once done by hand."""
         row, prompt = request.row, request.computed == request.prompt_length
-        if self._policies and row >= 0 and (prompt or row in self._open) and not self.spares(request):
+        acts = bool(self._policies) and row >= 0 and (prompt or row in self._open)
+        if acts and prompt:
+            self._scheduler.settle_spared(request, self.spares(request))
+        if acts and not request.spared:
             if self.on_interval is not None:
                 self.on_interval(True)
             self._apply_policy(request, prompt=prompt)

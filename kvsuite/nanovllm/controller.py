@@ -100,7 +100,7 @@ class ControllerInputs:
     compress_samples
         How many there were.
     decode_tokens
-        Mean tokens in the caches of all sequences of the decode steps that were timed.
+        Mean tokens in the caches of all sequences of a decode step.
     sm_ratio, streams, layers_per_step
         Where the last decision left them.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from .batch import GroupBatch, StepBatch
 from .flashinfer_captured import FEW_PROGRAMS
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .paged_attention import AttentionBackend
+from .side_streams import side_stream
 
 Forward = Callable[[StepBatch, AttentionBackend], Tensor]
 
@@ -193,14 +193,7 @@ class _Step:
 def _capture_stream(device: int) -> Any:
     """The current stream where that is a lane's: a graph keeps the SMs of the stream that it was captured on."""
     current = torch.cuda.current_stream(device)
-    return _side_stream(device) if current == torch.cuda.default_stream(device) else current
-
-
-@functools.cache
-def _side_stream(device: int) -> Any:
-    """One for all captures: cuBLAS keeps a workspace of 32 MiB for every stream that it ever saw on Hopper."""
-    stream: Any = torch.cuda.Stream
-    return stream(device)
+    return side_stream("captures", device) if current == torch.cuda.default_stream(device) else current
 
 
 def _static_batch(size: int, groups: int, max_blocks: int, device: torch.device) -> StepBatch:

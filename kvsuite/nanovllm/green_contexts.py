@@ -24,6 +24,7 @@ from kvsuite.errors import CaseInvalid, CaseSkipped
 from kvsuite.sm_split import PartitionRequest, SmSplit, nearest, split
 
 from . import cuda_driver
+from .side_streams import side_stream
 
 Stream = torch.cuda.Stream
 
@@ -162,7 +163,7 @@ def _opened(provider: str, made: _Made, wanted: SmSplit, index: int, passed_over
         raise
     return SmPartition(
         split=wanted,
-        decode_stream=_plain(index) if made.decode is None else made.decode,
+        decode_stream=side_stream("unbound decoding", index) if made.decode is None else made.decode,
         prompt_stream=made.prompt,
         decode_sms=wanted.decode_sms,
         prompt_sms=wanted.prompt_sms,
@@ -227,19 +228,30 @@ def _by_driver(wanted: SmSplit, index: int) -> _Made:
     device, everything = cuda_driver.device_resource(index)
     if not wanted.decode_bound:
         group, _ = cuda_driver.take(everything, wanted.prompt_sms)
-        return _from_driver([cuda_driver.green_context(device, group)], index)
+        return _from_driver(device, [group], index)
     group, _ = cuda_driver.take(everything, wanted.decode_sms + wanted.prompt_sms)
     # the parts of a split cannot be split again, those of a context can
     both = cuda_driver.green_context(device, group)
     try:
         prompt, decode = cuda_driver.take(cuda_driver.context_resource(both), wanted.prompt_sms)
-        return _from_driver([cuda_driver.green_context(device, part) for part in (prompt, decode)], index)
+        return _from_driver(device, [prompt, decode], index)
     finally:
         cuda_driver.destroy_context(both)
 
 
-def _from_driver(contexts: list[int], index: int) -> _Made:
-    handles = [cuda_driver.context_stream(context) for context in contexts]
+def _from_driver(device: int, parts: list[cuda_driver.Resource], index: int) -> _Made:
+    contexts: list[int] = []
+    handles: list[int] = []
+    try:
+        for part in parts:
+            contexts.append(cuda_driver.green_context(device, part))
+            handles.append(cuda_driver.context_stream(contexts[-1]))
+    except BaseException:
+        for handle in handles:
+            cuda_driver.destroy_stream(handle)
+        for context in contexts:
+            cuda_driver.destroy_context(context)
+        raise
     streams = [_external(handle, index) for handle in handles]
     return _Made(streams[1] if len(streams) == 2 else None, streams[0], lambda: _destroy(streams))
 
@@ -247,11 +259,6 @@ def _from_driver(contexts: list[int], index: int) -> _Made:
 def _external(handle: int, index: int) -> Stream:
     external: Callable[..., Stream] = torch.cuda.ExternalStream
     return external(handle, device=index)
-
-
-def _plain(index: int) -> Stream:
-    made: Callable[..., Stream] = torch.cuda.Stream
-    return made(index)
 
 
 def _destroy(streams: list[Stream]) -> None:

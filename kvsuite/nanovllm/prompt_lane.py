@@ -16,6 +16,7 @@ from .fences import Fence, fence_now
 from .in_flight import TokensInFlight
 from .request import Request
 from .scheduler import Scheduler, StepPlan
+from .side_streams import side_stream
 from .step_launcher import Prepared, StepLauncher, StepWatch, still_wanted
 from .turns import Turns
 
@@ -48,7 +49,8 @@ class LaneStep:
     lane
         Whose step it was.
     start_s, end_s
-        When it was begun, and when its tokens were delivered: `time.perf_counter`.
+        When it was begun, and when the host was done with it: `time.perf_counter`. A step of prompts is delivered then; with
+        overlap the tokens of a decode step come while the next one is under way.
     prompt_tokens, decode_tokens
         What it fed.
     """
@@ -78,8 +80,7 @@ class LaneStreams:
         if partition is not None:
             self._decode, self._prompt = partition.decode_stream, partition.prompt_stream
         elif device.type == "cuda":
-            stream: Any = torch.cuda.Stream
-            self._decode, self._prompt = torch.cuda.current_stream(device), stream(device)
+            self._decode, self._prompt = torch.cuda.current_stream(device), side_stream("prompts", device)
         self._first = self._decode, self._prompt
 
     def bind(self, partition: TwoStreams | None) -> None:

@@ -90,6 +90,8 @@ class Request:
     prefill: int = field(default=0, init=False)
     #: with two lanes, whether the decode lane has it
     handed_over: bool = field(default=False, init=False)
+    #: whether the policy leaves its prompt as it is: expected when it is admitted, known when its prompt is complete
+    spared: bool = field(default=False, init=False)
     #: row of the block tables while it runs
     row: int = field(default=-1, init=False)
     #: what `Runtime.compress` did: after how many computed tokens, and which stay, per layer group; replayed on resuming
@@ -135,6 +137,7 @@ class Request:
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over
+        child.spared = self.spared
         child.compressed, child.compressions = self.compressed, list(self.compressions)
         return child
 

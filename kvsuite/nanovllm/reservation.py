@@ -137,7 +137,7 @@ class Reservation:
     def _of(self, request: Request) -> tuple[int, int, int, int, int]:
         """What `_facts` says of a request."""
         size, longest, fed = self._tables.pool.block_size, request.largest, request.prefill
-        if self._policy is not None:
+        if self._policy is not None and not request.spared:
             prompt = request.prompt_length
             begins = size_after_action(self._policy, prompt, prompt, done=False, prompt=True) + fed - prompt
             most = largest_after_prompt(self._policy, prompt, longest)

@@ -154,7 +154,7 @@ class Runtime:
         self.on_logits: OnLogits | None = None
         #: sees the last hidden states ``[rows, hidden]`` of scored tokens (`Runner.hidden`); a resumed request's come again
         self.on_rows: OnRows | None = None
-        #: told about every step of a lane when its tokens were delivered, with two lanes
+        #: told about every step of a lane when the host is done with it, with two lanes
         self.on_lane_step: Callable[[LaneStep], None] | None = None
         self.vocab_size = int(loaded.text_config.vocab_size)
         observer = None
@@ -433,6 +433,7 @@ class Runtime:
         facts: Any = {"lengths": self.tables[0].lengths, "device": self.device, "has_lanes": self.lanes == 2}
         self._steered = Steered(controller, self.compression, bind=self._bind, **facts)
         self._launcher.watch = self._steered
+        self.scheduler.expects_spared = self._steered.expects_spared
         if self._prompts is not None:
             self._prompts.steer(self._steered)
 

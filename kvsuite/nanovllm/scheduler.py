@@ -89,6 +89,8 @@ class Scheduler:
         ]
         #: called with the row of a sequence whose blocks were given back
         self.on_release: Callable[[int], None] = lambda row: None
+        #: whether the policy is expected to leave a waiting request's prompt as it is
+        self.expects_spared: Callable[[Request], bool] = lambda request: False
         self._rows = list(range(limits.max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
         #: in order of admission
@@ -128,6 +130,13 @@ class Scheduler:
         self.running.append(request)
         for reservation in self.reservations:
             reservation.enter(request)
+
+    def settle_spared(self, request: Request, spared: bool) -> None:
+        """Know now whether the policy leaves a running request's prompt as it is: what it will take depends on it."""
+        if spared != request.spared:
+            request.spared = spared
+            for reservation in self.reservations:
+                reservation.enter(request)
 
     def hand_over(self, request: Request) -> None:
         """Let the decode lane have a request whose prompt is complete."""
@@ -291,6 +300,7 @@ class Scheduler:
                 return
             found = self._find_prefix(request)
             request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
+            request.spared = self.expects_spared(request)
             if self.running and not self._has_room(request, found):
                 return
             self.waiting.popleft()

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from .fences import Fence
+from .side_streams import side_stream
 
 Work = Callable[[], None]
 
@@ -47,7 +48,7 @@ class _EventFence:
 
 
 class SideStream:
-    """A CUDA stream of its own.
+    """A CUDA stream of its own: that of all runtimes' compression.
 
     Parameters
     ----------
@@ -56,8 +57,7 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        stream: Any = torch.cuda.Stream
-        self.stream = stream(device)
+        self.stream = side_stream("compressing", device)
         # what work reads was made on the stream of the steps, whose allocator would hand it out again
         self._alive: deque[tuple[_EventFence, Work]] = deque()
 

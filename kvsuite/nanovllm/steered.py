@@ -161,10 +161,14 @@ class Steered:
             meter = self.controller.decode if decode_only else self.controller.prefill
             self._spans.add(begun, self._spans.mark(), meter.add)
 
+    def expects_spared(self, request: Request) -> bool:
+        """Whether the policy will leave a request's prompt alone, as far as is known."""
+        decision = self.controller.decision
+        return self._choices.get(request, decision is not None and decision.pipeline == "none")
+
     def _spares(self, request: Request) -> bool:
         """Whether the policy leaves a request's prompt alone; decided when it ends first."""
-        decision = self.controller.decision
-        return self._choices.setdefault(request, decision is not None and decision.pipeline == "none")
+        return self._choices.setdefault(request, self.expects_spared(request))
 
     def _timed(self, work: Work) -> Work:
         """Compression work that tells how long it took."""

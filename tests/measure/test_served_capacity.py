@@ -55,13 +55,20 @@ def test_gaps_are_scaled_and_nothing_else_is() -> None:
 
 
 def test_the_capacity_is_found_and_told() -> None:
-    found, server, seen = Measurement(MetricRegistry()), Server(), []
-    capacity = put_capacity(found, server, requests(), SLO, 0.25, 64.0, progress=seen.append)
+    found, server = Measurement(MetricRegistry()), Server()
+    tried: list[tuple[int, float, int]] = []
+
+    def trying(done: int, rate: float) -> None:
+        tried.append((done, rate, len(server.rates)))
+
+    capacity = put_capacity(found, server, requests(), SLO, 0.25, 64.0, trying=trying)
     # 2 requests a second can be served; with 360 of 400 that may wait for 0.9 s a little more
     assert found.metrics["capacity_req_s"]["value"] == capacity.rate == pytest.approx(2.0, rel=0.06)
     assert found.metrics["capacity_req_s"]["slo"] == "1s:25ms"
-    assert [Attempt(**row) for row in found.samples["capacity"]] == capacity.attempts == seen
-    assert server.rates == pytest.approx([one.rate for one in seen])
+    assert [Attempt(**row) for row in found.samples["capacity"]] == capacity.attempts
+    assert server.rates == pytest.approx([one.rate for one in capacity.attempts])
+    # a rate is named before it is tried
+    assert tried == [(index, one.rate, index) for index, one in enumerate(capacity.attempts)]
     [warning] = found.warnings
     assert "the queue never drains" in warning
 

@@ -181,6 +181,25 @@ def test_a_record_says_who_made_it_who_did_not_and_what_was_preloaded(monkeypatc
     assert (opened.to_dict()["shimmed"], opened.to_dict()["ld_preload"]) == (True, "/somewhere/sgl_kernel_shim.so")
 
 
+@pytest.mark.parametrize("lacking", ["context", "stream"])
+def test_what_the_driver_made_before_it_refused_is_given_back(lacking, monkeypatch):
+    alive = {}
+
+    def made(kind, of):
+        if kind == lacking and of == 104:
+            raise cuda_driver.DriverError("no more")
+        alive[kind, of] = True
+        return of
+
+    monkeypatch.setattr(cuda_driver, "green_context", lambda device, part: made("context", part))
+    monkeypatch.setattr(cuda_driver, "context_stream", lambda context: made("stream", context))
+    monkeypatch.setattr(cuda_driver, "destroy_context", lambda context: alive.pop(("context", context)))
+    monkeypatch.setattr(cuda_driver, "destroy_stream", lambda stream: alive.pop(("stream", stream)))
+    with pytest.raises(cuda_driver.DriverError):
+        green_contexts._from_driver(0, [24, 104], 0)
+    assert alive == {}
+
+
 def test_the_structure_of_the_driver_has_the_size_of_its_abi():
     import ctypes
 

@@ -88,6 +88,20 @@ def test_pipeline_none_leaves_the_prompts_alone(short):
     assert {entry["applied"]["pipeline"] for entry in decisions(controller)} == {"none"}
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_prompts_that_are_left_alone_are_reserved_what_they_take(lanes):
+    made = {"policy": get_policy("streaming_llm", factor=8), "stage": "async", "lanes": lanes}
+    limits = Limits(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=28, block_size=8)
+    runtime = Runtime(fresh("llama"), limits, **made, controller=ticking(min_speedup=1e9), eos_token_ids=())
+    try:
+        requests = [Request(prompt, SamplingParameters(max_new_tokens=40)) for prompt in prompts(LENGTHS)]
+        runtime.run(requests)
+        assert {request.reason for request in requests} == {"length"}
+        assert (runtime.counters.evicted_tokens, runtime.counters.preemptions) == (0, 0)
+    finally:
+        runtime.close()
+
+
 def test_prompts_of_one_decision_are_compressed_and_those_of_another_are_not():
     # one prompt a step, and the rules are asked at the first, the fourth and the eighth
     lengths = (60, 61, 62, 20, 21, 22, 23, 63)

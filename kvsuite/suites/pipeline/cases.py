@@ -30,7 +30,7 @@ from kvsuite.workloads.serving_workload import (
     ServingWorkload,
 )
 
-from .options import TRACE, PipelineOptions
+from .options import AUTO, TRACE, PipelineOptions
 from .variants import BASELINE, VARIANTS, Variant
 
 PIPELINE = "pipeline"
@@ -313,7 +313,8 @@ def _case(
             "chunk": arm.chunk,
             "slo": own.slo,
             SERVING_PARAM: _plan(own, arm, load, longest).to_dict(),
-        },
+        }
+        | ({} if own.capacity is None else {"capacity": own.capacity if own.capacity == AUTO else list(own.capacity)}),
         partition=None if arm.partition is None else arm.partition.to_dict(),
     )
 

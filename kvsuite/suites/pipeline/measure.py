@@ -15,6 +15,7 @@ from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
 from kvsuite.workloads.serving_requests import ServingRequests
 
+from .capacity import put_case_capacity
 from .cases import workload_of
 from .options import PipelineOptions
 from .quality import put_quality
@@ -60,6 +61,7 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
 
     run.rounds(one_round, common.rounds)
     _put_rounds(session, run, served)
+    put_case_capacity(session, run, requests_of(loads[common.num_warmup]), served, seed=common.seed + common.num_warmup)
 
 
 def _warn_of_policy(run: CaseRun, shortest: int) -> None:

@@ -30,6 +30,8 @@ VARIANTS = (
 )  # fmt: skip
 WORKLOADS = ("heavy-trace", "light-dataset", "synthetic-long", "synthetic-identical")
 CLOSED, POISSON, TRACE = "closed", "poisson", "trace"
+#: of ``--kv-capacity``: rates around what the closed loop gives
+AUTO = "auto"
 
 _MODEL_INSTEAD = "a folder is a model's name like any other; use --kv-model=FOLDER, or --kv-models for several"
 _REFUSED = {
@@ -64,6 +66,18 @@ def _scale(typed: str) -> float:
     if not 0 < value <= 10**6:
         raise ValueError("must be more than 0, at most 1000000")
     return value
+
+
+def _capacity(typed: str) -> str | tuple[float, float]:
+    if typed.strip() == AUTO:
+        return AUTO
+    parts = typed.split(":")
+    if len(parts) != 2:
+        raise ValueError("use off, auto, or the lowest and highest rate as LOW:HIGH in requests a second")
+    lowest, highest = map(_rate, parts)
+    if lowest >= highest:
+        raise ValueError("the first rate must be below the second")
+    return lowest, highest
 
 
 def _slo(typed: str) -> str:
@@ -240,6 +254,12 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
     slo: Annotated[str, Option(
         _slo, "1s:25ms",
         "What counts as served well: TTFT from the arrival, and mean TPOT of the request, e.g. --kv-slo=1s:25ms.",
+    )]
+    capacity: Annotated[str | tuple[float, float] | None, Option(
+        off_or(_capacity), "off",
+        "Seek each case's capacity, the highest rate of arrivals at which 90 % of the requests meet --kv-slo, by bisection "
+        "after the rounds: between two rates, --kv-capacity=0.5:8, or auto, around what the closed loop gives.",
+        example="auto",
     )]
     served_quality: Annotated[bool, Option(
         switch, "true",

@@ -50,6 +50,13 @@ def refuse_load(case: Case, own: PipelineOptions) -> None:
         )
     if load.arrivals == "poisson" and load.arrival_rate:
         require_end((load.requests - 1) / load.arrival_rate, load)
+    rates = case.params.get("capacity")
+    if isinstance(rates, list) and (load.requests - 1) / rates[0] > _LONGEST_ARRIVALS_S:
+        raise CaseInvalid(
+            f"--kv-capacity={rates[0]:g}:{rates[1]:g}: at the lowest rate the last of {load.requests} requests comes after "
+            f"{(load.requests - 1) / rates[0]:.0f} s; raise it above {(load.requests - 1) / _LONGEST_ARRIVALS_S:.2g}, or ask "
+            "for smaller batches"
+        )
     if plan is not None and plan.pool_blocks is not None:
         require_room(plan.pool_blocks, plan, option=f"--kv-pool-blocks={plan.pool_blocks}")
 

@@ -13,10 +13,11 @@ from .variants import VARIANTS
 RESULTS_FILE = "kvcache_matrix_results.json"
 #: metrics behind the original's keys, under their own names
 METRICS = (
-    "output_tok_s", "total_tok_s_computed", "total_tok_s_logical", "goodput_req_s", "slo_share", "ttft_p50_s", "ttft_p90_s",
-    "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "itl_p50_s", "itl_p90_s", "itl_p99_s", "queue_p50_s", "queue_p90_s",
-    "queue_p99_s", "preemptions", "running_mean", "blocks_peak", "sm_seconds", "energy_j", "energy_output_token_j",
-    "served_perplexity", "served_perplexity_dense", "served_ppl_ratio", "served_kld", "served_kld_p99", "served_same_top1",
+    "output_tok_s", "total_tok_s_computed", "total_tok_s_logical", "goodput_req_s", "slo_share", "capacity_req_s",
+    "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "itl_p50_s", "itl_p90_s",
+    "itl_p99_s", "queue_p50_s", "queue_p90_s", "queue_p99_s", "preemptions", "running_mean", "blocks_peak",
+    "sm_seconds", "energy_j", "energy_output_token_j", "served_perplexity", "served_perplexity_dense",
+    "served_ppl_ratio", "served_kld", "served_kld_p99", "served_same_top1",
 )  # fmt: skip
 _DECISION = (
     "pipeline", "async_compress", "compression_streams", "decode_layers_per_step", "greenctx_enabled", "sm_compress_ratio",
@@ -121,4 +122,6 @@ def _ours(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
     if row["status"] == "ok":
         ours["tokens"] = dict(row["tokens"])
         ours |= {name: value(row, name) for name in METRICS}
+        if "capacity" in row["samples"]:
+            ours["capacity_rates"] = row["samples"]["capacity"]
     return ours

@@ -31,6 +31,7 @@ def pipeline_table(rows: Sequence[Row]) -> RenderableType:
         Column("", 7, title="vs base", cell=partial(_speedup, rows=rows)),
         Column("goodput_req_s", 8),
         Column("slo_share", 6),
+        *([Column("capacity_req_s", 8)] if any("capacity_req_s" in row["metrics"] for row in rows) else []),
         Column("ttft_p50_s", 9),
         Column("tpot_p50_s", 9),
         Column("itl_p99_s", 9),
@@ -51,7 +52,8 @@ def pipeline_legend(rows: Sequence[Row]) -> str:
     """What the columns of `pipeline_table` mean."""
     return (
         "Output/s: output tokens of all requests over the wall time. vs base: logical tokens a second in units of the "
-        "baseline of the same workload and pool. Goodput: requests a second that meet the SLO, SLO: their share. TTFT from the "
+        "baseline of the same workload and pool. Goodput: requests a second that meet the SLO, SLO: their share. Capacity: the "
+        "highest rate of arrivals at which 90 % do. TTFT from the "
         "scheduled arrival, TPOT of a request without its first token, ITL: gaps of all requests. Running: requests that hold "
         "blocks, mean over time. KL, Top1: of the continuation as served against the full cache."
     )

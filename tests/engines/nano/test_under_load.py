@@ -276,3 +276,13 @@ def test_a_request_is_what_it_says() -> None:
     for arrival in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="arrival_s"):
             ServeRequest([5], 3, arrival)
+
+
+def test_what_runs_in_a_step_is_counted_though_it_is_over_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of one token each: at the end of every step nobody holds a block."""
+    with clocked(monkeypatch) as (runtime, _):
+        served = serve_under_load(runtime, [ServeRequest(prompt, 1) for prompt in prompts((8, 9, 10))])
+    assert sum(step.running for step in served.steps) == 3
+    with clocked(monkeypatch) as (runtime, _):
+        served = serve_under_load(runtime, [ServeRequest(prompts((8,))[0], 3)])
+    assert [step.running for step in served.steps] == [1, 1, 1]

@@ -265,3 +265,26 @@ def test_a_plan_counts_fewer_steps_where_more_requests_decode_at_a_time() -> Non
     dense, less = (load_work(case, common, quality=False) for case in (baseline, compressed))
     assert dense.bulk == less.bulk == 7 * 4 * 128
     assert (dense.steps, less.steps) == (7 * 2 * 32, 7 * 1 * 32)
+
+
+def test_a_capacity_is_part_of_what_is_measured_where_it_is_asked_for() -> None:
+    common = default_options().of(CommonOptions)
+    (without,), (auto,), (between,) = (cases(variants="baseline", capacity=typed) for typed in ("off", "auto", "0.5:8"))
+    assert "capacity" not in without.params
+    assert (auto.params["capacity"], between.params["capacity"]) == ("auto", [0.5, 8.0])
+    assert without.key != auto.key != between.key
+    # 16 times from the lowest to the highest rate: both, and 6 halvings to 5 %
+    passes = [load_work(case, common, quality=False).bulk / (4 * 128) for case in (without, auto, between)]
+    assert passes == [7, 7 + 8, 7 + 8]
+    (open_loop,) = cases(variants="baseline", capacity="auto", arrival_rate="2")
+    assert load_work(open_loop, common, quality=False).bulk / (4 * 128) == 7 + 8 + 1
+
+
+def test_a_lowest_rate_that_takes_hours_is_refused_with_the_one_that_does_not() -> None:
+    own = default_options().of(PipelineOptions)
+    (case,) = cases(variants="baseline", capacity="0.0001:8")
+    with pytest.raises(
+        CaseInvalid,
+        match=r"--kv-capacity=0\.0001:8: at the lowest rate the last of 4 requests comes after 30000 s; raise",
+    ):
+        refuse_load(case, own)

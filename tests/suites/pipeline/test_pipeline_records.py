@@ -75,6 +75,49 @@ def run(checkpoint: Path) -> Run:
     return measure
 
 
+def test_the_capacity_is_sought_with_the_same_requests_at_other_rates(run: Run) -> None:
+    calls: list[Call] = []
+    found = run(calls, model="dummy:tiny", variants="compression-only", slo="60s:60s", capacity="100:400", rounds="2")
+    assert [record.status for record in found.values()] == ["ok", "ok"]
+    # a warm-up, two rounds, the lowest rate and the highest, which is good too
+    assert len(calls) == 2 * (3 + 2)
+    gaps = []
+    for own in (calls[:5], calls[5:]):
+        (_, timed, prompt), slow, fast = own[1], own[3], own[4]
+        assert slow[2] == fast[2] == prompt
+        assert [one[:2] for one in slow[1]] == [one[:2] for one in fast[1]] == [one[:2] for one in timed]
+        assert slow[1][-1][2] == pytest.approx(4 * fast[1][-1][2]) == pytest.approx(2 / 100)
+        gaps.append([one[2] for one in slow[1]])
+    assert gaps[0] == gaps[1]
+    for record in found.values():
+        assert value(record, "capacity_req_s") == 400
+        assert [(one["rate"], one["share"], one["drains"]) for one in record.samples["capacity"]] == [
+            (100, 1, None), (400, 1, None),
+        ]  # fmt: skip
+        assert any("the capacity is at least 400 requests a second" in warning for warning in record.warnings)
+
+
+def test_an_automatic_range_lies_around_the_closed_loop(run: Run) -> None:
+    """Also where the rounds are an open one; a single request has no rate, and its numbers stay."""
+    calls: list[Call] = []
+    options = {"model": "dummy:tiny", "variants": "baseline", "slo": "60s:60s", "capacity": "auto", "rounds": "1"}
+    record = run(calls, **options)["baseline"]
+    (measured,) = record.samples["rounds"]
+    low, high = [one["rate"] for one in record.samples["capacity"]]
+    assert (low, high) == pytest.approx((3 / measured["wall_s"] / 8, 3 / measured["wall_s"] * 2))
+    calls.clear()
+    record = run(calls, **options, arrival_rate="50")["baseline"]
+    _, timed, closed, slow, _ = (shape for _, shape, _ in calls)
+    assert [one[2] for one in closed] == [0.0] * 3
+    # the gaps of the timed round, scaled
+    assert slow[1][2] / slow[2][2] == pytest.approx(timed[1][2] / timed[2][2])
+    alone = run(**options, pipeline_batch_sizes="1")["baseline"]
+    assert alone.status == "ok"
+    assert alone.metrics["capacity_req_s"]["value"] is None
+    assert alone.metrics["capacity_req_s"]["reason"].startswith("all requests come at one time")
+    assert value(alone, "output_tok_s") > 0
+
+
 def outputs(record: Record) -> list[str]:
     return [one["outputs_hash"] for one in record.samples["rounds"]]
 
@@ -165,7 +208,8 @@ def test_a_partition_on_a_machine_without_one_is_skipped_and_no_other_thing_unde
 def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it_is_served(run: Run) -> None:
     found = run(variants="baseline", pool_bytes="3000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "invalid"
-    assert str(found.reason).startswith("pool_bytes=3000: 3000 bytes do not hold one block")
+    assert str(found.reason).startswith("--kv-pool-bytes=3000: 3000 bytes do not hold one block")
+    assert str(found.reason).endswith("; give more")
     found = run(variants="baseline", pool_bytes="20000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "invalid"
     assert str(found.reason).startswith(

@@ -11,6 +11,7 @@ from kvsuite.console import console_text
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.pipeline.cases import pipeline_cases
 from kvsuite.suites.pipeline.figures.arms import groups_of
+from kvsuite.suites.pipeline.results_json import results_json
 from kvsuite.suites.pipeline.table import pipeline_table
 
 
@@ -49,3 +50,21 @@ def test_table_and_figures_say_when_requests_came() -> None:
         row = pipeline_row() | {"case": case}
         assert f"{words}, pool of 20 blocks" in said(row)
         assert f"|  {words}  |" in groups_of([row])[0].title
+
+
+def test_capacity_is_a_column_where_a_case_has_been_asked_for_it() -> None:
+    baseline, less = pipeline_row(), pipeline_row("compression-only", factor=5.0)
+    assert "Capacity(req/s)" not in said(baseline, less)
+    never = {"value": None, "reason": "no rate is good: 2 requests a second never drains"}
+    asked = [
+        row | {"metrics": row["metrics"] | {"capacity_req_s": entry}}
+        for row, entry in ((baseline, never), (less, {"value": 3.25}))
+    ]
+    asked[1]["samples"]["capacity"] = [{"rate": 3.25, "share": 1.0, "drains": True}]
+    listed = results_json({}, asked)
+    assert [one["capacity_req_s"] for one in listed] == [None, 3.25]
+    assert ["capacity_rates" in one for one in listed] == [False, True]
+    found = said(*asked)
+    assert "Capacity(req/s)" in found
+    assert " 3.25 " in found
+    assert "Capacity: no rate is good: 2 requests a second never drains (synthetic-long-bs08-baseline)" in found
