@@ -181,8 +181,11 @@ class NanoSession(LoadedSession):
             try:
                 self._runtime((), captures=False)
             except UserError as error:
-                # a pool that this case names and cannot have is no fault of the others
-                raise CaseInvalid(str(error)) from error
+                # a pool that this case names and cannot have is no fault of the others; the runtime knows its own words for it
+                words, own = str(error), f"pool_bytes={self._plan.pool_bytes}: "
+                if words.startswith(own):
+                    words = f"--kv-pool-bytes={self._plan.pool_bytes}: {words.removeprefix(own).partition(';')[0]}; give more"
+                raise CaseInvalid(words) from error
         elif case.workload.get("protocol") == "serving":
             self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
             self._prompt_tokens = length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite.reporting.aggregate import (
     GIB,
+    MIB,
     Row,
     by_name,
     ci_half_width,
@@ -20,7 +22,7 @@ from kvsuite.reporting.aggregate import (
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, fixed, house_style
 from kvsuite.reporting.noise import MARK, MOST_UNCERTAIN, inside_noise, is_uncertain
 
-from .rows import CONTROL, baseline_for, is_baseline
+from .rows import CONTROL, baseline_for, format_name, has_formats, is_baseline, is_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,6 +126,16 @@ PANELS = (
         _layers,
     ),
 )
+# where formats differ the tokens of a cache do not tell its size
+_BYTES = Panel(
+    "kv_bytes_exact",
+    "KV Cache Size (lower is better)",
+    "keys and values as they are stored, scales included",
+    "MiB",
+    1 / MIB,
+    lambda v: fixed(v, 2),
+    lambda row: None,
+)
 
 
 def render_benchmark_comparison(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
@@ -160,12 +172,13 @@ def build_figure(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     with house_style():
         figure = Figure(figsize=(20, 12), layout="constrained")
         figure.suptitle(TITLE, fontsize=16, fontweight="bold", y=0.985)
-        heading = textwrap.wrap(_subtitle(finished or labelled), 200)
+        heading = textwrap.wrap(subtitle(finished or labelled), 200)
         figure.text(0.5, 0.958, "\n".join(heading), ha="center", va="top", fontsize=11)
         engine = figure.get_layout_engine()
         assert engine is not None
         engine.set(rect=(0, 0, 1, 0.93 - 0.018 * len(heading)), h_pad=0.12, w_pad=0.12)  # type: ignore[call-arg]
-        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        panels = (*PANELS[:-1], _BYTES) if has_formats(finished.values()) else PANELS
+        for axes, panel in zip(figure.subplots(2, 3).flat, panels, strict=True):
             _draw(axes, panel, finished)
         if finished:
             below = (0.5, 0.96 - 0.018 * len(heading))
@@ -191,7 +204,7 @@ _HATCH = "///"
 
 def colour(row: Row) -> str:
     """Colour of a case by its policy: grey full cache, green streaming, red control, blue every other."""
-    if is_baseline(row):
+    if is_full(row):
         return GREY
     return {"streaming_llm": GREEN, CONTROL: RED}.get(str(row["case"]["policy"]), BLUE)
 
@@ -242,7 +255,10 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
             capsize=4,
         )
     floors = _draw_floors(axes, finished, places, panel.scale) if panel.metric == "tpot_s" else False
-    crowded = len(finished) > 8 and max(map(len, texts.values())) > 5
+    longest = max(map(len, texts.values()))
+    crowded = (len(finished) > 8 and longest > 5) or (
+        len(finished) > 12 and longest > 3 and has_formats(finished.values())
+    )
     _limits(axes, panel, heights, whiskers, room=0.1 * (crowded + floors))
     for name, place in places.items():
         if name in heights:
@@ -257,6 +273,30 @@ def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
         range(len(finished)), list(finished), rotation=45, ha="right", rotation_mode="anchor", parse_math=False
     )
     axes.grid(axis="y", linestyle="--", alpha=0.3)
+    if has_formats(finished.values()):
+        _draw_formats(axes, finished, room=0.16 if crowded or axes.get_legend() else 0.08)
+
+
+def _draw_formats(axes: Axes, finished: Mapping[str, Row], *, room: float) -> None:
+    """Set the cases of each number format apart and write it above them; ``room`` is added on top, as a share of the range."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + room * (high - low))
+    place = 0
+    for name, group in itertools.groupby(finished.values(), format_name):
+        cases = len(list(group))
+        if place:
+            axes.axvline(place - 0.5, color="black", linewidth=0.8, linestyle=":")
+        axes.text(
+            place + (cases - 1) / 2,
+            0.985,
+            textwrap.fill(name, 14),
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize=9,
+            fontweight="bold",
+        )
+        place += cases
 
 
 def _mark(finished: Mapping[str, Row], name: str, metric: str) -> str:
@@ -315,7 +355,10 @@ def _draw_floors(axes: Axes, finished: Mapping[str, Row], places: Mapping[str, i
             color="black",
             label="floor (bytes / measured bandwidth)",
         )
-        axes.legend(loc="upper right", fontsize=9)
+        legend = axes.legend(loc="upper right", fontsize=9)
+        if has_formats(finished.values()):
+            # the names of the formats stand along the upper edge
+            legend.set_bbox_to_anchor((1, 0.9), transform=axes.transAxes)
     return bool(floors)
 
 
@@ -336,7 +379,7 @@ def _limits(
     axes.set_ylim(low, high + room * (high - low))
 
 
-def _subtitle(shown: Mapping[str, Row]) -> str:
+def subtitle(shown: Mapping[str, Row]) -> str:
     """One line of what the cases share: model, device, dtype, protocol, lengths, rounds; several values are listed."""
     rows = list(shown.values())
 
@@ -348,6 +391,7 @@ def _subtitle(shown: Mapping[str, Row]) -> str:
         ("", facts(lambda row: "random weights" if row["model"].get("kind") == "dummy" else None)),
         ("device ", facts(lambda row: row["case"]["device"])),
         ("", facts(lambda row: row["case"]["dtype"])),
+        ("keys and values ", facts(format_name) if has_formats(rows) else ""),
         ("weights ", facts(lambda row: row["case"]["quantization"])),
         ("protocol ", facts(lambda row: row["case"]["workload"].get("protocol"))),
         ("positions ", facts(lambda row: row["case"]["policy_params"].get("positions"))),
@@ -364,8 +408,9 @@ def _caption(run: Mapping[str, Any], labelled: Mapping[str, Row]) -> str:
     """What bars and whiskers are, and the cases that have no bar."""
     lines = [
         "Bars: median of the rounds where timed. Whiskers: half the 95 % interval of the mean (throughput, TPOT, "
-        "TTFT), 1 standard error (perplexity), fewest and most tokens of a layer (cache). "
-        f"Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}.",
+        "TTFT), 1 standard error (perplexity)"
+        + (". " if has_formats(labelled.values()) else ", fewest and most tokens of a layer (cache). ")
+        + f"Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}.",
         f"{MARK} before a number: it differs from that of the full cache by no more than the noise of the rounds.",
     ]
     failed = {name: row for name, row in labelled.items() if row["status"] != "ok"}

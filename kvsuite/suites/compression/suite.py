@@ -75,6 +75,7 @@ class CompressionSuite(Suite):
         return {"results.json": json_bytes(results_json(run, rows), "results.json").decode()}
 
     def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        from .divergence_figure import render_divergence
         from .figure import render_benchmark_comparison
 
-        return render_benchmark_comparison(run, rows)
+        return render_benchmark_comparison(run, rows) | render_divergence(run, rows)

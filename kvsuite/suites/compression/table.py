@@ -27,7 +27,7 @@ from kvsuite.reporting.table_parts import (
 )
 
 from .figure import MOST_CASES
-from .rows import baseline_for, is_baseline
+from .rows import TRAP_MARK, TRAP_MEANING, baseline_for, has_formats, is_baseline, is_full, is_trap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,7 +37,8 @@ def _ratio(row: Row) -> str:
     ratio, se = value(row, "ppl_ratio"), value(row, "ppl_ratio_se")
     if ratio is None:
         return MISSING
-    return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
+    mark = TRAP_MARK * is_trap(row)
+    return f"{mark}{ratio:.4f}" if se is None else f"{mark}{ratio:.4f}±{2 * se:.4f}"
 
 
 # the original's columns and widths; with single spaces between them they are its 100 characters
@@ -106,6 +107,10 @@ def _changes(labelled: Mapping[str, Row]) -> list[RenderableType]:
         ]
     if any(is_baseline(row) for row in rows):
         return ["Change against baseline: none; no other case finished beside a finished baseline"]
+    if has_formats(filter(is_full, rows)):
+        return [
+            "Change against baseline: none; the run has no full cache in the model's dtype (--kv-cache-dtype=auto,...)"
+        ]
     return ["Change against baseline: none; the run has no baseline"]
 
 
@@ -120,6 +125,8 @@ def comparison_legend(rows: Sequence[Row]) -> str:
         f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
         "on the same tokens ± 2 standard errors."
     )
+    if any(map(is_trap, rows)):
+        legend += f"\n{TRAP_MEANING}"
     if len(rows) > MOST_CASES:
         legend += (
             f"\nNo figure: its bars can show {MOST_CASES} cases, these are {len(rows)}; report.html plots them all."

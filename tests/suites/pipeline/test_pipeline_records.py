@@ -228,7 +228,8 @@ def test_a_partition_on_a_machine_without_one_is_skipped_and_no_other_thing_unde
 def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it_is_served(run: Run) -> None:
     found = run(variants="baseline", pool_bytes="3000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "invalid"
-    assert str(found.reason).startswith("pool_bytes=3000: 3000 bytes do not hold one block")
+    assert str(found.reason).startswith("--kv-pool-bytes=3000: 3000 bytes do not hold one block")
+    assert str(found.reason).endswith("; give more")
     found = run(variants="baseline", pool_bytes="20000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "invalid"
     assert str(found.reason).startswith(
