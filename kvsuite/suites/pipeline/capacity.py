@@ -65,6 +65,9 @@ def put_case_capacity(
     asked = run.case.params.get("capacity")
     if asked is None:
         return
+    if len(requests) < 2:
+        run.found.put("capacity_req_s", None, reason="a single request has no rate of arrivals; ask for larger batches")
+        return
     run.phase("capacity")
     spread = list(requests)
     is_closed = run.case.workload["arrivals"] == CLOSED
