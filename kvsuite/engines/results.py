@@ -127,6 +127,9 @@ class RequestServed(LoadTimes):
         Tokens that had been removed by then, mean over the attention layers: by a policy, or a window.
     scores
         Of its output, where they were asked for.
+    compress_s
+        Seconds that compressing its prompt took where that was done: on CUDA between events of the stream that did it, else
+        by the host's clock. ``None`` where nothing was removed.
     """
 
     prompt_tokens: int
@@ -136,6 +139,7 @@ class RequestServed(LoadTimes):
     stored_tokens: float
     evicted_tokens: float
     scores: OutputScores | None = None
+    compress_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from kvsuite.engines.results import RequestServed, Served, StepServed
+from kvsuite.meters.clock import CudaEventClock, PerfCounterClock
 from kvsuite.meters.serving_times import (
     PERCENTILES,
     Slo,
@@ -68,6 +69,27 @@ def put_served(
         found.warnings.append(max(never, key=lambda said: said.growth or 0.0).words + " (--kv-arrival-rate)")
 
 
+def put_compression(found: Measurement, rounds: Sequence[Served], *, on_cuda: bool, why_not: str) -> None:
+    """Write what compressing a prompt took, mean over the prompts of each round that were compressed.
+
+    Parameters
+    ----------
+    found
+        Takes ``compress_prompt_s``.
+    rounds
+        What was served in each timed round.
+    on_cuda
+        Whether times lie between events of a CUDA stream, not between readings of the host's clock.
+    why_not
+        Why no prompt was compressed, where that is so in one of the rounds.
+    """
+    times = [[one.compress_s for one in each.requests if one.compress_s is not None] for each in rounds]
+    clock = CudaEventClock.name if on_cuda else PerfCounterClock.name
+    means = [sum(own) / len(own) for own in times if own]
+    values = means if len(means) == len(rounds) else None
+    found.put("compress_prompt_s", values, clock=clock, prompts=sum(map(len, times)), reason=why_not)
+
+
 def served_tokens(served: Served) -> dict[str, int]:
     """Tokens of one round, for the record: logical ones, and those that really went through the model."""
     requests, counts = served.requests, served.counts
@@ -102,6 +124,7 @@ def request_rows(served: Served) -> list[dict[str, Any]]:
             "preemptions": one.preemptions,
             "stored_tokens": one.stored_tokens,
             "evicted_tokens": one.evicted_tokens,
+            "compress_s": one.compress_s,
         }
         for one in served.requests
     ]

@@ -68,6 +68,8 @@ class CompressionStage:
         self.spares: Callable[[Request], bool] = lambda request: False
         #: work that tells somebody how long it took
         self.timed: Callable[[Work], Work] = lambda work: work
+        #: wraps the work for a request, to time it for whoever serves
+        self.measured: Callable[[Request, Work], Work] | None = None
         #: called with true and false around everything that the policy does to a sequence
         self.on_interval: Callable[[bool], None] | None = None
         self._policies = [eviction for eviction in evictions if eviction.policy is not None]
@@ -219,6 +221,8 @@ class CompressionStage:
 
         fits = self._with_room(request, act)
         for work in map(self.timed, found):
+            if self.measured is not None:
+                work = self.measured(request, work)
             if aside is None or fence is None:
                 work()
             else:

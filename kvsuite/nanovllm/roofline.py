@@ -1,8 +1,9 @@
-"""What a device gives at most under load: bytes over bandwidth, prompt tokens over their rate, and how many sequences fit.
+"""What a device should give under load: bytes over bandwidth, prompt tokens over their rate, and how many sequences fit.
 
 A decode step reads the weights once and every stored key and value once. In a steady state the pool is full of requests, and
 one that ends makes room for a prompt, during which nobody decodes. Compression changes both what a step reads and how many
-sequences share it. A measured throughput stands beside this; what is missing is the runtime's.
+sequences share it. A measured throughput stands beside this. It is an estimate and no limit: sequences are counted at their
+longest, and a scheduler that admits one while others are shorter lets more of them run.
 """
 
 from __future__ import annotations

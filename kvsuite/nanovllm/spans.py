@@ -56,3 +56,11 @@ class Spans:
                 then(start.elapsed_time(end) / 1000)
             else:
                 self._under_way.append((start, end, then))
+
+    def finish(self) -> None:
+        """Wait until all is over, and tell the times."""
+        while self._under_way:
+            start, end, then = self._under_way.popleft()
+            if self._on_cuda:
+                end.synchronize()
+            then((start.elapsed_time(end) / 1000) if self._on_cuda else end - start)

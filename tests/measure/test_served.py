@@ -11,7 +11,7 @@ import pytest
 from kvsuite.engines.results import RequestServed, Served, StepServed
 from kvsuite.measure.energy import RoundEnergy
 from kvsuite.measure.measurement import Measurement
-from kvsuite.measure.served import put_served, request_rows, sm_seconds, step_columns
+from kvsuite.measure.served import put_compression, put_served, request_rows, sm_seconds, step_columns
 from kvsuite.meters.energy import Energy
 from kvsuite.meters.serving_times import Slo
 from kvsuite.metrics.registry import MetricRegistry
@@ -142,10 +142,25 @@ def test_rows_and_columns_for_the_record() -> None:
     assert row == {
         "arrival_s": 0.5, "admitted_s": 0.625, "ttft_s": TTFT, "tpot_s": pytest.approx(TPOT), "end_s": 0.75 + 8 * TPOT,
         "output_tokens": 9, "prompt_tokens": 64, "cached_tokens": 48, "computed_prompt_tokens": 16, "preemptions": 1,
-        "stored_tokens": 20.0, "evicted_tokens": 52.0,
+        "stored_tokens": 20.0, "evicted_tokens": 52.0, "compress_s": None,
     }  # fmt: skip
     assert step_columns(one)["lane"] == ["prompt", "decode"]
     assert step_columns(one)["used_blocks"] == [8, 10]
+
+
+def test_compression_is_the_mean_over_prompts_that_were_compressed_and_over_rounds() -> None:
+    def timed(*seconds: float | None) -> Served:
+        one = served(len(seconds))
+        return replace(one, requests=[replace(own, compress_s=s) for own, s in zip(one.requests, seconds, strict=True)])
+
+    found = Measurement(MetricRegistry())
+    put_compression(found, [timed(0.25, None, 0.75), timed(1.0, 1.0, 1.0)], on_cuda=True, why_not="none")
+    entry = found.metrics["compress_prompt_s"]
+    assert (entry["values"], entry["prompts"], entry["clock"]) == ([0.5, 1.0], 5, "cuda_event")
+    # a round without any has no mean, and the others' would be of other prompts
+    put_compression(found, [timed(0.25), timed(None)], on_cuda=False, why_not="the controller chose none")
+    entry = found.metrics["compress_prompt_s"]
+    assert (entry["value"], entry["reason"]) == (None, "the controller chose none")
 
 
 class Meter:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvsuite.compression import get_policy
 from kvsuite.errors import UserError
+from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.roofline import Roofline, sequences_that_fit
+from kvsuite.nanovllm.simulation import Arrival, StepWork, simulate
 
 # Qwen3-8B on an H200: bytes of a step, 36 layers of 8 heads of 128 in bfloat16, measured rates
 QWEN3_8B = Roofline(step_bytes=15.1e9, token_bytes=2 * 36 * 8 * 128 * 2, bandwidth=3.5e12, prompt_rate=40_500)
@@ -63,3 +66,29 @@ def test_the_prompt_itself_has_to_fit() -> None:
         sequences_that_fit(prompt=100, new_tokens=10, pool_tokens=99, kept=10)
     with pytest.raises(UserError, match="bandwidth=0 must be above 0"):
         Roofline(step_bytes=1, token_bytes=1, bandwidth=0, prompt_rate=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new_tokens", "factor", "share"), [(384, 128, 5, 0.899), (256, 256, None, 1.004), (256, 256, 5, 1.013)]
+)
+def test_it_is_an_estimate_that_the_scheduler_may_pass(
+    prompt: int, new_tokens: int, factor: int | None, share: float
+) -> None:
+    """Why no figure draws it as a limit: under exactly its step times, nano's schedule gives more where ages differ."""
+
+    def seconds(work: StepWork) -> float:
+        decoding = QWEN3_8B.decode_step_s(work.kv_tokens) if work.decode_rows else 0.0
+        return work.prompt_tokens / QWEN3_8B.prompt_rate + decoding
+
+    longest = prompt + new_tokens
+    limits = Limits(
+        max_model_len=longest, max_num_seqs=64, max_num_batched_tokens=8192, num_blocks=8 * longest // 16 + 1,
+        prefill_first=True,
+    )  # fmt: skip
+    policy = None if factor is None else get_policy("streaming_llm", factor=factor)
+    found = simulate([Arrival(prompt, new_tokens)] * 64, limits, seconds, policy=policy).output_tokens_s
+    estimate = QWEN3_8B.output_tokens_s(
+        prompt=prompt, new_tokens=new_tokens, pool_tokens=8 * longest, kept=None if factor is None else prompt // factor,
+        max_num_seqs=64,
+    )  # fmt: skip
+    assert found / estimate == pytest.approx(share, abs=0.002)

@@ -9,6 +9,7 @@ from kvsuite.engines.results import Lane, OutputScores, RequestServed, Served, S
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.stage_times import StageTimes
 
 from .output_scores import OutputScorer
 from .serving import exactly
@@ -46,11 +47,12 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     scorer = OutputScorer(runtime, scored) if scored else None
     before, waited = runtime.counters.to_dict(), runtime.waited_s
     runtime.on_logits = scorer
+    runtime.compression.measured = times = StageTimes(runtime.device)
     runtime.restart_controller()
     try:
         arrivals, steps, origin = _loop(runtime, requests, own, concurrency)
     finally:
-        runtime.on_logits = runtime.on_lane_step = None
+        runtime.on_logits = runtime.on_lane_step = runtime.compression.measured = None
         for request in own:
             runtime.cancel(request)
     for request in own:
@@ -58,13 +60,14 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
             raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error
     scores = {} if scorer is None else scorer.scores()
     counts = {name: count - before[name] for name, count in runtime.counters.to_dict().items()}
+    compressed = times.seconds()
     layers = [len(group.layers) for group in runtime.groups]
     return Served(
         [],
         [request.output for request in own],
         counts,
         requests=[
-            _served(request, arrival, origin, layers, scores.get(request))
+            _served(request, arrival, origin, layers, scores.get(request), compressed.get(request))
             for request, arrival in zip(own, arrivals, strict=True)
         ],
         steps=steps,
@@ -129,7 +132,12 @@ def _loop(
 
 
 def _served(
-    request: Request, arrival: float, origin: float, layers: Sequence[int], scores: OutputScores | None
+    request: Request,
+    arrival: float,
+    origin: float,
+    layers: Sequence[int],
+    scores: OutputScores | None,
+    compress_s: float | None,
 ) -> RequestServed:
     assert request.admitted_at is not None
     # the last token is chosen and never fed
@@ -146,4 +154,5 @@ def _served(
         stored_tokens=stored,
         evicted_tokens=length - stored,
         scores=scores,
+        compress_s=compress_s,
     )

@@ -10,7 +10,7 @@ from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
-from kvsuite.measure.served import put_served, request_rows, step_columns
+from kvsuite.measure.served import put_compression, put_served, request_rows, step_columns
 from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
 from kvsuite.workloads.serving_requests import ServingRequests
@@ -82,6 +82,9 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     elif realised is not None:
         sms = {lane: int(realised[f"{lane}_sms"]) for lane in ("decode", "prompt")}
     put_served(found, served, Slo.parse(str(run.case.params["slo"])), sms=sms, sms_unknown=unknown)
+    put_compression(
+        found, served, on_cuda=run.case.device.startswith("cuda"), why_not=_why_nothing_is_compressed(run.case)
+    )
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts
@@ -97,6 +100,14 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     found.samples["requests"] = request_rows(first)
     found.samples["steps"] = step_columns(first)
     found.samples["decisions"] = first.decisions
+
+
+def _why_nothing_is_compressed(case: Case) -> str:
+    if case.policy is None:
+        return "the full cache: there is no compression stage"
+    if case.params["factor"] == 1:
+        return "factor 1 removes nothing"
+    return "no prompt of a round was compressed: the controller chose none, or everything of it stays"
 
 
 def requests_of(load: ServingRequests) -> list[ServeRequest]:

@@ -16,7 +16,7 @@ METRICS = (
     "output_tok_s", "total_tok_s_computed", "total_tok_s_logical", "goodput_req_s", "slo_share", "capacity_req_s",
     "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "tpot_p50_s", "tpot_p90_s", "tpot_p99_s", "itl_p50_s", "itl_p90_s",
     "itl_p99_s", "queue_p50_s", "queue_p90_s", "queue_p99_s", "preemptions", "running_mean", "blocks_peak",
-    "sm_seconds", "energy_j", "energy_output_token_j", "served_perplexity", "served_perplexity_dense",
+    "compress_prompt_s", "sm_seconds", "energy_j", "energy_output_token_j", "served_perplexity", "served_perplexity_dense",
     "served_ppl_ratio", "served_kld", "served_kld_p99", "served_same_top1",
 )  # fmt: skip
 _DECISION = (

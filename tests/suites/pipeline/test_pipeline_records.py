@@ -118,6 +118,26 @@ def test_an_automatic_range_lies_around_the_closed_loop(run: Run) -> None:
     assert value(alone, "output_tok_s") > 0
 
 
+def test_what_compressing_a_prompt_took_is_told_of_each_prompt_and_null_where_none_was(run: Run) -> None:
+    options = {"model": "dummy:tiny", "variants": "compression-only,streams-only", "rounds": "2", "num_warmup": "0"}
+    found = run(**options, factors="1,5", pipeline_batch_sizes="4")
+    reasons = {
+        "baseline": "the full cache: there is no compression stage", "compression-only-f1": "factor 1 removes nothing",
+        "streams-only-f1": "factor 1 removes nothing",
+    }  # fmt: skip
+    assert set(found) == {*reasons, "compression-only-f5", "streams-only-f5"}
+    for name, record in found.items():
+        entry, requests = record.metrics["compress_prompt_s"], record.samples["requests"]
+        if name in reasons:
+            assert (entry["value"], entry["reason"]) == (None, reasons[name])
+            assert all(one["compress_s"] is None for one in requests)
+            continue
+        assert (entry["prompts"], entry["clock"]) == (2 * 4, "perf_counter")
+        assert entry["values"][0] == pytest.approx(sum(one["compress_s"] for one in requests) / 4)
+        # it is done within a step, so that all of it is less than the round
+        assert 0 < sum(one["compress_s"] for one in requests) < record.samples["rounds"][0]["wall_s"]
+
+
 def outputs(record: Record) -> list[str]:
     return [one["outputs_hash"] for one in record.samples["rounds"]]
 
