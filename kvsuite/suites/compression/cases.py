@@ -87,7 +87,7 @@ def compression_cases(options: Options) -> list[Case]:
             suite="compression",
             engine="hf" if common.engine == "auto" else common.engine,
             model=common.model,
-            name=stored.named(group.name if chosen == NONE else f"{group.name}_{chosen}"),
+            name=stored.named(_in_weights(group, None if chosen == NONE else chosen)),
             device=device,
             dtype=dtype_of(options, device, chosen),
             quantization=None if chosen == NONE else chosen,
@@ -100,6 +100,20 @@ def compression_cases(options: Options) -> list[Case]:
         for stored in stores
         for group in groups
     ]
+
+
+def _in_weights(group: Group, quantization: str | None) -> str:
+    return group.name if quantization is None else f"{group.name}_{quantization}"
+
+
+def scores_reference(case: Case, options: Options) -> bool:
+    """Whether a case scores the full cache for others: the first of a loaded model where no case is that cache itself."""
+    common, own = options.of(CommonOptions), options.of(CompressionOptions)
+    stores = selected_cache_formats(options)
+    first = next(_groups(own, common.seed))
+    if not own.divergence or (first.policy is None and any(stored.format is None for stored in stores)):
+        return False
+    return case.name == stores[0].named(_in_weights(first, case.quantization))
 
 
 def protocol_of(own: CompressionOptions, groups: Iterable[Group]) -> str:

@@ -136,7 +136,8 @@ def _draw_bytes(
     positive = [kld for of in sized.values() for row in of if (kld := value(row, "kld"))]
     edge = min(positive, default=1e-6) / 3
     for name, of in sized.items():
-        of = sorted(of, key=_mebibytes)
+        # of equal bytes the worse first, so that the line falls towards more of them
+        of = sorted(of, key=lambda row: (_mebibytes(row), -(value(row, "kld") or 0.0)))
         colour, stroke = styles[name]
         heights = [max(value(row, "kld") or 0.0, edge) for row in of]
         axes.plot(list(map(_mebibytes, of)), heights, color=colour, linestyle=stroke, linewidth=1.3, zorder=2)

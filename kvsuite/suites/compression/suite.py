@@ -11,7 +11,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row, json_bytes
 from kvsuite.suites.suite import Suite, Work, served_work
 
-from .cases import compression_cases, method_name, unread_options
+from .cases import compression_cases, method_name, scores_reference, unread_options
 from .options import CompressionOptions
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class CompressionSuite(Suite):
             return work
         # once through the cache, token by token, and once through the full one
         scored = int(case.workload["max_tokens"]) * int(case.workload["num_samples"])
-        return work + Work(scored, scored)
+        return work + Work(scored, 2 * scored if scores_reference(case, options) else scored)
 
     def needs(self, case: Case) -> tuple[type, ...]:
         from kvsuite.engines.capabilities import AppliesPolicy

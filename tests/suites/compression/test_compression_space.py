@@ -17,6 +17,7 @@ from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.compression.cases import compression_cases, method_name, unread_options
+from kvsuite.suites.compression.suite import CompressionSuite
 from kvsuite.suites.registry import cases_of, suite_names, usable_suites
 
 
@@ -297,9 +298,9 @@ def test_registry() -> None:
     assert suite_names() == ["compression", "dse", "perplexity", "pipeline"]
     # tables stand in this order
     suites = usable_suites()
-    assert [suite.name for suite in suites] == ["compression", "perplexity", "dse"]
+    assert [suite.name for suite in suites] == ["compression", "perplexity", "dse", "pipeline"]
     # other suites name their folders after themselves
-    assert [suite.run_name(default_options()) for suite in suites] == ["streaming_llm", "perplexity", "dse"]
+    assert [suite.run_name(default_options()) for suite in suites] == ["streaming_llm", "perplexity", "dse", "pipeline"]
     assert cases_of("compression", default_options()) == cases()
     with pytest.raises(
         UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity, pipeline"
@@ -401,3 +402,23 @@ def test_a_policy_that_fails_is_one_line_with_object_and_mend() -> None:
         r"other parameters",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "passes"),
+    [
+        ({}, 0),
+        ({"cache_dtype": "int8,auto"}, 0),
+        ({"cache_dtype": "int8,int4"}, 1),
+        ({"no_baseline": "true"}, 1),
+        ({"no_baseline": "true", "cache_dtype": "int8,auto"}, 1),
+        ({"no_baseline": "true", "quantization": "none,fake_q3"}, 2),
+        ({"no_baseline": "true", "divergence": "false"}, 0),
+    ],
+)
+def test_the_reference_is_a_pass_of_a_loaded_model_where_no_case_is_it(given: dict[str, str], passes: int) -> None:
+    options = default_options(max_tokens="100", num_samples="2", **given)
+    found = compression_cases(options)
+    without = default_options(max_tokens="100", num_samples="2", **given | {"divergence": "false"})
+    steps = [sum(CompressionSuite().cost(case, asked).steps for case in found) for asked in (options, without)]
+    assert steps[0] - steps[1] == 200 * passes

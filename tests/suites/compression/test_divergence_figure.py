@@ -85,6 +85,19 @@ def test_a_line_is_a_group_in_all_its_formats_by_bytes(run, formats):
     assert len(set(marks)) == 3
 
 
+def test_of_equal_bytes_the_worse_comes_first(run, compared):
+    rows = [
+        compared("baseline", stored, kv=kv, kld=kld)
+        for stored, kv, kld in (
+            ("int8", 2, 0.001),
+            ("int8:int4", 1.5, 0.01),
+            ("int4:int8", 1.5, 0.08),
+            ("int4", 1, 0.09),
+        )
+    ]
+    assert lines(build_divergence(run, rows).axes[0]) == [[(1, 0.09), (1.5, 0.08), (1.5, 0.01), (2, 0.001)]]
+
+
 def test_without_formats_a_line_is_a_policy_in_all_its_sizes(run, compared):
     rows = [
         compared("baseline", kv=8),
