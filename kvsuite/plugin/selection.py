@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from _pytest.mark import KeywordMatcher
 from _pytest.mark.expression import Expression
 
 from kvsuite.case import Case
@@ -12,12 +14,15 @@ from kvsuite.distribution.order import rotated
 from kvsuite.distribution.shards import assign
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
-from kvsuite.suites.registry import is_of_bare_run
+from kvsuite.suites.registry import is_of_bare_run, suite_names
 from kvsuite.survival.resume import find_earlier, is_finished
 
 from .case_watch import case_of, suite_name
 from .reporter import Reporter
 from .stash import FINISHED, OPTIONS, ORDER_SEED, PLACES, PLANNED, UNASKED, is_worker
+
+# a word of -k, as pytest cuts it
+_WORD = re.compile(r"[\w:+.\[\]\\/=-]+")
 
 
 def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
@@ -50,17 +55,21 @@ def take_up(config: pytest.Config, reporter: Reporter) -> str | None:
 def leave_out_unasked(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the cases of suites that are no part of a bare run, unless their file was given or ``-k`` names them."""
     unasked: dict[str, list[pytest.Item]] = {}
-    named = _names_something(config.option.keyword)
+    keyword = config.option.keyword
+    named = _names_something(keyword)
     for item in items:
         suite = suite_name(item)
-        if suite is not None and not named and not item.session.isinitpath(item.path) and not is_of_bare_run(suite):
+        if suite is None or item.session.isinitpath(item.path) or is_of_bare_run(suite):
+            continue
+        if not named or not _is_meant(keyword, item, suite):
             unasked.setdefault(suite, []).append(item)
     left_out = {item for own in unasked.values() for item in own}
     if not left_out:
         return
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=[item for own in unasked.values() for item in own])
-    lines = [_told(suite, own) for suite, own in unasked.items()]
+    # who names another suite need not be told of this one
+    lines = [] if named else [_told(suite, own) for suite, own in unasked.items()]
     config.stash[UNASKED] = lines
     if is_worker(config):
         config.workeroutput["kv_unasked"] = lines  # type: ignore[attr-defined]
@@ -69,6 +78,22 @@ def leave_out_unasked(config: pytest.Config, items: list[pytest.Item]) -> None:
 def _names_something(keyword: str) -> bool:
     # what holds of a test without any name (not dse) leaves out and asks for nothing
     return bool(keyword) and not Expression.compile(keyword).evaluate(lambda name, /, **_: False)
+
+
+def _is_meant(keyword: str, item: pytest.Item, suite: str) -> bool:
+    """Whether ``-k`` means a case that it matches: in ``-k compression`` the word is a suite, not a part of an id.
+
+    A case of the suite pipeline may be called ``compression-only``.
+    """
+    known = set(suite_names())
+    if suite in _WORD.findall(keyword.lower()):
+        return True
+    matches = KeywordMatcher.from_item(item)
+
+    def holds(name: str, /, **_: str | int | bool | None) -> bool:
+        return name.lower() == suite if name.lower() in known else matches(name)
+
+    return Expression.compile(keyword).evaluate(holds)
 
 
 def _told(suite: str, items: list[pytest.Item]) -> str:

@@ -155,7 +155,7 @@ def test_what_is_no_rule_is_refused(text: str, message: str) -> None:
 UNKNOWN = {
     "decode_tok_s_ag:-5%": "no metric decode_tok_s_ag (did you mean decode_tok_s_agg?)",
     "decode_toks:-5%": "did you mean decode_tok_s?",
-    "dsee/ttft:+5%": "no suite dsee (did you mean dse?); there are compression, dse, perplexity, pipeline",
+    "dsee/ttft:+5%": "no suite dsee (did you mean dse?); there are compression, dse, perplexity",
     "decode_tok_s:+5%": "is better when higher, so what fails is a change of -; write - or no sign",
     "kvv_*:+5%": "no metric that kvv_* matches can have this limit",
     "mem_*:+5s": "no metric that mem_* matches can have this limit",
