@@ -50,7 +50,10 @@ def test_what_is_written_is_read(values: dict[str, list[int]]) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("snapkv(windw=3)", "snapkv has no parameter windw; did you mean window? it has factor, rounding, keep_ratio, window, kernel"),
+        (
+            "snapkv(windw=3)",
+            "snapkv has no parameter windw; did you mean window? it has factor, rounding, keep_ratio, window, kernel",
+        ),
         ("snapkv(window=a)", "window=a is not a whole number"),
         ("snapkv(window=1.5)", "window=1.5 is not a whole number"),
         ("snapkv(window=1_000)", "window=1_000 is not a whole number"),
