@@ -184,7 +184,8 @@ def test_the_memory_pass_counts_what_hf_counts(line: Line, skip: list[int]) -> N
     assert found.compress_s is not None
     assert found.evict_s is not None
     assert found.compress_s > 0
-    assert found.evict_s > 0
+    # nothing is decided any more once a policy that acts once has acted
+    assert (found.evict_s > 0) is not line.once
 
 
 def test_memory_by_term() -> None:
@@ -283,7 +284,7 @@ def test_rules_of_a_case(tmp_path: Path) -> None:
     on = served()
     with pytest.raises(CaseInvalid, match=r"kvpress:SnapKV on engine nano: .*use --kv-engine=hf"):
         on.prepare(nano(case(policy="kvpress:SnapKV", policy_params={"keep_ratio": 0.5})))
-    with pytest.raises(CaseInvalid, match="SM partitions"):
+    with pytest.raises(CaseInvalid, match="SMs are parted between two lanes, and this case has one"):
         on.prepare(nano(case(partition={"sms": 16})))
     with pytest.raises(UserError, match=r"--kv-skip-layers=.*4: the model has layers 0 to 3"):
         on.prepare(nano(streaming(16, skip_layers=[4])))
