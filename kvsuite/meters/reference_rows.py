@@ -45,7 +45,8 @@ class ReferenceRows:
             raise ValueError(f"row {at} after {len(self._range)} rows")
         row = torch.log_softmax(logits[0].float(), -1)
         possible = row.isfinite()
-        low, high = float(row[possible].min()), float(row[possible].max())
+        # a row of a model that overflowed has no range; its loss, which is not finite either, says what is wrong
+        low, high = (float(end) for end in row[possible].aminmax()) if bool(possible.any()) else (0.0, 0.0)
         step = (high - low) / _STEPS
         codes = ((row - low) / step).round() + 1 if step else torch.ones_like(row)
         stored = torch.where(possible, codes, 0.0).cpu().numpy().astype(np.uint16)
