@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsuite.errors import UserError
 from kvsuite.metrics.registry import percentile
+from kvsuite.options.durations import duration
 
 #: the percentiles that are told of every latency, by the names in which they are told
 PERCENTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?|\.\d+)(s|ms|us|µs)")
 # a queue grows for good where more than this share of the requests that come stays
 _STAYING = 0.1
 # and by more than so many standard deviations of a Poisson count
@@ -52,16 +50,10 @@ class Slo:
             raise UserError(f"{option}={text}: give a bound for TTFT and one for TPOT, such as 1s:25ms")
         bounds = []
         for name, part in zip(("TTFT", "TPOT"), parts, strict=True):
-            found = _DURATION.fullmatch(part.strip())
-            if found is None:
-                raise UserError(
-                    f"{option}={text}: {name} {part.strip()!r} is no time; write a number with s, ms or us, such as "
-                    "1s:25ms"
-                )
-            seconds = float(found[1]) * _SECONDS[found[2]]
-            if not 0 < seconds < math.inf:
-                raise UserError(f"{option}={text}: {name} must be more than 0, such as 1s:25ms")
-            bounds.append(seconds)
+            try:
+                bounds.append(duration(part))
+            except ValueError as error:
+                raise UserError(f"{option}={text}: {name} {part.strip()!r} {error}, such as 1s:25ms") from None
         return cls(*bounds)
 
     def __str__(self) -> str:

@@ -80,7 +80,7 @@ def test_what_an_slo_says_of_itself_is_it(ttft: int, tpot: int) -> None:
     [
         ("1s", "a bound for TTFT and one for TPOT"), ("", "a bound for TTFT"), ("1s:25ms:3ms", "a bound for TTFT"),
         ("1:25ms", "TTFT '1' is no time"), ("1s:25", "TPOT '25' is no time"), ("1s:-25ms", "TPOT '-25ms' is no time"),
-        ("1s:0ms", "TPOT must be more than 0"), ("nans:1ms", "TTFT 'nans' is no time"), ("1m:1ms", "TTFT '1m' is no time"),
+        ("1s:0ms", "must be more than 0"), ("nans:1ms", "TTFT 'nans' is no time"), ("1m:1ms", "TTFT '1m' is no time"),
     ],
 )  # fmt: skip
 def test_what_is_no_slo_is_a_line(text: str, said: str) -> None:

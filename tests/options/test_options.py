@@ -90,6 +90,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "replay-decisions": ("decisions.json", "decisions.json"),
     "arrivals": ("trace", "trace"),
     "arrival-rate": ("2.5", 2.5),
+    "capacity": ("0.5:8", (0.5, 8.0)),
     "trace-time-scale": ("4", 4.0),
     "concurrency": ("8", 8),
     "slo": ("200ms:50ms", "200ms:50ms"),

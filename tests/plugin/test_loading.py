@@ -29,12 +29,14 @@ LIGHT = {
     "kvsuite", "kvsuite.entry_points", "kvsuite.errors", "kvsuite.foreign_text",
     "kvsuite.plugin", "kvsuite.plugin.fixtures", "kvsuite.plugin.hookspec", "kvsuite.plugin.stash",
     "kvsuite.options", "kvsuite.options.card", "kvsuite.options.common", "kvsuite.options.comparison", "kvsuite.options.dtypes",
+    "kvsuite.options.durations", "kvsuite.options.sm_pairs",
     "kvsuite.options.groups", "kvsuite.options.misspelt", "kvsuite.options.numbers", "kvsuite.options.option",
     "kvsuite.options.paths", "kvsuite.options.resolve", "kvsuite.options.shard",
     "kvsuite.options.sweep",
     "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
+    "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",
 }  # fmt: skip
 #: packages that kvsuite brings in there
 LIGHT_PACKAGES = {"msgspec", "typing_extensions"}
