@@ -39,7 +39,7 @@ FULL = (
 # docs/metrics.md's, by which cases have them
 WORDS = {"word_perplexity", "byte_perplexity", "bits_per_byte"}
 DISTANCE = {
-    "kld", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
+    "kld", "kld_se", "kld_median", "kld_p99", "kld_max", "same_top1", "rms_delta_p", "mean_delta_p", "perplexity_reference",
     "delta_perplexity", "ppl_ratio_reference", "ppl_ratio_reference_se",
 }  # fmt: skip
 ALWAYS = {"perplexity", "perplexity_se", "nll_sum", "nll_tokens", "next_token_acc"}
