@@ -182,7 +182,8 @@ def test_the_table_has_a_line_a_case(full: Run) -> None:
     assert table.strip() in full.out
     for name, status in STATUSES.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
-        assert ("1.00x" in line) == (name.endswith("baseline") and status == "ok")
+        # another case may be as fast by chance
+        assert "1.00x" in line or not (name.endswith("baseline") and status == "ok")
     assert "4 requests of up to 32 + 8 tokens, arrivals closed, pool of 6 blocks, SLO 1s:25ms" in table
 
 
