@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvsuite.meters.divergence import TokenDivergence, summarise_divergence
+from kvsuite.meters.divergence import TokenDivergence, is_trap, summarise_divergence
 from kvsuite.meters.quality import paired_ratio
 
 from .measurement import Measurement
@@ -40,15 +40,12 @@ def put_cache_divergence(found: Measurement, tokens: TokenDivergence, **facts: A
 
 
 def trap(tokens: TokenDivergence) -> str | None:
-    """What to say of a cache whose losses are better than the full cache's although other tokens are the most likely ones.
-
-    Such a cache does not predict better, it predicts something else that this text happens to like; ``None`` for others.
-    """
-    better = -paired_ratio(tokens.nll, tokens.nll_reference).mean_difference
-    changed = 1 - sum(tokens.same_top1) / len(tokens.same_top1)
-    if better <= 0 or changed <= 0:
+    """What to say of a cache that is a trap (`kvsuite.meters.divergence.is_trap`); ``None`` for others."""
+    difference = paired_ratio(tokens.nll, tokens.nll_reference).mean_difference
+    same = sum(tokens.same_top1) / len(tokens.same_top1)
+    if not is_trap(difference, same):
         return None
     return (
-        f"trap: the mean loss is {better:.4f} nats better than the full cache's, and {changed:.1%} of the most likely tokens "
-        "are others: perplexity alone would call this an improvement"
+        f"trap: the mean loss is {-difference:.4f} nats better than the full cache's, and {1 - same:.1%} of the most "
+        "likely tokens are others: perplexity alone would call this an improvement"
     )

@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def is_trap(nll_difference: float, same_top1: float) -> bool:
+    """Whether a mean loss is better than the reference's although other tokens are the most likely ones.
+
+    Such an arm does not predict better, it predicts something else that this text happens to like; perplexity alone would
+    call it an improvement.
+
+    Parameters
+    ----------
+    nll_difference
+        Mean loss minus the reference's, in nats.
+    same_top1
+        Share of positions where both rank the same token first.
+    """
+    return nll_difference < 0 and same_top1 < 1
+
+
 @dataclass(frozen=True)
 class TokenDivergence:
     """Two arms on the same targets, position by position.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kvsuite.case import Case
 from kvsuite.entry_points import OURS, SUITES, described, find, in_a_line, load, package
 from kvsuite.errors import UserError
+from kvsuite.options.option import options_in
 from kvsuite.options.resolve import Options
 
 from .suite import Suite
@@ -216,7 +217,7 @@ def usable_cases(name: str, options: Options) -> list[Case]:
     Raises
     ------
     UserError
-        For options that give no case of a suite of a bare run.
+        For options that give no case of a suite of a bare run, or of one whose own options were given.
     """
     try:
         return cases_of(name, options)
@@ -224,7 +225,8 @@ def usable_cases(name: str, options: Options) -> list[Case]:
         return []
     except UserError:
         suite = suite_of_rows(name)
-        if suite.bare_run_place is None:
+        own = options_in(suite.option_group) if suite.option_group is not None else ()
+        if suite.bare_run_place is None and options.given.isdisjoint(option.field for option in own):
             # whoever asks for it is told
             return []
         raise

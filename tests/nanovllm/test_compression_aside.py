@@ -10,6 +10,7 @@ import torch
 from decoders import VOCAB, greedy, loaded, prompts, text
 from hand_aside import HandAside
 from kept_positions import turning
+from prompt_policies import EVERY
 from serving import LogitsByRequest, assert_nothing_lost
 from torch import Tensor
 
@@ -19,19 +20,6 @@ from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 
-POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("streaming_llm", {"start_size": 2}),
-    ("recent_only", {}),
-    ("uniform_stride", {}),
-    ("l2_compress", {}),
-    ("fix_size_l2", {"strategy": "random", "keep_ratio": 0.25}),
-    ("snapkv", {"window": 4}),
-    ("h2o", {}),
-    ("tova", {}),
-    ("knorm", {}),
-    ("expected_attention", {"future": 16, "sinks": 2}),
-)
-EVERY = pytest.mark.parametrize(("name", "own"), POLICIES, ids=[name for name, _ in POLICIES])
 # prompts of 10 and 3 blocks of 4; a pool for one of the long ones and what is left of others
 LENGTHS = (38, 12, 40, 37, 11)
 OUTPUT = 9

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from decoders import fresh, greedy, prompts  # noqa: E402
 from kept_positions import turning  # noqa: E402
+from prompt_policies import EVERY  # noqa: E402
 from serving import assert_nothing_lost  # noqa: E402
 
 from kvsuite.compression import get_policy  # noqa: E402
@@ -25,18 +26,6 @@ from kvsuite.nanovllm.runtime import Runtime  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("streaming_llm", {"start_size": 2}),
-    ("uniform_stride", {}),
-    ("l2_compress", {}),
-    ("fix_size_l2", {"strategy": "random", "keep_ratio": 0.25}),
-    ("snapkv", {"window": 4}),
-    ("h2o", {}),
-    ("tova", {}),
-    ("knorm", {}),
-    ("expected_attention", {"future": 16, "sinks": 2}),
-)
-EVERY = pytest.mark.parametrize(("name", "own"), POLICIES, ids=[name for name, _ in POLICIES])
 LENGTHS = (38, 12, 40, 37, 11, 52, 29, 47)
 NEW = 16
 

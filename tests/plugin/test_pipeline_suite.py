@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pytest_runs import Run, copy_benchmarks, run_pytest
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.__main__ import main
+from kvsuite.reporting.aggregate import value
 from kvsuite.store.validate import validate
 from kvsuite.suites.pipeline.files import DECISIONS_FILE, pipeline_files
 from kvsuite.suites.pipeline.results_json import METRICS, RESULTS_FILE
@@ -80,14 +82,22 @@ def test_every_case_has_a_valid_record_and_what_cannot_be_stops_no_other(full: R
     assert full.said("--kv-workloads=heavy-trace: is made of a trace and none is given")
 
 
-def test_what_no_case_can_be_made_of_is_a_line_and_no_trace(tmp_path: Path) -> None:
-    """Found while pytest collects, for a bare run has no cases of this suite."""
-    run = run_pytest(project(tmp_path), "-k", "pipeline", "--kv-model=dummy:tiny", "--kv-pipeline-method=nosuch")
-    assert run.code != 0
-    assert run.said("kvsuite: --kv-pipeline-method=nosuch: unknown policy; known: ")
-    assert not run.said("cases.py")
-    assert not run.said("Traceback")
-    assert len(run.out.splitlines()) < 25
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--kv-pipeline-method=nosuch"], "kvsuite: --kv-pipeline-method=nosuch: unknown policy; known: "),
+        (
+            ["--kv-variants=triad", "--kv-replay-decisions=nosuch.json"],
+            "kvsuite: --kv-replay-decisions=nosuch.json: no such file; name the pipeline_decisions.json of a run",
+        ),
+    ],
+)
+def test_an_option_that_no_case_can_be_made_of_is_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:
+    run = run_pytest(project(tmp_path), "-k", "pipeline", "--kv-model=dummy:tiny", *arguments)
+    assert run.code == pytest.ExitCode.USAGE_ERROR
+    (said,) = (run.out + run.err).strip().splitlines()
+    assert line in said
+    assert not run.reports
 
 
 def test_every_variant_serves_the_same_prompts_in_the_same_pool(full: Run) -> None:
@@ -106,7 +116,9 @@ def test_decisions_of_a_controller_are_a_file_that_can_be_replayed(full: Run) ->
     rows = list(records(full).values())
     assert DECISIONS_FILE not in pipeline_files({}, rows)
     log = [{"schema": "kvsuite.decisions/1"}, {"decision": {"pipeline": "none"}}, {"decision": {"pipeline": "prefill"}}]
-    controlled = next(row for row in rows if row["case"]["params"]["variant"] == "compression-only")
+    controlled = next(
+        row for row in rows if row["case"]["params"]["variant"] == "compression-only" and row["status"] == "ok"
+    )
     controlled["samples"]["decisions"] = log
     files = pipeline_files({}, rows)
     assert json.loads(files[DECISIONS_FILE]) == {controlled["case"]["name"]: log}
@@ -180,10 +192,14 @@ def test_the_list_that_was_asked_for_and_the_csv_hold_the_same_rows(full: Run) -
 def test_the_table_has_a_line_a_case(full: Run) -> None:
     table = (full.report / "table.txt").read_text()
     assert table.strip() in full.out
+    speed_of = {name: value(row, "total_tok_s_logical") for name, row in records(full).items() if row["status"] == "ok"}
     for name, status in STATUSES.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
-        # another case may be as fast by chance
-        assert "1.00x" in line or not (name.endswith("baseline") and status == "ok")
+        # beside the baseline of its own workload, not of another one
+        speed, beside = (speed_of.get(one) for one in (name, re.sub(r"(-bs04)-.*", r"\1-baseline", name)))
+        ratios = [] if speed is None or beside is None else [f"{speed / beside:.2f}x"]
+        assert (status == "ok") == bool(ratios)
+        assert re.findall(r"[0-9]+\.[0-9]{2}x", line) == ratios, name
     assert "4 requests of up to 32 + 8 tokens, arrivals closed, pool of 6 blocks, SLO 1s:25ms" in table
 
 

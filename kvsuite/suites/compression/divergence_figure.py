@@ -12,7 +12,7 @@ from kvsuite.reporting.aggregate import MIB, Row, suite_rows, value
 from kvsuite.reporting.figure_style import GREY, RED, figure_bytes, house_style
 
 from .figure import MOST_CASES, subtitle
-from .rows import TRAP_MARK, TRAP_MEANING, format_name, has_formats, is_baseline, is_full, is_trap, setting
+from .rows import TRAP_MARK, TRAP_MEANING, format_name, has_formats, is_baseline, is_full, is_trap_row, setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,7 +208,7 @@ def _mark(
         [x], [y], yerr=whisker, fmt=marks[format_name(row)], color=colour, ecolor=colour, markeredgecolor="black",
         markersize=8, capsize=3, elinewidth=1, zorder=3,
     )  # fmt: skip
-    if is_trap(row):
+    if is_trap_row(row):
         axes.plot([x], [y], **_RING, zorder=4)
         axes.annotate(
             TRAP_MARK, (x, y), xytext=(9, 4), textcoords="offset points", fontsize=13, color=RED, fontweight="bold"
@@ -234,7 +234,7 @@ def _legend(styles: Mapping[str, Style], marks: Mapping[str, str], compared: Seq
             )
             for name, mark in marks.items()
         ]
-    if any(map(is_trap, compared)):
+    if any(map(is_trap_row, compared)):
         found.append(Line2D([], [], **_RING, label=f"{TRAP_MARK} trap"))
     return found
 
@@ -244,7 +244,7 @@ def _caption(run: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Row
     lines = [
         "Whiskers: 1 standard error (KL divergence, a lower bound), 2 paired standard errors (loss). A KL divergence of 0 "
         f"stands at the lower edge. Run {run.get('run_id')}, kvsuite {run.get('kvsuite_version')}.",
-        *([TRAP_MEANING] if any(map(is_trap, compared)) else []),
+        *([TRAP_MEANING] if any(map(is_trap_row, compared)) else []),
     ]
     left_out = [visible(row["case"]["name"]) for row in rows if row not in compared and not is_baseline(row)]
     if left_out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvsuite.cache_formats.cache_format import AUTO, PARAMETER
+from kvsuite.meters.divergence import is_trap
 from kvsuite.reporting.aggregate import Row, value
 
 #: what stands before the number of a case that is a trap, and what it means
@@ -35,14 +36,10 @@ def has_formats(rows: Iterable[Row]) -> bool:
     return any(format_name(row) != AUTO for row in rows)
 
 
-def is_trap(row: Row) -> bool:
-    """Whether the mean loss is better than the full cache's although other tokens are the most likely ones.
-
-    Perplexity alone would call such a case an improvement. It is what `kvsuite.measure.divergence.trap` warns of, read from
-    a record.
-    """
+def is_trap_row(row: Row) -> bool:
+    """Whether the case is a trap (`kvsuite.meters.divergence.is_trap`), as its record has it."""
     difference, same = value(row, "nll_difference"), value(row, "same_top1")
-    return difference is not None and same is not None and difference < 0 and same < 1
+    return difference is not None and same is not None and is_trap(difference, same)
 
 
 def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:

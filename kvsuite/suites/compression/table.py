@@ -27,7 +27,7 @@ from kvsuite.reporting.table_parts import (
 )
 
 from .figure import MOST_CASES
-from .rows import TRAP_MARK, TRAP_MEANING, baseline_for, has_formats, is_baseline, is_full, is_trap
+from .rows import TRAP_MARK, TRAP_MEANING, baseline_for, has_formats, is_baseline, is_full, is_trap_row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,7 +37,7 @@ def _ratio(row: Row) -> str:
     ratio, se = value(row, "ppl_ratio"), value(row, "ppl_ratio_se")
     if ratio is None:
         return MISSING
-    mark = TRAP_MARK * is_trap(row)
+    mark = TRAP_MARK * is_trap_row(row)
     return f"{mark}{ratio:.4f}" if se is None else f"{mark}{ratio:.4f}±{2 * se:.4f}"
 
 
@@ -125,7 +125,7 @@ def comparison_legend(rows: Sequence[Row]) -> str:
         f"Thruput: output tokens/s. VRAM: GiB. Cache: tokens, mean over layers. {SPREAD} PPL/full: against the full cache "
         "on the same tokens ± 2 standard errors."
     )
-    if any(map(is_trap, rows)):
+    if any(map(is_trap_row, rows)):
         legend += f"\n{TRAP_MEANING}"
     if len(rows) > MOST_CASES:
         legend += (

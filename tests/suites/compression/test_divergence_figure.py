@@ -14,7 +14,7 @@ from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.suites.compression.divergence_figure import build_divergence, render_divergence
 from kvsuite.suites.compression.figure import build_figure
 from kvsuite.suites.compression.results_json import results_json
-from kvsuite.suites.compression.rows import baseline_for, is_baseline, is_trap
+from kvsuite.suites.compression.rows import baseline_for, is_baseline, is_trap_row
 from kvsuite.suites.compression.suite import CompressionSuite
 from kvsuite.suites.compression.table import comparison_legend, comparison_table
 
@@ -126,7 +126,7 @@ def test_two_engines_are_two_lines(run, compared):
 )
 def test_a_trap_is_a_better_loss_with_other_most_likely_tokens(run, compared, same, difference, marked):
     rows = [compared("baseline", kv=8), compared("baseline", "int8", kv=2, kld=0.001, same=same, difference=difference)]
-    assert is_trap(rows[1]) is marked
+    assert is_trap_row(rows[1]) is marked
     figure = build_divergence(run, rows)
     left, right = figure.axes
     assert rings(left) == ([(2, 0.001)] if marked else [])
@@ -140,7 +140,7 @@ def test_a_trap_is_a_better_loss_with_other_most_likely_tokens(run, compared, sa
 def test_a_case_that_failed_is_no_trap(compared):
     one = compared("baseline", "int8", kld=0.001, same=0.9, difference=-0.1)
     one["status"] = "failed"
-    assert not is_trap(one)
+    assert not is_trap_row(one)
 
 
 def test_a_divergence_of_zero_stands_at_the_lower_edge(run, compared):
