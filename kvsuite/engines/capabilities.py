@@ -12,7 +12,7 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .results import Served, ServeRequest, TakeRow, TokenProgress, WindowProgress, WindowScores
+from .results import Served, ServeRequest, TakeRow, TokenProgress, WholeScores, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
@@ -66,6 +66,25 @@ class GivesLogits(Protocol):
         full
             Through the full cache in the model's dtype, served in the same way, in the place of the case's.
         """
+        ...
+
+
+@runtime_checkable
+class ScoresInOnePass(Protocol):
+    """Gives losses of a text by one forward pass whose attention reads what the cache of the case stores."""
+
+    def score_whole(self, tokens: Sequence[int], take: TakeRow, *, full: bool) -> WholeScores:
+        """Losses of ``tokens[1:]``; ``take`` is told each row: its index from 0, and logits ``[1, vocab]``.
+
+        Parameters
+        ----------
+        full
+            Through the full cache in the model's dtype, in the place of the case's.
+        """
+        ...
+
+    def planned_whole_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of the prepared case takes of a text of so many tokens, as predicted."""
         ...
 
 
@@ -150,6 +169,7 @@ _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
     ScoresThroughCache: "returns no losses of a text through its cache",
     GivesLogits: "hands out no logits of a text through its cache",
+    ScoresInOnePass: "hands out no logits of a text that one forward pass took through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
     ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",
