@@ -103,9 +103,10 @@ def _draw_pareto(axes: Axes, rows: Sequence[Row]) -> None:
                 visible(row["case"]["name"]), (bits, kld), xytext=(7, 5), textcoords="offset points", fontsize=9
             )
     if mixed:
+        points = list(map(at, mixed))
         axes.errorbar(
-            [at(row)[0] for row in mixed], [at(row)[1] for row in mixed], yerr=[at(row)[2] for row in mixed], fmt="o-", color=RED, markeredgecolor="black", capsize=3, zorder=3,
-            label="mixed by layer, under a budget",
+            [bits for bits, _, _ in points], [kld for _, kld, _ in points], yerr=[error for _, _, error in points],
+            fmt="o-", color=RED, markeredgecolor="black", capsize=3, zorder=3, label="mixed by layer, under a budget",
         )  # fmt: skip
         axes.legend(fontsize=9, frameon=False)
     axes.margins(x=0.12)
