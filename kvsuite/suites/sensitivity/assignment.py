@@ -105,9 +105,16 @@ def attending(of: ModelLayers) -> list[int]:
     return [layer.index for layer in of.layers if layer.attention]
 
 
-def lowerings(of: ModelLayers, formats: Sequence[SideFormat]) -> list[Lowering]:
-    """Every layer's keys and values in every format, in order."""
-    return [(side, layer, chosen) for chosen in formats for side in SIDES for layer in attending(of)]
+def lowerings(of: ModelLayers, formats: Sequence[tuple[SideFormat, SideFormat]]) -> list[Lowering]:
+    """Every layer's keys in the first of each pair of formats and its values in the second, each once; ``auto`` is left out."""
+    found = [
+        (side, layer, chosen)
+        for pair in formats
+        for side, chosen in zip(SIDES, pair, strict=True)
+        if chosen.is_packed
+        for layer in attending(of)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def mixed(

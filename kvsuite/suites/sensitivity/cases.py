@@ -35,11 +35,11 @@ class Formats:
     base
         Keys and values of what an assignment does not lower.
     lower
-        Formats that each layer's keys, and values, take alone.
+        Formats that each layer's keys, and its values, take alone.
     """
 
     base: tuple[SideFormat, SideFormat]
-    lower: tuple[SideFormat, ...]
+    lower: tuple[tuple[SideFormat, SideFormat], ...]
 
     @classmethod
     def of(cls, options: Options) -> Formats:
@@ -56,26 +56,21 @@ class Formats:
     @classmethod
     def named(cls, base: str, lower: tuple[str, ...]) -> Formats:
         """By their names, as `of` reads them."""
-        sides = []
-        for typed in lower:
-            chosen = _read("--kv-sensitivity", typed)
-            if chosen is None or chosen.keys != chosen.values:
-                raise UserError(
-                    f"--kv-sensitivity={typed}: is tried for keys and for values by itself; give one packed format for both, "
-                    "for example --kv-sensitivity=int4"
-                )
-            sides.append(chosen.keys)
-        if len(set(sides)) < len(sides):
+        pairs = [_read("--kv-sensitivity", typed) for typed in lower]
+        if (PLAIN, PLAIN) in pairs:
+            raise UserError(
+                "--kv-sensitivity=auto: is what layers are compared with; give a packed format, such as int4"
+            )
+        if len(set(pairs)) < len(pairs):
             raise UserError(f"--kv-sensitivity={','.join(lower)}: names one format twice; name it once")
-        found = _read("--kv-sensitivity-base", base)
-        kept = (PLAIN, PLAIN) if found is None else (found.keys, found.values)
-        groups = {side.token_group for side in (*sides, *kept)} - {1}
+        kept = _read("--kv-sensitivity-base", base)
+        groups = {side.token_group for pair in (*pairs, kept) for side in pair} - {1}
         if len(groups) > 1:
             raise UserError(
                 f"--kv-sensitivity={','.join(lower)}: keys and values of a layer are packed together, so groups per channel "
                 "must be equal in all formats and in --kv-sensitivity-base"
             )
-        return cls(kept, tuple(sides))
+        return cls(kept, tuple(pairs))
 
     def base_assignment(self, layers: int) -> Assignment:
         """All layers in the base."""
@@ -84,12 +79,12 @@ class Formats:
     def uniform(self) -> list[OwnFormat | None]:
         """Formats for all layers to compare with: the model's dtype, the base, each lower format for both and for one side."""
         pairs = [(PLAIN, PLAIN), self.base]
-        for low in self.lower:
-            pairs += [(low, low), (self.base[0], low), (low, self.base[1])]
+        for keys, values in self.lower:
+            pairs += [(keys, values), (self.base[0], values), (keys, self.base[1])]
         return list(dict.fromkeys(Assignment.uniform(1, *pair).format for pair in pairs))
 
 
-def _read(option: str, typed: str) -> CacheFormat | None:
+def _read(option: str, typed: str) -> tuple[SideFormat, SideFormat]:
     try:
         found = CacheFormat.parse(typed)
     except UserError as error:
@@ -98,7 +93,7 @@ def _read(option: str, typed: str) -> CacheFormat | None:
         raise UserError(
             f"{option}={typed}: layers in other formats have no residual window in common; leave residual out"
         )
-    return found
+    return (PLAIN, PLAIN) if found is None else (found.keys, found.values)
 
 
 def sensitivity_cases(options: Options) -> list[Case]:

@@ -46,6 +46,7 @@ def build_sensitivity(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
         If no row is of the suite.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     compared = [row for row in suite_rows(rows, "sensitivity") if value(row, "kld")]
     case = compared[0]["case"]
@@ -59,6 +60,9 @@ def build_sensitivity(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
         _draw_pareto(right, [row for row in compared if row["case"]["params"]["kind"] != LAYER])
         for axes in (left, right):
             axes.set_yscale("log")
+            # powers would be mathematical text, which the house style leaves as it is
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(linestyle="--", alpha=0.3)
             axes.set_ylabel("KL divergence from the full cache, nats a token (log)")
         facts = (

@@ -166,7 +166,7 @@ def _assignment(scorer: CacheScorer, case: Case, run: CaseRun, of: ModelLayers, 
         )
     assignment = mixed(base, divergences, size, most)
     if assignment is None:
-        least = min(size(Assignment.uniform(len(of.layers), low, low)) for low in formats.lower)
+        least = min(size(Assignment.uniform(len(of.layers), *pair)) for pair in formats.lower)
         raise CaseInvalid(
             f"{typed}: {', '.join(case.params['formats'])} for all layers takes {size.bits(least):.4g} bits an element; give "
             "more, or a smaller format to --kv-sensitivity"

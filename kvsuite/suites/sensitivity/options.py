@@ -22,8 +22,8 @@ class SensitivityOptions(OptionGroup, frozen=True, kw_only=True):
     # fmt: off
     sensitivity: Annotated[tuple[str, ...], Option(
         list_of(text), "int4",
-        "Cache formats that the keys, and the values, of each layer are stored in alone, comma separated, e.g. "
-        "--kv-sensitivity='int4(group=32),int4_channel'. Suite sensitivity.",
+        "Cache formats that the keys, and the values, of each layer are stored in alone, comma separated, keys:values where "
+        "they differ, e.g. --kv-sensitivity=int4_channel:int4. Suite sensitivity.",
         example="int4",
     )]
     sensitivity_base: Annotated[str, Option(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvsuite import console
+from kvsuite.meters.divergence import is_trap
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 LEGEND = (
     "KLD: from the full cache in the model's dtype, nats a token ± 1 standard error; dKLD: less that of the base, dNLL: loss "
     "- full cache's, both paired ± 2 standard errors.",
+    "† trap: a better loss than the full cache's, but other most likely tokens: no improvement.",
     "A layer's line: this layer's keys (k) or values (v) alone are in the format, all others in the model's dtype.",
 )
 
@@ -38,7 +40,7 @@ def sensitivity_table(rows: Sequence[Row]) -> RenderableType:
         Column("kld", 17, cell=lambda row: _with_error(row, "kld", 1, ".5f")),
         Column("kld_p99", 8, title="p99", spec=".4f"),
         Column("same_top1", 8),
-        Column("nll_difference", 17, cell=lambda row: _with_error(row, "nll_difference", 2, "+.4f")),
+        Column("nll_difference", 17, cell=_loss),
     ]
     of_format = [
         Column("kv_bits", 7),
@@ -52,7 +54,18 @@ def sensitivity_table(rows: Sequence[Row]) -> RenderableType:
         tables.append(case_table("Format", whole, of_format))
     if layers:
         tables.append(case_table("Layer alone", layers, distance))
-    return console.stacked(tables, footnotes(labelled, distance))
+    # a trap has its sign beside the loss
+    quiet = {
+        name: {**row, "warnings": [text for text in row["warnings"] if not str(text).startswith("trap: ")]}
+        for name, row in labelled.items()
+    }
+    return console.stacked(tables, footnotes(quiet, distance))
+
+
+def _loss(row: Row) -> str:
+    difference, same = value(row, "nll_difference"), value(row, "same_top1")
+    is_marked = difference is not None and same is not None and is_trap(difference, same)
+    return "†" * is_marked + _with_error(row, "nll_difference", 2, "+.4f")
 
 
 def _with_error(row: Row, metric: str, times: int, spec: str) -> str:

@@ -42,7 +42,7 @@ def test_bytes_and_bits_are_those_of_the_formats() -> None:
 
 
 def test_the_cheapest_goes_first_and_no_more_go_than_the_budget_asks_for() -> None:
-    prices = {lowering: float(rank + 1) for rank, lowering in enumerate(lowerings(layers(), [INT4]))}
+    prices = {lowering: float(rank + 1) for rank, lowering in enumerate(lowerings(layers(), [(INT4, INT4)]))}
     saved = SIZE.layer(0, BASE) - SIZE.layer(0, BASE.lowered((KEYS, 0, INT4)))
     for count in range(1, 2 * COUNT + 1):
         found = mixed(BASE, prices, SIZE, SIZE(BASE) - (count - 0.5) * saved)
@@ -63,7 +63,7 @@ def test_a_larger_divergence_for_more_saved_bytes_goes_first_where_a_byte_costs_
 
 
 def test_a_budget_below_the_smallest_formats_has_no_assignment() -> None:
-    prices = dict.fromkeys(lowerings(layers(), [INT4]), 1.0)
+    prices = dict.fromkeys(lowerings(layers(), [(INT4, INT4)]), 1.0)
     least = SIZE(Assignment.uniform(COUNT, INT4, INT4))
     assert mixed(BASE, prices, SIZE, least) == Assignment.uniform(COUNT, INT4, INT4)
     assert mixed(BASE, prices, SIZE, least - 1) is None
@@ -72,7 +72,7 @@ def test_a_budget_below_the_smallest_formats_has_no_assignment() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1e-6, 1), min_size=4 * COUNT, max_size=4 * COUNT), st.floats(0.7, 0.99))
 def test_within_the_budget_and_the_last_step_was_needed(prices: list[float], share: float) -> None:
-    known = dict(zip(lowerings(layers(), [INT4, FINE]), prices, strict=True))
+    known = dict(zip(lowerings(layers(), [(INT4, INT4), (FINE, FINE)]), prices, strict=True))
     found = mixed(BASE, known, SIZE, share * SIZE(BASE))
     assert found is not None
     most_saved = SIZE.layer(0, BASE) - SIZE.layer(0, BASE.lowered((KEYS, 0, INT4)))

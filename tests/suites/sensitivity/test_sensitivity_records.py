@@ -152,8 +152,8 @@ def test_table_and_figure_come_from_rows_alone(ran: Ran) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sensitivity": "auto"}, "--kv-sensitivity=auto: is tried for keys and for values by itself"),
-        ({"sensitivity": "int8:int4"}, "--kv-sensitivity=int8:int4: is tried for keys and for values by itself"),
+        ({"sensitivity": "int4,auto"}, "--kv-sensitivity=auto: .*give a packed format"),
+        ({"sensitivity": "int4,int4:int4"}, "names one format twice"),
         ({"sensitivity": "int5"}, "--kv-sensitivity=int5: .*unknown format"),
         ({"sensitivity": "int4(residual=8)"}, "leave residual out"),
         ({"sensitivity": "int4_channel(group=8),int4_channel(group=16)"}, "groups per channel must be equal"),
@@ -165,6 +165,13 @@ def test_table_and_figure_come_from_rows_alone(ran: Ran) -> None:
 def test_what_cannot_be_tried_is_refused_in_one_line(options: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=f"^[^\n]*{said}[^\n]*$"):
         cases_of("sensitivity", default_options(device="cpu", **options))
+
+
+def test_keys_and_values_may_be_tried_in_different_formats(checkpoint: Path) -> None:
+    options = options_of(checkpoint, sensitivity="int4_channel(group=8):int4,auto:int8", sensitivity_base="auto")
+    names = [case.name for case in cases_of("sensitivity", options) if case.params["kind"] == "layer"]
+    tried = ("int4_channel(group=8)_k", "int4_v", "int8_v")
+    assert names == [f"{name}{layer:02}" for name in tried for layer in range(2)]
 
 
 @pytest.mark.parametrize(
