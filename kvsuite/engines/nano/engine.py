@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.errors import UserError
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.meters.environment import installed_versions
+from kvsuite.nanovllm.groups import unpaged
 
 from .memory_model import NanoMemory
 
@@ -21,10 +23,29 @@ _DEVICES = ("cpu", "cuda")
 _COMPUTING = ("torch", "transformers", "flashinfer-python", "triton")
 
 
+def paged_format(case: Case) -> CacheFormat | None:
+    """How a case stores keys and values, ``None`` for the model's own dtype.
+
+    Raises
+    ------
+    CaseInvalid
+        If pages cannot hold them so.
+    """
+    chosen = format_of(case)
+    if isinstance(chosen, HqqFormat):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen}: transformers' own cache is no part of engine nano; use --kv-engine=hf"
+        )
+    if chosen is not None and (reason := unpaged(chosen)):
+        raise CaseInvalid(f"--kv-cache-dtype={chosen} on engine nano: {reason}; use --kv-engine=hf")
+    return chosen
+
+
 class NanoEngine(Engine):
     """Serves transformers models from paged keys and values (`kvsuite.nanovllm`)."""
 
     name: ClassVar[str] = "nano"
+    stores_cache_formats: ClassVar[bool] = True
     predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
     def unavailable(self, device: str) -> str | None:
@@ -36,6 +57,10 @@ class NanoEngine(Engine):
 
     def version(self) -> dict[str, str]:
         return installed_versions(*_COMPUTING)
+
+    def refuse(self, case: Case) -> None:
+        super().refuse(case)
+        paged_format(case)
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         # a checkpoint says its own dtype only when it is loaded
