@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.errors import UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.meters.environment import installed_versions
-from kvsuite.nanovllm.groups import unpaged
 
+from .formats import paged_format
 from .memory_model import NanoMemory
 
 if TYPE_CHECKING:
@@ -21,24 +20,6 @@ if TYPE_CHECKING:
 
 _DEVICES = ("cpu", "cuda")
 _COMPUTING = ("torch", "transformers", "flashinfer-python", "triton")
-
-
-def paged_format(case: Case) -> CacheFormat | None:
-    """How a case stores keys and values, ``None`` for the model's own dtype.
-
-    Raises
-    ------
-    CaseInvalid
-        If pages cannot hold them so.
-    """
-    chosen = format_of(case)
-    if isinstance(chosen, HqqFormat):
-        raise CaseInvalid(
-            f"--kv-cache-dtype={chosen}: transformers' own cache is no part of engine nano; use --kv-engine=hf"
-        )
-    if chosen is not None and (reason := unpaged(chosen)):
-        raise CaseInvalid(f"--kv-cache-dtype={chosen} on engine nano: {reason}; use --kv-engine=hf")
-    return chosen
 
 
 class NanoEngine(Engine):

@@ -40,7 +40,7 @@ from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
-from .engine import paged_format
+from .formats import paged_format
 from .memory import measure_memory
 from .plan_controller import plan_controller
 from .plan_limits import plan_limits, refuse_plan
