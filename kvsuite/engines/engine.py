@@ -286,7 +286,7 @@ class Engine(ABC):
         if chosen is not None and not self.stores_cache_formats:
             raise CaseInvalid(
                 f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
-                "--kv-engine=hf, or --kv-cache-dtype=auto"
+                "--kv-cache-dtype=auto, or --kv-engine=hf for cases of one request"
             )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, undivided
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.errors import CaseInvalid, UserError
@@ -175,9 +175,7 @@ def refuse_foreign(chosen: HqqFormat, decoder: CachedDecoder, method: CacheCompr
             f"--kv-cache-dtype={chosen}: transformers' quantised cache is for models with full attention alone"
         )
     if any(layer.key_dim % chosen.group for layer in of.layers):
-        raise CaseInvalid(
-            f"--kv-cache-dtype={chosen}: group={chosen.group} does not divide the head size {of.layers[0].key_dim}"
-        )
+        raise CaseInvalid(f"--kv-cache-dtype={chosen}: {undivided(chosen.group, of.layers[0].key_dim)}")
     require_hqq(chosen)
 
 
