@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.cache_formats.cache_format import (
-    CacheFormat,
-    ChosenFormat,
-    SideFormat,
-    format_of,
-    refuse_long_residual,
-    selected_cache_formats,
-)
+from kvsuite.cache_formats.cache_format import CacheFormat, SideFormat
+from kvsuite.cache_formats.chosen_format import ChosenFormat, format_of, refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
