@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, format_of
+from kvsuite.cache_formats.by_layer import ByLayerFormat
+from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.groups import unpaged
@@ -20,6 +22,10 @@ def paged_format(case: Case) -> CacheFormat | None:
     if isinstance(chosen, HqqFormat):
         raise CaseInvalid(
             f"--kv-cache-dtype={chosen}: transformers' own cache is no part of engine nano; use --kv-engine=hf"
+        )
+    if isinstance(chosen, ByLayerFormat):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen.label}: engine nano stores all layers in one format; use --kv-engine=hf"
         )
     if chosen is not None and (reason := unpaged(chosen)):
         raise CaseInvalid(f"--kv-cache-dtype={chosen} on engine nano: {reason}; use --kv-engine=hf")

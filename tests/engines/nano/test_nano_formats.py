@@ -13,7 +13,8 @@ from hf_sessions import LAYERS, case, session, streaming
 from requests_served import memory_of, tokens_of
 from test_nano_session import PROMPT, TEXT, both, nano, served, unlike_tokens
 
-from kvsuite.cache_formats.cache_format import CacheFormat, parse_format
+from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.chosen_format import parse_format
 from kvsuite.case import Case
 from kvsuite.engines.nano.engine import NanoEngine
 from kvsuite.errors import CaseInvalid
