@@ -269,7 +269,7 @@ FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
-    "pipeline-json", "replay-decisions",
+    "pipeline-json", "replay-decisions", "server-model",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-_LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{([^}]*)\})?\s+(\S+)")
+_LINE = re.compile(r'([A-Za-z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?\s+(\S+)')
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 #: labels that are the same in every line of a server
 _NO_NEWS = ("model_name", "engine", "model")
