@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from weakref import WeakKeyDictionary
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.case import Case, digest
 from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import AnswersQuestions, lacking
