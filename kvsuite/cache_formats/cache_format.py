@@ -67,6 +67,10 @@ class SideFormat:
         """Bytes of the codes of a head vector."""
         return head_size * NUMBERS[self.number][0] // 8
 
+    def columns(self, head_size: int) -> int:
+        """float16 numbers of a head vector that is packed on its own."""
+        return head_size // self._elements(head_size) * self.numbers_of_group
+
     def bytes(self, head_size: int, tokens: int, element_bytes: int) -> int:
         """Bytes of ``tokens`` head vectors; of a format per channel a whole number of groups.
 
