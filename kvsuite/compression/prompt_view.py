@@ -66,7 +66,8 @@ class PromptObservation:
             for at in range(0, tokens, rows):
                 # none of these sees a later key
                 end = first + min(at + rows, tokens)
-                found[:, :end] += attention_weights(query[:, at : at + rows], own[:, :end], scale, first + at).sum(dim=1)
+                weights = attention_weights(query[:, at : at + rows], own[:, :end], scale, first + at)
+                found[:, :end] += weights.sum(dim=1)
             if self.sums is not None:
                 found[:, : self.sums.shape[1]] += self.sums
             self.sums = found
