@@ -64,6 +64,8 @@ def test_no_suite_imports_a_suite_and_no_engine_an_engine() -> None:
 MAY_KNOW = {
     # a folder of the package, and kinds of model files, are called like one
     "measure/source_hash.py": {"compression"},
+    # the engine that the others are compared with
+    "parity/engine_result.py": {"hf"},
     "models/resolve.py": {"mlc"}, "models/load.py": {"mlc"}, "memory_model/config.py": {"mlc"},
 }  # fmt: skip
 
