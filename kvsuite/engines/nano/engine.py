@@ -28,6 +28,7 @@ class NanoEngine(Engine):
     name: ClassVar[str] = "nano"
     stores_cache_formats: ClassVar[bool] = True
     stores_formats_by_layer: ClassVar[bool] = True
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 3e-3, "float16": 1e-3}
     predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
     def unavailable(self, device: str) -> str | None:
