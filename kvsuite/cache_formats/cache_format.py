@@ -21,6 +21,12 @@ _KIVI_GROUP, _KIVI_RESIDUAL = 32, 128
 SIDE = re.compile(r"([\w.-]+)(?:\(([^()]*)\))?(\+\w+)?")
 
 
+def undivided(group: int, head_size: int) -> str:
+    """Why vectors of ``head_size`` are not cut into groups of ``group`` elements, and which groups they can have."""
+    fits = max(size for size in range(1, min(group, head_size) + 1) if head_size % size == 0)
+    return f"group={group} does not divide the head size {head_size}; group={fits} does"
+
+
 @dataclass(frozen=True)
 class SideFormat:
     """How keys, or values, are stored.
@@ -61,6 +67,10 @@ class SideFormat:
         """Bytes of the codes of a head vector."""
         return head_size * NUMBERS[self.number][0] // 8
 
+    def columns(self, head_size: int) -> int:
+        """float16 numbers of a head vector that is packed on its own."""
+        return head_size // self._elements(head_size) * self.numbers_of_group
+
     def bytes(self, head_size: int, tokens: int, element_bytes: int) -> int:
         """Bytes of ``tokens`` head vectors; of a format per channel a whole number of groups.
 
@@ -89,7 +99,7 @@ class SideFormat:
         if self.number == "int4" and head_size % 2:
             return f"int4 stores two numbers a byte, and the head size {head_size} is odd"
         if not self.per_channel and head_size % self._elements(head_size):
-            return f"group={self.group} does not divide the head size {head_size}"
+            return undivided(self._elements(head_size), head_size)
         if self.hadamard and head_size & (head_size - 1):
             return f"hadamard needs a head size that is a power of two, and the model's is {head_size}"
         return None

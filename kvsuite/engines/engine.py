@@ -260,6 +260,9 @@ class Engine(ABC):
     stores_formats_by_layer: ClassVar[bool] = False
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
+    #: how far its perplexity may be from transformers' on the same weights and tokens, relatively, by the dtype in which it
+    #: computes: what it promises (``python -m kvsuite parity``). A dtype that is not there is no promise
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {}
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
     point_rules: ClassVar[Mapping[str, Check]] = {}
 
@@ -289,7 +292,7 @@ class Engine(ABC):
         if chosen is not None and not self.stores_cache_formats:
             raise CaseInvalid(
                 f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in the model's own numbers alone; "
-                "use --kv-engine=hf, or --kv-cache-dtype=auto"
+                "use --kv-cache-dtype=auto, or --kv-engine=hf for cases of one request"
             )
         if isinstance(chosen, ByLayerFormat) and not self.stores_formats_by_layer:
             raise CaseInvalid(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.cache_format import undivided
 from kvsuite.cache_formats.chosen_format import HqqFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression
@@ -176,9 +177,7 @@ def refuse_foreign(chosen: HqqFormat, decoder: CachedDecoder, method: CacheCompr
             f"--kv-cache-dtype={chosen}: transformers' quantised cache is for models with full attention alone"
         )
     if any(layer.key_dim % chosen.group for layer in of.layers):
-        raise CaseInvalid(
-            f"--kv-cache-dtype={chosen}: group={chosen.group} does not divide the head size {of.layers[0].key_dim}"
-        )
+        raise CaseInvalid(f"--kv-cache-dtype={chosen}: {undivided(chosen.group, of.layers[0].key_dim)}")
     require_hqq(chosen)
 
 
