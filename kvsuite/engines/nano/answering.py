@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kvsuite.engines.questions import Answer, Asked
@@ -44,7 +45,7 @@ class _Line:
         at = self.request.output_length
         if at not in self._targets:
             return
-        self._nll[at] = float(token_losses(logits, logits.new_tensor([self._targets[at]], dtype=int))[0])
+        self._nll[at] = float(token_losses(logits, logits.new_tensor([self._targets[at]], dtype=torch.int64))[0])
         if self._chosen:
             self.output[at] = int(logits.argmax(-1))
 
