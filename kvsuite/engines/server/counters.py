@@ -67,7 +67,7 @@ def preemptions(counted: Mapping[str, float]) -> int | None:
 
 
 def _counts(name: str, kinds: Mapping[str, str]) -> bool:
-    """Whether a line is part of what grows: a counter, or the sum or count of a histogram or summary; not of the interpreter."""
+    """Whether a line is part of what grows: a counter, the sum or count of a histogram; nothing of Python."""
     if name.startswith(_OF_THE_PROCESS):
         return False
     if kinds.get(name, kinds.get(name.removesuffix("_total"))) == "counter":
