@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from kvsuite.case import Case
 from kvsuite.errors import UserError
@@ -15,6 +15,8 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.numbers import MOST_TOKENS, whole
 from kvsuite.options.option import outside_brackets
 from kvsuite.options.resolve import Options
+
+from .ggml_format import GGML_TYPES, GgmlFormat
 
 #: the model's own dtype
 AUTO = "auto"
@@ -124,6 +126,9 @@ class CacheFormat:
     keys: SideFormat
     values: SideFormat
     residual: int = 0
+
+    #: what stores it
+    used_by: ClassVar[str] = "--kv-engine=hf"
 
     @property
     def token_group(self) -> int:
@@ -248,12 +253,15 @@ class HqqFormat:
     group: int = 64
     residual: int = 128
 
+    #: what stores it
+    used_by: ClassVar[str] = "--kv-engine=hf"
+
     def __str__(self) -> str:
         return f"{_HQQ}{self.bits}(group={self.group},residual={self.residual})"
 
 
 #: what a case may ask for beside the model's own numbers
-StoredFormat = CacheFormat | HqqFormat
+StoredFormat = CacheFormat | HqqFormat | GgmlFormat
 
 
 def parse_format(typed: str) -> StoredFormat | None:
@@ -264,6 +272,11 @@ def parse_format(typed: str) -> StoredFormat | None:
     UserError
         For a number format, parameter or combination that there is not.
     """
+    sides = [part.strip() for part in typed.split(":")]
+    if any(side in GGML_TYPES for side in sides):
+        if len(sides) > 2 or not all(side in GGML_TYPES for side in sides):
+            raise _wrong(typed, "a type of llama.cpp stands for both, or beside another one of its types: f16:q8_0")
+        return GgmlFormat(sides[0], sides[-1])
     if not typed.strip().startswith(_HQQ):
         return CacheFormat.parse(typed)
     found = _SIDE.fullmatch(typed.strip())
@@ -293,7 +306,7 @@ class _Side:
         )
         if number not in NUMBERS and (word != AUTO):
             known = ", ".join((AUTO, *NUMBERS, f"int4{_CHANNEL}", f"{_KIVI}int4"))
-            raise _wrong(typed, f"unknown format {word}; use {known}")
+            raise _wrong(typed, f"unknown format {word}; use {known}, or types of llama.cpp: {', '.join(GGML_TYPES)}")
         if suffix not in (None, _HADAMARD):
             raise _wrong(typed, f"{suffix} is nothing that a format can have; use {_HADAMARD}, or leave it out")
         given = _parameters(typed, word, inside)

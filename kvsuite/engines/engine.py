@@ -253,8 +253,8 @@ class Engine(ABC):
     option_group: ClassVar[type[OptionGroup] | None] = None
     #: whether an installation is whole without it
     is_optional: ClassVar[bool] = True
-    #: whether its sessions store keys and values in the formats of `kvsuite.cache_formats`
-    stores_cache_formats: ClassVar[bool] = False
+    #: of which classes of `kvsuite.cache_formats` the formats are in which its sessions store keys and values
+    cache_formats: ClassVar[tuple[type, ...]] = ()
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
@@ -283,10 +283,11 @@ class Engine(ABC):
             With the reason and the mend.
         """
         chosen = format_of(case)
-        if chosen is not None and not self.stores_cache_formats:
+        if chosen is not None and not isinstance(chosen, self.cache_formats):
+            own = "in formats of its own" if self.cache_formats else "in the model's own numbers alone"
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
-                "--kv-engine=hf, or --kv-cache-dtype=auto"
+                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values {own}; use {chosen.used_by}, or "
+                "--kv-cache-dtype=auto"
             )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsuite.cache_formats.cache_format import AUTO, CacheFormat
+from kvsuite.cache_formats.ggml_format import GgmlFormat
 
 from .config import Architecture
 
@@ -36,7 +37,9 @@ class CacheRoom:
     reason: str | None = None
 
 
-def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: CacheFormat | None) -> int:
+def kv_bytes(
+    architecture: Architecture, tokens: int, element_bytes: int, chosen: CacheFormat | GgmlFormat | None
+) -> int:
     """Bytes of the keys and values of a text, packed or not.
 
     Raises
@@ -50,7 +53,10 @@ def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen
 
 
 def cache_rooms(
-    architecture: Architecture, element_bytes: int, formats: Sequence[CacheFormat | None], free_bytes: float | None
+    architecture: Architecture,
+    element_bytes: int,
+    formats: Sequence[CacheFormat | GgmlFormat | None],
+    free_bytes: float | None,
 ) -> list[CacheRoom]:
     """What each format takes, and how long a text may be.
 
@@ -77,7 +83,7 @@ def cache_rooms(
     return found
 
 
-def _refused(architecture: Architecture, chosen: CacheFormat | None) -> str | None:
+def _refused(architecture: Architecture, chosen: CacheFormat | GgmlFormat | None) -> str | None:
     if isinstance(architecture.cache, str):
         return architecture.cache
     for layer in architecture.cache.layers if chosen is not None else ():
@@ -89,7 +95,7 @@ def _refused(architecture: Architecture, chosen: CacheFormat | None) -> str | No
 
 
 def _longest(
-    architecture: Architecture, element_bytes: int, chosen: CacheFormat | None, free_bytes: float
+    architecture: Architecture, element_bytes: int, chosen: CacheFormat | GgmlFormat | None, free_bytes: float
 ) -> int | None:
     """The longest text whose cache fits; ``None`` where every one does (windows alone)."""
     if kv_bytes(architecture, _MOST_TOKENS, element_bytes, chosen) <= free_bytes:

@@ -258,16 +258,9 @@ def _pretrained(
     import torch
     from transformers import AutoConfig
 
-    from .hub import require_hub
     from .measurable import require_causal_class
-    from .smollm2 import smollm2_folder
 
-    source, local = spec.source, True
-    if spec.kind == "smollm2":
-        source = str(smollm2_folder(cache_dir or Path(spec.source).parent))
-    elif spec.kind == "hub":
-        local = not require_hub("--kv-model", spec.request, repo_id=spec.source)
-    common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    source, common = _folder(spec, cache_dir)
     with _user_errors(spec):
         config = AutoConfig.from_pretrained(source, **common)
         require_causal_class(config, f"--kv-model={spec.request}")
@@ -289,6 +282,32 @@ def _pretrained(
     if unexpected := sorted(info["unexpected_keys"]):
         notes.append(f"{len(unexpected)} weight(s) of the checkpoint are not used, {unexpected[0]} first")
     return model, tokenizer
+
+
+def pretrained_tokenizer(spec: ModelSpec, notes: list[str], *, cache_dir: Path | None = None) -> Any:
+    """The tokenizer of a checkpoint or of the default model, without its weights; ``None`` where a folder has none.
+
+    Raises
+    ------
+    UserError
+        If it cannot be had.
+    """
+    source, common = _folder(spec, cache_dir)
+    with _user_errors(spec):
+        return _tokenizer(spec, source, common, notes)
+
+
+def _folder(spec: ModelSpec, cache_dir: Path | None) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model, and how it is to look there."""
+    from .hub import require_hub
+    from .smollm2 import smollm2_folder
+
+    source, local = spec.source, True
+    if spec.kind == "smollm2":
+        source = str(smollm2_folder(cache_dir or Path(spec.source).parent))
+    elif spec.kind == "hub":
+        local = not require_hub("--kv-model", spec.request, repo_id=spec.source)
+    return source, {"local_files_only": local, "trust_remote_code": False}
 
 
 def _tokenizer(spec: ModelSpec, source: str, common: dict[str, Any], notes: list[str]) -> Any:

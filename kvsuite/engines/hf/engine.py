@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.meters.environment import installed_versions
@@ -20,7 +21,7 @@ class HfEngine(Engine):
 
     name: ClassVar[str] = "hf"
     is_optional: ClassVar[bool] = False
-    stores_cache_formats: ClassVar[bool] = True
+    cache_formats: ClassVar[tuple[type, ...]] = (CacheFormat, HqqFormat)
 
     def unavailable(self, device: str) -> str | None:
         try:
