@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-from kvsuite.models.layers import ModelLayers
 
 #: elements and bytes of a block, by ggml's name of the type: those that llama.cpp stores keys and values in
 GGML_TYPES: dict[str, tuple[int, int]] = {
@@ -28,16 +24,20 @@ class GgmlFormat:
     keys: str
     values: str
 
-    #: what stores it
-    used_by: ClassVar[str] = "--kv-engine=llamacpp"
+    @property
+    def label(self) -> str:
+        """What stands in names of cases and in tables."""
+        return str(self)
 
-    def kv_bytes(self, of: ModelLayers, tokens_per_layer: Sequence[int], seen: int, element_bytes: int) -> int:
-        """As `kvsuite.cache_formats.cache_format.CacheFormat.kv_bytes`: every token is stored on its own."""
-        return sum(
-            tokens * layer.kv_heads * (side_bytes(self.keys, layer.key_dim) + side_bytes(self.values, layer.value_dim))
-            for layer, tokens in zip(of.layers, tokens_per_layer, strict=True)
-            if layer.attention
-        )
+    def of_layers(self, layers: int) -> tuple[GgmlFormat, ...]:
+        """The format of each of ``layers`` layers, the same for all."""
+        return (self,) * layers
+
+    def layer_bytes(
+        self, stored: int, seen: int, *, kv_heads: int, key_dim: int, value_dim: int, element_bytes: int
+    ) -> int:
+        """As `kvsuite.cache_formats.cache_format.CacheFormat.layer_bytes`: every token is stored on its own."""
+        return stored * kv_heads * (side_bytes(self.keys, key_dim) + side_bytes(self.values, value_dim))
 
     def refused(self, key_dim: int, value_dim: int) -> str | None:
         """Why vectors of such sizes cannot be stored so, ``None`` if they can."""

@@ -140,6 +140,11 @@ class ServesUnderLoad(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class ScoresOutput(Protocol):
+    """Serves under load, and gives log-probabilities of output that it chose or that was forced (`ServeRequest.scored`)."""
+
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         """Serve the same requests with their full caches: no policy, no arrivals, and the largest pool that they need."""
         ...
@@ -152,6 +157,7 @@ _NAMES: dict[type, str] = {
     GivesLogits: "hands out no logits of a text through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
+    ScoresOutput: "takes no forced output and returns no losses of it",
     ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",
 }
 

@@ -160,6 +160,25 @@ def load_model(
     )
 
 
+def load_tokenizer(spec: ModelSpec, *, cache_dir: Path | None = None) -> Any:
+    """The tokenizer of a model whose weights somebody else holds; ``None`` for dummies and for folders without one.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
+    if spec.kind == "dummy":
+        return None
+    if spec.kind == "gguf":
+        from .gguf import gguf_tokenizer, read_fields
+
+        return gguf_tokenizer(Path(spec.source), read_fields(Path(spec.source)))
+    source, local = _source(spec, cache_dir)
+    with _no_progress_bars(), _user_errors(spec):
+        return _tokenizer(spec, source, {"local_files_only": local, "trust_remote_code": False}, [])
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return ``sha256:<hex>`` over the vocabulary and the ids of a fixed text."""
     ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
@@ -260,7 +279,8 @@ def _pretrained(
 
     from .measurable import require_causal_class
 
-    source, common = _folder(spec, cache_dir)
+    source, local = _source(spec, cache_dir)
+    common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _user_errors(spec):
         config = AutoConfig.from_pretrained(source, **common)
         require_causal_class(config, f"--kv-model={spec.request}")
@@ -284,30 +304,14 @@ def _pretrained(
     return model, tokenizer
 
 
-def pretrained_tokenizer(spec: ModelSpec, notes: list[str], *, cache_dir: Path | None = None) -> Any:
-    """The tokenizer of a checkpoint or of the default model, without its weights; ``None`` where a folder has none.
-
-    Raises
-    ------
-    UserError
-        If it cannot be had.
-    """
-    source, common = _folder(spec, cache_dir)
-    with _user_errors(spec):
-        return _tokenizer(spec, source, common, notes)
-
-
-def _folder(spec: ModelSpec, cache_dir: Path | None) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds a model, and how it is to look there."""
+def _source(spec: ModelSpec, cache_dir: Path | None) -> tuple[str, bool]:
+    """Where transformers finds the model, and whether it may look at local files alone."""
     from .hub import require_hub
     from .smollm2 import smollm2_folder
 
-    source, local = spec.source, True
     if spec.kind == "smollm2":
-        source = str(smollm2_folder(cache_dir or Path(spec.source).parent))
-    elif spec.kind == "hub":
-        local = not require_hub("--kv-model", spec.request, repo_id=spec.source)
-    return source, {"local_files_only": local, "trust_remote_code": False}
+        return str(smollm2_folder(cache_dir or Path(spec.source).parent)), True
+    return spec.source, spec.kind != "hub" or not require_hub("--kv-model", spec.request, repo_id=spec.source)
 
 
 def _tokenizer(spec: ModelSpec, source: str, common: dict[str, Any], notes: list[str]) -> Any:

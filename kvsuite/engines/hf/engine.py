@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.meters.environment import installed_versions
@@ -21,7 +20,8 @@ class HfEngine(Engine):
 
     name: ClassVar[str] = "hf"
     is_optional: ClassVar[bool] = False
-    cache_formats: ClassVar[tuple[type, ...]] = (CacheFormat, HqqFormat)
+    stores_cache_formats: ClassVar[bool] = True
+    stores_formats_by_layer: ClassVar[bool] = True
 
     def unavailable(self, device: str) -> str | None:
         try:

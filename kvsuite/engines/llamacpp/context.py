@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvsuite.cache_formats.by_layer import kv_bytes
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers
@@ -26,6 +27,11 @@ CELLS = 256
 # what llama_state_seq_get_size counts beside keys and values: of the state and each stream, of each layer, of each token
 _STATE_BYTES, _STREAM_BYTES, _LAYER_BYTES, _TOKEN_BYTES = 28, 4, 24, 12
 _NO_ROOM = 1
+
+
+def cache_bytes(chosen: GgmlFormat, of: ModelLayers, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens of a sequence."""
+    return kv_bytes(chosen, of, [tokens] * len(of.layers), tokens, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ class ContextSettings:
 
     def cache_bytes(self, of: ModelLayers) -> int:
         """Bytes of keys and values that are allocated."""
-        return self.sequences * self.format.kv_bytes(of, [self.cells] * len(of.layers), self.cells, 0)
+        return self.sequences * cache_bytes(self.format, of, self.cells)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GGML_TYPES, GgmlFormat
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
@@ -26,7 +27,7 @@ class LlamacppEngine(Engine):
 
     name: ClassVar[str] = "llamacpp"
     option_group: ClassVar[type[OptionGroup] | None] = LlamacppOptions
-    cache_formats: ClassVar[tuple[type, ...]] = (GgmlFormat,)
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 3e-3}
 
     def unavailable(self, device: str) -> str | None:
         if device.partition(":")[0] != "cpu":
@@ -52,8 +53,8 @@ class LlamacppEngine(Engine):
         chosen = format_of(case)
         if chosen is not None and not isinstance(chosen, GgmlFormat):
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in llama.cpp's types "
-                f"({', '.join(GGML_TYPES)}); use two of them, auto (f16), or {chosen.used_by}"
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in llama.cpp's types "
+                f"({', '.join(GGML_TYPES)}); use two of them, auto (f16), or --kv-engine=hf"
             )
         if case.quantization is not None:
             raise CaseInvalid(

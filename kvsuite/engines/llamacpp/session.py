@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
@@ -36,7 +36,7 @@ from kvsuite.meters.memory import resident_set_peak
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .context import CELLS, Context, ContextSettings, Row
+from .context import CELLS, Context, ContextSettings, Row, cache_bytes
 from .library import library
 from .model import Model
 from .options import LlamacppOptions
@@ -211,7 +211,7 @@ class LlamacppSession(Session):
     # bytes
 
     def full_kv_bytes(self, tokens: int) -> int:
-        return FULL.kv_bytes(self._of, [tokens] * len(self._of.layers), tokens, 0)
+        return cache_bytes(FULL, self._of, tokens)
 
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         # the last token is chosen and never fed
@@ -288,7 +288,7 @@ class LlamacppSession(Session):
         return self._method.policy
 
     def _bytes(self, tokens: int) -> int:
-        return self._format.kv_bytes(self._of, [tokens] * len(self._of.layers), tokens, 0)
+        return cache_bytes(self._format, self._of, tokens)
 
     def _text(
         self, tokens: Sequence[int], windows: Sequence[Window], prefix: str, prefix_token: int | None

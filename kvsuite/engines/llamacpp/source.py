@@ -11,7 +11,7 @@ from typing import Any
 
 from kvsuite.errors import UserError
 from kvsuite.memory_model.config import architecture_of
-from kvsuite.models.load import load_model, pretrained_tokenizer, tokenizer_hash
+from kvsuite.models.load import load_model, load_tokenizer, tokenizer_hash
 from kvsuite.models.resolve import ModelSpec, resolve_model
 from kvsuite.models.smollm2 import cache_root, find_gguf
 
@@ -66,25 +66,20 @@ def gguf_source(request: str, kind: str, *, seed: int, cache_dir: Path | None) -
         If there is no such model, or it is none that can be written.
     """
     spec = resolve_model(request, cache_dir=cache_dir)
-    if spec.kind == "gguf":
-        from kvsuite.models.gguf import gguf_tokenizer, read_fields
-
-        path = Path(spec.source)
-        tokenizer = gguf_tokenizer(path, read_fields(path))
-        return Source(path, spec, tokenizer, tokenizer_hash(tokenizer), [])
-    notes: list[str] = []
-    if spec.kind == "smollm2":
-        # the file itself; the tokenizer is that of the converted folder, so that every engine has the same tokens
-        path = find_gguf()
-        tokenizer = pretrained_tokenizer(spec, notes, cache_dir=cache_dir)
-        return Source(path, spec, tokenizer, tokenizer_hash(tokenizer), ["Q4_1 weights as they are in the file"])
+    if spec.kind in ("gguf", "smollm2"):
+        # of the default model the tokenizer is that of the converted folder: every engine has the same tokens
+        path = Path(spec.source) if spec.kind == "gguf" else find_gguf()
+        return _with_tokenizer(path, spec, ["weights as they are in the file"], cache_dir)
     family = architecture_of(request, cache_dir=cache_dir).model_type
     if family not in FAMILIES:
         raise refused_family(request, family)
     path = _written(spec, kind, seed=seed, cache_dir=cache_dir)
-    tokenizer = None if spec.is_dummy else pretrained_tokenizer(spec, notes, cache_dir=cache_dir)
-    found = None if tokenizer is None else tokenizer_hash(tokenizer)
-    return Source(path, spec, tokenizer, found, [*spec.notes, *notes, f"weights written to GGUF in {kind}"])
+    return _with_tokenizer(path, spec, [*spec.notes, f"weights written to GGUF in {kind}"], cache_dir)
+
+
+def _with_tokenizer(path: Path, spec: ModelSpec, notes: list[str], cache_dir: Path | None) -> Source:
+    tokenizer = load_tokenizer(spec, cache_dir=cache_dir)
+    return Source(path, spec, tokenizer, None if tokenizer is None else tokenizer_hash(tokenizer), notes)
 
 
 def _written(spec: ModelSpec, kind: str, *, seed: int, cache_dir: Path | None) -> Path:
