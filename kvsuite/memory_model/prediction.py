@@ -65,7 +65,7 @@ class Allocation:
     block_bytes
         Bytes of a block in all layers.
     dtype
-        Of the stored elements.
+        Of the stored elements; where a cache format packs them, of what they are read as.
     """
 
     blocks: int

@@ -39,6 +39,7 @@ LIGHT = {
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
     "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",
+    "kvsuite.suites.retrieval", "kvsuite.suites.retrieval.options",
 }  # fmt: skip
 #: packages that kvsuite brings in there
 LIGHT_PACKAGES = {"msgspec", "typing_extensions"}
