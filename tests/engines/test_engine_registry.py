@@ -80,7 +80,19 @@ def test_names_are_known_and_nothing_is_imported(package: Path) -> None:
         "loaded = [name for name in sys.modules if name.split('.')[0] in ('acme_engine', 'torch', 'transformers')];"
         "print(json.dumps([engine_names(), options.engine, loaded]))",
     )
-    assert names == ["hf", "llamacpp", "mlc", "nano", "server", "abstract", "acme", "gone", "number", "raises", "renamed"]
+    assert names == [
+        "hf",
+        "llamacpp",
+        "mlc",
+        "nano",
+        "server",
+        "abstract",
+        "acme",
+        "gone",
+        "number",
+        "raises",
+        "renamed",
+    ]
     assert (chosen, loaded) == ("acme", [])
 
 
