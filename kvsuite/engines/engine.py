@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from kvsuite.cache_formats.by_layer import ByLayerFormat, OwnFormat, refused_heads
 from kvsuite.cache_formats.chosen_format import format_of
+from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture, architecture_of
@@ -290,6 +291,11 @@ class Engine(ABC):
             With the reason and the mend.
         """
         chosen = format_of(case)
+        if isinstance(chosen, GgmlFormat):
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen.label}: is llama.cpp's, and engine {self.name} does not store it; use "
+                "--kv-engine=llamacpp, or --kv-cache-dtype=auto"
+            )
         if chosen is not None and not self.stores_cache_formats:
             raise CaseInvalid(
                 f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in the model's own numbers alone; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvsuite.cache_formats.by_layer import OwnFormat, refused_heads
 from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
+from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers
@@ -22,6 +23,10 @@ def paged_format(case: Case) -> OwnFormat | None:
     if isinstance(chosen, HqqFormat):
         raise CaseInvalid(
             f"--kv-cache-dtype={chosen}: transformers' own cache is no part of engine nano; use --kv-engine=hf"
+        )
+    if isinstance(chosen, GgmlFormat):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen.label}: is llama.cpp's, which engine nano does not store; use --kv-engine=llamacpp"
         )
     if chosen is not None and (reason := unpaged(chosen)):
         raise CaseInvalid(f"--kv-cache-dtype={chosen.label} on engine nano: {reason}; use --kv-engine=hf")
