@@ -13,6 +13,7 @@ from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
 from kvsuite.engines.nano.memory_model import NanoMemory
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -40,6 +41,7 @@ from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
+from .answering import answer_questions
 from .formats import paged_format
 from .memory import measure_memory
 from .plan_controller import plan_controller
@@ -272,6 +274,15 @@ class NanoSession(LoadedSession):
     ) -> TokenScores:
         self.decoder.require_positions(len(tokens) - 1)
         return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress, take, full=full)
+
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        longest = max(len(one.context) + one.steps for one in asked)
+        self.decoder.require_positions(longest)
+        limits = self._holder.limits(longest + 1, sequences=max(len(one.questions) for one in asked), full=full)
+        runtime = self._holder.get(limits, None if full else self._method.policy, captures=False)
+        return answer_questions(runtime, asked, progress)
 
     def score_windows(
         self,
