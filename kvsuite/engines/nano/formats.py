@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.by_layer import OwnFormat, refused_heads
 from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
+from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers
@@ -23,6 +24,10 @@ def paged_format(case: Case) -> OwnFormat | None:
         raise CaseInvalid(
             f"--kv-cache-dtype={chosen}: transformers' own cache is no part of engine nano; use --kv-engine=hf"
         )
+    if isinstance(chosen, GgmlFormat):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen.label}: is llama.cpp's, which engine nano does not store; use --kv-engine=llamacpp"
+        )
     if chosen is not None and (reason := unpaged(chosen)):
         raise CaseInvalid(f"--kv-cache-dtype={chosen.label} on engine nano: {reason}; use --kv-engine=hf")
     return chosen
@@ -30,13 +35,4 @@ def paged_format(case: Case) -> OwnFormat | None:
 
 def refused_format(chosen: OwnFormat, of: ModelLayers) -> str | None:
     """Why pages cannot hold keys and values of a model in a format; ``None`` if they can."""
-    if reason := unpaged(chosen):
-        return reason
-    try:
-        formats = chosen.of_layers(len(of.layers))
-    except CaseInvalid as error:
-        return str(error)
-    for layer, own in zip(of.layers, formats, strict=True):
-        if own is not None and (reason := own.refused(layer.key_dim, layer.value_dim)):
-            return reason
-    return None
+    return unpaged(chosen) or refused_heads(chosen, of)
