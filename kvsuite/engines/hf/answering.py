@@ -105,7 +105,7 @@ def _ask(
         Whether the answer's last token is fed too, since another question follows.
     """
     forward, count = generation.decoder.forward, answer.shape[1]
-    for part in question.split(question.shape[1] if _feeds_together(generation) else 1, 1):
+    for part in torch.split(question, question.shape[1] if _feeds_together(generation) else 1, 1):
         logits = forward(part, cache)
     first = logits[:, -1]
     losses = [_losses(first, answer[:, 0])]

@@ -31,7 +31,7 @@ def _exact(row: Row) -> str:
     return text if text == MISSING or is_discriminative(row) else f"{MARK}{text}"
 
 
-_COLUMNS = (
+_COLUMNS: tuple[Column, ...] = (
     Column("retrieval_exact", 11, title="Exact", cell=_exact),
     Column("retrieval_exact_full", 6, title="Full", spec=".2f"),
     Column("retrieval_share", 7, spec=".2f"),
@@ -41,7 +41,7 @@ _COLUMNS = (
     Column("", 12, title="LogP by depth", cell=lambda row: _by_depth(row)),
 )
 _TIMES = (Column("ttft_s"), Column("compress_s", title="Compress(s)", spec=".4f"))
-_REUSE_COLUMNS = (
+_REUSE_COLUMNS: tuple[Column, ...] = (
     Column("retrieval_exact", 11, title="Exact", cell=_exact),
     Column("reuse_differing", 7),
     Column("reuse_hit_tokens", 7),
