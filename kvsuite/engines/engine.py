@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.by_layer import ByLayerFormat
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
@@ -255,6 +256,8 @@ class Engine(ABC):
     is_optional: ClassVar[bool] = True
     #: whether its sessions store keys and values in the formats of `kvsuite.cache_formats`
     stores_cache_formats: ClassVar[bool] = False
+    #: whether a format may differ from layer to layer
+    stores_formats_by_layer: ClassVar[bool] = False
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
@@ -285,8 +288,13 @@ class Engine(ABC):
         chosen = format_of(case)
         if chosen is not None and not self.stores_cache_formats:
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
-                "--kv-engine=hf, or --kv-cache-dtype=auto"
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in the model's own numbers alone; "
+                "use --kv-cache-dtype=auto, or --kv-engine=hf for cases of one request"
+            )
+        if isinstance(chosen, ByLayerFormat) and not self.stores_formats_by_layer:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores all layers in one format; use --kv-engine=hf, or "
+                "a format without by_layer"
             )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:

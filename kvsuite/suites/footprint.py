@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvsuite.cache_formats.cache_format import HqqFormat, format_of
+from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.memory_model.cache_room import kv_bytes

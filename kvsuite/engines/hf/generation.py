@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat, StoredFormat
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
@@ -60,7 +61,7 @@ class Generation:
         chosen: StoredFormat | None = None,
     ) -> None:
         self.decoder = decoder
-        self.format = chosen if isinstance(chosen, CacheFormat) else None
+        self.format = chosen if isinstance(chosen, OwnFormat) else None
         self.foreign = chosen if isinstance(chosen, HqqFormat) else None
         self.span = span
         self.method = method

@@ -8,7 +8,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat, format_of
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat, StoredFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.capabilities import refuse_load
@@ -114,7 +115,7 @@ class HfSession(LoadedSession):
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
         stored = format_of(case)
-        chosen = stored if isinstance(stored, CacheFormat) else None
+        chosen = stored if isinstance(stored, OwnFormat) else None
         if isinstance(stored, HqqFormat):
             refuse_foreign(stored, self.decoder, method, span)
         if chosen:
