@@ -32,6 +32,8 @@ from .turns import Turns
 
 # widths that FlashInfer's kernels exist for
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# Ada's and Hopper's
+_FLOAT8_CAPABILITY = (8, 9)
 # the captured reference gathers the longest possible sequence for every row of a batch
 _REFERENCE_BYTES = 1 << 30
 # more than `fused_layers` launches with overlap
@@ -76,8 +78,6 @@ def attention_for(
         If FlashInfer is called for and not installed.
     """
     first = pools[0]
-    if first.is_packed:
-        return CapturableReference(pools, rotation), f"pages in {first.group.format} are unpacked before they are read"
     if first.device.type != "cuda":
         return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
     if first.dtype not in (torch.bfloat16, torch.float16):
@@ -85,7 +85,21 @@ def attention_for(
     odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
     if odd:
         return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
+    if first.is_packed and (without := _without_kernel(first)):
+        return CapturableReference(pools, rotation), without
     return FlashInferAttention(pools, query_heads=query_heads, rotation=rotation), ""
+
+
+def _without_kernel(pool: KVPool) -> str:
+    """Why our kernels cannot read a packed pool, empty if they can."""
+    numbers = {pages.side.number for pages in pool.layer(0)}
+    if "fp8_e4m3" in numbers and torch.cuda.get_device_capability(pool.device) < _FLOAT8_CAPABILITY:
+        return "the device has no instructions for fp8_e4m3"
+    try:
+        import triton  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: F401
+    except ImportError:
+        return "packed pages need triton, which is not installed"
+    return ""
 
 
 def cuda_runner(**options: Any) -> Callable[[LoadedModel, Sequence[KVPool], Limits], CudaRunner]:

@@ -24,7 +24,6 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
     gdc_wait,
 )
 
-
 from .layer_pages import LayerPages
 from .packed_vectors import EXACT, side_options, store_vectors
 

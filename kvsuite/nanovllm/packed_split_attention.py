@@ -37,7 +37,7 @@ _FEWEST_QUERIES = 16
 
 
 @triton.jit
-def elements(words, NUMBER: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _elements(words, NUMBER: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The elements of 16-bit words of codes, in order, as float16 tensors of the words' shape: 2, or 4 of ``int4``.
 
     In assembly two words at a time; without, which the interpreter needs, the same numbers.
@@ -135,7 +135,9 @@ def hadamard_signs(first, second):
 
 
 @triton.jit
-def _query_part(query, heads, inside, PART: tl.constexpr, PER: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr):
+def _query_part(
+    query, heads, inside, PART: tl.constexpr, PER: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATED: tl.constexpr
+):
     """Every ``PER``-th number of the queries from ``PART`` on, float32 ``[QUERIES, HEAD_DIM / PER]``."""
     dims = tl.arange(0, HEAD_DIM // PER) * PER + PART
     if ROTATED:
@@ -144,7 +146,9 @@ def _query_part(query, heads, inside, PART: tl.constexpr, PER: tl.constexpr, HEA
         signs = hadamard_signs(lanes[:, None], dims[None, :]).to(own.dtype)
         return tl.dot(own, signs, input_precision="ieee") * (HEAD_DIM**-0.5)
     else:
-        return tl.load(query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        return tl.load(query + heads[:, None] * HEAD_DIM + dims[None, :], mask=inside[:, None], other=0.0).to(
+            tl.float32
+        )
 
 
 @triton.jit
@@ -162,13 +166,46 @@ def _numbers(scales, row, valid, COUNT: tl.constexpr):
 
 
 @triton.jit
-def scaled(part, scales, row, dims, valid, ELEMENTS: tl.constexpr, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr, dtype: tl.constexpr):
-    """Elements of groups within a token times their scale plus their least value, rounded to the model's dtype."""
+def _scaled(
+    part,
+    scales,
+    row,
+    dims,
+    valid,
+    ELEMENTS: tl.constexpr,
+    COUNT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    dtype: tl.constexpr,
+):
     at = (row * (HEAD_DIM // ELEMENTS) + dims // ELEMENTS) * COUNT
     wide = part.to(tl.float32) * tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
     if COUNT == 2:
         wide += tl.load(scales + at + 1, mask=valid, other=0.0).to(tl.float32)
     return wide.to(dtype)
+
+
+@triton.jit
+def _in_groups(
+    parts,
+    scales,
+    row,
+    dims,
+    valid,
+    PER: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    COUNT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Elements of groups within a token times their scale plus their least value, rounded to the model's dtype."""
+    first = _scaled(parts[0], scales, row, dims, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+    second = _scaled(parts[1], scales, row, dims + 1, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+    if PER == 2:
+        return first, second
+    else:
+        third = _scaled(parts[2], scales, row, dims + 2, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+        fourth = _scaled(parts[3], scales, row, dims + 3, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+        return first, second, third, fourth
 
 
 # neither another batch size nor another pool may cost a compilation
@@ -244,14 +281,12 @@ def _split_kernel(
         own_2 = _query_part(query, heads, real, 2, KEY_PER, HEAD_DIM, KEY_ROTATED)
         own_3 = _query_part(query, heads, real, 3, KEY_PER, HEAD_DIM, KEY_ROTATED)
         largest = tl.maximum(largest, tl.maximum(tl.max(tl.abs(own_2), axis=1), tl.max(tl.abs(own_3), axis=1)))
-    if KEY == "auto" or not key_whole:
-        unit = tl.full((QUERIES,), 1.0, dtype=tl.float32)
-        operand: tl.constexpr = dtype
-    else:
+    operand: tl.constexpr = dtype if KEY == "auto" or not key_whole else tl.float16
+    unit = tl.full((QUERIES,), 1.0, dtype=tl.float32)
+    if KEY != "auto" and key_whole:
         # the exponent alone: a power of two, by which nothing is rounded
-        power = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
-        unit = power.to(tl.float32, bitcast=True)
-        operand: tl.constexpr = tl.float16
+        exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
+        unit = exponent.to(tl.float32, bitcast=True)
     own_0 = (own_0 / unit[:, None]).to(operand)
     if KEY_PER >= 2:
         own_1 = (own_1 / unit[:, None]).to(operand)
@@ -287,26 +322,17 @@ def _split_kernel(
         if KEY == "auto":
             scores = tl.dot(own_0, packed, input_precision="ieee")
         else:
-            parts = elements(packed, KEY, ASSEMBLY)
-            if key_whole:
-                scores = tl.dot(own_0, parts[0])
-                scores = tl.dot(own_1, parts[1], scores)
-                if KEY_PER == 4:
-                    scores = tl.dot(own_2, parts[2], scores)
-                    scores = tl.dot(own_3, parts[3], scores)
-            else:
-                scores = tl.zeros((QUERIES, TOKENS), dtype=tl.float32)
-                at_key, dims = row[None, :], key_words[:, None] * KEY_PER
-                seen = valid[None, :]
-                part = scaled(parts[0], key_scales, at_key, dims, seen, KEY_ELEMENTS, KEY_NUMBERS, HEAD_DIM, dtype)
-                scores = tl.dot(own_0, part, scores)
-                part = scaled(parts[1], key_scales, at_key, dims + 1, seen, KEY_ELEMENTS, KEY_NUMBERS, HEAD_DIM, dtype)
-                scores = tl.dot(own_1, part, scores)
-                if KEY_PER == 4:
-                    part = scaled(parts[2], key_scales, at_key, dims + 2, seen, KEY_ELEMENTS, KEY_NUMBERS, HEAD_DIM, dtype)
-                    scores = tl.dot(own_2, part, scores)
-                    part = scaled(parts[3], key_scales, at_key, dims + 3, seen, KEY_ELEMENTS, KEY_NUMBERS, HEAD_DIM, dtype)
-                    scores = tl.dot(own_3, part, scores)
+            parts = _elements(packed, KEY, ASSEMBLY)
+            if not key_whole:
+                parts = _in_groups(
+                    parts, key_scales, row[None, :], key_words[:, None] * KEY_PER, valid[None, :], KEY_PER, KEY_ELEMENTS,
+                    KEY_NUMBERS, HEAD_DIM, dtype,
+                )  # fmt: skip
+            scores = tl.dot(own_0, parts[0])
+            scores = tl.dot(own_1, parts[1], scores)
+            if KEY_PER == 4:
+                scores = tl.dot(own_2, parts[2], scores)
+                scores = tl.dot(own_3, parts[3], scores)
         if KEY_NUMBERS > 0 and key_whole:
             factor, least = _numbers(key_scales, row, valid, KEY_NUMBERS)
             scores *= factor[None, :]
@@ -319,8 +345,8 @@ def _split_kernel(
             # weights times scales must stay below 1 for float16, so the largest product is the reference, not the largest
             # weight; up to a power of two, which is read off the exponent. No scale but 0 is below 2^-24.
             factor, least = _numbers(value_scales, row, valid, VALUE_NUMBERS)
-            power = tl.maximum((factor.to(tl.int32, bitcast=True) >> 23) - 126, -23)
-            higher = tl.maximum(top, tl.max(scores + power.to(tl.float32)[None, :], axis=1))
+            lift = tl.maximum((factor.to(tl.int32, bitcast=True) >> 23) - 126, -23)
+            higher = tl.maximum(top, tl.max(scores + lift.to(tl.float32)[None, :], axis=1))
         else:
             higher = tl.maximum(top, tl.max(scores, axis=1))
         # where no token so far is seen, a difference of infinities is no number
@@ -332,39 +358,29 @@ def _split_kernel(
         if VALUE == "auto":
             acc_0 = tl.dot(weights.to(packed.dtype), packed, acc_0 * shrink[:, None], input_precision="ieee")
         else:
-            parts = elements(packed, VALUE, ASSEMBLY)
+            parts = _elements(packed, VALUE, ASSEMBLY)
             if value_whole:
                 if VALUE_NUMBERS == 2:
                     lowest = lowest * shrink + tl.sum(weights * least[None, :], axis=1)
                 if VALUE_NUMBERS > 0:
                     weights *= factor[None, :]
                 weights = weights.to(tl.float16)
-                acc_0 = tl.dot(weights, parts[0], acc_0 * shrink[:, None])
-                acc_1 = tl.dot(weights, parts[1], acc_1 * shrink[:, None])
-                if VALUE_PER == 4:
-                    acc_2 = tl.dot(weights, parts[2], acc_2 * shrink[:, None])
-                    acc_3 = tl.dot(weights, parts[3], acc_3 * shrink[:, None])
             else:
+                parts = _in_groups(
+                    parts, value_scales, row[:, None], value_words[None, :] * VALUE_PER, valid[:, None], VALUE_PER,
+                    VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype,
+                )  # fmt: skip
                 weights = weights.to(dtype)
-                at_value, dims = row[:, None], value_words[None, :] * VALUE_PER
-                seen = valid[:, None]
-                part = scaled(parts[0], value_scales, at_value, dims, seen, VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype)
-                acc_0 = tl.dot(weights, part, acc_0 * shrink[:, None])
-                part = scaled(parts[1], value_scales, at_value, dims + 1, seen, VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype)
-                acc_1 = tl.dot(weights, part, acc_1 * shrink[:, None])
-                if VALUE_PER == 4:
-                    part = scaled(parts[2], value_scales, at_value, dims + 2, seen, VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype)
-                    acc_2 = tl.dot(weights, part, acc_2 * shrink[:, None])
-                    part = scaled(parts[3], value_scales, at_value, dims + 3, seen, VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype)
-                    acc_3 = tl.dot(weights, part, acc_3 * shrink[:, None])
-    if VALUE_PER == 1:
-        acc = acc_0
-    else:
-        if VALUE_PER == 2:
-            acc = tl.join(acc_0, acc_1)
-        else:
-            acc = tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3))
-        acc = tl.reshape(acc, (QUERIES, HEAD_DIM))
+            acc_0 = tl.dot(weights, parts[0], acc_0 * shrink[:, None])
+            acc_1 = tl.dot(weights, parts[1], acc_1 * shrink[:, None])
+            if VALUE_PER == 4:
+                acc_2 = tl.dot(weights, parts[2], acc_2 * shrink[:, None])
+                acc_3 = tl.dot(weights, parts[3], acc_3 * shrink[:, None])
+    acc = acc_0
+    if VALUE_PER == 2:
+        acc = tl.reshape(tl.join(acc_0, acc_1), (QUERIES, HEAD_DIM))
+    if VALUE_PER == 4:
+        acc = tl.reshape(tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3)), (QUERIES, HEAD_DIM))
     if VALUE_NUMBERS == 2 and value_whole:
         acc += lowest[:, None]
     lanes = tl.arange(0, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""Head vectors to packed pages and back, to the bit as `kvsuite.cache_formats.pack` has them. Importing this module needs triton.
+"""Head vectors to packed pages and back, with the bits of `kvsuite.cache_formats.pack`. Importing this module needs triton.
 
 Equal bits need what that reference does: float32 throughout, divisions rounded to nearest, and no product fused with a sum.
 So every kernel that uses these functions is launched with `EXACT`.

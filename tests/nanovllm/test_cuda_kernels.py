@@ -66,7 +66,9 @@ def test_rotate_store(parts, heads, kv_heads, head_dim, normed, dtype, pdl):
     angles = torch.arange(16, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, head_dim // 2, device=DEVICE)
     cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
     norms = (1 + 0.1 * _random(head_dim, seed=1, dtype=dtype), 1 + 0.1 * _random(head_dim, seed=2, dtype=dtype))
-    pages = [plain_pages(torch.full((blocks, size, kv_heads, head_dim), 7.0, dtype=dtype, device=DEVICE)) for _ in range(2)]
+    pages = [
+        plain_pages(torch.full((blocks, size, kv_heads, head_dim), 7.0, dtype=dtype, device=DEVICE)) for _ in range(2)
+    ]
     found = fused_kernels.rotate_store(
         qkv,
         positions,

@@ -57,7 +57,8 @@ def _expect_stored(pages, slots, packed):
     codes, scales = torch.full_like(pages.codes.cpu(), 99), torch.full_like(pages.scales.cpu(), 7.0)
     codes.flatten(0, 1)[slots] = packed.codes
     scales.flatten(0, 1)[slots] = packed.scales
-    assert torch.equal(pages.scales.cpu().view(torch.int16), scales.view(torch.int16))
+    # zeros of either sign are one least value
+    assert torch.equal(pages.scales.cpu(), scales)
     # the interpreter's float8 lose the carry of a rounding
     if not (INTERPRETED and pages.side.number == "fp8_e4m3"):
         assert torch.equal(pages.codes.cpu(), codes)
@@ -174,7 +175,9 @@ def _check_attention(keys, values, splits, head_dim, group, size=1.0, seen=None,
     sides = []
     for name in (keys, values):
         side = _side(name)
-        vectors = (torch.randn(41, SIZE, HEADS, head_dim, generator=generator) * (size if name == values else 1)).to(DTYPE)
+        vectors = (torch.randn(41, SIZE, HEADS, head_dim, generator=generator) * (size if name == values else 1)).to(
+            DTYPE
+        )
         if side.is_packed:
             packed = pack(side, vectors)
             # what the kernel multiplies is not rounded to the dtype, unless scales have groups
