@@ -152,15 +152,15 @@ def _query_part(
 
 
 @triton.jit
-def _numbers(scales, row, valid, COUNT: tl.constexpr):
+def _numbers(scales, row, COUNT: tl.constexpr):
     """A token's scale and least value, float32: one load of four bytes, which can be under way while others are used."""
     if COUNT == 1:
         # two heads share four bytes
-        both = tl.load(scales.to(tl.pointer_type(tl.int32)) + (row >> 1), mask=valid, other=0)
+        both = tl.load(scales.to(tl.pointer_type(tl.int32)) + (row >> 1))
         first = (both >> ((row & 1) * 16).to(tl.int32)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return first, first
     else:
-        both = tl.load(scales.to(tl.pointer_type(tl.int32)) + row, mask=valid, other=0)
+        both = tl.load(scales.to(tl.pointer_type(tl.int32)) + row)
         first = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         return first, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -171,16 +171,15 @@ def _scaled(
     scales,
     row,
     dims,
-    valid,
     ELEMENTS: tl.constexpr,
     COUNT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     dtype: tl.constexpr,
 ):
     at = (row * (HEAD_DIM // ELEMENTS) + dims // ELEMENTS) * COUNT
-    wide = part.to(tl.float32) * tl.load(scales + at, mask=valid, other=0.0).to(tl.float32)
+    wide = part.to(tl.float32) * tl.load(scales + at).to(tl.float32)
     if COUNT == 2:
-        wide += tl.load(scales + at + 1, mask=valid, other=0.0).to(tl.float32)
+        wide += tl.load(scales + at + 1).to(tl.float32)
     return wide.to(dtype)
 
 
@@ -190,7 +189,6 @@ def _in_groups(
     scales,
     row,
     dims,
-    valid,
     PER: tl.constexpr,
     ELEMENTS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -198,13 +196,13 @@ def _in_groups(
     dtype: tl.constexpr,
 ):
     """Elements of groups within a token times their scale plus their least value, rounded to the model's dtype."""
-    first = _scaled(parts[0], scales, row, dims, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
-    second = _scaled(parts[1], scales, row, dims + 1, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+    first = _scaled(parts[0], scales, row, dims, ELEMENTS, COUNT, HEAD_DIM, dtype)
+    second = _scaled(parts[1], scales, row, dims + 1, ELEMENTS, COUNT, HEAD_DIM, dtype)
     if PER == 2:
         return first, second
     else:
-        third = _scaled(parts[2], scales, row, dims + 2, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
-        fourth = _scaled(parts[3], scales, row, dims + 3, valid, ELEMENTS, COUNT, HEAD_DIM, dtype)
+        third = _scaled(parts[2], scales, row, dims + 2, ELEMENTS, COUNT, HEAD_DIM, dtype)
+        fourth = _scaled(parts[3], scales, row, dims + 3, ELEMENTS, COUNT, HEAD_DIM, dtype)
         return first, second, third, fourth
 
 
@@ -247,8 +245,9 @@ def _split_kernel(
     ASSEMBLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    # heads first: those of a token lie side by side, and programs that read neighbours run together
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
     span = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
@@ -315,17 +314,19 @@ def _split_kernel(
         valid = tokens < stop
         if WINDOW:
             valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
-        block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
+        # behind the last token that one again: loads without masks are fewer instructions
+        there = tl.minimum(tokens, stop - 1)
+        block = tl.load(tables + sequence * table_stride + there // BLOCK_SIZE).to(tl.int64)
+        row = (block * BLOCK_SIZE + there % BLOCK_SIZE) * KV_HEADS + head
 
-        packed = tl.load(keys + row[None, :] * KEY_WORDS + key_words[:, None], mask=valid[None, :], other=0)
+        packed = tl.load(keys + row[None, :] * KEY_WORDS + key_words[:, None])
         if KEY == "auto":
             scores = tl.dot(own_0, packed, input_precision="ieee")
         else:
             parts = _elements(packed, KEY, ASSEMBLY)
             if not key_whole:
                 parts = _in_groups(
-                    parts, key_scales, row[None, :], key_words[:, None] * KEY_PER, valid[None, :], KEY_PER, KEY_ELEMENTS,
+                    parts, key_scales, row[None, :], key_words[:, None] * KEY_PER, KEY_PER, KEY_ELEMENTS,
                     KEY_NUMBERS, HEAD_DIM, dtype,
                 )  # fmt: skip
             scores = tl.dot(own_0, parts[0])
@@ -334,17 +335,17 @@ def _split_kernel(
                 scores = tl.dot(own_2, parts[2], scores)
                 scores = tl.dot(own_3, parts[3], scores)
         if KEY_NUMBERS > 0 and key_whole:
-            factor, least = _numbers(key_scales, row, valid, KEY_NUMBERS)
+            factor, least = _numbers(key_scales, row, KEY_NUMBERS)
             scores *= factor[None, :]
             if KEY_NUMBERS == 2:
                 scores += own_sum[:, None] * least[None, :]
         scores = tl.where(valid[None, :], scores * unit[:, None], float("-inf"))
 
-        packed = tl.load(values + row[:, None] * VALUE_WORDS + value_words[None, :], mask=valid[:, None], other=0)
+        packed = tl.load(values + row[:, None] * VALUE_WORDS + value_words[None, :])
         if VALUE_NUMBERS > 0 and value_whole:
             # weights times scales must stay below 1 for float16, so the largest product is the reference, not the largest
             # weight; up to a power of two, which is read off the exponent. No scale but 0 is below 2^-24.
-            factor, least = _numbers(value_scales, row, valid, VALUE_NUMBERS)
+            factor, least = _numbers(value_scales, row, VALUE_NUMBERS)
             lift = tl.maximum((factor.to(tl.int32, bitcast=True) >> 23) - 126, -23)
             higher = tl.maximum(top, tl.max(scores + lift.to(tl.float32)[None, :], axis=1))
         else:
@@ -367,7 +368,7 @@ def _split_kernel(
                 weights = weights.to(tl.float16)
             else:
                 parts = _in_groups(
-                    parts, value_scales, row[:, None], value_words[None, :] * VALUE_PER, valid[:, None], VALUE_PER,
+                    parts, value_scales, row[:, None], value_words[None, :] * VALUE_PER, VALUE_PER,
                     VALUE_ELEMENTS, VALUE_NUMBERS, HEAD_DIM, dtype,
                 )  # fmt: skip
                 weights = weights.to(dtype)
@@ -437,9 +438,9 @@ def packed_split_attention(
     dropped: Tensor | None = None,
     window: int | None = None,
     sinks: int = 0,
-    tokens: int = 64,
+    tokens: int = 128,
     warps: int = 4,
-    stages: int = 5,
+    stages: int = 4,
     pdl: bool = False,
     assembly: bool = True,
 ) -> Tensor:
@@ -480,7 +481,7 @@ def packed_split_attention(
     maxima = torch.empty(count, dtype=torch.float32, device=query.device)
     sums = torch.empty_like(maxima)
     out = torch.empty_like(query)
-    _split_kernel[(sequences, kv_heads, splits)](
+    _split_kernel[(kv_heads, sequences, splits)](
         query,
         _words(keys),
         keys.scales,
