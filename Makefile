@@ -5,7 +5,7 @@
 #   make bench TORCH_INDEX=URL                   take torch from this wheel index (a CUDA, ROCm or CPU build)
 #   make test                                    lint, types, tests (about 14 minutes on 2 cores)
 #   make test-all                                the slow tests too, and a second environment with kvpress' own pins
-#   make engines                                 the engines that this machine can have beside transformers: llama.cpp
+#   make engines                                 the engines that this machine can have beside transformers: llama.cpp, servers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -48,8 +48,8 @@ bench: $(STAMP)
 	$(PY) -m pytest benchmarks --kv-rounds=3 --kv-num-warmup=1 -k '$(BENCH)' $(ARGS)
 
 engines: $(STAMP)
-	@echo "==> llama.cpp (a wheel of 34 MB)"
-	$(PIP) -e ".[llamacpp]"
+	@echo "==> llama.cpp (a wheel of 34 MB) and the client of servers"
+	$(PIP) -e ".[llamacpp,server]"
 
 lint: $(STAMP)
 	@echo "==> ruff and mypy"

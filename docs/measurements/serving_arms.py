@@ -101,7 +101,7 @@ def opened(
         if arm.lanes == 2:
             options |= {"lanes": 2, "prompt_layers": prompt_layers}
             if arm.sms is not None and on_cuda:
-                partition = open_partition(PartitionRequest(*arm.sms), loaded.device)
+                partition = open_partition(PartitionRequest(decode=arm.sms[0], prompt=arm.sms[1]), loaded.device)
                 stack.callback(partition.close)
                 options["partition"] = partition
         if on_cuda:

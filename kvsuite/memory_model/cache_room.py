@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsuite.cache_formats import by_layer
-from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.by_layer import CountedFormat
 from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.errors import CaseInvalid
 
@@ -39,7 +39,7 @@ class CacheRoom:
     reason: str | None = None
 
 
-def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: OwnFormat | None) -> int:
+def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: CountedFormat | None) -> int:
     """Bytes of the keys and values of a text, packed or not.
 
     Raises
@@ -53,7 +53,7 @@ def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen
 
 
 def cache_rooms(
-    architecture: Architecture, element_bytes: int, formats: Sequence[OwnFormat | None], free_bytes: float | None
+    architecture: Architecture, element_bytes: int, formats: Sequence[CountedFormat | None], free_bytes: float | None
 ) -> list[CacheRoom]:
     """What each format takes, and how long a text may be.
 
@@ -80,7 +80,7 @@ def cache_rooms(
     return found
 
 
-def _refused(architecture: Architecture, chosen: OwnFormat | None) -> str | None:
+def _refused(architecture: Architecture, chosen: CountedFormat | None) -> str | None:
     if isinstance(architecture.cache, str):
         return architecture.cache
     if chosen is None:
@@ -97,7 +97,9 @@ def _refused(architecture: Architecture, chosen: OwnFormat | None) -> str | None
     return None
 
 
-def _longest(architecture: Architecture, element_bytes: int, chosen: OwnFormat | None, free_bytes: float) -> int | None:
+def _longest(
+    architecture: Architecture, element_bytes: int, chosen: CountedFormat | None, free_bytes: float
+) -> int | None:
     """The longest text whose cache fits; ``None`` where every one does (windows alone)."""
     if kv_bytes(architecture, _MOST_TOKENS, element_bytes, chosen) <= free_bytes:
         return None

@@ -5,6 +5,7 @@ Nothing is replaced in silence: `CudaRunner.facts` says what attends, what is fu
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -55,7 +56,7 @@ class CapturableReference(ReferenceAttention):
 
     @property
     def why_not_capturable(self) -> str:
-        if self.pools[0].is_packed:
+        if any(pool.is_packed for pool in self.pools):
             return "packed pages are unpacked by many small kernels, which are not captured yet"
         return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
 
@@ -85,19 +86,17 @@ def attention_for(
     odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
     if odd:
         return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
-    if first.is_packed and (without := _without_kernel(first)):
+    if without := _without_kernel([pool for pool in pools if pool.is_packed]):
         return CapturableReference(pools, rotation), without
     return FlashInferAttention(pools, query_heads=query_heads, rotation=rotation), ""
 
 
-def _without_kernel(pool: KVPool) -> str:
-    """Why our kernels cannot read a packed pool, empty if they can."""
-    numbers = {pages.side.number for pages in pool.layer(0)}
-    if "fp8_e4m3" in numbers and torch.cuda.get_device_capability(pool.device) < _FLOAT8_CAPABILITY:
+def _without_kernel(packed: Sequence[KVPool]) -> str:
+    """Why our kernels cannot read packed pools, empty if they can."""
+    numbers = {pages.side.number for pool in packed for pages in pool.layer(0)}
+    if "fp8_e4m3" in numbers and torch.cuda.get_device_capability(packed[0].device) < _FLOAT8_CAPABILITY:
         return "the device has no instructions for fp8_e4m3"
-    try:
-        import triton  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: F401
-    except ImportError:
+    if packed and importlib.util.find_spec("triton") is None:
         return "packed pages need triton, which is not installed"
     return ""
 

@@ -76,7 +76,7 @@ def test_stored_bits_are_the_references(name):
 
 
 # numpy warns of it, in the interpreter
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("name", ["fp8_e4m3", "int8", "int4(group=16)"])
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_no_number_is_noted(name, wrong):

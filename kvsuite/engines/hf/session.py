@@ -16,6 +16,7 @@ from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Served,
@@ -34,6 +35,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
+from .answering import answer_questions
 from .applicable import (
     check_layers,
     refuse_attention,
@@ -236,6 +238,13 @@ class HfSession(LoadedSession):
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens))
         return score_reference(self.decoder, tokens, first)
+
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        self._note_length(max(len(one.context) + one.steps for one in asked))
+        generation = self._new_generation(CacheCompression(), self._generation.span) if full else self._generation
+        return answer_questions(generation, asked, progress)
 
     def score_windows(
         self,

@@ -7,10 +7,10 @@ from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
-from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
-from kvsuite.measure.served import put_compression, put_served, request_rows, step_columns
+from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
 from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
 from kvsuite.workloads.serving_requests import ServingRequests
@@ -88,11 +88,13 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts
+    if counters := session.engine_metrics(served):
+        found.samples["engine_metrics"] = counters
     found.samples["rounds"] = [
         {
             "wall_s": wall_s(one.requests),
-            "preemptions": sum(request.preemptions for request in one.requests),
-            "outputs_hash": digest(one.outputs),
+            "preemptions": preemptions(one),
+            "outputs_hash": digest(one.outputs or one.texts),
         }
         for one in served
     ]
@@ -120,9 +122,9 @@ def requests_of(load: ServingRequests) -> list[ServeRequest]:
 
 def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions) -> Served:
     found = session.serve_under_load(requests_of(load), concurrency=own.concurrency)
-    for output, wanted in zip(found.outputs, load.new_tokens, strict=True):
-        if len(output) != wanted:
-            raise CaseInvalid(f"generated {len(output)} tokens instead of {wanted}: no timing is comparable")
+    for one, wanted in zip(found.requests, load.new_tokens, strict=True):
+        if len(one.token_s) != wanted:
+            raise CaseInvalid(f"generated {len(one.token_s)} tokens instead of {wanted}: no timing is comparable")
     return found
 
 
@@ -156,6 +158,5 @@ def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:
 def _require_pool(session: Session, plan: ServingPlan) -> None:
     if plan.pool_bytes is None:
         return
-    # one block is the runtime's own
-    blocks = plan.pool_bytes // session.full_kv_bytes(BLOCK_TOKENS) - 1
-    require_room(blocks, plan, option=f"--kv-pool-bytes={plan.pool_bytes}")
+    # as the runtime counts them: in the case's cache format, beside a block of its own
+    require_room(int(session.effective["num_blocks"]), plan, option=f"--kv-pool-bytes={plan.pool_bytes}")
