@@ -276,6 +276,22 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class WholeScores:
+    """Scores of a text that one forward pass took through a cache.
+
+    Parameters
+    ----------
+    tokens
+        Scores of all tokens but the first.
+    kv_bytes
+        Live storages of the cache's keys and values, all tokens of the text stored.
+    """
+
+    tokens: TokenScores
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
 class WindowScores:
     """Scores of a text in windows, and what it took.
 
