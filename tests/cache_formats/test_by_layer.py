@@ -104,5 +104,5 @@ def test_an_engine_with_one_format_for_all_layers_refuses_it() -> None:
         "pipeline", "nano", "dummy:tiny", "case", "cpu", "float32", params={"kv_cache_dtype": "by_layer(int8*4)"}
     )
     with pytest.raises(CaseInvalid, match="by_layer-"):
-        get_engine("nano").refuse(case)
+        get_engine("mlc").refuse(case)
     get_engine("hf").refuse(case)
