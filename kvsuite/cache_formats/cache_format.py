@@ -25,6 +25,10 @@ PARAMETER = "kv_cache_dtype"
 SCALE_BYTES = 2
 _CHANNEL, _HADAMARD, _KIVI = "_channel", "+hadamard", "kivi_"
 _HQQ = "hqq_int"
+#: formats of one engine alone, with the engine
+ENGINE_FORMATS = {"fp8_e5m2": "vllm"}
+#: other engines' names of formats that have one here
+_ALIASES = {"fp8": "fp8_e4m3"}
 _KIVI_GROUP, _KIVI_RESIDUAL = 32, 128
 _SIDE = re.compile(r"([\w.-]+)(?:\(([^()]*)\))?(\+\w+)?")
 
@@ -252,8 +256,29 @@ class HqqFormat:
         return f"{_HQQ}{self.bits}(group={self.group},residual={self.residual})"
 
 
+@dataclass(frozen=True)
+class EngineFormat:
+    """A format that one engine alone has, by the name that it has there.
+
+    Parameters
+    ----------
+    name
+        One of `ENGINE_FORMATS`.
+    """
+
+    name: str
+
+    @property
+    def engine(self) -> str:
+        """Which engine."""
+        return ENGINE_FORMATS[self.name]
+
+    def __str__(self) -> str:
+        return self.name
+
+
 #: what a case may ask for beside the model's own numbers
-StoredFormat = CacheFormat | HqqFormat
+StoredFormat = CacheFormat | HqqFormat | EngineFormat
 
 
 def parse_format(typed: str) -> StoredFormat | None:
@@ -264,8 +289,10 @@ def parse_format(typed: str) -> StoredFormat | None:
     UserError
         For a number format, parameter or combination that there is not.
     """
+    if typed.strip() in ENGINE_FORMATS:
+        return EngineFormat(typed.strip())
     if not typed.strip().startswith(_HQQ):
-        return CacheFormat.parse(typed)
+        return CacheFormat.parse(_ALIASES.get(typed.strip(), typed))
     found = _SIDE.fullmatch(typed.strip())
     if found is None or found[1] not in (f"{_HQQ}4", f"{_HQQ}8") or found[3]:
         raise _wrong(
@@ -292,7 +319,7 @@ class _Side:
             number.removesuffix("" if is_kivi else _CHANNEL),
         )
         if number not in NUMBERS and (word != AUTO):
-            known = ", ".join((AUTO, *NUMBERS, f"int4{_CHANNEL}", f"{_KIVI}int4"))
+            known = ", ".join((AUTO, *NUMBERS, f"int4{_CHANNEL}", f"{_KIVI}int4", *ENGINE_FORMATS))
             raise _wrong(typed, f"unknown format {word}; use {known}")
         if suffix not in (None, _HADAMARD):
             raise _wrong(typed, f"{suffix} is nothing that a format can have; use {_HADAMARD}, or leave it out")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.cache_format import EngineFormat, format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
@@ -287,6 +287,11 @@ class Engine(ABC):
             raise CaseInvalid(
                 f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
                 "--kv-engine=hf, or --kv-cache-dtype=auto"
+            )
+        if isinstance(chosen, EngineFormat) and chosen.engine != self.name:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen}: a format of engine {chosen.engine} alone; use --kv-engine={chosen.engine}, or "
+                "another format"
             )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:

@@ -65,7 +65,7 @@ def _measure_speed(run: CaseRun, session: Session, prompts: Sequence[Sequence[in
     _memory(run, session, session.memory([ServeRequest(prompts[-1], new_tokens)]), length, new_tokens)
     run.phase("decode")
     session.capture([ServeRequest(prompts[0], new_tokens)])
-    clock = run.clock(session.device)
+    clock = session.clock(run.clock(session.device))
     if options.num_warmup and session.effective.get("decode_step") == "cuda_graph":
         session.serve([ServeRequest(prompts[-1], new_tokens)], clock)
     rounds: list[RoundTimes] = []

@@ -160,6 +160,11 @@ def load_model(
     )
 
 
+def model_tokenizer(spec: ModelSpec, folder: Path) -> Any:
+    """The tokenizer of a model's folder, for an engine that loads the weights elsewhere; ``None`` if it holds none."""
+    return _tokenizer(spec, str(folder), {"local_files_only": True, "trust_remote_code": False}, [])
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return ``sha256:<hex>`` over the vocabulary and the ids of a fixed text."""
     ids = tokenizer(_PROBE, add_special_tokens=True)["input_ids"]
