@@ -5,6 +5,7 @@
 #   make bench TORCH_INDEX=URL                   take torch from this wheel index (a CUDA, ROCm or CPU build)
 #   make test                                    lint, types, tests (about 14 minutes on 2 cores)
 #   make test-all                                the slow tests too, and a second environment with kvpress' own pins
+#   make engines                                 the engines that this machine can have beside transformers: llama.cpp, servers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,10 +20,10 @@ JOBS ?= 2
 # one thread a worker: two workers with two threads each fight for two cores
 TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 -p no:cacheprovider
 
-.PHONY: help setup bench test test-all test-pins lint clean
+.PHONY: help setup bench engines test test-all test-pins lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup: $(STAMP)
 
@@ -45,6 +46,10 @@ bench: $(STAMP)
 	@echo "==> measuring 12 cases: about 5 minutes on two idle cores, once torch is loaded the run says how long it takes here"
 	@echo "==> pytest benchmarks --kv-rounds=3 --kv-num-warmup=1 -k '$(BENCH)' $(ARGS)"
 	$(PY) -m pytest benchmarks --kv-rounds=3 --kv-num-warmup=1 -k '$(BENCH)' $(ARGS)
+
+engines: $(STAMP)
+	@echo "==> llama.cpp (a wheel of 34 MB) and the client of servers"
+	$(PIP) -e ".[llamacpp,server]"
 
 lint: $(STAMP)
 	@echo "==> ruff and mypy"

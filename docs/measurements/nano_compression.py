@@ -1,16 +1,18 @@
 """What does the compression stage cost? Device time of compressing one prompt, host time of a step with nothing to compress.
 
-    python docs/measurements/nano_compression.py prompt host                     # on a GPU, under a minute
+    python docs/measurements/nano_compression.py prompt host equal               # on a GPU, about a minute
     python docs/measurements/nano_compression.py host --device cpu               # the host's part needs no GPU
     python docs/measurements/nano_compression.py prompt host --device cpu --tiny # the same code on small shapes
 
 Parts:
 
     prompt    a prompt of 3,968 tokens of dummy:Qwen3-8B, compressed by a factor of 5: device time from events around the
-              stage's work alone (median of some), the host's time for it, and the floor: bytes that have to be read and written
-              (what stays, twice; all keys, where they are scored) over the copy bandwidth. The step's own time beside it: the
-              sums of attention of h2o are computed with the prompt
+              stage's work alone, launched while the device was busy (median of some), the host's time for it, and the floor:
+              bytes that have to be read and written (what stays, twice; all keys, where they are scored) over the copy
+              bandwidth. The step's own time beside it: the sums of attention of h2o are computed with the prompt, and its
+              products have a floor of their own
     host      64 sequences that decode under a policy: time of the books after a step, nothing to be done and every token
+    equal     decode steps of 64 sequences whose prompts were compressed, and of 64 that are as long and were not, in turns
 
 Weights and prompts are random.
 """
@@ -18,13 +20,14 @@ Weights and prompts are random.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from nano_session import Session
+from nano_session import Session, release
 
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
@@ -36,6 +39,8 @@ from kvsuite.nanovllm.sampling import SamplingParameters
 FACTOR = 5
 POLICIES = ("streaming_llm", "knorm", "snapkv", "h2o")
 REPEATS = 7
+# some 30 ms
+_WAITING_CYCLES = 60_000_000
 
 
 def made(session: Session, model: str, policy: Policy | None, limits: Limits) -> Runtime:
@@ -63,6 +68,22 @@ def floor_bytes(runtime: Runtime, policy: str, length: int) -> int:
     element = runtime.pools[0].keys.element_size()
     token = sum(group.token_bytes(element) for group in runtime.groups)
     return 2 * stays * token + (length * token // 2 if policy in ("knorm", "snapkv") else 0)
+
+
+def products_floor_s(session: Session, runtime: Runtime, length: int) -> float:
+    """Seconds of the products of queries and keys, below the diagonal, at the rate of a large product measured here."""
+    size = 256 if session.options.tiny else 8192
+    left, right = (torch.randn(size, size, device=session.device, dtype=runtime.pools[0].keys.dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        session.synchronize()
+        started = time.perf_counter()
+        left @ right
+        session.synchronize()
+        times.append(time.perf_counter() - started)
+    config = session.model(session.shapes.large).text_config
+    width = int(config.num_attention_heads) * runtime.pools[0].group.head_dim
+    return length**2 * width * int(config.num_hidden_layers) / (2 * size**3 / min(times))
 
 
 def prompt(session: Session) -> None:
@@ -111,6 +132,8 @@ def prompt(session: Session) -> None:
                 "host_ms": 1e3 * statistics.median(host), "floor_ms": 1e3 * moved / session.bandwidth,
                 "prompt_more_ms": 1e3 * (steps[name] - steps[""]),
             }  # fmt: skip
+        if name == "h2o":
+            facts["products_floor_ms"] = 1e3 * products_floor_s(session, runtime, length)
         runtime.close()
         del runtime
         session.say("compress", **facts)
@@ -123,13 +146,18 @@ def marks(session: Session) -> tuple[Callable[[], None], Callable[[], tuple[floa
     event: Any = torch.cuda.Event
     first, last = event(enable_timing=True), event(enable_timing=True)
 
+    def begin() -> None:
+        # what is launched meanwhile waits, so that the device's time has no gaps in which the host launches
+        torch.cuda._sleep(_WAITING_CYCLES)
+        first.record()
+
     def end() -> tuple[float, float]:
         last.record()
         launched = time.perf_counter()
         last.synchronize()
         return first.elapsed_time(last) / 1e3, launched
 
-    return first.record, end
+    return begin, end
 
 
 def host(session: Session) -> None:
@@ -176,15 +204,50 @@ def host(session: Session) -> None:
         )
 
 
+def equal(session: Session) -> None:
+    """Median gaps between tokens, of rounds that take turns so that both see the same clock of the device."""
+    sequences, length, steps = (3, 60, 16) if session.options.tiny else (64, 3968, 120)
+    stays = max(1, length // FACTOR)
+    found: dict[str, list[float]] = {}
+    for name in ("", "streaming_llm", "snapkv") * 2:
+        policy = get_policy(name, factor=FACTOR) if name else None
+        own = length if name else stays
+        limits = Limits(
+            max_model_len=own + steps + 8, max_num_seqs=sequences, max_num_batched_tokens=max(8192, sequences),
+            prefix_caching=False, prefill_first=True, num_blocks=sequences * (-(-(stays + steps + 8) // 16)) + 2 * 8192 // 16,
+        )  # fmt: skip
+        options: dict[str, Any] = {"stage": "async"} if name else {}
+        if session.device.type == "cuda":
+            from kvsuite.nanovllm.cuda_runner import cuda_runner
+
+            options["runner"] = cuda_runner(sizes=[sequences])
+        runtime = Runtime(session.model(session.shapes.large), limits, policy=policy, eos_token_ids=(), **options)
+        requests = runtime.run([request(own, runtime, seed, steps) for seed in range(sequences)])
+        # the last to begin: everybody decodes from its first token on
+        late = max(requests, key=lambda one: one.times[0])
+        earliest = min(one.times[-1] for one in requests)
+        times = [at for at in late.times[2:] if at <= earliest]
+        found.setdefault(name, []).append(statistics.median(b - a for a, b in itertools.pairwise(times)))
+        runtime.close()
+        del runtime
+        release()
+    for name, medians in found.items():
+        session.say(
+            "equal", policy=name or "none", sequences=sequences, stored=stays, step_ms=1e3 * statistics.mean(medians),
+            rounds_ms=[round(1e3 * one, 3) for one in medians],
+            of_dense=statistics.mean(medians) / statistics.mean(found[""]),
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["prompt", "host"])
+    parser.add_argument("parts", nargs="+", choices=["prompt", "host", "equal"])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out")
     session = Session(parser.parse_args())
     for part in session.options.parts:
-        {"prompt": prompt, "host": host}[part](session)
+        {"prompt": prompt, "host": host, "equal": equal}[part](session)
 
 
 if __name__ == "__main__":

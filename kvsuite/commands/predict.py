@@ -215,13 +215,18 @@ def _explained(found: Survey, name: str) -> RenderableType:
 
 def _rooms(names: str, found: Survey) -> RenderableType:
     """What cache formats take of the model's tokens, beside weights in the first weight format of the space."""
-    from kvsuite.cache_formats.cache_format import CacheFormat
+    from kvsuite.cache_formats.chosen_format import HqqFormat, parse_format
     from kvsuite.memory_model.cache_room import cache_rooms
     from kvsuite.memory_model.formats import ELEMENT_BYTES
     from kvsuite.memory_model.tables import cache_room_table
     from kvsuite.options.option import outside_brackets
 
-    formats = [CacheFormat.parse(one) for one in outside_brackets(names)]
+    formats = []
+    for one in outside_brackets(names):
+        chosen = parse_format(one)
+        if isinstance(chosen, HqqFormat):
+            raise UserError(f"--cache-dtype={one}: transformers decides what its packed cache takes; use int4 or int8")
+        formats.append(chosen)
     if not found.rows:
         raise UserError("--cache-dtype: no point of the space is valid, so there is no weight format to predict with")
     prediction = found.rows[0].prediction

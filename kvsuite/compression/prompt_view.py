@@ -64,7 +64,10 @@ class PromptObservation:
             found = query.new_zeros(query.shape[0], own.shape[1], dtype=torch.float32)
             rows = max(1, _BLOCK_BYTES // (4 * query.shape[0] * own.shape[1]))
             for at in range(0, tokens, rows):
-                found += attention_weights(query[:, at : at + rows], own, scale, first + at).sum(dim=1)
+                # none of these sees a later key
+                end = first + min(at + rows, tokens)
+                weights = attention_weights(query[:, at : at + rows], own[:, :end], scale, first + at)
+                found[:, :end] += weights.sum(dim=1)
             if self.sums is not None:
                 found[:, : self.sums.shape[1]] += self.sums
             self.sums = found
@@ -210,6 +213,6 @@ def attention_weights(query: Tensor, keys: Tensor, scale: float, first: int) -> 
         products = grouped.float() @ keys.float().transpose(1, 2)
     products = products.mul_(scale).view(heads, tokens, keys.shape[1])
     # all of them see what lies before the first
-    at = torch.arange(tokens, device=query.device)
-    products[..., first:].masked_fill_(at[: keys.shape[1] - first] > at[:, None], float("-inf"))
+    at = torch.arange(keys.shape[1] - first, device=query.device)
+    products[..., first:].masked_fill_(at > at[:tokens, None], float("-inf"))
     return products.softmax(dim=-1)

@@ -12,6 +12,7 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
+from .questions import Answer, Asked
 from .results import Served, ServeRequest, TakeRow, TokenProgress, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
@@ -65,6 +66,27 @@ class GivesLogits(Protocol):
         ----------
         full
             Through the full cache in the model's dtype, served in the same way, in the place of the case's.
+        """
+        ...
+
+
+@runtime_checkable
+class AnswersQuestions(Protocol):
+    """Answers questions from the cache of a context: prefill, then the prepared case's method, then the question."""
+
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        """Answers to every question, in order.
+
+        Parameters
+        ----------
+        asked
+            Contexts and their questions. A question is fed token by token, and the method goes on acting as in decoding.
+        full
+            Through the full cache in the model's dtype, in the place of the case's.
+        progress
+            Called with contexts done and in all.
         """
         ...
 
@@ -140,6 +162,11 @@ class ServesUnderLoad(Protocol):
         """
         ...
 
+
+@runtime_checkable
+class ScoresOutput(Protocol):
+    """Serves under load, and gives log-probabilities of output that it chose or that was forced (`ServeRequest.scored`)."""
+
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         """Serve the same requests with their full caches: no policy, no arrivals, and the largest pool that they need."""
         ...
@@ -150,8 +177,10 @@ _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
     ScoresThroughCache: "returns no losses of a text through its cache",
     GivesLogits: "hands out no logits of a text through its cache",
+    AnswersQuestions: "answers no questions from the cache of a context",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
+    ScoresOutput: "takes no forced output and returns no losses of it",
     ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",
 }
 

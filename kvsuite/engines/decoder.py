@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat, kv_bytes
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers, UnknownLayers, layers_of
 
@@ -48,13 +48,9 @@ class Decoder:
         """Bytes of keys and values where each layer holds so many tokens."""
         return self.of_layers.kv_bytes(tokens_per_layer, self.element_bytes)
 
-    def cache_bytes(self, tokens_per_layer: Sequence[int], seen: int, chosen: CacheFormat | None) -> int:
+    def cache_bytes(self, tokens_per_layer: Sequence[int], seen: int, chosen: OwnFormat | None) -> int:
         """Bytes of keys and values in a cache format, of layers that hold so many tokens of a text of ``seen``."""
-        return (
-            self.of_layers.kv_bytes(tokens_per_layer, self.element_bytes)
-            if chosen is None
-            else chosen.kv_bytes(self.of_layers, tokens_per_layer, seen, self.element_bytes)
-        )
+        return kv_bytes(chosen, self.of_layers, tokens_per_layer, seen, self.element_bytes)
 
     def full_lengths(self, tokens: int) -> list[int]:
         """Tokens that each layer holds of ``tokens`` with no policy: a layer with a window no more than that."""

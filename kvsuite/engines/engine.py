@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvsuite.cache_formats.cache_format import EngineFormat, format_of
+from kvsuite.cache_formats.by_layer import ByLayerFormat
+from kvsuite.cache_formats.cast_format import CastFormat
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture
@@ -255,8 +257,13 @@ class Engine(ABC):
     is_optional: ClassVar[bool] = True
     #: whether its sessions store keys and values in the formats of `kvsuite.cache_formats`
     stores_cache_formats: ClassVar[bool] = False
+    #: whether a format may differ from layer to layer
+    stores_formats_by_layer: ClassVar[bool] = False
     #: options of ``python -m kvsuite predict`` that `predictor` reads, by name
     predictor_options: ClassVar[frozenset[str]] = frozenset()
+    #: how far its perplexity may be from transformers' on the same weights and tokens, relatively, by the dtype in which it
+    #: computes: what it promises (``python -m kvsuite parity``). A dtype that is not there is no promise
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {}
     #: what it asks of a design point beside the rules of every engine, by the rule's name; a check says what is wrong
     point_rules: ClassVar[Mapping[str, Check]] = {}
 
@@ -283,15 +290,20 @@ class Engine(ABC):
             With the reason and the mend.
         """
         chosen = format_of(case)
+        if isinstance(chosen, CastFormat) and chosen.engine != self.name:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen}: is a format of engine {chosen.engine} alone; use --kv-engine={chosen.engine}, or "
+                "--kv-cache-dtype=auto"
+            )
         if chosen is not None and not self.stores_cache_formats:
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: engine {self.name} stores keys and values in the model's own numbers alone; use "
-                "--kv-engine=hf, or --kv-cache-dtype=auto"
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in the model's own numbers alone; "
+                "use --kv-cache-dtype=auto, or --kv-engine=hf for cases of one request"
             )
-        if isinstance(chosen, EngineFormat) and chosen.engine != self.name:
+        if isinstance(chosen, ByLayerFormat) and not self.stores_formats_by_layer:
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: a format of engine {chosen.engine} alone; use --kv-engine={chosen.engine}, or "
-                "another format"
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores all layers in one format; use --kv-engine=hf, or "
+                "a format without by_layer"
             )
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:

@@ -115,7 +115,8 @@ class RequestServed(LoadTimes):
     prompt_tokens
         Tokens of the prompt, whatever was computed for them.
     cached_tokens
-        Those of them whose keys were found in the prefix cache at the first admission.
+        Those of them whose keys were found in the prefix cache at the first admission. This and what follows is ``None``
+        where the engine does not tell it.
     computed_prompt_tokens
         Tokens that went through the model for it beside one for each further output token: its prompt without what was
         found in the cache, and what a preemption made it compute again.
@@ -133,11 +134,11 @@ class RequestServed(LoadTimes):
     """
 
     prompt_tokens: int
-    cached_tokens: int
-    computed_prompt_tokens: int
-    preemptions: int
-    stored_tokens: float
-    evicted_tokens: float
+    cached_tokens: int | None
+    computed_prompt_tokens: int | None
+    preemptions: int | None
+    stored_tokens: float | None
+    evicted_tokens: float | None
     scores: OutputScores | None = None
     compress_s: float | None = None
 
@@ -187,7 +188,7 @@ class Served:
     engine
         What a server says itself.
     requests, steps
-        Of requests that were served under load: each of them, in their order, and every step.
+        Of requests that were served under load: each of them, in their order, and every step where the engine tells of steps.
     decisions
         What a controller decided, with its inputs and times, in JSON types.
     waited_s

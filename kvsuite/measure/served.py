@@ -28,7 +28,7 @@ _LATENCIES: Mapping[str, Callable[[RequestServed], Sequence[float]]] = {
     "ttft": lambda one: [one.ttft_s],
     "tpot": lambda one: [] if one.tpot_s is None else [one.tpot_s],
     "itl": lambda one: one.itl_s,
-    "queue": lambda one: [one.queue_s],
+    "queue": lambda one: [] if one.queue_s is None else [one.queue_s],
 }
 
 
@@ -58,10 +58,13 @@ def put_served(
     """
     for name, values in _of_rounds(rounds, slo).items():
         facts = {"slo": str(slo)} if name in ("goodput_req_s", "slo_share") else {}
-        found.put(name, values, clock=DELIVERY, reason="no time has passed", **facts)
+        found.put(name, values, clock=DELIVERY, reason=_unseen(name, rounds), **facts)
     for latency, values_of in _LATENCIES.items():
         _put_percentiles(found, latency, [[v for one in each.requests for v in values_of(one)] for each in rounds])
     used = None if sms is None else [sm_seconds(each.steps, sms) for each in rounds]
+    if any(one.queue_s is None for each in rounds for one in each.requests):
+        for name in PERCENTILES:
+            found.put(f"queue_{name}_s", None, reason="the engine does not tell when it takes a request up")
     found.put("sm_seconds", used, clock=DELIVERY, reason=sms_unknown)
     found.tokens |= served_tokens(rounds[0])
     never = [said for each in rounds if (said := backlog(each.requests)).drains is False]
@@ -93,14 +96,27 @@ def put_compression(found: Measurement, rounds: Sequence[Served], *, on_cuda: bo
 def served_tokens(served: Served) -> dict[str, int]:
     """Tokens of one round, for the record: logical ones, and those that really went through the model."""
     requests, counts = served.requests, served.counts
-    return {
+    found = {
         "requests": len(requests),
         "prompt": sum(one.prompt_tokens for one in requests),
-        "prefill_computed": counts["computed_prefill_tokens"],
-        "decode_computed": counts["computed_decode_tokens"],
-        "prefix_hits": sum(one.cached_tokens for one in requests),
+        "prefill_computed": counts.get("computed_prefill_tokens"),
+        "decode_computed": counts.get("computed_decode_tokens"),
+        "prefix_hits": total([one.cached_tokens for one in requests]),
         "generated": sum(len(one.token_s) for one in requests),
     }
+    return {name: count for name, count in found.items() if count is not None}
+
+
+def total(counts: Sequence[int | None]) -> int | None:
+    """Their sum; ``None`` where one is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def preemptions(served: Served) -> int | None:
+    """Of all requests of a round: added up, or as the engine counts them for all; ``None`` where it does neither."""
+    own = total([one.preemptions for one in served.requests])
+    return served.counts.get("preemptions") if own is None else own
 
 
 def sm_seconds(steps: Sequence[StepServed], sms: Mapping[str, int]) -> float:
@@ -143,16 +159,17 @@ def _of_rounds(rounds: Sequence[Served], slo: Slo) -> dict[str, list[float] | No
         wall = wall_s(requests)
         output = sum(len(one.token_s) for one in requests)
         meeting, share = goodput(requests, slo)
+        computed = total([counts.get(f"computed_{part}_tokens") for part in ("prefill", "decode")])
         rows.append(
             {
                 "output_tok_s": output / wall,
-                "total_tok_s_computed": (counts["computed_prefill_tokens"] + counts["computed_decode_tokens"]) / wall,
+                "total_tok_s_computed": None if computed is None else computed / wall,
                 "total_tok_s_logical": (sum(one.prompt_tokens for one in requests) + output) / wall,
                 "goodput_req_s": meeting,
                 "slo_share": share,
-                "preemptions": sum(one.preemptions for one in requests),
+                "preemptions": preemptions(served),
                 "running_mean": time_mean(_spans(steps)),
-                "blocks_peak": max(step.used_blocks for step in steps),
+                "blocks_peak": max((step.used_blocks for step in steps), default=None),
             }
         )
     found: dict[str, list[float] | None] = {}
@@ -160,6 +177,12 @@ def _of_rounds(rounds: Sequence[Served], slo: Slo) -> dict[str, list[float] | No
         values = [value for row in rows if (value := row[name]) is not None]
         found[name] = values if len(values) == len(rows) else None
     return found
+
+
+def _unseen(name: str, rounds: Sequence[Served]) -> str:
+    if name in ("running_mean", "blocks_peak") and not all(each.steps for each in rounds):
+        return "the engine tells of no steps"
+    return "no time has passed" if name == "running_mean" else "the engine does not count them"
 
 
 def _spans(steps: Sequence[StepServed]) -> list[tuple[float, float]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvsuite.cache_formats.cache_format import AUTO, CacheFormat
+from kvsuite.cache_formats import by_layer
+from kvsuite.cache_formats.by_layer import CountedFormat
+from kvsuite.cache_formats.cache_format import AUTO
+from kvsuite.errors import CaseInvalid
 
 from .config import Architecture
 
@@ -36,7 +39,7 @@ class CacheRoom:
     reason: str | None = None
 
 
-def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: CacheFormat | None) -> int:
+def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: CountedFormat | None) -> int:
     """Bytes of the keys and values of a text, packed or not.
 
     Raises
@@ -46,11 +49,11 @@ def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen
     """
     if chosen is None or isinstance(architecture.cache, str):
         return architecture.kv_bytes(tokens, element_bytes)
-    return chosen.kv_bytes(architecture.cache, [tokens] * architecture.layers, tokens, element_bytes)
+    return by_layer.kv_bytes(chosen, architecture.cache, [tokens] * architecture.layers, tokens, element_bytes)
 
 
 def cache_rooms(
-    architecture: Architecture, element_bytes: int, formats: Sequence[CacheFormat | None], free_bytes: float | None
+    architecture: Architecture, element_bytes: int, formats: Sequence[CountedFormat | None], free_bytes: float | None
 ) -> list[CacheRoom]:
     """What each format takes, and how long a text may be.
 
@@ -67,7 +70,7 @@ def cache_rooms(
     """
     found = []
     for chosen in formats:
-        name = AUTO if chosen is None else str(chosen)
+        name = AUTO if chosen is None else chosen.label
         if reason := _refused(architecture, chosen):
             found.append(CacheRoom(name, reason=reason))
             continue
@@ -77,19 +80,25 @@ def cache_rooms(
     return found
 
 
-def _refused(architecture: Architecture, chosen: CacheFormat | None) -> str | None:
+def _refused(architecture: Architecture, chosen: CountedFormat | None) -> str | None:
     if isinstance(architecture.cache, str):
         return architecture.cache
-    for layer in architecture.cache.layers if chosen is not None else ():
+    if chosen is None:
+        return None
+    try:
+        formats = chosen.of_layers(architecture.layers)
+    except CaseInvalid as error:
+        return str(error)
+    for layer, one in zip(architecture.cache.layers, formats, strict=True):
         if layer.latent or layer.attention != "full" or layer.recurrent:
             return f"layer {layer.index} ({layer.what}) is not packed"
-        if reason := chosen.refused(layer.key_dim, layer.value_dim) if chosen else None:
+        if reason := one.refused(layer.key_dim, layer.value_dim) if one is not None else None:
             return reason
     return None
 
 
 def _longest(
-    architecture: Architecture, element_bytes: int, chosen: CacheFormat | None, free_bytes: float
+    architecture: Architecture, element_bytes: int, chosen: CountedFormat | None, free_bytes: float
 ) -> int | None:
     """The longest text whose cache fits; ``None`` where every one does (windows alone)."""
     if kv_bytes(architecture, _MOST_TOKENS, element_bytes, chosen) <= free_bytes:

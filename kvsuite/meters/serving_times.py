@@ -69,13 +69,13 @@ class LoadTimes:
     arrival_s
         When it was due, however late it was taken up.
     admitted_s
-        When it was first given blocks; until then it waited in the queue.
+        When it was first given blocks; until then it waited in the queue. ``None`` where nobody but a client looks on.
     token_s
         When each output token was on the host.
     """
 
     arrival_s: float
-    admitted_s: float
+    admitted_s: float | None
     token_s: list[float]
 
     @property
@@ -89,9 +89,9 @@ class LoadTimes:
         return self.token_s[-1] - self.arrival_s
 
     @property
-    def queue_s(self) -> float:
-        """From the scheduled arrival to the first admission."""
-        return self.admitted_s - self.arrival_s
+    def queue_s(self) -> float | None:
+        """From the scheduled arrival to the first admission; ``None`` where that is not told."""
+        return None if self.admitted_s is None else self.admitted_s - self.arrival_s
 
     @property
     def tpot_s(self) -> float | None:
@@ -171,7 +171,8 @@ def backlog(requests: Sequence[LoadTimes]) -> Backlog:
         return Backlog(
             None, None, f"{len(requests)} arrivals at {_count_times(arrivals)} are too few to see a queue grow"
         )
-    shortest = min(one.token_s[-1] - one.admitted_s for one in requests)
+    # of a request whose admission nobody tells, its waiting counts too
+    shortest = min(one.token_s[-1] - (one.arrival_s if one.admitted_s is None else one.admitted_s) for one in requests)
     if shortest > span / 2:
         return Backlog(None, None, "the arrivals end before a request can be over: too short to see a queue grow")
     middle = arrivals[len(arrivals) // 2]

@@ -160,9 +160,23 @@ def load_model(
     )
 
 
-def model_tokenizer(spec: ModelSpec, folder: Path) -> Any:
-    """The tokenizer of a model's folder, for an engine that loads the weights elsewhere; ``None`` if it holds none."""
-    return _tokenizer(spec, str(folder), {"local_files_only": True, "trust_remote_code": False}, [])
+def load_tokenizer(spec: ModelSpec, *, cache_dir: Path | None = None) -> Any:
+    """The tokenizer of a model whose weights somebody else holds; ``None`` for dummies and for folders without one.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read.
+    """
+    if spec.kind == "dummy":
+        return None
+    if spec.kind == "gguf":
+        from .gguf import gguf_tokenizer, read_fields
+
+        return gguf_tokenizer(Path(spec.source), read_fields(Path(spec.source)))
+    source, local = _source(spec, cache_dir)
+    with _no_progress_bars(), _user_errors(spec):
+        return _tokenizer(spec, source, {"local_files_only": local, "trust_remote_code": False}, [])
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -263,15 +277,9 @@ def _pretrained(
     import torch
     from transformers import AutoConfig
 
-    from .hub import require_hub
     from .measurable import require_causal_class
-    from .smollm2 import smollm2_folder
 
-    source, local = spec.source, True
-    if spec.kind == "smollm2":
-        source = str(smollm2_folder(cache_dir or Path(spec.source).parent))
-    elif spec.kind == "hub":
-        local = not require_hub("--kv-model", spec.request, repo_id=spec.source)
+    source, local = _source(spec, cache_dir)
     common: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _user_errors(spec):
         config = AutoConfig.from_pretrained(source, **common)
@@ -294,6 +302,16 @@ def _pretrained(
     if unexpected := sorted(info["unexpected_keys"]):
         notes.append(f"{len(unexpected)} weight(s) of the checkpoint are not used, {unexpected[0]} first")
     return model, tokenizer
+
+
+def _source(spec: ModelSpec, cache_dir: Path | None) -> tuple[str, bool]:
+    """Where transformers finds the model, and whether it may look at local files alone."""
+    from .hub import require_hub
+    from .smollm2 import smollm2_folder
+
+    if spec.kind == "smollm2":
+        return str(smollm2_folder(cache_dir or Path(spec.source).parent)), True
+    return spec.source, spec.kind != "hub" or not require_hub("--kv-model", spec.request, repo_id=spec.source)
 
 
 def _tokenizer(spec: ModelSpec, source: str, common: dict[str, Any], notes: list[str]) -> Any:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers, UnknownLayers, layers_of
 
-from .groups import LayerGroup
+from .groups import LayerGroup, token_bytes, unpaged
 from .limits import Limits
 
 _PROBE = "kvsuite_probe"
@@ -42,9 +43,9 @@ class AttentionLayer:
     window: int | None
     rotary: bool = True
 
-    def token_bytes(self, element_bytes: int) -> int:
-        """Bytes of a token's key and value."""
-        return 2 * self.kv_heads * self.head_dim * element_bytes
+    def token_bytes(self, element_bytes: int, chosen: CacheFormat | None = None) -> int:
+        """Bytes of a token's key and value in a format, ``None`` for the model's own dtype."""
+        return token_bytes(self.kv_heads, self.head_dim, element_bytes, chosen)
 
 
 def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
@@ -153,8 +154,11 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
     Raises
     ------
     CaseInvalid
-        If two sliding windows would act on the same layers, or a policy has no layer left to act on.
+        If two sliding windows would act on the same layers, a policy has no layer left to act on, or the limits' cache format
+        is nothing for pages or the model's heads.
     """
+    if limits.cache_format is not None:
+        _refuse_format(limits.cache_format, layers)
     own = {layer.window for layer in layers if layer.window is not None and layer.window < limits.max_model_len}
     if own and limits.sliding_window is not None:
         raise CaseInvalid(
@@ -183,21 +187,18 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             compressed=treated,
             places=treated and policy is not None and policy.positions == "cache" and layer.rotary,
             rotary=layer.rotary or not (treated and turned),
+            format=limits.cache_format,
         )
         members.setdefault(key, []).append(index)
-    return [
-        LayerGroup(
-            layers=tuple(indices),
-            kv_heads=key.kv_heads,
-            head_dim=key.head_dim,
-            window=key.window,
-            sinks=key.sinks,
-            compressed=key.compressed,
-            places=key.places,
-            rotary=key.rotary,
-        )
-        for key, indices in members.items()
-    ]
+    return [replace(key, layers=tuple(indices)) for key, indices in members.items()]
+
+
+def _refuse_format(chosen: CacheFormat, layers: Sequence[AttentionLayer]) -> None:
+    reason = unpaged(chosen) or next(
+        filter(None, (chosen.refused(each.head_dim, each.head_dim) for each in layers)), None
+    )
+    if reason is not None:
+        raise CaseInvalid(f"--kv-cache-dtype={chosen}: {reason}")
 
 
 class _AttentionSet:

@@ -49,10 +49,12 @@ class CapturableReference(ReferenceAttention):
     @property
     def capturable(self) -> bool:
         """Whether every group's decode attention can be captured."""
-        return not any(pool.group.window is not None or pool.group.places for pool in self.pools)
+        return not any(pool.is_packed or pool.group.window is not None or pool.group.places for pool in self.pools)
 
     @property
     def why_not_capturable(self) -> str:
+        if self.pools[0].is_packed:
+            return "packed pages are unpacked by many small kernels, which are not captured yet"
         return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
 
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturableReference:
@@ -73,11 +75,13 @@ def attention_for(
     CaseSkipped
         If FlashInfer is called for and not installed.
     """
-    keys = pools[0].keys
-    if keys.device.type != "cuda":
-        return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {keys.device.type}"
-    if keys.dtype not in (torch.bfloat16, torch.float16):
-        return CapturableReference(pools, rotation), f"FlashInfer does not compute in {keys.dtype}"
+    first = pools[0]
+    if first.is_packed:
+        return CapturableReference(pools, rotation), f"pages in {first.group.format} are unpacked before they are read"
+    if first.device.type != "cuda":
+        return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
+    if first.dtype not in (torch.bfloat16, torch.float16):
+        return CapturableReference(pools, rotation), f"FlashInfer does not compute in {first.dtype}"
     odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
     if odd:
         return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"

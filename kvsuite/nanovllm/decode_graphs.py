@@ -88,7 +88,7 @@ class DecodeGraphs:
         self._attention = attention
         self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
-        self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].keys.device)
+        self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
         self._steps: dict[int, _Step] = {}
         self._memory: Any = None
 

@@ -92,7 +92,7 @@ class Eviction:
         self._tables = tables
         self._pool = pool
         self._observer = observer
-        self._device = pool.keys.device
+        self._device = pool.device
         self._per_head = self.policy is not None and not self.policy.shared_across_heads
         self._layers = torch.tensor(group.layers, device=self._device)[:, None]
         self._heads = torch.arange(group.kv_heads, device=self._device)

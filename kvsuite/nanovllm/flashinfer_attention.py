@@ -74,7 +74,7 @@ class FlashInferAttention(FlashInferLayers):
         super().__init__(pools)
         self.flashinfer = flashinfer_module()
         self.query_heads = query_heads
-        device = self.pools[0].keys.device
+        device = self.pools[0].device
         # FlashInfer wants it zeroed at first use
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         hopper = torch.cuda.get_device_capability(device)[0] == 9
@@ -150,8 +150,8 @@ class FlashInferAttention(FlashInferLayers):
                 pool.group.head_dim,
                 pool.block_size,
                 causal=True,
-                q_data_type=pool.keys.dtype,
-                kv_data_type=pool.keys.dtype,
+                q_data_type=pool.dtype,
+                kv_data_type=pool.dtype,
                 non_blocking=False,
             )
 

@@ -156,7 +156,7 @@ class PlannedDecode:
         size, most = table_shape
         device = owner.workspace.device
         self._shape = (owner.query_heads, pool.group.kv_heads, pool.group.head_dim, pool.block_size)
-        self._dtype = pool.keys.dtype
+        self._dtype = pool.dtype
         # starts and fill of the last blocks travel in one copy
         self._staging = torch.zeros(2 * size + 1, dtype=torch.int32, pin_memory=True)
         self._sent = torch.zeros(2 * size + 1, dtype=torch.int32, device=device)

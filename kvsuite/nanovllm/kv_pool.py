@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvsuite.cache_formats.cache_format import AUTO, SideFormat
+from kvsuite.cache_formats.pack import refuse_vectors
 from kvsuite.errors import UserError
 
 from .groups import LayerGroup
 from .limits import Limits
+from .pages import Pages
+
+_OWN = SideFormat(AUTO)
 
 #: block that no sequence owns: padding reads and writes it
 SCRATCH_BLOCK = 0
@@ -20,7 +25,7 @@ _STAGING_BYTES = 1 << 26
 
 
 class KVPool:
-    """Keys and values of one layer group: ``[layers, num_blocks + 1, block_size, kv_heads, head_dim]`` each.
+    """Keys and values of one layer group, in the group's format: `Pages` of ``num_blocks + 1`` blocks each.
 
     Block 0 is scratch: no sequence owns it, and what padding writes there means nothing.
 
@@ -47,60 +52,110 @@ class KVPool:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
-        shape = (len(group.layers), num_blocks + 1, block_size, group.kv_heads, group.head_dim)
+        #: of what is read
+        self.dtype = dtype
+        self.device = device
+        self._block_bytes = group.token_bytes(dtype.itemsize) * block_size
+        chosen = group.format
+        sides = (_OWN, _OWN) if chosen is None else (chosen.keys, chosen.values)
         try:
-            # zeros: attention may read a padded slot before anything is written there, and 0 * NaN is NaN
-            self.keys = torch.zeros(shape, dtype=dtype, device=device)
-            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self._keys, self._values = (
+                Pages(side, group, blocks=num_blocks + 1, block_size=block_size, device=device, dtype=dtype)
+                for side in sides
+            )
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            needed = 2 * torch.Size(shape).numel() * dtype.itemsize
+            needed = (num_blocks + 1) * self._block_bytes
             raise UserError(
                 f"num_blocks={num_blocks}: the pool needs {needed / 2**30:.2f} GiB, which {device} does not have free; "
                 "give fewer num_blocks, pool_bytes or memory_share"
             ) from error
         # made by the first that keeps anything, on the stream that does so
-        self._staging = self.keys.new_empty(0)
+        self._staging = torch.empty(0, dtype=torch.uint8, device=device)
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys ``[layers, num_blocks + 1, block_size, kv_heads, head_dim]``, or their codes (`Pages.codes`)."""
+        return self._keys.codes
+
+    @property
+    def values(self) -> Tensor:
+        """Values, like `keys`."""
+        return self._values.codes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether anything but the model's own numbers is stored."""
+        return self.group.format is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block in all layers of the group."""
-        return self.group.token_bytes(self.keys.element_size()) * self.block_size
+        return self._block_bytes
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the group's ``index``-th layer, each ``[num_blocks + 1, block_size, kv_heads, head_dim]``."""
+        """Keys and values of the group's ``index``-th layer, each ``[num_blocks + 1, block_size, kv_heads, head_dim]``.
+
+        Of a packed pool these are codes (`packed_layer`).
+        """
         return self.keys[index], self.values[index]
 
-    def _by_slot(self) -> tuple[Tensor, Tensor]:
-        return self.keys.flatten(1, 2), self.values.flatten(1, 2)
+    def packed_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of keys, then of values, of the group's ``index``-th layer (`Pages`)."""
+        keys, values = self._keys, self._values
+        return keys.codes[index], keys.scales[index], values.codes[index], values.scales[index]
+
+    def store(self, index: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store keys and values ``[n, kv_heads, head_dim]`` of the group's ``index``-th layer in ``slots`` ``[n]``."""
+        self._keys.store(index, slots, key)
+        self._values.store(index, slots, value)
+
+    def read(self, index: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as attention sees those in ``slots`` ``[n]`` of a layer, each ``[n, kv_heads, head_dim]``."""
+        return self._keys.read(index, slots), self._values.read(index, slots)
+
+    def read_blocks(self, index: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole ``blocks`` ``[...]``, each ``[..., block_size, kv_heads, head_dim]``."""
+        return self._keys.read_blocks(index, blocks), self._values.read_blocks(index, blocks)
+
+    def refuse_vectors(self) -> None:
+        """Refuse what was stored since the last call and has no number in the pool's format; waits for the device.
+
+        Raises
+        ------
+        CaseInvalid
+            If there was any.
+        """
+        if self.group.format is None:
+            return
+        refused = self._keys.refused | self._values.refused
+        self._keys.refused.zero_()
+        self._values.refused.zero_()
+        refuse_vectors(refused, str(self.group.format))
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self._keys.tensors, *self._values.tensors]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks ``(source, target)`` in all layers, all at the same time; targets are distinct."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.keys.device).T
-        for tensor in (self.keys, self.values):
+        source, target = torch.tensor(pairs, dtype=torch.int64, device=self.device).T
+        for tensor in self._tensors:
             tensor.index_copy_(1, target, tensor.index_select(1, source))
 
     def keys_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
-        """Copies of the keys in ``slots`` ``[n]`` of some of the group's layers: ``[layers, kv_heads, n, head_dim]``."""
-        return self._vectors(self.keys, slots, layers)
+        """The keys in ``slots`` ``[n]`` of some of the group's layers as they are read: ``[layers, kv_heads, n, head_dim]``."""
+        return self._keys.vectors(slots, layers)
 
     def values_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
-        """Copies of the values in ``slots``, like `keys_of`."""
-        return self._vectors(self.values, slots, layers)
-
-    def _vectors(self, tensor: Tensor, slots: Tensor, layers: slice) -> Tensor:
-        count, heads, device = tensor.shape[1] * self.block_size, self.group.kv_heads, tensor.device
-        layer = torch.arange(len(self.group.layers), device=device)[layers, None, None]
-        # one copy, in the order in which heads are looked at
-        index = (layer * count + slots) * heads + torch.arange(heads, device=device)[:, None]
-        found = tensor.view(-1, self.group.head_dim).index_select(0, index.flatten())
-        return found.view(*index.shape, self.group.head_dim)
+        """The values in ``slots``, like `keys_of`."""
+        return self._values.vectors(slots, layers)
 
     @torch.inference_mode()
     def keep(self, source: Tensor, target: Tensor) -> None:
@@ -115,24 +170,26 @@ class KVPool:
         target
             int64 ``[k]``, all different.
         """
-        layers, heads, width = len(self.group.layers), self.group.kv_heads, self.group.head_dim
-        slots, device = self.keys.shape[1] * self.block_size, self.keys.device
+        layers, heads = len(self.group.layers), self.group.kv_heads
+        slots = self.keys.shape[1] * self.block_size
         # what moves as one: a token of one head, or of all
         parts = 1 if source.dim() == 1 else heads
-        vector, count = heads * width // parts, target.shape[0] * parts
-        head = torch.arange(parts, device=device)
-        step = min(layers, max(1, _STAGING_BYTES // (count * vector * self.keys.element_size())))
-        if self._staging.numel() < step * count * vector:
-            self._staging = self.keys.new_empty(step * count * vector)
+        head = torch.arange(parts, device=self.device)
+        # rows of one tensor: what moves as one, side by side
+        rows = [tensor.view(-1, heads * tensor.shape[-1] // parts) for tensor in self._tensors]
+        widest = target.shape[0] * parts * max(each.shape[1] * each.element_size() for each in rows)
+        step = min(layers, max(1, _STAGING_BYTES // widest))
+        if self._staging.numel() < step * widest:
+            self._staging = self._staging.new_empty(step * widest)
         for first in range(0, layers, step):
-            own = torch.arange(first, min(first + step, layers), device=device)
+            own = torch.arange(first, min(first + step, layers), device=self.device)
             base = own[:, None, None] * slots
             chosen = source[None, :, None] if parts == 1 else source[first : first + step].transpose(1, 2)
             taken = ((base + chosen) * parts + head).flatten()
             given = ((base + target[:, None]) * parts + head).flatten()
-            staged = self._staging[: given.shape[0] * vector].view(-1, vector)
-            for tensor in (self.keys, self.values):
-                vectors = tensor.view(-1, vector)
+            for vectors in rows:
+                count, width = given.shape[0], vectors.shape[1]
+                staged = self._staging[: count * width * vectors.element_size()].view(vectors.dtype).view(count, width)
                 torch.index_select(vectors, 0, taken, out=staged)
                 vectors.index_copy_(0, given, staged)
 
@@ -141,7 +198,7 @@ class KVPool:
 
         The token in slot ``target`` (the last of its sequence) takes the place of an evicted one.
         """
-        for tensor in self._by_slot():
+        for tensor in (each.flatten(1, 2) for each in self._tensors):
             last = tensor[:, target]
             if source.dim() == 0:
                 tensor[:, int(source)] = last

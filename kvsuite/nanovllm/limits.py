@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.errors import UserError
 
 ADMISSIONS = ("reserve", "optimistic")
@@ -41,6 +42,8 @@ class Limits:
         When a waiting request may run beside others (`kvsuite.nanovllm.reservation`). ``reserve``: as soon as all of them
         could grow to their longest, so that none is preempted and nothing is computed twice. ``optimistic``: as soon as the
         tokens known now fit, which runs more at once where outputs end early, and computes again what it preempts.
+    cache_format
+        How keys and values are stored, ``None`` for the model's own dtype.
 
     Raises
     ------
@@ -60,6 +63,7 @@ class Limits:
     attention_sinks: int = 0
     prefill_first: bool = False
     admission: str = "reserve"
+    cache_format: CacheFormat | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):

@@ -110,8 +110,8 @@ class PromptObserver:
             def keys(at: int = at) -> Tensor:
                 part = batch.groups[number]
                 length = int(part.kv_lengths_host[at])
-                stored = pool.layer(index)[0].flatten(0, 1)
-                own = stored[slots_of(part.block_tables[at], length, pool.block_size)].transpose(0, 1)
+                slots = slots_of(part.block_tables[at], length, pool.block_size)
+                own = pool.keys_of(slots, slice(index, index + 1))[0]
                 if not pool.group.places:
                     return own
                 # of a prompt under way every token stands at its own position

@@ -63,26 +63,23 @@ class ReferenceAttention:
         if pool.group.places:
             assert self._rotation is not None
             key = self._rotation.unrotate(key.transpose(0, 1)[None], self._batch.positions)[0].transpose(0, 1)
-        for stored, new in zip(pool.layer(index), (key, value), strict=True):
-            stored.flatten(0, 1).index_copy_(0, slots, new.to(stored.dtype))
+        pool.store(index, slots, key, value)
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         number, index, pool = self._where[layer]
         part = self._batch.groups[number]
         if self._batch.decode_only and pool.group.window is None and not pool.group.places:
-            return self._decode(part, *pool.layer(index), query, scale)
+            return self._decode(part, *pool.read_blocks(index, part.block_tables), query, scale)
         masks = self._masks.get(number)
         if masks is None:
             masks = self._masks[number] = self._make_masks(part, pool)
         out = torch.empty_like(query)
         starts = self._batch.query_start_host.tolist()
-        keys, values = (tensor.flatten(0, 1) for tensor in pool.layer(index))
         for sequence, mask in enumerate(masks):
             rows = slice(starts[sequence], starts[sequence + 1])
             length = int(part.kv_lengths_host[sequence])
             slots = slots_of(part.block_tables[sequence], length, pool.block_size)
-            own = keys[slots].transpose(0, 1)[None]
-            its = values[slots].transpose(0, 1)[None]
+            own, its = (tensor.transpose(0, 1)[None] for tensor in pool.read(index, slots))
             if pool.group.places:
                 own = self._placed(own, part, sequence, index, length, rows.stop - 1)
             if mask is not None and query.is_cuda:
@@ -102,8 +99,8 @@ class ReferenceAttention:
         return out
 
     def _decode(self, part: GroupBatch, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
-        """One token a sequence: tensors alone decide, so that the step can be captured."""
-        own, its = (tensor[part.block_tables].flatten(1, 2).transpose(1, 2) for tensor in (keys, values))
+        """One token a sequence, of the blocks of its table: tensors alone decide, so that the step can be captured."""
+        own, its = (tensor.flatten(1, 2).transpose(1, 2) for tensor in (keys, values))
         mask = torch.arange(own.shape[2], device=own.device) < part.kv_lengths[:, None]
         mixed = functional.scaled_dot_product_attention(
             query[:, :, None],

@@ -259,7 +259,19 @@ class Runtime:
         added = [self.add(request) for request in requests]
         while self.unfinished:
             self.step()
+        self.refuse_vectors()
         return added
+
+    def refuse_vectors(self) -> None:
+        """Refuse what was stored since the last call and has no number in the cache format; waits for the device.
+
+        Raises
+        ------
+        CaseInvalid
+            If a key or a value was not finite, or larger than a scale reaches.
+        """
+        for pool in self.pools:
+            pool.refuse_vectors()
 
     def cancel(self, request: Request) -> None:
         """End a request now; nothing happens to one that is over. Callbacks may call this."""

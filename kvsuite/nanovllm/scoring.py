@@ -150,6 +150,7 @@ def score_steps(
     continuation: Sequence[int],
     *,
     first: int = 0,
+    take: Callable[[int, Tensor], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Score a known continuation as if it were decoded: a policy acts behind the prompt and after every token.
@@ -164,6 +165,8 @@ def score_steps(
         The tokens that follow, fed one by one.
     first
         First of them that is scored: the logits of number 0 come from the prompt's rows, before any compression.
+    take
+        Called with each scored row's number, from 0, and its logits ``[1, vocab]``.
     progress
         Called now and then with tokens done and in all.
 
@@ -178,6 +181,7 @@ def score_steps(
     correct = torch.zeros(count, dtype=torch.bool, device=targets.device)
     sampling = SamplingParameters(max_new_tokens=count, ignore_eos=True)
     request = Request(list(prompt), sampling, forced=list(continuation))
+    taken = first
 
     def on_logits(requests: Sequence[Request], logits: Tensor) -> None:
         # by number: a token that compression's preemption kept from its request is drawn again
@@ -185,6 +189,10 @@ def score_steps(
         target = targets[at : at + 1]
         nll[at : at + 1] = token_losses(logits, target)
         correct[at : at + 1] = logits.argmax(-1) == target
+        nonlocal taken
+        if take and at == taken:
+            take(at - first, logits)
+            taken += 1
         if progress and (at % 16 == 15 or at == count - 1):
             progress(at + 1, count)
 

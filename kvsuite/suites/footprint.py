@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvsuite.cache_formats.cache_format import EngineFormat, HqqFormat, format_of
+from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.memory_model.cache_room import kv_bytes
@@ -100,10 +100,6 @@ def weights_and_cache(case: Case, options: Options) -> Footprint:
     chosen = format_of(case)
     if isinstance(chosen, HqqFormat):
         return replace(known.weights, reason=known.weights.reason or "transformers decides what its packed cache takes")
-    if isinstance(chosen, EngineFormat):
-        return replace(
-            known.weights, reason=known.weights.reason or f"engine {chosen.engine} decides what {chosen} takes"
-        )
     cache = kv_bytes(known.architecture, _tokens(case), known.format.element_bytes, chosen)
     return replace(known.weights, bytes=known.weights.weight_bytes + cache)
 

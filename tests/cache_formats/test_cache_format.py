@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsuite.cache_formats.cache_format import (
-    CacheFormat,
-    ChosenFormat,
-    SideFormat,
-    format_of,
-    refuse_long_residual,
-    selected_cache_formats,
-)
+from kvsuite.cache_formats.cache_format import CacheFormat, SideFormat
+from kvsuite.cache_formats.chosen_format import ChosenFormat, format_of, refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
@@ -100,8 +94,8 @@ def test_what_there_is_not_is_refused_in_one_line(typed: str, said: str) -> None
 @pytest.mark.parametrize(
     ("typed", "sizes", "said"),
     [
-        ("int4(group=48)", (64, 64), "group=48 does not divide the head size 64"),
-        ("int8:int4(group=32)", (64, 80), "group=32 does not divide the head size 80"),
+        ("int4(group=48)", (64, 64), "group=48 does not divide the head size 64; group=32 does"),
+        ("int8:int4(group=32)", (64, 80), "group=32 does not divide the head size 80; group=20 does"),
         ("int8+hadamard", (80, 80), "power of two"),
         ("int4", (15, 15), "odd"),
     ],

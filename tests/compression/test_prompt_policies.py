@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvsuite.compression import get_policy
+from kvsuite.compression import get_policy, prompt_view
 from kvsuite.compression.base import Needs
 from kvsuite.compression.prompt_view import PromptObservation, PromptView, attention_weights
 from kvsuite.compression.ranked import ranked
@@ -177,6 +177,24 @@ def test_sizes_below_which_a_policy_is_something_else() -> None:
 def test_a_method_that_is_another_one_at_this_size_says_so(name, parameters, length, told) -> None:
     caveat = get_policy(name, **parameters).caveat(length)
     assert caveat is None if told is None else told in caveat
+
+
+@pytest.mark.parametrize("chunks", [(40,), (13, 27)])
+def test_sums_of_a_prompt_that_does_not_fit_one_block_are_those_of_one_that_does(chunks, monkeypatch) -> None:
+    query, keys, _ = prompt(40)
+
+    def sums() -> Tensor:
+        observed = PromptObservation(Needs(prompt=True, attention_sums=True), None)
+        for end in (sum(chunks[: index + 1]) for index in range(len(chunks))):
+            start = observed._seen
+            observed.add(query[:, start:end], lambda end=end: keys[:, :end], 0.3)
+        assert observed.sums is not None
+        return observed.sums
+
+    whole = sums()
+    monkeypatch.setattr(prompt_view, "_BLOCK_BYTES", 4 * HEADS * 40 * 7)
+    torch.testing.assert_close(sums(), whole)
+    torch.testing.assert_close(whole.sum(dim=1), torch.full((HEADS,), 40.0))
 
 
 def test_a_group_of_query_heads_shares_its_key_head() -> None:

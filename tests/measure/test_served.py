@@ -196,3 +196,25 @@ def test_energy_that_is_not_known_has_its_reason() -> None:
     energy.put(found)
     for name in ("energy_j", "energy_output_token_j"):
         assert (found.metrics[name]["value"], found.metrics[name]["reason"]) == (None, "NVML knows no cpu device")
+
+
+def test_of_a_server_that_tells_of_no_steps_and_no_admission() -> None:
+    whole = served(4)
+    apart = [
+        replace(one, admitted_s=None, cached_tokens=None, computed_prompt_tokens=None, preemptions=None)
+        for one in whole.requests
+    ]
+    found = written(replace(whole, requests=apart, steps=[], counts={"preemptions": 5}))
+    of = values(found)
+    for name in ("output_tok_s", "total_tok_s_logical", "goodput_req_s", "ttft_p50_s"):
+        assert of[name] == pytest.approx(values(written(whole))[name]), name
+    assert of["preemptions"] == 5
+    for name, reason in (
+        ("total_tok_s_computed", "the engine does not count them"),
+        ("running_mean", "the engine tells of no steps"),
+        ("blocks_peak", "the engine tells of no steps"),
+        ("queue_p90_s", "the engine does not tell when it takes a request up"),
+    ):
+        assert of[name] is None
+        assert found.metrics[name]["reason"] == reason
+    assert found.tokens == {"requests": 4, "prompt": 4 * PROMPT, "generated": 4 * TOKENS}

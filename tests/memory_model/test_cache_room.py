@@ -35,7 +35,7 @@ def test_bytes_of_a_token_by_hand() -> None:
 def test_what_a_model_cannot_have_has_a_reason_and_no_number() -> None:
     [group, auto] = cache_rooms(architecture_of("dummy:Qwen3-8B"), 2, [CacheFormat.parse("int4(group=48)"), None], 1e9)
     assert (group.token_bytes, group.tokens) == (None, None)
-    assert group.reason == "group=48 does not divide the head size 128"
+    assert group.reason == "group=48 does not divide the head size 128; group=32 does"
     assert auto.reason is None
 
 

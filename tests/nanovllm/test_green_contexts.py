@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -166,6 +167,32 @@ def test_other_counts_than_those_asked_for_are_no_partition(counts, told, monkey
     with pytest.raises(green_contexts._PassedOver, match=told):
         green_contexts._opened("somebody", made, BOTH, 0, {})
     assert closed == [True]
+
+
+def test_where_nobody_can_the_case_is_skipped_with_every_reason_and_nothing_stands_in_for_a_partition(monkeypatch):
+    def first(wanted, index):
+        raise green_contexts._PassedOver("not installed")
+
+    def second(wanted, index):
+        raise OSError("undefined symbol")
+
+    def third(wanted, index):
+        return green_contexts._Made(Stream(1), Stream(2), lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    # streams of the whole device, as plain ones are
+    monkeypatch.setattr(cuda_driver, "sms_of", {1: None, 2: None}.__getitem__)
+    monkeypatch.setattr(green_contexts, "PROVIDERS", {"one": first, "two": second, "plain": third})
+    with pytest.raises(CaseSkipped) as skipped:
+        green_contexts.open_split(BOTH, torch.device("cuda:0"))
+    assert str(skipped.value) == (
+        "SM partition 24:104: nobody here can make it: one: not installed; two: OSError: undefined symbol; "
+        "plain: gave all and all SMs where 24 and 104 were asked for"
+    )
+    monkeypatch.setattr(cuda_driver, "sms_of", {1: 24, 2: 104}.__getitem__)
+    opened = green_contexts.open_split(BOTH, torch.device("cuda:0"))
+    assert (opened.provider, list(opened.passed_over)) == ("plain", ["one", "two"])
 
 
 def test_a_record_says_who_made_it_who_did_not_and_what_was_preloaded(monkeypatch):

@@ -62,6 +62,15 @@ OTHER: dict[str, tuple[str, Any]] = {
     "mlc-timeout": ("20", 20),
     "mlc-compile-timeout": ("60", 60),
     "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),
+    "task": ("facts1,copy", ("facts1", "copy")),
+    "task-lengths": ("128,512", (128, 512)),
+    "task-depths": ("0.25,1", (0.25, 1.0)),
+    "task-samples": ("48", 48),
+    "task-methods": ("full,snapkv(keep_ratio=[0.2,0.5])", ("full", "snapkv(keep_ratio=[0.2,0.5])")),
+    "task-bound": ("0.5", 0.5),
+    "server-url": ("http://gpu:8000/v1/", "http://gpu:8000"),
+    "server-model": ("my-llama", "my-llama"),
+    "server-timeout": ("20", 20),
     "models": ("smollm2,dummy:tiny", ("smollm2", "dummy:tiny")),
     "workloads": ("heavy-trace, synthetic-identical", ("heavy-trace", "synthetic-identical")),
     "variants": ("baseline,auto-tune+greenctx", ("baseline", "auto-tune+greenctx")),
@@ -266,7 +275,7 @@ FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
-    "pipeline-json", "replay-decisions",
+    "pipeline-json", "replay-decisions", "server-model", "task-methods",
 }  # fmt: skip
 
 

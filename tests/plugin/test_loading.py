@@ -34,9 +34,11 @@ LIGHT = {
     "kvsuite.options.paths", "kvsuite.options.resolve", "kvsuite.options.shard",
     "kvsuite.options.sweep",
     "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
+    "kvsuite.engines.server", "kvsuite.engines.server.options",
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
     "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",
+    "kvsuite.suites.retrieval", "kvsuite.suites.retrieval.options",
 }  # fmt: skip
 #: packages that kvsuite brings in there
 LIGHT_PACKAGES = {"msgspec", "typing_extensions"}

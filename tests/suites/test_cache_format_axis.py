@@ -57,12 +57,16 @@ def test_two_ways_to_write_a_format_are_one_key(suite: str) -> None:
     assert key(one) == key(other)
 
 
-@pytest.mark.parametrize(("suite", "engine"), [("dse", "nano"), ("dse", "mlc"), ("pipeline", "nano")])
+@pytest.mark.parametrize(("suite", "engine"), [("dse", "mlc"), ("perplexity", "mlc")])
 def test_engines_without_formats_refuse_them_and_name_the_one_that_has(suite: str, engine: str) -> None:
     [*_, case] = cases(suite, cache_dtype="int8")
-    with pytest.raises(CaseInvalid, match=f"^--kv-cache-dtype=int8: engine {engine} .*--kv-engine=hf"):
+    with pytest.raises(
+        CaseInvalid,
+        match=f"^--kv-cache-dtype=int8: engine {engine} .*--kv-cache-dtype=auto, or --kv-engine=hf for cases of one request$",
+    ):
         get_engine(engine).refuse(case)
-    get_engine("hf").refuse(case)
+    for able in ("hf", "nano"):
+        get_engine(able).refuse(case)
     [*_, plain] = cases(suite)
     get_engine(engine).refuse(plain)
 

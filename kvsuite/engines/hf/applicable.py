@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.cache_format import undivided
+from kvsuite.cache_formats.chosen_format import HqqFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.errors import CaseInvalid, UserError
@@ -117,7 +119,7 @@ def _word(layer: Layer) -> str:
     return layer.what if layer.window is None else f"{layer.what} of {layer.window}"
 
 
-def refuse_format(chosen: CacheFormat, decoder: CachedDecoder, method: CacheCompression, span: int) -> None:
+def refuse_format(chosen: OwnFormat, decoder: CachedDecoder, method: CacheCompression, span: int) -> None:
     """Refuse a cache format that the case's method or the model's layers cannot have.
 
     Raises
@@ -125,7 +127,7 @@ def refuse_format(chosen: CacheFormat, decoder: CachedDecoder, method: CacheComp
     CaseInvalid
         With the reason.
     """
-    of, asked = decoder.of_layers, f"--kv-cache-dtype={chosen}"
+    of, asked = decoder.of_layers, f"--kv-cache-dtype={chosen.label}"
     if method.press is not None:
         raise CaseInvalid(
             f"{asked}: {method.press.name} works on a cache of the model's own numbers; use a policy of kvsuite, or "
@@ -143,8 +145,8 @@ def refuse_format(chosen: CacheFormat, decoder: CachedDecoder, method: CacheComp
         )
     if any(layer.latent for layer in of.layers):
         raise CaseInvalid(f"{asked}: this model's cache stores latents (MLA), not keys and values of heads")
-    for layer in of.layers:
-        if reason := chosen.refused(layer.key_dim, layer.value_dim):
+    for layer, one in zip(of.layers, chosen.of_layers(len(of.layers)), strict=True):
+        if reason := None if one is None else one.refused(layer.key_dim, layer.value_dim):
             raise CaseInvalid(f"{asked}: {reason}")
     if chosen.is_mixed and (
         of.positions == "alibi" or not getattr(decoder.model, "_supports_attention_backend", False)
@@ -175,9 +177,7 @@ def refuse_foreign(chosen: HqqFormat, decoder: CachedDecoder, method: CacheCompr
             f"--kv-cache-dtype={chosen}: transformers' quantised cache is for models with full attention alone"
         )
     if any(layer.key_dim % chosen.group for layer in of.layers):
-        raise CaseInvalid(
-            f"--kv-cache-dtype={chosen}: group={chosen.group} does not divide the head size {of.layers[0].key_dim}"
-        )
+        raise CaseInvalid(f"--kv-cache-dtype={chosen}: {undivided(chosen.group, of.layers[0].key_dim)}")
     require_hqq(chosen)
 
 

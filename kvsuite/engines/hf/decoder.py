@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary, forget_longer_sequences
 from kvsuite.errors import CaseInvalid
 
 from .attention import showing
-from .cache import EvictionCache, Implementation, WindowLayer
+from .cache import EvictionCache, Implementation
+from .own_layers import WindowLayer
 from .packed_form import PackedForm
 
 
@@ -72,7 +73,7 @@ class CachedDecoder(Decoder):
         implementation: Implementation,
         rotary: Rotary | None,
         tokens: int = 0,
-        chosen: CacheFormat | None = None,
+        chosen: OwnFormat | None = None,
         batch: int = 1,
     ) -> EvictionCache:
         """Build an empty cache of format ``chosen`` for sequences of no more than ``tokens``.
@@ -85,8 +86,8 @@ class CachedDecoder(Decoder):
         bounded = self.bounded_layers(tokens)
         if bounded and chosen is not None:
             raise CaseInvalid(
-                f"--kv-cache-dtype={chosen}: {tokens} tokens outgrow the windows of layers {', '.join(map(str, bounded))}, "
-                "stored in the model's own numbers; give shorter texts"
+                f"--kv-cache-dtype={chosen.label}: {tokens} tokens outgrow the windows of layers "
+                f"{', '.join(map(str, bounded))}, stored in the model's own numbers; give shorter texts"
             )
         return EvictionCache(
             layers=self.layers,
@@ -99,8 +100,14 @@ class CachedDecoder(Decoder):
             rotary=rotary,
             unrotated=[layer.index for layer in self.of_layers.layers if not layer.rotary],
             own=partial(self._transformers_layers, bounded) if bounded else dict,
-            form=None if chosen is None else PackedForm(chosen, self.model.dtype),
+            forms=() if chosen is None else self._forms(chosen),
         )
+
+    def _forms(self, chosen: OwnFormat) -> list[PackedForm | None]:
+        """How each layer packs, one object for each format."""
+        by_layer = chosen.of_layers(self.layers)
+        made = {one: PackedForm(one, self.model.dtype) for one in by_layer if one is not None}
+        return [None if one is None else made[one] for one in by_layer]
 
     def _transformers_layers(self, indices: tuple[int, ...]) -> Mapping[int, Any]:
         """The layers that transformers would make for these, whose windows keep no more alive than they hold."""

@@ -21,6 +21,7 @@ class HfEngine(Engine):
     name: ClassVar[str] = "hf"
     is_optional: ClassVar[bool] = False
     stores_cache_formats: ClassVar[bool] = True
+    stores_formats_by_layer: ClassVar[bool] = True
 
     def unavailable(self, device: str) -> str | None:
         try:

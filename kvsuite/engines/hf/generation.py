@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat, StoredFormat
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
@@ -60,7 +62,7 @@ class Generation:
         chosen: StoredFormat | None = None,
     ) -> None:
         self.decoder = decoder
-        self.format = chosen if isinstance(chosen, CacheFormat) else None
+        self.format = chosen if isinstance(chosen, OwnFormat) else None
         self.foreign = chosen if isinstance(chosen, HqqFormat) else None
         self.span = span
         self.method = method
@@ -104,8 +106,8 @@ class Generation:
         """Token ids on the device, int64 ``[1, n]``."""
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
 
-    def new_cache(self, prompt_tokens: int, steps: int) -> AnyCache:
-        """An empty cache with room for a prompt and single-token steps."""
+    def new_cache(self, prompt_tokens: int, steps: int, batch: int = 1) -> AnyCache:
+        """An empty cache with room for a prompt and single-token steps, of so many sequences that go on together."""
         if self.foreign:
             return HqqCache(self.foreign, self.decoder.model.config, self.device)
         plans = self.plan(prompt_tokens, steps)
@@ -119,8 +121,14 @@ class Generation:
                 f"does not say (--kv-max-tokens, --kv-prompt-tokens): a policy would act on other layers"
             )
         return self.decoder.new_cache(
-            self.method.policy, capacity, self._implementation, self._rotary, tokens, self.format
+            self.method.policy, capacity, self._implementation, self._rotary, tokens, self.format, batch
         )
+
+    def fork(self, cache: AnyCache) -> AnyCache:
+        """A copy of a cache between two forward passes, which goes on without the other."""
+        # what belongs to the model is not copied
+        shared = (self.decoder, self.decoder.model, self._rotary)
+        return copy.deepcopy(cache, {id(one): one for one in shared})
 
     def _bounded(self, tokens: int) -> tuple[int, ...]:
         return self.decoder.bounded_layers(tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import QuantizedCache
 
-from kvsuite.cache_formats.cache_format import HqqFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat
 from kvsuite.errors import CaseSkipped
 
 INSTALL = "pip install hqq==0.2.8.post1"

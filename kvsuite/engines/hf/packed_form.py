@@ -43,8 +43,19 @@ class PackedForm:
         return keys, values
 
     def through(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as they are read once they are stored."""
-        return self.whole(self.pieces(keys, values))
+        """Keys and values of tokens as they are read once they are stored.
+
+        Where groups of tokens are packed, those of a text from its first, behind the last whole group as they are.
+        """
+        tokens = keys.shape[2]
+        whole = self.format.boundary(tokens) if self.format.token_group > 1 else tokens
+        if not whole:
+            return keys, values
+        read = self.whole(self.pieces(keys[:, :, :whole], values[:, :, :whole]))
+        if whole == tokens:
+            return read
+        rest = (keys[:, :, whole:], values[:, :, whole:])
+        return torch.cat((read[0], rest[0]), 2), torch.cat((read[1], rest[1]), 2)
 
     def tokens_of_row(self) -> list[int]:
         """Tokens that a row of each stored tensor is for: per channel a group's scales are one row."""

@@ -8,13 +8,15 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from kvsuite.cache_formats.cache_format import CacheFormat, HqqFormat, StoredFormat, format_of
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.chosen_format import HqqFormat, StoredFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Served,
@@ -33,6 +35,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.workloads.windows import Window
 
+from .answering import answer_questions
 from .applicable import (
     check_layers,
     refuse_attention,
@@ -114,7 +117,7 @@ class HfSession(LoadedSession):
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
         stored = format_of(case)
-        chosen = stored if isinstance(stored, CacheFormat) else None
+        chosen = stored if isinstance(stored, OwnFormat) else None
         if isinstance(stored, HqqFormat):
             refuse_foreign(stored, self.decoder, method, span)
         if chosen:
@@ -235,6 +238,13 @@ class HfSession(LoadedSession):
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens))
         return score_reference(self.decoder, tokens, first)
+
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        self._note_length(max(len(one.context) + one.steps for one in asked))
+        generation = self._new_generation(CacheCompression(), self._generation.span) if full else self._generation
+        return answer_questions(generation, asked, progress)
 
     def score_windows(
         self,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from kvsuite.case import Case
+from kvsuite.engines.streamed_tokens import spread_tokens
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.timing import RequestTimes
 
@@ -80,11 +80,7 @@ def request_times(reply: Reply, prompt: Sequence[int], seconds: Sequence[float])
     generated, chunks = int(usage["completion_tokens"]), len(reply.stamps)
     if not 0 < chunks <= generated:
         raise CaseInvalid(f"mlc_llm sent {generated} tokens in {chunks} chunks; no time of a token is known")
-    if chunks == 1:
-        sizes = [generated]
-    else:
-        ends = [(generated - 1) * part // (chunks - 1) for part in range(chunks)]
-        sizes = [1, *(later - earlier for earlier, later in itertools.pairwise(ends))]
+    sizes = spread_tokens(generated, chunks)
     computed = int(usage.get("extra", {}).get("prefill_tokens", len(prompt)))
     return RequestTimes(
         len(prompt), computed, [(seconds[mark], size) for mark, size in zip(reply.stamps, sizes, strict=True)]

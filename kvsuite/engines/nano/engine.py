@@ -12,6 +12,7 @@ from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.prediction import Predictor
 from kvsuite.meters.environment import installed_versions
 
+from .formats import paged_format
 from .memory_model import NanoMemory
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class NanoEngine(Engine):
     """Serves transformers models from paged keys and values (`kvsuite.nanovllm`)."""
 
     name: ClassVar[str] = "nano"
+    stores_cache_formats: ClassVar[bool] = True
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 3e-3, "float16": 1e-3}
     predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
     def unavailable(self, device: str) -> str | None:
@@ -36,6 +39,10 @@ class NanoEngine(Engine):
 
     def version(self) -> dict[str, str]:
         return installed_versions(*_COMPUTING)
+
+    def refuse(self, case: Case) -> None:
+        super().refuse(case)
+        paged_format(case)
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         # a checkpoint says its own dtype only when it is loaded

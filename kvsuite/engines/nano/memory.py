@@ -70,6 +70,7 @@ def measure_memory(
         for request in requests:
             runtime.cancel(request)
         runtime.overlap = overlap
+        runtime.refuse_vectors()
     element = loaded.dtype.itemsize
     blocks = [sum(held.blocks[group] for held in at_last) for group in range(len(runtime.groups))]
     result = MemoryPass(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.nanovllm.attention_layers import AttentionLayer
@@ -19,6 +20,7 @@ def plan_controller(
     name: str,
     layers: Sequence[AttentionLayer],
     element_bytes: int,
+    cache_format: CacheFormat | None,
     weight_bytes: int,
     bandwidth: float,
 ) -> Controller:
@@ -30,8 +32,8 @@ def plan_controller(
         Of the case.
     name
         The case's: the log that it replays is found by it.
-    layers, element_bytes
-        Shapes of keys and values, and bytes of one of their numbers.
+    layers, element_bytes, cache_format
+        Shapes of keys and values, bytes of a number of the model's dtype, and how they are stored.
     weight_bytes
         What a decode step reads.
     bandwidth
@@ -52,7 +54,7 @@ def plan_controller(
         kv_heads=max(layer.kv_heads for layer in layers),
         head_dim=max(layer.head_dim for layer in layers),
         weight_bytes=weight_bytes,
-        token_bytes=sum(layer.token_bytes(element_bytes) for layer in layers),
+        token_bytes=sum(layer.token_bytes(element_bytes, cache_format) for layer in layers),
         bandwidth=bandwidth,
         dual=plan.controller == "dual",
     )

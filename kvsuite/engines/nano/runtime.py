@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.engines.rotary import Rotary
@@ -43,16 +44,19 @@ class RuntimeHolder:
         self._decode_step = decode_step
         self._rotary: Rotary | None = None
         self._held: tuple[tuple[Any, ...], Runtime] | None = None
+        #: how the prepared case stores keys and values, ``None`` for the model's own dtype
+        self.cache_format: CacheFormat | None = None
 
     @property
     def step_tokens(self) -> int:
         """Most tokens of a step."""
         return _STEP_TOKENS.get(self._loaded.device.type, _STEP_TOKENS_ELSEWHERE)
 
-    def limits(self, longest: int, *, sequences: int = 1, step_tokens: int | None = None) -> Limits:
+    def limits(self, longest: int, *, sequences: int = 1, step_tokens: int | None = None, full: bool = False) -> Limits:
         """Limits with a pool that holds ``sequences`` requests of ``longest`` tokens at the same time, and no more.
 
-        Prefixes are not shared: every prompt of the suites is to be computed.
+        Prefixes are not shared: every prompt of the suites is to be computed. ``full`` is in the model's dtype, whatever the
+        case's format.
         """
         blocks = -(-longest // BLOCK_SIZE)
         return Limits(
@@ -62,6 +66,7 @@ class RuntimeHolder:
             block_size=BLOCK_SIZE,
             num_blocks=sequences * blocks,
             prefix_caching=False,
+            cache_format=None if full else self.cache_format,
         )
 
     def get(
@@ -114,7 +119,7 @@ class RuntimeHolder:
 
     def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
-        for name in ("decode_step_reason", "stage", "stepwise", "lanes"):
+        for name in ("decode_step_reason", "stage", "stepwise", "lanes", "kv_cache_dtype"):
             effective.pop(name, None)
         effective |= self.facts(runtime)
 
@@ -135,6 +140,8 @@ class RuntimeHolder:
             "layer_groups": [list(group.layers) for group in runtime.groups],
             "overlap": runtime.overlap,
         }
+        if limits.cache_format is not None:
+            found["kv_cache_dtype"] = str(limits.cache_format)
         if runtime.lanes > 1:
             found["lanes"] = runtime.lanes
         if runtime.policy is not None:
@@ -193,6 +200,6 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
 
 
 def pool_bytes(runtime: Runtime, element_bytes: int) -> int:
-    """Predicted bytes of the pools: ``(blocks + 1 for scratch) * block_size * 2 * layers * kv_heads * head_dim * element``."""
+    """Predicted bytes of the pools: ``(blocks + 1 for scratch) * block_size`` tokens of every layer, in the case's format."""
     tokens = (runtime.num_blocks + 1) * runtime.limits.block_size
     return sum(group.token_bytes(element_bytes) * tokens for group in runtime.groups)

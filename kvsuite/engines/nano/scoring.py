@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.compression.base import Policy
-from kvsuite.engines.results import TokenProgress, WindowProgress, WindowScores
+from kvsuite.engines.results import TakeRow, TokenProgress, WindowProgress, WindowScores
 from kvsuite.engines.window_batches import WindowText
 from kvsuite.errors import UserError
 from kvsuite.meters.divergence import TokenDivergence, row_divergence
@@ -27,6 +27,8 @@ from .runtime import RuntimeHolder
 # windows share a step up to so many tokens
 _WINDOW_TOKENS = {"cpu": 2048}
 _WINDOW_TOKENS_ELSEWHERE = 16_384
+# steps of windows that one of two runtimes of a model computes before it is the other's turn
+_TURNS = 8
 
 
 def score_text(
@@ -36,31 +38,52 @@ def score_text(
     protocol: str,
     prefix: int,
     progress: TokenProgress | None,
+    take: TakeRow | None = None,
+    *,
+    full: bool = False,
 ) -> TokenScores:
     """Score ``tokens`` by a cache protocol (docs/protocols.md).
 
-    With a policy they are decoded one by one, the known token in the place of the chosen one. Without one nothing acts
-    between two tokens, so that all of them can be fed together: the same losses up to rounding.
+    They are decoded one by one, the known token in the place of the chosen one. Where no policy acts between two tokens, and
+    nobody takes the rows, all of them are fed together: the same losses up to rounding.
+
+    Parameters
+    ----------
+    policy
+        Of the case.
+    take
+        Called with each scored row's index and logits ``[1, vocab]``.
+    full
+        Through the full cache in the model's dtype, whatever the case says.
     """
     start = prefix if protocol == "prefix-continuation" else 0
-    if policy is None:
-        return score_rows(holder, tokens, start + 1, max(start, 1), progress)
-    runtime = holder.get(holder.limits(len(tokens)), policy, captures=True)
+    used = None if full else policy
+    if used is None and take is None:
+        return score_rows(holder, tokens, start + 1, max(start, 1), progress, full=full)
+    runtime = holder.get(holder.limits(len(tokens), full=full), used, captures=True)
     # streaming-decode feeds its first token alone
     prompt = max(start, 1)
-    scores = score_steps(runtime, tokens[:prompt], tokens[prompt:], first=start + 1 - prompt, progress=progress)
+    scores = score_steps(
+        runtime, tokens[:prompt], tokens[prompt:], first=start + 1 - prompt, take=take, progress=progress
+    )
     return _token_scores(tokens, start + 1, scores.nll, scores.correct)
 
 
 def score_rows(
-    holder: RuntimeHolder, tokens: Sequence[int], first: int, together: int, progress: TokenProgress | None = None
+    holder: RuntimeHolder,
+    tokens: Sequence[int],
+    first: int,
+    together: int,
+    progress: TokenProgress | None = None,
+    *,
+    full: bool,
 ) -> TokenScores:
-    """Score ``tokens[first:]`` by chunks of one text through the full cache.
+    """Score ``tokens[first:]`` by chunks of one text through a cache that holds all of it, ``full`` in the model's dtype.
 
     ``together`` of its tokens count as one forward pass, the others as fed one by one: that is the same up to rounding, unless
     rotary frequencies change with the length.
     """
-    runtime = holder.get(holder.limits(len(tokens)), None, captures=False)
+    runtime = holder.get(holder.limits(len(tokens), full=full), None, captures=False)
     report = None if progress is None else lambda done, of, mean: progress(done, of)
     scores = score_passages(runtime, [Passage(tokens[:-1], tokens[first:], together)], progress=report)
     return _token_scores(tokens, first, scores.nll, scores.correct)
@@ -105,9 +128,9 @@ class WindowPassages:
         self.together = max(1, min(budget // self.longest, len(self.passages)))
         self.step_tokens = max(budget, self.longest) if self.together > 1 else self.longest
 
-    def runtime(self, holder: RuntimeHolder, point: Limits | None = None) -> Runtime:
+    def runtime(self, holder: RuntimeHolder, point: Limits | None = None, *, full: bool = False) -> Runtime:
         """A runtime of ``holder`` with the limits of a design point, or one that takes as many windows as share a step."""
-        limits = holder.limits(self.longest, sequences=self.together, step_tokens=self.step_tokens)
+        limits = holder.limits(self.longest, sequences=self.together, step_tokens=self.step_tokens, full=full)
         if point is not None:
             limits = replace(point, prefix_caching=False)
         return holder.get(limits, None, captures=False)
@@ -136,7 +159,8 @@ def compare_windows(
 ) -> TokenDivergence:
     """Losses of a model and of its reference (``arms``) on the same windows, and their divergence, position by position.
 
-    Hidden states of one step's windows are kept for both; logits of some rows of both are made at a time.
+    Hidden states of one step's windows are kept for both; logits of some rows of both are made at a time. Where both arms are
+    one model, the reference is its full cache in the model's dtype, and runtimes take turns on it, for many windows each.
 
     Raises
     ------
@@ -148,18 +172,22 @@ def compare_windows(
             f"--kv-reference: a vocabulary of {sizes[1]} tokens cannot be compared with one of {sizes[0]}; "
             "give another format of the same model"
         )
-    runtimes = [given.runtime(holder) for holder in arms]
-    rows = max(1, rows_at_once(runtimes[0]) // 4)
+    shared = arms[0] is arms[1]
+    together = given.together * (_TURNS if shared else 1)
     pieces: list[tuple[Tensor, ...]] = []
     done, of, total = 0, len(given.text.positions), 0.0
-    for at in range(0, len(given.passages), given.together):
-        group = given.passages[at : at + given.together]
-        states, reference_states = (_states(runtime, group) for runtime in runtimes)
+    for at in range(0, len(given.passages), together):
+        group = given.passages[at : at + together]
+        states = _states(given.runtime(arms[0]), group)
+        reference_runtime = given.runtime(arms[1], full=shared)
+        reference_states = _states(reference_runtime, group)
+        runtime = reference_runtime if shared else given.runtime(arms[0])
+        rows = max(1, rows_at_once(runtime) // 4)
         targets = torch.tensor([t for p in group for t in p.targets], dtype=torch.int64, device=states.device)
         for row in range(0, len(targets), rows):
             part = slice(row, row + rows)
-            logits = runtimes[0].runner.logits(states[part])
-            reference = runtimes[1].runner.logits(reference_states[part])
+            logits = runtime.runner.logits(states[part])
+            reference = reference_runtime.runner.logits(reference_states[part])
             pieces.append(
                 (
                     token_losses(logits, targets[part]),

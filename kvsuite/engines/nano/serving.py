@@ -60,6 +60,7 @@ def serve_requests(
         runtime.on_logits = None
         for request in own:
             runtime.cancel(request)
+    runtime.refuse_vectors()
     for request in own:
         if request.status is not Status.FINISHED:
             raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
@@ -17,6 +18,7 @@ from kvsuite.engines.results import (
     Reach,
     Served,
     ServeRequest,
+    TakeRow,
     TokenProgress,
     WindowProgress,
     WindowScores,
@@ -38,6 +40,7 @@ from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
+from .formats import paged_format
 from .memory import measure_memory
 from .plan_controller import plan_controller
 from .plan_limits import plan_limits, refuse_plan
@@ -104,14 +107,17 @@ class NanoSession(LoadedSession):
         if policy is not None:
             kept = plan(policy, prompt_tokens, new_tokens - 1).final
             tokens = [kept if layer in self._treated else own for layer, own in enumerate(tokens)]
-        return requests * self._bytes(tokens)
+        return requests * self._bytes(tokens, self._format)
 
     def full_kv_bytes(self, tokens: int) -> int:
-        return self._bytes(self._stored(tokens - 1))
+        return self._bytes(self._stored(tokens - 1), None)
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
         positions = range(prompt_tokens, prompt_tokens + new_tokens - 1)
-        read = [self._bytes([visible_tokens(*each, position) for each in self._windows()]) for position in positions]
+        windows = self._windows()
+        read = [
+            self._bytes([visible_tokens(*each, position) for each in windows], self._format) for position in positions
+        ]
         return requests * sum(read) / len(read)
 
     def _windows(self) -> list[tuple[int | None, int]]:
@@ -124,10 +130,16 @@ class NanoSession(LoadedSession):
         """Tokens of a request in every layer without a policy, once the one at a position is stored."""
         return [stored_tokens(*each, position) for each in self._windows()]
 
-    def _bytes(self, tokens_per_layer: Sequence[int]) -> int:
+    @property
+    def _format(self) -> CacheFormat | None:
+        """How the prepared case stores keys and values, ``None`` for the model's own dtype."""
+        return self._holder.cache_format
+
+    def _bytes(self, tokens_per_layer: Sequence[int], chosen: CacheFormat | None) -> int:
         element = self._loaded.dtype.itemsize
         return sum(
-            layer.token_bytes(element) * tokens for layer, tokens in zip(self._layers, tokens_per_layer, strict=True)
+            layer.token_bytes(element, chosen) * tokens
+            for layer, tokens in zip(self._layers, tokens_per_layer, strict=True)
         )
 
     def memory_model(self, architecture: Architecture) -> NanoMemory:
@@ -153,6 +165,7 @@ class NanoSession(LoadedSession):
         if self._decode_step == "graph" and self.device.type != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
         self._method = compression_of(case, layers=self.decoder.layers)
+        self._holder.cache_format = paged_format(case)
         policy = self._method.policy
         self.effective = self._facts | {
             "positions": policy.positions if policy else "original",
@@ -173,7 +186,7 @@ class NanoSession(LoadedSession):
             elif case.partition is not None:
                 self._sms = open_partition(PartitionRequest.of(case.partition), self.device)
                 self.partition = {"requested": dict(case.partition), "realised": self._sms.to_dict()}
-            self._limits = plan_limits(self._plan)
+            self._limits = replace(plan_limits(self._plan), cache_format=self._format)
             if self._plan.stage == "async" and self.device.type == "cpu":
                 self.inert["stage"] = "a CPU has one stream: a prompt is compressed at once, before the next step"
             if self._plan.lanes == 2 and self.device.type == "cpu":
@@ -187,7 +200,8 @@ class NanoSession(LoadedSession):
                     words = f"--kv-pool-bytes={self._plan.pool_bytes}: {words.removeprefix(own).partition(';')[0]}; give more"
                 raise CaseInvalid(words) from error
         elif case.workload.get("protocol") == "serving":
-            self._limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
+            limits = point_limits(case.params, prefix_caching=bool(case.workload["prefix_caching"]))
+            self._limits = replace(limits, cache_format=self._format)
             self._prompt_tokens = length
         else:
             # whether model and policy are something for paged blocks is to be known before anything is measured
@@ -218,7 +232,7 @@ class NanoSession(LoadedSession):
 
     def serve_dense(self, requests: Sequence[ServeRequest]) -> Served:
         longest = max(len(one.prompt) + one.new_tokens + 1 for one in requests)
-        limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES))
+        limits = self._holder.limits(longest, sequences=min(len(requests), _DENSE_SEQUENCES), full=True)
         # as many blocks as they need together, where there is room for them
         limits = replace(limits, num_blocks=None)
         at_once = [replace(one, arrival_s=0.0) for one in requests]
@@ -246,7 +260,20 @@ class NanoSession(LoadedSession):
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens) - 1)
-        return score_rows(self._holder, tokens, first, len(tokens))
+        return score_rows(self._holder, tokens, first, len(tokens), full=True)
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        self.decoder.require_positions(len(tokens) - 1)
+        return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress, take, full=full)
 
     def score_windows(
         self,
@@ -289,6 +316,7 @@ class NanoSession(LoadedSession):
         for axis in ("stage", "lanes", "auto_dual", "async_compress", "compression_streams"):
             self.inert.pop(axis, None)
         self._method = CacheCompression()
+        self._holder.cache_format = None
         self._treated = frozenset()
         self._limits = self._prompt_tokens = self._plan = None
 
@@ -321,6 +349,7 @@ class NanoSession(LoadedSession):
             name=case.name,
             layers=self._layers,
             element_bytes=self._loaded.dtype.itemsize,
+            cache_format=self._format,
             weight_bytes=int(self.model["step_weight_bytes"] or self.model["weights_bytes"]),
             bandwidth=self.bandwidth,
         )

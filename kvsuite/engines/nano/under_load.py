@@ -34,7 +34,8 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     Raises
     ------
     CaseInvalid
-        If a request can never be served: it is longer than the limits or the pool.
+        If a request can never be served: it is longer than the limits or the pool. If a key or a value has no number in the
+        case's cache format.
     RuntimeError
         If one is not served to its end, with the reason.
     ValueError
@@ -55,6 +56,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
         runtime.on_logits = runtime.on_lane_step = runtime.compression.measured = None
         for request in own:
             runtime.cancel(request)
+    runtime.refuse_vectors()
     for request in own:
         if request.status is not Status.FINISHED:
             raise RuntimeError(f"request {request.status.value}: {request.reason}") from request.error

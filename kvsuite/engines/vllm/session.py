@@ -19,7 +19,7 @@ from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import ELEMENT_BYTES, nano_format
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import DriverMeter, Reading, peak_resident_set
-from kvsuite.models.load import model_tokenizer, tokenizer_hash
+from kvsuite.models.load import load_tokenizer, tokenizer_hash
 from kvsuite.models.resolve import resolve_model
 from kvsuite.quantization.registry import NONE
 from kvsuite.workloads.windows import Window
@@ -67,7 +67,7 @@ class VllmSession(Session):
         self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
         self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
         self._dtype = checkpoint_dtype(Path(self._model)) if case.dtype == "checkpoint" else case.dtype
-        self._tokenizer = None if self._spec.is_dummy else model_tokenizer(self._spec, Path(self._model))
+        self._tokenizer = load_tokenizer(self._spec, cache_dir=settings.cache_dir)
         self._worker: VllmWorker | None = None
         self._running: dict[str, Any] | None = None
         self._facts: dict[str, Any] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvsuite.cache_formats.cache_format import AUTO, CacheFormat, EngineFormat, SideFormat, format_of
+from kvsuite.cache_formats.cache_format import AUTO, CacheFormat, SideFormat
+from kvsuite.cache_formats.cast_format import CastFormat
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid
 
@@ -21,7 +23,7 @@ def stored_format(case: Case) -> str:
     chosen = format_of(case)
     if chosen is None:
         return AUTO
-    if isinstance(chosen, EngineFormat):
+    if isinstance(chosen, CastFormat):
         return chosen.name
     side = SideFormat(_E4M3)
     if chosen == CacheFormat(side, side):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvsuite.cache_formats.cache_format import refuse_long_residual, selected_cache_formats
+from kvsuite.cache_formats.chosen_format import refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.compression import REPLACEMENTS, find_policy, get_policy, list_policies
 from kvsuite.compression.base import Schedule

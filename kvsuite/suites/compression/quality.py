@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.engines.capabilities import GivesLogits, ScoresThroughCache, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.errors import CaseInvalid

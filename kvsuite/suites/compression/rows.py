@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kvsuite.cache_formats.cache_format import AUTO, PARAMETER
+from kvsuite.cache_formats.cache_format import AUTO
+from kvsuite.cache_formats.chosen_format import PARAMETER
 from kvsuite.meters.divergence import is_trap
 from kvsuite.reporting.aggregate import Row, value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from kvsuite.cache_formats.cache_format import ChosenFormat, selected_cache_formats
+from kvsuite.cache_formats.chosen_format import ChosenFormat, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError

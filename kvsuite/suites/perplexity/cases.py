@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvsuite.cache_formats.cache_format import ChosenFormat, refuse_long_residual, selected_cache_formats
+from kvsuite.cache_formats.chosen_format import ChosenFormat, refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvsuite.cache_formats.cache_format import format_of
+from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import ComparesWindows, ScoresWindows, lacking
 from kvsuite.engines.engine import Session

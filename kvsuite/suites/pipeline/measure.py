@@ -10,7 +10,7 @@ from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
-from kvsuite.measure.served import put_compression, put_served, request_rows, step_columns
+from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
 from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
 from kvsuite.workloads.serving_requests import ServingRequests
@@ -91,8 +91,8 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     found.samples["rounds"] = [
         {
             "wall_s": wall_s(one.requests),
-            "preemptions": sum(request.preemptions for request in one.requests),
-            "outputs_hash": digest(one.outputs),
+            "preemptions": preemptions(one),
+            "outputs_hash": digest(one.outputs or one.texts),
         }
         for one in served
     ]
@@ -120,9 +120,9 @@ def requests_of(load: ServingRequests) -> list[ServeRequest]:
 
 def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions) -> Served:
     found = session.serve_under_load(requests_of(load), concurrency=own.concurrency)
-    for output, wanted in zip(found.outputs, load.new_tokens, strict=True):
-        if len(output) != wanted:
-            raise CaseInvalid(f"generated {len(output)} tokens instead of {wanted}: no timing is comparable")
+    for one, wanted in zip(found.requests, load.new_tokens, strict=True):
+        if len(one.token_s) != wanted:
+            raise CaseInvalid(f"generated {len(one.token_s)} tokens instead of {wanted}: no timing is comparable")
     return found
 
 

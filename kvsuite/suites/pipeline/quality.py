@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from kvsuite.engines.capabilities import ScoresOutput, lacking
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import ServeRequest
 from kvsuite.measure.case_run import CaseRun
@@ -20,7 +21,7 @@ _DENSE: WeakKeyDictionary[Session, tuple[str, DenseRun]] = WeakKeyDictionary()
 def put_quality(session: Any, run: CaseRun, requests: Sequence[ServeRequest], prompts_hash: str) -> None:
     """Compare what the prepared case serves with the full cache, or say why not."""
     own = run.options.of(PipelineOptions)
-    reason = None
+    reason = lacking(session, ScoresOutput)
     if not own.served_quality:
         reason = "--kv-served-quality=off"
     elif session.model["is_dummy"]:

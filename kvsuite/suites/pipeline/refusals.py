@@ -97,7 +97,10 @@ def require_room(blocks: int, plan: ServingPlan, *, option: str) -> None:
     """
     needed = -(-plan.max_model_len // BLOCK_TOKENS)
     if blocks < needed:
+        held = (
+            f"1 block of {BLOCK_TOKENS} tokens is" if blocks == 1 else f"{blocks} blocks of {BLOCK_TOKENS} tokens are"
+        )
         raise CaseInvalid(
-            f"{option}: {blocks} blocks of {BLOCK_TOKENS} tokens are fewer than the {needed} of one request of "
-            f"{plan.max_model_len} tokens; give a larger pool, or shorter requests"
+            f"{option}: {held} fewer than the {needed} of one request of {plan.max_model_len} tokens; give a larger pool, or "
+            "shorter requests"
         )

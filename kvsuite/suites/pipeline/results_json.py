@@ -63,12 +63,13 @@ def _entry(run: Mapping[str, Any], row: Row, rows: Sequence[Row]) -> dict[str, A
     ok = row["status"] == "ok"
     if not is_baseline(row):
         requested = (row.get("partition") or {}).get("requested") or {}
+        prompt_share, decode_share = _shares(row)
         found |= {
             "auto_tune": variant.controller is not None,
             "greenctx": variant.partitioned,
             "auto_dual": variant.controller == "dual",
-            "greenctx_compress_ratio": requested.get("prompt_ratio"),
-            "greenctx_main_ratio": requested.get("decode_ratio"),
+            "greenctx_compress_ratio": prompt_share,
+            "greenctx_main_ratio": decode_share,
             "greenctx_main_stream": requested.get("decode_bound", variant.partitioned),
         }
         if ok:
@@ -78,6 +79,26 @@ def _entry(run: Mapping[str, Any], row: Row, rows: Sequence[Row]) -> dict[str, A
     else:
         found["error"] = failure(row)
     return found | _ours(run, row)
+
+
+def _shares(row: Row) -> tuple[float | None, float | None]:
+    """Shares of the prompt lane and of the decode lane: those asked for, else those of the SMs that they were given.
+
+    A controller's are those of its last decision that parted the SMs.
+    """
+    partition = row.get("partition") or {}
+    requested, realised = partition.get("requested") or {}, partition.get("realised") or {}
+    if "prompt_ratio" in requested:
+        return requested["prompt_ratio"], requested["decode_ratio"]
+    given, parts = realised, realised.get("by_share")
+    if parts is not None:
+        applied = [(one.get("applied") or {}).get("partition") for one in row["samples"].get("decisions") or []]
+        given = next((one for one in reversed(applied) if one is not None), {})
+        realised = next(iter(parts.values()), {})
+    if "prompt_sms" not in given:
+        return None, None
+    total = realised["device_sms"]
+    return round(given["prompt_sms"] / total, 4), round(given["decode_sms"] / total, 4)
 
 
 def _results(row: Row) -> dict[str, Any]:

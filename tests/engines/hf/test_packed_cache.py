@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import model, text
+from tiny_decoders import LAYERS, model, text
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.chosen_format import parse_format
 from kvsuite.cache_formats.pack import pack, unpack
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
@@ -25,16 +26,18 @@ from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.engines.rotary import Rotary
 
 TOKENS = 26
+#: a format for each of the layers: two pack groups and have a residual window, the others pack values alone
+BY_LAYER = "by_layer(kivi_int4(group=8,residual=5)*2|auto:int8*2)"
 FORMATS = [
     "fp8_e4m3", "fp8_e4m3(group=8)", "int8", "int4", "int8:int4", "auto:int4(group=4)", "int4(group=8,residual=7)",
     "int8+hadamard:int4(residual=1)+hadamard", "int4_channel(group=4)", "kivi_int4(group=8,residual=5)",
-    "int8:int8_channel(group=8,residual=11)+hadamard",
+    "int8:int8_channel(group=8,residual=11)+hadamard", BY_LAYER,
 ]  # fmt: skip
 
 
-def chosen_format(name: str) -> CacheFormat:
-    found = CacheFormat.parse(name)
-    assert found is not None
+def chosen_format(name: str) -> OwnFormat:
+    found = parse_format(name)
+    assert isinstance(found, OwnFormat)
     return found
 
 
@@ -52,18 +55,20 @@ def through(side: Any, vectors: Tensor) -> Tensor:
 
 
 @contextmanager
-def slow_attention(of: CachedDecoder, chosen: CacheFormat) -> Iterator[None]:
+def slow_attention(of: CachedDecoder, chosen: OwnFormat) -> Iterator[None]:
     """One query after another over keys and values that are packed up to its boundary, of a text without a cache."""
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, None]:
         outputs = []
+        one = chosen.of_layers(of.layers)[module.layer_idx]
         for at in range(query.shape[2]):
-            bound = chosen.boundary(at + 1)
+            assert one is not None
+            bound = one.boundary(at + 1)
             keys, values = (
                 torch.cat((through(side, x[:, :, :bound]), x[:, :, bound : at + 1]), 2)
-                for side, x in ((chosen.keys, key), (chosen.values, value))
+                for side, x in ((one.keys, key), (one.values, value))
             )
             again = query.shape[1] // key.shape[1]
             keys, values = keys.repeat_interleave(again, 1), values.repeat_interleave(again, 1)
@@ -143,21 +148,22 @@ def test_a_policy_on_a_packed_cache_is_the_policy_on_rounded_keys_and_values(
 
 
 def _on_rounded(
-    ids: Tensor, chunks: list[int], chosen: CacheFormat, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    ids: Tensor, chunks: list[int], chosen: OwnFormat, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    from kvsuite.engines.hf.cache import EvictionLayer
+    from kvsuite.engines.hf.eviction_layer import EvictionLayer
 
     update = EvictionLayer.update
 
     def rounding(self: Any, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = self._cache
+        cache, form = self._cache, chosen.of_layers(LAYERS)[self.group.layers[self.index]]
+        assert form is not None
         turns = self.group.ranked and self.rotates
         if turns:
             places = cache.incoming_positions[0]
-            keys = cache.rotary.rotate(through(chosen.keys, cache.rotary.unrotate(keys, places)), places)
+            keys = cache.rotary.rotate(through(form.keys, cache.rotary.unrotate(keys, places)), places)
         else:
-            keys = through(chosen.keys, keys)
-        return update(self, keys, through(chosen.values, values), *args, **kwargs)
+            keys = through(form.keys, keys)
+        return update(self, keys, through(form.values, values), *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(EvictionLayer, "update", rounding)
@@ -200,7 +206,7 @@ def test_auto_stores_the_models_own_numbers_to_the_bit() -> None:
     ids = text(TOKENS)
     logits, cache = feed(ids, [18] + [1] * 8, None)
     assert all(tensor.dtype == torch.float64 for layer in cache.layers for tensor in layer.tensors())
-    assert cache.format is None
+    assert cache.forms == []
     assert isinstance(cache, EvictionCache)
     assert len(logits) == 9
 

@@ -81,7 +81,7 @@ def test_caches_of_one_text_cost_one_reference(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        ("int4(group=24)", {}, "group=24 does not divide the head size 16"),
+        ("int4(group=24)", {}, "group=24 does not divide the head size 16; group=16 does"),
         (
             "kivi_int4",
             {"policy": "streaming_llm", "policy_params": {"start_size": 2, "recent_size": 6}},

@@ -115,6 +115,7 @@ def test_what_the_controller_knows_of_the_model_and_the_log_that_it_replays(tmp_
         "name": "x-triad",
         "layers": layers,
         "element_bytes": 2,
+        "cache_format": None,
         "weight_bytes": 15,
         "bandwidth": 1e12,
     }

@@ -48,9 +48,14 @@ def test_a_pause_ends_a_span_and_lanes_do_not_end_each_others() -> None:
     ]
 
 
-def test_only_changes_of_the_state_are_kept() -> None:
+def test_only_changes_of_the_state_are_kept_from_the_start_of_their_step_on() -> None:
     found = state_of([step("both", at, at + 1, 0, 1, running) for at, running in enumerate((1, 1, 2, 2, 1))])
-    assert found == [(1.0, 1, 0, 5), (3.0, 2, 0, 5), (5.0, 1, 0, 5)]
+    assert found == [(0.0, 1, 0, 5), (2.0, 2, 0, 5), (4.0, 1, 0, 5)]
+
+
+def test_nothing_runs_while_no_lane_has_a_step_and_what_ends_first_counts_where_two_have_one() -> None:
+    steps = [step("prompt", 0.0, 0.5, 64, 0, 3), step("decode", 0.0, 0.2, 0, 1, 2), step("decode", 0.9, 1.0, 0, 1, 2)]
+    assert state_of(steps) == [(0.0, 2, 0, 5), (0.2, 3, 0, 5), (0.5, 0, 0, 0), (0.9, 2, 0, 5)]
 
 
 @given(

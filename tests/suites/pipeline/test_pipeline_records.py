@@ -233,7 +233,7 @@ def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it
     found = run(variants="baseline", pool_bytes="20000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "invalid"
     assert str(found.reason).startswith(
-        "--kv-pool-bytes=20000: 1 blocks of 16 tokens are fewer than the 3 of one request"
+        "--kv-pool-bytes=20000: 1 block of 16 tokens is fewer than the 3 of one request"
     )
     found = run(variants="baseline", pool_bytes="300000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "ok"

@@ -68,3 +68,25 @@ def test_capacity_is_a_column_where_a_case_has_been_asked_for_it() -> None:
     assert "Capacity(req/s)" in found
     assert " 3.25 " in found
     assert "Capacity: no rate is good: 2 requests a second never drains (synthetic-long-bs08-baseline)" in found
+
+
+def test_shares_of_sms_are_those_that_were_given_where_counts_or_a_controller_asked() -> None:
+    counts = pipeline_row("greenctx-only", partition=(32, 96), factor=5.0)
+    by_share = {str(share): {"decode_sms": 0, "prompt_sms": 0, "device_sms": 132} for share in (0.2, 0.25)}
+    applied: list[dict[str, int] | None] = [
+        None, {"decode_sms": 104, "prompt_sms": 24}, {"decode_sms": 96, "prompt_sms": 32}, None,
+    ]  # fmt: skip
+    decisions = [
+        {"time_s": float(at), "inputs": {}, "decision": {"pipeline": "prefill"}, "applied": {"partition": one}}
+        for at, one in enumerate(applied)
+    ]
+    triad = pipeline_row("triad", factor=5.0, decisions=[*decisions, {"time_s": 9.0, "inputs": {}, "phase": "decode"}])
+    triad["partition"] = {"requested": None, "realised": {"provider": "cuda driver", "by_share": by_share}}
+    never = pipeline_row("triad", factor=5.0, decisions=decisions[:1])
+    never["partition"] = triad["partition"]
+    skipped = pipeline_row("greenctx-only", partition=(32, 96), factor=5.0, status="skipped", error={"message": "none"})
+    found = [
+        (one["greenctx_compress_ratio"], one["greenctx_main_ratio"])
+        for one in results_json({}, [counts, triad, never, skipped])
+    ]
+    assert found == [(0.7273, 0.2424), (0.2424, 0.7273), (None, None), (None, None)]

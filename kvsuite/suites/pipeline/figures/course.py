@@ -48,7 +48,8 @@ class Course:
     spans
         By start.
     state
-        Time in seconds, running, waiting, blocks in use, by time, wherever one of the three changes.
+        Time in seconds, running, waiting, blocks in use, by time, wherever one of the three changes: each step's from its
+        start to its end, and nothing where no lane had anything to do.
     decisions
         Of a controller, by time, those that changed something.
     """
@@ -98,8 +99,7 @@ def spans_of(steps: Sequence[Mapping[str, Any]]) -> list[Span]:
             continue
         kind = "both" if prompts and decodes else "prompt" if prompts else "decode"
         span = last.get(lane)
-        pause = max(_PAUSE_S, _PAUSE_STEPS * (step["end_s"] - step["start_s"]))
-        if span is None or span.kind != kind or step["start_s"] - span.end_s > pause:
+        if span is None or span.kind != kind or step["start_s"] - span.end_s > _pause(step):
             span = last[lane] = Span(lane, kind, step["start_s"], step["end_s"])
             found.append(span)
         span.end_s = max(span.end_s, step["end_s"])
@@ -110,10 +110,23 @@ def spans_of(steps: Sequence[Mapping[str, Any]]) -> list[Span]:
 
 
 def state_of(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, int, int, int]]:
-    """What ran, waited and was in use at the end of a step, wherever it changed."""
+    """What ran, waited and was in use during the steps, wherever it changed.
+
+    What a step found counts for all of it; where steps of two lanes overlap, that of the one that ends first until its end.
+    """
     found: list[tuple[float, int, int, int]] = []
+    until = 0.0
     for step in sorted(steps, key=lambda step: float(step["end_s"])):
         now = (int(step["running"]), int(step["waiting"]), int(step["used_blocks"]))
+        start = max(float(step["start_s"]), until)
+        if found and start - until > _pause(step):
+            found.append((until, 0, 0, 0))
         if not found or found[-1][1:] != now:
-            found.append((float(step["end_s"]), *now))
+            found.append((start, *now))
+        until = float(step["end_s"])
     return found
+
+
+def _pause(step: Mapping[str, Any]) -> float:
+    """Seconds before a step for which there was nothing to do, if it is longer than this."""
+    return max(_PAUSE_S, _PAUSE_STEPS * (float(step["end_s"]) - float(step["start_s"])))

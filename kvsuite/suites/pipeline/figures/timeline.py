@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvsuite.reporting.figure_style import BLUE, GREEN, house_style
+from kvsuite.reporting.figure_style import BLUE, GREEN, RED, house_style
 
 from .arms import Arm, Group
 from .course import Course, decided
@@ -157,7 +157,8 @@ def _draw_state(axes: Axes, one: Run) -> None:
         list(column) for column in zip(*state, (one.course.end_s, *state[-1][1:]), strict=True)
     )
     axes.step(times, running, "-", where="post", color="black", linewidth=1.2)
-    axes.step(times, waiting, "--", where="post", color="black", linewidth=1.2)
+    # on top: both lines are often at 0, or at the same number
+    axes.step(times, waiting, "--", where="post", color=RED, linewidth=1.4, zorder=3)
     axes.set_ylabel("requests")
     axes.set_ylim(0, 1.1 * max([1, *running, *waiting]))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -182,13 +183,16 @@ def _legend() -> list[Any]:
         Patch(facecolor=GREEN, label="decodes"),
         Patch(facecolor=_BOTH, label="step with both"),
         Line2D([], [], color="black", label="running"),
-        Line2D([], [], color="black", linestyle="--", label="waiting"),
+        Line2D([], [], color=RED, linestyle="--", label="waiting"),
         Patch(facecolor=BLUE, alpha=0.25, label="blocks in use (dotted: the pool)"),
     ]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    lines = ["The first timed round. All runs have one axis of time, which ends with the slowest."]
+    lines = [
+        "The first timed round. All runs have one axis of time, which ends with the slowest. Running, waiting and blocks are "
+        "those of each step, from its start to its end."
+    ]
     for one in runs:
         left_out = len(one.course.requests) - len(_shown(one.course))
         parts = [f"{left_out} later requests are not drawn"] * (left_out > 0)

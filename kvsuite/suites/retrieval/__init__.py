@@ -1,0 +1,1 @@
+"""The retrieval suite: whether a cache still holds what a context said."""

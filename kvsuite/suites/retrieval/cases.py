@@ -1,0 +1,142 @@
+"""The retrieval suite's space: tasks and lengths, number formats, and what is done to the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvsuite.cache_formats.chosen_format import refuse_long_residual, selected_cache_formats
+from kvsuite.case import Case
+from kvsuite.compression import find_policy, get_policy, list_policies
+from kvsuite.compression.kvpress.adapter import find_press
+from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.devices import resolve_device
+from kvsuite.options.resolve import Options
+from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
+
+from .options import RetrievalOptions
+
+#: the method that does nothing
+FULL = "full"
+#: what a case is called behind its method where the question stands inside the prompt that is compressed
+SEEN = "question_seen"
+_PRESS = "kvpress:"
+# tokens of question and answer behind a context, more than any task has
+_ASKED_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to the cache of a context.
+
+    Parameters
+    ----------
+    name
+        In ids, tables and figures.
+    policy, parameters
+        As a case has them.
+    sees_question
+        Whether the question is part of the prompt that is compressed.
+    """
+
+    name: str
+    policy: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    sees_question: bool = False
+
+
+def retrieval_cases(options: Options) -> list[Case]:
+    """Cases of the suite: every task at every length, its methods side by side.
+
+    Raises
+    ------
+    UserError
+        Naming the option whose value cannot be.
+    """
+    common, own = options.of(CommonOptions), options.of(RetrievalOptions)
+    methods = list(_methods(own))
+    names = [method.name for method in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--kv-task-methods: {', '.join(twice)} occurs twice; name every method and size once")
+    device = resolve_device(common.device)
+    stores = selected_cache_formats(options)
+    for stored in stores:
+        refuse_long_residual(stored, min(own.task_lengths), "--kv-task-lengths")
+    return [
+        Case(
+            suite="retrieval",
+            engine="hf" if common.engine == "auto" else common.engine,
+            model=common.model,
+            name=stored.named("-".join([task, str(length), method.name, *([] if chosen == NONE else [chosen])])),
+            device=device,
+            dtype=dtype_of(options, device, chosen),
+            quantization=None if chosen == NONE else chosen,
+            policy=method.policy,
+            policy_params=method.parameters,
+            workload={
+                "protocol": "compress-then-ask",
+                "corpus": common.corpus,
+                "task": task,
+                "depths": list(own.task_depths),
+                "num_samples": own.task_samples,
+                "seed": common.seed,
+                "prompt_tokens": length,
+                "max_new_tokens": _ASKED_TOKENS,
+                "batch": 1,
+            },
+            params={"method": method.name, "question": SEEN if method.sees_question else "after"}
+            | common.attention_parameters
+            | stored.parameters,
+        )
+        for task in own.task
+        for length in own.task_lengths
+        for chosen in selected_formats(options) or (NONE,)
+        for stored in stores
+        for method in methods
+    ]
+
+
+def _methods(own: RetrievalOptions) -> Iterator[Method]:
+    for typed in own.task_methods:
+        method = MethodText.parse(typed)
+        if method.name == FULL:
+            if method.values:
+                raise UserError(f"--kv-task-methods={typed}: the full cache has no parameters; give full alone")
+            yield Method(FULL)
+        elif method.name.startswith(_PRESS):
+            yield from _presses(method)
+        else:
+            yield from _policies(method)
+
+
+def _policies(method: MethodText) -> Iterator[Method]:
+    if method.name not in list_policies():
+        raise UserError(
+            f"--kv-task-methods={method.typed}: unknown method; known: {FULL}, {', '.join(list_policies())}, kvpress:<Name>"
+        )
+    found = find_policy(method.name)
+    for given in method.variants(parameter_types(found)) if method.values else map(dict, found.sweep()):
+        policy = get_policy(method.name, **given)
+        short = policy.label(None)
+        name = policy.label(given) if short == policy.name else short
+        yield Method(name, method.name, policy.to_dict())
+        if policy.needs.queries or policy.needs.attention_sums:
+            yield Method(f"{name}_{SEEN}", method.name, policy.to_dict(), sees_question=True)
+
+
+def _presses(method: MethodText) -> Iterator[Method]:
+    try:
+        info = find_press(method.name)
+    except UserError as error:
+        raise UserError(f"--kv-task-methods={method.typed}: {error}") from error
+    for given in method.variants(dict.fromkeys(method.values)):
+        parameters = {"keep_ratio": 0.5 if info.takes_ratio else 1.0} | given
+        name = "_".join(
+            [info.name, *(f"{'kr' if key == 'keep_ratio' else key}={value}" for key, value in given.items())]
+        )
+        yield Method(name, _PRESS + info.name, parameters)
+        yield Method(f"{name}_{SEEN}", _PRESS + info.name, parameters, sees_question=True)

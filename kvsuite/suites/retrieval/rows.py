@@ -1,0 +1,25 @@
+"""What the rows of the suite say, by the fields of their cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvsuite.reporting.aggregate import Row
+
+#: before the numbers of a case whose task the full cache itself does not answer, and what it means
+MARK = "~"
+MARK_MEANING = (
+    f"{MARK} not discriminative: the full cache itself answers too few exactly, so the case says nothing about its cache and "
+    "is not ranked."
+)
+
+
+def cells_of(row: Row) -> Sequence[Mapping[str, Any]]:
+    """Scores of a case by depth, empty where it has none."""
+    return row.get("samples", {}).get("cells", ()) if row["status"] == "ok" else ()
+
+
+def is_discriminative(row: Row) -> bool:
+    """Whether the full cache answers enough for the case to say something about its own cache."""
+    return bool(row["metrics"].get("retrieval_exact", {}).get("discriminative", True))

@@ -1,0 +1,62 @@
+"""The retrieval suite: tasks that say whether a cache still holds what its context said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvsuite.case import Case
+from kvsuite.console import stacked
+from kvsuite.options.resolve import Options
+from kvsuite.reporting.aggregate import Row
+from kvsuite.suites.suite import Suite, Work
+
+from .cases import FULL, retrieval_cases
+from .options import RetrievalOptions
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from kvsuite.engines.engine import Session
+    from kvsuite.measure.case_run import CaseRun
+    from kvsuite.measure.measurement import Measurement
+
+
+class RetrievalSuite(Suite):
+    """Contexts are prefilled, their caches compressed, and only then they are asked."""
+
+    name = "retrieval"
+    headline = ("retrieval_exact", "retrieval_logprob", "retrieval_share", "kv_bytes_exact_prefill")
+    option_group = RetrievalOptions
+
+    def cases(self, options: Options) -> list[Case]:
+        return retrieval_cases(options)
+
+    def cost(self, case: Case, options: Options) -> Work:
+        length, count = int(case.workload["prompt_tokens"]), int(case.workload["num_samples"])
+        if case.model.startswith("dummy:"):
+            # random weights have no quality to score
+            return Work(length, 1)
+        # the memory pass, the contexts, and the full cache's where nobody else computes them
+        passes = 1 + count * (1 if case.params["method"] == FULL else 2)
+        return Work(passes * length, count * len(case.workload["depths"]) * _STEPS)
+
+    def needs(self, case: Case) -> tuple[type, ...]:
+        from kvsuite.engines.capabilities import AppliesPolicy
+
+        return () if case.policy is None else (AppliesPolicy,)
+
+    def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
+        from .measure import measure_retrieval
+
+        measure_retrieval(case, session, run)
+        return run.found
+
+    def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
+        from .table import retrieval_legend, retrieval_table
+
+        return stacked([retrieval_table(rows)], retrieval_legend(rows))
+
+
+# tokens of a question and its answer that are fed one by one
+_STEPS = 24
