@@ -35,6 +35,7 @@ LIGHT = {
     "kvsuite.options.sweep",
     "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
     "kvsuite.engines.server", "kvsuite.engines.server.options",
+    "kvsuite.engines.vllm", "kvsuite.engines.vllm.options",
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
     "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",

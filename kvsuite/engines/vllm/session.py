@@ -65,7 +65,11 @@ class VllmSession(Session):
         if reason := pool_unknown(self._architecture):
             raise CaseInvalid(f"engine vllm: {reason}; its pool cannot be sized for a case. Use --kv-engine=hf")
         self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
-        self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
+        try:
+            self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         self._dtype = checkpoint_dtype(Path(self._model)) if case.dtype == "checkpoint" else case.dtype
         self._tokenizer = load_tokenizer(self._spec, cache_dir=settings.cache_dir)
         self._worker: VllmWorker | None = None

@@ -2,8 +2,8 @@
 """A stand-in for the Python interpreter that has vLLM: it answers as vLLM's worker did in a real run.
 
 Given as ``--kv-vllm-python``. Answers are looked up by what is asked, in the file that ``VLLM_DOUBLE_RECORDING`` names. With
-``VLLM_DOUBLE_REAL=/path/of/vllm/bin/python`` what is not there yet is asked of the real worker, and written down. ``VLLM_DOUBLE``
-chooses a fault.
+``VLLM_DOUBLE_REAL=/path/of/vllm/bin/python`` what is not there yet is asked of the real worker, and written down.
+``VLLM_DOUBLE`` chooses a fault.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def work(arguments: list[str]) -> None:
         if message["do"] == "start":
             engine = json.dumps(settings, sort_keys=True)
         name = name_of(shown, engine)
-        if FAULT == f"hang {message['do']}":
+        if f"hang {message['do']}" == FAULT:
             time.sleep(600)
-        if FAULT == f"die {message['do']}":
+        if f"die {message['do']}" == FAULT:
             print("Fatal Python error: Segmentation fault", file=sys.stderr, flush=True)
             os.abort()
         if real is not None:
