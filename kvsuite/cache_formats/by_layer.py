@@ -18,6 +18,7 @@ from kvsuite.options.paths import expanded
 
 from .cache_format import AUTO, CacheFormat, wrong_format
 from .cast_format import CastFormat
+from .ggml_format import GgmlFormat
 
 #: the word with which such a format begins
 BY_LAYER = "by_layer"
@@ -120,7 +121,7 @@ def _listed(typed: str, path: str) -> list[str]:
 #: formats that are packed and unpacked here
 OwnFormat = CacheFormat | ByLayerFormat
 #: formats of which a layer's bytes are known
-CountedFormat = OwnFormat | CastFormat
+CountedFormat = OwnFormat | GgmlFormat | CastFormat
 
 
 def kv_bytes(
@@ -132,7 +133,7 @@ def kv_bytes(
     """
     if chosen is None:
         return of.kv_bytes(tokens_per_layer, element_bytes)
-    formats: Sequence[CacheFormat | CastFormat | None] = chosen.of_layers(len(of.layers))
+    formats: Sequence[CacheFormat | GgmlFormat | CastFormat | None] = chosen.of_layers(len(of.layers))
     plain = [tokens if one is None else 0 for one, tokens in zip(formats, tokens_per_layer, strict=True)]
     return of.kv_bytes(plain, element_bytes) + sum(
         one.layer_bytes(
@@ -142,3 +143,15 @@ def kv_bytes(
         for layer, one, tokens in zip(of.layers, formats, tokens_per_layer, strict=True)
         if one is not None and layer.attention
     )  # fmt: skip
+
+
+def refused_heads(chosen: OwnFormat, of: ModelLayers) -> str | None:
+    """Why a model has not the layers, or the head sizes, for a format; ``None`` if it has."""
+    try:
+        formats = chosen.of_layers(len(of.layers))
+    except CaseInvalid as error:
+        return str(error).removeprefix(f"--kv-cache-dtype={chosen.label}: ")
+    for layer, own in zip(of.layers, formats, strict=True):
+        if own is not None and layer.attention and (reason := own.refused(layer.key_dim, layer.value_dim)):
+            return reason
+    return None

@@ -10,6 +10,8 @@ from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.options.numbers import MOST_TOKENS, whole
 from kvsuite.options.option import outside_brackets
 
+from .ggml_format import GGML_TYPES
+
 #: the model's own dtype
 AUTO = "auto"
 #: bits of an element, and float16 numbers that a group has: its scale, or its scale and its least value
@@ -248,7 +250,9 @@ class _Side:
         )
         if number not in NUMBERS and (word != AUTO):
             known = ", ".join((AUTO, *NUMBERS, f"int4{_CHANNEL}", f"{_KIVI}int4"))
-            raise wrong_format(typed, f"unknown format {word}; use {known}")
+            raise wrong_format(
+                typed, f"unknown format {word}; use {known}, or types of llama.cpp: {', '.join(GGML_TYPES)}"
+            )
         if suffix not in (None, _HADAMARD):
             raise wrong_format(typed, f"{suffix} is nothing that a format can have; use {_HADAMARD}, or leave it out")
         given = parameters_of(typed, word, inside)

@@ -13,6 +13,7 @@ from kvsuite.options.resolve import Options
 from .by_layer import BY_LAYER, ByLayerFormat, OwnFormat
 from .cache_format import SIDE, CacheFormat, parameters_of, wrong_format
 from .cast_format import CAST_TYPES, CastFormat
+from .ggml_format import GGML_TYPES, GgmlFormat
 
 #: where a case has its format
 PARAMETER = "kv_cache_dtype"
@@ -49,7 +50,7 @@ class HqqFormat:
 
 
 #: what a case may ask for beside the model's own numbers
-StoredFormat = OwnFormat | HqqFormat | CastFormat
+StoredFormat = OwnFormat | HqqFormat | GgmlFormat | CastFormat
 
 
 def parse_format(typed: str) -> StoredFormat | None:
@@ -64,6 +65,13 @@ def parse_format(typed: str) -> StoredFormat | None:
         return ByLayerFormat.parse(typed)
     if typed.strip() in CAST_TYPES:
         return CastFormat(typed.strip())
+    sides = [part.strip() for part in typed.split(":")]
+    if any(side in GGML_TYPES for side in sides):
+        if len(sides) > 2 or not all(side in GGML_TYPES for side in sides):
+            raise wrong_format(
+                typed, "a type of llama.cpp stands for both, or beside another one of its types: f16:q8_0"
+            )
+        return GgmlFormat(sides[0], sides[-1])
     if not typed.strip().startswith(_HQQ):
         return CacheFormat.parse(_ALIASES.get(typed.strip(), typed))
     found = SIDE.fullmatch(typed.strip())

@@ -21,8 +21,14 @@ from .verdicts import STATUS, Verdict, Word
 _FAILED = ("oom", "error", "crashed")
 # equal up to the order of floating-point sums, and to what an allocator rounds
 _TOLERANCE = {"deterministic": 1e-9, "near_deterministic": 1e-4}
-# metrics that are means over tokens: the sidecar's column, and the metric of their own standard error
-_PAIRED = {"perplexity": "nll", "nll_sum": "nll", "next_token_acc": "correct"}
+# metrics that are means over rows of a sidecar, and the column
+_PAIRED = {
+    "perplexity": "nll", "nll_sum": "nll", "next_token_acc": "correct", "retrieval_logprob": "nll",
+    "retrieval_exact": "correct",
+}  # fmt: skip
+# those whose rows are samples, each with the mean of its questions
+_OF_SAMPLES = {"retrieval_logprob", "retrieval_exact"}
+_OWN_ERRORS = {"perplexity", *_OF_SAMPLES}
 _SIGMAS = 2.0
 _BUSY = 0.02
 
@@ -275,19 +281,20 @@ def _noise(name: str, pair: Pair, base: Side, now: Side) -> _Noise | None:
     at_base, old = next((one for one in pair.base.rows if _value(one[1], name) is not None), pair.base.rows[0])
     at_now, new = pair.now.rows[0]
     paired = paired_difference(base.runs[at_base].tokens(old), now.runs[at_now].tokens(new), _PAIRED[name])
+    unit = "sample" if name in _OF_SAMPLES else "token"
     if paired is not None:
         scale = {"perplexity": _value(old, name), "nll_sum": _value(old, "nll_tokens")}.get(name, 1.0)
-        return None if scale is None else _Noise(paired[1] * scale, "paired by token")
+        return None if scale is None else _Noise(paired[1] * scale, f"paired by {unit}")
     errors = [_own_error(name, row) for row in (old, new)]
     known = [error for error in errors if error is not None]
-    return _Noise(math.hypot(*known), "not paired: a side has no token losses") if len(known) == 2 else None
+    return _Noise(math.hypot(*known), f"not paired: a side has no {unit} losses") if len(known) == 2 else None
 
 
 def _own_error(name: str, row: Row) -> float | None:
     """Standard error of a mean over tokens from its own record."""
     value, error, count = _value(row, name), _value(row, "perplexity_se"), _value(row, "nll_tokens")
-    if name == "perplexity" or value is None or not count:
-        return error if name == "perplexity" else None
+    if name in _OWN_ERRORS or value is None or not count:
+        return _value(row, f"{name}_se") if name in _OWN_ERRORS else None
     if name == "next_token_acc":
         return math.sqrt(max(value * (1 - value), 0.0) / count)
     perplexity = _value(row, "perplexity")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -65,7 +65,7 @@ class Allocation:
     block_bytes
         Bytes of a block in all layers.
     dtype
-        Of the stored elements.
+        Of the stored elements; where a cache format packs them, of what they are read as.
     """
 
     blocks: int
@@ -170,7 +170,7 @@ class Predictor(Protocol):
         """Tokens for which a card has room by the engine's own estimate, ``None`` for an engine without one."""
         ...
 
-    def smaller(self) -> list[tuple[str, int, Predictor]]:
+    def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
         """Settings beside the axes that would take less: name, value, and the predictor with it."""
         ...
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers, UnknownLayers, layers_of
 
-from .groups import LayerGroup, token_bytes, unpaged
+from .groups import LayerGroup, formats_of, token_bytes, unpaged
 from .limits import Limits
 
 _PROBE = "kvsuite_probe"
@@ -43,9 +44,26 @@ class AttentionLayer:
     window: int | None
     rotary: bool = True
 
-    def token_bytes(self, element_bytes: int, chosen: CacheFormat | None = None) -> int:
-        """Bytes of a token's key and value in a format, ``None`` for the model's own dtype."""
-        return token_bytes(self.kv_heads, self.head_dim, element_bytes, chosen)
+
+def stored_bytes(
+    layers: Sequence[AttentionLayer], tokens_per_layer: Sequence[int], element_bytes: int, chosen: OwnFormat | None
+) -> list[int]:
+    """Bytes of the keys and values of each layer that holds so many tokens.
+
+    Parameters
+    ----------
+    layers, tokens_per_layer
+        The layers, and what each holds.
+    element_bytes
+        Of the model's dtype.
+    chosen
+        How they are stored, ``None`` for the model's dtype.
+    """
+    formats = formats_of(chosen, len(layers))
+    return [
+        tokens * token_bytes(layer.kv_heads, layer.head_dim, element_bytes, own)
+        for layer, tokens, own in zip(layers, tokens_per_layer, formats, strict=True)
+    ]
 
 
 def attention_layers(model: Any, text_config: Any) -> list[AttentionLayer]:
@@ -157,8 +175,9 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
         If two sliding windows would act on the same layers, a policy has no layer left to act on, or the limits' cache format
         is nothing for pages or the model's heads.
     """
+    formats = formats_of(limits.cache_format, len(layers))
     if limits.cache_format is not None:
-        _refuse_format(limits.cache_format, layers)
+        _refuse_format(limits.cache_format, formats, layers)
     own = {layer.window for layer in layers if layer.window is not None and layer.window < limits.max_model_len}
     if own and limits.sliding_window is not None:
         raise CaseInvalid(
@@ -187,18 +206,17 @@ def group_layers(layers: list[AttentionLayer], limits: Limits, policy: Policy | 
             compressed=treated,
             places=treated and policy is not None and policy.positions == "cache" and layer.rotary,
             rotary=layer.rotary or not (treated and turned),
-            format=limits.cache_format,
+            format=formats[index],
         )
         members.setdefault(key, []).append(index)
     return [replace(key, layers=tuple(indices)) for key, indices in members.items()]
 
 
-def _refuse_format(chosen: CacheFormat, layers: Sequence[AttentionLayer]) -> None:
-    reason = unpaged(chosen) or next(
-        filter(None, (chosen.refused(each.head_dim, each.head_dim) for each in layers)), None
-    )
-    if reason is not None:
-        raise CaseInvalid(f"--kv-cache-dtype={chosen}: {reason}")
+def _refuse_format(chosen: OwnFormat, formats: Sequence[CacheFormat | None], layers: Sequence[AttentionLayer]) -> None:
+    reasons = [unpaged(chosen)]
+    reasons += [own.refused(one.head_dim, one.head_dim) for own, one in zip(formats, layers, strict=True) if own]
+    for reason in filter(None, reasons):
+        raise CaseInvalid(f"--kv-cache-dtype={chosen.label}: {reason}")
 
 
 class _AttentionSet:

@@ -53,7 +53,7 @@ class CapturableReference(ReferenceAttention):
 
     @property
     def why_not_capturable(self) -> str:
-        if self.pools[0].is_packed:
+        if any(pool.is_packed for pool in self.pools):
             return "packed pages are unpacked by many small kernels, which are not captured yet"
         return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
 
@@ -76,8 +76,9 @@ def attention_for(
         If FlashInfer is called for and not installed.
     """
     first = pools[0]
-    if first.is_packed:
-        return CapturableReference(pools, rotation), f"pages in {first.group.format} are unpacked before they are read"
+    packed = next((pool.group.format for pool in pools if pool.is_packed), None)
+    if packed is not None:
+        return CapturableReference(pools, rotation), f"pages in {packed} are unpacked before they are read"
     if first.device.type != "cuda":
         return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
     if first.dtype not in (torch.bfloat16, torch.float16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.cache_formats.cache_format import CacheFormat
 
 
@@ -65,7 +66,18 @@ def token_bytes(kv_heads: int, head_dim: int, element_bytes: int, chosen: CacheF
     return chosen.layer_bytes(1, 1, **shape)
 
 
-def unpaged(chosen: CacheFormat) -> str | None:
+def formats_of(chosen: OwnFormat | None, layers: int) -> tuple[CacheFormat | None, ...]:
+    """The format of each of ``layers`` layers, ``None`` for the model's own dtype.
+
+    Raises
+    ------
+    CaseInvalid
+        If formats by layer are for another number of them.
+    """
+    return (None,) * layers if chosen is None else chosen.of_layers(layers)
+
+
+def unpaged(chosen: OwnFormat) -> str | None:
     """Why pages cannot hold keys and values in a format, whatever the model; ``None`` if they can."""
     if chosen.token_group > 1:
         return "pages hold each token packed on its own, and groups per channel pack several together"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.errors import UserError
 
 ADMISSIONS = ("reserve", "optimistic")
@@ -63,7 +63,7 @@ class Limits:
     attention_sinks: int = 0
     prefill_first: bool = False
     admission: str = "reserve"
-    cache_format: CacheFormat | None = None
+    cache_format: OwnFormat | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):

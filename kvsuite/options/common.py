@@ -64,7 +64,8 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         list_of(text), "auto",
         "Number formats of keys and values, comma separated, keys:values where they differ: auto (the model's dtype), "
         "fp8_e4m3, int8, int4, int4_channel, kivi_int4, with group=, residual= and +hadamard, e.g. "
-        "--kv-cache-dtype='auto,int8:int4(group=32,residual=64)+hadamard'. Engine hf.",
+        "--kv-cache-dtype='auto,int8:int4(group=32,residual=64)+hadamard' (engine hf), or llama.cpp's types, e.g. "
+        "--kv-cache-dtype=q8_0:q4_0 (engine llamacpp).",
         example="auto,int8:int4",
     )]
     load_in_4bit: Annotated[bool, Option(
@@ -84,8 +85,9 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     engine: Annotated[str, Option(
         _engine, "auto",
-        "Runtime under test: hf (transformers), nano (the paged runtime of kvsuite, on cpu and cuda) or mlc "
-        "(MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is hf, and in the design-space suite "
+        "Runtime under test: hf (transformers), nano (the paged runtime of kvsuite, on cpu and cuda), llamacpp "
+        "(llama.cpp, on the CPU) or mlc (MLC-LLM, design-space suite alone), e.g. --kv-engine=nano; auto is hf, and in "
+        "the design-space suite "
         "nano, or mlc on a GPU that only mlc can use or where mlc_llm is installed.",
     )]
     corpus: Annotated[str, Option(

@@ -91,7 +91,7 @@ def test_how_a_case_ended(before: str, after: str, word: str) -> None:
     assert (row.metric, row.change, row.verdict) == ("status", f"{before} -> {after}", word)
 
 
-def columns(nll: list[float], correct: list[bool] | None = None, token: int = 7) -> dict[str, Any]:
+def columns(nll: list[float], correct: list[float] | list[bool] | None = None, token: int = 7) -> dict[str, Any]:
     n = len(nll)
     return {
         "text": [0] * n,
@@ -145,6 +145,29 @@ def test_accuracy_has_its_own_error() -> None:
     result = quality(None, 1.0, next_token_acc=0.41)
     assert verdict(result, "next_token_acc").verdict == "same"
     assert verdict(quality(None, 1.0, next_token_acc=0.9), "next_token_acc").verdict == "better"
+
+
+def answers(correct: list[float] | None, exact: float) -> Comparison:
+    """Two sides of 100 samples, the first of which answers half of them; without samples where ``correct`` is None."""
+    before = record("a", {"retrieval_exact": 0.5, "retrieval_exact_se": 0.05, "retrieval_logprob": -2.0})
+    after = record("a", {"retrieval_exact": exact, "retrieval_exact_se": 0.05, "retrieval_logprob": -2.0})
+    half = [0.0, 1.0] * 50
+    tokens = [{} if correct is None else {before["id"]: columns(NLL, correct=side_of)} for side_of in (half, correct)]
+    return compare(
+        side([before], tokens=tokens[0]), side([after], tokens=tokens[1]), parse_rules("retrieval_exact:-5%")
+    )
+
+
+def test_exact_answers_are_judged_by_their_paired_samples() -> None:
+    # a lost answer in ten of the hundred, and seven lost where six others were won: the mean of the latter is noise
+    lost = [0.0, 0.0] * 10 + [0.0, 1.0] * 40
+    row = verdict(answers(lost, 0.4), "retrieval_exact")
+    assert (row.verdict, row.note) == ("regression", "more than 2 standard errors, paired by sample")
+    exchanged = [0.0, 0.0] * 8 + [1.0, 1.0] * 5 + [0.0, 1.0] * 37
+    assert verdict(answers(exchanged, 0.47), "retrieval_exact").verdict == "unstable"
+    assert verdict(answers([0.0, 1.0] * 50, 0.5), "retrieval_exact").verdict == "same"
+    unpaired = verdict(answers(None, 0.4), "retrieval_exact")
+    assert (unpaired.verdict, "not paired: a side has no sample losses" in unpaired.note) == ("unstable", True)
 
 
 TIMES = {"ttft_s": [0.1, 0.101, 0.099, 0.1, 0.102], "kv_bytes_exact": 1000}

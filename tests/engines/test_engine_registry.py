@@ -80,7 +80,19 @@ def test_names_are_known_and_nothing_is_imported(package: Path) -> None:
         "loaded = [name for name in sys.modules if name.split('.')[0] in ('acme_engine', 'torch', 'transformers')];"
         "print(json.dumps([engine_names(), options.engine, loaded]))",
     )
-    assert names == ["hf", "mlc", "nano", "abstract", "acme", "gone", "number", "raises", "renamed"]
+    assert names == [
+        "hf",
+        "llamacpp",
+        "mlc",
+        "nano",
+        "server",
+        "abstract",
+        "acme",
+        "gone",
+        "number",
+        "raises",
+        "renamed",
+    ]
     assert (chosen, loaded) == ("acme", [])
 
 
@@ -88,7 +100,7 @@ def test_an_unknown_engine_is_told_which_there_are() -> None:
     from kvsuite.errors import UserError
     from kvsuite.options.resolve import default_options
 
-    with pytest.raises(UserError, match=r"^--kv-engine=nosuch: use auto, hf, mlc, nano"):
+    with pytest.raises(UserError, match=r"^--kv-engine=nosuch: use auto, hf, llamacpp, mlc, nano, server"):
         default_options(engine="nosuch")
 
 

@@ -34,6 +34,7 @@ LIGHT = {
     "kvsuite.options.paths", "kvsuite.options.resolve", "kvsuite.options.shard",
     "kvsuite.options.sweep",
     "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
+    "kvsuite.engines.llamacpp", "kvsuite.engines.llamacpp.options",
     "kvsuite.engines.server", "kvsuite.engines.server.options",
     "kvsuite.engines.vllm", "kvsuite.engines.vllm.options",
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",

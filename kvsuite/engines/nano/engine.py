@@ -27,6 +27,7 @@ class NanoEngine(Engine):
 
     name: ClassVar[str] = "nano"
     stores_cache_formats: ClassVar[bool] = True
+    stores_formats_by_layer: ClassVar[bool] = True
     perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 1e-4, "bfloat16": 3e-3, "float16": 1e-3}
     predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
@@ -47,7 +48,7 @@ class NanoEngine(Engine):
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         # a checkpoint says its own dtype only when it is loaded
         dtype = "bfloat16" if case.dtype == "checkpoint" else case.dtype
-        return NanoMemory(architecture, dtype, case.device_kind)
+        return NanoMemory(architecture, dtype, case.device_kind, cache_format=paged_format(case))
 
     def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> Predictor:
         if architecture.quantization is not None:

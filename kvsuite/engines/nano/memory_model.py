@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+from kvsuite.cache_formats.by_layer import OwnFormat, kv_bytes
+from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.chosen_format import PARAMETER
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.design_point import DesignPoint
 from kvsuite.memory_model.formats import nano_format
 from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
 from kvsuite.quantization.formats import DENSE_TILE
+
+from .formats import refused_format
 
 BLOCK_TOKENS = 16
 #: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`), and for what it has kernels
@@ -18,6 +24,9 @@ _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 #: what cuBLAS keeps on Hopper: 32 MiB for each stream that multiplies, the default one and that of the captured steps
 LIBRARY_WORKSPACE = 64 << 20
 _LOGIT_BYTES = 4
+#: formats of the cache that make a point fit, the largest first
+_SMALLER_FORMATS = ("int8", "int8:int4", "int4")
+_SHORTEST_ELEMENT = 2
 
 
 def attention_workspace(*, device: str, dtype: str, head_dim: int) -> int:
@@ -90,6 +99,8 @@ class NanoMemory:
     dtype: str = "bfloat16"
     device: str = "cuda"
     prompt_tokens: int | None = None
+    #: how keys and values are stored, ``None`` for the model's own dtype
+    cache_format: OwnFormat | None = None
     engine: str = "nano"
     #: `kvsuite.nanovllm.limits.Limits.memory_share`
     share: float = 0.9
@@ -133,7 +144,7 @@ class NanoMemory:
                     sinks=point.attention_sink_size,
                 ),
                 extra=1,
-                block_bytes=BLOCK_TOKENS * model.kv_bytes_per_token(chosen.element_bytes),
+                block_bytes=BLOCK_TOKENS * self._token_bytes(chosen.element_bytes),
                 dtype=chosen.dtype,
             )
         tokens = min(step, batch * (self.prompt_tokens or point.context_window_size))
@@ -157,7 +168,7 @@ class NanoMemory:
             Term(
                 "kv_cache", KEYS_AND_VALUES, None if allocation is None else allocation.bytes,
                 "unknown" if allocation is None else "exact", pool,
-                "(blocks + 1) 16 2 L Hkv D e" if model.shape else "(blocks + 1) 16 sum over layers 2 Hkv D e", reason,
+                self._pool_formula(), reason,
             ),
             Term("temporary", "activations", activations, "rough", ("prefill_chunk_size",), "step 3 (hidden + wide) e"),
             Term("temporary", "logits", logits, "exact", ("max_batch_size",), "B V (e + 4)"),
@@ -173,15 +184,34 @@ class NanoMemory:
             terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
 
-    def smaller(self) -> list[tuple[str, int, Predictor]]:
-        """None: every setting is an axis."""
-        return []
+    def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
+        """The cache in fewer bits: every other setting is an axis."""
+        found = []
+        for name in _SMALLER_FORMATS:
+            chosen = replace(self, cache_format=CacheFormat.parse(name))
+            if chosen._unpaged() is None and chosen._token_bytes(_SHORTEST_ELEMENT) < self._token_bytes(
+                _SHORTEST_ELEMENT
+            ):
+                found.append((PARAMETER, name, chosen))
+        return found
 
     def inert(self) -> dict[str, str]:
         return {}
 
+    def _token_bytes(self, element_bytes: int) -> int:
+        """Bytes of a token's keys and values in all layers, as they are stored."""
+        model, chosen = self.architecture, self.cache_format
+        if chosen is None or isinstance(model.cache, str):
+            return model.kv_bytes_per_token(element_bytes)
+        return kv_bytes(chosen, model.cache, [1] * model.layers, 1, element_bytes)
+
+    def _pool_formula(self) -> str:
+        if self.cache_format is not None:
+            return "(blocks + 1) 16 sum over layers Hkv (codes + float16 scales of a key and a value)"
+        return "(blocks + 1) 16 2 L Hkv D e" if self.architecture.shape else "(blocks + 1) 16 sum over layers 2 Hkv D e"
+
     def _unpaged(self) -> str | None:
-        """Why there is no pool for the model."""
+        """Why there is no pool for the model, or none in the format."""
         cache = self.architecture.cache
         if isinstance(cache, str):
             return cache
@@ -200,7 +230,7 @@ class NanoMemory:
                     f"layer {layer.index} has keys of {layer.key_dim} and values of {layer.value_dim}, and nano stores them in "
                     "one shape"
                 )
-        return None
+        return None if self.cache_format is None else refused_format(self.cache_format, cache)
 
     def _clash(self, point: DesignPoint) -> str | None:
         own = self.architecture.window

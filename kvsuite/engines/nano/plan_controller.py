@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.serving_plan import ServingPlan
-from kvsuite.nanovllm.attention_layers import AttentionLayer
+from kvsuite.nanovllm.attention_layers import AttentionLayer, stored_bytes
 from kvsuite.nanovllm.controller import ControllerSettings
 from kvsuite.nanovllm.steering import Controller, log_for, read_logs
 
@@ -20,7 +20,7 @@ def plan_controller(
     name: str,
     layers: Sequence[AttentionLayer],
     element_bytes: int,
-    cache_format: CacheFormat | None,
+    cache_format: OwnFormat | None,
     weight_bytes: int,
     bandwidth: float,
 ) -> Controller:
@@ -54,7 +54,7 @@ def plan_controller(
         kv_heads=max(layer.kv_heads for layer in layers),
         head_dim=max(layer.head_dim for layer in layers),
         weight_bytes=weight_bytes,
-        token_bytes=sum(layer.token_bytes(element_bytes, cache_format) for layer in layers),
+        token_bytes=sum(stored_bytes(layers, [1] * len(layers), element_bytes, cache_format)),
         bandwidth=bandwidth,
         dual=plan.controller == "dual",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
 from kvsuite.engines.rotary import Rotary
@@ -45,7 +45,7 @@ class RuntimeHolder:
         self._rotary: Rotary | None = None
         self._held: tuple[tuple[Any, ...], Runtime] | None = None
         #: how the prepared case stores keys and values, ``None`` for the model's own dtype
-        self.cache_format: CacheFormat | None = None
+        self.cache_format: OwnFormat | None = None
 
     @property
     def step_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.case import Case
 from kvsuite.compression.base import Policy
 from kvsuite.engines.cache_compression import CacheCompression, compression_of
@@ -13,6 +13,7 @@ from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
 from kvsuite.engines.nano.memory_model import NanoMemory
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -29,7 +30,7 @@ from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.quality import TokenScores
-from kvsuite.nanovllm.attention_layers import attention_layers
+from kvsuite.nanovllm.attention_layers import attention_layers, stored_bytes
 from kvsuite.nanovllm.green_contexts import SmPartition, open_partition
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.partition_ladder import PartitionLadder
@@ -40,6 +41,7 @@ from kvsuite.nanovllm.steering import Controller
 from kvsuite.sm_split import PartitionRequest
 from kvsuite.workloads.windows import Window
 
+from .answering import answer_questions
 from .formats import paged_format
 from .memory import measure_memory
 from .plan_controller import plan_controller
@@ -131,19 +133,17 @@ class NanoSession(LoadedSession):
         return [stored_tokens(*each, position) for each in self._windows()]
 
     @property
-    def _format(self) -> CacheFormat | None:
+    def _format(self) -> OwnFormat | None:
         """How the prepared case stores keys and values, ``None`` for the model's own dtype."""
         return self._holder.cache_format
 
-    def _bytes(self, tokens_per_layer: Sequence[int], chosen: CacheFormat | None) -> int:
-        element = self._loaded.dtype.itemsize
-        return sum(
-            layer.token_bytes(element, chosen) * tokens
-            for layer, tokens in zip(self._layers, tokens_per_layer, strict=True)
-        )
+    def _bytes(self, tokens_per_layer: Sequence[int], chosen: OwnFormat | None) -> int:
+        return sum(stored_bytes(self._layers, tokens_per_layer, self._loaded.dtype.itemsize, chosen))
 
     def memory_model(self, architecture: Architecture) -> NanoMemory:
-        return NanoMemory(architecture, self.dtype_name, self.device.type, self._prompt_tokens)
+        return NanoMemory(
+            architecture, self.dtype_name, self.device.type, self._prompt_tokens, cache_format=self._format
+        )
 
     def reach(self, case: Case) -> Reach:
         return point_reach(case)
@@ -274,6 +274,15 @@ class NanoSession(LoadedSession):
     ) -> TokenScores:
         self.decoder.require_positions(len(tokens) - 1)
         return score_text(self._holder, self._method.policy, tokens, protocol, prefix, progress, take, full=full)
+
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        longest = max(len(one.context) + one.steps for one in asked)
+        self.decoder.require_positions(longest)
+        limits = self._holder.limits(longest + 1, sequences=max(len(one.questions) for one in asked), full=full)
+        runtime = self._holder.get(limits, None if full else self._method.policy, captures=False)
+        return answer_questions(runtime, asked, progress)
 
     def score_windows(
         self,

@@ -14,6 +14,7 @@ from kvsuite.compression.base import Schedule
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.engines.registry import get_engine
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
@@ -69,6 +70,8 @@ def compression_cases(options: Options) -> list[Case]:
     if twice:
         raise UserError(f"--kv-method: the groups {', '.join(twice)} occur twice; name every size and ratio once")
     device = resolve_device(common.device)
+    engine = "hf" if common.engine == "auto" else common.engine
+    engine_params = get_engine(engine, options).case_params()
     stores = selected_cache_formats(options)
     for stored in stores:
         refuse_long_residual(stored, own.max_tokens, "--kv-max-tokens")
@@ -85,7 +88,7 @@ def compression_cases(options: Options) -> list[Case]:
     return [
         Case(
             suite="compression",
-            engine="hf" if common.engine == "auto" else common.engine,
+            engine=engine,
             model=common.model,
             name=stored.named(_in_weights(group, None if chosen == NONE else chosen)),
             device=device,
@@ -94,7 +97,10 @@ def compression_cases(options: Options) -> list[Case]:
             policy=group.policy,
             policy_params=group.parameters,
             workload=workload,
-            params={"group": group.kind, "budget": group.budget} | common.attention_parameters | stored.parameters,
+            params={"group": group.kind, "budget": group.budget}
+            | engine_params
+            | common.attention_parameters
+            | stored.parameters,
         )
         for chosen in formats
         for stored in stores

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvsuite.cache_formats.chosen_format import ChosenFormat, refuse_long_residual, selected_cache_formats
 from kvsuite.case import Case
+from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
@@ -83,6 +84,7 @@ def _case(options: Options, device: str, dataset: str, protocol: str, chosen: st
             "batch": 1,
         },
         params={"mlc_model": own.mlc_model or None, "reference": _reference(options, device)}
+        | get_engine(engine, options).case_params()
         | common.attention_parameters
         | stored.parameters,
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvsuite.cache_formats.by_layer import kv_bytes
+from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.case import Case
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
+from kvsuite.errors import CaseInvalid
 from kvsuite.options.resolve import Options
 from kvsuite.suites.footprint import Footprint, known_model
 
@@ -21,5 +24,17 @@ def pool_footprint(case: Case, options: Options) -> Footprint:
         return replace(known.weights, reason=known.weights.reason or known.architecture.cache)
     else:
         tokens = (plan.pool_blocks or 0) * BLOCK_TOKENS
-        pool = known.architecture.kv_bytes(tokens, known.format.element_bytes)
+        chosen, of = format_of(case), known.architecture
+        if isinstance(chosen, HqqFormat):
+            return known.weights
+        try:
+            pool = (
+                of.kv_bytes(tokens, known.format.element_bytes)
+                if chosen is None
+                else kv_bytes(
+                    chosen, known.architecture.cache, [tokens] * of.layers, tokens, known.format.element_bytes
+                )
+            )
+        except CaseInvalid as error:
+            return replace(known.weights, reason=known.weights.reason or str(error))
     return replace(known.weights, bytes=known.weights.weight_bytes + pool)

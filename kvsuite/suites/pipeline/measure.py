@@ -7,7 +7,7 @@ from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
-from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
@@ -88,6 +88,8 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts
+    if counters := session.engine_metrics(served):
+        found.samples["engine_metrics"] = counters
     found.samples["rounds"] = [
         {
             "wall_s": wall_s(one.requests),
@@ -156,6 +158,5 @@ def _put_dataset(run: CaseRun, loads: list[ServingRequests]) -> None:
 def _require_pool(session: Session, plan: ServingPlan) -> None:
     if plan.pool_bytes is None:
         return
-    # one block is the runtime's own
-    blocks = plan.pool_bytes // session.full_kv_bytes(BLOCK_TOKENS) - 1
-    require_room(blocks, plan, option=f"--kv-pool-bytes={plan.pool_bytes}")
+    # as the runtime counts them: in the case's cache format, beside a block of its own
+    require_room(int(session.effective["num_blocks"]), plan, option=f"--kv-pool-bytes={plan.pool_bytes}")

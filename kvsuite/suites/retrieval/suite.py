@@ -52,6 +52,11 @@ class RetrievalSuite(Suite):
         measure_retrieval(case, session, run)
         return run.found
 
+    def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:
+        from .figures import retrieval_figures
+
+        return retrieval_figures(run, rows)
+
     def table(self, run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
         from .table import retrieval_legend, retrieval_table
 

@@ -25,7 +25,8 @@ from kvsuite.nanovllm.sampling import SamplingParameters
 from kvsuite.workloads.windows import plan_windows
 
 FORMATS = (
-    "fp8_e4m3", "fp8_e4m3(group=8)", "int8", "int4", "int8:int4", "int4(group=8)", "int4+hadamard:int8", "int8:auto",
+    "fp8_e4m3", "fp8_e4m3(group=8)", "int8", "int4", "int8:int4", "int4(group=8)", "int4+hadamard:int8",
+    "by_layer(int8|auto|int8:int4*2)",
 )  # fmt: skip
 EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 

