@@ -362,10 +362,14 @@ def told(error: BaseException) -> dict[str, Any]:
 
 
 def may_fork() -> bool:
-    """Whether a fork of this process can use CUDA: not if importing has opened the driver."""
-    with suppress(OSError):
-        return int(ctypes.CDLL("libcuda.so.1").cuInit(0)) == 0
-    return True
+    """Whether forks of this process can use CUDA: not if importing has opened the driver. Tried in a fork of its own."""
+    child = os.fork()
+    if child == 0:
+        code = 0
+        with suppress(OSError):
+            code = int(ctypes.CDLL("libcuda.so.1").cuInit(0) != 0)
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def main(descriptor: int, first: str | None) -> None:
@@ -380,11 +384,13 @@ def main(descriptor: int, first: str | None) -> None:
     if first is not None:
         run_engine(channel, json.loads(first))
         return
+    forks = may_fork()
     channel.send(
         {
             "import_s": time.perf_counter() - begin,
             "vllm": vllm.__version__,
             "torch": torch.__version__,
+            "forks": forks,
             "formats": list(CacheDType.__args__),
             "backends": [one.name for one in AttentionBackendEnum],
         }
@@ -392,7 +398,7 @@ def main(descriptor: int, first: str | None) -> None:
     while (message := channel.receive()) is not None:
         child = os.fork()
         if child == 0:
-            if not may_fork():
+            if not forks:
                 os.set_inheritable(descriptor, True)
                 here = [sys.executable, "-P", os.path.abspath(__file__), str(descriptor)]
                 os.execv(sys.executable, [*here, json.dumps(message["settings"])])

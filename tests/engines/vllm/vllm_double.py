@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ def write(asked: str, what: str, answer: Any) -> None:
         stream.write(json.dumps({"asked": asked, "what": what, "answer": answer}, separators=(",", ":")) + "\n")
 
 
-def name_of(message: Any, engine: str) -> str:
-    """What is asked, and of which engine; the folder of the model has another name every time."""
+def name_of(message: Any, engine: str, times: int) -> str:
+    """What is asked, and of which engine; for the how manieth time matters where prefixes are cached."""
     text = json.dumps(message, sort_keys=True)
-    return hashlib.sha256(f"{engine} {text}".encode()).hexdigest()[:16]
+    again = f" {times}" if times > 1 and '"enable_prefix_caching": true' in engine else ""
+    return hashlib.sha256(f"{engine} {text}{again}".encode()).hexdigest()[:16]
 
 
 def probe(arguments: list[str]) -> None:
@@ -82,7 +84,7 @@ class RealWorker:
 
 def work(arguments: list[str]) -> None:
     lines = Lines(socket.socket(fileno=int(arguments[-1])))
-    answers, engine = known(), ""
+    answers, engine, asked = known(), "", Counter[str]()
     real = RealWorker(arguments) if REAL is not None else None
     message: Any = None
     hello = real.lines.receive() if real is not None else answers["hello"]
@@ -96,7 +98,8 @@ def work(arguments: list[str]) -> None:
         shown = message | ({"settings": settings} if settings else {})
         if message["do"] == "start":
             engine = json.dumps(settings, sort_keys=True)
-        name = name_of(shown, engine)
+        asked[json.dumps(shown)] += 1
+        name = name_of(shown, engine, asked[json.dumps(shown)])
         if f"hang {message['do']}" == FAULT:
             time.sleep(600)
         if f"die {message['do']}" == FAULT:
