@@ -62,7 +62,7 @@ def _requests():
 def _served(of, name, runner, policy=None, **limits):
     """Logits of every request, and the runtime."""
     small: dict[str, Any] = {
-        "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 20, "block_size": 4,
+        "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 26, "block_size": 4,
         "admission": "optimistic", "cache_format": CacheFormat.parse(name),
     }  # fmt: skip
     runtime = Runtime(of, Limits(**small | limits), runner=runner, policy=policy)
