@@ -261,7 +261,7 @@ def attention(bench: Bench) -> None:
             def cut(layer: int, s: int = splits, t: int = tokens, w: int = warps, d: int = stages, q: Any = query,
                     b: Any = batch) -> Any:  # fmt: skip
                 return split_attention(
-                    q, *pool.layer(layer), b.block_tables, b.kv_lengths, scale,
+                    q, *(side.codes for side in pool.layer(layer)), b.block_tables, b.kv_lengths, scale,
                     splits=s, tokens=t, warps=w, stages=d, pdl=True,
                 )  # fmt: skip
 
@@ -317,7 +317,7 @@ def ragged(bench: Bench) -> None:
         arms: dict[str, Any] = {"flashinfer": lambda layer, c=captured, q=query: c.attend(layer, q, scale)}
         for splits in (1, 2, 4, 8, 16):
             arms[f"splits {splits}"] = lambda layer, s=splits, q=query, b=batch: split_attention(
-                q, *pool.layer(layer), b.block_tables, b.kv_lengths, scale, splits=s, pdl=True
+                q, *(side.codes for side in pool.layer(layer)), b.block_tables, b.kv_lengths, scale, splits=s, pdl=True
             )
         nbytes = int(lengths.sum()) * bench.group.token_bytes(2) / len(bench.group.layers)
         texts = []

@@ -21,7 +21,7 @@ class Decoding:
     def __init__(self, session: Session, runtime: Runtime, batch: int, length: int) -> None:
         self.session, self.runtime, self.batch, self.length = session, runtime, batch, length
         run = runtime.runner.run
-        logits = torch.zeros(batch, runtime.vocab_size, dtype=runtime.pools[0].keys.dtype, device=session.device)
+        logits = torch.zeros(batch, runtime.vocab_size, dtype=runtime.pools[0].dtype, device=session.device)
         content = random.Random(length)
         prompt = [content.randrange(runtime.vocab_size) for _ in range(length)]
         for _ in range(batch):
@@ -68,9 +68,20 @@ class Decoding:
 def scatter(runtime: Runtime) -> None:
     """Random keys, and free blocks in a random order: as after hours of service."""
     for pool in runtime.pools:
-        for tensor in (pool.keys, pool.values):
-            for layer in tensor:
-                layer.normal_()
+        # packed pages are filled with copies of some blocks
+        blocks = min(pool.num_blocks + 1, 512)
+        slots = torch.arange(blocks * pool.block_size, device=pool.device)
+        shape = (len(slots), pool.group.kv_heads, pool.group.head_dim)
+        copies = torch.arange(pool.num_blocks + 1, device=pool.device) % blocks
+        for index in range(len(pool.group.layers)):
+            pages = pool.layer(index)
+            if pool.is_packed:
+                pool.store(index, slots, *(torch.randn(shape, device=pool.device).to(pool.dtype) for _ in pages))
+                for tensor in (tensor for side in pages for tensor in side[:2] if tensor.numel()):
+                    torch.index_select(tensor[:blocks].clone(), 0, copies, out=tensor)
+            else:
+                for side in pages:
+                    side.codes.normal_()
     for table in runtime.tables:
         blocks = list(table.pool._free)
         random.Random(0).shuffle(blocks)

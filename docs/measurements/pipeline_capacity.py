@@ -16,7 +16,6 @@ import argparse
 import gzip
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -124,12 +123,21 @@ def simulate_all(args: argparse.Namespace) -> None:
         steps = [StepServed(*row) for row in zip(*facts["steps"], strict=True)]
         seen.setdefault(Arm.parse(facts["arm"]).chunk is not None, []).append(steps)
         attempts.append((Arm.parse(facts["arm"]), facts["rate"], facts["share"]))
-    fits = {chunked: fitted(joined(runs), overlap=True) for chunked, runs in seen.items()}
+    fits = {chunked: fitted(runs) for chunked, runs in seen.items()}
     for chunked, fit in fits.items():
         say(args, {"fit": "chunks" if chunked else "prompts first"} | asdict(fit))
     for arm, rate, share in attempts:
         found = simulated(args, arm, fits[arm.chunk is not None], rate)
-        say(args, {"arm": arm.name, "rate": rate, "measured_share": share, "simulated_share": found.share})
+        say(
+            args,
+            {
+                "arm": arm.name,
+                "rate": rate,
+                "measured_share": share,
+                "simulated_share": found.share,
+                "simulated_drains": found.drains,
+            },
+        )
     for typed in args.arms.split(","):
         arm, lowest, highest = sought(typed)
         if arm.lanes == 2 or (arm.chunk is not None) not in fits:
@@ -140,17 +148,6 @@ def simulate_all(args: argparse.Namespace) -> None:
             lambda rate, arm=arm, fit=fit: simulated(args, arm, fit, rate), lowest, highest, tolerance=0.02, most=12
         )  # fmt: skip
         say(args, {"arm": arm.name, "simulated_capacity_req_s": capacity.rate, "words": capacity.words})
-
-
-def joined(runs: Sequence[list[StepServed]]) -> list[StepServed]:
-    """Steps of several runs, one run behind the other with a pause between them."""
-    found: list[StepServed] = []
-    for steps in runs:
-        shift = found[-1].end_s + 1 if found else 0.0
-        found += [
-            StepServed(**(asdict(one) | {"start_s": one.start_s + shift, "end_s": one.end_s + shift})) for one in steps
-        ]
-    return found
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def measured(loaded: LoadedModel, arm: Arm, args: argparse.Namespace, bandwidth:
         started = time.perf_counter()
         served = serve_under_load(runtime, requests)
         seconds = time.perf_counter() - started
-        fit = fitted(served.steps or [], overlap=runtime.overlap)
+        fit = fitted([served.steps or []])
         facts = {"arm": arm.name, "made_s": round(made, 1)} | found_of(served, seconds)
         design = roofline(runtime, args, arm, DESIGN["bandwidth"], DESIGN["prompt_rate"])
         own = roofline(runtime, args, arm, bandwidth, args.prompt / fit(StepWork("both", args.prompt, 0, 0)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from kvsuite.engines.results import StepServed
 from kvsuite.nanovllm.simulation import AffineStepTime, StepWork
 
 BLOCK = 16
+#: steps whose times are added up: with overlap a call launches its step and waits for the one before, so that a step's time is
+#: in the call after its own, but for what the device did while the host still launched
+WINDOW = 12
 # a step takes time, however little
 _LEAST_S = 1e-9
 
@@ -34,48 +38,44 @@ class FittedStepTime:
         return (self.prompts if work.prompt_tokens else self.decodes)(work)
 
 
-def fitted(steps: Sequence[StepServed], *, overlap: bool) -> FittedStepTime:
-    """Fit both lines by least squares.
+def fitted(runs: Sequence[Sequence[StepServed]]) -> FittedStepTime:
+    """Fit both lines at once by least squares over windows of steps; nothing takes less than no time.
 
-    What lasts three times the median of its kind is left out. Blocks in use stand for the stored tokens that a step reads.
+    Blocks in use stand for the stored tokens that a step reads.
 
     Parameters
     ----------
-    steps
-        Of one lane, in order.
-    overlap
-        Whether a call launches its step before it waits for the one before: that one's time is then the call's.
+    runs
+        Steps of one lane, in order.
     """
-    ends = np.array([step.end_s for step in steps])
-    starts = np.array([step.start_s for step in steps])
-    seconds = np.diff(ends)
-    # the loop sleeps where nothing is there to do
-    known = starts[1:] - ends[:-1] < 1e-3
-    index = np.flatnonzero(known) + (0 if overlap else 1)
-    seconds = seconds[known]
-    prompts = np.array([steps[i].prompt_tokens for i in index], dtype=float)
-    rows = np.array([steps[i].decode_tokens for i in index], dtype=float)
-    stored = np.array([steps[i].used_blocks for i in index], dtype=float) * BLOCK
-    fed = prompts > 0
-    mixed = [rows[fed], stored[fed]] if (rows[fed] > 0).any() else []
-    base, token, *more = _line(seconds[fed], [prompts[fed], *mixed])
-    step, row, kv = _line(seconds[~fed], [rows[~fed], stored[~fed]])
-    return FittedStepTime(AffineStepTime(base, token, *more), AffineStepTime(step, decode_row_s=row, kv_token_s=kv))
-
-
-def _line(seconds: np.ndarray, parts: list[np.ndarray]) -> list[float]:
-    """Constant and slopes, none below 0: what would be is left out."""
-    if not len(seconds):
-        return [_LEAST_S, *[0.0] * len(parts)]
-    usual = seconds <= 3 * np.median(seconds)
-    seconds, parts = seconds[usual], [part[usual] for part in parts]
-    columns = [np.ones_like(seconds), *parts]
-    # of equal ones nothing is learnt but their mean: all of it goes to the first part
-    used = list(range(len(columns))) if np.ptp(parts[0]) > 0.02 * parts[0].mean() else [1]
+    rows, seconds = [], []
+    for steps in runs:
+        for first in range(0, len(steps) - WINDOW, WINDOW):
+            calls = steps[first : first + WINDOW + 1]
+            # the loop sleeps where nothing is there to do
+            if any(after.start_s - before.end_s > 1e-3 for before, after in pairwise(calls)):
+                continue
+            rows.append(np.sum([_parts(step) for step in calls[:-1]], axis=0))
+            seconds.append(calls[-1].end_s - calls[0].end_s)
+    matrix, wanted = np.array(rows), np.array(seconds)
+    used = [index for index in range(matrix.shape[1]) if matrix[:, index].any()]
     while True:
-        found = np.linalg.lstsq(np.stack([columns[index] for index in used], axis=1), seconds, rcond=None)[0]
+        found = np.linalg.lstsq(matrix[:, used], wanted, rcond=None)[0]
         if (found >= 0).all():
             break
         used.pop(int(found.argmin()))
-    slopes = dict(zip(used, found.tolist(), strict=True))
-    return [max(slopes.get(0, 0.0), _LEAST_S), *[slopes.get(index, 0.0) for index in range(1, len(columns))]]
+    slopes = np.zeros(matrix.shape[1])
+    slopes[used] = found
+    base, token, row, kv, step, decode_row, decode_kv = slopes.tolist()
+    return FittedStepTime(
+        AffineStepTime(max(base, _LEAST_S), token, row, kv),
+        AffineStepTime(max(step, _LEAST_S), decode_row_s=decode_row, kv_token_s=decode_kv),
+    )
+
+
+def _parts(step: StepServed) -> list[float]:
+    """What a step's time is made of: of prompts, and of decode steps."""
+    stored, rows, fed = step.used_blocks * BLOCK, step.decode_tokens, step.prompt_tokens
+    if fed:
+        return [1, fed, rows, stored if rows else 0, 0, 0, 0]
+    return [0, 0, 0, 0, 1, rows, stored]

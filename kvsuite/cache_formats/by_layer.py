@@ -142,3 +142,15 @@ def kv_bytes(
         for layer, one, tokens in zip(of.layers, formats, tokens_per_layer, strict=True)
         if one is not None and layer.attention
     )  # fmt: skip
+
+
+def refused_heads(chosen: OwnFormat, of: ModelLayers) -> str | None:
+    """Why a model has not the layers, or the head sizes, for a format; ``None`` if it has."""
+    try:
+        formats = chosen.of_layers(len(of.layers))
+    except CaseInvalid as error:
+        return str(error).removeprefix(f"--kv-cache-dtype={chosen.label}: ")
+    for layer, own in zip(of.layers, formats, strict=True):
+        if own is not None and layer.attention and (reason := own.refused(layer.key_dim, layer.value_dim)):
+            return reason
+    return None

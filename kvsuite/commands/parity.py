@@ -59,8 +59,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--kv-max-tokens",
         metavar="N",
         type=whole_number(2, MOST_TOKENS),
-        default=128,
-        help="tokens of the text behind its prompt, of which all but the first are scored (default: 128)",
+        default=256,
+        help="tokens of the text behind its prompt, of which all but the first are scored (default: 256)",
     )
     add(
         "--prompt-tokens",

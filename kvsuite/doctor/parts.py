@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from kvsuite.entry_points import ENGINES, OURS, find, package
 from kvsuite.errors import CaseSkipped, UserError
@@ -11,6 +12,9 @@ from kvsuite.options.devices import resolve_device
 
 from .findings import Finding
 from .packages import import_error, installed
+
+if TYPE_CHECKING:
+    from kvsuite.engines.engine import Engine
 
 _NO_MLC = "not installed, and not on PyPI (packages of that name there are by strangers)"
 
@@ -57,10 +61,18 @@ def _engines(devices: list[str]) -> Iterator[Finding]:
             continue
         works = [kind for kind, reason in reasons.items() if reason is None]
         if works:
-            yield Finding(f"engine {name}", "ok", f"works on {', '.join(works)}")
+            yield Finding(f"engine {name}", "ok", f"works on {', '.join(works)}{_versions(engine)}")
         else:
             reason = "; ".join(str(reason) for reason in reasons.values())
             yield Finding(f"engine {name}", "missing" if is_optional else "broken", *_split(reason))
+
+
+def _versions(engine: Engine) -> str:
+    try:
+        found = ", ".join(f"{name} {version}" for name, version in engine.version().items())
+    except Exception as error:  # the engine may be somebody else's
+        found = f"its version is not known: {type(error).__name__}: {error}"
+    return f": {found}" if found else ""
 
 
 def _default_model() -> Finding:

@@ -82,7 +82,7 @@ class AnswersQuestions(Protocol):
         Parameters
         ----------
         asked
-            Contexts and their questions. A question is fed token by token, and the method goes on acting as in decoding.
+            Contexts and their questions. The method goes on acting as in decoding while a question is fed.
         full
             Through the full cache in the model's dtype, in the place of the case's.
         progress

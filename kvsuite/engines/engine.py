@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kvsuite.cache_formats.by_layer import ByLayerFormat
+from kvsuite.cache_formats.by_layer import ByLayerFormat, OwnFormat, refused_heads
 from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
-from kvsuite.errors import CaseInvalid
-from kvsuite.memory_model.config import Architecture
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.design_point import Check
 from kvsuite.memory_model.prediction import Part, Predictor
 from kvsuite.meters.clock import Clock
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.option import OptionGroup
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options, default_options
 
 from .results import MemoryPass, Reach, Served, ServeRequest
@@ -305,6 +306,18 @@ class Engine(ABC):
                 f"--kv-cache-dtype={chosen.label}: engine {self.name} stores all layers in one format; use --kv-engine=hf, or "
                 "a format without by_layer"
             )
+        if isinstance(chosen, OwnFormat) and (reason := self._refused_heads(chosen, case.model)):
+            raise CaseInvalid(f"--kv-cache-dtype={chosen.label}: {reason}")
+
+    def _refused_heads(self, chosen: OwnFormat, model: str) -> str | None:
+        """Why a model cannot be stored in a format, as far as its configuration says."""
+        folder = self.options.of(CommonOptions).cache_dir
+        try:
+            known = architecture_of(model, cache_dir=None if folder is None else expanded(folder)).cache
+        except UserError:
+            # whoever loads the model says what is wrong with it
+            return None
+        return None if isinstance(known, str) else refused_heads(chosen, known)
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         """Predicts the memory of design points on the device of ``case``, ``None`` where there are no formulas.

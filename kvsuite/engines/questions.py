@@ -13,7 +13,7 @@ class Question:
     Parameters
     ----------
     tokens
-        Token ids of the question, one or more: they are fed one by one behind the context.
+        Token ids of the question, one or more: they are fed behind the context.
     answer
         Token ids of the right answer, one or more.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -170,7 +170,7 @@ class Predictor(Protocol):
         """Tokens for which a card has room by the engine's own estimate, ``None`` for an engine without one."""
         ...
 
-    def smaller(self) -> list[tuple[str, int, Predictor]]:
+    def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
         """Settings beside the axes that would take less: name, value, and the predictor with it."""
         ...
 

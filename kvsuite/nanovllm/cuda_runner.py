@@ -5,6 +5,7 @@ Nothing is replaced in silence: `CudaRunner.facts` says what attends, what is fu
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -32,6 +33,8 @@ from .turns import Turns
 
 # widths that FlashInfer's kernels exist for
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+# Ada's and Hopper's
+_FLOAT8_CAPABILITY = (8, 9)
 # the captured reference gathers the longest possible sequence for every row of a batch
 _REFERENCE_BYTES = 1 << 30
 # more than `fused_layers` launches with overlap
@@ -76,9 +79,6 @@ def attention_for(
         If FlashInfer is called for and not installed.
     """
     first = pools[0]
-    packed = next((pool.group.format for pool in pools if pool.is_packed), None)
-    if packed is not None:
-        return CapturableReference(pools, rotation), f"pages in {packed} are unpacked before they are read"
     if first.device.type != "cuda":
         return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
     if first.dtype not in (torch.bfloat16, torch.float16):
@@ -86,7 +86,19 @@ def attention_for(
     odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
     if odd:
         return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
+    if without := _without_kernel([pool for pool in pools if pool.is_packed]):
+        return CapturableReference(pools, rotation), without
     return FlashInferAttention(pools, query_heads=query_heads, rotation=rotation), ""
+
+
+def _without_kernel(packed: Sequence[KVPool]) -> str:
+    """Why our kernels cannot read packed pools, empty if they can."""
+    numbers = {pages.side.number for pool in packed for pages in pool.layer(0)}
+    if "fp8_e4m3" in numbers and torch.cuda.get_device_capability(packed[0].device) < _FLOAT8_CAPABILITY:
+        return "the device has no instructions for fp8_e4m3"
+    if packed and importlib.util.find_spec("triton") is None:
+        return "packed pages need triton, which is not installed"
+    return ""
 
 
 def cuda_runner(**options: Any) -> Callable[[LoadedModel, Sequence[KVPool], Limits], CudaRunner]:

@@ -2,6 +2,9 @@
 
 Prompts go through FlashInfer, on Hopper through its ``fa3``; single tokens through `split_attention`. Through the reference
 go layers with keys that are placed in the cache, and prompts of layers with a window. Captured steps: `flashinfer_captured`.
+
+Of packed pages, single tokens read the codes (`packed_split_attention`); for prompts, the blocks of their sequences are
+unpacked one behind the other, layer by layer, so that they too see what is stored, their own chunk included.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from . import cuda_driver
 from .batch import StepBatch
 from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
 from .kv_pool import KVPool
+from .layer_pages import LayerPages
 from .reference_attention import KeyRotation, ReferenceAttention
 
 _WORKSPACE_BYTES = 256 << 20
@@ -49,7 +53,7 @@ class FlashInferAttention(FlashInferLayers):
     Parameters
     ----------
     pools
-        Keys and values of every layer group, bfloat16 or float16, on CUDA.
+        Keys and values of every layer group, read in bfloat16 or float16, on CUDA.
     query_heads
         Query heads of a layer.
     rotation
@@ -93,6 +97,8 @@ class FlashInferAttention(FlashInferLayers):
         ]
         # single tokens stand in front; what follows them goes through FlashInfer
         self._singles = 0
+        #: blocks of the prompts' sequences, by group, where they have to be unpacked
+        self._to_unpack: dict[int, Tensor] = {}
 
     def _look_at_stream(self) -> None:
         """Keys are cut for as many SMs as the current stream has: lanes move between partitions."""
@@ -120,7 +126,8 @@ class FlashInferAttention(FlashInferLayers):
                 "reference"
                 if exact
                 else f"{'reference' if wrapper is None else f'flashinfer {self.prompt_backend}'}, single tokens split"
-                for exact, wrapper in zip(self._by_reference, self._prompts, strict=True)
+                + f" in {pool.group.format}" * pool.is_packed
+                for exact, wrapper, pool in zip(self._by_reference, self._prompts, self.pools, strict=True)
             ]
         }
 
@@ -134,16 +141,20 @@ class FlashInferAttention(FlashInferLayers):
         self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
         if singles == batch.sequences:
             return
-        for wrapper, pool, part in zip(self._prompts, self.pools, batch.groups, strict=True):
+        for number, (wrapper, pool, part) in enumerate(zip(self._prompts, self.pools, batch.groups, strict=True)):
             if wrapper is None:
                 continue
             lengths = part.kv_lengths_host.numpy()[singles:]
             used = -(-lengths // pool.block_size)
             tables = part.block_tables_host.numpy()[singles:]
+            blocks = torch.from_numpy(tables[np.arange(tables.shape[1])[None] < used[:, None]])
+            if pool.is_packed:
+                self._to_unpack[number] = blocks.to(pool.device)
+                blocks = torch.arange(len(blocks), dtype=torch.int32)
             wrapper.plan(
                 torch.from_numpy(starts[singles:] - starts[singles]),
                 torch.from_numpy(_starts(used)),
-                torch.from_numpy(tables[np.arange(tables.shape[1])[None] < used[:, None]]),
+                blocks,
                 torch.from_numpy((lengths - (used - 1) * pool.block_size).astype(np.int32)),
                 self.query_heads,
                 pool.group.kv_heads,
@@ -175,8 +186,22 @@ class FlashInferAttention(FlashInferLayers):
             mixed.append(split(query[:singles], pool, keys, values, self._batch.groups[number], scale, self.processors))
         if wrapper is not None and with_prompts:
             factor = scale * pool.group.head_dim**0.5
-            mixed.append(wrapper.run(query[singles:], (keys, values), q_scale=None if factor == 1 else factor))
+            stored = tuple(self._readable(number, side) for side in (keys, values))
+            mixed.append(wrapper.run(query[singles:], stored, q_scale=None if factor == 1 else factor))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+    def _readable(self, number: int, pages: LayerPages) -> Tensor:
+        """Pages that FlashInfer's plan of the step's prompts can read."""
+        pool = self.pools[number]
+        if not pool.is_packed:
+            return pages.codes
+        from .packed_vectors import unpack_pages
+
+        blocks = self._to_unpack[number]
+        shape = (len(blocks), pool.block_size, pool.group.kv_heads, pool.group.head_dim)
+        out = torch.empty(shape, dtype=pool.dtype, device=pool.device)
+        unpack_pages(pages, blocks, out)
+        return out
 
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""

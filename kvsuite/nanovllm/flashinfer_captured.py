@@ -2,7 +2,7 @@
 
 Few sequences, and all with a sliding window, go through `split_attention`, whose grid depends on shapes alone; many through
 FlashInfer's ``fa2`` with tensor cores, which balances sequences of unequal length but wants a plan from the host before every
-step (docs/measurements).
+step (docs/measurements). Packed pages always go through `packed_split_attention`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
 from .kv_pool import KVPool
+from .layer_pages import LayerPages
 
 #: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
 FEW_PROGRAMS = 512
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Attend = Callable[[Tensor, LayerPages, LayerPages, float], Tensor]
 
 
 class PooledLayers:
@@ -36,15 +37,20 @@ class PooledLayers:
         self._batch: StepBatch
         self._attend: list[Attend] = []
 
-    def destination(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values ``[num_blocks, block_size, kv_heads, head_dim]`` of a layer, and the slots of the step's tokens."""
+    def destination(self, layer: int) -> tuple[LayerPages, LayerPages, Tensor]:
+        """Keys and values of a layer, and the slots of the step's tokens."""
         number, index, pool = self._where[layer]
         return (*pool.layer(index), self._batch.groups[number].slots)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        keys, values, slots = self.destination(layer)
-        keys.flatten(0, 1).index_copy_(0, slots, key.to(keys.dtype))
-        values.flatten(0, 1).index_copy_(0, slots, value.to(values.dtype))
+        *pages, slots = self.destination(layer)
+        for side, vectors in zip(pages, (key, value), strict=True):
+            if side.side.is_packed:
+                from .packed_vectors import store_packed
+
+                store_packed(vectors.contiguous(), slots, side)
+            else:
+                side.codes.flatten(0, 1).index_copy_(0, slots, vectors.to(side.codes.dtype))
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         number, index, pool = self._where[layer]
@@ -63,30 +69,29 @@ class FlashInferLayers(PooledLayers):
 def split(
     query: Tensor,
     pool: KVPool,
-    keys: Tensor,
-    values: Tensor,
+    keys: LayerPages,
+    values: LayerPages,
     part: GroupBatch,
     scale: float,
     processors: int,
     pdl: bool = False,
 ) -> Tensor:
-    """`split_attention` of a step's first tokens, cut into as many parts as fill a device of ``processors``."""
+    """Attention of a step's first tokens, cut into as many parts as fill a device of ``processors``."""
+    from .packed_split_attention import packed_split_attention
     from .split_attention import split_attention, splits_for
 
     count, group = query.shape[0], pool.group
-    return split_attention(
-        query,
-        keys,
-        values,
-        part.block_tables[:count],
-        part.kv_lengths[:count],
-        scale,
-        splits=splits_for(count, keys.shape[2], processors),
-        dropped=part.dropped[:count],
-        window=group.window,
-        sinks=group.sinks,
-        pdl=pdl,
-    )
+    common = (part.block_tables[:count], part.kv_lengths[:count], scale)
+    options: dict[str, Any] = {
+        "splits": splits_for(count, group.kv_heads, processors),
+        "dropped": part.dropped[:count],
+        "window": group.window,
+        "sinks": group.sinks,
+        "pdl": pdl,
+    }
+    if pool.is_packed:
+        return packed_split_attention(query, keys, values, *common, **options)
+    return split_attention(query, keys.codes, values.codes, *common, **options)
 
 
 def _event() -> Any:
@@ -116,8 +121,10 @@ class CapturedAttention(PooledLayers):
         self._plans: list[PlannedDecode | None] = []
         for number, pool in enumerate(self.pools):
             # FlashInfer has no sinks, and its plan knows nothing of tokens that are gone
-            own = pool.group.window is not None or batch.sequences * pool.group.kv_heads <= few_programs
-            self.kinds.append("split" if own else "flashinfer fa2")
+            few = batch.sequences * pool.group.kv_heads <= few_programs
+            own = pool.is_packed or pool.group.window is not None or few
+            kind = f"split {pool.group.format}" if pool.is_packed else "split"
+            self.kinds.append(kind if own else "flashinfer fa2")
             if own:
                 self._plans.append(None)
                 self._attend.append(self._split(number, owner.processors))
@@ -129,7 +136,7 @@ class CapturedAttention(PooledLayers):
     def _split(self, number: int, processors: int) -> Attend:
         part, pool = self._batch.groups[number], self.pools[number]
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        def attend(query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
             return split(query, pool, keys, values, part, scale, processors, self._pdl)
 
         return attend
@@ -204,10 +211,10 @@ class PlannedDecode:
     def attend(self, pdl: bool) -> Attend:
         head_dim = self._shape[2]
 
-        def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        def attend(query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
             factor = scale * head_dim**0.5
             found: Tensor = self._wrapper.run(
-                query, (keys, values), q_scale=None if factor == 1 else factor, enable_pdl=pdl
+                query, (keys.codes, values.codes), q_scale=None if factor == 1 else factor, enable_pdl=pdl
             )
             return found
 

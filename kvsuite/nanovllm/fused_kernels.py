@@ -7,6 +7,8 @@ Every kernel can take part in programmatic dependent launch (``pdl``): it lets t
 for the one before, after it has fetched what does not depend on that one. ``rows`` is not specialised: a batch size must not
 cost a compilation.
 
+What is written into packed pages is packed on the way (`packed_vectors`), with the very bits of the reference.
+
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
@@ -21,6 +23,9 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
     gdc_launch_dependents,
     gdc_wait,
 )
+
+from .layer_pages import LayerPages
+from .packed_vectors import EXACT, side_options, store_vectors
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:
@@ -105,6 +110,34 @@ def add_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float,
     return out
 
 
+@triton.jit
+def _store_halves(
+    low,
+    high,
+    codes,
+    scales,
+    refused,
+    rows,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUMBER: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Write head vectors, of which the halves ``[HEADS, HEAD_DIM / 2]`` come apart, as head vectors ``rows`` of pages."""
+    half: tl.constexpr = HEAD_DIM // 2
+    if NUMBER == "auto":
+        target = codes + rows[:, None] * HEAD_DIM + tl.arange(0, half)[None, :]
+        tl.store(target, low)
+        tl.store(target + half, high)
+    else:
+        whole = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (HEADS, HEAD_DIM)).to(tl.float32)
+        store_vectors(
+            whole, codes, scales, refused, rows, rows >= 0, HEADS, HEAD_DIM, NUMBER, NUMBERS, ELEMENTS, ROTATED
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rotate_store_kernel(
     qkv,
@@ -116,7 +149,11 @@ def _rotate_store_kernel(
     key_weight,
     query_out,
     keys,
+    key_scales,
+    key_refused,
     values,
+    value_scales,
+    value_refused,
     rows,
     eps,
     QUERY_HEADS: tl.constexpr,
@@ -125,6 +162,14 @@ def _rotate_store_kernel(
     HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     NORM: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_NUMBERS: tl.constexpr,
+    KEY_ELEMENTS: tl.constexpr,
+    KEY_ROTATED: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_NUMBERS: tl.constexpr,
+    VALUE_ELEMENTS: tl.constexpr,
+    VALUE_ROTATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -162,14 +207,20 @@ def _rotate_store_kernel(
         turned_high = (high * cosine).to(dtype).to(tl.float32) + (low * sine).to(dtype).to(tl.float32)
         if first < QUERY_HEADS:
             target = query_out + row * (QUERY_HEADS * HEAD_DIM) + offsets
+            tl.store(target, turned_low.to(dtype))
+            tl.store(target + half, turned_high.to(dtype))
         else:
-            target = keys + slot * (KV_HEADS * HEAD_DIM) + offsets - QUERY_HEADS * HEAD_DIM
-        tl.store(target, turned_low.to(dtype))
-        tl.store(target + half, turned_high.to(dtype))
+            _store_halves(
+                turned_low.to(dtype), turned_high.to(dtype), keys, key_scales, key_refused,
+                slot * KV_HEADS + first - QUERY_HEADS + members,
+                HEADS, HEAD_DIM, KEY, KEY_NUMBERS, KEY_ELEMENTS, KEY_ROTATED,
+            )  # fmt: skip
     else:
-        target = values + slot * (KV_HEADS * HEAD_DIM) + offsets - (QUERY_HEADS + KV_HEADS) * HEAD_DIM
-        tl.store(target, low.to(dtype))
-        tl.store(target + half, high.to(dtype))
+        _store_halves(
+            low.to(dtype), high.to(dtype), values, value_scales, value_refused,
+            slot * KV_HEADS + first - QUERY_HEADS - KV_HEADS + members,
+            HEADS, HEAD_DIM, VALUE, VALUE_NUMBERS, VALUE_ELEMENTS, VALUE_ROTATED,
+        )  # fmt: skip
 
 
 def rotate_store(
@@ -179,13 +230,15 @@ def rotate_store(
     table: tuple[Tensor, Tensor],
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-    keys: Tensor,
-    values: Tensor,
+    keys: LayerPages,
+    values: LayerPages,
     *,
     query_heads: int,
     pdl: bool = False,
 ) -> Tensor:
     """Norm and rotate queries and keys; write keys and values to their slots; return queries ``[T, heads, head_dim]``.
+
+    Queries come back unrotated by any ``+hadamard``, which is a matter of the pages.
 
     Parameters
     ----------
@@ -200,14 +253,15 @@ def rotate_store(
     eps
         Of these norms.
     keys, values
-        ``[num_blocks, block_size, kv_heads, head_dim]``, contiguous.
+        The layer's pages.
     query_heads
         Heads of the queries.
     pdl
         Whether neighbours in the stream may overlap.
     """
     parts, rows, _ = qkv.shape
-    kv_heads, head_dim = keys.shape[-2:]
+    kv_heads, head_dim = keys.codes.shape[-2], 2 * table[0].shape[-1]
+    packed = keys.side.is_packed or values.side.is_packed
     out = torch.empty(rows, query_heads, head_dim, dtype=table[0].dtype, device=qkv.device)
     # a program's heads are all of one kind
     heads = 1
@@ -223,8 +277,12 @@ def rotate_store(
         weights[0],
         weights[1],
         out,
-        keys,
-        values,
+        keys.codes,
+        keys.scales,
+        keys.refused.view(torch.uint8),
+        values.codes,
+        values.scales,
+        values.refused.view(torch.uint8),
         rows,
         eps,
         QUERY_HEADS=query_heads,
@@ -234,8 +292,11 @@ def rotate_store(
         SPLITS=parts,
         NORM=norms is not None,
         PDL=pdl,
+        **side_options(keys.side, head_dim, "KEY"),
+        **side_options(values.side, head_dim, "VALUE"),
         num_warps=2,
         **launch_options(pdl),
+        **(EXACT if packed else {}),
     )
     return out
 

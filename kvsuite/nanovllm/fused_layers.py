@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .batch import StepBatch
+from .layer_pages import plain_pages
 from .paged_attention import AttentionBackend
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class FusedDecoder:
             query_heads=self._query_heads, pdl=pdl,
         )  # fmt: skip
         if not hasattr(backend, "destination"):
-            backend.write(index, keys[:, 0], values[:, 0])
+            backend.write(index, keys.codes[:, 0], values.codes[:, 0])
         mixed = backend.attend(index, query, self._scale)
         return self._product("output", mixed.reshape(batch.tokens, -1), layer.output, pdl)
 
@@ -234,7 +235,7 @@ class FusedDecoder:
     def _apart(self, rows: int) -> Any:
         """Where keys and values go when the backend stores them itself."""
         shape = (rows, 1, self._kv_heads, self._head_dim)
-        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        keys, values = (plain_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(2))
         slots = torch.arange(rows, device=self.device)
         return lambda layer: (keys, values, slots)
 

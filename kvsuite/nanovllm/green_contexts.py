@@ -45,7 +45,7 @@ class _Made:
 
 @dataclass
 class SmPartition:
-    """Two lanes' streams with the SMs that they really have. Close it once nothing runs on them.
+    """Two lanes' streams with the SMs that they really have, made once in a process. Close it once nothing runs on them.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class SmPartition:
     prompt_sms: int
     provider: str
     passed_over: dict[str, str]
-    _made: _Made | None = field(repr=False)
+    _made: _Made = field(repr=False)
 
     @property
     def id(self) -> str:
@@ -89,16 +89,18 @@ class SmPartition:
         return found | ({"ld_preload": preloaded} if preloaded else {})
 
     def close(self) -> None:
-        """Wait for both lanes and give their contexts back; closing twice does nothing."""
-        made, self._made = self._made, None
-        if made is None:
-            return
-        device = self.prompt_stream.device
-        torch.cuda.synchronize(device)
+        """Wait for both lanes. The streams stay, for whoever opens the same split again in this process.
+
+        Pinned memory that was used on a stream is freed at any time later, and torch then records an event on that stream.
+        """
+        torch.cuda.synchronize(self.prompt_stream.device)
         # tensors that a lane used hold events of its streams
         gc.collect()
         torch.cuda.empty_cache()
-        made.close()
+
+
+#: partitions that this process has made, by device and split
+_MADE: dict[tuple[int, SmSplit], SmPartition] = {}
 
 
 def sm_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
@@ -134,12 +136,16 @@ def open_partition(request: PartitionRequest, device: torch.device) -> SmPartiti
 def open_split(wanted: SmSplit, device: torch.device) -> SmPartition:
     """As `open_partition`, for counts that are known to be legal."""
     index = torch.cuda.current_device() if device.index is None else device.index
+    if (index, wanted) in _MADE:
+        return _MADE[index, wanted]
     passed_over: dict[str, str] = {}
     with torch.cuda.device(index):
         torch.cuda.current_stream().synchronize()
         for provider, make in PROVIDERS.items():
             try:
-                return _opened(provider, make(wanted, index), wanted, index, passed_over)
+                opened = _opened(provider, make(wanted, index), wanted, index, passed_over)
+                _MADE[index, wanted] = opened
+                return opened
             except _PassedOver as error:
                 passed_over[provider] = str(error)
             except Exception as error:  # packages of others, built against other drivers

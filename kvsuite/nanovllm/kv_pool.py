@@ -12,6 +12,7 @@ from kvsuite.cache_formats.pack import refuse_vectors
 from kvsuite.errors import UserError
 
 from .groups import LayerGroup
+from .layer_pages import LayerPages
 from .limits import Limits
 from .pages import Pages
 
@@ -97,17 +98,9 @@ class KVPool:
         """Bytes of one block in all layers of the group."""
         return self._block_bytes
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the group's ``index``-th layer, each ``[num_blocks + 1, block_size, kv_heads, head_dim]``.
-
-        Of a packed pool these are codes (`packed_layer`).
-        """
-        return self.keys[index], self.values[index]
-
-    def packed_layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes and scales of keys, then of values, of the group's ``index``-th layer (`Pages`)."""
-        keys, values = self._keys, self._values
-        return keys.codes[index], keys.scales[index], values.codes[index], values.scales[index]
+    def layer(self, index: int) -> tuple[LayerPages, LayerPages]:
+        """Keys and values of the group's ``index``-th layer."""
+        return self._keys.layers[index], self._values.layers[index]
 
     def store(self, index: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values ``[n, kv_heads, head_dim]`` of the group's ``index``-th layer in ``slots`` ``[n]``."""

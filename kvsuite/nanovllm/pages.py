@@ -9,6 +9,7 @@ from kvsuite.cache_formats.cache_format import SideFormat
 from kvsuite.cache_formats.pack import Packed, pack, refused_vectors, unpack
 
 from .groups import LayerGroup
+from .layer_pages import LayerPages
 
 
 class Pages:
@@ -34,6 +35,8 @@ class Pages:
         scaled.
     refused
         bool ``[]`` on the device: whether something was stored that the format has no numbers for.
+    layers
+        The same, layer by layer.
     """
 
     def __init__(
@@ -56,6 +59,9 @@ class Pages:
         self.codes = torch.zeros((*shape, width), dtype=torch.uint8 if side.is_packed else dtype, device=device)
         self.scales = torch.zeros((*shape, columns), dtype=torch.float16, device=device)
         self.refused = torch.zeros((), dtype=torch.bool, device=device)
+        self.layers = [
+            LayerPages(codes, scales, self.refused, side) for codes, scales in zip(self.codes, self.scales, strict=True)
+        ]
 
     @property
     def tensors(self) -> list[Tensor]:

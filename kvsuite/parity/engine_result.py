@@ -10,6 +10,9 @@ SCHEMA = "kvsuite.parity/1"
 #: with which every engine is compared, and for which they promise: transformers
 REFERENCE = "hf"
 
+#: standard errors within which a difference may be chance
+_CHANCE = 1.96
+
 #: ``missing``: not installed, or not for this device. ``invalid``: cannot take the model, or what is asked of it
 State = Literal["ok", "missing", "invalid", "error"]
 
@@ -32,10 +35,12 @@ class EngineResult:
         Over the scored tokens.
     difference
         ``perplexity / that of the reference - 1``.
+    difference_se
+        Its standard error, of the losses' differences token by token.
     bound
         Of the difference, what the engine promises; ``None`` where it promises nothing in this dtype.
-    kld, kld_max, same_top1
-        Divergence from the reference in nats, mean and largest, and the share of equal most likely tokens.
+    kld, kld_se, kld_max, same_top1
+        Divergence from the reference in nats: mean, its standard error, largest; and the share of equal most likely tokens.
     kv_bytes_token
         Bytes of a token's keys and values in its cache.
     ttft_s, tpot_s
@@ -53,8 +58,10 @@ class EngineResult:
     dtype: str | None = None
     perplexity: float | None = None
     difference: float | None = None
+    difference_se: float | None = None
     bound: float | None = None
     kld: float | None = None
+    kld_se: float | None = None
     kld_max: float | None = None
     same_top1: float | None = None
     kv_bytes_token: float | None = None
@@ -65,8 +72,13 @@ class EngineResult:
 
     @property
     def exceeds(self) -> bool:
-        """Whether it promises the same numbers and gives others."""
-        return self.difference is not None and self.bound is not None and not abs(self.difference) <= self.bound
+        """Whether it promises the same numbers and gives others: by more than its bound, and than is left to chance."""
+        if self.difference is None or self.bound is None:
+            return False
+        if self.kld is not None and self.kld > self.bound + _CHANCE * (self.kld_se or 0.0):
+            # by so much ln(perplexity) is larger on a text of the reference's own: the same promise, with less chance in it
+            return True
+        return abs(self.difference) > self.bound + _CHANCE * (self.difference_se or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -15,7 +16,7 @@ from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.foreign_text import MESSAGE_LIMIT, visible
 from kvsuite.meters.clock import clock_for
 from kvsuite.meters.divergence import summarise_divergence
-from kvsuite.meters.quality import perplexity
+from kvsuite.meters.quality import paired_ratio, perplexity
 from kvsuite.meters.reference_rows import ReferenceRows, RowComparison
 from kvsuite.meters.timing import RoundTimes
 from kvsuite.options.common import CommonOptions
@@ -52,7 +53,7 @@ class Parity:
     tokens: list[int] = field(default_factory=list)
     _prompts: list[list[int]] = field(default_factory=list)
     _rows: ReferenceRows = field(default_factory=ReferenceRows)
-    _perplexity: float | None = None
+    _nll: list[float] = field(default_factory=list)
 
     @property
     def _common(self) -> CommonOptions:
@@ -157,7 +158,8 @@ class Parity:
                 rows.scores = scores
             else:
                 found = summarise_divergence(rows.found(scores))
-                result.kld, result.kld_max, result.same_top1 = found.kld_mean, found.kld_max, found.same_top1
+                result.kld, result.kld_se, result.kld_max = found.kld_mean, found.kld_se, found.kld_max
+                result.same_top1 = found.same_top1
             nll = scores.nll
         elif isinstance(session, ScoresWindows):
             window = Window(0, len(self.tokens), prompt + 1)
@@ -167,11 +169,16 @@ class Parity:
             reason = str(lacking(session, ScoresWindows))
             result.unknown |= dict.fromkeys(("perplexity", "kld", "kld_max", "same_top1"), reason)
             return
+        if not all(map(math.isfinite, nll)):
+            raise CaseInvalid(
+                f"losses that are not finite: the model overflows in {session.dtype_name}; give another --dtype"
+            )
         result.perplexity = perplexity(nll).value
-        if self._perplexity is None:
-            self._perplexity = result.perplexity
-        else:
-            result.difference = result.perplexity / self._perplexity - 1
+        if result.engine == REFERENCE:
+            self._nll = nll
+            return
+        pair = paired_ratio(nll, self._nll)
+        result.difference, result.difference_se = pair.ratio - 1, pair.standard_error
 
     def _speed(self, session: Session, result: EngineResult) -> None:
         new_tokens = self._common.max_new_tokens

@@ -35,7 +35,7 @@ def _cells(one: EngineResult) -> list[str]:
     return [
         one.dtype or MISSING,
         _number(one.perplexity, ".4f"),
-        "reference" if one.engine == REFERENCE else _number(one.difference, "+.3%"),
+        "reference" if one.engine == REFERENCE else _difference(one),
         "" if one.engine == REFERENCE else "none" if one.bound is None else f"{one.bound:.2%}",
         "" if one.engine == REFERENCE else _number(one.kld, ".2e"),
         "" if one.engine == REFERENCE else _number(one.same_top1, ".1%"),
@@ -43,6 +43,11 @@ def _cells(one: EngineResult) -> list[str]:
         _number(None if one.ttft_s is None else 1e3 * one.ttft_s, ".2f"),
         _number(None if one.tpot_s is None else 1e3 * one.tpot_s, ".3f"),
     ]
+
+
+def _difference(one: EngineResult) -> str:
+    error = "" if one.difference_se is None else f" ± {one.difference_se:.3%}"
+    return _number(one.difference, "+.3%") + (error if one.difference is not None else "")
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -61,7 +66,7 @@ def _notes(results: Sequence[EngineResult]) -> list[str]:
 def _verdicts(results: Sequence[EngineResult]) -> list[str]:
     return [
         f"{one.engine} promises {REFERENCE}'s perplexity within {one.bound:.2%} in {one.dtype} and differs by "
-        f"{one.difference:+.3%}"
+        f"{_difference(one)}, with a KL divergence of {_number(one.kld, '.2e')} nats"
         for one in results
         if one.exceeds and one.bound is not None and one.difference is not None
     ]

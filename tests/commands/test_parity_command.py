@@ -52,6 +52,7 @@ def test_engines_that_promise_the_same_numbers_give_them(parity: Parity, tmp_pat
     assert code == 0, printed
     assert list(found) == ["hf", "nano"]
     hf, nano = found["hf"], found["nano"]
+    assert abs(nano["difference_se"]) < 1e-5
     assert abs(nano["difference"]) <= nano["bound"] == NanoEngine.perplexity_bounds["float32"]
     assert nano["perplexity"] == pytest.approx(hf["perplexity"], rel=1e-4)
     # 2 layers, keys and values of 2 heads of 16 numbers of 4 bytes

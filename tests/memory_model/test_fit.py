@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.engines.mlc.memory_model import MlcMemory
 from kvsuite.engines.nano.memory_model import NanoMemory
 from kvsuite.errors import UserError
@@ -35,6 +36,9 @@ def applied(model: Predictor, point: DesignPoint, mend: Mend) -> tuple[Predictor
     if chunk := changes.pop(JSON_CHUNK, None):
         assert isinstance(model, MlcMemory)
         model = replace(model, json_chunk=chunk)
+    if stored := changes.pop("kv_cache_dtype", None):
+        assert isinstance(model, NanoMemory)
+        model = replace(model, cache_format=CacheFormat.parse(stored))
     return model, replace(point, **changes)
 
 
@@ -112,6 +116,21 @@ def test_an_inert_window_is_no_advice() -> None:
     found = mends(predictor(), DesignPoint("q4f16_1", 16384, 4096, 8, 2048, 64), card(7.5))
     assert found
     assert not any("sliding_window_size" in mend.changes for mend in found)
+
+
+def test_a_cache_in_fewer_bits_is_advice_where_it_is_enough_and_the_engine_stores_it() -> None:
+    point = DesignPoint("q4f16_1", 16384, 1024, 16)
+    model = predictor("nano")
+    plain = model.predict(point)
+    pool = plain.part("kv_cache")
+    assert plain.needed is not None
+    assert pool is not None
+    # 130 bytes in the place of 256
+    room = (plain.needed - 0.4 * pool) / GIB
+    assert "kv_cache_dtype=int8" in map(str, mends(model, point, card(room)))
+    room = (plain.needed - 0.6 * pool) / GIB
+    assert "kv_cache_dtype=int8:int4" in map(str, mends(model, point, card(room)))
+    assert not any("kv_cache" in str(mend) for mend in mends(predictor("mlc"), point, card(room)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -80,6 +80,7 @@ def test_kernels_of_the_lanes_run_on_their_own_sms_and_on_all_of_them(partition,
 
 @pytest.mark.parametrize("provider", list(green_contexts.PROVIDERS))
 def test_every_provider_that_is_here_gives_what_it_says(provider, numbers, total, monkeypatch):
+    monkeypatch.setattr(green_contexts, "_MADE", {})
     monkeypatch.setattr(green_contexts, "PROVIDERS", {provider: green_contexts.PROVIDERS[provider]})
     try:
         opened = open_partition(half(total), DEVICE)
@@ -144,14 +145,23 @@ def test_a_captured_step_keeps_the_partition_that_it_was_captured_on(partition, 
     assert all(sms == own for sms in seen.values())
 
 
-def test_partitions_are_given_back(numbers, total):
+def test_pinned_memory_of_a_closed_partition_is_freed_and_its_streams_are_had_again(numbers, total):
     capability = sm_facts(DEVICE)[1]
     first, second = nearest((total // 2, total // 2), total=total, capability=capability, count=2)
+    pinned, streams = [], []
     for decode, prompt in [first, second] * 4:
         wanted = split(PartitionRequest(decode=decode, prompt=prompt), total=total, capability=capability)
         opened = open_split(wanted, DEVICE)
+        host = torch.ones(1 << 20, pin_memory=True)
+        with torch.cuda.stream(opened.prompt_stream):
+            host.to(DEVICE, non_blocking=True)
+        pinned.append(host)
+        streams.append(opened.prompt_stream.cuda_stream)
         opened.close()
         opened.close()
+        # of the partition before this one
+        del pinned[:-1]
+    assert len(set(streams)) == 2
     assert len(sms_seen(torch.cuda.Stream(DEVICE), numbers)) == total
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional  # noqa: E402
 
 from kvsuite.nanovllm import fused_kernels, row_linear, split_attention  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
+from kvsuite.nanovllm.layer_pages import plain_pages  # noqa: E402
 from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -65,7 +66,9 @@ def test_rotate_store(parts, heads, kv_heads, head_dim, normed, dtype, pdl):
     angles = torch.arange(16, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, head_dim // 2, device=DEVICE)
     cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
     norms = (1 + 0.1 * _random(head_dim, seed=1, dtype=dtype), 1 + 0.1 * _random(head_dim, seed=2, dtype=dtype))
-    keys, values = (torch.full((blocks, size, kv_heads, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    pages = [
+        plain_pages(torch.full((blocks, size, kv_heads, head_dim), 7.0, dtype=dtype, device=DEVICE)) for _ in range(2)
+    ]
     found = fused_kernels.rotate_store(
         qkv,
         positions,
@@ -73,11 +76,11 @@ def test_rotate_store(parts, heads, kv_heads, head_dim, normed, dtype, pdl):
         (cosines, sines),
         norms if normed else None,
         1e-6,
-        keys,
-        values,
+        *pages,
         query_heads=heads,
         pdl=pdl,
     )
+    keys, values = (each.codes for each in pages)
     split = qkv.sum(0).to(dtype).view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     expected = []
     for x, weight in zip(split[:2], norms, strict=True):

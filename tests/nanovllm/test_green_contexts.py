@@ -179,6 +179,7 @@ def test_where_nobody_can_the_case_is_skipped_with_every_reason_and_nothing_stan
     def third(wanted, index):
         return green_contexts._Made(Stream(1), Stream(2), lambda: None)
 
+    monkeypatch.setattr(green_contexts, "_MADE", {})
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     # streams of the whole device, as plain ones are
@@ -193,6 +194,8 @@ def test_where_nobody_can_the_case_is_skipped_with_every_reason_and_nothing_stan
     monkeypatch.setattr(cuda_driver, "sms_of", {1: 24, 2: 104}.__getitem__)
     opened = green_contexts.open_split(BOTH, torch.device("cuda:0"))
     assert (opened.provider, list(opened.passed_over)) == ("plain", ["one", "two"])
+    # memory that was used on its streams is freed whenever: they are not destroyed, and not made a second time
+    assert green_contexts.open_split(BOTH, torch.device("cuda:0")) is opened
 
 
 def test_a_record_says_who_made_it_who_did_not_and_what_was_preloaded(monkeypatch):

@@ -54,18 +54,17 @@ def test_pages_have_the_form_and_the_bytes_of_the_format(name: str, dtype: torch
     key, value = (torch.randn(4, HEADS, DIM, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
     slots = torch.tensor([7, 3, 22, 5])
     pool.store(1, slots, key, value)
-    key_codes, key_scales, value_codes, value_scales = pool.packed_layer(1)
-    for side, codes, scales, given in zip(
-        sides(pool), (key_codes, value_codes), (key_scales, value_scales), (key, value), strict=True
-    ):
-        stored = codes.flatten(0, 1)[slots]
+    key_pages, value_pages = pool.layer(1)
+    for side, pages, given in zip(sides(pool), (key_pages, value_pages), (key, value), strict=True):
+        assert pages.side == side
+        stored = pages.codes.flatten(0, 1)[slots]
         if side.is_packed:
             packed = pack(side, given)
             assert torch.equal(stored, packed.codes)
-            assert torch.equal(scales.flatten(0, 1)[slots], packed.scales)
+            assert torch.equal(pages.scales.flatten(0, 1)[slots], packed.scales)
         else:
             assert torch.equal(stored, given)
-    assert [t.shape[:3] for t in (key_codes, key_scales)] == [(BLOCKS + 1, SIZE, HEADS)] * 2
+    assert [t.shape[:3] for t in (key_pages.codes, key_pages.scales)] == [(BLOCKS + 1, SIZE, HEADS)] * 2
     token = sum(side.bytes(DIM, HEADS, dtype.itemsize) for side in sides(pool)) * LAYERS
     assert pool.block_bytes == token * SIZE
     assert pool.nbytes == (BLOCKS + 1) * pool.block_bytes
@@ -78,7 +77,7 @@ def test_pages_have_the_form_and_the_bytes_of_the_format(name: str, dtype: torch
         assert torch.equal(blocks[0, 0, 1], expected[0])
         assert torch.equal(blocks[1, 0, 1], expected[2])
     # the other layer has seen nothing
-    assert not pool.packed_layer(0)[0].any()
+    assert not pool.layer(0)[0].codes.any()
 
 
 class PackedPages(RuleBasedStateMachine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,41 +28,54 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )  # fmt: skip
 
 
-def case(run: Run, part: str) -> dict[str, Any]:
-    [row] = [row for row in run.rows().values() if part in row["case"]["id"]]
+def rows_of(run: Run) -> list[dict[str, Any]]:
+    """Of all suites."""
+    files = sorted(run.folder.glob("reports/*/records.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [line for line in lines if line["schema"] == "kvsuite.record/1"]
+
+
+def found(run: Run, suite: str, **params: Any) -> dict[str, Any]:
+    """The case of a suite with such a name or such parameters."""
+    name = params.pop("name", None)
+    [row] = [
+        row
+        for row in rows_of(run)
+        if row["case"]["suite"] == suite
+        and name in (None, row["case"]["name"])
+        and all(row["case"]["params"].get(key) == value for key, value in params.items())
+    ]
     return row
 
 
 def test_it_goes_through_and_says_what_it_ran_on(run: Run) -> None:
     assert run.code == 0, run.out
-    rows = run.rows()
-    assert {row["case"]["engine"] for row in rows.values()} == {"llamacpp"}
-    ran = [row for row in rows.values() if row["status"] == "ok"]
+    rows = rows_of(run)
+    assert {row["case"]["engine"] for row in rows} == {"llamacpp"}
+    ran = [row for row in rows if row["status"] == "ok"]
     assert {row["effective"]["kv_cache_dtype"] for row in ran} == {"f16", "bf16"}
 
 
 @pytest.mark.parametrize("name", ["baseline", "streaming_16", "baseline_bf16"])
 def test_stored_bytes_are_the_planned_ones(run: Run, name: str) -> None:
-    metrics = case(run, f"compression[llamacpp-{name}]")["metrics"]
+    metrics = found(run, "compression", name=name)["metrics"]
     assert metrics["kv_bytes_exact"]["value"] == metrics["mem_predicted_kv_bytes"]["value"] > 0
     assert metrics["tpot_s"]["value"] > 0
     assert metrics["perplexity"]["reason"] == "random weights"
 
 
 def test_a_head_that_a_type_does_not_divide_is_invalid_with_one_line(run: Run) -> None:
-    row = case(run, "compression[llamacpp-baseline_q8_0]")
+    row = found(run, "compression", name="baseline_q8_0")
     assert row["status"] == "invalid"
     assert "stores 32 numbers together, and the head size 16" in str(row)
 
 
 def test_eight_sequences_decode_together_and_inert_axes_are_named(run: Run) -> None:
-    [batch] = [row for row in run.rows().values() if row["case"]["suite"] == "dse" and row["case"]["params"]["batch"] == 8
-               and row["case"]["params"].get("kv_cache_dtype") is None]  # fmt: skip
+    batch = found(run, "dse", batch=8, kv_cache_dtype=None)
     assert batch["status"] == "ok"
     assert batch["metrics"]["decode_batch"]["value"] == 8
     assert batch["metrics"]["kv_bytes_exact"]["value"] == batch["metrics"]["mem_predicted_kv_bytes"]["value"]
-    [window] = [row for row in run.rows().values() if row["case"]["params"].get("window") == 32
-                and row["case"]["params"].get("kv_cache_dtype") is None]  # fmt: skip
+    window = found(run, "dse", window=32, kv_cache_dtype=None)
     assert {"window", "sink"} <= set(window["inert"])
 
 

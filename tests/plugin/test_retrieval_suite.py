@@ -83,6 +83,29 @@ def test_random_weights_have_memory_and_no_scores(tmp_path: Path) -> None:
         assert row["metrics"]["retrieval_exact"]["value"] is None
         assert row["metrics"]["retrieval_exact"]["reason"] == "random weights"
         assert "nothing is asked" in row["inert"]["task"]
+        assert value(row, "ttft_s") is not None
     bytes_of = [value(rows[f"copy-64-{name}"], "kv_bytes_exact_prefill") for name in ("full", "recent_only_16")]
     assert bytes_of[0] == 4 * bytes_of[1]
     shutil.rmtree(tmp_path)
+
+
+def test_requests_in_turn_find_their_context_again_and_answer_alike(tmp_path: Path) -> None:
+    copy_benchmarks(tmp_path, "retrieval")
+    found = run_pytest(tmp_path, "--kv-model=dummy:tiny", *SMALL, "--kv-task=reuse", "--kv-task-lengths=64",
+                       "--kv-task-methods=full,streaming_llm(start_size=2,recent_size=14),snapkv(window=8)")  # fmt: skip
+    assert found.code == 0, found.out
+    rows = {row["case"]["name"]: row for row in found.rows().values()}
+    refused = rows.pop("reuse-64-snapkv_window=8")
+    assert (refused["status"], "leave prefix caching off" in refused["reason"]) == ("invalid", True)
+    assert set(rows) == {"reuse-64-full", "reuse-64-streaming_16"}
+    for name, row in rows.items():
+        assert row["case"]["engine"] == "nano"
+        # blocks of 16 tokens
+        assert value(row, "reuse_hit_tokens") == 64
+        requests = row["samples"]["reuse"]
+        assert [one["hit_tokens"] for one in requests] == [0, 64, 64] * 2
+        assert value(row, "reuse_differing") == sum(one["warm"] != one["cold"] for one in requests) == 0
+        assert row["metrics"]["retrieval_exact"]["reason"] == "random weights"
+        assert row["metrics"]["ttft_s"]["n"] == row["metrics"]["ttft_cached_s"]["n"] == 2
+        assert (requests[0]["stored_tokens"] < 64) is ("streaming" in name)
+    assert "Requests in turn" in found.out

@@ -88,3 +88,13 @@ def test_a_residual_window_no_shorter_than_the_text_is_refused() -> None:
         cases("compression", cache_dtype="int4(residual=300)")
     with pytest.raises(UserError, match="--kv-max-length"):
         cases("perplexity", cache_dtype="int4(residual=5000)")
+
+
+@pytest.mark.parametrize("engine", ["hf", "nano"])
+@pytest.mark.parametrize(
+    ("name", "why"), [("int8(group=5)", "group=5 does not divide the head size 16"), ("by_layer(int8*7)", "7 layers")]
+)
+def test_heads_and_layers_that_a_model_lacks_are_refused_by_its_configuration(engine: str, name: str, why: str) -> None:
+    [*_, case] = cases("compression", cache_dtype=name)
+    with pytest.raises(CaseInvalid, match=f"^--kv-cache-dtype=.*{why}"):
+        get_engine(engine).refuse(case)

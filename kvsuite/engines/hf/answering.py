@@ -27,8 +27,8 @@ def answer_questions(
 ) -> list[list[Answer]]:
     """Answers to every question of ``asked``; contexts of one shape are computed together.
 
-    A question is fed one token a forward: a token that a policy evicts in between is not seen by the tokens that follow,
-    which would see it in one forward over the whole question.
+    Where a policy acts while decoding, a question is fed one token a forward: a token that is evicted in between is not seen by
+    the tokens that follow, which would see it in one forward over the whole question.
 
     Raises
     ------
@@ -105,8 +105,8 @@ def _ask(
         Whether the answer's last token is fed too, since another question follows.
     """
     forward, count = generation.decoder.forward, answer.shape[1]
-    for at in range(question.shape[1]):
-        logits = forward(question[:, at : at + 1], cache)
+    for part in torch.split(question, question.shape[1] if _feeds_together(generation) else 1, 1):
+        logits = forward(part, cache)
     first = logits[:, -1]
     losses = [_losses(first, answer[:, 0])]
     if count > 1:
@@ -119,6 +119,18 @@ def _ask(
     if goes_on:
         forward(output[-1], cache)
     return torch.cat(output, 1), torch.stack(losses, 1)
+
+
+def _feeds_together(generation: Generation) -> bool:
+    """Whether a question may be one forward: nothing of the cache goes while it is fed."""
+    decoder, method = generation.decoder, generation.method
+    return (
+        method.press is None
+        and not method.acts_in_decode
+        and generation.foreign is None
+        and decoder.of_layers.switch_length is None
+        and not decoder.bounded_layers(generation.span)
+    )
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

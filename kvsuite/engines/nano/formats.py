@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsuite.cache_formats.by_layer import OwnFormat
+from kvsuite.cache_formats.by_layer import OwnFormat, refused_heads
 from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
@@ -35,13 +35,4 @@ def paged_format(case: Case) -> OwnFormat | None:
 
 def refused_format(chosen: OwnFormat, of: ModelLayers) -> str | None:
     """Why pages cannot hold keys and values of a model in a format; ``None`` if they can."""
-    if reason := unpaged(chosen):
-        return reason
-    try:
-        formats = chosen.of_layers(len(of.layers))
-    except CaseInvalid as error:
-        return str(error)
-    for layer, own in zip(of.layers, formats, strict=True):
-        if own is not None and (reason := own.refused(layer.key_dim, layer.value_dim)):
-            return reason
-    return None
+    return unpaged(chosen) or refused_heads(chosen, of)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvsuite.cache_formats.by_layer import OwnFormat, kv_bytes
+from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.chosen_format import PARAMETER
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.design_point import DesignPoint
 from kvsuite.memory_model.formats import nano_format
@@ -21,6 +24,9 @@ _FLASHINFER_HEAD_DIMS = (64, 128, 256)
 #: what cuBLAS keeps on Hopper: 32 MiB for each stream that multiplies, the default one and that of the captured steps
 LIBRARY_WORKSPACE = 64 << 20
 _LOGIT_BYTES = 4
+#: formats of the cache that make a point fit, the largest first
+_SMALLER_FORMATS = ("int8", "int8:int4", "int4")
+_SHORTEST_ELEMENT = 2
 
 
 def attention_workspace(*, device: str, dtype: str, head_dim: int) -> int:
@@ -178,9 +184,16 @@ class NanoMemory:
             terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
 
-    def smaller(self) -> list[tuple[str, int, Predictor]]:
-        """None: every setting is an axis."""
-        return []
+    def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
+        """The cache in fewer bits: every other setting is an axis."""
+        found = []
+        for name in _SMALLER_FORMATS:
+            chosen = replace(self, cache_format=CacheFormat.parse(name))
+            if chosen._unpaged() is None and chosen._token_bytes(_SHORTEST_ELEMENT) < self._token_bytes(
+                _SHORTEST_ELEMENT
+            ):
+                found.append((PARAMETER, name, chosen))
+        return found
 
     def inert(self) -> dict[str, str]:
         return {}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 _LINE = re.compile(r'([A-Za-z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?\s+(\S+)')
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+#: what a client of Prometheus tells of the interpreter that serves
+_OF_THE_PROCESS = ("python_", "process_")
 #: labels that are the same in every line of a server
 _NO_NEWS = ("model_name", "engine", "model")
 #: mean times by the names of our metrics: the sum and count of the histograms in which vLLM and SGLang tell them
@@ -65,7 +67,9 @@ def preemptions(counted: Mapping[str, float]) -> int | None:
 
 
 def _counts(name: str, kinds: Mapping[str, str]) -> bool:
-    """Whether a line is part of what grows: a counter, or the sum or count of a histogram or summary."""
+    """Whether a line is part of what grows: a counter, the sum or count of a histogram; nothing of Python."""
+    if name.startswith(_OF_THE_PROCESS):
+        return False
     if kinds.get(name, kinds.get(name.removesuffix("_total"))) == "counter":
         return True
     whole = re.sub(r"_(sum|count)$", "", name)

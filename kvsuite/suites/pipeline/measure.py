@@ -88,6 +88,8 @@ def _put_rounds(session: Session, run: CaseRun, served: list[Served]) -> None:
     judge_spread(run, ("output_tok_s",))
     first = served[0]
     session.effective["served"] = first.counts
+    if counters := session.engine_metrics(served):
+        found.samples["engine_metrics"] = counters
     found.samples["rounds"] = [
         {
             "wall_s": wall_s(one.requests),

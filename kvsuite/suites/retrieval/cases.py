@@ -11,6 +11,7 @@ from kvsuite.case import Case
 from kvsuite.compression import find_policy, get_policy, list_policies
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
@@ -19,11 +20,15 @@ from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 
 from .options import RetrievalOptions
 
+#: the task whose contexts are asked by requests in turn
+REUSE = "reuse"
 #: the method that does nothing
 FULL = "full"
 #: what a case is called behind its method where the question stands inside the prompt that is compressed
 SEEN = "question_seen"
 _PRESS = "kvpress:"
+# contexts that the pool of requests in turn has room for
+_CONTEXTS_HELD = 4
 # tokens of question and answer behind a context, more than any task has
 _ASKED_TOKENS = 96
 
@@ -66,10 +71,12 @@ def retrieval_cases(options: Options) -> list[Case]:
     stores = selected_cache_formats(options)
     for stored in stores:
         refuse_long_residual(stored, min(own.task_lengths), "--kv-task-lengths")
+    if REUSE in own.task and len(own.task_depths) > 4:
+        raise UserError(f"--kv-task-depths: task {REUSE} asks one context of four facts; give four depths or fewer")
     return [
         Case(
             suite="retrieval",
-            engine="hf" if common.engine == "auto" else common.engine,
+            engine=("nano" if task == REUSE else "hf") if common.engine == "auto" else common.engine,
             model=common.model,
             name=stored.named("-".join([task, str(length), method.name, *([] if chosen == NONE else [chosen])])),
             device=device,
@@ -90,14 +97,31 @@ def retrieval_cases(options: Options) -> list[Case]:
             },
             params={"method": method.name, "question": SEEN if method.sees_question else "after"}
             | common.attention_parameters
-            | stored.parameters,
+            | stored.parameters
+            | (_served_in_turn(method, length) if task == REUSE else {}),
         )
         for task in own.task
         for length in own.task_lengths
         for chosen in selected_formats(options) or (NONE,)
         for stored in stores
         for method in methods
+        # of requests that are served, the question is part of the prompt in any case
+        if not (task == REUSE and method.sees_question)
     ]
+
+
+def _served_in_turn(method: Method, length: int) -> dict[str, Any]:
+    """The plan of a case that serves one request after the other, each of which may find the blocks of those before."""
+    longest = length + _ASKED_TOKENS
+    plan = ServingPlan(
+        pool_blocks=_CONTEXTS_HELD * -(-longest // BLOCK_TOKENS),
+        max_model_len=longest,
+        max_num_seqs=1,
+        step_tokens=longest,
+        prefix_caching=True,
+        stage="none" if method.policy is None else "sync",
+    )
+    return {SERVING_PARAM: plan.to_dict()}
 
 
 def _methods(own: RetrievalOptions) -> Iterator[Method]:

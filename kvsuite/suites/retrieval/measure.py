@@ -18,13 +18,12 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.pooled import not_finite
 from kvsuite.measure.single_request import put_memory, put_weight_format
-from kvsuite.workloads.corpus import load_corpus
 from kvsuite.workloads.prompts import make_prompts
-from kvsuite.workloads.token_rows import require_rows
 
 from .cases import SEEN
 from .options import RetrievalOptions
-from .samples import Sample, SampleMaker
+from .samples import Sample
+from .sampling import require_room, retrieval_samples
 from .scores import Mean, Scored, by_sample, cells, score_answers, with_question
 
 _exact, _logprob = attrgetter("exact"), attrgetter("logprob")
@@ -48,7 +47,7 @@ def measure_retrieval(case: Case, session: Session, run: CaseRun) -> None:
         If a context is longer than the model takes, cannot say what it should, or an answer cannot be scored.
     """
     length = int(case.workload["prompt_tokens"])
-    _require_room(session, length, _FED)
+    require_room(session, length, _FED)
     put_weight_format(session, run)
     run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
     reason = "random weights" if session.model["is_dummy"] else lacking(session, AnswersQuestions)
@@ -66,29 +65,35 @@ def measure_retrieval(case: Case, session: Session, run: CaseRun) -> None:
             return
     run.phase("memory")
     request = ServeRequest(context, _FED)
+    found = session.memory([request])
+    for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
+        run.found.put(name, seconds, clock=run.clock(session.device).name, reason="nothing is compressed then")
     put_memory(
         run,
-        session.memory([request]),
+        found,
         session.planned_kv_bytes(length, request.new_tokens),
         session.planned_unknown(),
     )
+    if session.model["is_dummy"]:
+        run.phase("decode")
+        _time(session, run, request)
 
 
-def _require_room(session: Session, length: int, steps: int) -> None:
-    trained = session.model["trained_length"]
-    if trained is not None and length + steps > trained:
-        raise CaseInvalid(
-            f"--kv-task-lengths={length}: with {steps} tokens of questions and answers that is more than the {trained} that "
-            "the model takes; give shorter contexts"
-        )
+def _time(session: Session, run: CaseRun, request: ServeRequest) -> None:
+    """Times to the first token, where answers say nothing."""
+    clock = session.clock(run.clock(session.device))
+    session.serve([request])
+    seconds: list[float] = []
+    run.rounds(lambda: seconds.append(session.serve([request], clock).times[0].ttft_s), run.common.rounds)
+    run.found.put("ttft_s", seconds, clock=clock.name)
 
 
 def _score(case: Case, session: Session, run: CaseRun) -> list[int]:
     """Ask, compare and write; the first context."""
     assert isinstance(session, AnswersQuestions)
     run.phase("quality")
-    samples = _samples(case, session, run)
-    _require_room(session, int(case.workload["prompt_tokens"]), max(one.steps for s in samples for one in s.asked))
+    samples = retrieval_samples(case, session, run)
+    require_room(session, int(case.workload["prompt_tokens"]), max(one.steps for s in samples for one in s.asked))
     asked = [one for sample in samples for one in sample.asked]
     sees, is_full = case.params["question"] == SEEN, case.policy is None and format_of(case) is None
     full = _full(session, run, samples, asked)
@@ -108,38 +113,6 @@ def _score(case: Case, session: Session, run: CaseRun) -> list[int]:
         if told:
             run.found.warnings.append(f"not what its name says: {told}")
     return list(asked[0].context)
-
-
-def _samples(case: Case, session: Session, run: CaseRun) -> list[Sample]:
-    workload = case.workload
-    corpus = load_corpus(str(workload["corpus"]), num_texts=1)
-    if session.tokenizer is None:
-        raise CaseInvalid("--kv-model: the model has no tokenizer, so nothing can be asked; give a model with one")
-    maker = SampleMaker(
-        session.tokenizer,
-        "\n\n".join(corpus.texts),
-        task=str(workload["task"]),
-        length=int(workload["prompt_tokens"]),
-        depths=[float(depth) for depth in workload["depths"]],
-        seed=int(workload["seed"]),
-    )
-    samples = maker.samples(int(workload["num_samples"]))
-    for sample in samples:
-        for asked in sample.asked:
-            require_rows(asked.context, session.vocab_size, session.tokenizer)
-    hashes = [sample.hash for sample in samples]
-    run.found.dataset_revision = digest(hashes)
-    run.found.dataset = {
-        "name": f"{workload['task']} in {corpus.name}",
-        "source": corpus.source,
-        "revision": corpus.revision,
-        "text_hash": corpus.text_hash,
-        "tokens_hash": run.found.dataset_revision,
-        "join_rule": "sentences in their order from a random one on, the facts between them",
-        "texts": len(samples),
-        "notes": list(corpus.notes),
-    }
-    return samples
 
 
 def _full(

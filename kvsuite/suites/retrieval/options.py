@@ -9,7 +9,7 @@ from kvsuite.options.option import Option, OptionGroup, choice, list_of, text, w
 
 #: tasks by name; `kvsuite.suites.retrieval.tasks` makes them
 TASKS = (
-    "facts1", "facts4", "facts16", "multi_query", "question_first", "passkey", "copy", "variables", "common_words",
+    "facts1", "facts4", "facts16", "multi_query", "question_first", "passkey", "copy", "variables", "common_words", "reuse",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ class RetrievalOptions(OptionGroup, frozen=True, kw_only=True):
     task: Annotated[tuple[str, ...], Option(
         list_of(choice(*TASKS)), "facts4,multi_query",
         "Tasks of the retrieval suite, comma separated: facts1, facts4, facts16 (ask one of so many), multi_query (several "
-        "questions in turn), question_first, passkey, copy, variables, common_words, e.g. --kv-task=facts4,copy.",
+        "questions in turn), question_first, passkey, copy, variables, common_words, reuse (requests in turn, prefix cache off "
+        "and on; engine nano), e.g. --kv-task=facts4,copy.",
     )]
     task_lengths: Annotated[tuple[int, ...], Option(
         list_of(whole_number(32)), "320",

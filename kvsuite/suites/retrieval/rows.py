@@ -20,6 +20,11 @@ def cells_of(row: Row) -> Sequence[Mapping[str, Any]]:
     return row.get("samples", {}).get("cells", ()) if row["status"] == "ok" else ()
 
 
+def is_reuse(row: Row) -> bool:
+    """Whether its contexts were asked by requests in turn."""
+    return bool(row["case"]["workload"].get("task") == "reuse")
+
+
 def is_discriminative(row: Row) -> bool:
     """Whether the full cache answers enough for the case to say something about its own cache."""
     return bool(row["metrics"].get("retrieval_exact", {}).get("discriminative", True))

@@ -11,7 +11,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work
 
-from .cases import FULL, retrieval_cases
+from .cases import FULL, REUSE, retrieval_cases
 from .options import RetrievalOptions
 
 if TYPE_CHECKING:
@@ -42,14 +42,20 @@ class RetrievalSuite(Suite):
         return Work(passes * length, count * len(case.workload["depths"]) * _STEPS)
 
     def needs(self, case: Case) -> tuple[type, ...]:
-        from kvsuite.engines.capabilities import AppliesPolicy
+        from kvsuite.engines.capabilities import AppliesPolicy, ServesUnderLoad
 
-        return () if case.policy is None else (AppliesPolicy,)
+        served = (ServesUnderLoad,) if case.workload["task"] == REUSE else ()
+        return served if case.policy is None else (*served, AppliesPolicy)
 
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
-        from .measure import measure_retrieval
+        if case.workload["task"] == REUSE:
+            from .reuse import measure_reuse
 
-        measure_retrieval(case, session, run)
+            measure_reuse(case, session, run)
+        else:
+            from .measure import measure_retrieval
+
+            measure_retrieval(case, session, run)
         return run.found
 
     def figures(self, run: Mapping[str, Any], rows: Sequence[Row]) -> Mapping[str, bytes]:

@@ -9,7 +9,7 @@ from kvsuite import console
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
 
-from .rows import MARK, MARK_MEANING, cells_of, is_discriminative
+from .rows import MARK, MARK_MEANING, cells_of, is_discriminative, is_reuse
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,7 +31,7 @@ def _exact(row: Row) -> str:
     return text if text == MISSING or is_discriminative(row) else f"{MARK}{text}"
 
 
-_COLUMNS = (
+_COLUMNS: tuple[Column, ...] = (
     Column("retrieval_exact", 11, title="Exact", cell=_exact),
     Column("retrieval_exact_full", 6, title="Full", spec=".2f"),
     Column("retrieval_share", 7, spec=".2f"),
@@ -39,6 +39,14 @@ _COLUMNS = (
     Column("retrieval_logprob_diff", 14, title="LogP-Full", cell=_with_error("retrieval_logprob_diff", "+.2f")),
     Column("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
     Column("", 12, title="LogP by depth", cell=lambda row: _by_depth(row)),
+)
+_TIMES = (Column("ttft_s"), Column("compress_s", title="Compress(s)", spec=".4f"))
+_REUSE_COLUMNS: tuple[Column, ...] = (
+    Column("retrieval_exact", 11, title="Exact", cell=_exact),
+    Column("reuse_differing", 7),
+    Column("reuse_hit_tokens", 7),
+    Column("ttft_s", 10, title="TTFT cold", spec=".4f"),
+    Column("ttft_cached_s", 10, title="TTFT warm", spec=".4f"),
 )
 
 
@@ -51,22 +59,39 @@ def retrieval_table(rows: Sequence[Row]) -> RenderableType:
         If no row is of the retrieval suite.
     """
     rows = suite_rows(rows, "retrieval")
-    labelled = by_name(rows)
-    columns = [*_COLUMNS, *own_columns(rows)]
-    noted = [column for column in columns if column.metric != "retrieval_logprob_diff"]
-    return console.stacked([case_table("Case", labelled, columns)], footnotes(labelled, noted))
+    own = own_columns(rows)
+    parts: list[Any] = []
+    for head, columns, shown in (
+        ("Case", _COLUMNS, [row for row in rows if not is_reuse(row)]),
+        ("Requests in turn", _REUSE_COLUMNS, [row for row in rows if is_reuse(row)]),
+    ):
+        if shown:
+            # of random weights there is nothing else to tell
+            if columns is _COLUMNS:
+                columns = (*columns, *(one for one in _TIMES if any(value(row, one.metric) for row in shown)))
+            labelled = by_name(shown)
+            noted = [column for column in (*columns, *own) if column.metric != "retrieval_logprob_diff"]
+            parts += [case_table(head, labelled, [*columns, *own]), *footnotes(labelled, noted)]
+    return console.stacked(parts)
 
 
 def retrieval_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of `retrieval_table` mean."""
     depths = next((_depths(row) for row in rows if cells_of(row)), "")
-    legend = [
-        "Exact: share of greedy answers that are right in every token. Full: the full cache's on the same samples. Tokens: "
-        "share of tokens. LogProb: mean log-probability of the right answer, nats. ±: 2 standard errors over samples, "
-        "paired for LogP-Full. KV: bytes once the context is compressed."
-    ]
+    legend = []
+    if not all(map(is_reuse, rows)):
+        legend.append(
+            "Exact: share of greedy answers that are right in every token. Full: the full cache's on the same samples. Tokens: "
+            "share of tokens. LogProb: mean log-probability of the right answer, nats. ±: 2 standard errors over samples, "
+            "paired for LogP-Full. KV: bytes once the context is compressed."
+        )
     if depths:
         legend.append(f"LogP by depth: at {depths} of the context (0 is its begin).")
+    if any(map(is_reuse, rows)):
+        legend.append(
+            "In turn: Differ counts requests whose output a warm prefix cache changed. Hits: prompt tokens found. TTFT: "
+            "seconds, both of requests behind the first of a context; cold is without a prefix cache."
+        )
     if not all(is_discriminative(row) for row in rows):
         legend.append(MARK_MEANING)
     return legend

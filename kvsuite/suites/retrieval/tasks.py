@@ -160,6 +160,7 @@ MAKERS: dict[str, Maker] = {
     "facts4": _facts(4),
     "facts16": _facts(16),
     "multi_query": _facts(4, in_turn=True),
+    "reuse": _facts(4),
     "question_first": _facts(4, asked_first=True),
     "passkey": _passkey,
     "copy": _copy,

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "norms": {"policy": "fix_size_l2", "policy_params": {"size": 12, "keep_ratio": 0.5, "strategy": "keep_low"}},
     "snapkv": {"policy": "snapkv", "policy_params": {"window": 8, "keep_ratio": 0.4}},
     "packed": {"params": {"kv_cache_dtype": "int8"}},
+    "grouped": {"params": {"kv_cache_dtype": "int8:int4(residual=4)"}},
 }
 
 
@@ -64,7 +65,7 @@ def test_a_question_is_fed_behind_what_the_method_left_of_the_context(name: str)
             assert rows[-1] == answer.output[at - 1]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("full", "packed")])
+@pytest.mark.parametrize("name", [name for name, of in CASES.items() if "policy" in of])
 def test_a_cache_that_is_compressed_behind_the_question_would_answer_otherwise(name: str) -> None:
     """Were the question part of the prompt, or the evicted tokens still seen, these are the losses that would come out."""
     built, one = prepared(name), asked(1)
@@ -87,7 +88,7 @@ def test_the_full_cache_answers_as_it_serves() -> None:
     assert built.answer(contexts, full=True) == found
 
 
-@pytest.mark.parametrize("name", ["full", "streaming", "snapkv", "packed"])
+@pytest.mark.parametrize("name", ["full", "streaming", "snapkv", "grouped"])
 def test_questions_of_one_context_do_not_see_each_other(name: str) -> None:
     built, one = prepared(name), asked(1, 3)
     [together] = built.answer([one], full=False)

@@ -16,6 +16,8 @@ vllm:num_preemptions_created{engine="0"} 1.7e+09
 # TYPE vllm:request_success_total counter
 vllm:request_success_total{engine="0",finished_reason="length",model_name="a \\"b\\" } c"} 7
 vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} NaN
+# TYPE python_gc_objects_collected_total counter
+python_gc_objects_collected_total{generation="0"} 9
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running 2
 # TYPE vllm:time_to_first_token_seconds histogram

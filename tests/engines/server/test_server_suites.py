@@ -157,6 +157,8 @@ def test_requests_under_load(run: Run, double: Double) -> None:
         assert of[name] is None
         assert record.metrics[name]["reason"] == reason
     assert record.inert.keys() >= {"pool_blocks", "max_num_seqs", "step_tokens"}
+    # of both rounds
+    assert record.samples["engine_metrics"]["vllm:num_preemptions_total"] == 2 * 2 * 6
     rows = record.samples["requests"]
     assert [row["cached_tokens"] for row in rows] == [0] * 6
     assert [row["output_tokens"] for row in rows] == [6] * 6

@@ -12,6 +12,7 @@ from kvsuite.options.resolve import default_options
 from kvsuite.suites.pipeline.cases import pipeline_cases
 from kvsuite.suites.pipeline.figures.arms import groups_of
 from kvsuite.suites.pipeline.results_json import results_json
+from kvsuite.suites.pipeline.rows import baseline_for
 from kvsuite.suites.pipeline.table import pipeline_table
 
 
@@ -90,3 +91,10 @@ def test_shares_of_sms_are_those_that_were_given_where_counts_or_a_controller_as
         for one in results_json({}, [counts, triad, never, skipped])
     ]
     assert found == [(0.7273, 0.2424), (0.2424, 0.7273), (None, None), (None, None)]
+
+
+def test_the_baseline_of_a_resumed_run_is_the_one_that_was_measured_again() -> None:
+    failed = pipeline_row(status="oom", error={"message": "out of memory"})
+    less, again = pipeline_row("compression-only", factor=5.0), pipeline_row()
+    assert baseline_for(less, [failed, less, again]) is again
+    assert baseline_for(less, [failed, less]) is failed
