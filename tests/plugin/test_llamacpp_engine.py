@@ -56,7 +56,7 @@ def test_it_goes_through_and_says_what_it_ran_on(run: Run) -> None:
     assert {row["effective"]["kv_cache_dtype"] for row in ran} == {"f16", "bf16"}
 
 
-@pytest.mark.parametrize("name", ["baseline", "streaming_16", "baseline_bf16"])
+@pytest.mark.parametrize("name", ["baseline", "streaming_16_poscache", "baseline_bf16"])
 def test_stored_bytes_are_the_planned_ones(run: Run, name: str) -> None:
     metrics = found(run, "compression", name=name)["metrics"]
     assert metrics["kv_bytes_exact"]["value"] == metrics["mem_predicted_kv_bytes"]["value"] > 0
