@@ -252,7 +252,10 @@ def test_commands_collect_cases(command: str, project: pytest.Pytester, monkeypa
     arguments += [flag for flag in ("--collect-only", "-q") if flag not in arguments]
     result = project.runpytest_inprocess(*arguments, "-p", "no:cacheprovider")
     assert result.ret == 0, result.stderr.str()
-    assert any(re.search(r"::test_(compression|perplexity|dse|pipeline|retrieval)\[", line) for line in result.outlines)
+    assert any(
+        re.search(r"::test_(compression|perplexity|dse|pipeline|retrieval|sensitivity)\[", line)
+        for line in result.outlines
+    )
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/records.md"])

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvsuite.entry_points import in_a_line
 from kvsuite.errors import CaseInvalid
 from kvsuite.foreign_text import VALUE_LIMIT, visible
 from kvsuite.models.layers import ModelLayers
@@ -111,7 +110,7 @@ def _listed(typed: str, path: str) -> list[str]:
         found = json.loads(Path(expanded(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise wrong_format(
-            typed, f"cannot be read ({in_a_line(error)}); give a JSON file with a format for each layer"
+            typed, f"cannot be read ({' '.join(str(error).split())}); give a JSON file with a format for each layer"
         ) from None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise wrong_format(typed, "is no JSON list with the name of a format for each layer")

@@ -13,7 +13,7 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
 from .questions import Answer, Asked
-from .results import Served, ServeRequest, TakeRow, TokenProgress, WindowProgress, WindowScores
+from .results import Served, ServeRequest, TakeRow, TokenProgress, WholeScores, WindowProgress, WindowScores
 
 if TYPE_CHECKING:
     from kvsuite.meters.divergence import TokenDivergence
@@ -88,6 +88,25 @@ class AnswersQuestions(Protocol):
         progress
             Called with contexts done and in all.
         """
+        ...
+
+
+@runtime_checkable
+class ScoresInOnePass(Protocol):
+    """Gives losses of a text by one forward pass whose attention reads what the cache of the case stores."""
+
+    def score_whole(self, tokens: Sequence[int], take: TakeRow, *, full: bool) -> WholeScores:
+        """Losses of ``tokens[1:]``; ``take`` is told each row: its index from 0, and logits ``[1, vocab]``.
+
+        Parameters
+        ----------
+        full
+            Through the full cache in the model's dtype, in the place of the case's.
+        """
+        ...
+
+    def planned_whole_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of the prepared case takes of a text of so many tokens, as predicted."""
         ...
 
 
@@ -178,6 +197,7 @@ _NAMES: dict[type, str] = {
     ScoresThroughCache: "returns no losses of a text through its cache",
     GivesLogits: "hands out no logits of a text through its cache",
     AnswersQuestions: "answers no questions from the cache of a context",
+    ScoresInOnePass: "hands out no logits of a text that one forward pass took through its cache",
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
     ScoresOutput: "takes no forced output and returns no losses of it",

@@ -158,7 +158,7 @@ class StepServed:
     running, waiting
         Requests that held blocks in it, those that are over at its end too, and those that wait for them at its end.
     used_blocks
-        Blocks in use at its end, of the fullest layer group.
+        Blocks in use at its beginning or at its end, whichever are more, of the fullest layer group.
     """
 
     lane: Lane
@@ -273,6 +273,22 @@ class Reach:
 
     settings: dict[str, Any]
     inert: dict[str, str]
+
+
+@dataclass(frozen=True)
+class WholeScores:
+    """Scores of a text that one forward pass took through a cache.
+
+    Parameters
+    ----------
+    tokens
+        Scores of all tokens but the first.
+    kv_bytes
+        Live storages of the cache's keys and values, all tokens of the text stored.
+    """
+
+    tokens: TokenScores
+    kv_bytes: int
 
 
 @dataclass(frozen=True)

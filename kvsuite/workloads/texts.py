@@ -153,6 +153,16 @@ class TextSource:
             self._rows[key] = rows
         return self._rows[key]
 
+    def whole_rows(self, session: Any, tokens: list[int]) -> ReferenceRows:
+        """Log-probabilities of the full cache in the model's dtype by one forward pass: one a text and session."""
+        self._follow(session)
+        key = (digest(tokens), "whole")
+        if key not in self._rows:
+            rows = ReferenceRows()
+            rows.scores = session.score_whole(tokens, rows.add, full=True).tokens
+            self._rows[key] = rows
+        return self._rows[key]
+
     def prompts(self, session: Any, workload: Mapping[str, Any], *, count: int, seed: int) -> list[list[int]]:
         """Different prompts of the workload's length.
 

@@ -113,6 +113,10 @@ OTHER: dict[str, tuple[str, Any]] = {
     "concurrency": ("8", 8),
     "slo": ("200ms:50ms", "200ms:50ms"),
     "served-quality": ("off", False),
+    "sensitivity": ("int4(group=32),int4_channel", ("int4(group=32)", "int4_channel")),
+    "sensitivity-base": ("auto", "auto"),
+    "sensitivity-budget": ("6.5,40%", ((6.5, "bits"), (40.0, "share"))),
+    "sensitivity-tokens": ("256", 256),
     "pipeline-json": ("/tmp/matrix.json", "/tmp/matrix.json"),
     "method": ("recent_only, kvpress:SnapKV", ("recent_only", "kvpress:SnapKV")),
     "compare-all": ("true", True),
@@ -284,7 +288,8 @@ FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
-    "pipeline-json", "replay-decisions", "server-model", "task-methods", "vllm-python", "vllm-attention-backend",
+    "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
+    "vllm-attention-backend",
 }  # fmt: skip
 
 

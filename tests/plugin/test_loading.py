@@ -41,6 +41,7 @@ LIGHT = {
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
     "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",
     "kvsuite.suites.retrieval", "kvsuite.suites.retrieval.options",
+    "kvsuite.suites.sensitivity", "kvsuite.suites.sensitivity.options",
 }  # fmt: skip
 #: packages that kvsuite brings in there
 LIGHT_PACKAGES = {"msgspec", "typing_extensions"}

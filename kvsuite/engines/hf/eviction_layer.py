@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsuite.compression.prompt_view import PromptObservation, PromptView
+from kvsuite.engines.rotary import Rotary
 
 from .cache_store import Store, gather
 from .grouped_store import GroupedStore
@@ -17,16 +19,31 @@ from .layer_group import LayerGroup
 from .packed_form import PackedForm
 from .residual_window import ResidualWindow
 
-if TYPE_CHECKING:
-    from .cache import EvictionCache
+
+class HoldsLayers(Protocol):
+    """The cache of a layer: what all its layers share (`kvsuite.engines.hf.cache.EvictionCache`)."""
+
+    rotary: Rotary | None
+    layers: Any
+    #: tokens seen, and those of the forward pass that is under way with their position ids ``[1, tokens]``
+    seen: int
+    incoming: int
+    incoming_positions: Tensor
+    #: where the newest token stands among those stored
+    newest_place: int
+    on_interval: Callable[[bool], None] | None
+
+    def turn(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``[1, heads, n, head_dim]`` to ``positions`` ``[n]``."""
+        ...
 
 
 class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of an `EvictionCache`; the signatures serve transformers 5.2 to 5.23."""
+    """One layer of an eviction cache; the signatures serve transformers 5.2 to 5.23."""
 
     is_sliding = False
 
-    def __init__(self, cache: EvictionCache, store: Store, form: PackedForm | None = None) -> None:
+    def __init__(self, cache: HoldsLayers, store: Store, form: PackedForm | None = None) -> None:
         # the base class would assign `keys`, which is a property here
         self.is_initialized = True
         self._cache = cache

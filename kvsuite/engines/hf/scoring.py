@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvsuite.engines.results import TakeRow
+from kvsuite.engines.results import TakeRow, WholeScores
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
 from kvsuite.models.language_head import LanguageHead
@@ -101,28 +101,71 @@ def score_reference(decoder: CachedDecoder, tokens: Sequence[int], first: int) -
     )
 
 
+def score_whole(generation: Generation, tokens: Sequence[int], take: TakeRow) -> WholeScores:
+    """Score ``tokens[1:]`` by one forward pass over all tokens, in which every query reads what the case's cache stores.
+
+    That is what feeding them one by one gives: `EvictionLayer.update`. No policy acts in it.
+
+    Raises
+    ------
+    CaseInvalid
+        If the storages of the cache are not what the formulas say, or a vector cannot be stored.
+    """
+    decoder, chosen = generation.decoder, generation.format
+    _refuse_foreign(generation)
+    ids, head = generation.ids(tokens), LanguageHead(decoder.model)
+    targets = ids[0, 1:]
+    nll = torch.empty(len(targets), dtype=torch.float32, device=decoder.device)
+    hits = torch.empty(len(targets), dtype=torch.bool, device=decoder.device)
+    with torch.inference_mode():
+        cache = decoder.new_cache(None, (0, len(tokens)), "ring", None, len(tokens), chosen)
+        states = _states(generation, cache, head, ids)[0, :-1]
+        for row in range(0, len(targets), _ROWS):
+            part = slice(row, row + _ROWS)
+            logits = head.logits(states[part])
+            _score_rows(logits, targets[part], nll[part], hits[part])
+            for index, one in enumerate(logits):
+                take(row + index, one[None])
+    allocated, headroom = cache.kv_bytes()
+    counted = generation.decoder.cache_bytes(cache.lengths(), len(tokens), chosen)
+    if allocated - headroom != counted:
+        raise CaseInvalid(f"the cache's storages hold {allocated - headroom} bytes, its tokens {counted}")
+    found = TokenScores([int(t) for t in tokens[1:]], list(range(1, len(tokens))), nll.tolist(), hits.tolist())
+    return WholeScores(found, counted)
+
+
 def states_through(generation: Generation) -> Callable[[LanguageHead, Tensor], Tensor]:
     """How hidden states of whole windows are computed: reading what a cache of the case's format stores, or with none."""
     decoder, chosen = generation.decoder, generation.format
-    if generation.foreign is not None:
-        raise CaseInvalid(
-            f"--kv-cache-dtype={generation.foreign}: transformers' cache lets a prompt attend to itself unpacked, so "
-            "whole windows would show nothing of it; use the compression suite"
-        )
+    _refuse_foreign(generation)
     if chosen is None:
         return LanguageHead.hidden
 
     def states(head: LanguageHead, ids: Tensor) -> Tensor:
         batch, tokens = ids.shape
         cache = decoder.new_cache(None, (0, tokens), "ring", None, tokens, chosen, batch=batch)
-        positions = cache.begin(tokens).expand(batch, -1)
-        with showing(cache if cache.is_shown else None):
-            found = head.hidden(ids, positions if decoder.takes_positions else None, cache)
-        cache.commit()
-        cache.refuse_vectors()
-        return found
+        return _states(generation, cache, head, ids)
 
     return states
+
+
+def _states(generation: Generation, cache: EvictionCache, head: LanguageHead, ids: Tensor) -> Tensor:
+    """Hidden states of ids ``[batch, tokens]`` that go through an empty cache."""
+    batch, tokens = ids.shape
+    positions = cache.begin(tokens).expand(batch, -1)
+    with showing(cache if cache.is_shown else None):
+        found = head.hidden(ids, positions if generation.decoder.takes_positions else None, cache)
+    cache.commit()
+    cache.refuse_vectors()
+    return found
+
+
+def _refuse_foreign(generation: Generation) -> None:
+    if generation.foreign is not None:
+        raise CaseInvalid(
+            f"--kv-cache-dtype={generation.foreign}: transformers' cache lets a prompt attend to itself unpacked, so "
+            "whole windows would show nothing of it; use the compression suite"
+        )
 
 
 def _score_rows(logits: Tensor, targets: Tensor, nll: Tensor, hits: Tensor) -> None:

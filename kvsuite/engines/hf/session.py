@@ -23,6 +23,7 @@ from kvsuite.engines.results import (
     ServeRequest,
     TakeRow,
     TokenProgress,
+    WholeScores,
     WindowProgress,
     WindowScores,
 )
@@ -51,7 +52,7 @@ from .cache import EvictionCache, Implementation
 from .decoder import CachedDecoder
 from .generation import AnyCache, Generation
 from .memory import measure_memory
-from .scoring import score_reference, score_tokens, states_through
+from .scoring import score_reference, score_tokens, score_whole, states_through
 
 
 class HfSession(LoadedSession):
@@ -234,6 +235,14 @@ class HfSession(LoadedSession):
         self._note_length(len(tokens) - 1)
         generation = self._new_generation(CacheCompression(), self._generation.span) if full else self._generation
         return score_tokens(generation, tokens, protocol, prefix, progress, take)
+
+    def score_whole(self, tokens: Sequence[int], take: TakeRow, *, full: bool) -> WholeScores:
+        self._note_length(len(tokens))
+        generation = self._new_generation(CacheCompression(), len(tokens)) if full else self._generation
+        return score_whole(generation, tokens, take)
+
+    def planned_whole_bytes(self, tokens: int) -> int:
+        return self._generation.kv_bytes(self.decoder.full_lengths(tokens), tokens)
 
     def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
         self.decoder.require_positions(len(tokens))
