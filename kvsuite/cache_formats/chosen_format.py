@@ -77,6 +77,11 @@ def parse_format(typed: str) -> StoredFormat | None:
     return HqqFormat(int(found[1].removeprefix(_HQQ)), **parameters_of(typed, found[1], found[2]))
 
 
+def label_of(name: str) -> str:
+    """What stands in tables and figures for a format that a case's parameters have under ``name``."""
+    return ByLayerFormat.parse(name).label if name.startswith(f"{BY_LAYER}(") else name
+
+
 @dataclass(frozen=True)
 class ChosenFormat:
     """A format that a run asks for, as cases take it.

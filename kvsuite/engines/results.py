@@ -158,7 +158,7 @@ class StepServed:
     running, waiting
         Requests that held blocks in it, those that are over at its end too, and those that wait for them at its end.
     used_blocks
-        Blocks in use at its end, of the fullest layer group.
+        Blocks in use at its beginning or at its end, whichever are more, of the fullest layer group.
     """
 
     lane: Lane

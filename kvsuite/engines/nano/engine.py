@@ -42,8 +42,9 @@ class NanoEngine(Engine):
         return installed_versions(*_COMPUTING)
 
     def refuse(self, case: Case) -> None:
-        super().refuse(case)
+        # what no model has on pages comes before what this one lacks
         paged_format(case)
+        super().refuse(case)
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         # a checkpoint says its own dtype only when it is loaded

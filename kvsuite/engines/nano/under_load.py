@@ -88,16 +88,16 @@ def _loop(
     taken: list[tuple[Lane, float, float, int, int, int, int, int]] = []
     counters, scheduler, pools = runtime.counters, runtime.scheduler, [table.pool for table in runtime.tables]
     clock = time.perf_counter
-    entered, over, origin = 0, 0, clock()
+    entered, over, held, origin = 0, 0, 0, clock()
 
     def note(lane: Lane, start: float, end: float, prompts: int, decoded: int) -> None:
-        nonlocal over
+        nonlocal over, held
         # what is over by now held its blocks until now
         running, waiting = len(scheduler.running) - over, len(scheduler.waiting)
         over = entered - runtime.unfinished
         running += over
-        used = max(pool.used for pool in pools)
-        taken.append((lane, start - origin, end - origin, prompts, decoded, running, waiting, used))
+        before, held = held, max(pool.used for pool in pools)
+        taken.append((lane, start - origin, end - origin, prompts, decoded, running, waiting, max(before, held)))
 
     # with two lanes a call of `step` may be part of several steps, which tell of themselves
     lanes_tell = runtime.lanes == 2

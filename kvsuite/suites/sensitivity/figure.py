@@ -97,15 +97,19 @@ def _draw_pareto(axes: Axes, rows: Sequence[Row]) -> None:
         return value(row, "kv_bits") or 0.0, value(row, "kld") or 0.0, value(row, "kld_se") or 0.0
 
     mixed = sorted((row for row in rows if row["case"]["params"]["kind"] == MIXED), key=at)
+    sizes = [at(row)[0] for row in rows]
     for row in rows:
         if row not in mixed:
             bits, kld, error = at(row)
             axes.errorbar(
                 [bits], [kld], yerr=[error], fmt="D", color=GREY, markeredgecolor="black", capsize=3, zorder=2
             )
+            # a name at the right edge reaches to the left, where there is room
+            is_right = bits > 0.3 * min(sizes) + 0.7 * max(sizes)
             axes.annotate(
-                visible(row["case"]["name"]), (bits, kld), xytext=(7, 5), textcoords="offset points", fontsize=9
-            )
+                visible(row["case"]["name"]), (bits, kld), xytext=(-7 if is_right else 7, 5), textcoords="offset points",
+                ha="right" if is_right else "left", fontsize=9,
+            )  # fmt: skip
     if mixed:
         points = list(map(at, mixed))
         axes.errorbar(

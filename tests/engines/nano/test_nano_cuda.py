@@ -156,3 +156,37 @@ def test_runtimes_in_turn_leave_no_memory_behind(checkpoint: Path) -> None:
     # the first turn loads libraries; a pool, a workspace or a captured step that stayed would be more than this
     assert max(allocated[1:]) - allocated[1] < 4 * MIB, levels
     assert max(reserved[1:]) - reserved[1] < 32 * MIB, levels
+
+
+def test_cache_formats_in_the_compression_suite(run: Run, checkpoint: Path) -> None:
+    """Captured steps over packed pages predict as hf does, which unpacks everything; bytes are equal."""
+    options = {
+        "corpus": str(checkpoint / "danube.txt"), "max_tokens": "120", "prompt_tokens": "96", "recent_sizes": "60",
+        "start_size": "4", "method": "streaming_llm", "cache_dtype": "int4+hadamard:int8", "rounds": "1",
+    }  # fmt: skip
+    nano, hf = (run("compression", engine, **options) for engine in ("nano", "hf"))
+    assert nano.keys() == hf.keys()
+    assert len(nano) == 3
+    for name, record in nano.items():
+        assert record.effective["kv_cache_dtype"] == record.case.params["kv_cache_dtype"]
+        assert record.effective["decode_step"] == "cuda_graph", (name, record.effective)
+        assert record.case.params["kv_cache_dtype"] in str(record.effective["decode_attention"])
+        for metric in ("perplexity", "perplexity_full"):
+            assert record.metrics[metric]["value"] == pytest.approx(hf[name].metrics[metric]["value"], rel=2e-2), metric
+        for metric in ("kv_bytes_exact", "mem_predicted_kv_bytes", "ratio_effective"):
+            assert record.metrics[metric]["value"] == hf[name].metrics[metric]["value"], metric
+        assert record.memory["reported"]["pool_bytes"] == record.memory["predicted"]["pool_bytes"]
+        # of the full cache in bfloat16, served alike; rounding of two ways through the model adds to it
+        found, wanted = (one.metrics["kld"]["value"] for one in (record, hf[name]))
+        assert found == pytest.approx(wanted, rel=0.5, abs=2e-3), (name, found, wanted)
+
+
+def test_a_cache_format_in_the_perplexity_suite(run: Run, checkpoint: Path) -> None:
+    options = {
+        "dataset": str(checkpoint / "danube.txt"), "max_length": "128", "stride": "64", "eval_tokens": "600",
+        "ppl_protocol": "hf-strided", "reference": "none", "prompt_tokens": "96", "cache_dtype": "int8",
+    }  # fmt: skip
+    [nano], [hf] = (list(run("perplexity", engine, **options).values()) for engine in ("nano", "hf"))
+    for metric in ("perplexity", "perplexity_reference"):
+        assert nano.metrics[metric]["value"] == pytest.approx(hf.metrics[metric]["value"], rel=2e-2), metric
+    assert nano.metrics["kld"]["value"] == pytest.approx(hf.metrics["kld"]["value"], rel=0.5, abs=2e-3)
