@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kvsuite.cache_formats.cache_format import AUTO
-from kvsuite.cache_formats.chosen_format import PARAMETER
+from kvsuite.cache_formats.chosen_format import PARAMETER, label_of
 from kvsuite.meters.divergence import is_trap
 from kvsuite.reporting.aggregate import Row, value
 
@@ -29,7 +29,7 @@ def is_full(row: Row) -> bool:
 
 def format_name(row: Row) -> str:
     """The number format of keys and values, ``auto`` for the model's dtype."""
-    return str(row["case"]["params"].get(PARAMETER, AUTO))
+    return label_of(str(row["case"]["params"].get(PARAMETER, AUTO)))
 
 
 def has_formats(rows: Iterable[Row]) -> bool:

@@ -14,7 +14,7 @@ from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.suites.compression.divergence_figure import build_divergence, render_divergence
 from kvsuite.suites.compression.figure import build_figure
 from kvsuite.suites.compression.results_json import results_json
-from kvsuite.suites.compression.rows import baseline_for, is_baseline, is_trap_row
+from kvsuite.suites.compression.rows import baseline_for, format_name, is_baseline, is_trap_row
 from kvsuite.suites.compression.suite import CompressionSuite
 from kvsuite.suites.compression.table import comparison_legend, comparison_table
 
@@ -212,3 +212,16 @@ def test_bars_stand_apart_by_format_and_show_bytes(run, formats, rows):
     plain = build_figure(run, rows).axes[5]
     assert plain.get_ylabel() == "Tokens"
     assert not any(text.get_fontweight() == "bold" for text in plain.texts)
+
+
+def test_a_format_by_layer_stands_there_by_its_label(compared):
+    """As in the case's name, so that it is one line with the other formats of its group; in full it would fill the figure."""
+    stored = "by_layer(int8*20|int8:int4*10)"
+    row = compared("streaming_64", stored, 1, kld=0.01)
+    label = format_name(row)
+    assert label.startswith("by_layer-")
+    assert len(label) == len("by_layer-") + 8
+    row["case"]["name"] = f"streaming_64_{label}"
+    figure = build_divergence({}, [compared("streaming_64", kv=4, kld=0.3), row])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["streaming_64", "auto", label]
