@@ -30,6 +30,7 @@ class VllmEngine(Engine):
     name: ClassVar[str] = "vllm"
     option_group: ClassVar[type[OptionGroup] | None] = VllmOptions
     stores_cache_formats: ClassVar[bool] = True
+    perplexity_bounds: ClassVar[Mapping[str, float]] = {"float32": 3e-3, "bfloat16": 3e-3, "float16": 3e-3}
     predictor_options: ClassVar[frozenset[str]] = frozenset({"dtype", "device"})
 
     def __init__(self, options: Options | None = None) -> None:
