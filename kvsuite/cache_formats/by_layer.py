@@ -16,6 +16,7 @@ from kvsuite.options.numbers import whole
 from kvsuite.options.paths import expanded
 
 from .cache_format import AUTO, CacheFormat, wrong_format
+from .cast_format import CastFormat
 from .ggml_format import GgmlFormat
 
 #: the word with which such a format begins
@@ -119,7 +120,7 @@ def _listed(typed: str, path: str) -> list[str]:
 #: formats that are packed and unpacked here
 OwnFormat = CacheFormat | ByLayerFormat
 #: formats of which a layer's bytes are known
-CountedFormat = OwnFormat | GgmlFormat
+CountedFormat = OwnFormat | GgmlFormat | CastFormat
 
 
 def kv_bytes(
@@ -131,7 +132,7 @@ def kv_bytes(
     """
     if chosen is None:
         return of.kv_bytes(tokens_per_layer, element_bytes)
-    formats: Sequence[CacheFormat | GgmlFormat | None] = chosen.of_layers(len(of.layers))
+    formats: Sequence[CacheFormat | GgmlFormat | CastFormat | None] = chosen.of_layers(len(of.layers))
     plain = [tokens if one is None else 0 for one, tokens in zip(formats, tokens_per_layer, strict=True)]
     return of.kv_bytes(plain, element_bytes) + sum(
         one.layer_bytes(

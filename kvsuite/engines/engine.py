@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kvsuite.cache_formats.by_layer import ByLayerFormat, OwnFormat, refused_heads
+from kvsuite.cache_formats.cast_format import CastFormat
 from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
@@ -291,6 +292,11 @@ class Engine(ABC):
             With the reason and the mend.
         """
         chosen = format_of(case)
+        if isinstance(chosen, CastFormat) and chosen.engine != self.name:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={chosen}: is a format of engine {chosen.engine} alone; use --kv-engine={chosen.engine}, or "
+                "--kv-cache-dtype=auto"
+            )
         if isinstance(chosen, GgmlFormat):
             raise CaseInvalid(
                 f"--kv-cache-dtype={chosen.label}: is llama.cpp's, and engine {self.name} does not store it; use "

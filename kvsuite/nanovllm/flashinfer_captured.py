@@ -77,21 +77,22 @@ def split(
     pdl: bool = False,
 ) -> Tensor:
     """Attention of a step's first tokens, cut into as many parts as fill a device of ``processors``."""
-    from .packed_split_attention import packed_split_attention
+    from .packed_split_attention import packed_split_attention, packed_splits_for
     from .split_attention import split_attention, splits_for
 
     count, group = query.shape[0], pool.group
     common = (part.block_tables[:count], part.kv_lengths[:count], scale)
+    programs = (count, group.kv_heads, processors)
     options: dict[str, Any] = {
-        "splits": splits_for(count, group.kv_heads, processors),
         "dropped": part.dropped[:count],
         "window": group.window,
         "sinks": group.sinks,
         "pdl": pdl,
     }
     if pool.is_packed:
-        return packed_split_attention(query, keys, values, *common, **options)
-    return split_attention(query, keys.codes, values.codes, *common, **options)
+        splits = packed_splits_for(*programs, part.block_tables.shape[1] * pool.block_size)
+        return packed_split_attention(query, keys, values, *common, splits=splits, **options)
+    return split_attention(query, keys.codes, values.codes, *common, splits=splits_for(*programs), **options)
 
 
 def _event() -> Any:

@@ -134,6 +134,8 @@ class Parity:
                 "protocol": _PROTOCOL,
                 "prompt_tokens": common.prompt_tokens,
                 "max_tokens": self.text_tokens,
+                # of the one window in which engines without logits score the text
+                "max_length": common.prompt_tokens + self.text_tokens,
                 "max_new_tokens": common.max_new_tokens,
                 "batch": 1,
                 "corpus": common.corpus,

@@ -29,11 +29,11 @@ pytestmark = pytest.mark.gpu
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 NEW = 8
 PROMPTS = (1, 40, 7, 57, 16)
-#: a prefix that some prompts share: two whole blocks
+#: a prefix that some prompts share: whole blocks
 SHARED = 32
 # Relative error of logits of a model in bfloat16. Both sides pack by the same rule, but bfloat16 sums in another order put a
 # number into the neighbouring code now and then, which is the larger the fewer codes there are.
-BOUNDS = {"fp8_e4m3": 4e-2, "int8:int4(group=32)": 8e-2, "int4+hadamard": 1e-1}
+BOUNDS = {"fp8_e4m3": 5e-2, "int8:int4(group=32)": 8e-2, "int4+hadamard": 1e-1}
 EVERY = pytest.mark.parametrize("name", list(BOUNDS))
 
 
@@ -62,7 +62,7 @@ def _requests():
 def _served(of, name, runner, policy=None, **limits):
     """Logits of every request, and the runtime."""
     small: dict[str, Any] = {
-        "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 8, "block_size": 16,
+        "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 26, "block_size": 4,
         "admission": "optimistic", "cache_format": CacheFormat.parse(name),
     }  # fmt: skip
     runtime = Runtime(of, Limits(**small | limits), runner=runner, policy=policy)
@@ -124,7 +124,7 @@ def test_a_policy_moves_packed_tokens(name):
 
 def test_a_window_over_packed_pages():
     name = "int8:int4(group=32)"
-    limits = {"sliding_window": 24, "attention_sinks": 4, "num_blocks": 30}
+    limits = {"sliding_window": 24, "attention_sinks": 4, "num_blocks": 60}
     found, _ = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), **limits)
     expected, _ = _served(_of(CPU), name, None, **limits)
     assert _error(found, expected) < BOUNDS[name]
@@ -137,7 +137,8 @@ def test_a_value_that_has_no_number_ends_the_run():
     try:
         runtime.run([greedy(_texts()[1][:20], 3)])
         weight = of.model.model.layers[2].self_attn.v_proj.weight
-        weight[0] = float("inf")
+        with torch.inference_mode():
+            weight[0] = float("inf")
         with pytest.raises(CaseInvalid, match=r"^--kv-cache-dtype=int8: a key or a value is not finite"):
             runtime.run([greedy(_texts()[1][:20], 3)])
     finally:

@@ -74,6 +74,12 @@ OTHER: dict[str, tuple[str, Any]] = {
     "server-url": ("http://gpu:8000/v1/", "http://gpu:8000"),
     "server-model": ("my-llama", "my-llama"),
     "server-timeout": ("20", 20),
+    "vllm-python": ("/opt/vllm/bin/python", "/opt/vllm/bin/python"),
+    "vllm-timeout": ("20", 20),
+    "vllm-block-size": ("32", 32),
+    "vllm-pool-bytes": ("1073741824", 1073741824),
+    "vllm-tensor-parallel-size": ("2", 2),
+    "vllm-attention-backend": ("FLASH_ATTN", "FLASH_ATTN"),
     "models": ("smollm2,dummy:tiny", ("smollm2", "dummy:tiny")),
     "workloads": ("heavy-trace, synthetic-identical", ("heavy-trace", "synthetic-identical")),
     "variants": ("baseline,auto-tune+greenctx", ("baseline", "auto-tune+greenctx")),
@@ -282,7 +288,8 @@ FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
-    "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods",
+    "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
+    "vllm-attention-backend",
 }  # fmt: skip
 
 

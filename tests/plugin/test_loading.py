@@ -36,6 +36,7 @@ LIGHT = {
     "kvsuite.engines", "kvsuite.engines.mlc", "kvsuite.engines.mlc.options",
     "kvsuite.engines.llamacpp", "kvsuite.engines.llamacpp.options",
     "kvsuite.engines.server", "kvsuite.engines.server.options",
+    "kvsuite.engines.vllm", "kvsuite.engines.vllm.options",
     "kvsuite.suites", "kvsuite.suites.compression", "kvsuite.suites.compression.options", "kvsuite.suites.dse",
     "kvsuite.suites.dse.options", "kvsuite.suites.perplexity", "kvsuite.suites.perplexity.options",
     "kvsuite.suites.pipeline", "kvsuite.suites.pipeline.options",

@@ -47,6 +47,8 @@ from .stream import Stream
 
 #: what ``auto`` is here
 FULL = GgmlFormat("f16", "f16")
+#: types of keys that its context shift was seen to rotate; for bf16 it ends the process
+SHIFTED = ("f32", "f16", "q8_0", "nvfp4")
 # llama.cpp's own default of n_batch; rows of logits of a scored text are no more than these
 _BATCH, _SCORED_BATCH = 2048, 512
 _NO_ALLOCATIONS = "llama.cpp counts no allocations; memory.reported has the buffers of its log"
@@ -131,6 +133,11 @@ class LlamacppSession(Session):
             raise CaseInvalid("--kv-skip-layers: llama.cpp removes a token from all layers; leave it at none")
         chosen = format_of(case)
         self._format = chosen if isinstance(chosen, GgmlFormat) else FULL
+        if self._policy is not None and self._policy.positions == "cache" and self._format.keys not in SHIFTED:
+            raise CaseInvalid(
+                f"--kv-cache-dtype={self._format}: llama.cpp is not known to rotate keys in {self._format.keys} anew, and ends "
+                f"the process for bf16; use --kv-positions=original, or keys in {', '.join(SHIFTED)}"
+            )
         for layer in self._of.layers:
             if reason := self._format.refused(layer.key_dim, layer.value_dim):
                 raise CaseInvalid(f"--kv-cache-dtype={self._format}: {reason}; use f16, bf16 or f32")

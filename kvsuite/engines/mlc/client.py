@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvsuite.engines.engine_process import EngineFailed
 from kvsuite.meters.clock import Clock
-
-from .process import MlcFailed
 
 HOST = "127.0.0.1"
 _POLL_S = 0.2
@@ -87,7 +86,7 @@ def complete(
 
     Raises
     ------
-    MlcFailed, MemoryError
+    EngineFailed, MemoryError
         If a request fails, the server dies, or the deadline passes: then the server is killed, since a request that it hangs
         on cannot be taken back.
     """
@@ -118,13 +117,13 @@ def complete(
                 thread.join(_POLL_S)
                 alive()
                 if time.monotonic() > ends:
-                    raise MlcFailed(f"mlc_llm did not answer {len(bodies)} request(s) within {deadline_s:g} s")
+                    raise EngineFailed(f"mlc_llm did not answer {len(bodies)} request(s) within {deadline_s:g} s")
         if errors:
             # a broken connection is often the first that is seen of a server's death
             for _ in range(_SETTLE_POLLS):
                 alive()
                 time.sleep(_POLL_S)
-            raise MlcFailed(f"mlc_llm: a request failed: {errors[0]}") from errors[0]
+            raise EngineFailed(f"mlc_llm: a request failed: {errors[0]}") from errors[0]
     except BaseException:
         kill()
         raise
@@ -139,7 +138,7 @@ def ask(port: int, method: str, path: str, body: dict[str, Any] | None = None, *
 
     Raises
     ------
-    MlcFailed
+    EngineFailed
         If it is answered with an error.
     OSError, http.client.HTTPException
         If nobody answers.
@@ -150,7 +149,7 @@ def ask(port: int, method: str, path: str, body: dict[str, Any] | None = None, *
         response = connection.getresponse()
         content = response.read()
         if response.status != http.client.OK:
-            raise MlcFailed(f"mlc_llm answered {path} with {response.status}: {_shown(content)}")
+            raise EngineFailed(f"mlc_llm answered {path} with {response.status}: {_shown(content)}")
         return json.loads(content)
     finally:
         connection.close()
@@ -160,7 +159,7 @@ def _stream(connection: http.client.HTTPConnection, body: dict[str, Any], reply:
     connection.request("POST", "/v1/completions", json.dumps(body), _HEADERS)
     response = connection.getresponse()
     if response.status != http.client.OK:
-        raise MlcFailed(f"answered with {response.status}: {_shown(response.read())}")
+        raise EngineFailed(f"answered with {response.status}: {_shown(response.read())}")
     for line in response:
         if not line.startswith(b"data: "):
             continue
@@ -174,7 +173,7 @@ def _stream(connection: http.client.HTTPConnection, body: dict[str, Any], reply:
             reply.text += choice.get("text") or ""
         reply.usage = chunk.get("usage") or reply.usage
     if not reply.usage:
-        raise MlcFailed("a stream ended without its usage")
+        raise EngineFailed("a stream ended without its usage")
 
 
 def _shown(content: bytes) -> str:

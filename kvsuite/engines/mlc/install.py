@@ -9,9 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvsuite.engines.engine_process import EngineFailed, run_step
 from kvsuite.errors import CaseSkipped
-
-from .process import MlcFailed, run_step
 
 INSTALL = "install the wheels for your device as https://mlc.ai/wheels says (PyPI has placeholders only)"
 #: what MLC runs on, by its own names
@@ -80,7 +79,7 @@ def find_install(python: str | None) -> MlcInstall:
         )
     try:
         found = json.loads(_ask(chosen, ["-c", _PROBE], _MARK, "importing mlc_llm"))
-    except (MlcFailed, MemoryError, OSError) as error:
+    except (EngineFailed, MemoryError, OSError) as error:
         mend = INSTALL if python is None else f"{INSTALL}, or give another --kv-mlc-python"
         raise CaseSkipped(f"engine mlc: {chosen} has no mlc_llm that works; {mend}. {error}") from error
     return MlcInstall(chosen, **found)
@@ -94,7 +93,7 @@ def missing_device(install: MlcInstall, device: str) -> str | None:
         return f"engine mlc cannot use {device}: MLC knows {', '.join(DEVICES)}{mend}; give one of them as --kv-device"
     try:
         found = _ask(install.python, ["-m", "mlc_llm.cli.check_device", kind], "check_device:", "mlc_llm check_device")
-    except (MlcFailed, MemoryError) as error:
+    except (EngineFailed, MemoryError) as error:
         return f"engine mlc: whether there is a {kind} device could not be found out: {error}"
     indices = [part for part in found.split(",") if part]
     # every CPU is the same device to MLC
@@ -113,5 +112,5 @@ def _ask(python: str, arguments: list[str], mark: str, what: str) -> str:
         printed = run_step(what, [python, *arguments], log=Path(folder) / "log", deadline_s=_DEADLINE_S)
     lines = [line.removeprefix(mark).strip() for line in printed.splitlines() if line.startswith(mark)]
     if not lines:
-        raise MlcFailed(f"{what} did not answer")
+        raise EngineFailed(f"{what} did not answer")
     return lines[-1]

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kvsuite.engines.engine_process import run_step
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.resolve import ModelSpec
 
 from .install import MlcInstall
-from .process import run_step
 from .source import MANIFEST, MLC_CONFIG, built_once, content_key, short_key, source_folder
 
 LIBRARY = "model.dylib" if sys.platform == "darwin" else "model.so"
@@ -131,7 +131,7 @@ class MlcModels:
 
         Raises
         ------
-        MlcFailed, MemoryError
+        EngineFailed, MemoryError
             If a step fails, with the end of what it printed.
         CaseInvalid
             If MLC does not take an override for this model.

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvsuite.engines.engine_process import EngineProcess, failure
 from kvsuite.engines.results import ServeRequest
 from kvsuite.meters.clock import Clock
 
 from .client import HOST, Reply, ask, complete
-from .process import MlcProcess, failure
 
 _POLL_S = 0.1
 _ANSWER_S = 10.0
@@ -90,7 +90,7 @@ class MlcServer:
 
     Raises
     ------
-    MlcFailed, MemoryError
+    EngineFailed, MemoryError
         If it does not come up before its deadline, with the end of what it printed.
     """
 
@@ -99,7 +99,7 @@ class MlcServer:
         self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-mlc-")
         self._port = _free_port()
         begin = time.monotonic()
-        self._process = MlcProcess(
+        self._process = EngineProcess(
             settings.command(self._port),
             log=Path(self._folder.name) / "log",
             environment=settings.environment,
@@ -145,7 +145,7 @@ class MlcServer:
 
         Raises
         ------
-        MlcFailed, MemoryError
+        EngineFailed, MemoryError
             If it fails, dies or hangs; then it is killed.
         """
         bodies = [

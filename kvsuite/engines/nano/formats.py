@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvsuite.cache_formats.by_layer import OwnFormat, refused_heads
+from kvsuite.cache_formats.cast_format import CastFormat
 from kvsuite.cache_formats.chosen_format import HqqFormat, format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
@@ -27,6 +28,10 @@ def paged_format(case: Case) -> OwnFormat | None:
     if isinstance(chosen, GgmlFormat):
         raise CaseInvalid(
             f"--kv-cache-dtype={chosen.label}: is llama.cpp's, which engine nano does not store; use --kv-engine=llamacpp"
+        )
+    if isinstance(chosen, CastFormat):
+        raise CaseInvalid(
+            f"--kv-cache-dtype={chosen}: is a format of engine {chosen.engine} alone; use --kv-engine={chosen.engine}"
         )
     if chosen is not None and (reason := unpaged(chosen)):
         raise CaseInvalid(f"--kv-cache-dtype={chosen.label} on engine nano: {reason}; use --kv-engine=hf")

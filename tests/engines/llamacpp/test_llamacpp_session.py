@@ -197,10 +197,12 @@ def test_what_no_session_can_run_is_refused_before_anything_is_loaded(given: dic
         (case_of(params={"kv_cache_dtype": "q8_0"}), "stores 32 numbers together, and the head size 16"),
         (case_of(**policy("recent_only", "cache", window=8) | {"policy_params": {"window": 8, "skip_layers": [0]}}),
          "^--kv-skip-layers"),
+        (case_of(params={"kv_cache_dtype": "bf16"}, **policy("recent_only", "cache", window=8)),
+         "rotate keys in bf16 anew.*--kv-positions=original"),
         (point(1 << 30, 512, 64), "^no room: 64 sequences of 1073741824 tokens in f16 need .* bytes .*, and .* are free"),
         (case_of(partition={"decode": 8, "prefill": 8}), "leave the partition out"),
     ],
-    ids=["head size", "layers", "room", "partition"],
+    ids=["head size", "layers", "shift", "room", "partition"],
 )  # fmt: skip
 def test_what_this_model_or_machine_cannot_have_is_one_line(tiny: LlamacppSession, case: Case, reason: str) -> None:
     with pytest.raises(CaseInvalid, match=reason) as caught:

@@ -16,9 +16,9 @@ import pytest
 from mlc_doubles import commands, mistral, mlc_double
 from tiny_checkpoint import save_checkpoint
 
+from kvsuite.engines.engine_process import EngineFailed
 from kvsuite.engines.mlc.install import MlcInstall, find_install
 from kvsuite.engines.mlc.models import LIBRARY, MlcModels, Overrides
-from kvsuite.engines.mlc.process import MlcFailed
 from kvsuite.engines.mlc.source import rope_fields
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.resolve import resolve_model
@@ -192,7 +192,7 @@ def test_what_mlc_changes_by_itself_is_no_point(workshop: Workshop, checkpoint: 
 def test_a_failure_leaves_nothing_and_says_what_was_printed(fault: str, workshop: Workshop, checkpoint: Path) -> None:
     workshop.patch.setenv("MLC_DOUBLE", fault)
     message = "Cannot find target for device" if fault == "fail_compile" else "mlc_llm compile was killed after 6 s"
-    with pytest.raises(MlcFailed, match=message):
+    with pytest.raises(EngineFailed, match=message):
         workshop.models(checkpoint, deadline_s=6.0).compiled(POINT)
     assert sorted(path.name.partition("-")[0] for path in workshop.root.iterdir() if path.is_dir()) == [
         "source",

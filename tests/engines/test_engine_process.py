@@ -1,4 +1,4 @@
-"""Processes of mlc_llm: deadlines are kept, nothing outlives us, and what was printed is in the message. Real processes."""
+"""Processes of engines: deadlines are kept, nothing outlives us, and what was printed is in the message. Real processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from child_processes import child_process
 
-from kvsuite.engines.mlc.process import MlcFailed, MlcProcess, run_step
+from kvsuite.engines.engine_process import EngineFailed, EngineProcess, run_step
 
 # a child that starts another one and says its id: what mlc_llm's compiler does
 NESTED = (
@@ -24,8 +24,8 @@ NESTED = (
 HOST = """
 import sys, time
 from pathlib import Path
-from kvsuite.engines.mlc.process import MlcProcess
-process = MlcProcess([sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]))
+from kvsuite.engines.engine_process import EngineProcess
+process = EngineProcess([sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2]))
 print(process.pid, flush=True)
 time.sleep(600)
 """
@@ -61,7 +61,7 @@ def test_a_step_gives_what_it_printed(tmp_path: Path) -> None:
 
 def test_a_step_that_fails_ends_with_its_last_lines(tmp_path: Path) -> None:
     script = "import sys; [print('line', i) for i in range(100)]; sys.exit('ValueError: no such device')"
-    with pytest.raises(MlcFailed, match="mlc_llm compile failed with exit code 1") as raised:
+    with pytest.raises(EngineFailed, match="mlc_llm compile failed with exit code 1") as raised:
         run_step("mlc_llm compile", [sys.executable, "-c", script], log=tmp_path / "log", deadline_s=60)
     assert str(raised.value).endswith("line 98\nline 99\nValueError: no such device")
     assert "line 80\n" not in str(raised.value)
@@ -78,20 +78,20 @@ def test_a_step_that_runs_out_of_memory_is_told_apart(line: str, tmp_path: Path)
 
 def test_a_signal_is_an_exit_code(tmp_path: Path) -> None:
     script = f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})"
-    with pytest.raises(MlcFailed, match=f"exit code {128 + signal.SIGSEGV}"):
+    with pytest.raises(EngineFailed, match=f"exit code {128 + signal.SIGSEGV}"):
         run_step("x", [sys.executable, "-c", script], log=tmp_path / "log", deadline_s=60)
 
 
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with pytest.raises(MlcFailed, match="mlc_llm compile was killed after 1 s"):
+    with pytest.raises(EngineFailed, match="mlc_llm compile was killed after 1 s"):
         run_step("mlc_llm compile", [sys.executable, "-c", NESTED], log=log, deadline_s=1)
     until(lambda: gone(nested_pid(log)), "its child lives")
 
 
 def test_an_interrupt_here_ends_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with pytest.raises(KeyboardInterrupt), MlcProcess([sys.executable, "-c", NESTED], log=log):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), EngineProcess([sys.executable, "-c", NESTED], log=log):  # noqa: PT012
         child = nested_pid(log)
         raise KeyboardInterrupt
     until(lambda: gone(child), "its child lives")

@@ -1,4 +1,4 @@
-"""Processes of mlc_llm: in a group of their own, with a deadline, killed with all they started, their output kept."""
+"""Processes of engines: in a group of their own, with a deadline, killed with all they started, their output kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("process_guard.py")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OUT_OF_MEMORY = re.compile(
     r"Insufficient GPU memory|std::bad_alloc|out of memory|OUT_OF_(DEVICE|HOST)_MEMORY|Cannot allocate memory", re.I
@@ -24,35 +24,45 @@ _QUIET_S = 0.5
 _QUIET_AT_MOST_S = 10.0
 
 
-class MlcFailed(RuntimeError):
-    """mlc_llm ended, hung or answered what cannot be; the message ends with the last lines that it printed."""
+class EngineFailed(RuntimeError):
+    """An engine's process ended, hung or answered what cannot be; the message ends with the last lines that it printed."""
 
 
-class MlcProcess:
-    """A running command of mlc_llm.
+class EngineProcess:
+    """A running command, and all it starts.
 
     Parameters
     ----------
     command
         Program and arguments.
     log
-        File that takes its standard output and error: mlc_llm writes what matters to descriptor 2 from C++.
+        File that takes its standard output and error: engines write what matters to descriptor 2 from C++.
     environment
         Variables beside those of this process.
+    channel
+        Descriptor that the command inherits under the same number, beside standard input and output.
     """
 
-    def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        channel: int | None = None,
+    ) -> None:
         self.command, self.log = list(command), log
         self._read: tuple[int, str] = 0, ""
         with log.open("ab") as stream:
             # a session of its own: Ctrl-C in the terminal is for us, and we end what we started
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_GUARD), *self.command],
+                [sys.executable, "-I", str(_GUARD), "" if channel is None else str(channel), *self.command],
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
                 env=dict(os.environ) | dict(environment or {}),
                 start_new_session=True,
+                pass_fds=() if channel is None else (channel,),
             )
 
     @property
@@ -94,7 +104,7 @@ class MlcProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def __enter__(self) -> MlcProcess:
+    def __enter__(self) -> EngineProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,9 +119,9 @@ def run_step(
     Parameters
     ----------
     what
-        For messages: ``mlc_llm compile``.
+        For messages: ``the command``.
     command, log, environment
-        Of `MlcProcess`.
+        Of `EngineProcess`.
     deadline_s
         Seconds after which it is killed.
 
@@ -122,10 +132,10 @@ def run_step(
 
     Raises
     ------
-    MlcFailed, MemoryError
+    EngineFailed, MemoryError
         If it fails or is too slow, with the end of what it printed.
     """
-    with MlcProcess(command, log=log, environment=environment) as process:
+    with EngineProcess(command, log=log, environment=environment) as process:
         code = process.wait(deadline_s)
         printed = process.text()
     if code is None:
@@ -136,8 +146,8 @@ def run_step(
 
 
 def failure(message: str, printed: str) -> Exception:
-    """The error of a process that failed: `MemoryError` where it ran out of memory, else `MlcFailed`."""
-    kind = MemoryError if _OUT_OF_MEMORY.search(printed) else MlcFailed
+    """The error of a process that failed: `MemoryError` where it ran out of memory, else `EngineFailed`."""
+    kind = MemoryError if _OUT_OF_MEMORY.search(printed) else EngineFailed
     return kind(f"{message}; the last it printed:\n{tail(printed)}")
 
 

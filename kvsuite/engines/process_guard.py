@@ -1,4 +1,4 @@
-"""The guard of what engine `mlc` starts: a command and all its children die with whoever started the guard.
+"""The guard of what engines start: a command and all its children die with whoever started the guard.
 
 Run by its path, since nothing of kvsuite is needed here. Standard input is a pipe of which only the starter has the other
 end: it ends when the starter dies, however that happens, and the guard then kills the process group that it leads.
@@ -16,9 +16,12 @@ import threading
 _SIGNALLED = 128
 
 
-def main(command: list[str]) -> int:
-    """Run a command to its end; its exit code."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+def main(channel: str, command: list[str]) -> int:
+    """Run a command to its end, with the descriptor ``channel`` (empty for none) beside its own three; its exit code."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(int(channel),) if channel else ())
+    if channel:
+        # who is at the other end sees when the command has closed it
+        os.close(int(channel))
     threading.Thread(target=_die_with_the_starter, daemon=True).start()
     code = child.wait()
     return code if code >= 0 else _SIGNALLED - code
@@ -31,4 +34,4 @@ def _die_with_the_starter() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,1 @@
+"""Engine `vllm`: vLLM in an interpreter of its own."""

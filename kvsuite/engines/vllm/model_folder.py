@@ -1,0 +1,77 @@
+"""A model as vLLM takes it: a folder with config.json and weights, or without weights for random ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvsuite.errors import UserError
+from kvsuite.models.hub import require_hub
+from kvsuite.models.presets import PRESETS
+from kvsuite.models.resolve import ModelSpec
+from kvsuite.models.smollm2 import smollm2_folder
+
+# what transformers calls the classes of the presets' families
+_CLASSES = {
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def model_folder(spec: ModelSpec, folder: Path, cache_dir: Path | None) -> str:
+    """What vLLM is given as its model.
+
+    Parameters
+    ----------
+    spec
+        The model.
+    folder
+        Takes the configuration of a preset.
+    cache_dir
+        Where converted models lie.
+
+    Raises
+    ------
+    UserError
+        If vLLM cannot take it.
+    """
+    if spec.kind == "smollm2":
+        return str(smollm2_folder(cache_dir))
+    if spec.kind == "local":
+        return spec.source
+    if spec.kind == "hub":
+        from huggingface_hub import snapshot_download
+
+        offline = not require_hub("--kv-model", spec.request, repo_id=spec.source)
+        found: str = snapshot_download(
+            spec.source, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"], local_files_only=offline
+        )
+        return found
+    if spec.kind != "dummy":
+        what = "a .gguf file" if spec.kind == "gguf" else "MLC weights"
+        raise UserError(
+            f"--kv-model={spec.request}: engine vllm takes no {what.removeprefix('a ')}; give a folder or a hub id with "
+            "safetensors, smollm2, or another --kv-engine"
+        )
+    (folder / "config.json").write_text(json.dumps(_preset_config(spec)), encoding="utf-8")
+    return str(folder)
+
+
+def _preset_config(spec: ModelSpec) -> dict[str, Any]:
+    fields = PRESETS[spec.source]
+    family = str(fields["model_type"])
+    if family not in _CLASSES:
+        known = ", ".join(name for name, one in PRESETS.items() if one["model_type"] in _CLASSES)
+        raise UserError(
+            f"--kv-model={spec.request}: engine vllm is run with text alone, and {family} reads images; use one of {known}"
+        )
+    return {"architectures": [_CLASSES[family]], "torch_dtype": "bfloat16", **fields}
+
+
+def checkpoint_dtype(folder: Path) -> str:
+    """The dtype that a checkpoint says it has; float32 where it says none, as transformers takes it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
