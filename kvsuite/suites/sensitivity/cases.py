@@ -102,7 +102,7 @@ def sensitivity_cases(options: Options) -> list[Case]:
     Raises
     ------
     UserError
-        Naming the option whose value cannot be, or the model whose layers are not known before it is loaded.
+        Naming the option whose value cannot be.
     """
     common, own = options.of(CommonOptions), options.of(SensitivityOptions)
     formats = Formats.of(options)
@@ -149,8 +149,8 @@ def _variants(
         named = {} if stored is None else {PARAMETER: str(stored)}
         yield "auto" if stored is None else stored.label, {"kind": UNIFORM, "base": own.sensitivity_base} | named
     of = _layers(common)
-    plain = Assignment.uniform(len(of.layers))
-    for lowering in lowerings(of, formats.lower):
+    plain = Assignment.uniform(0 if of is None else len(of.layers))
+    for lowering in [] if of is None else lowerings(of, formats.lower):
         side, layer, chosen = lowering
         params = {"kind": LAYER, "side": side, "layer": layer, "format": str(chosen)}
         yield (
@@ -168,9 +168,11 @@ def _variants(
         )  # fmt: skip
 
 
-def _layers(common: CommonOptions) -> ModelLayers:
+def _layers(common: CommonOptions) -> ModelLayers | None:
+    """Layers of the model, ``None`` of one that is not here yet: its mixed assignments measure them, or say why they cannot."""
     cache_dir = None if common.cache_dir is None else expanded(common.cache_dir)
-    found = architecture_of(common.model, cache_dir=cache_dir).cache
-    if isinstance(found, str):
-        raise UserError(f"--kv-model={common.model}: its layers are not known before it is loaded ({found})")
-    return found
+    try:
+        found = architecture_of(common.model, cache_dir=cache_dir).cache
+    except UserError:
+        return None
+    return None if isinstance(found, str) else found

@@ -220,7 +220,8 @@ def _in_format(case: Case, chosen: OwnFormat | None) -> Case:
 def _layers(case: Case, run: CaseRun) -> ModelLayers:
     cache_dir = None if run.common.cache_dir is None else expanded(run.common.cache_dir)
     found = architecture_of(case.model, cache_dir=cache_dir).cache
-    assert not isinstance(found, str), "cases are made of known layers"
+    if isinstance(found, str):
+        raise CaseInvalid(f"the layers of {case.model} are not known: {found}")
     return found
 
 
