@@ -83,7 +83,7 @@ class SyntheticSession(Session):
     def __init__(self, script: Script) -> None:
         super().__init__()
         self.script = script
-        self.clock = ScriptedClock()
+        self.scripted_clock = ScriptedClock()
         self.calls: list[tuple[Any, ...]] = []
         self._rounds = 0
         self.model = {
@@ -206,7 +206,7 @@ class Bench:
             environment=ENVIRONMENT,
             sessions=OnePool(self.session),
             suite=suite_named,
-            clock=lambda device: self.session.clock,
+            clock=lambda device: self.session.scripted_clock,
         )
 
     def run(self, **changes: Any) -> Measured:

@@ -88,7 +88,7 @@ def test_suites_and_engines_are_known_by_name_in_their_own_folders_alone() -> No
     # a metric, a field of the controller's decisions and an option have these names; imports of the suites are in the table
     named_otherwise = {"perplexity", "pipeline", "sensitivity"}
     names -= {*named_otherwise, "__pycache__"}
-    assert names == {"compression", "dse", "retrieval", "hf", "llamacpp", "nano", "mlc", "server"}
+    assert names == {"compression", "dse", "retrieval", "hf", "llamacpp", "nano", "mlc", "server", "vllm"}
     found = {}
     for path in package.rglob("*.py"):
         place = path.relative_to(package)

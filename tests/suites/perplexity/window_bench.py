@@ -113,7 +113,7 @@ class Bench:
             ENVIRONMENT,
             self.pool,
             suite_named,
-            clock=lambda device: self.session.clock,
+            clock=lambda device: self.session.scripted_clock,
             planned=self.cases,
         )
         self.said: list[tuple[Any, ...]] = []
