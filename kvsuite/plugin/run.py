@@ -27,6 +27,7 @@ from kvsuite.suites.registry import (
     cases_of,
     require_measurable,
     suite_names,
+    suite_of_rows,
     take_hooked,
     unusable_suites,
     usable_cases,
@@ -130,8 +131,11 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     tell_unusable(config)
     try:
         cases = cases_of(name, config.stash[OPTIONS])
-    except UnusableSuite as error:
-        # a test that says so, and the other suites go on
+    except UserError as error:
+        # what a suite of a bare run refuses ends the run; of another one a test says so, and the suites asked for go on
+        unusable = isinstance(error, UnusableSuite)
+        if not unusable and (name not in suite_names() or suite_of_rows(name).bare_run_place is not None):
+            raise
         metafunc.parametrize("kv_case", [f"{UNUSABLE}{error}"], ids=["unusable"], indirect=True)
         return
     config.stash[CASES].update({(name, case.id): case for case in cases})

@@ -53,5 +53,7 @@ def test_other_engines_refuse_them_and_name_the_one_that_has_them(engine: str) -
         suite="compression", engine=engine, model="dummy:tiny", name="one", device="cpu", dtype="float32",
         params={"kv_cache_dtype": "q8_0"},
     )  # fmt: skip
-    with pytest.raises(CaseInvalid, match=rf"^--kv-cache-dtype=q8_0: is llama.cpp's, and engine {engine} .*llamacpp"):
+    with pytest.raises(
+        CaseInvalid, match=rf"^--kv-cache-dtype=q8_0: is llama.cpp's, (and|which) engine {engine} .*llamacpp"
+    ):
         get_engine(engine).refuse(case)

@@ -127,6 +127,8 @@ def test_engines_and_parts_and_what_would_install_them(monkeypatch):
         assert (found["SM partitions"].state, found["SM partitions"].found) == ("ok", "not needed: no CUDA device")
     monkeypatch.setattr("importlib.metadata.version", no_version)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
+    # a module that a test before has loaded is found without a path
+    monkeypatch.delitem(sys.modules, "httpx", raising=False)
     # their modules are found no more, whatever is loaded
     found = by_part(part_findings())
     assert (found["engine server"].state, found["engine server"].mend) == ("missing", 'pip install "httpx>=0.28"')
