@@ -1,6 +1,6 @@
 """The retrieval suite: whether a cache still holds what a context said.
 
-pytest benchmarks/test_retrieval.py
+pytest benchmarks -k retrieval
 pytest benchmarks -k retrieval --kv-task=facts4,copy --kv-task-methods="full,snapkv(keep_ratio=0.2)"
 """
 

@@ -1,6 +1,6 @@
 """The retrieval suite: whether a cache still holds what a context said.
 
-pytest --pyargs kvsuite.benchmarks.test_retrieval
+pytest --pyargs kvsuite.benchmarks -k retrieval
 pytest --pyargs kvsuite.benchmarks -k retrieval --kv-task=facts4,copy --kv-task-methods="full,snapkv(keep_ratio=0.2)"
 """
 

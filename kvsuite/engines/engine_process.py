@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+#: of our environment, and of nobody's whom we start
+SECRETS = frozenset({"KV_SERVER_KEY"})
 _GUARD = Path(__file__).with_name("process_guard.py")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OUT_OF_MEMORY = re.compile(
@@ -60,7 +62,8 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env=dict(os.environ) | dict(environment or {}),
+                env={name: value for name, value in os.environ.items() if name not in SECRETS}
+                | dict(environment or {}),
                 start_new_session=True,
                 pass_fds=() if channel is None else (channel,),
             )

@@ -14,11 +14,17 @@ import threading
 
 #: what a shell makes of a command that a signal ended
 _SIGNALLED = 128
+#: and of one that cannot be started
+_NOT_FOUND = 127
 
 
 def main(channel: str, command: list[str]) -> int:
     """Run a command to its end, with the descriptor ``channel`` (empty for none) beside its own three; its exit code."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(int(channel),) if channel else ())
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(int(channel),) if channel else ())
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return _NOT_FOUND
     if channel:
         # who is at the other end sees when the command has closed it
         os.close(int(channel))

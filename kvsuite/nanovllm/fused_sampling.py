@@ -1,7 +1,7 @@
 """Draws from whole distributions in one pass over the logits. Importing this module needs triton.
 
 `sampling.sample` says what is drawn; its tensors of int64 take as long as a decode step of a small model. Checked by triton's
-interpreter; not measured on a device yet.
+interpreter.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -193,7 +193,19 @@ class Parity:
         session.capture([first])
         clock = session.clock(clock_for(session.device))
         session.serve([first], clock)
-        rounds = [RoundTimes(session.serve([one], clock).times, clock.name).metrics() for one in timed]
+        served = [session.serve([one], clock).times for one in timed]
+        for times in served:
+            if times[0].generated != new_tokens:
+                raise CaseInvalid(
+                    f"generated {times[0].generated} tokens instead of {new_tokens}, so its times are those of another request"
+                )
+        rounds = [RoundTimes(times, clock.name).metrics() for times in served]
         result.clock = clock.name
-        result.ttft_s = median(float(row["ttft_s"] or 0) for row in rounds)
-        result.tpot_s = median(float(row["tpot_s"] or 0) for row in rounds)
+        result.ttft_s = _median(row["ttft_s"] for row in rounds)
+        result.tpot_s = _median(row["tpot_s"] for row in rounds)
+
+
+def _median(seconds: Iterable[float | None]) -> float | None:
+    """Of what is known; ``None`` of nothing."""
+    known = [one for one in seconds if one is not None]
+    return median(known) if known else None

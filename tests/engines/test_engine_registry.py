@@ -86,6 +86,7 @@ def test_names_are_known_and_nothing_is_imported(package: Path) -> None:
         "mlc",
         "nano",
         "server",
+        "vllm",
         "abstract",
         "acme",
         "gone",

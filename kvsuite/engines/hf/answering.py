@@ -87,6 +87,8 @@ def _answer(generation: Generation, batch: Sequence[Asked]) -> list[list[Answer]
             )
             for answers, tokens, losses in zip(found, output.tolist(), nll.tolist(), strict=True):
                 answers.append(Answer(tokens, losses))
+            if own is not cache and isinstance(own, EvictionCache):
+                own.refuse_vectors()
         if isinstance(cache, EvictionCache):
             cache.refuse_vectors()
     return found

@@ -12,7 +12,7 @@ MIB = 1 << 20
 _CACHE = re.compile(
     r"size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers, +\d+/(\d+) seqs\), K \((\w+)\): +[\d.]+ MiB, V \((\w+)\)"
 )
-_FLASH = re.compile(r"flash_attn += (enabled|disabled)|Flash Attention (enabled|disabled)")
+_FLASH = re.compile(r"flash_attn += (enabled|disabled)|Flash Attention (?:not supported, set to )?(enabled|disabled)")
 _BUFFER = re.compile(r"(\w+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 
 

@@ -186,8 +186,8 @@ class LlamacppSession(Session):
             kv_bytes_prefill=prompts,
             kv_bytes_decode=total,
             kv_bytes_allocated=context.settings.cache_bytes(self._of),
-            lengths_prefill=[sum(prompt_tokens)] * layers,
-            lengths_decode=[sum(tokens)] * layers,
+            lengths_prefill=[max(prompt_tokens)] * layers,
+            lengths_decode=[max(tokens)] * layers,
             reported={f"{name.lower()}_bytes": size for name, size in (self._model.buffers | context.buffers).items()},
         )
         found.unseen = None

@@ -46,7 +46,9 @@ def read_counters(text: str) -> dict[str, float]:
 
 
 def between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """What was counted between two readings."""
+    """What was counted between two readings; nothing is known where there is no first one."""
+    if not before:
+        return {}
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 

@@ -83,7 +83,7 @@ class Endpoint:
         Refused
             If the server says that there is no such thing.
         """
-        return _json(self.run(self._whole("GET", path)), path)
+        return self._json(self.run(self._whole("GET", path)), path)
 
     def get_text(self, path: str) -> str:
         """As `get_json`, for text."""
@@ -91,7 +91,7 @@ class Endpoint:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """What a ``POST`` of JSON gives; errors as of `get_json`."""
-        return _json(self.run(self._whole("POST", path, body)), path)
+        return self._json(self.run(self._whole("POST", path, body)), path)
 
     @asynccontextmanager
     async def opened(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[Any]:
@@ -123,7 +123,7 @@ class Endpoint:
                 f"nobody answers at {self.url} ({self.shown(error) or type(error).__name__}); start the server, or give its "
                 "address as --kv-server-url"
             ) from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerFailed(
                 f"{self.url}{path}: the connection broke before the answer was whole "
                 f"({self.shown(error) or type(error).__name__})"
@@ -135,6 +135,13 @@ class Endpoint:
         if self._key:
             words = words.replace(self._key, "***")
         return visible(words, _SHOWN)
+
+    def _json(self, content: bytes, path: str) -> Any:
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            words = self.shown(content.decode("utf-8", errors="replace"))
+            raise ServerFailed(f"{path}: the answer is no JSON: {words}") from None
 
     def hangs(self, path: str) -> ServerFailed:
         """The error of an answer that did not come."""
@@ -170,10 +177,3 @@ def _message(content: bytes) -> str:
         return str(error.get("message", error) if isinstance(error, dict) else error)
     except (ValueError, AttributeError):
         return words
-
-
-def _json(content: bytes, path: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        raise ServerFailed(f"{path}: the answer is no JSON: {visible(content[:_SHOWN], _SHOWN)}") from None

@@ -78,7 +78,7 @@ class ServerSession(Session):
         self._spec, self._endpoint, self._served, self._named = spec, endpoint, model, named
         self._dialect, self._tokenizer = dialect, tokenizer
         self._architecture = architecture_of(spec.request, cache_dir=settings.cache_dir)
-        self._salt: str | None = None
+        self._caches = False
         meta = model.facts.get("meta") or {}
         self.model |= {
             "label": spec.label,
@@ -130,8 +130,7 @@ class ServerSession(Session):
         self._served = find_model(self._endpoint, self._spec, self._named)
         plan, own = ServingPlan.of(case), dict(self._own_inert)
         caches = bool(case.workload.get("prefix_caching")) if plan is None else plan.prefix_caching
-        # without the salt prompts of an earlier run would be found again
-        self._salt = None if caches else secrets.token_hex(16)
+        self._caches = caches
         if plan is not None:
             own |= dict.fromkeys(("pool_blocks" if plan.pool_bytes is None else "pool_bytes",), _STARTED)
             own |= dict.fromkeys(("max_num_seqs", "step_tokens"), _STARTED)
@@ -197,9 +196,13 @@ class ServerSession(Session):
     ) -> tuple[dict[str, float], list[Reply], dict[str, float]]:
         """Counters before, replies, counters after."""
         bodies = [
-            self._dialect.body(self._served, one.prompt, one.new_tokens, self._tokenizer, salt=self._salt)
+            self._dialect.body(
+                self._served, one.prompt, one.new_tokens, self._tokenizer,
+                # of each request: rounds, rates and runs send equal prompts, which would be found again
+                salt=None if self._caches else secrets.token_hex(16),
+            )
             for one in requests
-        ]
+        ]  # fmt: skip
         before = self._counters()
         try:
             streams = Streams(self._endpoint, self._served.names, clock)

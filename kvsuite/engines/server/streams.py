@@ -153,8 +153,9 @@ class Streams:
             event = json.loads(data)
             error, choices = event.get("error"), event.get("choices") or ()
             model = event.get("model")
+            usage, timings = dict(event.get("usage") or {}), dict(event.get("timings") or {})
             texts = [str(one.get("text") or "") for one in choices]
-            ids = [one["token_ids"] for one in choices if one.get("token_ids") is not None]
+            ids = [[int(token) for token in one["token_ids"]] for one in choices if one.get("token_ids") is not None]
             is_last = any(one.get("finish_reason") for one in choices)
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise ServerFailed(
@@ -162,14 +163,14 @@ class Streams:
             ) from None
         if error is not None:
             raise ServerFailed(f"{endpoint.url}{COMPLETIONS}: failed while it answered: {endpoint.shown(error)}")
-        if model is not None and model not in self._names:
+        if model is not None and str(model) not in self._names:
             raise ServerFailed(
                 f"{endpoint.url}{COMPLETIONS}: answered for the model {endpoint.shown(model)}, not for "
                 f"{', '.join(sorted(self._names))}; is another server behind this address?"
             )
-        reply.usage = event.get("usage") or reply.usage
-        reply.timings = event.get("timings") or reply.timings
-        tokens = [int(token) for one in ids for token in one] if ids else None
+        reply.usage = usage or reply.usage
+        reply.timings = timings or reply.timings
+        tokens = [token for one in ids for token in one] if ids else None
         if tokens or (tokens is None and any(texts)):
             reply.events.append((mark, tokens))
         elif is_last:

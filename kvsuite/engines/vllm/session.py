@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -67,6 +68,11 @@ class VllmSession(Session):
         self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
         try:
             self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
+            if "quantization_config" in json.loads((Path(self._model) / "config.json").read_text(encoding="utf-8")):
+                raise CaseInvalid(
+                    f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
+                    "the checkpoint that was not quantised"
+                )
         except BaseException:
             self._folder.cleanup()
             raise

@@ -382,8 +382,13 @@ def main(descriptor: int, first: str | None) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     if first is not None:
-        run_engine(channel, json.loads(first))
-        return
+        try:
+            run_engine(channel, json.loads(first))
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # everything is answered: a crash on the way out would be told as the answer to the next question
+            os._exit(0)
     forks = may_fork()
     channel.send(
         {

@@ -22,6 +22,7 @@ from .options import RetrievalOptions
 
 #: the task whose contexts are asked by requests in turn
 REUSE = "reuse"
+_MULTI_QUERY = "multi_query"
 #: the method that does nothing
 FULL = "full"
 #: what a case is called behind its method where the question stands inside the prompt that is compressed
@@ -105,8 +106,9 @@ def retrieval_cases(options: Options) -> list[Case]:
         for chosen in selected_formats(options) or (NONE,)
         for stored in stores
         for method in methods
-        # of requests that are served, the question is part of the prompt in any case
-        if not (task == REUSE and method.sees_question)
+        # of requests that are served, the question is part of the prompt in any case; questions in turn are behind each other,
+        # and each alone inside its own prompt would be compared with another prompt
+        if not (task in (REUSE, _MULTI_QUERY) and method.sees_question)
     ]
 
 

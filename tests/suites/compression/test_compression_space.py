@@ -295,15 +295,30 @@ def test_options_that_nothing_reads_are_named() -> None:
 
 
 def test_registry() -> None:
-    assert suite_names() == ["compression", "dse", "perplexity", "pipeline"]
+    assert suite_names() == ["compression", "dse", "perplexity", "pipeline", "retrieval", "sensitivity"]
     # tables stand in this order
     suites = usable_suites()
-    assert [suite.name for suite in suites] == ["compression", "perplexity", "dse", "pipeline"]
+    assert [suite.name for suite in suites] == [
+        "compression",
+        "perplexity",
+        "dse",
+        "pipeline",
+        "retrieval",
+        "sensitivity",
+    ]
     # other suites name their folders after themselves
-    assert [suite.run_name(default_options()) for suite in suites] == ["streaming_llm", "perplexity", "dse", "pipeline"]
+    assert [suite.run_name(default_options()) for suite in suites] == [
+        "streaming_llm",
+        "perplexity",
+        "dse",
+        "pipeline",
+        "retrieval",
+        "sensitivity",
+    ]
     assert cases_of("compression", default_options()) == cases()
     with pytest.raises(
-        UserError, match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity, pipeline"
+        UserError,
+        match=r"kv_suite\('nope'\): unknown suite; known: compression, dse, perplexity, pipeline, retrieval, sensitivity",
     ):
         cases_of("nope", default_options())
     empty = default_options(method="l2_compress", no_baseline="true", keep_ratios="0.5", compare_all="false")
