@@ -66,6 +66,8 @@ MAY_KNOW = {
     "measure/source_hash.py": {"compression"},
     # the engine that the others are compared with
     "parity/engine_result.py": {"hf"},
+    # a number format that one engine alone has
+    "cache_formats/cast_format.py": {"vllm"},
     "models/resolve.py": {"mlc"}, "models/load.py": {"mlc"}, "memory_model/config.py": {"mlc"},
 }  # fmt: skip
 
