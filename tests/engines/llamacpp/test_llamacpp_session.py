@@ -157,7 +157,8 @@ def test_windows_are_scored_and_compared_with_the_cache_in_f16(tiny: LlamacppSes
     assert found.nll == pytest.approx(expected.nll, abs=0.05)
     compared = tiny.compare_windows(tiny, TOKENS, windows, **given)
     assert compared.nll == found.nll
-    assert compared.nll_reference == pytest.approx(expected.nll, abs=5e-3)
+    # keys and values in float16 against float32
+    assert compared.nll_reference == pytest.approx(expected.nll, abs=2e-2)
     assert 0 < max(compared.kld) < 1e-3
     reference.finish()
 
@@ -172,7 +173,7 @@ def test_rows_of_the_full_cache_are_the_reference_and_no_distance_from_themselve
     assert max(same.kld) < 1e-6
     found = other.found(tiny.score_rows(TOKENS, "streaming-decode", 0, other.add, full=False))
     assert found.nll != found.nll_reference
-    assert found.nll == pytest.approx(found.nll_reference, abs=5e-3)
+    assert found.nll == pytest.approx(found.nll_reference, abs=2e-2)
 
 
 @pytest.mark.parametrize(
