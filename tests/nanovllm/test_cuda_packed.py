@@ -62,7 +62,7 @@ def _requests():
 
 
 def _served(of, name, runner, policy=None, **limits):
-    """What every step gave and held, and the runtime."""
+    """What every step gave and held, the runtime, and the facts of its runner, which has no graphs once it is closed."""
     small: dict[str, Any] = {
         "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 26, "block_size": 4,
         "admission": "optimistic", "cache_format": CacheFormat.parse(name),
@@ -73,9 +73,10 @@ def _served(of, name, runner, policy=None, **limits):
     requests = _requests()
     runtime.run([requests[5]])
     runtime.run([*requests[:5], requests[6]])
+    facts = runtime.runner.facts
     runtime.close()
     assert_nothing_lost(runtime)
-    return seen, runtime
+    return seen, runtime, facts
 
 
 def _assert_exact(seen, *what):
@@ -91,10 +92,9 @@ def _assert_exact(seen, *what):
 )
 def test_logits_are_those_of_what_is_stored(name, options):
     """Prompts in chunks, found prefixes, preemption, captured steps of padded batches: all over packed pages."""
-    seen, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False, **options))
-    facts, counters = runtime.runner.facts, runtime.counters
-    assert counters.preemptions > 0
-    assert counters.prefix_hit_tokens >= SHARED
+    seen, runtime, facts = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False, **options))
+    assert runtime.counters.preemptions > 0
+    assert runtime.counters.prefix_hit_tokens >= SHARED
     if options:
         assert facts["decode_step"] == "eager"
     else:
@@ -110,7 +110,7 @@ def test_logits_are_those_of_what_is_stored(name, options):
 )
 def test_what_a_policy_or_a_window_leaves_of_packed_pages(policy, limits):
     name, chosen = "int8:int4(group=32)", get_policy(policy, factor=2) if policy else None
-    seen, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), chosen, **limits)
+    seen, runtime, _ = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), chosen, **limits)
     if policy:
         assert runtime.counters.evicted_tokens > 0
     _assert_exact(seen, name, policy or "window")
