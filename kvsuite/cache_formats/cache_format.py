@@ -17,6 +17,8 @@ AUTO = "auto"
 #: bits of an element, and float16 numbers that a group has: its scale, or its scale and its least value
 NUMBERS: dict[str, tuple[int, int]] = {"fp8_e4m3": (8, 1), "int8": (8, 1), "int4": (4, 2)}
 SCALE_BYTES = 2
+# what vLLM calls a format that has a name here
+_ALIASES = {"fp8": "fp8_e4m3"}
 _CHANNEL, _HADAMARD, _KIVI = "_channel", "+hadamard", "kivi_"
 _KIVI_GROUP, _KIVI_RESIDUAL = 32, 128
 #: a word, its parameters and what stands behind a plus
@@ -242,7 +244,7 @@ class _Side:
         found = SIDE.fullmatch(part)
         if found is None:
             raise wrong_format(typed, f"{visible(part, VALUE_LIMIT) or 'nothing'} is no format")
-        word, inside, suffix = found[1], found[2], found[3]
+        word, inside, suffix = _ALIASES.get(found[1], found[1]), found[2], found[3]
         is_kivi, number = word.startswith(_KIVI), word.removeprefix(_KIVI)
         per_channel, number = (
             number.endswith(_CHANNEL) and not is_kivi,

@@ -18,8 +18,6 @@ from .ggml_format import GGML_TYPES, GgmlFormat
 #: where a case has its format
 PARAMETER = "kv_cache_dtype"
 _HQQ = "hqq_int"
-# what vLLM calls a format that has a name here
-_ALIASES = {"fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def parse_format(typed: str) -> StoredFormat | None:
             )
         return GgmlFormat(sides[0], sides[-1])
     if not typed.strip().startswith(_HQQ):
-        return CacheFormat.parse(_ALIASES.get(typed.strip(), typed))
+        return CacheFormat.parse(typed)
     found = SIDE.fullmatch(typed.strip())
     if found is None or found[1] not in (f"{_HQQ}4", f"{_HQQ}8") or found[3]:
         raise wrong_format(

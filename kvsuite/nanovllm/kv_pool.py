@@ -163,6 +163,8 @@ class KVPool:
         target
             int64 ``[k]``, all different.
         """
+        if not len(target):
+            return
         layers, heads = len(self.group.layers), self.group.kv_heads
         slots = self.keys.shape[1] * self.block_size
         # what moves as one: a token of one head, or of all

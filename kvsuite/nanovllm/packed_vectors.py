@@ -49,6 +49,16 @@ def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
+def hadamard_signs(first, second):
+    """Entries of Sylvester's matrix: -1 where the indices have an odd number of ones in common, else 1; float32."""
+    common = first & second
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return 1.0 - 2.0 * (common & 1).to(tl.float32)
+
+
+@triton.jit
 def _float16_up(x):
     near = x.to(tl.float16)
     bits = near.to(tl.int16, bitcast=True)

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 )
 
 from .fused_kernels import launch_options
+from .packed_vectors import hadamard_signs
 
 _LOG2_E = 1.4426950408889634
 # the tensor cores' smallest side
@@ -96,7 +97,9 @@ def _split_kernel(
 
 
 @triton.jit
-def _merge_kernel(mixed, maxima, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+def _merge_kernel(
+    mixed, maxima, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, ROTATED: tl.constexpr, PDL: tl.constexpr
+):
     head = tl.program_id(0).to(tl.int64)
     parts = head * SPLITS + tl.arange(0, SPLITS)
     lanes = tl.arange(0, HEAD_DIM)
@@ -107,9 +110,43 @@ def _merge_kernel(mixed, maxima, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.c
     # a part that sees no token has -inf and weighs nothing; the query's own is always seen
     weights = tl.exp2(tops - tl.max(tops, axis=0))
     total = tl.sum(weights * tl.load(sums + parts), axis=0)
-    acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :])
-    result = tl.sum(acc * weights[:, None], axis=0) / total
+    if ROTATED:
+        # lanes down, so that the sum of parts is where the sum over the matrix needs it
+        acc = tl.load(mixed + parts[None, :] * HEAD_DIM + lanes[:, None])
+        rotated = tl.sum(acc * weights[None, :], axis=1)
+        turned = tl.sum(hadamard_signs(lanes[:, None], lanes[None, :]) * rotated[:, None], axis=0)
+        result = turned * (HEAD_DIM**-0.5) / total
+    else:
+        acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :])
+        result = tl.sum(acc * weights[:, None], axis=0) / total
     tl.store(out + head * HEAD_DIM + lanes, result.to(out.dtype.element_ty))
+
+
+def merge_splits(
+    mixed: Tensor, maxima: Tensor, sums: Tensor, out: Tensor, splits: int, *, rotated: bool = False, pdl: bool = False
+) -> None:
+    """Attention from its parts over cuts of the keys.
+
+    Parameters
+    ----------
+    mixed
+        float32 ``[S * heads * splits, head_dim]``: sums of values by weights ``2 ** (score - maximum)``.
+    maxima, sums
+        float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token, and their sum.
+    out
+        ``[S, heads, head_dim]``, contiguous, overwritten.
+    splits
+        Parts of a query, a power of two.
+    rotated
+        Whether values are rotated by the Hadamard matrix, which is undone.
+    pdl
+        Whether neighbours in the stream may overlap.
+    """
+    sequences, heads, head_dim = out.shape
+    _merge_kernel[(sequences * heads,)](
+        mixed, maxima, sums, out, HEAD_DIM=head_dim, SPLITS=splits, ROTATED=rotated, PDL=pdl, num_warps=4,
+        **launch_options(pdl),
+    )  # fmt: skip
 
 
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
@@ -198,7 +235,5 @@ def split_attention(
         num_stages=stages,
         **launch_options(pdl),
     )
-    _merge_kernel[(sequences * heads,)](
-        mixed, maxima, sums, out, HEAD_DIM=head_dim, SPLITS=splits, PDL=pdl, num_warps=4, **launch_options(pdl)
-    )
+    merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
     return out

@@ -43,6 +43,8 @@ def test_a_printed_format_is_parsed_as_itself(chosen: CacheFormat) -> None:
 @pytest.mark.parametrize(
     ("typed", "printed"),
     [
+        ("fp8", "fp8_e4m3"),
+        ("fp8:int8(group=8)", "fp8_e4m3:int8(group=8)"),
         ("int8", "int8"),
         ("int8:int8", "int8"),
         (" int8 : int4 ", "int8:int4"),

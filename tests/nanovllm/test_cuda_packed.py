@@ -1,4 +1,4 @@
-"""The runtime over packed pages on a CUDA device, captured and not, against the exact reference on the CPU."""
+"""The runtime over packed pages on a CUDA device, captured and not, against float32 on the CPU over what it stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 pytest.importorskip("flashinfer")
 
 from decoders import greedy, wrap  # noqa: E402
-from serving import LogitsByRequest, assert_nothing_lost  # noqa: E402
+from serving import assert_nothing_lost  # noqa: E402
+from stored_reference import StoredReference  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvsuite.cache_formats.cache_format import CacheFormat  # noqa: E402
@@ -31,19 +32,20 @@ NEW = 8
 PROMPTS = (1, 40, 7, 57, 16)
 #: a prefix that some prompts share: whole blocks
 SHARED = 32
-# Relative error of logits of a model in bfloat16. Both sides pack by the same rule, but bfloat16 sums in another order put a
-# number into the neighbouring code now and then, which is the larger the fewer codes there are.
-BOUNDS = {"fp8_e4m3": 5e-2, "int8:int4(group=32)": 8e-2, "int4+hadamard": 1e-1}
-EVERY = pytest.mark.parametrize("name", list(BOUNDS))
+NAMES = ("fp8_e4m3", "int8:int4(group=32)", "int4+hadamard")
+# Relative error of logits, and of stored vectors beyond what packing takes. Over the same stored codes nothing is left but
+# bfloat16 in the layers and in attention: 6e-3 with either, and with every format, where the CPU's attention serves this model.
+BOUND = 2e-2
 
 
-def _of(device):
+def _of(device, dtype=torch.bfloat16):
+    """A model whose weights bfloat16 holds, which computes in ``dtype``."""
     torch.manual_seed(1)
     config = Qwen3Config(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, head_dim=128,
     )  # fmt: skip
-    model = wrap(Qwen3ForCausalLM(config).to(torch.bfloat16))
+    model = wrap(Qwen3ForCausalLM(config).to(torch.bfloat16).to(dtype))
     return replace(model, model=model.model.to(device), device=device)
 
 
@@ -60,38 +62,36 @@ def _requests():
 
 
 def _served(of, name, runner, policy=None, **limits):
-    """Logits of every request, and the runtime."""
+    """What every step gave and held, and the runtime."""
     small: dict[str, Any] = {
         "max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "num_blocks": 26, "block_size": 4,
         "admission": "optimistic", "cache_format": CacheFormat.parse(name),
     }  # fmt: skip
     runtime = Runtime(of, Limits(**small | limits), runner=runner, policy=policy)
-    seen = LogitsByRequest(runtime)
+    seen = StoredReference(runtime)
     # one first, so that others find its prefix
     requests = _requests()
     runtime.run([requests[5]])
     runtime.run([*requests[:5], requests[6]])
     runtime.close()
     assert_nothing_lost(runtime)
-    return torch.stack([seen.of(request)[:NEW].cpu().double() for request in requests]), runtime
+    return seen, runtime
 
 
-@functools.cache
-def _reference(name, policy=""):
-    chosen = get_policy(policy, factor=2) if policy else None
-    return _served(_of(CPU), name, None, chosen)[0]
+def _assert_exact(seen, *what):
+    logits, stored = seen.errors(_of(CPU, torch.float32))
+    print(*what, f"error of logits {logits:.4f}, of stored vectors {stored:.4f}")
+    assert logits < BOUND
+    assert stored < BOUND
 
 
-def _error(found, expected):
-    assert torch.isfinite(found).all()
-    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-
-
-@EVERY
-@pytest.mark.parametrize("options", [{}, {"graphs": False, "fuse": False}], ids=["captured", "unfused"])
-def test_logits_are_those_of_the_cpu(name, options):
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "options", [{}, {"graphs": False}, {"graphs": False, "fuse": False}], ids=["captured", "uncaptured", "unfused"]
+)
+def test_logits_are_those_of_what_is_stored(name, options):
     """Prompts in chunks, found prefixes, preemption, captured steps of padded batches: all over packed pages."""
-    found, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False, **options))
+    seen, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False, **options))
     facts, counters = runtime.runner.facts, runtime.counters
     assert counters.preemptions > 0
     assert counters.prefix_hit_tokens >= SHARED
@@ -100,34 +100,22 @@ def test_logits_are_those_of_the_cpu(name, options):
     else:
         assert facts["decode_step"] == "cuda_graph", facts
         assert set(facts["decode_attention"].values()) == {f"split {name}"}
-    error = _error(found, _reference(name))
-    print(f"{name} {options}: error {error:.4f}")
-    assert error < BOUNDS[name]
+    _assert_exact(seen, name, options)
 
 
-def test_captured_steps_give_what_the_same_kernels_give_uncaptured():
-    of, name = _of(CUDA), "int8:int4(group=32)"
-    captured, plain = (_served(of, name, cuda_runner(sizes=[2, 6], tune=False, graphs=on))[0] for on in (True, False))
-    # a padded batch is cut into other parts
-    assert _error(captured, plain) < BOUNDS[name]
-
-
-@pytest.mark.parametrize("name", ["int8:int4(group=32)"])
-def test_a_policy_moves_packed_tokens(name):
-    chosen = get_policy("streaming_llm", factor=2)
-    found, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), chosen)
-    assert runtime.counters.evicted_tokens > 0
-    error = _error(found, _reference(name, "streaming_llm"))
-    print(f"{name} streaming_llm: error {error:.4f}")
-    assert error < BOUNDS[name]
-
-
-def test_a_window_over_packed_pages():
-    name = "int8:int4(group=32)"
-    limits = {"sliding_window": 24, "attention_sinks": 4, "num_blocks": 60}
-    found, _ = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), **limits)
-    expected, _ = _served(_of(CPU), name, None, **limits)
-    assert _error(found, expected) < BOUNDS[name]
+@pytest.mark.parametrize(
+    ("policy", "limits"),
+    [("streaming_llm", {}), ("", {"sliding_window": 24, "attention_sinks": 4, "num_blocks": 60})],
+    ids=["policy", "window"],
+)
+def test_what_a_policy_or_a_window_leaves_of_packed_pages(policy, limits):
+    name, chosen = "int8:int4(group=32)", get_policy(policy, factor=2) if policy else None
+    seen, runtime = _served(_of(CUDA), name, cuda_runner(sizes=[2, 6], tune=False), chosen, **limits)
+    if policy:
+        assert runtime.counters.evicted_tokens > 0
+    _assert_exact(seen, name, policy or "window")
+    # the same tokens as on the CPU, whose codes may be neighbouring ones
+    assert seen.farthest(_served(_of(CPU), name, None, chosen, **limits)[0]) < 0.5
 
 
 def test_a_value_that_has_no_number_ends_the_run():

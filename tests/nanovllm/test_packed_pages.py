@@ -210,6 +210,16 @@ TestPackedPages = PackedPages.TestCase
 TestPackedPages.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
 
 
+@pytest.mark.parametrize("shape", [(0,), (LAYERS, HEADS, 0)], ids=["tokens", "by_head"])
+def test_keeping_no_token_moves_nothing(shape: tuple[int, ...]) -> None:
+    pool = pool_of("int4")
+    key, value = (torch.ones(2, HEADS, DIM) for _ in range(2))
+    pool.store(0, torch.tensor([4, 5]), key, value)
+    before = [pages.clone() for pages in (pool.keys, pool.values)]
+    pool.keep(torch.empty(shape, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    assert all(map(torch.equal, (pool.keys, pool.values), before))
+
+
 def test_what_has_no_number_in_the_format_is_refused_once() -> None:
     pool = pool_of("int8:fp8_e4m3")
     key, value = (torch.ones(1, HEADS, DIM) for _ in range(2))

@@ -39,7 +39,8 @@ class RetrievalSuite(Suite):
             return Work(length, 1)
         # the memory pass, the contexts, and the full cache's where nobody else computes them
         passes = 1 + count * (1 if case.params["method"] == FULL else 2)
-        return Work(passes * length, count * len(case.workload["depths"]) * _STEPS)
+        steps = count * len(case.workload["depths"]) * _STEPS
+        return Work(passes * length, steps // max(1, _TOGETHER // length))
 
     def needs(self, case: Case) -> tuple[type, ...]:
         from kvsuite.engines.capabilities import AppliesPolicy, ServesUnderLoad
@@ -71,3 +72,5 @@ class RetrievalSuite(Suite):
 
 # tokens of a question and its answer that are fed one by one
 _STEPS = 24
+# tokens of contexts that share these steps, about what engines compute together on a CPU
+_TOGETHER = 2560

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,16 @@ def test_windows_are_scored_and_compared_with_the_cache_in_f16(tiny: LlamacppSes
     assert found.nll == pytest.approx(expected.nll, abs=0.05)
     compared = tiny.compare_windows(tiny, TOKENS, windows, **given)
     assert compared.nll == found.nll
-    # keys and values in float16 against float32
-    assert compared.nll_reference == pytest.approx(expected.nll, abs=2e-2)
+    # three bits more than bfloat16: about an eighth of its error, whatever the processor
+    assert _furthest(compared.nll_reference, expected.nll) < _furthest(found.nll, expected.nll) / 4
     assert 0 < max(compared.kld) < 1e-3
+    tiny.prepare(case_of(params=F32))
+    assert tiny.score_windows(TOKENS, windows, **given).tokens.nll == pytest.approx(expected.nll, abs=1e-4)
     reference.finish()
+
+
+def _furthest(found: Sequence[float], expected: Sequence[float]) -> float:
+    return max(abs(one - other) for one, other in zip(found, expected, strict=True))
 
 
 def test_rows_of_the_full_cache_are_the_reference_and_no_distance_from_themselves(tiny: LlamacppSession) -> None:
@@ -178,7 +184,7 @@ def test_rows_of_the_full_cache_are_the_reference_and_no_distance_from_themselve
     assert max(same.kld) < 1e-6
     found = other.found(tiny.score_rows(TOKENS, "streaming-decode", 0, other.add, full=False))
     assert found.nll != found.nll_reference
-    assert found.nll == pytest.approx(found.nll_reference, abs=2e-2)
+    assert found.nll == pytest.approx(found.nll_reference, abs=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,9 @@ def test_what_looks_at_queries_is_also_run_with_the_question_inside() -> None:
         case.params["method"]: case.params["question"] for case in cases(task="copy", task_methods="h2o,knorm,full")
     }
     assert asked == {"h2o": "after", "h2o_question_seen": "question_seen", "knorm": "after", "full": "after"}
+    # each question alone inside its prompt would be compared with questions in turn
+    in_turn = cases(task="multi_query", task_methods="h2o,full")
+    assert [case.params["question"] for case in in_turn] == ["after", "after"]
     pressed = [case.params["method"] for case in cases(task="copy", task_methods="kvpress:SnapKV(keep_ratio=0.3)")]
     assert pressed == ["SnapKV_kr=0.3", "SnapKV_kr=0.3_question_seen"]
 
@@ -75,5 +78,8 @@ def test_a_dummy_costs_one_context_and_the_full_cache_is_computed_once() -> None
     suite, options = RetrievalSuite(), default_options(device="cpu")
     full, streaming = cases(task="facts4")[:2]
     assert suite.cost(streaming, options).bulk > suite.cost(full, options).bulk > 24 * 320
+    # contexts share steps: eight of the default length, one of the longest
+    [[short], [long]] = [cases(task="facts4", task_methods="full", task_lengths=str(one)) for one in (320, 4000)]
+    assert suite.cost(long, options).steps == 8 * suite.cost(short, options).steps
     [dummy] = cases(task="facts4", task_methods="full", model="dummy:tiny")
     assert suite.cost(dummy, options).bulk == 320

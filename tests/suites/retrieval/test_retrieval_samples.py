@@ -40,6 +40,18 @@ class JoiningTokenizer(WordTokenizer):
     pattern = re.compile(r" is [a-z]+| ?[A-Za-z]+|[0-9]|\s|[^\w\s]")
 
 
+class BreakingTokenizer(WordTokenizer):
+    """Has a sign and the line breaks behind it as one token, as the vocabularies of Llama 3 and Qwen."""
+
+    pattern = re.compile(r" ?[A-Za-z]+|[0-9]|[^\w\s]\n*|\s")
+
+
+class LetterTokenizer(WordTokenizer):
+    """A token a letter, so that few names are of one length."""
+
+    pattern = re.compile(r"(?s).")
+
+
 class SmallTokenizer(WordTokenizer):
     """Has no word of a list for what is said."""
 
@@ -128,6 +140,22 @@ def test_an_answer_that_cannot_be_scored_is_refused_in_a_line(tokenizer: Any, to
     with pytest.raises(CaseInvalid, match=told) as caught:
         maker("facts4", tokenizer).samples(1)
     assert "cannot be scored; use another --kv-task or model" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_end_of_a_sentence_and_a_break_may_be_one_token(task: str) -> None:
+    tokenizer = BreakingTokenizer()
+    for sample in maker(task, tokenizer).samples(2):
+        for asked, known in zip(sample.asked, sample.known, strict=True):
+            for question, what in zip(asked.questions, known, strict=True):
+                assert tokenizer.decode(list(question.answer)).strip() == what.answer
+                assert tokenizer.decode(list(question.tokens)).startswith("\n")
+
+
+def test_too_few_names_are_refused_in_a_line() -> None:
+    with pytest.raises(CaseInvalid, match=r"task facts16: 13 names of one length in tokens and [0-9]+ words") as caught:
+        maker("facts16", LetterTokenizer(), length=2000).samples(1)
     assert "\n" not in str(caught.value)
 
 
