@@ -179,6 +179,28 @@ class Predictor(Protocol):
         ...
 
 
+class PooledPredictor:
+    """What predictors share whose pool is made for the point, and whose settings are all axes."""
+
+    engine: str
+
+    def described(self) -> str:
+        return f"engine {self.engine}"
+
+    def own_settings(self) -> dict[str, int | None]:
+        return {}
+
+    def kv_notes(self, point: DesignPoint) -> str:
+        return ""
+
+    def capacity(self, point: DesignPoint, usable_bytes: float) -> int | None:
+        """None: the pool is made for the point."""
+        return None
+
+    def inert(self) -> dict[str, str]:
+        return {}
+
+
 def _sum(sizes: Iterable[float | None]) -> float | None:
     found = list(sizes)
     known = [size for size in found if size is not None]

@@ -127,6 +127,13 @@ class DriverMeter:
             reading.reason = f"NVML knows no {self._device.type} device"
             yield reading
             return
+        import torch
+
+        if not torch.cuda.is_available():
+            # of an engine in another process, whose torch or TVM sees one
+            reading.reason = "this torch sees no CUDA device, and NVML is asked about torch's"
+            yield reading
+            return
         uuid = device_uuid(self._device)
         command = [sys.executable, "-m", "kvsuite.meters.nvml_sampler", uuid, str(self._hz)]
         sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -64,8 +64,8 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         list_of(text), "auto",
         "Number formats of keys and values, comma separated, keys:values where they differ: auto (the model's dtype), "
         "fp8_e4m3, int8, int4, int4_channel, kivi_int4, with group=, residual= and +hadamard, e.g. "
-        "--kv-cache-dtype='auto,int8:int4(group=32,residual=64)+hadamard' (engine hf), or llama.cpp's types, e.g. "
-        "--kv-cache-dtype=q8_0:q4_0 (engine llamacpp).",
+        "--kv-cache-dtype='auto,int8:int4(group=32,residual=64)+hadamard' (engines hf and nano); fp8 or fp8_e5m2 "
+        "(engine vllm); or llama.cpp's types, e.g. --kv-cache-dtype=q8_0:q4_0 (engine llamacpp).",
         example="auto,int8:int4",
     )]
     load_in_4bit: Annotated[bool, Option(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from msgspec import structs
 from tiny_checkpoint import TEXT, save_checkpoint
 
 from kvsuite.__main__ import USAGE_ERROR, main
@@ -18,8 +19,12 @@ from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.engine import HfEngine
 from kvsuite.engines.nano.engine import NanoEngine
 from kvsuite.errors import CaseSkipped
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.groups import option_groups
+from kvsuite.options.resolve import Options, default_options
+from kvsuite.parity.measure import Parity
 
-Parity = Callable[..., tuple[int, str, dict[str, Any]]]
+RunParity = Callable[..., tuple[int, str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def parity(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Parity:
+def parity(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> RunParity:
     """Exit code, what was printed, and the engines of parity.json by name."""
     monkeypatch.setenv("KV_THREADS", "1")
 
@@ -47,7 +52,7 @@ def parity(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     return run
 
 
-def test_engines_that_promise_the_same_numbers_give_them(parity: Parity, tmp_path: Path) -> None:
+def test_engines_that_promise_the_same_numbers_give_them(parity: RunParity, tmp_path: Path) -> None:
     code, printed, found = parity("--engines", "nano")
     assert code == 0, printed
     assert list(found) == ["hf", "nano"]
@@ -85,6 +90,21 @@ class Broken(NanoEngine):
         raise ValueError("no\nroom")
 
 
+class Short(NanoEngine):
+    """Ends every timed request a token early."""
+
+    def load(self, case: Case, settings: EngineSettings) -> Any:
+        session: Any = super().load(case, settings)
+        serve = session.serve
+
+        def served(requests: Any, clock: Any = None) -> Any:
+            found = serve(requests, clock)
+            return replace(found, times=[replace(one, chunks=one.chunks[:-1]) for one in found.times])
+
+        session.serve = served
+        return session
+
+
 @pytest.mark.parametrize(
     ("engine", "named", "code", "said"),
     [
@@ -97,6 +117,7 @@ class Broken(NanoEngine):
         (Missing, ("--engines", "nano"), 3, "^nano +missing: engine nano: not here; pip install nano$"),
         (Missing, (), 0, "^nano +missing: engine nano: not here; pip install nano$"),
         (Broken, (), 3, r"^nano +error: ValueError: no\\nroom$"),
+        (Short, ("--engines", "nano"), 3, "^nano +invalid: generated 3 tokens instead of 4, so its times are those"),
     ],
 )
 def test_a_broken_promise_a_missing_engine_and_one_that_fails(
@@ -104,7 +125,7 @@ def test_a_broken_promise_a_missing_engine_and_one_that_fails(
     named: tuple[str, ...],
     code: int,
     said: str,
-    parity: Parity,
+    parity: RunParity,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -118,9 +139,25 @@ def test_a_broken_promise_a_missing_engine_and_one_that_fails(
     assert found_code == code, printed
     assert re.search(said, printed, re.MULTILINE), printed
     assert found["nano"]["exceeds"] is (engine is OtherWeights)
+    if engine is not OtherWeights:
+        assert [found["nano"][name] for name in ("ttft_s", "tpot_s", "clock")] == [None] * 3
 
 
-def test_bad_input_is_a_line(parity: Parity) -> None:
+def test_a_request_of_one_token_has_no_time_between_tokens(checkpoint: Path) -> None:
+    options = default_options(
+        model=str(checkpoint), corpus=str(checkpoint / "danube.txt"), device="cpu", prompt_tokens="20", rounds="2",
+        threads="1",
+    )  # fmt: skip
+    # fewer than the option takes
+    groups = [options.of(group) for group in option_groups()]
+    one = [structs.replace(group, max_new_tokens=1) if isinstance(group, CommonOptions) else group for group in groups]
+    [hf] = Parity(Options(one, options.given), 24).run([])
+    assert hf.state == "ok", hf.reason
+    assert hf.ttft_s is not None
+    assert hf.tpot_s is None
+
+
+def test_bad_input_is_a_line(parity: RunParity) -> None:
     for words, said in (
         (("--engines", "hf,llama"), "--engines=llama: unknown engine; use "),
         (("--engines", ","), "--engines=,: names no engine; for example --engines=hf,nano"),

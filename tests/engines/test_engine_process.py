@@ -82,6 +82,27 @@ def test_a_signal_is_an_exit_code(tmp_path: Path) -> None:
         run_step("x", [sys.executable, "-c", script], log=tmp_path / "log", deadline_s=60)
 
 
+def test_the_key_of_a_server_is_in_no_environment_but_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_SERVER_KEY", "sk-secret")
+    monkeypatch.setenv("KV_OTHER", "stays")
+    script = "import os; print(sorted(name + '=' + is_ for name, is_ in os.environ.items() if name.startswith('KV_')))"
+    printed = run_step("x", [sys.executable, "-c", script], log=tmp_path / "log", deadline_s=60)
+    assert "'KV_OTHER=stays'" in printed
+    assert "KV_SERVER_KEY" not in printed
+    # the guard's neither
+    script = "import os; print(b'sk-secret' in open(f'/proc/{os.getppid()}/environ', 'rb').read())"
+    if Path("/proc/self/environ").exists():
+        assert run_step("x", [sys.executable, "-c", script], log=tmp_path / "guard", deadline_s=60) == "False\n"
+
+
+def test_a_command_that_cannot_be_started_is_a_line(tmp_path: Path) -> None:
+    for command, said in (("/nowhere/python", "No such file or directory"), (str(tmp_path), "Permission denied")):
+        with pytest.raises(EngineFailed, match=r"^x failed with exit code 127") as raised:
+            run_step("x", [command, "-c", "pass"], log=tmp_path / said, deadline_s=60)
+        assert (tmp_path / said).read_text() == f"{command}: {said}\n"
+        assert str(raised.value).endswith(f"{command}: {said}")
+
+
 def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with pytest.raises(EngineFailed, match="mlc_llm compile was killed after 1 s"):

@@ -89,6 +89,14 @@ def test_on_a_cpu_the_driver_is_null_and_starts_nothing(monkeypatch: pytest.Monk
     assert reading.reason == "NVML knows no cpu device"
 
 
+def test_of_a_device_that_only_another_process_sees_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a sampler was started"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with DriverMeter(torch.device("cuda", 0)).peak() as reading:
+        pass
+    assert (reading.value, reading.reason) == (None, "this torch sees no CUDA device, and NVML is asked about torch's")
+
+
 def test_a_reason_is_there_before_the_block_runs() -> None:
     # a block that fails leaves a reading that says why
     with pytest.raises(ZeroDivisionError), AllocatorMeter(CPU).phase() as phase:

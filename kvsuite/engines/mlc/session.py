@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import MLC_FORMATS, mlc_format
 from kvsuite.memory_model.prediction import Part
 from kvsuite.meters.clock import ClientClock, Clock
-from kvsuite.meters.memory import DriverMeter, Reading, peak_resident_set
+from kvsuite.meters.memory import DriverMeter, peak_resident_set
 from kvsuite.models.resolve import resolve_model
 from kvsuite.models.smollm2 import cache_root
 from kvsuite.options.paths import expanded
@@ -182,7 +181,7 @@ class MlcSession(Session):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._stop()
-        with self._driver() as driver:
+        with DriverMeter(self.device).peak() as driver:
             server = self._up()
             self.serve(requests)
         reported: dict[str, int] = dict(server.memory)
@@ -268,13 +267,6 @@ class MlcSession(Session):
         """Tokens that the query at a position sees: MLC's window counts the sinks."""
         window = -1 if "window" in self._own_inert else int(self._case.params["window"])
         return position + 1 if window <= 0 else min(position + 1, window)
-
-    def _driver(self) -> AbstractContextManager[Reading]:
-        import torch
-
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            return nullcontext(Reading(reason="this torch sees no CUDA device, and NVML is asked about torch's"))
-        return DriverMeter(self.device).peak()
 
     def _start(self, overrides: Overrides, total_tokens: int, caches: bool) -> MlcServer:
         compiled = self._compiled(overrides)

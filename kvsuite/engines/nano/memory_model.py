@@ -11,7 +11,7 @@ from kvsuite.cache_formats.chosen_format import PARAMETER
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.design_point import DesignPoint
 from kvsuite.memory_model.formats import nano_format
-from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
+from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, PooledPredictor, Prediction, Predictor, Term
 from kvsuite.quantization.formats import DENSE_TILE
 
 from .formats import refused_format
@@ -80,7 +80,7 @@ def pool_blocks(
 
 
 @dataclass(frozen=True)
-class NanoMemory:
+class NanoMemory(PooledPredictor):
     """Predicts memory of the `nano` engine.
 
     Parameters
@@ -104,19 +104,6 @@ class NanoMemory:
     engine: str = "nano"
     #: `kvsuite.nanovllm.limits.Limits.memory_share`
     share: float = 0.9
-
-    def described(self) -> str:
-        return f"engine {self.engine}"
-
-    def own_settings(self) -> dict[str, int | None]:
-        return {}
-
-    def kv_notes(self, point: DesignPoint) -> str:
-        return ""
-
-    def capacity(self, point: DesignPoint, usable_bytes: float) -> int | None:
-        """None: the pool is made for the point."""
-        return None
 
     def predict(self, point: DesignPoint) -> Prediction:
         """Memory of a runtime whose limits are the point's, with a pool of `pool_blocks`.
@@ -194,9 +181,6 @@ class NanoMemory:
             ):
                 found.append((PARAMETER, name, chosen))
         return found
-
-    def inert(self) -> dict[str, str]:
-        return {}
 
     def _token_bytes(self, element_bytes: int) -> int:
         """Bytes of a token's keys and values in all layers, as they are stored."""

@@ -81,7 +81,7 @@ def find_dialect(endpoint: Endpoint, model: ServedModel, tokenizer: Any) -> Dial
     ids = list(range(1, _PROBE_TOKENS + 1))
     if tokenizer is not None:
         ids = [int(token) for token in tokenizer("One two three, four five six.")["input_ids"]]
-    refusal: Refused | None = None
+    refusal = ""
     for prompt in (TOKEN_IDS, *([] if tokenizer is None else [TEXT])):
         for extends in (True, False):
             dialect = Dialect(prompt, extends, None)
@@ -89,10 +89,13 @@ def find_dialect(endpoint: Endpoint, model: ServedModel, tokenizer: Any) -> Dial
                 body = dialect.body(model, ids, 2, tokenizer, salt=None)
                 [reply] = Streams(endpoint, model.names, ClientClock()).complete([body])
             except Refused as error:
-                refusal = error
+                refusal = str(error)
                 continue
             taken = reply.usage.get("prompt_tokens", len(ids))
             if prompt == TOKEN_IDS and taken != len(ids):
+                refusal = f"it takes a prompt of {len(ids)} token ids for {taken} tokens"
+                if tokenizer is None:
+                    refusal += ", and the model has no tokenizer here with which text could be sent"
                 break
             scores = _scores(endpoint, model, ids) if prompt == TOKEN_IDS else None
             return Dialect(prompt, extends, scores)

@@ -123,7 +123,12 @@ class Endpoint:
                 f"nobody answers at {self.url} ({self.shown(error) or type(error).__name__}); start the server, or give its "
                 "address as --kv-server-url"
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except httpx.InvalidURL as error:
+            raise UserError(
+                f"--kv-server-url={self.url}: no address of a server ({self.shown(error)}); for example "
+                "--kv-server-url=http://localhost:8000"
+            ) from None
+        except httpx.HTTPError as error:
             raise ServerFailed(
                 f"{self.url}{path}: the connection broke before the answer was whole "
                 f"({self.shown(error) or type(error).__name__})"

@@ -157,9 +157,9 @@ class Streams:
             texts = [str(one.get("text") or "") for one in choices]
             ids = [[int(token) for token in one["token_ids"]] for one in choices if one.get("token_ids") is not None]
             is_last = any(one.get("finish_reason") for one in choices)
-        except (ValueError, AttributeError, TypeError, RecursionError):
+        except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             raise ServerFailed(
-                f"{endpoint.url}{COMPLETIONS}: sent half a line, or no JSON: {endpoint.shown(data)}"
+                f"{endpoint.url}{COMPLETIONS}: sent half a line, or no event of a completion: {endpoint.shown(data)}"
             ) from None
         if error is not None:
             raise ServerFailed(f"{endpoint.url}{COMPLETIONS}: failed while it answered: {endpoint.shown(error)}")

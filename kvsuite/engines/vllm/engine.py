@@ -9,6 +9,7 @@ from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.memory_model.config import Architecture
+from kvsuite.memory_model.formats import ELEMENT_BYTES
 from kvsuite.options.option import OptionGroup
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE
@@ -20,8 +21,6 @@ from .stored_format import element_bytes, stored_format
 
 if TYPE_CHECKING:
     from .session import VllmSession
-
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class VllmEngine(Engine):
@@ -91,7 +90,7 @@ class VllmEngine(Engine):
         return VllmMemory(
             architecture,
             dtype,
-            element_bytes(stored_format(case), _ELEMENT_BYTES[dtype]),
+            element_bytes(stored_format(case), ELEMENT_BYTES[dtype]),
             self._own.vllm_block_size or BLOCK_TOKENS.get(case.device_kind, BLOCK_TOKENS["cuda"]),
             self._own.vllm_tensor_parallel_size,
             self._own.vllm_pool_bytes,
@@ -104,7 +103,7 @@ class VllmEngine(Engine):
             raise UserError(f"--model={given['model']}: MLC weights, which vllm cannot load; use --engine mlc")
         device = given["device"] or "cuda"
         dtype = given["dtype"] or ("float32" if device == "cpu" else "bfloat16")
-        return VllmMemory(architecture, dtype, _ELEMENT_BYTES[dtype], BLOCK_TOKENS.get(device, BLOCK_TOKENS["cuda"]))
+        return VllmMemory(architecture, dtype, ELEMENT_BYTES[dtype], BLOCK_TOKENS.get(device, BLOCK_TOKENS["cuda"]))
 
     def load(self, case: Case, settings: EngineSettings) -> VllmSession:
         from .session import VllmSession

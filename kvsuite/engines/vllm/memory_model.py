@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.design_point import DesignPoint
 from kvsuite.memory_model.formats import nano_format
-from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, Prediction, Predictor, Term
+from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, PooledPredictor, Prediction, Predictor, Term
 
 #: tokens a block if nobody says it: vLLM's own choice by the kind of the device
 BLOCK_TOKENS = {"cuda": 16, "cpu": 128}
@@ -42,7 +42,7 @@ def block_bytes(architecture: Architecture, *, block_tokens: int, element_bytes:
 
 
 @dataclass(frozen=True)
-class VllmMemory:
+class VllmMemory(PooledPredictor):
     """Predicts memory of engine `vllm`, of all its cards together.
 
     Parameters
@@ -69,19 +69,6 @@ class VllmMemory:
     pool_bytes: int | None = None
     engine: str = "vllm"
     share: float = 1.0
-
-    def described(self) -> str:
-        return f"engine {self.engine}"
-
-    def own_settings(self) -> dict[str, int | None]:
-        return {}
-
-    def kv_notes(self, point: DesignPoint) -> str:
-        return ""
-
-    def capacity(self, point: DesignPoint, usable_bytes: float) -> int | None:
-        """None: the pool is made for the point."""
-        return None
 
     @property
     def block_bytes(self) -> int:
@@ -130,6 +117,3 @@ class VllmMemory:
     def smaller(self) -> list[tuple[str, int, Predictor]]:
         """None: every setting is an axis."""
         return []
-
-    def inert(self) -> dict[str, str]:
-        return {}

@@ -75,3 +75,9 @@ def checkpoint_dtype(folder: Path) -> str:
     """The dtype that a checkpoint says it has; float32 where it says none, as transformers takes it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether vLLM takes a checkpoint for a quantised one: by its config.json, or by ModelOpt's file beside it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return bool(config.get("quantization_config")) or (folder / "hf_quant_config.json").exists()

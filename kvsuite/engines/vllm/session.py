@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +17,7 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import ELEMENT_BYTES, nano_format
 from kvsuite.meters.clock import Clock
-from kvsuite.meters.memory import DriverMeter, Reading, peak_resident_set
+from kvsuite.meters.memory import DriverMeter, peak_resident_set
 from kvsuite.models.load import load_tokenizer, tokenizer_hash
 from kvsuite.models.resolve import resolve_model
 from kvsuite.quantization.registry import NONE
@@ -28,7 +26,7 @@ from kvsuite.workloads.windows import Window
 from .install import VllmInstall
 from .limits import VllmLimits, point_reach
 from .memory_model import BLOCK_TOKENS, VllmMemory, pool_unknown
-from .model_folder import checkpoint_dtype, model_folder
+from .model_folder import checkpoint_dtype, is_quantised, model_folder
 from .options import VllmOptions
 from .scoring import score_windows
 from .serving import memory_pass, served_requests
@@ -68,7 +66,7 @@ class VllmSession(Session):
         self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
         try:
             self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
-            if "quantization_config" in json.loads((Path(self._model) / "config.json").read_text(encoding="utf-8")):
+            if is_quantised(Path(self._model)):
                 raise CaseInvalid(
                     f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
                     "the checkpoint that was not quantised"
@@ -133,7 +131,7 @@ class VllmSession(Session):
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._require_batch(requests)
-        with self._driver() as driver:
+        with DriverMeter(self.device).peak() as driver:
             worker = self._up()
             answer = self._ask("memory", requests=_sent(requests))
             resident = peak_resident_set(worker.pid)
@@ -337,13 +335,6 @@ class VllmSession(Session):
         """Bytes of a token's keys and values on all cards together."""
         memory = self._memory_model()
         return memory.block_bytes * memory.cards // memory.block_tokens
-
-    def _driver(self) -> AbstractContextManager[Reading]:
-        import torch
-
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            return nullcontext(Reading(reason="this torch sees no CUDA device, and NVML is asked about torch's"))
-        return DriverMeter(self.device).peak()
 
     def _model_facts(self) -> dict[str, Any]:
         weights, chosen = self._architecture.weights, nano_format(NONE, self._dtype)

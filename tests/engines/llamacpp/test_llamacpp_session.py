@@ -20,6 +20,8 @@ from kvsuite.engines.capabilities import (
     lacking,
 )
 from kvsuite.engines.llamacpp.engine import LlamacppEngine
+from kvsuite.engines.llamacpp.kv_log import flash_attention_said
+from kvsuite.engines.llamacpp.library import LogLine
 from kvsuite.engines.llamacpp.session import LlamacppSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.errors import CaseInvalid
@@ -119,6 +121,9 @@ def test_requests_that_are_served_together_get_what_each_gets_alone(tiny: Llamac
     assert found.kv_bytes_decode == sum(
         2 * tiny.full_kv_bytes(len(one.prompt) + one.new_tokens - 1) for one in requests
     )
+    # of the longest one, as on the other engines
+    assert found.lengths_prefill == [10 + 3 * 7] * 4
+    assert found.lengths_decode == [10 + 3 * 7 + 4 + 7 - 1] * 4
 
 
 def point(context: int, chunk: int, batch: int, **given: Any) -> Case:
@@ -226,6 +231,25 @@ def test_a_cache_that_llama_cpp_does_not_make_is_refused_with_its_reason(tiny: L
         CaseInvalid, match=r"^--kv-cache-dtype=q8_0, --kv-flash-attention=auto: llama.cpp makes no such cache: "
     ):
         Context(tiny._model, tiny._of, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("llama_context: flash_attn            = disabled", "disabled"),
+        # of what was left to it, it says later what came out; other parts are told of in the same words
+        ("llama_context: flash_attn            = auto\nresolve: Flash Attention enabled", "enabled"),
+        (
+            "llama_context: flash_attn            = enabled\n"
+            "sched_reserve: Flash Attention not supported, set to disabled\n"
+            "sched_reserve: fused Gated Delta Net (chunked) enabled",
+            "disabled",
+        ),
+        ("llama_context: flash_attn            = auto", None),
+    ],
+)
+def test_whether_flash_attention_runs_is_what_is_said_last(text: str, said: str | None) -> None:
+    assert flash_attention_said([LogLine(False, line) for line in text.split("\n")]) == said
 
 
 def test_options_that_make_another_case_are_part_of_it() -> None:

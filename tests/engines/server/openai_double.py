@@ -18,6 +18,15 @@ KEY = "sk-double-0123456789"
 FIRST_S, GAP_S = 0.03, 0.01
 #: a stream of so many tokens is the engine's question what the server takes
 PROBE_TOKENS = 2
+#: fields of an event with values that no protocol has
+ODD: dict[str, tuple[str, Any]] = {
+    "ids of words": ("token_ids", ["a", "b"]),
+    "ids without end": ("token_ids", [float("inf")]),
+    "no list of ids": ("token_ids", 7),
+    "models": ("model", ["tiny"]),
+    "usage": ("usage", "none"),
+    "timings": ("timings", 3),
+}
 #: losses of a text of token ids, with whether each token was the most likely one: for every token but the first
 Losses = Callable[[list[int]], list[tuple[float, bool]]]
 
@@ -37,13 +46,17 @@ class Double:
     fault
         What goes wrong with the first stream of more tokens than the probe's: ``die``, ``hang``, ``ping`` (comments alone),
         ``half``, ``cut`` (no end), ``500``, ``400``, ``error`` (an event), ``endless``, ``key`` (a 500 that repeats the key),
-        ``model`` (an answer for another one).
+        ``model`` (an answer for another one), or a key of `ODD`.
     merged
         Tokens of an event.
     needs_key
         Whether it answers nobody without `KEY`.
     cached
         Tokens of each prompt that it says it found in its cache.
+    told_prompt
+        Tokens of each prompt that it says it took; ``None`` for those that it did.
+    page
+        Text that it answers with, in place of its list of models, before the key that it was sent.
     bodies, most_together
         What it was sent, and how many streams it sent at the same time.
     """
@@ -59,6 +72,8 @@ class Double:
     merged: int = 1
     needs_key: bool = False
     cached: int | None = 0
+    told_prompt: int | None = None
+    page: str | None = None
     bodies: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
     together: int = 0
@@ -85,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
         double = self.double
         if self._is_locked():
             return
-        if self.path == "/v1/models":
+        if self.path == "/v1/models" and double.page is not None:
+            self._send(200, f"{double.page}{self.headers.get('Authorization')}".encode(), "text/html")
+        elif self.path == "/v1/models":
             self._json({"data": [{"id": double.model, "object": "model", "owned_by": "double"}]})
         elif self.path == "/version":
             self._json({"version": "1.2"})
@@ -155,7 +172,11 @@ class Handler(BaseHTTPRequestHandler):
             choice: dict[str, Any] = {"index": 0, "text": "ab" * len(ids), "finish_reason": None}
             if body.get("return_token_ids") and double.tells_ids:
                 choice["token_ids"] = ids
-            self._event({"choices": [choice]}, "other" if fault == "model" else None)
+            event: dict[str, Any] = {"choices": [choice]}
+            if fault in ODD:
+                at, value = ODD[fault]
+                (choice if at == "token_ids" else event)[at] = value
+            self._event(event, "other" if fault == "model" else None)
             if fault == "half" and first:
                 self._write('data: {"choices": [{"te')
                 return
@@ -171,7 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             double.together -= 1
             double.counted += 1
         self._event({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
-        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": wanted}
+        usage: dict[str, Any] = {"prompt_tokens": double.told_prompt or len(prompt), "completion_tokens": wanted}
         if double.cached is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": double.cached}
         self._event({"choices": [], "usage": usage})
@@ -194,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"model": double.model, "choices": [choice]})
 
     def _event(self, event: dict[str, Any], model: str | None = None) -> None:
-        self._write(f"data: {json.dumps(event | {'model': model or self.double.model})}\n\n")
+        self._write(f"data: {json.dumps({'model': model or self.double.model} | event)}\n\n")
 
     def _write(self, text: str) -> None:
         try:

@@ -45,3 +45,10 @@ def test_times_are_those_of_our_requests_alone() -> None:
     assert engine_times(counted, 3) == {}
     assert preemptions(counted) == 5
     assert preemptions({}) is None
+
+
+def test_without_a_first_reading_nothing_is_counted() -> None:
+    counted = between({}, read_counters(VLLM))
+    assert counted == {}
+    assert preemptions(counted) is None
+    assert engine_times(counted, 4) == {}

@@ -14,6 +14,7 @@ from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import TEXT, byte_tokenizer, save_checkpoint
 
 from kvsuite.engines.registry import SessionPool
+from kvsuite.engines.results import ServeRequest
 from kvsuite.errors import UserError
 from kvsuite.measure.runner import CaseRunner
 from kvsuite.metrics.registry import MetricRegistry
@@ -122,9 +123,31 @@ def test_a_design_space(run: Run, double: Double) -> None:
         assert of["perplexity"] is None
         assert "no log-probabilities of a prompt" in record.metrics["perplexity"]["reason"]
     assert double.most_together == 3
-    # no prompt of a run shares a cache with one of another run, and nothing ends a text early
+    # no prompt shares a cache with another one, and nothing ends a text early
     assert all(body["ignore_eos"] and body["temperature"] == 0 and body["cache_salt"] for body in double.served)
     assert {len(body["prompt"]) for body in double.served} == {16, 24}
+    assert len({body["cache_salt"] for body in double.served}) == len(double.served)
+
+
+def test_prompts_that_are_sent_again_share_no_cache_but_where_that_is_measured(
+    checkpoint: Path, double: Double
+) -> None:
+    given = {"model": str(checkpoint), "device": "cpu", "engine": "server", "server_url": double.url}
+    requests = [ServeRequest(list(range(16)), TOKENS)] * 2
+    for caches in (False, True):
+        options = default_options(space="ctx=32;batch=2;pc=16", prefix_caching=str(caches).lower(), **given)
+        [case] = cases_of("dse", options)
+        sessions, double.bodies = SessionPool(options), []
+        try:
+            session = sessions.get(case)
+            session.prepare(case)
+            for _ in range(2):
+                session.serve(requests)
+        finally:
+            sessions.close()
+        assert [body["prompt"] for body in double.served] == [list(range(16))] * 4
+        assert [body["cache_prompt"] for body in double.served] == [caches] * 4
+        assert len({body.get("cache_salt") for body in double.served} - {None}) == (0 if caches else 4)
 
 
 @pytest.mark.parametrize("scores", ["prompt_logprobs", "echo"])
@@ -207,7 +230,7 @@ FAULTS = {
     "die": "the connection broke before the answer was whole",
     "hang": "nothing came for 1 s (--kv-server-timeout)",
     "ping": "nothing came for 1 s (--kv-server-timeout)",
-    "half": "sent half a line, or no JSON",
+    "half": "sent half a line, or no event of a completion",
     "cut": "the stream ended before its end",
     "500": "answered 500: broken",
     "error": "failed while it answered",
@@ -264,6 +287,21 @@ def test_the_key_is_sent_and_stands_nowhere(
     assert KEY not in json.dumps([first.to_dict(), second.to_dict()]) + caplog.text
 
 
+# the longer one is shown up to the middle of the key
+@pytest.mark.parametrize("page", ["<html>no model for ", "<html>" + "x" * 275])
+def test_a_page_that_repeats_the_key_is_shown_without_it(
+    run: Run, double: Double, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    monkeypatch.setenv("KV_SERVER_KEY", KEY)
+    double.page = page
+    for record in run("dse", **SWEEP).values():
+        assert record.status == "error"
+        assert record.error is not None
+        assert f"/v1/models: the answer is no JSON: {page}Bearer ***" in record.error["message"]
+        assert "\n" not in record.error["message"]
+        assert KEY[:4] not in json.dumps(record.to_dict())
+
+
 @pytest.mark.parametrize("url", ["http://me:sk-secret@host:1", "https://host/?key=sk-secret"])
 def test_an_address_with_a_secret_in_it_is_refused_unsaid(url: str) -> None:
     with pytest.raises(UserError, match="KV_SERVER_KEY") as refused:
@@ -281,3 +319,9 @@ def test_an_address_that_is_none(checkpoint: Path) -> None:
     sessions = SessionPool(options)
     with pytest.raises(UserError, match="--kv-engine=server: give the server's address"):
         sessions.get(cases_of("dse", options)[0])
+    # as only httpx finds out
+    options = default_options(
+        model=str(checkpoint), engine="server", device="cpu", server_url="http://1.2.3.999", **SWEEP
+    )
+    with pytest.raises(UserError, match=r"^--kv-server-url=http://1\.2\.3\.999: no address of a server \(.*\); for"):
+        SessionPool(options).get(cases_of("dse", options)[0])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoint import save_checkpoint
 from vllm_sessions import DOUBLE, POOL, TIMEOUT, case, engine, load, requests
 
 from kvsuite.engines.engine_process import EngineFailed
+from kvsuite.engines.vllm import worker_process
 from kvsuite.engines.vllm.install import find_install
 from kvsuite.engines.vllm.start_log import started
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
+
+WORKER = Path(worker_process.__file__).with_name("worker.py")
 
 
 def left(group: int) -> list[str]:
@@ -60,6 +67,51 @@ def test_tensor_parallel_on_a_cpu_is_refused() -> None:
 def test_models_that_it_cannot_take(model: str) -> None:
     with pytest.raises((UserError, CaseInvalid), match=r"engine vllm|MLC"):
         load(case(model=model))
+
+
+@pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])
+def test_quantised_weights_are_refused_before_anything_starts(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvsuite.engines.vllm.session.VllmWorker", lambda *_: pytest.fail("vLLM was started"))
+    folder = save_checkpoint(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    load(case(model=str(folder))).close()
+    method = {"quantization_config": {"quant_method": "fp8"}}
+    (folder / where).write_text(json.dumps((config if where == "config.json" else {}) | method))
+    with pytest.raises(CaseInvalid, match=rf"^--kv-model={folder}: its weights are quantised, .*not quantised$"):
+        load(case(model=str(folder)))
+
+
+# the packages of which the worker takes a name, and an engine that cannot be made and crashes on the way out
+PACKAGES = {
+    "torch/__init__.py": "__version__ = '2'",
+    "vllm/__init__.py": (
+        "import atexit, os\n__version__ = '0.32.0'\natexit.register(os.abort)\n"
+        "def LLM(**given):\n    raise ValueError('no room')\n"
+    ),
+    "vllm/config/cache.py": "import typing\nCacheDType = typing.Literal['auto']",
+    "vllm/v1/attention/backends/registry.py": "import enum\nAttentionBackendEnum = enum.Enum('A', 'CPU_ATTN')",
+}
+
+
+def test_a_worker_that_crashes_on_the_way_out_has_answered_once_and_ends_well(tmp_path: Path) -> None:
+    for name, text in PACKAGES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        # as an engine is started where forks cannot use CUDA: who started it reports an exit code as an answer
+        command = [sys.executable, "-P", str(WORKER), str(theirs.fileno()), "{}"]
+        done = subprocess.run(
+            command, pass_fds=[theirs.fileno()], env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE,
+            timeout=60, check=False,
+        )  # fmt: skip
+        theirs.close()
+        answers = ours.makefile().read().splitlines()
+    assert [json.loads(line) for line in answers] == [{"error": "ValueError: no room", "causes": []}]
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_interpreter_and_no_vllm_in_one() -> None:
