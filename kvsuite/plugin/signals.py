@@ -89,6 +89,12 @@ class Signals:
             cause = cause.__cause__ or cause.__context__
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Leave out the frames that a signal met between two lines: pytest cannot write them, and ended with an error."""
+        # private, but the same since pytest 3; the public ``lineno`` is what fails
+        excinfo.traceback = excinfo.traceback.filter(lambda entry: entry._rawentry.tb_lineno is not None)
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """The reports are written now: a first signal does not cut them off."""
         self._holds += 1

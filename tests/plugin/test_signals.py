@@ -13,6 +13,7 @@ import pytest
 from child_processes import child_process
 from pytest_runs import NO_FIGURES, TINY, Run, clean_environment, copy_benchmarks, run_pytest
 
+from kvsuite.plugin.signals import Signals
 from kvsuite.store.records_file import read_records
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -181,6 +182,21 @@ def strike(where):
     assert run.code == 7
     assert [row["status"] for row in read_records(run.report)[1]] == ["ok"]
     assert run.said("enough")
+
+
+def test_a_signal_between_two_lines_ends_no_report() -> None:
+    # instructions that belong to no line: a frame that a signal meets there has no line number
+    def struck() -> None:
+        raise KeyboardInterrupt
+
+    struck.__code__ = struck.__code__.replace(co_linetable=b"")
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        struck()
+    with pytest.raises(TypeError):
+        interrupt.getrepr(funcargs=True)
+    Signals().pytest_keyboard_interrupt(interrupt)
+    interrupt.getrepr(funcargs=True)
+    assert "struck" not in {entry.name for entry in interrupt.traceback}
 
 
 def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
