@@ -8,7 +8,15 @@ from kvsuite.cache_formats.by_layer import kv_bytes
 from kvsuite.cache_formats.ggml_format import GGML_TYPES, GgmlFormat, side_bytes
 from kvsuite.memory_model.config import Architecture
 from kvsuite.memory_model.design_point import DesignPoint
-from kvsuite.memory_model.prediction import KEYS_AND_VALUES, Allocation, Basis, PooledPredictor, Prediction, Predictor, Term
+from kvsuite.memory_model.prediction import (
+    KEYS_AND_VALUES,
+    Allocation,
+    Basis,
+    PooledPredictor,
+    Prediction,
+    Predictor,
+    Term,
+)
 from kvsuite.models.layers import ModelLayers
 
 #: families whose layers all hold keys and values of every token
