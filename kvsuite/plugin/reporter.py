@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -53,6 +54,7 @@ class Reporter:
         self._store: RecordStore | None = None
         self._cases: int | None = None
         self._progress = Progress(self._write, 1)
+        self._left: TimeLeft | None = None
         self._code: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._earlier: EarlierRun | None = None
@@ -115,7 +117,8 @@ class Reporter:
         if not cases:
             return
         self._cases = len(cases)
-        self._progress = Progress(self._write, len(cases), self._time_left(cases))
+        self._left = self._time_left(cases)
+        self._progress = Progress(self._write, len(cases), self._left)
         base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -144,6 +147,21 @@ class Reporter:
         left = TimeLeft(planned, int(self._config.getoption("numprocesses", default=None) or 1))
         self.expected_s = left.seconds
         return left
+
+    def note_workers(self, workers: int) -> None:
+        """So many cases run at the same time: what is left takes as long."""
+        if self._left is not None:
+            self._left.workers = workers
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the cases that have no row; ``None`` where nothing tells."""
+        return None if self._left is None else self._left.seconds
+
+    def counts(self) -> Counter[str]:
+        """Finished cases by status, those of the run that goes on included."""
+        kept = set() if self._earlier is None else {row["id"] for row in self._earlier.kept}
+        return Counter(row["status"] for row in self.rows if row["id"] in self.measured or row["id"] in kept)
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""

@@ -53,6 +53,21 @@ def machine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
     ] + [*_engine_differences(then, now)]
 
 
+def software_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what the software that measures differs between two environments: torch, what computes beside it, engines, Python."""
+    before, after = then["packages"], now["packages"]
+    versions = [".".join(str(one["python"]).split(".")[:2]) for one in (then, now)]
+    found = [
+        _line(name, old, new)
+        for name, old, new in (
+            *((name, before.get(name), after.get(name)) for name in ("torch", *_PACKAGES)),
+            ("Python", *versions),
+        )
+        if old != new
+    ]
+    return found + [*_engine_differences(then, now)]
+
+
 def metric_differences(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
     """Metrics of ``rows`` whose definition has another version ``now`` (versions by name); those not known now are none."""
     then: dict[str, Any] = {}
