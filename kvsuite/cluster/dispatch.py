@@ -117,6 +117,11 @@ class Dispatch:
         return sum(hand.ready is not None for hand in self._workers.values())
 
     @property
+    def left(self) -> int:
+        """Cases without a row."""
+        return len(self._waiting) + sum(hand.order is not None for hand in self._workers.values())
+
+    @property
     def starting(self) -> int:
         """Workers that have not begun."""
         return len(self._workers) - self.workers
@@ -135,7 +140,7 @@ class Dispatch:
             If no node is left.
         """
         looked = -_LOOK_S
-        while self._waiting or any(hand.order for hand in self._workers.values()):
+        while self.left:
             beat()
             if self.now() - looked >= _LOOK_S:
                 looked = self.now()
@@ -155,7 +160,8 @@ class Dispatch:
                 self._look()
             else:
                 order, hand.order = hand.order, None
-                assert order is not None and hand.ready is not None
+                assert order is not None
+                assert hand.ready is not None
                 yield Finished(order, said, hand.node, self._company(hand), hand.ready.gpu)
             self._hand_out()
 
@@ -274,7 +280,7 @@ class Dispatch:
                 return None
             cause = Cause("node lost", f"the nodes that measured it were lost: {', then '.join(order.lost_on)}")
         else:
-            cause = Cause(_CRASHED_BY, f"its worker on {node} is gone: {lost.reason}")
+            cause = Cause(_CRASHED_BY, f"the worker that watched it on node {node} is gone: {lost.reason}")
         assert hand.ready is not None
         environment = hand.ready.environment
         row = order.record(self.options, environment)

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,9 @@ from .orders import Answer, Node, Order, Ready, Setup
 from .worker import Worker
 
 INSTALL = 'pip install "kvsuite[cluster]"'
-_LOCAL, _AUTO = "local", "auto"
+_LOCAL = "local"
+_DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|$)")
+_MOST_SAID = 300
 
 
 def require_ray(address: str) -> None:
@@ -64,10 +67,9 @@ class RayCluster:
             import ray
 
             self._ray = ray
+            _without_chatter(ray)
             self._connect(address, gpus)
         self._wants_gpu, self._cores = gpus is not None, cores
-        # a cluster that was there gets this code; a local one has it
-        self._runtime = None if address == _LOCAL else {"py_modules": _code(), "excludes": ["**/__pycache__/**"]}
         self._setup = ray.put(setup)
         self._actors: dict[int, Any] = {}
         self._homes: dict[int, Node] = {}
@@ -82,8 +84,10 @@ class RayCluster:
                 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
                 self._ray.init("local", num_cpus=cores, num_gpus=gpus or 0, include_dashboard=False, **quiet)
             else:
-                self._ray.init(address, **quiet)
-        except Exception as error:  # of many kinds, none of them of Ray's alone
+                # a local cluster has this code
+                shipped = {"py_modules": _code(), "excludes": ["**/__pycache__/**"]}
+                self._ray.init(address, runtime_env=shipped, **quiet)
+        except Exception as error:  # of many kinds, and not all are Ray's
             line = visible(str(error).strip().partition("\n")[0])
             mend = f"start one with ray start --head, or give --kv-cluster={_LOCAL}"
             raise UserError(f"--kv-cluster={address}: no cluster of Ray to be reached ({line}); {mend}") from error
@@ -111,7 +115,6 @@ class RayCluster:
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-                runtime_env=self._runtime,
                 **wanted,
             )
             .remote(self._setup)
@@ -160,10 +163,10 @@ class RayCluster:
 
     def _lost(self, worker: int, error: Exception) -> Lost:
         home = self._homes[worker]
-        said = visible(" ".join(str(error).split()))
+        said = _said(error)
         if isinstance(error, self._ray.exceptions.RayTaskError):
             # the worker's own exception: its host is well
-            return Lost(False, visible(str(error).strip().rpartition("\n")[2]))
+            return Lost(False, visible(str(error.cause)))
         if isinstance(error, self._ray.exceptions.OutOfMemoryError):
             return Lost(False, f"Ray ended it because memory ran out on its node: {said}")
         # one that cannot be reached is lost as well: what it measures there nobody will hear of
@@ -187,9 +190,26 @@ def _handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def _said(error: Exception) -> str:
+    """What Ray says of a death, without its advice."""
+    text = " ".join(str(error).split())
+    detail = _DETAIL.search(text)
+    return visible(f"Ray says: {detail[1] if detail else text[:_MOST_SAID]}")
+
+
+def _without_chatter(ray: Any) -> None:
+    """Keep Ray from printing twenty lines of its log for every worker and node that dies: kvsuite says it in one."""
+    # no option of Ray does this (2.60)
+    module = ray._private.worker
+    if hasattr(module, "print_to_stdstream"):
+        module.print_to_stdstream = lambda *_, **__: None
+
+
 def _code() -> list[str]:
     """Folders that make kvsuite what it is: its code and, for the entry points, what its installation says of it."""
     package = Path(__file__).parents[1]
     told = importlib.metadata.distribution("kvsuite")
-    metadata = next((Path(str(told.locate_file(path))).parent for path in told.files or () if path.name == "METADATA"), None)
+    metadata = next(
+        (Path(str(told.locate_file(path))).parent for path in told.files or () if path.name == "METADATA"), None
+    )
     return [str(package), *([str(metadata)] if metadata is not None else [])]

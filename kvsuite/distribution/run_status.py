@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from kvsuite.foreign_text import visible
 from kvsuite.store.files import write_atomic
+from kvsuite.store.records_file import read_records
 
 from .progress import about
 
@@ -84,3 +86,26 @@ def read_status(folder: Path) -> tuple[RunStatus, float] | None:
         return found, max(time.time() - path.stat().st_mtime, 0.0)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def status_line(folder: Path) -> str:
+    """The line of a run that goes on, or what is known of one that does not.
+
+    Raises
+    ------
+    UserError
+        If its records cannot be read.
+    """
+    found = read_status(folder)
+    if found is not None:
+        status, age = found
+        if age < _STALE_S:
+            return status.line()
+        known = done_of(status.counts, sum(status.counts.values()) + status.left)
+        return visible(f"{known}; not heard of for {about(age)[6:]}; go on with --kv-resume={folder}")
+    run, rows, _ = read_records(folder)
+    # of two rows of a case the last one counts
+    counts = Counter({row["id"]: row["status"] for row in rows}.values())
+    total = run.get("cases")
+    left = isinstance(total, int) and total > sum(counts.values())
+    return visible(done_of(counts, total if left else None) + (f"; go on with --kv-resume={folder}" if left else ""))

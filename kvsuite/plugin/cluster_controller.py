@@ -206,11 +206,9 @@ class ClusterController:
         try:
             code = {"kvsuite": source_hash()} | others_code(order.case for order in orders)
             dispatch = Dispatch(cluster, orders, self._options, code, self._footprints(orders), self._reporter.tell)
-            left = len(items)
-            for finished in dispatch.rows(lambda: self._beat(dispatch, left)):
-                left -= 1
+            for finished in dispatch.rows(lambda: self._beat(dispatch)):
                 self.rows.arrive(finished)
-                self._run(items[finished.order.id], session if left else None)
+                self._run(items[finished.order.id], session if dispatch.left else None)
         finally:
             with self._config.stash[SIGNALS].held():
                 cluster.close()
@@ -252,7 +250,7 @@ class ClusterController:
 
         hook = self._config.hook.pytest_kvsuite_metrics
         metrics = {metric.name: metric for given in hook(config=self._config) for metric in given}
-        planned = tuple(self._config.stash.get(PLANNED, ()))
+        planned = tuple(self._config.stash[PLANNED])
         return Setup(self._options, planned, tuple(metrics.values()), tuple(sys.argv), str(Path.cwd()))
 
     def _footprints(self, orders: list[Order]) -> dict[str, Footprint]:
@@ -268,26 +266,29 @@ class ClusterController:
 
     # what is seen while it runs
 
-    def _beat(self, dispatch: Dispatch, left: int) -> None:
+    def _beat(self, dispatch: Dispatch) -> None:
         self._config.stash[SIGNALS].check()
         now = time.monotonic()
         self._reporter.note_workers(max(dispatch.workers, 1))
         if now - self._wrote >= _STATUS_S:
             self._wrote = now
-            self._write_status(dispatch, left)
+            self._write_status(dispatch)
         if now - self._told >= _TELL_S and dispatch.workers:
             self._told = now
-            self._reporter.tell(f"kvsuite: {self._status(dispatch, left).line()}")
+            self._reporter.tell(f"kvsuite: {self._status(dispatch).line()}")
 
-    def _status(self, dispatch: Dispatch, left: int) -> RunStatus:
+    def _status(self, dispatch: Dispatch) -> RunStatus:
         return RunStatus(
-            counts=dict(self._reporter.counts()), left=left, running=dict(dispatch.running), starting=dispatch.starting,
+            counts=dict(self._reporter.counts()),
+            left=dispatch.left,
+            running=dict(dispatch.running),
+            starting=dispatch.starting,
             seconds_left=self._reporter.seconds_left,
-        )  # fmt: skip
+        )
 
-    def _write_status(self, dispatch: Dispatch, left: int) -> None:
+    def _write_status(self, dispatch: Dispatch) -> None:
         if self._reporter.folder is not None:
-            write_status(self._reporter.folder, self._status(dispatch, left))
+            write_status(self._reporter.folder, self._status(dispatch))
 
     def pytest_sessionfinish(self) -> None:
         """What the command status shows of a run that is over is in its records."""

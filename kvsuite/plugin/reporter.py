@@ -110,8 +110,10 @@ class Reporter:
             from kvsuite.meters.environment import host_facts
 
             known = self._config.hook.pytest_kvsuite_metrics(config=self._config)
+            # of a cluster the nodes are asked, not this host
+            here = {} if self._options.of(SweepOptions).cluster else {"environment": host_facts()}
             self._earlier.require_same(
-                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()},
+                {"options": self._options.to_dict(), "code": self._code} | here,
                 {metric.name: metric.version for metrics in known for metric in metrics},
             )
         if not cases:

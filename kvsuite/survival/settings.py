@@ -65,7 +65,7 @@ def software_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         )
         if old != new
     ]
-    return found + [*_engine_differences(then, now)]
+    return [*found, *_engine_differences(then, now)]
 
 
 def metric_differences(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
@@ -111,6 +111,8 @@ def _engine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 def _pairs(prefix: str, then: Any, now: Any, more: set[str]) -> Iterator[str]:
     then, now = _mapping(then), _mapping(now)
     ignored = _OTHER_PURPOSES - {"shard"} | more
+    # nodes and addresses may change; whether there is a cluster decides what is beside a case
+    then, now = ({**one, "cluster": "a cluster"} if one.get("cluster") else one for one in (then, now))
     for name in dict.fromkeys([*then, *now]):
         if name in ignored or (name in then and name in now and then[name] == now[name]):
             continue
