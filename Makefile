@@ -72,6 +72,8 @@ test: lint
 	$(TESTS) -m "not slow" --hypothesis-seed=0
 
 test-all: lint
+	@echo "==> Ray, for the tests of clusters"
+	$(PIP) -e ".[cluster]"
 	@echo "==> tests, slow ones too"
 	$(TESTS)
 	$(MAKE) test-pins

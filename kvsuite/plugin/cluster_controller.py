@@ -15,7 +15,7 @@ from _pytest.skipping import evaluate_skip_marks
 from kvsuite.case import Case, digest
 from kvsuite.distribution.gpus import Gpus, gpus_for
 from kvsuite.distribution.run_status import RunStatus, clear_status, write_status
-from kvsuite.entry_points import SUITES, find
+from kvsuite.entry_points import POLICIES, SUITES, find
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
@@ -237,12 +237,18 @@ class ClusterController:
         return case
 
     def _require_installed(self, orders: list[Order]) -> None:
-        """Refuse suites of conftests, which no worker reads."""
-        for name in dict.fromkeys(order.case.suite for order in orders):
-            if name not in find(SUITES):
+        """Refuse suites and policies of conftests, which no worker reads."""
+        from kvsuite.compression import list_policies
+
+        here = set(list_policies())
+        for kind, group, names in (
+            ("suite", SUITES, {order.case.suite for order in orders}),
+            ("policy", POLICIES, {order.case.policy for order in orders} & here),
+        ):
+            for name in sorted(names - find(group).keys()):
                 raise UserError(
-                    f"--kv-cluster: suite {name} comes from a conftest or a plugin's hook, which workers do not read; bring "
-                    "it in by an entry point of the group kvsuite.suites"
+                    f"--kv-cluster={self._address}: {kind} {name} comes from a conftest or a hook, which workers do not read; "
+                    f"bring it in by an entry point of the group {group}"
                 )
 
     def _setup(self) -> Setup:
