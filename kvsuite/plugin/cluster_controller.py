@@ -5,28 +5,27 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from _pytest.skipping import evaluate_skip_marks
 
-from kvsuite.case import Case, digest
-from kvsuite.distribution.gpus import Gpus, gpus_for
+from kvsuite.case import Case
+from kvsuite.distribution.gpus import gpus_for
 from kvsuite.distribution.run_status import RunStatus, clear_status, write_status
-from kvsuite.entry_points import POLICIES, SUITES, find
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
-from kvsuite.record import Record
 
+from .arrived_rows import ArrivedRows
 from .case_watch import case_of
 from .reporter import Reporter
 from .stash import CLUSTER, OPTIONS, PLACES, PLANNED, RUNNER, SIGNALS
 
 if TYPE_CHECKING:
-    from kvsuite.cluster.dispatch import Dispatch, Finished
+    from kvsuite.cluster.dispatch import Dispatch
     from kvsuite.cluster.orders import Order, Setup
     from kvsuite.suites.footprint import Footprint
 
@@ -34,97 +33,6 @@ if TYPE_CHECKING:
 _TELL_S = 10.0
 #: and between two writings of what the command status shows
 _STATUS_S = 2.0
-
-
-class _NoSessions:
-    """In the place of the sessions: models are loaded where the workers are."""
-
-    current = None
-
-
-class ArrivedRows:
-    """Stands for the runner in the process that measures nothing: gives a test the row that a worker measured for it.
-
-    Parameters
-    ----------
-    config
-        pytest's configuration.
-    gpus
-        What workers are spread over, ``None`` for cores.
-    """
-
-    # of processes elsewhere, which their workers replace
-    poisoned = None
-    timed_out = False
-    spent = None
-    sessions = _NoSessions
-
-    def __init__(self, config: pytest.Config, gpus: Gpus | None) -> None:
-        self._config = config
-        self._gpus = gpus
-        self._arrived: dict[str, Finished] = {}
-        self._environments: dict[str, dict[str, Any]] = {}
-        #: of the row that was given last
-        self.environment: dict[str, Any] = {}
-
-    def arrive(self, finished: Finished) -> None:
-        """A case has its row."""
-        self._arrived[finished.order.id] = finished
-
-    def run(self, case: Case, case_id: str, **_: object) -> Any:
-        """The row of ``case`` as the record that it was.
-
-        Raises
-        ------
-        UserError
-            What a worker says that ends the run.
-        """
-        from kvsuite.measure.runner import Measured
-
-        finished = self._arrived.pop(case_id, None)
-        if finished is None or finished.order.case != case:
-            pytest.fail(
-                "kvsuite: --kv-cluster measures the case that a test is given by kv_suite, and no other; run this test "
-                "without --kv-cluster",
-                pytrace=False,
-            )
-        answer, node = finished.answer, finished.node
-        if answer.record is None:
-            raise UserError(f"{answer.usage_error} (on node {node})")
-        self.environment = self._environment(answer.environment | {"node": node.facts()})
-        known = {one.name: answer.record[one.name] for one in fields(Record) if one.name not in ("case", "id")}
-        record = Record(case=case, id=case_id, **known)
-        self._note_place(record, finished)
-        return Measured(record, answer.tokens)
-
-    def _note_place(self, record: Record, finished: Finished) -> None:
-        """Say where it was measured, beside what, and which nodes had begun it before."""
-        record.effective = record.effective | {
-            "node": finished.node.facts(),
-            "concurrent_workers": finished.workers,
-        }
-        if self._gpus is not None:
-            record.effective["gpu"] = {"visible": finished.gpu, "simulated": self._gpus.simulated}
-            if self._gpus.simulated:
-                record.warnings.append("simulated GPU: measured on the CPU")
-        if finished.workers > 1 and record.status == "ok":
-            where = "its times are a shared machine's"
-            if self._gpus is not None and not self._gpus.simulated:
-                where = "each on a GPU of its own; they share CPU, power and PCIe"
-            record.warnings.append(f"timed beside {finished.workers - 1} other worker(s) of its node: {where}")
-        if finished.order.lost_on:
-            lost = ", ".join(finished.order.lost_on)
-            record.warnings.append(f"given back once: node {lost} was lost while it measured this case")
-
-    def _environment(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Facts of a worker, with what hooks of users add: the same for all its rows."""
-        from .measuring import update_environment
-
-        key = digest(found)
-        if key not in self._environments:
-            update_environment(self._config, found)
-            self._environments[key] = found
-        return self._environments[key]
 
 
 class ClusterController:
@@ -146,6 +54,8 @@ class ClusterController:
     def __init__(self, config: pytest.Config, reporter: Reporter) -> None:
         from kvsuite.cluster.ray_cluster import require_ray
 
+        from .measuring import update_environment
+
         self._config, self._reporter = config, reporter
         self._options = config.stash[OPTIONS]
         self._sweep = self._options.of(SweepOptions)
@@ -164,7 +74,9 @@ class ClusterController:
                 f"{self._device.partition(':')[0]}"
             )
         self._gpus = gpus_for(self._device)
-        self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(config, self._gpus)
+        self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
+            partial(update_environment, config), self._gpus
+        )
         self._told = self._wrote = 0.0
 
     @pytest.hookimpl(tryfirst=True)
@@ -189,13 +101,14 @@ class ClusterController:
 
     def _measure(self, session: pytest.Session, items: Mapping[str, pytest.Item]) -> None:
         from kvsuite.cluster.dispatch import Dispatch
+        from kvsuite.cluster.installed import require_installed
         from kvsuite.cluster.orders import Order
         from kvsuite.cluster.ray_cluster import RayCluster
         from kvsuite.measure.source_hash import others_code, source_hash
 
         places = self._config.stash[PLACES]
         orders = [Order(self._case(item), name, places.get(name, 0)) for name, item in items.items()]
-        self._require_installed(orders)
+        require_installed((order.case for order in orders), self._address)
         self._reporter.tell(f"kvsuite: --kv-cluster={self._address}: connecting")
         cluster = RayCluster(
             self._address,
@@ -236,28 +149,13 @@ class ClusterController:
         assert case is not None
         return case
 
-    def _require_installed(self, orders: list[Order]) -> None:
-        """Refuse suites and policies of conftests, which no worker reads."""
-        from kvsuite.compression import list_policies
-
-        here = set(list_policies())
-        for kind, group, names in (
-            ("suite", SUITES, {order.case.suite for order in orders}),
-            ("policy", POLICIES, {order.case.policy for order in orders} & here),
-        ):
-            for name in sorted(names - find(group).keys()):
-                raise UserError(
-                    f"--kv-cluster={self._address}: {kind} {name} comes from a conftest or a hook, which workers do not read; "
-                    f"bring it in by an entry point of the group {group}"
-                )
-
     def _setup(self) -> Setup:
         from kvsuite.cluster.orders import Setup
 
         hook = self._config.hook.pytest_kvsuite_metrics
         metrics = {metric.name: metric for given in hook(config=self._config) for metric in given}
-        planned = tuple(self._config.stash[PLANNED])
-        return Setup(self._options, planned, tuple(metrics.values()), tuple(sys.argv), str(Path.cwd()))
+        planned = self._config.stash[PLANNED]
+        return Setup(self._options, tuple(planned), tuple(metrics.values()), tuple(sys.argv), str(Path.cwd()))
 
     def _footprints(self, orders: list[Order]) -> dict[str, Footprint]:
         from kvsuite.distribution.cost import footprint_of

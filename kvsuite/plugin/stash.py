@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
-    from .cluster_controller import ArrivedRows
+    from .arrived_rows import ArrivedRows
     from .signals import Signals
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()

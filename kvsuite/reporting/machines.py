@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-MEANING = "Machine: the node that measured the case. Times of two nodes are not set against each other; what depends on no speed is."
+MEANING = "Machine: the node that measured the case. Times of two nodes are not set against each other, bytes and quality are."
 
 
 def machine_of(row: Mapping[str, Any]) -> str:
