@@ -45,6 +45,9 @@ def main(descriptor: int) -> None:
         Of the connection to the worker.
     """
     die_with_parent()
+    # Ray's workers give way to all else on a host, and what is timed must not; who may not say so is warned in each row
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
     # Ctrl-C in a terminal is for the controller, which ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as channel, contextlib.suppress(EOFError):
@@ -120,7 +123,12 @@ class _Measuring:
             measured = self._runner.run(order.case, order.id, order_index=order.order_index)
         except UserError as error:
             return Answer(None, None, self.environment, usage_error=str(error))
-        runner = self._runner
+        runner, niceness = self._runner, os.nice(0)
+        if niceness > 0:
+            measured.record.warnings.append(
+                f"measured at niceness {niceness}, as Ray starts its workers: whatever else ran on the node came first; start "
+                "Ray there with RAY_worker_niceness=0"
+            )
         is_spent = bool(runner.poisoned or runner.timed_out or runner.spent)
         return Answer(measured.record.to_dict(), measured.tokens, self.environment, is_spent=is_spent)
 

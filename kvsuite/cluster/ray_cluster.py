@@ -63,6 +63,8 @@ class RayCluster:
         # before Ray is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # of a local cluster; by default whatever else runs on a host comes before its workers
+        os.environ.setdefault("RAY_worker_niceness", "0")
         with _handlers_kept():
             import ray
 

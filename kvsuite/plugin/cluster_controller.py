@@ -62,7 +62,6 @@ class ClusterController:
         self._device = self._options.of(CommonOptions).device
         assert self._sweep.cluster is not None
         self._address = self._sweep.cluster
-        require_ray(self._address)
         if config.getoption("dist", default="no") != "no":
             raise UserError(
                 f"--kv-cluster={self._address}: its workers are Ray's, and -n starts xdist's; leave -n out"
@@ -73,6 +72,7 @@ class ClusterController:
                 f"--kv-device={self._device}: names one GPU, and workers of a cluster have one each; give --kv-device="
                 f"{self._device.partition(':')[0]}"
             )
+        require_ray(self._address)
         self._gpus = gpus_for(self._device)
         self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
             partial(update_environment, config), self._gpus
