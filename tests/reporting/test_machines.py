@@ -61,7 +61,7 @@ def test_the_page_plots_machines_apart_and_names_them(
 
 def test_a_speedup_is_of_one_machine() -> None:
     def served(variant: str, tokens: float, effective: dict[str, Any]) -> dict[str, Any]:
-        case = dict.fromkeys(("engine", "model", "quantization", "dtype", "workload"), "x")
+        case: dict[str, Any] = dict.fromkeys(("engine", "model", "quantization", "dtype", "workload"), "x")
         metrics = {"total_tok_s_logical": {"value": tokens}}
         params = {"variant": variant, "serving": {}}
         return {
