@@ -101,13 +101,16 @@ def prompt(session: Session) -> None:
         after_step = runtime.compression.after_step
 
         def timed(
-            one: Request, after_step: Any = after_step, host: list[float] = host, device: list[float] = device
+            requests: list[Request],
+            after_step: Any = after_step,
+            host: list[float] = host,
+            device: list[float] = device,
         ) -> None:
             session.synchronize()
             begin, end = marks(session)
             started = time.perf_counter()
             begin()
-            after_step(one)
+            after_step(requests)
             elapsed = end()
             host.append((time.perf_counter() if elapsed is None else elapsed[1]) - started)
             device.append(host[-1] if elapsed is None else elapsed[0])
@@ -190,9 +193,9 @@ def host(session: Session) -> None:
             spent[-1] += time.perf_counter() - started
             return found
 
-        def timed(one: Request, after_step: Any = after_step, spent: list[float] = spent) -> None:
+        def timed(requests: list[Request], after_step: Any = after_step, spent: list[float] = spent) -> None:
             started = time.perf_counter()
-            after_step(one)
+            after_step(requests)
             spent[-1] += time.perf_counter() - started
 
         stage.due, stage.after_step = timed_due, timed  # type: ignore[method-assign]
