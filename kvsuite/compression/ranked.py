@@ -88,7 +88,6 @@ class RankedPolicy(ByFactor):
     """Keep the `size_after` tokens of highest `priority`; of equal ones the older stays, whatever slot it is in."""
 
     shared_across_heads: ClassVar[bool] = False
-    sequences_apart: ClassVar[bool] = True
 
     @abstractmethod
     def priority(self, view: CacheView) -> Tensor:
