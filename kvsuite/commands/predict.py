@@ -227,8 +227,8 @@ def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> Rend
         if isinstance(chosen, HqqFormat):
             raise UserError(f"--cache-dtype={one}: transformers decides what its packed cache takes; use int4 or int8")
         formats.append(chosen)
-        if chosen is not None and arguments.engine is not None:
-            notes += _refusal(engine, arguments.model, str(chosen))
+        reason = None if arguments.engine is None else engine.refused_cache(arguments.model, str(chosen))
+        notes += [reason] if reason else []
     if not found.rows:
         raise UserError("--cache-dtype: no point of the space is valid, so there is no weight format to predict with")
     prediction = found.rows[0].prediction
@@ -237,20 +237,6 @@ def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> Rend
     free = None if found.card is None or weights is None else found.card.usable - weights
     rooms = cache_rooms(found.predictor.architecture, element_bytes, formats, free)
     return cache_room_table(rooms, prediction.point.quantization, element_bytes, free, notes)
-
-
-def _refusal(engine: Engine, model: str, name: str) -> list[str]:
-    """Why the engine that was named stores no keys and values in a format, as its cases would be told; nothing if it does."""
-    from kvsuite.cache_formats.chosen_format import PARAMETER
-    from kvsuite.case import Case
-    from kvsuite.errors import CaseInvalid
-
-    case = Case("predict", engine.name, model, name, "cuda:0", "bfloat16", params={PARAMETER: name})
-    try:
-        engine.refuse(case)
-    except CaseInvalid as error:
-        return [str(error)]
-    return []
 
 
 def _write(path: Path, found: Survey) -> None:
