@@ -227,8 +227,10 @@ def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> Rend
         if isinstance(chosen, HqqFormat):
             raise UserError(f"--cache-dtype={one}: transformers decides what its packed cache takes; use int4 or int8")
         formats.append(chosen)
-        reason = None if arguments.engine is None else engine.refused_cache(arguments.model, str(chosen))
-        notes += [reason] if reason else []
+        if chosen is None or arguments.engine is None:
+            continue
+        if reason := engine.refused_cache(arguments.model, str(chosen)):
+            notes.append(reason)
     if not found.rows:
         raise UserError("--cache-dtype: no point of the space is valid, so there is no weight format to predict with")
     prediction = found.rows[0].prediction
