@@ -100,6 +100,17 @@ def image_places(shape: ImageShape | str, prompt: Sequence[int]) -> NDArray[Any]
     return np.flatnonzero(tokens == (-1 if isinstance(shape, str) else shape.token))
 
 
+def image_spans(shape: ImageShape | str, places: NDArray[Any]) -> tuple[tuple[int, int], ...]:
+    """Where each image stands, first token and the one behind its last; one that text parts is several."""
+    import numpy as np
+
+    if isinstance(shape, str) or not len(places):
+        return ()
+    begins = np.flatnonzero((np.diff(places, prepend=-2) != 1) | (np.arange(len(places)) % shape.tokens == 0))
+    ends = np.append(begins[1:], len(places)) - 1
+    return tuple((int(places[begin]), int(places[end]) + 1) for begin, end in zip(begins, ends, strict=True))
+
+
 def image_problem(shape: ImageShape | str, prompt: Sequence[int], images: Sequence[ImagePixels]) -> str | None:
     """Why a prompt and its images do not belong together, ``None`` if they do."""
     if isinstance(shape, str):

@@ -58,6 +58,8 @@ class Request:
         token. The prompt if left out. Rotary frequencies that change with the length depend on it.
     images
         Their features stand where the prompt has image tokens, in order. A text has neither.
+    image_spans
+        Where each image stands, first token and the one behind its last; the runtime finds those of ``images``.
     id
         Chosen by the runtime if left out.
     """
@@ -69,6 +71,7 @@ class Request:
     scored: int = 0
     together: int = 0
     images: Sequence[ImagePixels] = ()
+    image_spans: tuple[tuple[int, int], ...] = ()
     id: str | None = None
 
     status: Status = field(default=Status.WAITING, init=False)
@@ -145,7 +148,7 @@ class Request:
     def branch(self, id: str, sampling: SamplingParameters) -> Request:
         """A new request that stands where this one does, with blocks yet to be given to it."""
         child = Request(list(self.prompt), sampling, together=self.together, images=self.images, id=id)
-        child.image_places, child.features = self.image_places, self.features
+        child.image_spans, child.image_places, child.features = self.image_spans, self.image_places, self.features
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.image_reader import ImageReader
-from kvsuite.models.images import image_places, image_shape
+from kvsuite.models.images import image_places, image_shape, image_spans
 from kvsuite.models.load import LoadedModel
 
 from .admission import model_eos_token_ids, outgrown, problem, settle_ends
@@ -258,6 +258,7 @@ class Runtime:
         settle_ends(request, self.limits, self._eos)
         if request.images:
             request.image_places = image_places(self.image_shape, request.tokens)
+            request.image_spans = image_spans(self.image_shape, request.image_places)
         self.counters.logical_prompt_tokens += request.prompt_length
         self.scheduler.add(request)
         return request

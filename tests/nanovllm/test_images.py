@@ -135,11 +135,15 @@ def test_the_prefix_cache_tells_images_apart() -> None:
 def test_a_text_is_never_taken_for_an_image() -> None:
     """The original took every prompt on LLaVA for 576 image tokens and text: the image's length is the request's own."""
     tokens, _ = prompt(12)
+    mixed = prompt(2, image(1), image(2), 5, image(3), 3)
     with serving(loaded("llava")) as runtime:
         text_alone = runtime.add(greedy(tokens, 4))
         with_image = runtime.add(greedy([IMAGE] * TOKENS + tokens, 4, images=[image(1)]))
+        several = runtime.add(greedy(*mixed[:1], 4, images=mixed[1]))
         runtime.run()
     assert (len(text_alone.image_places), len(with_image.image_places)) == (0, TOKENS)
+    assert (text_alone.image_spans, with_image.image_spans) == ((), ((0, TOKENS),))
+    assert several.image_spans == ((2, 6), (6, 10), (15, 19))
     assert text_alone.output == expected(tokens, [], 4)
 
 
