@@ -218,6 +218,10 @@ class Context:
         if not self._library.c.llama_memory_seq_rm(self._memory, sequence, first, end):
             raise RuntimeError(f"llama.cpp cannot remove the positions {first} to {end - 1} of a sequence")
 
+    def copy(self, sequence: int, onto: int) -> None:
+        """Make sequence ``onto`` hold what another one does; the cells are copied before the next step."""
+        self._library.c.llama_memory_seq_cp(self._memory, sequence, onto, -1, -1)
+
     def shift(self, sequence: int, first: int, by: int) -> None:
         """Move the tokens from position ``first`` on; their keys are rotated before the next step."""
         self._library.c.llama_memory_seq_add(self._memory, sequence, first, -1, by)

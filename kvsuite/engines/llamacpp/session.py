@@ -18,6 +18,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.engine import EngineSettings, Session
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -36,6 +37,7 @@ from kvsuite.meters.memory import resident_set_peak
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
+from .answering import SEQUENCES, answer_questions
 from .context import CELLS, Context, ContextSettings, Row, cache_bytes
 from .library import library
 from .model import Model
@@ -281,6 +283,13 @@ class LlamacppSession(Session):
         arms = self._scoring(text.longest, self._format), self._scoring(text.longest, FULL)
         return compare_windows(arms, text, progress)
 
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        longest = max(len(one.context) + one.steps for one in asked)
+        context = self._scoring(longest, FULL if full else self._format, SEQUENCES)
+        return answer_questions(context, asked, policy=None if full else self._policy, progress=progress)
+
     def finish(self) -> None:
         self._close_contexts()
         self._method, self._format = CacheCompression(), FULL
@@ -322,10 +331,10 @@ class LlamacppSession(Session):
             )
         )  # fmt: skip
 
-    def _scoring(self, tokens: int, chosen: GgmlFormat) -> Context:
+    def _scoring(self, tokens: int, chosen: GgmlFormat, sequences: int = 1) -> Context:
         return self._context(
             ContextSettings(
-                tokens=tokens, batch=_SCORED_BATCH, micro_batch=self._own.ubatch, format=chosen,
+                tokens=tokens, sequences=sequences, batch=_SCORED_BATCH, micro_batch=self._own.ubatch, format=chosen,
                 flash_attention=self._own.flash_attention, threads=self._threads,
             )
         )  # fmt: skip
