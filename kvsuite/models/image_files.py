@@ -120,7 +120,6 @@ def _made(spec: ModelSpec, shape: ImageShape) -> Any:
 
 
 def _pixels(processor: Any, picture: NDArray[Any]) -> NDArray[Any]:
-    found: NDArray[Any] = processor(images=picture, input_data_format="channels_last", return_tensors="np")[
-        "pixel_values"
-    ]
-    return found[0]
+    made = processor(images=picture, input_data_format="channels_last", return_tensors="np")
+    found: NDArray[Any] = made["pixel_values"][0]
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvsuite.case import Case, digest
 from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ReadsImages, ServesUnderLoad
@@ -141,7 +143,7 @@ def _why_nothing_is_compressed(case: Case) -> str:
 
 def requests_of(load: ServingRequests) -> list[ServeRequest]:
     """What an engine is given of a load."""
-    images = [(one,) for one in load.images] or [()] * len(load.prompts)
+    images: Sequence[tuple[ImagePixels, ...]] = [(one,) for one in load.images] or [()] * len(load.prompts)
     return [
         ServeRequest(prompt, new_tokens, arrival_s=arrival, images=own)
         for prompt, new_tokens, arrival, own in zip(load.prompts, load.new_tokens, load.arrivals_s, images, strict=True)
