@@ -13,8 +13,6 @@ from kvsuite.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .prompt_view import PromptView
-
 Positions = Literal["original", "cache"]
 #: short forms of parameters in labels
 _SHORT = {"keep_ratio": "kr"}
@@ -185,10 +183,10 @@ class Policy(ABC):
         """Score of new tokens from their keys ``[batch, heads, q, head_dim]``: float32 ``[batch, heads, q]``, or ``None``."""
         return None
 
-    def prompt_score(self, view: PromptView) -> Tensor | None:
+    def prompt_score(self, view: CacheView) -> Tensor | None:
         """Score of every token of a complete prompt, float32 ``[kv_heads, n]``, if that is all that `keep` decides by.
 
-        `keep` then gets them as ``scores``, of all layers at once, while keys are looked at in some layers at a time. ``None``
+        ``view`` is a `kvsuite.compression.prompt_view.PromptView`. `keep` then gets them as ``scores``, of all layers at once, while keys are looked at in some layers at a time. ``None``
         for a policy whose `keep` looks at the prompt itself.
         """
         return None

@@ -408,7 +408,8 @@ class Scheduler:
         root = ROOT if self._rotary is None else chain(ROOT, [self._rotary.row(request.together)])
         while len(known) < count:
             at = len(known) * size
-            known.append(chain(known[-1] if known else root, request.tokens[at : at + size]))
+            parent = known[-1] if known else root
+            known.append(chain(parent, request.tokens[at : at + size], request.images_digest(at, at + size)))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
