@@ -186,8 +186,8 @@ class Policy(ABC):
     def prompt_score(self, view: CacheView) -> Tensor | None:
         """Score of every token of a complete prompt, float32 ``[kv_heads, n]``, if that is all that `keep` decides by.
 
-        ``view`` is a `kvsuite.compression.prompt_view.PromptView`. `keep` then gets them as ``scores``, of all layers at once, while keys are looked at in some layers at a time. ``None``
-        for a policy whose `keep` looks at the prompt itself.
+        ``view`` is a `kvsuite.compression.prompt_view.PromptView`. `keep` then gets them as ``scores``, of all layers at once,
+        while keys are looked at in some layers at a time. ``None`` for a policy whose `keep` looks at the prompt itself.
         """
         return None
 

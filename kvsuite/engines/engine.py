@@ -318,7 +318,7 @@ class Engine(ABC):
     def refused_cache(self, model: str, name: str) -> str | None:
         """Why no case stores keys and values of a model in the cache format ``name``, ``None`` if cases may."""
         try:
-            self.refuse(Case("compression", self.name, model, name, "cuda:0", "bfloat16", params={PARAMETER: name}))
+            self.refuse(Case("", self.name, model, name, "cuda:0", "bfloat16", params={PARAMETER: name}))
         except CaseInvalid as error:
             return str(error)
         return None
