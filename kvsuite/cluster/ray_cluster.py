@@ -25,6 +25,7 @@ INSTALL = 'pip install "kvsuite[cluster]"'
 _LOCAL = "local"
 _DETAIL = re.compile(r"Worker exit detail: (.*?)(?:\. Some common causes|$)")
 _MOST_SAID = 300
+_STORE_BYTES = 128 << 20
 
 
 def require_ray(address: str) -> None:
@@ -84,7 +85,15 @@ class RayCluster:
         try:
             if address == _LOCAL:
                 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-                self._ray.init("local", num_cpus=cores, num_gpus=gpus or 0, include_dashboard=False, **quiet)
+                self._ray.init(
+                    "local",
+                    num_cpus=cores,
+                    num_gpus=gpus or 0,
+                    # by default a third of the memory that cases measure in; rows are small
+                    object_store_memory=_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
             else:
                 # a local cluster has this code
                 shipped = {"py_modules": _code(), "excludes": ["**/__pycache__/**"]}
@@ -109,8 +118,11 @@ class RayCluster:
         """Start a worker on a host; its first news is a `Ready`."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        cores = self._cores or int(self._resources(node).get("CPU", 1))
-        wanted: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._wants_gpu else {"num_cpus": cores}
+        there = int(self._resources(node).get("CPU", 1))
+        # beside a GPU its share of the cores: Ray lets torch use as many threads
+        wanted: dict[str, Any] = {"num_cpus": self._cores or there}
+        if self._wants_gpu:
+            wanted = {"num_gpus": 1, "num_cpus": there // node.slots}
         actor = (
             self._ray.remote(Worker)
             .options(
