@@ -72,7 +72,8 @@ class ClusterController:
                 f"--kv-device={self._device}: names one GPU, and workers of a cluster have one each; give --kv-device="
                 f"{self._device.partition(':')[0]}"
             )
-        require_ray(self._address)
+        if not config.option.collectonly:
+            require_ray(self._address)
         self._gpus = gpus_for(self._device)
         self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
             partial(update_environment, config), self._gpus
