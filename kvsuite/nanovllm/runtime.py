@@ -501,11 +501,8 @@ class Runtime:
                 self.scheduler.publish(request)
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")
-        for request in self.compression.due(plan.requests) if self.compression.active else ():
-            try:
-                self.compression.after_step(request)
-            except Exception as error:
-                self._end(request, Status.FAILED, f"compressing it failed: {type(error).__name__}: {error}", error)
+        if self.compression.active:
+            self.compression.after_step(self.compression.due(plan.requests))
 
     def _end(self, request: Request, status: Status, reason: str, error: Exception | None = None) -> None:
         if request.status.over:

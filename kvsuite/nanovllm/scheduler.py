@@ -221,7 +221,7 @@ class Scheduler:
         for table in self._tables:
             gone = int(table.dropped[request.row]) // size
             for index in range(request.published, full):
-                table.pool.publish(int(table.table[request.row, index - gone]), request.digests[index])
+                table.publish(request.row, index - gone, request.digests[index])
         request.published = full
 
     def _ready(self, requests: Sequence[Request]) -> list[Request]:

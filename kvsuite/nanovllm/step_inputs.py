@@ -123,9 +123,7 @@ class StepInputs:
                     kv_lengths=table.lengths[rows] + counts,
                     block_tables=table.rows(rows) if on_device is None else TableRows(on_device, rows),
                     dropped=table.dropped[rows],
-                    places=[eviction.ranks(row, count) for row, count in zip(row_list, fed, strict=True)]
-                    if group.places
-                    else (),
+                    places=eviction.places(rows, fed) if group.places else (),
                 )
                 for own, on_device, (group, table, eviction) in zip(slots, self._on_device, self._parts, strict=True)
             ],
