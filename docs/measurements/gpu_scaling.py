@@ -82,7 +82,9 @@ def _begun(row: dict[str, Any]) -> float:
 
 def run(asked: argparse.Namespace, model: str, way: str, cards: int) -> Outcome:
     """Measure; what fails ends the script with what was printed."""
-    folder = asked.out / f"{model.partition(':')[2]}-{way}-{cards}"
+    # one folder for all: a row beside neighbours then says how far it is from the one that was alone
+    folder = asked.out / model.partition(":")[2]
+    before = set(folder.glob("*/records.jsonl"))
     spread = [f"-n{cards}"] if way == "xdist" else ["--kv-cluster=local"]
     device = "--kv-device=cpu" if asked.simulated else "--kv-device=cuda"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
@@ -99,7 +101,11 @@ def run(asked: argparse.Namespace, model: str, way: str, cards: int) -> Outcome:
         [*command, f"--kv-report-dir={folder}"], env=environment, capture_output=True, text=True, check=False
     )
     wall = time.monotonic() - clock
-    lines = [json.loads(line) for path in folder.glob("*/records.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in set(folder.glob("*/records.jsonl")) - before
+        for line in path.read_text().splitlines()
+    ]
     rows = tuple(line for line in lines if line.get("schema", "").startswith("kvsuite.record"))
     failed = [row["case"]["name"] for row in rows if row["status"] != "ok"]
     if not rows or failed:

@@ -2,7 +2,7 @@
 
 # no postponed annotations: an option that is written wrongly is an error where it stands
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from kvsuite.errors import UserError
 
@@ -103,17 +103,22 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     # fmt: on
 
-    @classmethod
-    def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
-        nodes = values["nodes"]
-        if nodes is not None and not values["plan"]:
+    def check(self, given: frozenset[str]) -> None:
+        """Refuse options of the plan that exclude each other, or need another.
+
+        Raises
+        ------
+        UserError
+            Naming both.
+        """
+        nodes = self.nodes
+        if nodes is not None and not self.plan:
             raise UserError(f"--kv-nodes={nodes}: only plans; add --kv-plan, or leave it out")
-        if nodes is not None and values["plan_card"] is not None:
+        if nodes is not None and self.plan_card is not None:
             raise UserError(
-                f"--kv-plan-card={values['plan_card']}: --kv-nodes={nodes} names the cards; leave one of both out"
+                f"--kv-plan-card={self.plan_card}: --kv-nodes={nodes} names the cards; leave one of both out"
             )
         if nodes is None and "node_hours" in given:
             raise UserError(
                 "--kv-node-hours: says how often workers of --kv-nodes are lost; name them, such as --kv-nodes=8xH200"
             )
-        return values

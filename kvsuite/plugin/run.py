@@ -186,6 +186,7 @@ def _check(options: Options) -> None:
         except UnusableSuite as fault:
             # what it would have refused is found out by its cases
             warn(str(fault))
+    options.of(SweepOptions).check(options.given)
     common = options.of(CommonOptions)
     rules_of(options)
     if "model" in options.given:

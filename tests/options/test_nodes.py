@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kvsuite.errors import UserError
 from kvsuite.options.nodes import MOST_WORKERS, NodesText
 from kvsuite.options.resolve import default_options
+from kvsuite.options.sweep import SweepOptions
 
 
 def test_workers_and_their_cards() -> None:
@@ -52,11 +53,21 @@ def test_any_text_is_workers_or_a_message(text: str) -> None:
     ("options", "mend"),
     [
         ({"nodes": "8xH200"}, "--kv-nodes=8xH200: only plans; add --kv-plan"),
-        ({"nodes": "8xH200", "plan": "true", "plan_card": "24GiB"}, "--kv-plan-card=24GiB: --kv-nodes=8xH200 names the cards"),
+        (
+            {"nodes": "8xH200", "plan": "true", "plan_card": "24GiB"},
+            "--kv-plan-card=24GiB: --kv-nodes=8xH200 names the",
+        ),
         ({"node_hours": "4"}, "--kv-node-hours: says how often"),
-        ({"nodes": "8xH200", "plan": "true", "node_hours": "0"}, "must lie between 0.1 and 1e6 hours"),
     ],
-)  # fmt: skip
+)
 def test_options_that_exclude_each_other(options: dict[str, str], mend: str) -> None:
+    resolved = default_options(**options)
     with pytest.raises(UserError, match=mend):
-        default_options(**options)
+        resolved.of(SweepOptions).check(resolved.given)
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "soon"])
+def test_hours_between_losses(hours: str) -> None:
+    assert default_options(node_hours="none").of(SweepOptions).node_hours is None
+    with pytest.raises(UserError, match=f"--kv-node-hours={hours}: "):
+        default_options(node_hours=hours)
