@@ -31,6 +31,7 @@ from kvsuite.engines.results import (
 )
 from kvsuite.engines.threads import choose_threads
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.memory import resident_set_peak
@@ -38,8 +39,9 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
 from .answering import SEQUENCES, answer_questions
-from .context import CELLS, Context, ContextSettings, Row, cache_bytes
+from .context import Context, ContextSettings, Row
 from .library import library
+from .memory_model import FULL, LlamacppMemory, cache_bytes, cells_of
 from .model import Model
 from .options import LlamacppOptions
 from .scoring import WindowText, compare_windows, score_steps, score_together, score_windows
@@ -47,8 +49,6 @@ from .serving import serve_requests
 from .source import gguf_source
 from .stream import Stream
 
-#: what ``auto`` is here
-FULL = GgmlFormat("f16", "f16")
 #: types of keys that its context shift was seen to rotate; for bf16 it ends the process
 SHIFTED = ("f32", "f16", "q8_0", "nvfp4")
 # llama.cpp's own default of n_batch; rows of logits of a scored text are no more than these
@@ -211,7 +211,7 @@ class LlamacppSession(Session):
             inert["prefix_caching"] = "sequences share no cells here"
         settings = {
             "context": int(params["context"]),
-            "cells": -(-int(params["context"]) // CELLS) * CELLS,
+            "cells": cells_of(int(params["context"])),
             "step_tokens": min(chunk, prompts),
             "batch": int(params["batch"]),
         }
@@ -225,6 +225,9 @@ class LlamacppSession(Session):
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         # the last token is chosen and never fed
         return requests * self._bytes(plan(self._policy, prompt_tokens, new_tokens - 1).final)
+
+    def memory_model(self, architecture: Architecture) -> LlamacppMemory:
+        return LlamacppMemory(architecture, self._format, None, self._model.weights_bytes)
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
         lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
