@@ -118,6 +118,10 @@ class KVPool:
         """Keys and values of whole ``blocks`` ``[...]``, each ``[..., block_size, kv_heads, head_dim]``."""
         return self._keys.read_blocks(index, blocks), self._values.read_blocks(index, blocks)
 
+    def unpacked_shape(self, blocks: int) -> tuple[int, int, int, int]:
+        """Shape of the keys, or the values, of so many blocks of a layer as they are read."""
+        return (blocks, self.block_size, self.group.kv_heads, self.group.head_dim)
+
     def refuse_vectors(self) -> None:
         """Refuse what was stored since the last call and has no number in the pool's format; waits for the device.
 
