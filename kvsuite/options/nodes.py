@@ -15,7 +15,7 @@ _PART = re.compile(
     r"([0-9]{1,6})x([A-Za-z0-9][A-Za-z0-9_.-]{0,63})(?::([^:]+):([0-9]{1,9}(?:\.[0-9]{1,9})?)([GT])B/s)?"
 )
 _UNITS = {"G": 1e9, "T": 1e12}
-_FORM = "write workers and their card, such as 8xH200,2xL40S, or 2xNAME:24GiB:300GB/s for a card that is not known"
+_FORM = "use workers and their card, such as 8xH200,2xL40S, or 2xNAME:24GiB:300GB/s for a card that is not known"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class NodesText:
         for part in text.split(","):
             match = _PART.fullmatch(part.strip())
             if match is None:
-                raise UserError(f"{shown}: {_FORM}")
+                raise UserError(f"{shown}: no list of workers; {_FORM}")
             count, name, memory, speed, unit = match.groups()
             given = speed is not None
             found.append(

@@ -19,12 +19,12 @@ def test_workers_and_their_cards() -> None:
 @pytest.mark.parametrize(
     ("text", "mend"),
     [
-        ("H200", "write workers and their card"),
-        ("8xH200,", "write workers and their card"),
-        ("8 H200", "write workers and their card"),
+        ("H200", "no list of workers; use workers and their card"),
+        ("8xH200,", "no list of workers; use workers and their card"),
+        ("8 H200", "no list of workers; use workers and their card"),
         ("0xH200", "every card needs a worker"),
         ("1xN:24GiB:0GB/s", "every card needs a worker and a bandwidth above 0"),
-        ("1xN:24GiB", "write workers and their card"),
+        ("1xN:24GiB", "no list of workers; use workers and their card"),
         ("8xH200,2xh200", "names a card twice"),
         (f"{MOST_WORKERS}xH200,1xL4", f"no more than {MOST_WORKERS} workers"),
     ],
