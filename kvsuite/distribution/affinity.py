@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 Thing = TypeVar("Thing")
+Session = TypeVar("Session", bound=Hashable | None)
 
 
 def choose(
@@ -28,9 +29,22 @@ def choose(
     others
         What every other worker did last, or does.
     """
-    left = Counter(map(session_of, waiting))
-    wanted = loaded
-    if not left[wanted]:
-        busy = Counter(others)
-        wanted = max(left, key=lambda session: left[session] / (1 + busy[session]))
+    wanted = wanted_session(Counter(map(session_of, waiting)), loaded, others)
     return next(thing for thing in waiting if session_of(thing) == wanted)
+
+
+def wanted_session(left: Mapping[Session, int], loaded: Hashable | None, others: Iterable[Hashable | None]) -> Session:
+    """The rule of `choose`, for those that count themselves.
+
+    Parameters
+    ----------
+    left
+        How many things of each session wait, none of them 0, in the order of their first ones.
+    loaded, others
+        As for `choose`.
+    """
+    for session in left:
+        if session == loaded:
+            return session
+    busy = Counter(others)
+    return max(left, key=lambda session: left[session] / (1 + busy[session]))

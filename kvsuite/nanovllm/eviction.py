@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
-from kvsuite.compression.prompt_view import PromptObservation, PromptView
+from kvsuite.compression.prompt_view import MeanWeights, PromptObservation, PromptView
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
@@ -114,6 +114,7 @@ class Eviction:
                 scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
                 device=self._device,
             )
+        self._mean_weights = _mean_weights(pool)
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
@@ -330,7 +331,9 @@ class Eviction:
         positions = torch.arange(length, device=self._device)
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
-        for part in self._parts(length, observed[0].numbers_of_token, together=together):
+        for part in self._parts(
+            length, observed[0].numbers_of_token(weights=self._mean_weights is None), together=together
+        ):
             own = self._pool.keys_of(slots, part).flatten(0, 1)
             if self.group.places:
                 own = observer.rotate(own[None], positions)[0]
@@ -341,7 +344,7 @@ class Eviction:
             view = _PooledPrompt(
                 positions.expand(own.shape[:2]), length - 1, keys=own, gather_values=values,
                 observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
-                rotate=observer.turn(layers[part.start]),
+                rotate=observer.turn(layers[part.start]), mean_weights=self._mean_weights,
             )  # fmt: skip
             score = policy.prompt_score(view)
             if score is not None:
@@ -477,3 +480,14 @@ class Eviction:
         packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
         parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
         return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
+
+
+def _mean_weights(pool: KVPool) -> MeanWeights | None:
+    """What computes the mean attention of a prompt's last queries over the pool's keys; ``None`` for the exact reference."""
+    width = pool.group.head_dim
+    halves = pool.dtype in (torch.bfloat16, torch.float16)
+    if pool.device.type != "cuda" or not halves or width < 16 or width & (width - 1):
+        return None
+    from .window_weights import mean_weights
+
+    return mean_weights

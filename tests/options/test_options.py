@@ -167,6 +167,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "resume-rerun": ("oom,error", ("oom", "error")),
     "shard": ("2/3", Shard(2, 3)),
     "plan": ("true", True),
+    "nodes": ("8xH200,2xL40S", "8xH200,2xL40S"),
+    "node-hours": ("24", 24.0),
     "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }
