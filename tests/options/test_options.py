@@ -39,6 +39,8 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # another value than the default for each option, as typed and as resolved
 OTHER: dict[str, tuple[str, Any]] = {
+    "cluster": ("ray://head:10001", "ray://head:10001"),
+    "cluster-cores": ("8", 8),
     "model": ("dummy:tiny", "dummy:tiny"),
     "device": ("vulkan:1", "vulkan:1"),
     "dtype": ("bf16", "bfloat16"),
@@ -95,6 +97,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "synthetic-num-batches": ("2", 2),
     "synthetic-batch-sizes": ("32,64", (32, 64)),
     "pipeline-batch-sizes": ("16", (16,)),
+    "pipeline-image": ("photos/one.png", "photos/one.png"),
     "pool-blocks": ("4096", 4096),
     "pool-bytes": ("1000000", 1000000),
     "max-model-len": ("8192", 8192),
@@ -164,6 +167,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "resume-rerun": ("oom,error", ("oom", "error")),
     "shard": ("2/3", Shard(2, 3)),
     "plan": ("true", True),
+    "nodes": ("8xH200,2xL40S", "8xH200,2xL40S"),
+    "node-hours": ("24", 24.0),
     "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }
