@@ -30,4 +30,5 @@ class MeanPool(Merging):
 
 def mean_of(groups: Tensor, tokens: int) -> Tensor:
     """Mean of the ``tokens`` vectors that lie one after the other in each row of ``[..., tokens * width]``, in float32."""
-    return groups.unflatten(-1, (tokens, -1)).float().mean(dim=-2).to(groups.dtype)
+    apart = groups.reshape(*groups.shape[:-1], tokens, groups.shape[-1] // tokens)
+    return apart.float().mean(dim=-2).to(groups.dtype)

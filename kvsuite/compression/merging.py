@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from kvsuite.errors import CaseInvalid
 
-from .base import CacheView, ImageSpans
+from .base import CacheView, ImageSpans, Policy
 from .by_factor import ByFactor
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ class Merging(ByFactor):
             If the policy cannot work on it.
         """
         if len(shape.head_dims) > 1:
-            raise CaseInvalid(f"policy {self.name} merges heads of one width, and this model has {_listed(shape.head_dims)}")
+            raise CaseInvalid(
+                f"policy {self.name} merges heads of one width, and this model has {_listed(shape.head_dims)}"
+            )
 
     def merge(
         self, keys: Tensor, values: Tensor, layers: Sequence[int], images: ImageSpans = ()
@@ -174,7 +176,7 @@ class Merging(ByFactor):
 
     @abstractmethod
     def pooled(self, groups: Tensor, layers: Sequence[int], side: Side, *, is_image: bool) -> Tensor:
-        """One vector for each group: ``[layers, g, factor * head_dim]``, tokens one after the other, to ``[layers, g, head_dim]``."""
+        """One vector ``[layers, g, head_dim]`` for each group ``[layers, g, factor * head_dim]``, whose tokens lie in order."""
 
     def _part(self, start: int, stop: int, *, is_image: bool) -> Part:
         groups = (stop - start) // self.group if self.group > 1 else 0
@@ -200,13 +202,21 @@ class Merging(ByFactor):
                 dim=-2,
             )
             found = self.pooled(groups.flatten(1, -2), layers, side, is_image=is_image).view(*groups.shape[:-1], width)
-            merged |= dict(zip(own, found.split([part.groups for part in own], dim=-2), strict=True))
+            merged |= dict(zip(own, torch.split(found, [part.groups for part in own], dim=-2), strict=True))
         pieces = []
         for part in parts:
             if part in merged:
                 pieces.append(merged[part])
             pieces.append(vectors[..., part.start + part.groups * self.group : part.stop, :])
         return torch.cat(pieces, dim=-2)
+
+
+def unmerged(asked: str, policy: Policy) -> str:
+    """Why a cache in a number format of its own takes no policy that merges; ``asked``: option and value."""
+    return (
+        f"{asked}: policy {policy.name} merges tokens, and is measured in the model's own numbers alone; use "
+        "--kv-cache-dtype=auto, or a policy that keeps tokens"
+    )
 
 
 def _listed(numbers: frozenset[int]) -> str:

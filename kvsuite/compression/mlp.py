@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.errors import CaseInvalid, UserError
 
+from .base import Policy
 from .mean_pool import mean_of
 from .merging import CacheShape, Merging, Side
 from .mlp_weights import IMAGE, TEXT, Form, MlpWeights, digest_of, read_weights
@@ -42,7 +44,7 @@ class Mlp(Merging):
     weights: str = ""
     digest: str = ""
     _families: dict[str, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict, init=False, repr=False)
-    _layers: int = field(default=0, init=False, repr=False)
+    _shape: CacheShape | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,19 +58,23 @@ class Mlp(Merging):
             raise UserError(f"{self._typed}: holds other weights ({found}) than those asked for ({self.digest})")
         self.digest = found
 
+    def label(self, chosen: Mapping[str, Any] | None) -> str:
+        if chosen and "weights" in chosen:
+            # a path is no name
+            chosen = {**chosen, "weights": Path(chosen["weights"]).stem}
+        return super().label(chosen)
+
     def prepare(self, shape: CacheShape) -> None:
         super().prepare(shape)
+        if shape == self._shape:
+            return
         try:
             weights = read_weights(self.weights, self._typed)
         except UserError as error:
             raise CaseInvalid(str(error)) from error
         width = next(iter(shape.head_dims))
         self._refuse(weights, shape, width)
-        self.use(weights, shape)
-
-    def use(self, weights: MlpWeights, shape: CacheShape) -> None:
-        """Take weights that fit, on the device and in the dtype of a cache."""
-        self._layers = weights.layers
+        self._shape = shape
         self._families = {
             name: tuple(
                 (weight.to(shape.device, shape.dtype), bias.to(shape.device, shape.dtype)) for weight, bias in linears
@@ -106,9 +112,13 @@ class Mlp(Merging):
     def _refuse(self, weights: MlpWeights, shape: CacheShape, width: int) -> None:
         if weights.form not in (None, self.form):
             other = MlpResidual.name if weights.form == MlpResidual.form else Mlp.name
-            raise CaseInvalid(f"{self._typed}: the weights are those of method {other}, not {self.name}; use --kv-method={other}")
+            raise CaseInvalid(
+                f"{self._typed}: the weights are those of method {other}, not {self.name}; use --kv-method={other}"
+            )
         if weights.factor != self.group:
-            raise CaseInvalid(f"{self._typed}: makes one token of {weights.factor}, not of {self.group}; use factor {weights.factor}")
+            raise CaseInvalid(
+                f"{self._typed}: makes one token of {weights.factor}, not of {self.group}; use factor {weights.factor}"
+            )
         same = weights.revision in (None, shape.revision) or shape.revision is None
         if (weights.layers, weights.head_dim) != (shape.layers, width) or not same:
             raise CaseInvalid(
@@ -133,3 +143,13 @@ class MlpResidual(Mlp):
 
     def _apply(self, groups: Tensor, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return super()._apply(groups, linears) + mean_of(groups, self.group)
+
+
+def takes_weights(policy: type[Policy]) -> bool:
+    """Whether a policy's weights may come from `OPTION`."""
+    return issubclass(policy, Mlp)
+
+
+def with_weights(policy: type[Policy], given: Mapping[str, Any], path: str | None) -> dict[str, Any]:
+    """Parameters of a policy with the weights of ``path``, where it takes some and was given none."""
+    return {**({"weights": path} if path and takes_weights(policy) else {}), **given}

@@ -57,7 +57,9 @@ class MlpWeights:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors under the names of the checkpoint."""
         return {
-            f"compress_{family}.{layer}.{slot}.{kind}": (weight[layer].T if kind == "weight" else bias[layer, 0]).contiguous()
+            f"compress_{family}.{layer}.{slot}.{kind}": (
+                weight[layer].T if kind == "weight" else bias[layer, 0]
+            ).contiguous()
             for family, linears in self.families.items()
             for layer in range(self.layers)
             for slot, (weight, bias) in zip(SLOTS, linears, strict=True)
@@ -122,7 +124,9 @@ def read_weights(path: str, typed: str) -> MlpWeights:
     for key in ("model_state_dict", "compressor"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
-    tensors = {str(name): value for name, value in found.items() if name != "kvsuite"} if isinstance(found, dict) else {}
+    tensors = (
+        {str(name): value for name, value in found.items() if name != "kvsuite"} if isinstance(found, dict) else {}
+    )
     foreign = sorted(name for name in tensors if not (_NAME.fullmatch(name) or _UNREAD.fullmatch(name)))
     if not tensors or foreign:
         what = f"{foreign[0]} is no weight of it" if foreign else "there are none"
@@ -142,7 +146,7 @@ def _stacked(tensors: Mapping[str, Any], facts: Mapping[str, Any], typed: str) -
     first = tensors.get("compress_tk.0.0.weight")
     if not isinstance(first, torch.Tensor) or first.dim() != 2 or first.shape[1] % max(1, first.shape[0]):
         raise UserError(
-            f"{typed}: compress_tk.0.0.weight is {_shape(first)}, not [head_dim, factor * head_dim] of an MLP compressor; {_FIT}"
+            f"{typed}: compress_tk.0.0.weight is {_shape(first)}, where [head_dim, factor * head_dim] is needed; {_FIT}"
         )
     width, factor = first.shape[0], first.shape[1] // first.shape[0]
     families = {}

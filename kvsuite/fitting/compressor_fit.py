@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvsuite.compression.mean_pool import MeanPool
+from kvsuite.compression.merging import Merging
 from kvsuite.compression.mlp_weights import Form, MlpWeights
 from kvsuite.models.load import LoadedModel
 
-from .lessons import Lessons, divergence, serve
+from .lessons import Lessons, attention_error, divergence, serve
 from .student import Student
 
 #: told how far it is, by a line
 Report = Callable[[str], None]
-# shares of the time: answers to learn from, and the first steps with a growing rate
-_SERVING_SHARE = 0.3
+#: shares of the time until prompts are served, and until every layer was fitted by itself; the rest is end to end
+_SERVED, _APART = 0.3, 0.45
+#: share of a phase in which the rate grows
 _GROWING = 0.05
-_SERVED_TOGETHER = 8
+_TOGETHER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,11 @@ class FitSettings:
     cpu_seconds
         Processor time for all of it: answers, steps and checks.
     answer_tokens
-        Tokens served behind each prompt.
+        Tokens of each answer.
     batch
         Prompts of a step.
-    rate
-        Highest learning rate; it grows at first, then falls to 0 along a cosine.
+    rates
+        Highest learning rates, apart and end to end; each grows at first, then falls to 0 along a cosine.
     checks
         How often held-out prompts are looked at.
     seed
@@ -55,7 +58,7 @@ class FitSettings:
     cpu_seconds: float = 600.0
     answer_tokens: int = 64
     batch: int = 2
-    rate: float = 2e-3
+    rates: tuple[float, float] = (2e-3, 1e-3)
     checks: int = 12
     seed: int = 0
 
@@ -88,96 +91,104 @@ class Fitted:
 
 
 def fit(
-    loaded: LoadedModel, prompts: Tensor, held_out: Tensor, settings: FitSettings, report: Report
+    loaded: LoadedModel,
+    prompts: Tensor,
+    held_out: Tensor,
+    settings: FitSettings,
+    report: Report,
+    better: Callable[[MlpWeights], None],
 ) -> Fitted:
     """Fit a compressor for a model.
+
+    First every layer by itself, on what the answers attend to, which is quick and brings it near; then all of them together,
+    through the model, on the divergence of its predictions.
 
     Parameters
     ----------
     loaded
         The model, whose own weights do not change.
     prompts, held_out
-        Tokens ``[count, length]`` to learn from, of which as many are served as the time allows, and to check on.
+        Tokens ``[count, length]`` to learn from, of which as many are answered as the time allows, and to check on.
     settings
         How.
     report
         Gets a line now and then.
+    better
+        Gets the weights of every check that is the best so far.
     """
-    started = time.process_time()
-    model, order = loaded.model, random.Random(settings.seed)
+    started, model = time.process_time(), loaded.model
 
-    def spent() -> float:
-        return time.process_time() - started
+    def share() -> float:
+        return (time.process_time() - started) / settings.cpu_seconds
 
-    checked = _served(model, held_out, settings)
+    def say(doing: str, what: str) -> None:
+        spent = time.process_time() - started
+        left = max(0.0, settings.cpu_seconds - spent)
+        report(f"{doing}: {what}; {spent:.0f} s of processor time, {left:.0f} s left")
+
+    checked = Lessons.joined([serve(model, part, settings.answer_tokens) for part in torch.split(held_out, _TOGETHER)])
     learnt: list[Lessons] = []
-    for at in range(0, len(prompts), _SERVED_TOGETHER):
-        learnt.append(serve(model, prompts[at : at + _SERVED_TOGETHER], settings.answer_tokens))
-        report(_line("serving", spent(), settings, f"{sum(map(len, learnt))} prompts"))
-        if spent() > _SERVING_SHARE * settings.cpu_seconds:
+    for part in torch.split(prompts, _TOGETHER):
+        learnt.append(serve(model, part, settings.answer_tokens))
+        say("answering", f"{sum(map(len, learnt))} prompts")
+        if share() > _SERVED:
             break
     lessons = Lessons.joined(learnt)
     learnt.clear()
     student = Student(factor=settings.factor, form=settings.form)
-    student.begin(lessons.keys, lessons.values, settings.seed)
-    own = list(student.parameters_fitted())
-    optimiser = torch.optim.Adam(own, lr=settings.rate)
+    student.begin(lessons.keys[..., : lessons.prompt, :], lessons.values[..., : lessons.prompt, :], settings.seed)
     mean = _check(model, checked, MeanPool(factor=settings.factor))
-    best, best_step, best_weights = math.inf, 0, [one.detach().clone() for one in own]
-    began, step, checks_done = spent(), 0, 0
-    queue: list[int] = []
-    losses: list[float] = []
-    while True:
-        share = min(1.0, (spent() - began) / max(1e-9, settings.cpu_seconds - began))
-        if share * settings.checks >= checks_done or share >= 1:
-            found = _check(model, checked, student)
-            checks_done += 1
-            if found < best:
-                best, best_step, best_weights = found, step, [one.detach().clone() for one in own]
-            recent = f", learning {sum(losses) / len(losses):.3f}" if losses else ""
-            losses.clear()
-            report(_line("fitting", spent(), settings, f"step {step}, held out {found:.3f} (mean pooling {mean:.3f}){recent}"))
-            if share >= 1:
+    own = list(student.parameters_fitted())
+    order, queue = random.Random(settings.seed), list[int]()
+    best, best_step, step, checks, losses = math.inf, 0, 0, 0, list[float]()
+    for doing, rate, end, loss_of in (
+        ("layer by layer", settings.rates[0], _APART, _apart),
+        ("end to end", settings.rates[1], 1.0, _together),
+    ):
+        optimiser = torch.optim.Adam(own, lr=rate)
+        began = share()
+        while True:
+            done = 1.0 if began >= end else min(1.0, (share() - began) / (end - began))
+            if share() * settings.checks >= checks or done >= 1:
+                found, checks = _check(model, checked, student), int(share() * settings.checks) + 1
+                if found < best:
+                    best, best_step = found, step
+                    weights = student.weights(model=loaded.spec.label, revision=loaded.spec.revision)
+                    better(weights)
+                recent = f", learning {sum(losses) / len(losses):.3f}" if losses else ""
+                losses.clear()
+                say(doing, f"step {step}, held out {found:.3f} nats a token (mean pooling {mean:.3f}){recent}")
+            if done >= 1:
                 break
-        if len(queue) < settings.batch:
-            queue += order.sample(range(len(lessons)), len(lessons))
-        batch = lessons.part([queue.pop(0) for _ in range(min(settings.batch, len(queue)))])
-        for group in optimiser.param_groups:
-            group["lr"] = settings.rate * min(1.0, share / _GROWING) * 0.5 * (1 + math.cos(math.pi * share))
-        optimiser.zero_grad(set_to_none=True)
-        loss = _loss(model, batch, student)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
-        step += 1
-    with torch.no_grad():
-        for one, kept in zip(own, best_weights, strict=True):
-            one.copy_(kept)
-    weights = student.weights(model=loaded.spec.label, revision=loaded.spec.revision)
-    return Fitted(weights, mean, best, step, best_step, len(lessons), spent())
+            if len(queue) < settings.batch:
+                queue += order.sample(range(len(lessons)), len(lessons))
+            batch = lessons.part([queue.pop() for _ in range(min(settings.batch, len(queue)))])
+            for group in optimiser.param_groups:
+                group["lr"] = rate * min(1.0, done / _GROWING + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
+            optimiser.zero_grad(set_to_none=True)
+            loss = loss_of(model, batch, student)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
+            optimiser.step()
+            losses.append(float(loss.detach()))
+            step += 1
+    return Fitted(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
 
 
-def _served(model: object, prompts: Tensor, settings: FitSettings) -> Lessons:
-    parts = [
-        serve(model, prompts[at : at + _SERVED_TOGETHER], settings.answer_tokens)
-        for at in range(0, len(prompts), _SERVED_TOGETHER)
-    ]
-    return Lessons.joined(parts)
+def _merged(lessons: Lessons, policy: Merging) -> tuple[Tensor, Tensor]:
+    keys, values = (one[..., : lessons.prompt, :].float() for one in (lessons.keys, lessons.values))
+    return policy.merge(keys, values, range(len(keys)))
 
 
-def _loss(model: object, lessons: Lessons, student: Student | MeanPool) -> Tensor:
-    layers = range(lessons.keys.shape[0])
-    keys, values = student.merge(lessons.keys.float(), lessons.values.float(), layers)
-    return divergence(model, lessons, keys, values)
+def _apart(model: Any, lessons: Lessons, policy: Merging) -> Tensor:
+    return attention_error(lessons, *_merged(lessons, policy))
+
+
+def _together(model: Any, lessons: Lessons, policy: Merging) -> Tensor:
+    return divergence(model, lessons, *_merged(lessons, policy))
 
 
 @torch.no_grad()
-def _check(model: object, lessons: Lessons, student: Student | MeanPool) -> float:
-    parts: Sequence[Lessons] = [lessons.part(range(at, min(at + 4, len(lessons)))) for at in range(0, len(lessons), 4)]
-    return sum(float(_loss(model, part, student)) * len(part) for part in parts) / len(lessons)
-
-
-def _line(doing: str, spent: float, settings: FitSettings, what: str) -> str:
-    left = max(0.0, settings.cpu_seconds - spent)
-    return f"{doing}: {what}; {spent:.0f} s of processor time, {left:.0f} s left"
+def _check(model: Any, lessons: Lessons, policy: Merging) -> float:
+    parts = [lessons.part(range(at, min(at + 4, len(lessons)))) for at in range(0, len(lessons), 4)]
+    return sum(float(_together(model, part, policy)) * len(part) for part in parts) / len(lessons)

@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from kvsuite.compression.base import ImageSpans
+
 from .sampling import SamplingParameters
 
 OnToken = Callable[["Request", int, float], None]
@@ -54,6 +56,8 @@ class Request:
         token. The prompt if left out. Rotary frequencies that change with the length depend on it.
     id
         Chosen by the runtime if left out.
+    images
+        Where image tokens stand in the prompt, which policies that merge treat apart.
     """
 
     prompt: Sequence[int]
@@ -63,6 +67,7 @@ class Request:
     scored: int = 0
     together: int = 0
     id: str | None = None
+    images: ImageSpans = ()
 
     status: Status = field(default=Status.WAITING, init=False)
     #: why it failed, or what ended it: ``stop``, ``length``, ``scored``, ``cancelled``
@@ -133,7 +138,7 @@ class Request:
 
     def branch(self, id: str, sampling: SamplingParameters) -> Request:
         """A new request that stands where this one does, with blocks yet to be given to it."""
-        child = Request(list(self.prompt), sampling, together=self.together, id=id)
+        child = Request(list(self.prompt), sampling, together=self.together, id=id, images=self.images)
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over

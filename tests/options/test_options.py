@@ -158,6 +158,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "report-dir": ("/tmp/runs", "/tmp/runs"),
     "compare": ("reports/run_1", "reports/run_1"),
     "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
+    "compressor-path": ("weights.pth", "weights.pth"),
     "cache-dir": ("/tmp/cache", "/tmp/cache"),
     "timeout": ("60", 60.0),
     "resume": ("latest", "latest"),
@@ -284,7 +285,7 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 
 # names that are looked up later, by who knows them: spaces, models, corpora, weight formats, schedules, rules, the file system
-FREE_TEXT = {
+FREE_TEXT = {"compressor-path", 
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvsuite.cache_formats.by_layer import OwnFormat
-from kvsuite.compression.base import Policy
+from kvsuite.compression.base import ImageSpans, Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary, forget_longer_sequences
 from kvsuite.errors import CaseInvalid
@@ -36,12 +36,12 @@ class CachedDecoder(Decoder):
         if self.of_layers.switch_length is not None:
             forget_longer_sequences(model)
 
-    def forward(self, ids: Tensor, cache: Any) -> Tensor:
+    def forward(self, ids: Tensor, cache: Any, images: ImageSpans = ()) -> Tensor:
         """Feed ``ids`` ``[batch, tokens]`` behind what ``cache`` holds; logits of the last position ``[batch, 1, vocab]``.
 
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
-        positions = cache.begin(ids.shape[1])
+        positions = cache.begin(ids.shape[1], images) if images else cache.begin(ids.shape[1])
         placed = {"position_ids": positions} if self.takes_positions else {}
         if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:
             # eager attention has one mask for all layers, as long as the first one's cache; a token sees all that is stored
