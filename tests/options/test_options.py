@@ -285,10 +285,10 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 
 
 # names that are looked up later, by who knows them: spaces, models, corpora, weight formats, schedules, rules, the file system
-FREE_TEXT = {"compressor-path", 
+FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
-    "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
+    "cache-dir", "compressor-path", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
     "vllm-attention-backend",
 }  # fmt: skip
