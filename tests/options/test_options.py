@@ -288,9 +288,9 @@ def test_refused_options_name_what_does_the_job(name: str, value: str) -> None:
 FREE_TEXT = {
     "quantization", "cache-dtype", "reference", "l2-mode", "fail",
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
-    "cache-dir", "compressor-path", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
+    "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
-    "vllm-attention-backend",
+    "vllm-attention-backend", "compressor-path",
 }  # fmt: skip
 
 
