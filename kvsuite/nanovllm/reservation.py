@@ -139,9 +139,9 @@ class Reservation:
         size, longest, fed = self._tables.pool.block_size, request.largest, request.prefill
         if self._policy is not None and not request.spared:
             prompt = request.prompt_length
-            left = size_after_action(self._policy, prompt, prompt, done=False, prompt=True, images=request.images)
+            left = size_after_action(self._policy, prompt, prompt, done=False, prompt=True, images=request.image_spans)
             begins = left + fed - prompt
-            most = largest_after_prompt(self._policy, prompt, longest, request.images)
+            most = largest_after_prompt(self._policy, prompt, longest, request.image_spans)
             return begins, fed, longest, -(-prompt // size), -(-most // size)
         peak, end = -(-fed // size), -(-longest // size)
         if self._tables.window is not None:

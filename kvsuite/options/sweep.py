@@ -4,7 +4,10 @@
 
 from typing import Annotated
 
+from kvsuite.errors import UserError
+
 from .card import card_bytes
+from .nodes import NodesText
 from .numbers import decimal
 from .option import Option, OptionGroup, list_of, path, switch
 from .shard import Shard
@@ -34,6 +37,20 @@ def _statuses(typed: str) -> tuple[str, ...]:
 def _card(typed: str) -> str:
     card_bytes(typed, "--kv-plan-card")
     return typed
+
+
+def _nodes(typed: str) -> str:
+    NodesText.parse_all(typed)
+    return typed
+
+
+def _hours(typed: str) -> float | None:
+    if typed.strip().lower() == "none":
+        return None
+    value = decimal(typed)
+    if not 0.1 <= value <= 1e6:
+        raise ValueError("must lie between 0.1 and 1e6 hours, or be none")
+    return value
 
 
 class SweepOptions(OptionGroup, frozen=True, kw_only=True):
@@ -68,6 +85,16 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
         "Measure nothing: list the selected cases with expected time and memory, and what will not fit.",
         is_flag=True,
     )]
+    nodes: Annotated[str | None, Option(
+        _nodes, "",
+        "Plan for workers elsewhere (with --kv-plan), each with a card of its own, e.g. --kv-nodes=8xH200,2xL40S: "
+        "expected hours, what fits where, and what losses cost.",
+        example="8xH200,2xL40S",
+    )]
+    node_hours: Annotated[float | None, Option(
+        _hours, "100",
+        "Mean hours after which a worker of --kv-nodes is lost, for the losses that the plan draws; none draws none.",
+    )]
     plan_card: Annotated[str | None, Option(
         _card, "",
         "Memory of the device that --kv-plan judges by, e.g. --kv-plan-card=24GiB, where this machine is not the "
@@ -75,3 +102,23 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
         example="24GiB",
     )]
     # fmt: on
+
+    def check(self, given: frozenset[str]) -> None:
+        """Refuse options of the plan that exclude each other, or need another.
+
+        Raises
+        ------
+        UserError
+            Naming both.
+        """
+        nodes = self.nodes
+        if nodes is not None and not self.plan:
+            raise UserError(f"--kv-nodes={nodes}: only plans; add --kv-plan, or leave it out")
+        if nodes is not None and self.plan_card is not None:
+            raise UserError(
+                f"--kv-plan-card={self.plan_card}: --kv-nodes={nodes} names the cards; leave one of both out"
+            )
+        if nodes is None and "node_hours" in given:
+            raise UserError(
+                "--kv-node-hours: says how often workers of --kv-nodes are lost; name them, such as --kv-nodes=8xH200"
+            )

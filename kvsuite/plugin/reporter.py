@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.case import Case, canonical_json
+from kvsuite.distribution.alone import AloneTimes
 from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
@@ -56,6 +57,7 @@ class Reporter:
         self._code: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._earlier: EarlierRun | None = None
+        self._alone = AloneTimes(Path(self._common.report_dir))
         #: ids of the cases that have a row of this session
         self.measured: set[str] = set()
         #: what was said of suites that could not take note of a row
@@ -201,6 +203,8 @@ class Reporter:
         row, environment = payload["record"], payload["environment"]
         if self._earlier is not None:
             self._earlier.require_same_case(row, environment)
+        if (disturbed := self._alone.warning(row)) is not None:
+            row["warnings"].append(disturbed)
         store = self._open(row, environment)
         store.require_in_place()
         if payload["tokens"]:

@@ -12,8 +12,8 @@ from kvsuite.store.records_file import code_of
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(
     {
-        "report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card", "compare", "fail",
-        "mlc_timeout", "mlc_compile_timeout",
+        "report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card", "nodes",
+        "node_hours", "compare", "fail", "mlc_timeout", "mlc_compile_timeout",
     }
 )  # fmt: skip
 _PACKAGES = ("transformers", "kvpress", "bitsandbytes", "triton")

@@ -12,6 +12,7 @@ from kvsuite.models.presets import PRESETS, build_config, preset_name
 # parameter counts that the hub shows for the published checkpoints
 PUBLISHED = {
     "Llama-3-8B": 8_030_261_248,
+    "Llama-3-70B": 70_553_706_496,
     "Llama-3.2-1B": 1_235_814_400,
     "Mistral-7B": 7_248_023_552,
     "Qwen3-0.6B": 596_049_920,
@@ -23,7 +24,7 @@ PUBLISHED = {
 
 
 def model_class(preset: str) -> Any:
-    return AutoModelForImageTextToText if preset == "LLaVA-1.5-7B" else AutoModelForCausalLM
+    return AutoModelForImageTextToText if "vision_config" in PRESETS[preset] else AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -34,13 +35,13 @@ def test_published_parameter_counts(preset: str) -> None:
 
 
 def test_every_preset_is_counted_or_ours() -> None:
-    assert set(PRESETS) == {*PUBLISHED, "tiny"}
+    assert set(PRESETS) == {*PUBLISHED, "tiny", "tiny-llava"}
 
 
 def shrunken(preset: str) -> Any:
     small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     text = small | {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2}
-    if preset == "LLaVA-1.5-7B":
+    if "vision_config" in PRESETS[preset]:
         vision = small | {"image_size": 28, "patch_size": 14}
         text |= {"num_key_value_heads": 4, "head_dim": 16}
         return build_config(preset, text_config=text, vision_config=vision, image_token_index=255, image_seq_length=4)

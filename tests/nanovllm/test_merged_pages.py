@@ -93,7 +93,7 @@ def served(
         requests = []
         for one, spans in zip(asked(), images, strict=True):
             request = greedy(one[:-OUTPUT], OUTPUT, forced=one[-OUTPUT:])
-            request.images = spans
+            request.image_spans = spans
             requests.append(runtime.add(request))
         while runtime.unfinished:
             runtime.step()
@@ -147,7 +147,8 @@ def on_hf(policy: Policy, tokens: Sequence[int], images: ImageSpans, implementat
     decoder = CachedDecoder(of.model, of.text_config, of.device)
     cache = decoder.new_cache(policy, (64, 64), implementation, None)
     decoder.set_attention("sdpa")
-    logits = [decoder.forward(torch.tensor([list(tokens[:length])]), cache, images=images)[0, -1]]
+    cache.set_images(images)
+    logits = [decoder.forward(torch.tensor([list(tokens[:length])]), cache)[0, -1]]
     logits += [decoder.forward(torch.tensor([[tokens[at]]]), cache)[0, -1] for at in range(length, len(tokens) - 1)]
     treated = next(group for group in cache.groups if group.policy is not None)
     assert treated.length == policy.size_of_prompt(length, images) + OUTPUT - 1
@@ -185,7 +186,7 @@ def test_a_request_reserves_what_its_images_leave() -> None:
     limits = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_blocks=32, block_size=4)
     runtime = Runtime(loaded("llama"), limits, policy=policy)
     request = greedy(text(34), 7)
-    request.images, request.longest, request.prefill = ((0, 9),), 41, 34
+    request.image_spans, request.longest, request.prefill = ((0, 9),), 41, 34
     begins, _, _, _, most = Reservation(runtime.tables[0], 64, policy)._of(request)
     runtime.close()
     assert (begins, most) == (14, 5)

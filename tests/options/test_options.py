@@ -95,6 +95,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "synthetic-num-batches": ("2", 2),
     "synthetic-batch-sizes": ("32,64", (32, 64)),
     "pipeline-batch-sizes": ("16", (16,)),
+    "pipeline-image": ("photos/one.png", "photos/one.png"),
     "pool-blocks": ("4096", 4096),
     "pool-bytes": ("1000000", 1000000),
     "max-model-len": ("8192", 8192),
@@ -165,6 +166,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "resume-rerun": ("oom,error", ("oom", "error")),
     "shard": ("2/3", Shard(2, 3)),
     "plan": ("true", True),
+    "nodes": ("8xH200,2xL40S", "8xH200,2xL40S"),
+    "node-hours": ("24", 24.0),
     "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }

@@ -146,16 +146,17 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self.rotary.table(int(positions.max()) + 1)
         return self.rotary.rotate(vectors, positions)
 
-    def begin(self, tokens: int, images: ImageSpans = ()) -> Tensor:
-        """Prepare for a forward pass over ``tokens`` new tokens and return their position ids, int64 ``[1, tokens]``.
+    def set_images(self, images: ImageSpans) -> None:
+        """Say where image tokens stand in the prompt that comes next: policies that merge treat them apart."""
+        for group in self.groups:
+            group.images = images
 
-        ``images`` says where image tokens stand in a prompt; policies that merge treat them apart.
-        """
+    def begin(self, tokens: int) -> Tensor:
+        """Prepare for a forward pass over ``tokens`` new tokens and return their position ids, int64 ``[1, tokens]``."""
         if self.incoming:
             raise RuntimeError("begin() called twice without commit()")
         self.incoming = tokens
         for group in self.groups:
-            group.images = images
             group.begin(tokens, self.seen)
         # a layer that keeps all, or a window, was rotated by places in the text, and the queries of all layers share theirs
         placed = self.uses_cache_positions and not self._own

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvsuite.cache_formats.by_layer import OwnFormat
-from kvsuite.compression.base import ImageSpans, Policy
+from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary, forget_longer_sequences
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.images import image_places, image_shape, image_spans
 
 from .attention import showing
 from .cache import EvictionCache, Implementation
@@ -36,16 +37,22 @@ class CachedDecoder(Decoder):
         if self.of_layers.switch_length is not None:
             forget_longer_sequences(model)
 
-    def forward(self, ids: Tensor, cache: Any, images: ImageSpans = ()) -> Tensor:
+    def forward(self, ids: Tensor, cache: Any, pixels: Tensor | None = None) -> Tensor:
         """Feed ``ids`` ``[batch, tokens]`` behind what ``cache`` holds; logits of the last position ``[batch, 1, vocab]``.
 
+        ``pixels`` ``[n, 3, height, width]`` are images whose features stand where ``ids`` has the model's image tokens.
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
-        positions = cache.begin(ids.shape[1], images) if images else cache.begin(ids.shape[1])
+        if pixels is not None and isinstance(cache, EvictionCache):
+            shape = image_shape(self.model.config.to_dict())
+            cache.set_images(image_spans(shape, image_places(shape, ids[0].tolist())))
+        positions = cache.begin(ids.shape[1])
         placed = {"position_ids": positions} if self.takes_positions else {}
         if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:
             # eager attention has one mask for all layers, as long as the first one's cache; a token sees all that is stored
             placed["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
+        if pixels is not None:
+            placed["pixel_values"] = pixels
         with showing(cache if cache.is_shown else None):
             logits: Tensor = self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **placed, **self._last_logits

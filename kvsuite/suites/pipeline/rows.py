@@ -49,6 +49,12 @@ def arrivals_of(row: Row) -> str:
     return found
 
 
+def workload_name(row: Row) -> str:
+    """What is served, for a reader: ``synthetic-long``, ``synthetic-long, one image each``."""
+    workload = row["case"]["workload"]
+    return f"{workload.get('workload')}{', one image each' if workload.get('image') else ''}"
+
+
 def setting_of(row: Row) -> str:
     """What rows that are compared with each other have in common: engine, model, device, workload and pool."""
     case = row["case"]

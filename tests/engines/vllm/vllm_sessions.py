@@ -42,10 +42,10 @@ def case(**changes: Any) -> Case:
     return Case(**(fields | changes))
 
 
-def load(of: Case | None = None, **given: str) -> VllmSession:
+def load(of: Case | None = None, settings: EngineSettings | None = None, **given: str) -> VllmSession:
     """A session, prepared."""
     chosen = of or case()
-    session = engine(**given).load(chosen, EngineSettings())
+    session = engine(**given).load(chosen, settings or EngineSettings())
     session.prepare(chosen)
     return session
 
