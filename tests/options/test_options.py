@@ -39,6 +39,8 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # another value than the default for each option, as typed and as resolved
 OTHER: dict[str, tuple[str, Any]] = {
+    "cluster": ("ray://head:10001", "ray://head:10001"),
+    "cluster-cores": ("8", 8),
     "model": ("dummy:tiny", "dummy:tiny"),
     "device": ("vulkan:1", "vulkan:1"),
     "dtype": ("bf16", "bfloat16"),
