@@ -200,7 +200,7 @@ class CompressionStage:
         for eviction in self._policies:
             assert eviction.policy is not None
             if eviction.policy.acts == "prompt":
-                if not self._work(request, lambda eviction=eviction: eviction.complete(row)):  # type: ignore[misc]
+                if not self._work(request, lambda eviction=eviction: eviction.complete(row, request.image_spans)):  # type: ignore[misc]
                     return
                 continue
             eviction.enter(row)

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.base import CacheView, ImageSpans, Policy
+from kvsuite.compression.merging import Merging
 from kvsuite.compression.prompt_view import MeanWeights, PromptObservation, PromptView
 from kvsuite.errors import UserError
 
@@ -126,8 +127,10 @@ class Eviction:
         following: Bools = self._noted[rows] >= 0
         return following
 
-    def complete(self, row: int) -> Work | None:
+    def complete(self, row: int, images: ImageSpans = ()) -> Work | None:
         """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
+
+        ``images`` says where its image tokens stand.
 
         Raises
         ------
@@ -137,10 +140,12 @@ class Eviction:
         assert self.policy is not None
         policy, length = self.policy, int(self._tables.lengths[row])
         due = policy.due(step=length, done=False, prompt=True)
-        size = policy.size_after(length) if due else length
+        size = policy.size_of_prompt(length, images) if due else length
         if size == length:
             self._observations(row)
             return None
+        if isinstance(policy, Merging):
+            return self._merge(policy, row, size, images)
         if not (policy.needs.prompt or self._per_head):
             # positions alone decide, here and now
             chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length))
@@ -323,6 +328,22 @@ class Eviction:
             return work
 
         return take
+
+    def _merge(self, policy: Merging, row: int, size: int, images: ImageSpans) -> Work:
+        """Give a sequence blocks for what a policy makes of its prompt; the work makes it."""
+        before = self._tables.stored_slots(row)
+        self._tables.replace(row, size)
+        after = self._tables.stored_slots(row)
+        self.evicted += len(before) - size
+
+        def work() -> None:
+            source, target = self._upload(before, after)
+            # a layer's vectors are all read before any is written: blocks may be the same
+            for part in self._parts(len(before), together=True):
+                own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
+                self._pool.put(target, part, *policy.merge(*own, self.group.layers[part], images))
+
+        return work
 
     def _keep_of_prompt(self, slots: Tensor, observed: Sequence[PromptObservation]) -> Tensor:
         """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``.
