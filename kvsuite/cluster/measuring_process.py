@@ -48,8 +48,9 @@ def main(descriptor: int) -> None:
     """
     die_with_parent()
     # Ray's workers give way to all else on a host, and what is timed must not; who may not say so is warned in each row
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    if os.nice(0) > 0:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
     # Ctrl-C in a terminal is for the controller, which ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as channel, contextlib.suppress(EOFError):
