@@ -2,6 +2,7 @@
 
 # no postponed annotations: an option that is written wrongly is an error where it stands
 
+import re
 from typing import Annotated
 
 from kvsuite.errors import UserError
@@ -9,10 +10,11 @@ from kvsuite.errors import UserError
 from .card import card_bytes
 from .nodes import NodesText
 from .numbers import decimal
-from .option import Option, OptionGroup, list_of, path, switch
+from .option import Option, OptionGroup, all_or_number, list_of, path, switch
 from .shard import Shard
 
 _LEAST_S = 0.001
+_CLIENT = re.compile(r"ray://[^\s:/]+:[0-9]{1,5}|ray://\[[0-9a-fA-F:]+\]:[0-9]{1,5}")
 _STATUSES = ("oom", "error", "crashed", "invalid", "skipped")
 
 
@@ -39,6 +41,12 @@ def _card(typed: str) -> str:
     return typed
 
 
+def _cluster(typed: str) -> str:
+    if typed in ("local", "auto") or _CLIENT.fullmatch(typed):
+        return typed
+    raise ValueError("use local, auto, or ray://host:port")
+
+
 def _nodes(typed: str) -> str:
     NodesText.parse_all(typed)
     return typed
@@ -54,7 +62,7 @@ def _hours(typed: str) -> float | None:
 
 
 class SweepOptions(OptionGroup, frozen=True, kw_only=True):
-    """What ends a case, which cases run, and whether any does."""
+    """What ends a case, which cases run, where, and whether any does."""
 
     # fmt: off
     timeout: Annotated[float | None, Option(
@@ -100,6 +108,18 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
         "Memory of the device that --kv-plan judges by, e.g. --kv-plan-card=24GiB, where this machine is not the "
         "one that will measure.",
         example="24GiB",
+    )]
+    cluster: Annotated[str | None, Option(
+        _cluster, "",
+        "Spread the cases over a cluster of Ray, a worker a GPU: local (one of this host alone), auto (the one that "
+        "this host belongs to), or ray://host:port. Needs kvsuite[cluster].",
+        example="auto",
+    )]
+    cluster_cores: Annotated[int | None, Option(
+        all_or_number(1, 4096), "all",
+        "Cores that a worker of a cluster owns where no GPU is used, e.g. --kv-cluster-cores=8; all is one worker a "
+        "host.",
+        example="8",
     )]
     # fmt: on
 

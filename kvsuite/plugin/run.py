@@ -107,6 +107,10 @@ def begin(config: pytest.Config) -> None:
     if options.of(SweepOptions).plan:
         # nothing is measured, so nothing is spread
         config.option.dist, config.option.tx = "no", []
+    elif options.of(SweepOptions).cluster is not None:
+        from .cluster_controller import ClusterController
+
+        plugins.register(ClusterController(config, reporter), "kvsuite-cluster")
     elif config.getoption("dist", default="no") != "no":
         config.stash[WORKERS] = WorkerGuard(config, reporter)
         plugins.register(config.stash[WORKERS], "kvsuite-workers")
