@@ -160,6 +160,12 @@ class KVPool:
         return self._values.vectors(slots, layers)
 
     @torch.inference_mode()
+    def put(self, slots: Tensor, layers: slice, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values ``[layers, kv_heads, n, head_dim]`` of some of the group's layers in ``slots`` ``[n]``."""
+        for tensor, vectors in ((self.keys, keys), (self.values, values)):
+            tensor[layers].flatten(1, 2).index_copy_(1, slots, vectors.transpose(1, 2))
+
+    @torch.inference_mode()
     def keep(self, source: Tensor, target: Tensor) -> None:
         """Copy tokens from slots ``source`` to slots ``target``, which may overlap.
 

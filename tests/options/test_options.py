@@ -161,6 +161,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "report-dir": ("/tmp/runs", "/tmp/runs"),
     "compare": ("reports/run_1", "reports/run_1"),
     "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
+    "compressor-path": ("weights.pth", "weights.pth"),
     "cache-dir": ("/tmp/cache", "/tmp/cache"),
     "timeout": ("60", 60.0),
     "resume": ("latest", "latest"),
@@ -294,7 +295,7 @@ FREE_TEXT = {
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
-    "vllm-attention-backend",
+    "vllm-attention-backend", "compressor-path",
 }  # fmt: skip
 
 

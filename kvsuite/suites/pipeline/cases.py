@@ -11,6 +11,7 @@ from kvsuite.cache_formats.chosen_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.compression.mlp import takes_weights, with_weights
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
@@ -94,7 +95,7 @@ def pipeline_cases(options: Options) -> list[Case]:
     common, own = options.of(CommonOptions), options.of(PipelineOptions)
     device = resolve_device(common.device)
     models = _models(options)
-    arms = _arms(own)
+    arms = _arms(own, common.compressor_path)
     _refuse_unused(options, own)
     cases = [
         _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
@@ -130,12 +131,18 @@ def unread_options(options: Options) -> list[str]:
         **dict.fromkeys(_SYNTHETIC, bool(set(own.workloads) - set(_BATCHES))),
         "pipeline_method": compresses,
         "factors": compresses,
+        "compressor_path": compresses and _takes_weights(own),
         "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
         "chunk_sizes": any(variant.chunked for variant in variants),
         "dataset_dir": LIGHT in own.workloads,
         "trace_conv": HEAVY in own.workloads or own.arrivals == TRACE,
     }
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(is_read.keys() & options.given) if not is_read[name]]
+
+
+def _takes_weights(own: PipelineOptions) -> bool:
+    names = [MethodText.parse(method).name for method in own.pipeline_method]
+    return any(takes_weights(find_policy(name)) for name in names)
 
 
 def _models(options: Options) -> tuple[str, ...]:
@@ -160,8 +167,8 @@ def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, 
     return asked or next((sizes for part, sizes in _BATCH_SIZES.items() if part in name), _OTHER_BATCH_SIZES)
 
 
-def _arms(own: PipelineOptions) -> list[Arm]:
-    reductions = _reductions(own)
+def _arms(own: PipelineOptions, compressor: str | None) -> list[Arm]:
+    reductions = _reductions(own, compressor)
     several = len(reductions) > 1
     found = [Arm(VARIANTS[BASELINE])]
     for name in own.variants:
@@ -209,12 +216,13 @@ def _refuse_unused(options: Options, own: PipelineOptions) -> None:
         )
 
 
-def _reductions(own: PipelineOptions) -> list[Reduction]:
+def _reductions(own: PipelineOptions, compressor: str | None) -> list[Reduction]:
     found = []
     for method in own.pipeline_method:
         for policy, parameters, label in _policies(method):
             for factor in own.factors:
-                built = _built(policy, parameters, factor, method)
+                weighted = with_weights(find_policy(policy), parameters, compressor)
+                built = _built(policy, weighted, factor, method)
                 mark = "-".join([*([label] if len(own.pipeline_method) > 1 or label != policy else []), f"f{factor:g}"])
                 found.append(Reduction(policy, built.to_dict(), factor, mark))
     return found

@@ -40,10 +40,6 @@ _REFUSED = {
         "--kv-pool-bytes=N"
     ),
     **dict.fromkeys(("qwen3-8b", "qwen3-32b", "llava"), _MODEL_INSTEAD),
-    "compressor-path": (
-        "the MLP compressor is not part of kvsuite yet; use --kv-pipeline-method with snapkv, h2o, streaming_llm, knorm or "
-        "expected_attention"
-    ),
 }
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from compressor_weights import written
 
 from kvsuite.case import Case
 from kvsuite.engines.serving_plan import ServingPlan
@@ -288,3 +289,24 @@ def test_a_lowest_rate_that_takes_hours_is_refused_with_the_one_that_does_not() 
         match=r"--kv-capacity=0\.0001:8: at the lowest rate the last of 4 requests comes after 30000 s; raise",
     ):
         refuse_load(case, own)
+
+
+def test_the_compressor_takes_its_weights_from_the_option(tmp_path: Path) -> None:
+    path = written(tmp_path / "weights.pth")
+    typed = {"pipeline_method": "mlp,mean_pool", "factors": "1,5", "compressor_path": path, "variants": VARIANTS}
+    found = [case for case in cases(**typed) if case.policy == "mlp"]
+    assert {case.id.partition("-bs04-")[2].partition("-mlp")[0].rstrip("]") for case in found} >= {
+        "compression-only", "greenctx-only", "auto-tune_greenctx", "triad", "streams-only", "chunked-c64",
+    }  # fmt: skip
+    assert {case.policy_params["weights"] for case in found} == {path}
+    assert {case.policy_params["factor"] for case in found} == {1.0, 5.0}
+    assert all("weights" not in case.policy_params for case in cases(**typed) if case.policy == "mean_pool")
+    # flaw 12 of the original: without its weights it ran as nothing, or as noise, under its own name
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mlp: has no weights; give --kv-compressor-path=FILE"):
+        cases(pipeline_method="mlp")
+    with pytest.raises(UserError, match=r"--kv-compressor-path=gone.pth: no such file"):
+        cases(pipeline_method="mlp_residual", compressor_path="gone.pth")
+    assert unread_options(default_options(compressor_path=path)) == ["--kv-compressor-path"]
+    assert unread_options(default_options(compressor_path=path, pipeline_method="mlp")) == []
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mean_pool\(factor=2.5\): so many tokens become one"):
+        cases(pipeline_method="mean_pool", factors="2.5")
