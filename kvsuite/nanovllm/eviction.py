@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, ImageSpans, Policy
@@ -22,6 +23,8 @@ from .kv_pool import KVPool
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
 from .token_notes import TokenNotes
+
+Bools = NDArray[np.bool_]
 
 # what a policy looks at of several layers at once, in bytes
 _LOOK_BYTES = 1 << 29
@@ -119,9 +122,10 @@ class Eviction:
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
-    def follows(self, row: int) -> bool:
-        """Whether more may be decided for a sequence."""
-        return bool(self._noted[row] >= 0)
+    def follows(self, rows: Ints) -> Bools:
+        """Whether more may be decided for each of some sequences."""
+        following: Bools = self._noted[rows] >= 0
+        return following
 
     def complete(self, row: int, images: ImageSpans = ()) -> Work | None:
         """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
@@ -426,7 +430,7 @@ class Eviction:
 
     def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
         """Those of the sequences that have a book, and what they have seen."""
-        followed = self._noted[rows] >= 0
+        followed = self.follows(rows)
         return rows[followed], seen[followed]
 
     def _blocks(self, rows: Ints, length: int) -> Ints:

@@ -100,6 +100,6 @@ def plan_blocks(plan: ServingPlan, *, block_tokens: int, block_bytes: int) -> in
     if blocks < needed:
         raise CaseInvalid(
             f"{option}: {blocks} of vLLM's blocks of {block_tokens} tokens are fewer than the {needed} of one request of "
-            f"{plan.max_model_len} tokens; give a larger pool, or --kv-vllm-block-size={BLOCK_TOKENS}"
+            f"{plan.max_model_len} tokens; give a larger pool, or a smaller --kv-vllm-block-size"
         )
     return blocks

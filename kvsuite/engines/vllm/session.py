@@ -287,7 +287,7 @@ class VllmSession(Session):
 
     def _up(self, kind: EngineKind | None = None) -> VllmWorker:
         """The worker, with an engine of such a kind, by default the one that serves the case."""
-        chosen = kind or EngineKind(VllmLimits.of(self._case), stored_format(self._case))
+        chosen = kind or self._serving
         wanted = self._arguments(chosen)
         if self._running == wanted and self._worker is not None:
             self._state(chosen)
@@ -393,6 +393,11 @@ class VllmSession(Session):
                 f"{', '.join(hello['backends'])}"
             )
 
+    @property
+    def _serving(self) -> EngineKind:
+        """The engine that serves the case."""
+        return EngineKind(VllmLimits.of(self._case), stored_format(self._case))
+
     def _state(self, kind: EngineKind) -> None:
         """Say what vLLM really set, and refuse a case that is not what its name says.
 
@@ -404,9 +409,9 @@ class VllmSession(Session):
         facts, cards = self._facts, self._facts["cards"]
         formats, backends = ({name for card in cards for name in card[kind]} for kind in ("kv_formats", "backends"))
         if kind.gives_rows:
-            # what serves is told of where it serves
             self.effective["scored"] = "every token a step of its own, eager"
-        else:
+        # of an engine that scores alone nothing else is the case's
+        if kind == self._serving:
             self.effective |= {name: facts[name] for name in facts if name not in ("cards", "eager", "captured")} | {
                 "decode_step": "eager" if facts["eager"] or facts["captured"] == "NONE" else "cuda_graph",
                 "cudagraph_mode": facts["captured"],
