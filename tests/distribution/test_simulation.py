@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsuite.distribution.affinity import choose
+from kvsuite.case import Case
+from kvsuite.cluster.dispatch import Dispatch
+from kvsuite.cluster.orders import Answer, Node, Order, Ready
 from kvsuite.distribution.simulation import Losses, Simulation, Times
+from kvsuite.options.resolve import default_options
+from kvsuite.suites.footprint import Footprint
 
 COSTS = st.lists(st.floats(0.1, 100), min_size=1, max_size=40)
 
@@ -36,25 +43,93 @@ def test_every_case_ends_once_whatever_is_lost(costs: list[float], workers: int,
         assert best - 1e-6 <= run.seconds - 2.0 <= sum(costs) / workers + max(costs) + 1e-6
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 4), st.integers(0, 99))
-def test_the_choice_is_the_scheduler_s(sessions: list[int], workers: int, seed: int) -> None:
-    """The same cases on the same workers, handed out by `choose` over the plain list of what waits."""
+class TimedHands:
+    """A cluster whose cases take what they are expected to, in simulated time."""
+
+    def __init__(
+        self, nodes: Sequence[Node], memory: Mapping[str, int], took: Callable[[Node, Order, int], float]
+    ) -> None:
+        self.now = 0.0
+        self.ran: dict[int, list[int]] = {}
+        self._nodes, self._memory, self._took = nodes, memory, took
+        self._homes: dict[int, Node] = {}
+        self._events: list[tuple[float, int, int, Any]] = []
+
+    def nodes(self) -> Sequence[Node]:
+        return self._nodes
+
+    def start(self, node: Node) -> int:
+        number = len(self._homes)
+        self._homes[number], self.ran[number] = node, []
+        self._push(0.0, number, Ready(ENVIRONMENT, {}, self._memory[node.name], None))
+        return number
+
+    def give(self, worker: int, order: Order) -> None:
+        self._push(self.now + self._took(self._homes[worker], order, worker), worker, Answer({}, None, ENVIRONMENT))
+        self.ran[worker].append(order.order_index)
+
+    def news(self, timeout_s: float) -> tuple[int, Any]:
+        self.now, _, worker, said = heapq.heappop(self._events)
+        return worker, said
+
+    def stop(self, worker: int) -> None:
+        raise AssertionError("nothing is wrong with it")
+
+    def _push(self, at: float, worker: int, said: Any) -> None:
+        heapq.heappush(self._events, (at, len(self._homes) * 1000 + sum(map(len, self.ran.values())), worker, said))
+
+
+ENVIRONMENT: dict[str, Any] = {
+    "host": {"os": "Linux", "cpu": "c", "cores": 2}, "gpu": {}, "python": "3.11.7", "packages": {"torch": "2.11.0"},
+    "engines": {},
+}  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 2),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_the_simulation_hands_out_what_the_cluster_does(
+    cases: list[tuple[int, bool]], large: int, small: int, seed: int
+) -> None:
+    """The dispatcher of the cluster in the same simulated time: every worker gets the same cases in the same order."""
     dice = random.Random(seed)
+    sessions = [session for session, _ in cases]
     # no two events at the same time
-    costs = [dice.uniform(1, 20) for _ in sessions]
-    run = Simulation(times(costs, sessions=sessions, load=0.25), [0] * workers).run()
-    waiting, free, last = list(range(len(costs))), [0.0] * workers, [None] * workers
-    expected: list[list[int]] = [[] for _ in range(workers)]
-    while waiting:
-        worker = min(range(workers), key=lambda each: (free[each], each))
-        others = [loaded for other, loaded in enumerate(last) if other != worker]
-        case = choose(waiting, sessions.__getitem__, last[worker], others)
-        waiting.remove(case)
-        free[worker] += costs[case] + 0.25 * (last[worker] != sessions[case])
-        last[worker] = sessions[case]  # type: ignore[call-overload]
-        expected[worker].append(case)
-    assert [list(cases) for cases in run.ran] == expected
+    costs = [[dice.uniform(1, 20) for _ in cases] for _ in range(2)]
+    for index, (_, is_large) in enumerate(cases):
+        if is_large:
+            costs[1][index] = None  # type: ignore[call-overload]
+    run = Simulation(Times(sessions, costs, [[0.25] * 5] * 2), [0] * large + [1] * small).run()
+
+    nodes = [Node(name, name, "10.0.0.1", slots) for name, slots in (("large", large), ("small", small)) if slots]
+    last: dict[int, int] = {}
+
+    def took(node: Node, order: Order, worker: int) -> float:
+        session = sessions[order.order_index]
+        load = 0.25 * (last.get(worker) != session)
+        last[worker] = session
+        found: float = costs[node.name == "small"][order.order_index]
+        return found + load
+
+    hands = TimedHands(nodes, {"large": 16, "small": 8}, took)
+    orders = [
+        Order(Case("s", "e", f"m{session}", f"c{index}", "cpu", "float32"), str(index), index)
+        for index, session in enumerate(sessions)
+    ]
+    needs = {str(index): Footprint(1, 1, 12.0 if is_large else 4.0, True) for index, (_, is_large) in enumerate(cases)}
+    dispatch = Dispatch(
+        hands,
+        orders,
+        default_options(),
+        {},
+        needs,
+        tell=lambda _: None,
+        now=lambda: hands.now,  # type: ignore[arg-type]
+    )
+    assert len(list(dispatch.rows(lambda: None))) == len(cases)
+    assert [list(ran) for ran in run.ran] == [hands.ran[worker] for worker in range(large + small)]
 
 
 def test_a_model_is_loaded_once_a_worker_and_again_after_a_loss() -> None:
