@@ -89,10 +89,7 @@ def answer_questions(
     progress
         Called with contexts done and in all.
     """
-    apart = [
-        [one] if one.in_turn else [Asked(one.context, (question,)) for question in one.questions]
-        for one in asked
-    ]
+    apart = [[one] if one.in_turn else [Asked(one.context, (question,)) for question in one.questions] for one in asked]
     found: list[list[Answer]] = []
     for index, group in enumerate(apart):
         found.append([answer for line in _answer(runtime, group) for answer in line])
