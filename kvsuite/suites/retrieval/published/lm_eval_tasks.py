@@ -53,6 +53,13 @@ def load_lm_eval_tasks(asked: str) -> list[LmEvalTask]:
         loaded = manager.load([str(expanded(asked)) if is_file else asked])["tasks"]
     except Exception as error:  # whatever a task file, a data set or a hub raises
         raise UserError(f"--kv-lm-eval={asked}: {_what_failed(error)}") from error
+    for name, task in loaded.items():
+        # lm-eval says so in its log and goes on, until something is scored
+        unknown = [metric for metric, function in task._metric_fn_list.items() if function is None]
+        if unknown and task.config.process_results is None:
+            raise UserError(
+                f"--kv-lm-eval={asked}: task {name} has no metric that lm-eval knows as {unknown[0]}; name another"
+            )
     return [LmEvalTask(name, task) for name, task in loaded.items()]
 
 
