@@ -72,6 +72,8 @@ test: lint
 	$(TESTS) -m "not slow" --hypothesis-seed=0
 
 test-all: lint
+	@# 250 MB that CI does without: its tests are skipped where it is not installed
+	$(PIP) -e ".[lm-eval,longbench]"
 	@echo "==> tests, slow ones too"
 	$(TESTS)
 	$(MAKE) test-pins

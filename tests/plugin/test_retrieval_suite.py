@@ -126,7 +126,7 @@ def test_a_file_of_ruler_has_its_own_rows_table_and_pairs(tmp_path: Path) -> Non
     full, recent = rows["ruler_vt-full"], rows["ruler_vt-recent_only_40"]
     assert value(full, "task_kept_tokens") == value(full, "task_context_tokens") == 160
     assert value(recent, "task_kept_tokens") == 40
-    assert full["dataset_revision"] == recent["dataset_revision"]
+    assert full["dataset"] == recent["dataset"]
     assert recent["samples"]["ruler"] | {"file": ""} == {
         "file": "", "score": "string_match_all", "max_new_tokens": 30, "samples": 2, "samples_of": 3, "prompts_cut": 0, "full": None,
     }  # fmt: skip
