@@ -3,6 +3,7 @@
     python docs/measurements/nano_compression.py prompt host equal               # on a GPU, about a minute
     python docs/measurements/nano_compression.py host --device cpu               # the host's part needs no GPU
     python docs/measurements/nano_compression.py prompt host --device cpu --tiny # the same code on small shapes
+    python docs/measurements/nano_compression.py launches --device cpu           # what is launched, which needs no GPU
 
 Parts:
 
@@ -12,6 +13,9 @@ Parts:
               bandwidth. The step's own time beside it: the sums of attention of h2o are computed with the prompt, and its
               products have a floor of their own
     host      64 sequences that decode under a policy: time of the books after a step, nothing to be done and every token
+    launches  how often torch is asked to compute something, views left out: for a prompt of 3,968 tokens in 36 layers of
+              Qwen3-8B's geometry, and after a decode step of 64 sequences under policies that act on every token. A copy to the
+              device counts as none here
     equal     decode steps of 64 sequences whose prompts were compressed, and of 64 that are as long and were not, in turns
 
 Weights and prompts are random.
@@ -28,9 +32,15 @@ from typing import Any
 
 import torch
 from nano_session import Session, release
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
+from kvsuite.compression.prompt_view import PromptObservation
+from kvsuite.nanovllm.block_table import tables_for
+from kvsuite.nanovllm.eviction import Eviction
+from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
@@ -101,13 +111,13 @@ def prompt(session: Session) -> None:
         after_step = runtime.compression.after_step
 
         def timed(
-            one: Request, after_step: Any = after_step, host: list[float] = host, device: list[float] = device
+            *given: Any, after_step: Any = after_step, host: list[float] = host, device: list[float] = device
         ) -> None:
             session.synchronize()
             begin, end = marks(session)
             started = time.perf_counter()
             begin()
-            after_step(one)
+            after_step(*given)
             elapsed = end()
             host.append((time.perf_counter() if elapsed is None else elapsed[1]) - started)
             device.append(host[-1] if elapsed is None else elapsed[0])
@@ -164,8 +174,69 @@ def marks(session: Session) -> tuple[Callable[[], None], Callable[[], tuple[floa
     return begin, end
 
 
-def host(session: Session) -> None:
-    """Time of the books after a decode step of 64 sequences, medians of steps."""
+class Launches(TorchDispatchMode):
+    """Counts what torch is asked to compute, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Seen:
+    """Queries of a prompt, as `kvsuite.nanovllm.prompt_observer.PromptObserver` would have caught them."""
+
+    def __init__(self, policy: Policy, heads: int, length: int, width: int) -> None:
+        self.layers = 36
+        self._found = PromptObservation(policy.needs)
+        keys = torch.zeros(heads // 4, length, width, dtype=torch.bfloat16)
+        # sums of attention are computed with the prompt, not when it is compressed
+        if policy.needs.attention_sums:
+            self._found.sums = torch.rand(heads, length)
+        else:
+            self._found.add(torch.randn(heads, length, width, dtype=torch.bfloat16), lambda: keys, width**-0.5)
+
+    def take(self, row: int, layers: Any) -> list[PromptObservation]:
+        return [self._found] * len(layers)
+
+    observations = take
+
+    def turn(self, layer: int) -> None:
+        return None
+
+    def leave(self, row: int) -> None:
+        return None
+
+
+def launches(session: Session) -> None:
+    """Launches of one prompt, and of a step of sequences that decode."""
+    length, size, kv_heads, width, heads = (60 if session.options.tiny else 3968), 16, 8, 128, 32
+    group = LayerGroup(tuple(range(36)), kv_heads, width, compressed=True)
+    blocks = 2 * (-(-length // size) + 1)
+    limits = Limits(max_model_len=length + 16, max_num_seqs=1, max_num_batched_tokens=length, num_blocks=blocks)
+    for name in POLICIES:
+        policy = get_policy(name, factor=FACTOR)
+        pool = KVPool(group, num_blocks=blocks, block_size=size, device=torch.device("cpu"), dtype=torch.bfloat16)
+        tables = tables_for(group, limits, blocks)
+        seen: Any = Seen(policy, heads, length, width) if policy.needs.prompt else None
+        eviction = Eviction(policy, group, tables, pool, seen)
+        tables.reserve(0, length)
+        tables.commit(0, length)
+        counting = Launches()
+        with counting:
+            work = eviction.complete(0)
+            assert work is not None
+            work()
+        session.say("prompt", policy=name, length=length, layers=36, launches=counting.count)
+        del pool, eviction
+    host(session, counted=True)
+
+
+def host(session: Session, counted: bool = False) -> None:
+    """Time of the books after a decode step of 64 sequences, medians of steps; or what it launches."""
     sequences, length, steps = 64, 96, 24
     for name, parameters in (
         ("streaming_llm", {"factor": FACTOR}),
@@ -173,6 +244,7 @@ def host(session: Session) -> None:
         ("l2_compress", {"keep_ratio": 0.5, "prune_after": 48}),
         ("streaming_llm", {"recent_size": 32}),
         ("l2_compress", {"keep_ratio": 0.5, "prune_after": 48, "mode": "every_token"}),
+        ("fix_size_l2", {"size": 48}),
     ):
         policy = get_policy(name, **parameters)
         limits = Limits(
@@ -184,18 +256,31 @@ def host(session: Session) -> None:
         due, after_step = stage.due, stage.after_step
         spent = [0.0]
 
+        counting = Launches()
+
         def timed_due(requests: Any, due: Any = due, spent: list[float] = spent) -> list[Request]:
             started = time.perf_counter()
             found: list[Request] = due(requests)
             spent[-1] += time.perf_counter() - started
             return found
 
-        def timed(one: Request, after_step: Any = after_step, spent: list[float] = spent) -> None:
+        def timed(*given: Any, after_step: Any = after_step, spent: list[float] = spent) -> None:
             started = time.perf_counter()
-            after_step(one)
+            after_step(*given)
             spent[-1] += time.perf_counter() - started
 
-        stage.due, stage.after_step = timed_due, timed  # type: ignore[method-assign]
+        def counting_after_step(
+            *given: Any, after_step: Any = after_step, spent: list[float] = spent, counting: Launches = counting
+        ) -> None:
+            before = counting.count
+            with counting:
+                after_step(*given)
+            spent[-1] += counting.count - before
+
+        if counted:
+            stage.after_step = counting_after_step  # type: ignore[method-assign]
+        else:
+            stage.due, stage.after_step = timed_due, timed  # type: ignore[method-assign]
         for seed in range(sequences):
             runtime.add(request(length, runtime, seed, steps))
         while runtime.unfinished:
@@ -203,9 +288,9 @@ def host(session: Session) -> None:
             spent.append(0.0)
         runtime.close()
         # the first step computes all prompts
-        session.say(
-            "books", policy=name, parameters=parameters, sequences=sequences, ms=1e3 * statistics.median(spent[2:-2])
-        )
+        found = statistics.median(spent[2:-2])
+        facts = {"launches": found} if counted else {"ms": 1e3 * found}
+        session.say("books", policy=name, parameters=parameters, sequences=sequences, **facts)
 
 
 def equal(session: Session) -> None:
@@ -245,13 +330,13 @@ def equal(session: Session) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["prompt", "host", "equal"])
+    parser.add_argument("parts", nargs="+", choices=["prompt", "host", "launches", "equal"])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out")
     session = Session(parser.parse_args())
     for part in session.options.parts:
-        {"prompt": prompt, "host": host, "equal": equal}[part](session)
+        {"prompt": prompt, "host": host, "launches": launches, "equal": equal}[part](session)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     shown = _explained(found, arguments.explain) if arguments.explain else survey_tables(found)
     print(console_text(shown, width=console_width(sys.stdout.isatty())), end="")
     if arguments.cache_dtype is not None:
-        rooms = _rooms(arguments.cache_dtype, found)
+        rooms = _rooms(arguments, engine, found)
         print(console_text(rooms, width=console_width(sys.stdout.isatty())), end="")
     print(f"{len(found.rows)} points in {time.perf_counter() - started:.2f} s")
     if arguments.csv is not None:
@@ -213,7 +213,7 @@ def _explained(found: Survey, name: str) -> RenderableType:
     return stacked([LEGEND, *breakdown(row, found)])
 
 
-def _rooms(names: str, found: Survey) -> RenderableType:
+def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> RenderableType:
     """What cache formats take of the model's tokens, beside weights in the first weight format of the space."""
     from kvsuite.cache_formats.chosen_format import HqqFormat, parse_format
     from kvsuite.memory_model.cache_room import cache_rooms
@@ -221,12 +221,16 @@ def _rooms(names: str, found: Survey) -> RenderableType:
     from kvsuite.memory_model.tables import cache_room_table
     from kvsuite.options.option import outside_brackets
 
-    formats = []
-    for one in outside_brackets(names):
+    formats, notes = [], []
+    for one in outside_brackets(arguments.cache_dtype):
         chosen = parse_format(one)
         if isinstance(chosen, HqqFormat):
             raise UserError(f"--cache-dtype={one}: transformers decides what its packed cache takes; use int4 or int8")
         formats.append(chosen)
+        if chosen is None or arguments.engine is None:
+            continue
+        if reason := engine.refused_cache(arguments.model, str(chosen)):
+            notes.append(reason)
     if not found.rows:
         raise UserError("--cache-dtype: no point of the space is valid, so there is no weight format to predict with")
     prediction = found.rows[0].prediction
@@ -234,7 +238,7 @@ def _rooms(names: str, found: Survey) -> RenderableType:
     element_bytes = 2 if allocation is None else ELEMENT_BYTES[allocation.dtype]
     free = None if found.card is None or weights is None else found.card.usable - weights
     rooms = cache_rooms(found.predictor.architecture, element_bytes, formats, free)
-    return cache_room_table(rooms, prediction.point.quantization, element_bytes, free)
+    return cache_room_table(rooms, prediction.point.quantization, element_bytes, free, notes)
 
 
 def _write(path: Path, found: Survey) -> None:

@@ -29,7 +29,7 @@ class CacheView:
         Logical position of every stored token, int64, ``[n]`` or ``[..., heads, n]``. Not necessarily ascending: an engine
         may keep tokens in any slot order.
     newest
-        Logical position of the youngest stored token.
+        Logical position of the youngest stored token; of several sequences int64, broadcastable to ``positions``.
     scores
         What `Policy.token_score` gave for every stored token, float32 ``[..., heads, n]``; ``None`` where the policy has none.
     layer
@@ -37,15 +37,16 @@ class CacheView:
     heads
         Head index of every row of ``scores``, int64, broadcastable to its shape without the last dimension.
     step
-        Number of tokens seen so far: the seedable part of a random choice.
+        Number of tokens seen so far: the seedable part of a random choice. Of several sequences int64, broadcastable to
+        ``positions`` without the last dimension.
     """
 
     positions: Tensor
-    newest: int
+    newest: Tensor | int
     scores: Tensor | None = None
     layer: Tensor | int = 0
     heads: Tensor | int = 0
-    step: int = 0
+    step: Tensor | int = 0
 
     @property
     def length(self) -> int:
@@ -132,6 +133,9 @@ class Policy(ABC):
     #: of a policy that looks at a prompt: whether a key head's decision depends on nothing but the head and its query heads.
     #: The heads of several layers may then stand in one view
     heads_apart: ClassVar[bool] = False
+    #: whether a sequence's decision depends on nothing but the sequence. Several may then stand in one view, in front of
+    #: all other dimensions
+    sequences_apart: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
     #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
     acts: Literal["prompt", "decode"] = field(default="decode", init=False, repr=False)
@@ -177,6 +181,14 @@ class Policy(ABC):
 
     def token_score(self, keys: Tensor) -> Tensor | None:
         """Score of new tokens from their keys ``[batch, heads, q, head_dim]``: float32 ``[batch, heads, q]``, or ``None``."""
+        return None
+
+    def prompt_score(self, view: CacheView) -> Tensor | None:
+        """Score of every token of a complete prompt, float32 ``[kv_heads, n]``, if that is all that `keep` decides by.
+
+        ``view`` is a `kvsuite.compression.prompt_view.PromptView`. `keep` then gets them as ``scores``, of all layers at once,
+        while keys are looked at in some layers at a time. ``None`` for a policy whose `keep` looks at the prompt itself.
+        """
         return None
 
     @property

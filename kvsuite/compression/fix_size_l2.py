@@ -36,6 +36,7 @@ class FixSizeL2(RankedPolicy):
     """
 
     name: ClassVar[str] = "fix_size_l2"
+    sequences_apart: ClassVar[bool] = True
     sizes: ClassVar[tuple[str, ...]] = ("size",)
 
     size: int = 1024

@@ -33,6 +33,7 @@ class L2Compress(RankedPolicy):
     """
 
     name: ClassVar[str] = "l2_compress"
+    sequences_apart: ClassVar[bool] = True
     sizes: ClassVar[tuple[str, ...]] = ("keep_ratio", "prune_after", "mode")
     swept_by_options: ClassVar[Mapping[str, str]] = {
         "keep_ratio": "keep_ratios",

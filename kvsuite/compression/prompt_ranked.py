@@ -55,6 +55,11 @@ class PromptRanked(ByFactor):
     def importance(self, view: PromptView) -> Tensor:
         """Importance of every token, float32 ``[kv_heads, n]``; infinity protects it."""
 
-    def keep(self, view: CacheView) -> Tensor:
+    def prompt_score(self, view: CacheView) -> Tensor:
         assert isinstance(view, PromptView)
-        return highest(self.importance(view), self.size_after(view.length))
+        return self.importance(view)
+
+    def keep(self, view: CacheView) -> Tensor:
+        scores = self.prompt_score(view) if isinstance(view, PromptView) else view.scores
+        assert scores is not None
+        return highest(scores, self.size_after(view.length))

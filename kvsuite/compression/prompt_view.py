@@ -76,6 +76,13 @@ class PromptObservation:
             if skipped < tokens:
                 self._add_statistics(query[:, skipped:], first + skipped)
 
+    @property
+    def numbers_of_token(self) -> int:
+        """About how many float32 numbers a policy computes for each stored token from what was gathered."""
+        found = 0 if self.last is None else self.last.shape[0] * self.last.shape[1]
+        # a copy of its key, and a product with it, for each query head
+        return found if self._mean is None else found + 2 * self._mean.numel()
+
     @classmethod
     def side_by_side(cls, layers: Sequence[PromptObservation]) -> PromptObservation:
         """What was gathered in several layers, their heads one after the other."""

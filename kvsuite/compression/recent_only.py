@@ -24,6 +24,7 @@ class RecentOnly(ByFactor):
     """
 
     name: ClassVar[str] = "recent_only"
+    sequences_apart: ClassVar[bool] = True
     sizes: ClassVar[tuple[str, ...]] = ("window",)
 
     window: int = 512
@@ -40,3 +41,6 @@ class RecentOnly(ByFactor):
 
     def keep(self, view: CacheView) -> Tensor:
         return time_order(view)[..., view.length - self.size_after(view.length) :]
+
+    def victim(self, view: CacheView) -> Tensor:
+        return view.positions.argmin(dim=-1)

@@ -28,6 +28,7 @@ class StreamingLLM(ByFactor):
     """
 
     name: ClassVar[str] = "streaming_llm"
+    sequences_apart: ClassVar[bool] = True
     sizes: ClassVar[tuple[str, ...]] = ("recent_size",)
 
     start_size: int = 4
@@ -67,3 +68,8 @@ class StreamingLLM(ByFactor):
             return order
         sinks = min(self.start_size, size - 1)
         return torch.cat([order[..., :sinks], order[..., view.length - size + sinks :]], dim=-1)
+
+    def victim(self, view: CacheView) -> Tensor:
+        # the oldest behind the sinks, without sorting all
+        sinks = min(self.start_size, view.length - 2)
+        return view.positions.topk(sinks + 1, dim=-1, largest=False).indices[..., -1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvsuite.errors import CaseInvalid
 from kvsuite.meters.quality import TokenScores
+from kvsuite.models.images import ImagePixels, ImageShape
 from kvsuite.workloads.windows import Window
 
 from .questions import Answer, Asked
@@ -191,6 +192,20 @@ class ScoresOutput(Protocol):
         ...
 
 
+@runtime_checkable
+class ReadsImages(Protocol):
+    """Serves requests with images (`ServeRequest.images`), where its model reads any."""
+
+    @property
+    def image_shape(self) -> ImageShape | str:
+        """What the model makes of an image, or why it can be given none."""
+        ...
+
+    def read_image(self, path: str, *, named: str) -> ImagePixels:
+        """An image from a file (`kvsuite.models.image_files.read_image`); ``named`` is the option and its value."""
+        ...
+
+
 #: in words, for reasons
 _NAMES: dict[type, str] = {
     AppliesPolicy: "applies no cache policies",
@@ -201,6 +216,7 @@ _NAMES: dict[type, str] = {
     ScoresWindows: "returns no losses of a given text",
     ComparesWindows: "returns no logits to compare",
     ScoresOutput: "takes no forced output and returns no losses of it",
+    ReadsImages: "takes text alone; images are served by --kv-engine=nano",
     ServesUnderLoad: "serves all requests at once, not by their arrivals; use --kv-engine=nano",
 }
 
@@ -212,15 +228,29 @@ def lacking(session: Session, capability: type) -> str | None:
     return session.lacks.get(capability) or f"this engine {_NAMES.get(capability, f'lacks {capability.__name__}')}"
 
 
-def refuse_load(requests: Sequence[ServeRequest], engine: str) -> None:
-    """Refuse what only a session that serves under load does.
+def refuse_load(requests: Sequence[ServeRequest], engine: str, *, reads_images: bool = False) -> None:
+    """Refuse what only a session that serves under load does, and images where the engine takes text alone.
 
     Raises
     ------
     CaseInvalid
-        If a request comes later than at once, or its output is forced or scored.
+        If a request comes later than at once, its output is forced or scored, or it has images.
     """
+    if not reads_images:
+        refuse_images(requests, engine)
     if any(one.arrival_s for one in requests):
         raise CaseInvalid(f"engine {engine} serves all requests at once, not by their arrivals; use --kv-engine=nano")
     if any(one.scored for one in requests):
         raise CaseInvalid(f"engine {engine} takes no forced output and returns no losses of it; use --kv-engine=nano")
+
+
+def refuse_images(requests: Sequence[ServeRequest], engine: str) -> None:
+    """Refuse images on an engine that takes text alone.
+
+    Raises
+    ------
+    CaseInvalid
+        If a request has one.
+    """
+    if any(one.images for one in requests):
+        raise CaseInvalid(f"engine {engine} takes text alone, no images; use --kv-engine=nano")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from kvsuite.cache_formats.by_layer import ByLayerFormat, OwnFormat, refused_heads
 from kvsuite.cache_formats.cast_format import CastFormat
-from kvsuite.cache_formats.chosen_format import format_of
+from kvsuite.cache_formats.chosen_format import PARAMETER, format_of
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
@@ -314,6 +314,14 @@ class Engine(ABC):
             )
         if isinstance(chosen, OwnFormat) and (reason := self._refused_heads(chosen, case.model)):
             raise CaseInvalid(f"--kv-cache-dtype={chosen.label}: {reason}")
+
+    def refused_cache(self, model: str, name: str) -> str | None:
+        """Why no case stores keys and values of a model in the cache format ``name``, ``None`` if cases may."""
+        try:
+            self.refuse(Case("", self.name, model, name, "cuda:0", "bfloat16", params={PARAMETER: name}))
+        except CaseInvalid as error:
+            return str(error)
+        return None
 
     def _refused_heads(self, chosen: OwnFormat, model: str) -> str | None:
         """Why a model cannot be stored in a format, as far as its configuration says."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class EngineProcess:
         File that takes its standard output and error: engines write what matters to descriptor 2 from C++.
     environment
         Variables beside those of this process.
+    without
+        Variables of this process that it does not get.
     channel
         Descriptor that the command inherits under the same number, beside standard input and output.
     """
@@ -51,6 +53,7 @@ class EngineProcess:
         *,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        without: Collection[str] = (),
         channel: int | None = None,
     ) -> None:
         self.command, self.log = list(command), log
@@ -62,7 +65,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=stream,
                 stderr=stream,
-                env={name: value for name, value in os.environ.items() if name not in SECRETS}
+                env={name: value for name, value in os.environ.items() if name not in {*SECRETS, *without}}
                 | dict(environment or {}),
                 start_new_session=True,
                 pass_fds=() if channel is None else (channel,),
@@ -115,7 +118,13 @@ class EngineProcess:
 
 
 def run_step(
-    what: str, command: Sequence[str], *, log: Path, deadline_s: float, environment: Mapping[str, str] | None = None
+    what: str,
+    command: Sequence[str],
+    *,
+    log: Path,
+    deadline_s: float,
+    environment: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
 ) -> str:
     """Run a command to its end.
 
@@ -123,7 +132,7 @@ def run_step(
     ----------
     what
         For messages: ``the command``.
-    command, log, environment
+    command, log, environment, without
         Of `EngineProcess`.
     deadline_s
         Seconds after which it is killed.
@@ -138,7 +147,7 @@ def run_step(
     EngineFailed, MemoryError
         If it fails or is too slow, with the end of what it printed.
     """
-    with EngineProcess(command, log=log, environment=environment) as process:
+    with EngineProcess(command, log=log, environment=environment, without=without) as process:
         code = process.wait(deadline_s)
         printed = process.text()
     if code is None:

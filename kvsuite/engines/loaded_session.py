@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from kvsuite.case import Case
+from kvsuite.errors import CaseInvalid
+from kvsuite.models.image_files import image_processor, read_image
+from kvsuite.models.images import ImagePixels, ImageShape, image_shape
 from kvsuite.models.load import LoadedModel
 
 from .decoder import Decoder
@@ -38,6 +42,8 @@ class LoadedSession(Session):
         made = load_case_model(case, attention=attention, sdpa=sdpa, seed=settings.seed, cache_dir=settings.cache_dir)
         self._loaded: LoadedModel = made.loaded
         self.model = made.facts
+        #: what the model makes of an image, or why it can be given none
+        self.image_shape: ImageShape | str = image_shape(self._loaded.model.config.to_dict())
         self.decoder = self.decoder_class(self._loaded.model, self._loaded.text_config, self._loaded.device)
         threads = settings.threads
         if case.device_kind != "cpu":
@@ -67,7 +73,24 @@ class LoadedSession(Session):
 
     @property
     def vocab_size(self) -> int:
-        return int(self._loaded.text_config.vocab_size)
+        # what stands for an image is no token of a text; it comes behind those
+        rows, shape = int(self._loaded.text_config.vocab_size), self.image_shape
+        return rows if isinstance(shape, str) else min(rows, shape.token)
+
+    def read_image(self, path: str, *, named: str) -> ImagePixels:
+        """An image from a file, as the model's vision tower takes it.
+
+        Raises
+        ------
+        UserError
+            If it cannot be read.
+        CaseInvalid
+            If the model reads no images.
+        """
+        if isinstance(self.image_shape, str):
+            raise CaseInvalid(f"{named}: {self.image_shape}; give a model that has one, dummy:LLaVA-1.5-7B say")
+        processor = image_processor(self._loaded.spec, self.image_shape)
+        return read_image(Path(path), self.image_shape, processor, named=named)
 
     def full_kv_bytes(self, tokens: int) -> int:
         return self.decoder.kv_bytes(self.decoder.full_lengths(tokens))

@@ -11,6 +11,7 @@ from kvsuite.meters.memory import Phase, Reading
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.serving_times import LoadTimes
 from kvsuite.meters.timing import RequestTimes
+from kvsuite.models.images import ImagePixels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +46,9 @@ class ServeRequest:
     rows
         Whose log-probabilities come back for every output token, beside losses: those of so many of the most probable
         tokens, or of the tokens ``[new_tokens, k]`` of a vocabulary.
+    images
+        Their features stand where the prompt has the model's image tokens, in order. Sessions that read none refuse them
+        (`kvsuite.engines.capabilities.ReadsImages`).
 
     Raises
     ------
@@ -57,6 +61,7 @@ class ServeRequest:
     arrival_s: float = 0.0
     forced: Sequence[int] | None = None
     rows: int | NDArray[Any] | None = field(default=None, compare=False)
+    images: Sequence[ImagePixels] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.arrival_s < math.inf:

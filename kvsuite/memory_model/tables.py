@@ -228,9 +228,16 @@ def _mb(size: float | None) -> str:
 
 
 def cache_room_table(
-    rooms: Sequence[CacheRoom], quantization: str, element_bytes: int, free_bytes: float | None
+    rooms: Sequence[CacheRoom],
+    quantization: str,
+    element_bytes: int,
+    free_bytes: float | None,
+    notes: Sequence[str] = (),
 ) -> RenderableType:
-    """What each cache format takes, and how long a text may be whose cache stands beside the weights alone."""
+    """What each cache format takes, and how long a text may be whose cache stands beside the weights alone.
+
+    ``notes`` stand above the table.
+    """
     shown: list[RenderableType] = [
         f"cache formats; auto is {8 * element_bytes} bits, and a token's bytes are the mean of a text of {TEXT_TOKENS:,}"
         + (
@@ -239,6 +246,7 @@ def cache_room_table(
             else f"; {quantization} weights leave {free_bytes / MIB:,.0f} MB for keys and values alone"
         )
     ]
+    shown += [f"  {note}" for note in notes]
     shown += [f"  {room.name} {MISSING}: {room.reason}" for room in rooms if room.reason]
     columns = [Column("KiB a token", 12), *([] if free_bytes is None else [Column("tokens", 14)])]
     lines: list[tuple[str, list[str]] | None] = []

@@ -34,27 +34,37 @@ class LanguageHead:
         self._output_class: Any = None
         self.split = self._base is not None and self._base is not model and self._halves_agree()
 
-    def hidden(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
-        """Hidden states ``[batch, tokens, hidden]`` of ``ids`` ``[batch, tokens]``; logits where there is no split.
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Any = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``[batch, tokens, hidden]`` of ``input_ids`` ``[batch, tokens]``; logits where there is no split.
 
+        ``inputs_embeds`` ``[batch, tokens, hidden]`` may stand in the place of the ids.
         No cache is made and no mask is passed: every sequence is whole, which lets attention take its causal kernels.
         ``positions`` ``[batch, tokens]`` are those from 0 on if left out. With an empty ``cache`` the attention reads what that
         one stores.
         """
-        return self._states(ids, positions, cache) if self.split else self._logits(ids, positions, cache)
+        fed = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        fed |= _given(positions, cache)
+        return self._states(fed) if self.split else self._logits(fed)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[rows, vocab]`` of rows of what `hidden` returned."""
         return self._project(rows) if self.split else rows
 
-    def _states(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
-        output = self._base(input_ids=ids, **_given(positions, cache))
+    def _states(self, fed: dict[str, Any]) -> Tensor:
+        output = self._base(**fed)
         self._output_class = type(output)
         states: Tensor = output.last_hidden_state
         return states
 
-    def _logits(self, ids: Tensor, positions: Tensor | None = None, cache: Any = None) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, **_given(positions, cache)).logits
+    def _logits(self, fed: dict[str, Any]) -> Tensor:
+        logits: Tensor = self.model(**fed).logits
         return logits
 
     def _project(self, rows: Tensor) -> Tensor:
@@ -63,7 +73,8 @@ class LanguageHead:
         own = self._base.__dict__.get("forward")
         self._base.forward = lambda *args, **kwargs: output
         try:
-            return self._logits(torch.zeros(1, rows.shape[0], dtype=torch.int64, device=rows.device))[0]
+            ids = torch.zeros(1, rows.shape[0], dtype=torch.int64, device=rows.device)
+            return self._logits({"input_ids": ids, "use_cache": False})[0]
         finally:
             if own is None:
                 del self._base.forward
@@ -72,10 +83,11 @@ class LanguageHead:
 
     def _halves_agree(self) -> bool:
         ids = torch.arange(_PROBE_TOKENS, device=self.model.device)[None]
+        fed = {"input_ids": ids, "use_cache": False}
         with torch.inference_mode():
-            whole = self._logits(ids)[0]
+            whole = self._logits(fed)[0]
             try:
-                halves = self._project(self._states(ids)[0])
+                halves = self._project(self._states(fed)[0])
             except (AttributeError, TypeError, ValueError, LookupError):
                 # the base of this architecture is not what a decoder's base is
                 return False

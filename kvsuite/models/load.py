@@ -141,6 +141,8 @@ def load_model(
     if spec.kind == "hub" and commit:
         spec = replace(spec, revision=commit)
     text_config = model.config.get_text_config()
+    if getattr(model.config, "vision_config", None) is not None:
+        notes.append("it reads images; measured on text alone where a case has none")
     tensors = [*model.parameters(), *model.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return LoadedModel(

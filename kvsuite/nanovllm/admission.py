@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from kvsuite.models.images import ImageShape, image_problem
 from kvsuite.models.load import LoadedModel
 
 from .limits import Limits
@@ -18,6 +19,7 @@ def problem(
     num_blocks: int | None,
     taken: Collection[str],
     has_policy: bool = False,
+    images: ImageShape | str = "the model reads no images",
 ) -> str | None:
     """Why a request cannot be served, in words.
 
@@ -35,6 +37,8 @@ def problem(
         Names of requests that are not over.
     has_policy
         Whether the runtime compresses.
+    images
+        What the model makes of an image, or why it reads none.
     """
     length = request.prompt_length
     if length == 0:
@@ -49,6 +53,10 @@ def problem(
     outside = [t for t in (*request.tokens, *(request.forced or ())) if not 0 <= t < vocab_size]
     if outside:
         return f"token {outside[0]} is not in the vocabulary of {vocab_size}"
+    # a text that is scored is a text, whatever tokens it has
+    is_text = not request.images and (request.scored or request.forced is not None)
+    if not is_text and (reason := image_problem(images, request.tokens, request.images)):
+        return reason
     if length >= limits.max_model_len + bool(request.scored):
         return (
             f"a prompt of {length} tokens leaves no room for output in max_model_len={limits.max_model_len}; "

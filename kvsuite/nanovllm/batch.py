@@ -71,6 +71,26 @@ class GroupBatch:
 
 
 @dataclass(frozen=True)
+class ImageRows:
+    """What stands in the place of some tokens' embeddings.
+
+    Parameters
+    ----------
+    rows
+        Rows of the step, int64 ``[n]``.
+    features
+        Of images, ``[n, hidden]``.
+    """
+
+    rows: Tensor
+    features: Tensor
+
+    def into(self, embedded: Tensor) -> Tensor:
+        """Put them into embeddings ``[T, hidden]``, which are written to."""
+        return embedded.index_copy_(0, self.rows, self.features)
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """Tokens of several sequences, one behind the other, in one forward pass.
 
@@ -92,6 +112,8 @@ class StepBatch:
         ``query_start`` on the host.
     spans
         Where rotary frequencies change with the length: what decides those of every token (`SequenceRotary`), int64 ``[T]``.
+    images
+        Features in the place of image tokens, ``None`` for a step of text alone.
     """
 
     ids: Tensor
@@ -102,6 +124,7 @@ class StepBatch:
     decode_only: bool
     query_start_host: Tensor
     spans: Tensor | None = None
+    images: ImageRows | None = None
 
     @property
     def tokens(self) -> int:
@@ -174,6 +197,7 @@ class BatchBuilder:
         sample_rows: Ints,
         groups: Sequence[GroupInputs],
         spans: Ints | None = None,
+        images: ImageRows | None = None,
     ) -> StepBatch:
         """Build the batch of sequences that bring ``counts`` ``[S]`` tokens each."""
         starts = np.zeros(len(counts) + 1, dtype=np.int64)
@@ -214,6 +238,7 @@ class BatchBuilder:
             decode_only=len(ids) == len(counts),
             query_start_host=host[len(wide)],
             spans=None if spans is None else device[3],
+            images=images,
         )
 
     def _send(self, wide: Sequence[Ints], narrow: Sequence[NDArray[Any]]) -> tuple[list[Tensor], list[Tensor]]:

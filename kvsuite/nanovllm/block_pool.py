@@ -200,6 +200,7 @@ class BlockPool:
             self._free.move_to_end(block, last=False)
 
 
-def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Digest of a full block: of its tokens and of all before it (``parent``)."""
-    return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
+def chain(parent: bytes, tokens: Sequence[int], images: bytes = b"") -> bytes:
+    """Digest of a full block: of its tokens, of the images that stand in it, and of all before it (``parent``)."""
+    own = np.asarray(tokens, dtype=np.int64).tobytes()
+    return hashlib.blake2b(parent + own + images, digest_size=16).digest()

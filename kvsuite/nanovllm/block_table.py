@@ -54,6 +54,8 @@ class BlockTables:
         # whether the half-full last block was filled with others looking on: after `fork` and `shrink` it may be held by
         # another sequence, or be findable
         self._tail_suspect: NDArray[np.bool_] = np.zeros(rows, dtype=np.bool_)
+        #: rows whose blocks surely are nobody else's and cannot be found: they may be written without asking
+        self.sole: NDArray[np.bool_] = np.ones(rows, dtype=np.bool_)
         # first entry that changed since `forget_changes`, and the one behind the last, by row
         self._changed: dict[int, tuple[int, int]] = {}
 
@@ -125,22 +127,19 @@ class BlockTables:
 
     def slots(self, row: int, tokens: int) -> Ints:
         """Slots of the next ``tokens`` tokens, int64 ``[tokens]``; their room is reserved."""
-        size = self.pool.block_size
-        at = np.arange(self.lengths[row], self.lengths[row] + tokens)
-        found: Ints = self.table[row, at // size].astype(np.int64) * size + at % size
-        return found
+        return self.slots_at(row, np.arange(self.lengths[row], self.lengths[row] + tokens))
 
     def next_slots(self, rows: Ints) -> Ints:
         """Slot of the next token of each of ``rows``; their room is reserved."""
-        size = self.pool.block_size
-        at = self.lengths[rows]
-        found: Ints = self.table[rows, at // size].astype(np.int64) * size + at % size
-        return found
+        return self.slots_at(rows, self.lengths[rows])
 
     def stored_slots(self, row: int) -> Ints:
         """Slots of all stored tokens in table order, int64 ``[length]``."""
+        return self.slots_at(row, np.arange(self.lengths[row]))
+
+    def slots_at(self, row: int | Ints, at: Ints) -> Ints:
+        """Slots of tokens by their numbers ``[n]`` in a sequence, or each in its own."""
         size = self.pool.block_size
-        at = np.arange(self.lengths[row])
         found: Ints = self.table[row, at // size].astype(np.int64) * size + at % size
         return found
 
@@ -150,6 +149,7 @@ class BlockTables:
             raise RuntimeError(f"row {row} holds blocks already")
         for block in blocks:
             self.pool.share(block)
+        self.sole[row] = False
         self._extend(row, blocks)
         self.lengths[row] = len(blocks) * self.pool.block_size
 
@@ -163,8 +163,14 @@ class BlockTables:
         self._extend(target, held)
         self.lengths[target] = self.lengths[row]
         self.dropped[target] = self.dropped[row]
+        self.sole[row] = self.sole[target] = False
         half = int(self.lengths[row]) < len(held) * self.pool.block_size
         self._tail_suspect[row] = self._tail_suspect[target] = half
+
+    def publish(self, row: int, index: int, digest: bytes) -> None:
+        """Make the ``index``-th block of a sequence findable by its tokens."""
+        self.pool.publish(int(self.table[row, index]), digest)
+        self.sole[row] = False
 
     def own(self, row: int, index: int) -> list[Copy]:
         """Make the ``index``-th block of a sequence writable: no longer findable, and a copy where others hold it.
@@ -216,9 +222,18 @@ class BlockTables:
         keep = -(-length // self.pool.block_size)
         self._give_back(row, self.row_blocks(row)[keep:])
         self._clear(row, keep)
-        self._tail_suspect[row] = length % self.pool.block_size != 0
+        self._tail_suspect[row] = length % self.pool.block_size != 0 and not self.sole[row]
         self.blocks[row] = keep
         self.lengths[row] = length
+
+    def drop_last(self, rows: Ints) -> None:
+        """Drop the last token of each of ``rows``, all different: `shrink` by one."""
+        lengths = self.lengths[rows] - 1
+        empties = -(-lengths // self.pool.block_size) < self.blocks[rows]
+        for row, length in zip(rows[empties].tolist(), lengths[empties].tolist(), strict=True):
+            self.shrink(row, length)
+        self.lengths[rows] = lengths
+        self._tail_suspect[rows] |= ~self.sole[rows] & ~empties
 
     def expiring(self, rows: Ints, positions: Ints) -> list[tuple[int, int]]:
         """Those of ``rows`` with something to `expire` before a token at the position given for each, and that position."""
@@ -315,6 +330,7 @@ class BlockTables:
         self._clear(row, 0)
         self.blocks[row] = self.lengths[row] = self.dropped[row] = 0
         self._tail_suspect[row] = False
+        self.sole[row] = True
 
     def _give_back(self, row: int, blocks: list[int]) -> None:
         if blocks:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid, UserError
 
 from .block_pool import PoolFullError
-from .eviction import Eviction
+from .eviction import Decided, Eviction
 from .fences import Fence
 from .request import Request, Status
 from .scheduler import Scheduler
@@ -94,22 +95,24 @@ class CompressionStage:
             if request.computed == request.prompt_length or request.row in still or request.compressions
         ]
 
-    def after_step(self, request: Request) -> None:
-        """Do what is due now that ``request.computed`` tokens are stored: the policy, then what was once done by hand."""
-        row, prompt = request.row, request.computed == request.prompt_length
-        acts = bool(self._policies) and row >= 0 and (prompt or row in self._open)
-        if acts and prompt:
-            self._scheduler.settle_spared(request, self.spares(request))
-        if acts and not request.spared:
-            if self.on_interval is not None:
-                self.on_interval(True)
-            self._apply_policy(request, prompt=prompt)
-            if self.on_interval is not None:
-                self.on_interval(False)
-        for at, keep in request.compressions:
-            # compressing one request may have preempted another
-            if at == request.computed and request.row >= 0:
-                self._select(request, keep)
+    def after_step(self, requests: Sequence[Request]) -> None:
+        """Do what is due of some requests, now that ``request.computed`` tokens of each are stored.
+
+        The policy acts first, on all that decode together, then what was once done by hand. What goes wrong costs the request
+        that it is about.
+        """
+        decoding = [
+            one for one in requests if one.row in self._open and one.computed != one.prompt_length and not one.spared
+        ]
+        if decoding:
+            self._noted(True)
+            self._apply_together(decoding)
+            self._noted(False)
+        for request in requests:
+            try:
+                self._after_step_of(request)
+            except Exception as error:
+                self._fail(request, error)
 
     def follow(self, requests: Iterable[Request]) -> None:
         """Let the step that is launched next, with these requests, come behind what is under way for them."""
@@ -168,29 +171,87 @@ class CompressionStage:
         for eviction in self._evictions:
             eviction.leave(row)
 
-    def _apply_policy(self, request: Request, *, prompt: bool) -> None:
-        row, seen = request.row, request.computed
+    def _after_step_of(self, request: Request) -> None:
+        """What concerns one request alone: the end of its prompt, and what was done by hand."""
+        if self._policies and request.row >= 0 and request.computed == request.prompt_length:
+            self._scheduler.settle_spared(request, self.spares(request))
+            if not request.spared:
+                self._noted(True)
+                self._apply_to_prompt(request)
+                self._noted(False)
+        for at, keep in request.compressions:
+            # compressing one request may have preempted another
+            if at == request.computed and request.row >= 0:
+                self._select(request, keep)
+
+    def _noted(self, begins: bool) -> None:
+        if self.on_interval is not None:
+            self.on_interval(begins)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._end(request, Status.FAILED, f"compressing it failed: {type(error).__name__}: {error}", error)
+
+    def _apply_to_prompt(self, request: Request) -> None:
+        row, rows = request.row, np.array([request.row])
         for eviction in self._policies:
             assert eviction.policy is not None
             if eviction.policy.acts == "prompt":
                 if not self._work(request, lambda eviction=eviction: eviction.complete(row)):  # type: ignore[misc]
                     return
                 continue
-            if prompt:
-                eviction.enter(row)
-            else:
-                eviction.append(row, seen - 1)
+            eviction.enter(row)
+            for decided in eviction.decide(rows, np.array([request.computed]), prompt=True):
+                if not self._change({row: request}, eviction, decided):
+                    return
+        self._note_open([request])
 
-            def act(eviction: Eviction = eviction) -> None:
-                # before anything moves: `publish` must not see a request that is half compressed
-                request.compressed |= eviction.act(row, seen, prompt=prompt)
-
-            if not self._with_room(request, act):
+    def _apply_together(self, requests: Sequence[Request]) -> None:
+        """Let the policy act on requests that decode; one by one where it cannot with all of them."""
+        by_row = {request.row: request for request in requests}
+        rows, seen = np.array(list(by_row)), np.array([request.computed for request in requests])
+        try:
+            for eviction in self._policies:
+                eviction.append(rows, seen)
+            # all decisions before the first change, so that they may be made again
+            found = [(eviction, decided) for eviction in self._policies for decided in eviction.decide(rows, seen)]
+        except Exception as error:
+            if len(requests) == 1:
+                self._fail(requests[0], error)
                 return
-        if any(eviction.follows(row) for eviction in self._policies):
-            self._open.add(row)
-        else:
-            self._open.discard(row)
+            for request in requests:
+                self._apply_together([request])
+            return
+        for eviction, decided in found:
+            self._change(by_row, eviction, decided)
+        self._note_open(requests)
+
+    def _change(self, by_row: Mapping[int, Request], eviction: Eviction, decided: Decided) -> bool:
+        """Remove what was decided; whether there was room."""
+        fits = True
+        left = eviction.apply(decided)
+        lacking = {row for row, _ in left}
+        for row in decided.rows.tolist():
+            by_row[row].compressed |= by_row[row].row == row and row not in lacking
+        for row, change in left:
+            request = by_row[row]
+            # making room for one request may have preempted another
+            if request.row != row:
+                continue
+
+            def act(request: Request = request, change: Callable[[], None] = change) -> None:
+                change()
+                request.compressed = True
+
+            fits &= self._with_room(request, act)
+        return fits
+
+    def _note_open(self, requests: Sequence[Request]) -> None:
+        """Note for which of the requests more may be decided."""
+        for request in requests:
+            if request.row >= 0 and any(eviction.follows(request.row) for eviction in self._policies):
+                self._open.add(request.row)
+            else:
+                self._open.discard(request.row)
 
     def _select(self, request: Request, keep: Sequence[Tensor | None]) -> None:
         """Keep some of a request's stored tokens, group by group."""

@@ -114,7 +114,7 @@ class DecodeGraphs:
 
     def size_for(self, batch: StepBatch) -> int | None:
         """Size of the graph that can run this batch, ``None`` if there is none."""
-        if not batch.decode_only or batch.sample_rows.shape[0] != batch.sequences:
+        if not batch.decode_only or batch.images is not None or batch.sample_rows.shape[0] != batch.sequences:
             return None
         if batch.block_tables.shape[1] > self._static.block_tables.shape[1]:
             return None

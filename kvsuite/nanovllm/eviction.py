@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,31 +20,29 @@ from .groups import LayerGroup
 from .kv_pool import KVPool
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
+from .token_notes import TokenNotes
 
-# what a policy looks at of several layers at once, in bytes of float32
-_LOOK_BYTES = 1 << 28
+# what a policy looks at of several layers at once, in bytes
+_LOOK_BYTES = 1 << 29
 
 
-@dataclass
-class Stored:
-    """What is known of a sequence's stored tokens in one group, in the order of its table.
+class Decided(NamedTuple):
+    """What a policy decided for some sequences that store equally many tokens; nothing has changed yet.
 
     Parameters
     ----------
-    positions
-        Logical positions, int64 ``[n]``, or ``[layers, kv_heads, n]`` where heads keep different tokens.
-    scores
-        What the policy's `token_score` gave, ``[layers, kv_heads, n]``; ``None`` for a policy without.
-    done
-        Whether anything was removed yet.
-    ordered
-        Whether the table still has the order of time.
+    rows
+        The sequences.
+    chosen
+        Index of the one token that goes, int64 ``[S]`` or ``[S, layers, kv_heads]``; or of those that stay, with one more
+        dimension.
+    single
+        Whether one token goes.
     """
 
-    positions: Tensor
-    scores: Tensor | None = None
-    done: bool = False
-    ordered: bool = True
+    rows: Ints
+    chosen: Tensor
+    single: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,10 @@ class _PooledPrompt(PromptView):
 class Eviction:
     """One layer group's tokens under a policy.
 
-    A sequence has a book as long as something may be decided for it: from `enter` on, until `act` decides the last time or
-    the sequence goes (`leave`). A policy that acts at the end of the prompt alone needs none (`complete`).
+    A sequence has a book as long as something may be decided for it: from `enter` on, until the policy acts the last time or
+    the sequence goes (`leave`). What a policy knows of stored tokens lies beside them, by slot (`TokenNotes`), so that all
+    sequences that a step decoded are looked at together (`decide`, `apply`). A policy that acts at the end of the prompt
+    alone needs none of it (`complete`).
 
     Work on keys and values is separate from the tables: what changes them gives the `Work` to be done then, on whatever
     stream, before anybody reads the sequence. On CUDA it does not wait for the device.
@@ -96,12 +98,28 @@ class Eviction:
         self._per_head = self.policy is not None and not self.policy.shared_across_heads
         self._layers = torch.tensor(group.layers, device=self._device)[:, None]
         self._heads = torch.arange(group.kv_heads, device=self._device)
-        self._books: dict[int, Stored] = {}
+        rows = len(tables.lengths)
+        # tokens that are noted of a sequence, -1 where nothing is decided; whether any was removed, and out of time's order
+        self._noted: Ints = np.full(rows, -1, dtype=np.int64)
+        self._done = np.zeros(rows, dtype=np.bool_)
+        self._unordered = np.zeros(rows, dtype=np.bool_)
+        self._notes: TokenNotes | None = None
+        if self.policy is not None and self.policy.acts == "decode":
+            wide = self._per_head
+            self._notes = pool.notes = TokenNotes(
+                layers=len(group.layers) if wide else 1,
+                heads=group.kv_heads if wide else 1,
+                blocks=pool.num_blocks + 1,
+                block_size=pool.block_size,
+                scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
+                device=self._device,
+            )
+        self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
     def follows(self, row: int) -> bool:
         """Whether more may be decided for a sequence."""
-        return row in self._books
+        return bool(self._noted[row] >= 0)
 
     def complete(self, row: int) -> Work | None:
         """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
@@ -126,75 +144,96 @@ class Eviction:
         observed = self._observations(row)
 
         def keep(slots: Tensor) -> Tensor:
-            return self._keep_of_prompt(slots, observed) if policy.needs.prompt else self._keep_by_score(slots)
+            return (
+                self._keep_of_prompt(slots, observed)
+                if policy.needs.prompt
+                else self._keep_by_score(self._scores(slots))
+            )
 
         return take(keep)
 
     def enter(self, row: int) -> None:
         """Begin the book of a sequence whose first tokens are stored and complete."""
-        length = int(self._tables.lengths[row])
         if self.policy is None:
             return
-        if not self._per_head:
-            self._books[row] = Stored(torch.arange(length))
-            return
-        positions = torch.arange(length, device=self._device)
-        self._books[row] = Stored(
-            positions.expand(len(self.group.layers), self.group.kv_heads, length).clone(),
-            self._scores(self._slots(row)),
-        )
+        self._noted[row], self._done[row], self._unordered[row] = 0, False, False
+        one = np.array([row])
+        self.append(one, self._tables.lengths[one])
 
-    def append(self, row: int, position: int) -> None:
-        """Note the tokens up to ``position``, which is the last in the table: several where known output was fed at once."""
-        stored = self._books.get(row)
-        if stored is None:
-            return
-        count = int(self._tables.lengths[row]) - stored.positions.shape[-1]
-        new = torch.arange(position - count + 1, position + 1, device=stored.positions.device)
-        stored.positions = torch.cat([stored.positions, new.expand(*stored.positions.shape[:-1], count)], dim=-1)
-        if stored.scores is not None:
-            score = self._scores(self._slots(row)[-count:])
-            assert score is not None
-            stored.scores = torch.cat([stored.scores, score], dim=-1)
+    def append(self, rows: Ints, seen: Ints) -> None:
+        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
 
-    def act(self, row: int, seen: int, *, prompt: bool) -> bool:
-        """Let the policy act after ``seen`` tokens; return whether it removed any.
-
-        Raises
-        ------
-        PoolFullError
-            If a shared block has to be copied and none is free. Acting again later gives what it would have given.
+        Mostly one of each; several where known output was fed at once.
         """
-        stored = self._books.get(row)
-        if stored is None or self.policy is None:
-            return False
-        length = int(self._tables.lengths[row])
-        due = self.policy.due(step=seen, done=stored.done, prompt=prompt)
-        size = self.policy.size_after(length) if due else length
-        if size == length:
-            return False
-        if self.policy.needs.prompt and prompt:
-            observed = self._observer_of_prompts.observations(row, self.group.layers)
-            keep = self._keep_of_prompt(self._slots(row), observed)
-            self.select(row, keep)()
-        else:
-            view = CacheView(
-                stored.positions,
-                seen - 1,
-                stored.scores,
-                layer=self._layers if self._per_head else 0,
-                heads=self._heads if self._per_head else 0,
-                step=seen,
-            )
-            if size == length - 1 and not prompt:
-                self._evict_one(row, stored, self.policy.victim(view))
-            else:
-                self.select(row, self.policy.keep(view))()
-                stored.ordered = True
-        stored.done = True
-        if self.policy.settled(done=True) and (stored.ordered or not self.group.places):
-            del self._books[row]
-        return True
+        rows, seen = self._followed(rows, seen)
+        counts = self._tables.lengths[rows] - self._noted[rows]
+        if not counts.any():
+            return
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        at = np.repeat(self._noted[rows], counts) + within
+        slots, positions = self._upload(
+            self._tables.slots_at(np.repeat(rows, counts), at), np.repeat(seen - counts, counts) + within
+        )
+        assert self._notes is not None
+        self._notes.write(slots, positions, self._scores(slots) if self._notes.scored else None)
+        self._noted[rows] += counts
+
+    def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
+        """What the policy decides now that the sequences, all different and noted, have seen so many tokens each."""
+        policy = self.policy
+        if policy is None:
+            return []
+        rows, seen = self._followed(rows, seen)
+        sizes: dict[int, int] = {}
+        alike: dict[int, list[int]] = {}
+        facts = zip(self._tables.lengths[rows].tolist(), seen.tolist(), self._done[rows].tolist(), strict=True)
+        for index, (length, step, done) in enumerate(facts):
+            if policy.due(step=step, done=done, prompt=prompt):
+                if length not in sizes:
+                    sizes[length] = policy.size_after(length)
+                if sizes[length] < length:
+                    alike.setdefault(length, []).append(index)
+        found = []
+        for length, all_of_them in alike.items():
+            for some in [all_of_them] if policy.sequences_apart else [[one] for one in all_of_them]:
+                own, single = rows[some], sizes[length] == length - 1 and not prompt
+                if policy.needs.prompt and prompt:
+                    [row] = own.tolist()
+                    observed = self._observer_of_prompts.observations(row, self.group.layers)
+                    found.append(Decided(own, self._keep_of_prompt(self._slots(row), observed)[None], False))
+                    continue
+                view = self._view(own, seen[some], length)
+                chosen = policy.victim(view) if single else policy.keep(view)
+                found.append(Decided(own, chosen if len(some) > 1 else chosen[None], single))
+        return found
+
+    def apply(self, decided: Decided) -> list[tuple[int, Callable[[], None]]]:
+        """Remove what goes of the sequences whose blocks are theirs alone, if that is one token; it cannot fail.
+
+        Returns
+        -------
+        list
+            The other sequences, and for each what removes its tokens. That raises `PoolFullError` where blocks are lacking,
+            and may be done again then.
+        """
+        rows, chosen, single = decided
+        # making room in another group may have preempted some
+        there = self._noted[rows] >= 0
+        if not there.all():
+            rows, chosen = rows[there], chosen[self._upload(np.flatnonzero(there))[0]]
+        if not single:
+            return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
+        sole = self._tables.sole[rows]
+        if sole.all():
+            self._evict_one(rows, chosen)
+            return []
+        if sole.any():
+            [index] = self._upload(np.flatnonzero(sole))
+            self._evict_one(rows[sole], chosen[index])
+        return [
+            (int(rows[at]), partial(self._own_and_evict_one, rows[at : at + 1], chosen[at : at + 1]))
+            for at in np.flatnonzero(~sole).tolist()
+        ]
 
     def require_indices(self, row: int, keep: Tensor) -> None:
         """Check what a caller wants to keep.
@@ -207,6 +246,10 @@ class Eviction:
         length, kept = int(self._tables.lengths[row]), int(keep.shape[-1])
         if kept < 1 or bool((keep < 0).any()) or bool((keep >= length).any()):
             raise UserError(f"keep_indices of {kept} tokens: at least one of the tokens 0 to {length - 1} has to stay")
+        if self.policy is not None and keep.dim() > 1 and self._noted[row] >= 0 and not self._per_head:
+            raise UserError(
+                f"keep_indices by head: policy {self.policy.name} goes on deciding for all heads at once; give one list"
+            )
 
     def select(self, row: int, keep: Tensor) -> Work:
         """Keep the stored tokens ``keep``, int64 ``[k]`` or ``[layers, kv_heads, k]``, and free what the others held.
@@ -220,39 +263,35 @@ class Eviction:
         """
         kept = int(keep.shape[-1])
         work = self._replace(row, kept)(keep)
-        stored = self._books.get(row)
-        if stored is not None:
-            own = keep.to(stored.positions.device)
-            stored.positions = stored.positions.gather(-1, own.expand(*stored.positions.shape[:-1], kept))
-            if stored.scores is not None:
-                stored.scores = stored.scores.gather(-1, own.expand(*stored.scores.shape[:-1], kept))
+        if self._noted[row] >= 0:
+            self._noted[row] = kept
         return work
 
-    def ranks(self, row: int, coming: int) -> Tensor | None:
-        """Rank in time of the stored tokens and ``coming`` new ones behind them; ``None`` where they lie in that order."""
-        stored = self._books.get(row)
-        if stored is None or not stored.done:
-            return None
-        positions, length = stored.positions.to(self._device), stored.positions.shape[-1]
-        ranks = positions.argsort(dim=-1).argsort(dim=-1)
-        new = torch.arange(length, length + coming, device=self._device)
-        return torch.cat([ranks, new.expand(*ranks.shape[:-1], coming)], dim=-1)
+    def places(self, rows: Ints, coming: Sequence[int]) -> list[Tensor | None]:
+        """Rank in time of the stored tokens of each sequence, and of ``coming`` new ones behind them.
 
-    def positions(self, row: int) -> Tensor | None:
-        """Logical positions of the stored tokens in the order of the table; ``None`` where nothing is kept of them."""
-        stored = self._books.get(row)
-        return None if stored is None else stored.positions
+        ``None`` where they lie in that order.
+        """
+        found: list[Tensor | None] = [None] * len(rows)
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index in np.flatnonzero((self._noted[rows] >= 0) & self._done[rows]).tolist():
+            alike.setdefault((int(self._noted[rows[index]]), coming[index]), []).append(index)
+        for (length, count), some in alike.items():
+            [blocks] = self._upload(self._blocks(rows[some], length))
+            ranks = self._positions(blocks, length)[0].argsort(dim=-1).argsort(dim=-1)
+            new = torch.arange(length, length + count, device=self._device)
+            for index, own in zip(some, torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1), strict=True):
+                found[index] = own
+        return found
 
     def fork(self, row: int, target: int) -> None:
         """Begin the bookkeeping of a sequence that holds what another one does."""
-        stored = self._books.get(row)
-        if stored is not None:
-            # tensors are replaced or cloned before they are written, so both may refer to the same ones
-            self._books[target] = replace(stored)
+        for book in (self._noted, self._done, self._unordered):
+            book[target] = book[row]
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
-        self._books.pop(row, None)
+        self._noted[row] = -1
         if self._observer is not None:
             self._observer.leave(row)
 
@@ -269,26 +308,29 @@ class Eviction:
         def take(choice: Tensor | Callable[[Tensor], Tensor]) -> Work:
             def work() -> None:
                 if isinstance(choice, Tensor) and choice.dim() == 1 and choice.device.type == "cpu":
-                    source = self._upload(before[choice.numpy()])
+                    source = self._upload(before[choice.numpy()])[0]
                 else:
-                    slots = self._upload(before)
+                    [slots] = self._upload(before)
                     keep = choice.to(self._device) if isinstance(choice, Tensor) else choice(slots)
                     source = slots[keep]
-                self._pool.keep(source, self._upload(after))
+                self._pool.keep(source, *self._upload(after))
 
             return work
 
         return take
 
     def _keep_of_prompt(self, slots: Tensor, observed: Sequence[PromptObservation]) -> Tensor:
-        """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``."""
-        assert self.policy is not None
-        observer, layers = self._observer_of_prompts, self.group.layers
-        positions = torch.arange(slots.shape[0], device=self._device)
-        kept = []
-        asked = 0 if observed[0].last is None else self.policy.needs.queries * observed[0].last.shape[0]
-        together = self.policy.heads_apart and len({one.scale for one in observed}) == 1
-        for part in self._parts(slots.shape[0], asked, together=together):
+        """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``.
+
+        As many layers as have room are looked at together; where scores are all that decides, all of them are ranked at once.
+        """
+        policy = self.policy
+        assert policy is not None
+        observer, layers, length = self._observer_of_prompts, self.group.layers, slots.shape[0]
+        positions = torch.arange(length, device=self._device)
+        together = policy.heads_apart and len({one.scale for one in observed}) == 1
+        scores, kept = [], []
+        for part in self._parts(length, observed[0].numbers_of_token, together=together):
             own = self._pool.keys_of(slots, part).flatten(0, 1)
             if self.group.places:
                 own = observer.rotate(own[None], positions)[0]
@@ -297,22 +339,26 @@ class Eviction:
                 return self._pool.values_of(slots, part).flatten(0, 1)
 
             view = _PooledPrompt(
-                positions.expand(own.shape[:2]), own.shape[1] - 1, keys=own, gather_values=values,
+                positions.expand(own.shape[:2]), length - 1, keys=own, gather_values=values,
                 observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
                 rotate=observer.turn(layers[part.start]),
             )  # fmt: skip
-            found = self.policy.keep(view)
+            score = policy.prompt_score(view)
+            if score is not None:
+                scores.append(score)
+                continue
+            found = policy.keep(view)
             kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
-        return torch.cat(kept)
+        if kept:
+            return torch.cat(kept)
+        return self._keep_by_score(torch.cat(scores).view(len(layers), self.group.kv_heads, length))
 
-    def _keep_by_score(self, slots: Tensor) -> Tensor:
-        """What a policy that ranks by `Policy.token_score` keeps of a complete prompt, ``[layers, kv_heads, k]``."""
+    def _keep_by_score(self, scores: Tensor | None) -> Tensor:
+        """What the policy keeps of a complete prompt by the scores ``[layers, kv_heads, n]`` of its tokens."""
         assert self.policy is not None
-        length = slots.shape[0]
-        positions = torch.arange(length, device=self._device).expand(
-            len(self.group.layers), self.group.kv_heads, length
-        )
-        scores = self._scores(slots)
+        assert scores is not None
+        length = scores.shape[-1]
+        positions = torch.arange(length, device=self._device).expand(scores.shape)
         return self.policy.keep(
             CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length)
         )
@@ -336,12 +382,12 @@ class Eviction:
         tokens
             Of a sequence.
         asked
-            What is computed for each of them in a layer beside its keys, in numbers.
+            Float32 numbers that are computed for each of them in a layer beside its keys.
         together
             Whether several layers may be looked at together.
         """
         layers = len(self.group.layers)
-        each = 4 * tokens * (self.group.kv_heads * self.group.head_dim + asked)
+        each = tokens * (self.group.kv_heads * self.group.head_dim * self._pool.dtype.itemsize + 4 * asked)
         step = max(1, _LOOK_BYTES // each) if together else 1
         return [slice(first, min(first + step, layers)) for first in range(0, layers, step)]
 
@@ -354,26 +400,80 @@ class Eviction:
         """What was gathered of a sequence's prompt in the layers of the group, which nobody asks for again."""
         return [] if self._observer is None else self._observer.take(row, self.group.layers)
 
-    def _evict_one(self, row: int, stored: Stored, victim: Tensor) -> None:
-        """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot."""
-        last, size = int(self._tables.lengths[row]) - 1, self._pool.block_size
-        for index in np.unique(victim.cpu().numpy() // size).tolist():
-            self._pool.copy_blocks(self._tables.own(row, index))
-        slots = self._slots(row)
-        self._pool.move(slots.to(victim.device)[victim], int(slots[last]))
-        for name in ("positions", "scores"):
-            book = getattr(stored, name)
-            if book is not None:
-                moved = book.scatter(-1, victim[..., None].to(book.device), book[..., last:])
-                setattr(stored, name, moved[..., :last])
-        stored.ordered = False
-        self._tables.shrink(row, last)
-        self.evicted += 1
+    def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
+        """Those of the sequences that have a book, and what they have seen."""
+        followed = self._noted[rows] >= 0
+        return rows[followed], seen[followed]
+
+    def _blocks(self, rows: Ints, length: int) -> Ints:
+        """Blocks ``[S, width]`` of the first ``length`` tokens."""
+        return self._tables.rows(rows)[:, : -(-length // self._pool.block_size)].astype(np.int64)
+
+    def _positions(self, blocks: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """What is noted of the first ``length`` tokens in ``blocks`` ``[S, width]``, each ``[S, layers, kv_heads, length]``.
+
+        Where one decision serves every head, positions alone, ``[S, length]``.
+        """
+        assert self._notes is not None
+        positions, scores = self._notes.read(blocks, length)
+        return (positions, scores) if self._per_head else (positions[:, 0, 0], None)
+
+    def _view(self, rows: Ints, seen: Ints, length: int) -> CacheView:
+        """What a policy sees of sequences that store ``length`` tokens each."""
+        blocks, steps = self._upload(self._blocks(rows, length), seen)
+        positions, scores = self._positions(blocks, length)
+        layers, heads = (self._layers, self._heads) if self._per_head else (0, 0)
+        if len(rows) == 1:
+            step = int(seen[0])
+            own = None if scores is None else scores[0]
+            return CacheView(positions[0], step - 1, own, layer=layers, heads=heads, step=step)
+        steps = steps.view(-1, *[1] * (positions.dim() - 2))
+        return CacheView(positions, steps[..., None] - 1, scores, layer=layers, heads=heads, step=steps)
+
+    def _own_and_evict_one(self, row: Ints, victim: Tensor) -> None:
+        """`_evict_one` of a sequence whose blocks others may hold or find."""
+        for index in np.unique(victim.cpu().numpy() // self._pool.block_size).tolist():
+            self._pool.copy_blocks(self._tables.own(int(row[0]), index))
+        self._evict_one(row, victim)
+
+    def _evict_one(self, rows: Ints, victim: Tensor) -> None:
+        """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot.
+
+        The victims lie in blocks that may be written.
+        """
+        lengths = self._tables.lengths[rows]
+        blocks, last = self._upload(self._blocks(rows, int(lengths[0])), self._tables.slots_at(rows, lengths - 1))
+        slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
+        self._pool.move(
+            slots.gather(1, victim.flatten(1) if victim.dim() > 1 else victim[:, None]).view_as(victim), last
+        )
+        self._tables.drop_last(rows)
+        self._noted[rows] -= 1
+        self.evicted += len(rows)
+        self._unordered[rows] = True
+        self._settle(rows)
+
+    def _cut(self, row: int, keep: Tensor) -> None:
+        """Keep some of a sequence's tokens, in time order."""
+        self.select(row, keep)()
+        self._unordered[row] = False
+        self._settle(np.array([row]))
+
+    def _settle(self, rows: Ints) -> None:
+        """The policy has acted; end the books of sequences for which nothing more is decided."""
+        assert self.policy is not None
+        self._done[rows] = True
+        if self.policy.settled(done=True):
+            over = ~self._unordered[rows] if self.group.places else np.ones(len(rows), dtype=np.bool_)
+            self._noted[rows[over]] = -1
 
     def _slots(self, row: int) -> Tensor:
-        return self._upload(self._tables.stored_slots(row))
+        return self._upload(self._tables.stored_slots(row))[0]
 
-    def _upload(self, slots: Ints) -> Tensor:
-        """Slots on the device. From pinned memory, which the host need not wait for."""
-        found = torch.from_numpy(slots)
-        return found.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else found
+    def _upload(self, *numbers: Ints) -> list[Tensor]:
+        """Numbers on the device, in one transfer. From pinned memory, which the host need not wait for."""
+        if self._device.type != "cuda":
+            return [torch.from_numpy(each) for each in numbers]
+        packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
+        parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
+        return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]

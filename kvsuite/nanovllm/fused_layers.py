@@ -186,6 +186,8 @@ class FusedDecoder:
         destination = getattr(backend, "destination", None) or self._apart(rows)
         with torch.inference_mode():
             residual = functional.embedding(batch.ids, self._embedding)
+            if batch.images is not None:
+                batch.images.into(residual)
             delta: Tensor | None = None
             for index, layer in enumerate(self.layers):
                 delta = self._attend(index, delta, residual, batch, backend, destination, pdl)

@@ -15,6 +15,7 @@ from .groups import LayerGroup
 from .layer_pages import LayerPages
 from .limits import Limits
 from .pages import Pages
+from .token_notes import TokenNotes
 
 _OWN = SideFormat(AUTO)
 
@@ -56,6 +57,8 @@ class KVPool:
         #: of what is read
         self.dtype = dtype
         self.device = device
+        #: what a policy notes of stored tokens, which moves with them
+        self.notes: TokenNotes | None = None
         self._block_bytes = group.token_bytes(dtype.itemsize) * block_size
         chosen = group.format
         sides = (_OWN, _OWN) if chosen is None else (chosen.keys, chosen.values)
@@ -141,6 +144,8 @@ class KVPool:
         source, target = torch.tensor(pairs, dtype=torch.int64, device=self.device).T
         for tensor in self._tensors:
             tensor.index_copy_(1, target, tensor.index_select(1, source))
+        if self.notes is not None:
+            self.notes.copy_blocks(source, target)
 
     def keys_of(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
         """The keys in ``slots`` ``[n]`` of some of the group's layers as they are read: ``[layers, kv_heads, n, head_dim]``."""
@@ -187,19 +192,27 @@ class KVPool:
                 staged = self._staging[: count * width * vectors.element_size()].view(vectors.dtype).view(count, width)
                 torch.index_select(vectors, 0, taken, out=staged)
                 vectors.index_copy_(0, given, staged)
+        if self.notes is not None:
+            self.notes.keep(source, target)
 
-    def move(self, source: Tensor, target: int) -> None:
-        """Copy one token of each head: slots ``source`` ``[layers, kv_heads]`` (or one int64) from slot ``target``.
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy one token of each of some sequences over another one: the last over an evicted one.
 
-        The token in slot ``target`` (the last of its sequence) takes the place of an evicted one.
+        Parameters
+        ----------
+        source
+            Slots that are written, int64 ``[S]``, or ``[S, layers, kv_heads]`` where heads evict different tokens.
+        target
+            Slots of the last tokens, int64 ``[S]``.
         """
         for tensor in (each.flatten(1, 2) for each in self._tensors):
-            last = tensor[:, target]
-            if source.dim() == 0:
-                tensor[:, int(source)] = last
+            last = tensor.index_select(1, target)
+            if source.dim() == 1:
+                tensor.index_copy_(1, source, last)
             else:
-                index = source.to(tensor.device)[:, None, :, None].expand(-1, 1, -1, tensor.shape[-1])
-                tensor.scatter_(1, index, last[:, None])
+                tensor.scatter_(1, source.transpose(0, 1)[..., None].expand(-1, -1, -1, tensor.shape[-1]), last)
+        if self.notes is not None:
+            self.notes.move(source, target)
 
 
 def blocks_that_fit(limits: Limits, groups: Sequence[LayerGroup], device: torch.device, dtype: torch.dtype) -> int:

@@ -59,6 +59,9 @@ class Pages:
         self.codes = torch.zeros((*shape, width), dtype=torch.uint8 if side.is_packed else dtype, device=device)
         self.scales = torch.zeros((*shape, columns), dtype=torch.float16, device=device)
         self.refused = torch.zeros((), dtype=torch.bool, device=device)
+        # of the first slot's heads, among all vectors
+        layer, head = (torch.arange(count, device=device) for count in (len(group.layers), group.kv_heads))
+        self._first = (layer * (blocks * block_size * group.kv_heads))[:, None, None] + head[:, None]
         self.layers = [
             LayerPages(codes, scales, self.refused, side) for codes, scales in zip(self.codes, self.scales, strict=True)
         ]
@@ -92,10 +95,8 @@ class Pages:
 
     def vectors(self, slots: Tensor, layers: slice = slice(None)) -> Tensor:
         """What is stored in ``slots`` ``[n]`` of some layers, ``[layers, kv_heads, n, head_dim]``."""
-        count, heads, device = self.codes.shape[1] * self.codes.shape[2], self.codes.shape[3], self.codes.device
-        layer = torch.arange(len(self.codes), device=device)[layers, None, None]
         # one copy, in the order in which heads are looked at
-        index = (layer * count + slots) * heads + torch.arange(heads, device=device)[:, None]
+        index = self._first[layers] + slots * self.codes.shape[3]
         return self._whole(
             *(
                 tensor.view(-1, tensor.shape[-1]).index_select(0, index.flatten()).view(*index.shape, tensor.shape[-1])

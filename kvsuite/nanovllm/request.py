@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from kvsuite.models.images import ImagePixels
 
 from .sampling import SamplingParameters
 
@@ -52,6 +56,10 @@ class Request:
     together
         First tokens that are one forward pass where the request is alone, however steps cut them; what follows comes token by
         token. The prompt if left out. Rotary frequencies that change with the length depend on it.
+    images
+        Their features stand where the prompt has image tokens, in order. A text has neither.
+    image_spans
+        Where each image stands, first token and the one behind its last; the runtime finds those of ``images``.
     id
         Chosen by the runtime if left out.
     """
@@ -62,6 +70,8 @@ class Request:
     forced: Sequence[int] | None = None
     scored: int = 0
     together: int = 0
+    images: Sequence[ImagePixels] = ()
+    image_spans: tuple[tuple[int, int], ...] = ()
     id: str | None = None
 
     status: Status = field(default=Status.WAITING, init=False)
@@ -105,6 +115,10 @@ class Request:
     digests: list[bytes] = field(default_factory=list, init=False, repr=False)
     #: full blocks whose digest the pools know of
     published: int = field(default=0, init=False)
+    #: places of the prompt where features of images stand, in order, int64 ``[n]``; the runtime finds them
+    image_places: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64), init=False, repr=False)
+    #: what stands there, ``[n, hidden]``: made when a step first feeds one of them, kept until the request is over
+    features: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -133,13 +147,27 @@ class Request:
 
     def branch(self, id: str, sampling: SamplingParameters) -> Request:
         """A new request that stands where this one does, with blocks yet to be given to it."""
-        child = Request(list(self.prompt), sampling, together=self.together, id=id)
+        child = Request(list(self.prompt), sampling, together=self.together, images=self.images, id=id)
+        child.image_spans, child.image_places, child.features = self.image_spans, self.image_places, self.features
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over
         child.spared = self.spared
         child.compressed, child.compressions = self.compressed, list(self.compressions)
         return child
+
+    def image_rows(self, start: int, end: int) -> tuple[int, int]:
+        """Rows ``first .. last - 1`` of `features` that stand at tokens ``start .. end - 1``."""
+        first, last = np.searchsorted(self.image_places, (start, end))
+        return int(first), int(last)
+
+    def images_digest(self, start: int, end: int) -> bytes:
+        """Digests of the images that have features at tokens ``start .. end - 1``, one behind the other."""
+        if not self.images:
+            return b""
+        each = len(self.image_places) // len(self.images)
+        first, last = self.image_rows(start, end)
+        return b"".join(image.digest for image in self.images[first // each : -(-last // each)] if first < last)
 
     def chunk(self, acts: Acts) -> int:
         """Tokens that the next step may feed at most.

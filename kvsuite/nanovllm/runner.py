@@ -100,7 +100,7 @@ class ModelRunner:
         self.backend.begin(batch)
         with torch.inference_mode(), attending(self._observed(self.backend, batch), batch.spans):
             logits: Tensor = self.model(
-                input_ids=batch.ids[None],
+                **self._fed(batch),
                 position_ids=batch.positions[None],
                 use_cache=False,
                 logits_to_keep=rows,
@@ -115,7 +115,7 @@ class ModelRunner:
         head = self._language_head()
         self.backend.begin(batch)
         with torch.inference_mode(), attending(self._observed(self.backend, batch), batch.spans):
-            return head.hidden(batch.ids[None], batch.positions[None])[0, batch.sample_rows]
+            return head.hidden(**self._fed(batch), positions=batch.positions[None])[0, batch.sample_rows]
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
@@ -145,6 +145,12 @@ class ModelRunner:
     def close(self) -> None:
         """Give the model its own attention back."""
         set_attention(self._config, self._before)
+
+    def _fed(self, batch: StepBatch) -> dict[str, Tensor]:
+        """What the model is fed: ids, or embeddings where features of images stand among them."""
+        if batch.images is None:
+            return {"input_ids": batch.ids[None]}
+        return {"inputs_embeds": batch.images.into(self.model.get_input_embeddings()(batch.ids))[None]}
 
     def _observed(self, backend: AttentionBackend, batch: StepBatch) -> AttentionBackend:
         if self.observer is not None:

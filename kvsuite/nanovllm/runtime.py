@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.models.image_reader import ImageReader
+from kvsuite.models.images import image_places, image_shape, image_spans
 from kvsuite.models.load import LoadedModel
 
 from .admission import model_eos_token_ids, outgrown, problem, settle_ends
@@ -157,6 +159,9 @@ class Runtime:
         #: told about every step of a lane when the host is done with it, with two lanes
         self.on_lane_step: Callable[[LaneStep], None] | None = None
         self.vocab_size = int(loaded.text_config.vocab_size)
+        #: what the model makes of an image, or why it can be given none
+        self.image_shape = image_shape(loaded.model.config.to_dict())
+        self._images = None if isinstance(self.image_shape, str) else ImageReader(loaded.model)
         observer = None
         if policy is not None and policy.needs.prompt:
             if limits.prefix_caching and policy.needs.looks_at_queries:
@@ -241,6 +246,7 @@ class Runtime:
         if self.lanes == 2 and request.scored:
             raise UserError(f"request {request.id}: tokens are scored on one lane; make the runtime with lanes=1")
         facts: Any = {"vocab_size": self.vocab_size, "taken": self._requests, "has_policy": self.policy is not None}
+        facts["images"] = self.image_shape
         reason = problem(request, self.limits, num_blocks=blocks, **facts)
         if reason is None and request.forced is None and not request.scored:
             fed = min(request.sampling.max_new_tokens, self.limits.max_model_len - request.prompt_length)
@@ -250,6 +256,9 @@ class Runtime:
             return request
         self._requests[request.id] = request
         settle_ends(request, self.limits, self._eos)
+        if request.images:
+            request.image_places = image_places(self.image_shape, request.tokens)
+            request.image_spans = image_spans(self.image_shape, request.image_places)
         self.counters.logical_prompt_tokens += request.prompt_length
         self.scheduler.add(request)
         return request
@@ -418,7 +427,7 @@ class Runtime:
         return lane
 
     def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
-        given: Any = {"spans": self.rotary is not None, "keeps_tables": keeps_tables}
+        given: Any = {"spans": self.rotary is not None, "keeps_tables": keeps_tables, "images": self._images}
         inputs = StepInputs(self.groups, self.tables, evictions, self.device, **given)
         return StepLauncher(runner, inputs, self.pools, self.tables, self.counters)
 
@@ -492,11 +501,8 @@ class Runtime:
                 self.scheduler.publish(request)
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")
-        for request in self.compression.due(plan.requests) if self.compression.active else ():
-            try:
-                self.compression.after_step(request)
-            except Exception as error:
-                self._end(request, Status.FAILED, f"compressing it failed: {type(error).__name__}: {error}", error)
+        if self.compression.active:
+            self.compression.after_step(self.compression.due(plan.requests))
 
     def _end(self, request: Request, status: Status, reason: str, error: Exception | None = None) -> None:
         if request.status.over:
@@ -506,6 +512,7 @@ class Runtime:
             request.in_flight = False
         self.scheduler.remove(request)
         request.status, request.reason, request.error = status, reason, error
+        request.features = None
         self._ended.append(request)
         # a refused request may bear the name of one that still runs
         if self._requests.get(request.id or "") is request:

@@ -221,7 +221,7 @@ class Scheduler:
         for table in self._tables:
             gone = int(table.dropped[request.row]) // size
             for index in range(request.published, full):
-                table.pool.publish(int(table.table[request.row, index - gone]), request.digests[index])
+                table.publish(request.row, index - gone, request.digests[index])
         request.published = full
 
     def _ready(self, requests: Sequence[Request]) -> list[Request]:
@@ -408,7 +408,8 @@ class Scheduler:
         root = ROOT if self._rotary is None else chain(ROOT, [self._rotary.row(request.together)])
         while len(known) < count:
             at = len(known) * size
-            known.append(chain(known[-1] if known else root, request.tokens[at : at + size]))
+            parent = known[-1] if known else root
+            known.append(chain(parent, request.tokens[at : at + size], request.images_digest(at, at + size)))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .batch import BatchBuilder, GroupInputs, Ints, StepBatch
+from kvsuite.models.image_reader import ImageReader
+
+from .batch import BatchBuilder, GroupInputs, ImageRows, Ints, StepBatch
 from .block_table import BlockTables
 from .device_tables import DeviceTables, TableRows
 from .eviction import Eviction
@@ -39,6 +42,8 @@ class StepInputs:
     keeps_tables
         Whether block tables stay on the device and steps bring what changed: cheap where many sequences come back in every
         step. Else every step brings the rows that it reads. One follower of the tables may keep them.
+    images
+        Makes features of the requests' images, ``None`` for a model that reads none.
     """
 
     def __init__(
@@ -50,7 +55,10 @@ class StepInputs:
         *,
         spans: bool = False,
         keeps_tables: bool = True,
+        images: ImageReader | None = None,
     ) -> None:
+        self._images = images
+        self._device = device
         self._with_spans = spans
         self._parts = list(zip(groups, tables, evictions, strict=True))
         self._tables = tables
@@ -65,7 +73,7 @@ class StepInputs:
         computed: list[int] = []
         row_list: list[int] = []
         sampled: list[int] = []
-        with_scored = False
+        with_scored = with_images = False
         # the one walk over the requests: a step's host time is mostly such walks
         for index, (request, count) in enumerate(zip(requests, fed, strict=True)):
             tokens, at = request.tokens, request.computed
@@ -75,6 +83,8 @@ class StepInputs:
                 ids.append(tokens[at])
             else:
                 ids += tokens[at : at + count]
+            if request.images:
+                with_images = True
             if request.scored:
                 with_scored = True
             elif at + count == len(tokens):
@@ -99,27 +109,48 @@ class StepInputs:
         spans = None
         if self._with_spans:
             spans = np.maximum(positions + 1, np.repeat([request.together for request in requests], counts))
+        images = self._image_rows(plan) if with_images else None
         batch = self._builder.build(
             ids=np.array(ids, dtype=np.int64),
             positions=positions,
             counts=counts,
             sample_rows=wanted,
             spans=spans,
+            images=images,
             groups=[
                 GroupInputs(
                     slots=own,
                     kv_lengths=table.lengths[rows] + counts,
                     block_tables=table.rows(rows) if on_device is None else TableRows(on_device, rows),
                     dropped=table.dropped[rows],
-                    places=[eviction.ranks(row, count) for row, count in zip(row_list, fed, strict=True)]
-                    if group.places
-                    else (),
+                    places=eviction.places(rows, fed) if group.places else (),
                 )
                 for own, on_device, (group, table, eviction) in zip(slots, self._on_device, self._parts, strict=True)
             ],
         )
         chosen = requests if len(sampled) == len(requests) else [requests[i] for i in sampled]
         return batch, chosen, scored
+
+    def _image_rows(self, plan: StepPlan) -> ImageRows | None:
+        """Features that stand in a step; those of a request are made when the first of them does."""
+        assert self._images is not None
+        rows: list[Ints] = []
+        features: list[Tensor] = []
+        begin = 0
+        for request, count in zip(plan.requests, plan.counts, strict=True):
+            first, last = request.image_rows(request.computed, request.computed + count)
+            if first < last:
+                if request.features is None:
+                    request.features = torch.cat([self._images.features(image) for image in request.images])
+                rows.append(request.image_places[first:last] - request.computed + begin)
+                features.append(request.features[first:last])
+            begin += count
+        if not rows:
+            return None
+        places = torch.from_numpy(np.concatenate(rows))
+        if self._device.type == "cuda":
+            places = places.pin_memory().to(self._device, non_blocking=True)
+        return ImageRows(places, torch.cat(features))
 
     def _starts(self, computed: Sequence[int], rows: Ints) -> Ints:
         """Position id of every sequence's next token: its logical one, or its place in the cache."""

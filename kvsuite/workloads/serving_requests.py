@@ -9,6 +9,7 @@ from typing import Any
 
 from kvsuite.case import digest
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.models.images import ImagePixels, ImageShape
 
 from .arrivals import CLOSED, POISSON, TRACE, mean_rate, poisson_arrivals, trace_arrivals
 from .long_prompts import DIALOGUE, clipped_context, fill_token, output_tokens, pattern_ids, repeated
@@ -35,12 +36,15 @@ class ServingRequests:
         When each is scheduled to arrive, in seconds from the start.
     facts
         For the record: where prompts come from, their lengths and hash, how arrivals were made, and notes.
+    images
+        The image that each prompt begins with; empty where the workload has none.
     """
 
     prompts: list[list[int]]
     new_tokens: list[int]
     arrivals_s: list[float]
     facts: dict[str, Any] = field(default_factory=dict)
+    images: list[ImagePixels] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class WorkloadModel:
         Token lists of the same text's paragraphs, which are the prompts of light-dataset.
     text_name
         What text that is, for the record.
+    image_shape
+        What the model makes of an image, or why it can be given none.
     """
 
     vocab_size: int
@@ -66,6 +72,7 @@ class WorkloadModel:
     text: Sequence[int] = ()
     passages: Sequence[Sequence[int]] = ()
     text_name: str = ""
+    image_shape: ImageShape | str = "the model reads no images"
 
 
 def serving_requests(
@@ -75,6 +82,7 @@ def serving_requests(
     seed: int,
     trace: str | None = None,
     dataset_dir: str | None = None,
+    image: ImagePixels | None = None,
 ) -> ServingRequests:
     """Make the requests of a workload, the same ones for the same arguments.
 
@@ -90,14 +98,19 @@ def serving_requests(
         CSV of a trace.
     dataset_dir
         Folder of texts for light-dataset, in the place of the text that kvsuite has.
+    image
+        Of every request, where the workload has images; ``None``: random ones, of each request another where prompts are
+        unique.
 
     Raises
     ------
     UserError
         If a file is missing, cannot be read or gives too little, or nothing is left of a prompt.
     CaseInvalid
-        If the model has no tokenizer for a text that is asked for, or a token has no row in the model's embedding.
+        If the model has no tokenizer for a text that is asked for, a token has no row in the model's embedding, or images are
+        asked for and the model reads none.
     """
+    shape = _shape(workload, model)
     if workload.needs_trace and not trace:
         why = "the heavy-trace workload" if workload.name == HEAVY else "--kv-arrivals=trace"
         raise UserError(
@@ -116,6 +129,13 @@ def serving_requests(
     else:
         prompts, new_tokens, facts = _long(workload, model, seed)
     require_rows((max(prompt) for prompt in prompts), model.vocab_size, model.tokenizer)
+    images: list[ImagePixels] = []
+    hashed: Any = prompts
+    if shape is not None:
+        prompts = [[shape.token] * shape.tokens + prompt for prompt in prompts]
+        images = [image] * len(prompts) if image is not None else _random_images(shape, workload, seed)
+        hashed = [prompts, [one.digest.hex() for one in images]]
+        facts["image"] = {"source": workload.image, "tokens": shape.tokens, "size": shape.size}
     arrivals, scale = _arrivals(workload, seed, rows, trace)
     notes = facts.pop("notes", [])
     lengths = [len(prompt) for prompt in prompts]
@@ -123,7 +143,7 @@ def serving_requests(
         "requests": len(prompts),
         "prompt_tokens": _spread(lengths),
         "new_tokens": _spread(new_tokens),
-        "prompts_hash": digest(prompts),
+        "prompts_hash": digest(hashed),
         "seed": seed,
         "arrivals": {
             "kind": workload.arrivals,
@@ -134,7 +154,46 @@ def serving_requests(
         },
         "notes": notes,
     }
-    return ServingRequests(prompts, new_tokens, arrivals, facts)
+    return ServingRequests(prompts, new_tokens, arrivals, facts, images)
+
+
+def _shape(workload: ServingWorkload, model: WorkloadModel) -> ImageShape | None:
+    """Of the image that every prompt begins with, ``None`` where there is none."""
+    if workload.image is None:
+        return None
+    if isinstance(model.image_shape, str):
+        raise CaseInvalid(
+            f"--kv-pipeline-image={workload.image}: {model.image_shape}; leave it out, or give a model that has one"
+        )
+    return model.image_shape
+
+
+def _text_lengths(
+    lengths: Sequence[int], workload: ServingWorkload, model: WorkloadModel, *, typed: str
+) -> Sequence[int]:
+    """What an image leaves for text of prompts of these lengths."""
+    shape = _shape(workload, model)
+    if shape is None:
+        return lengths
+    if min(lengths) <= shape.tokens:
+        raise UserError(
+            f"{typed}: a prompt of {min(lengths)} tokens has no room for an image of {shape.tokens} tokens and text; ask for "
+            f"more than {shape.tokens}, or leave --kv-pipeline-image out"
+        )
+    return [length - shape.tokens for length in lengths]
+
+
+def _random_images(shape: ImageShape, workload: ServingWorkload, seed: int) -> list[ImagePixels]:
+    import numpy as np
+
+    def drawn(*key: int) -> ImagePixels:
+        # as pixels are once they are normalised
+        pixels = np.random.default_rng(key).standard_normal((3, shape.size, shape.size), dtype=np.float32)
+        return ImagePixels(pixels)
+
+    if workload.prompts == IDENTICAL:
+        return [drawn(0)] * workload.requests
+    return [drawn(seed, 1 + index) for index in range(workload.requests)]
 
 
 _Made = tuple[list[list[int]], list[int], dict[str, Any]]
@@ -168,7 +227,8 @@ def _long(workload: ServingWorkload, model: WorkloadModel, seed: int) -> _Made:
 def _contents(
     lengths: Sequence[int], workload: ServingWorkload, model: WorkloadModel, seed: int, *, typed: str
 ) -> tuple[list[list[int]], str]:
-    """Prompts of these lengths, and what is in them."""
+    """Prompts of these lengths without the tokens of their image, and what is in them."""
+    lengths = _text_lengths(lengths, workload, model, typed=typed)
     pattern, named = _pattern(workload, model)
     if workload.prompts == IDENTICAL:
         pattern = pattern or [fill_token(model.tokenizer)]
@@ -206,10 +266,12 @@ def _pattern(workload: ServingWorkload, model: WorkloadModel) -> tuple[list[int]
 
 def _light(workload: ServingWorkload, model: WorkloadModel, seed: int, folder: str | None) -> _Made:
     fewest, most = LIGHT_TOKENS
-    if workload.max_model_len - LIGHT_OUTPUT < most:
+    shape = _shape(workload, model)
+    longest = most if shape is None else shape.tokens + most
+    if workload.max_model_len - LIGHT_OUTPUT < longest:
         raise UserError(
-            f"--kv-max-model-len={workload.max_model_len}: light-dataset has prompts of up to {most} tokens and {LIGHT_OUTPUT} "
-            "of output; raise it, or leave light-dataset out of --kv-workloads"
+            f"--kv-max-model-len={workload.max_model_len}: light-dataset has prompts of up to {longest} tokens and "
+            f"{LIGHT_OUTPUT} of output; raise it, or leave light-dataset out of --kv-workloads"
         )
     new_tokens = [LIGHT_OUTPUT] * workload.requests
     if model.tokenizer is None and folder is None:

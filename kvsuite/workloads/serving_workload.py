@@ -43,6 +43,8 @@ class ServingWorkload:
         Requests a second in the mean; for ``trace`` it may stand in the place of ``time_scale``.
     time_scale
         How many times as fast as the trace.
+    image
+        What every prompt begins with, ``random`` or the name of a file; its tokens count as the prompt's. ``None``: text.
 
     Raises
     ------
@@ -61,6 +63,7 @@ class ServingWorkload:
     arrivals: str = CLOSED
     arrival_rate: float | None = None
     time_scale: float = 1.0
+    image: str | None = None
 
     def __post_init__(self) -> None:
         for option, value, choices in (
@@ -92,8 +95,8 @@ class ServingWorkload:
         return cls(**{field.name: workload[field.name] for field in fields(cls) if field.name in workload})
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field."""
-        return asdict(self)
+        """Every field that is set."""
+        return {name: value for name, value in asdict(self).items() if name != "image" or value is not None}
 
     @property
     def needs_trace(self) -> bool:

@@ -10,6 +10,7 @@ from kvsuite.case import digest
 from kvsuite.errors import UserError
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.reference_rows import ReferenceRows
+from kvsuite.models.images import ImagePixels
 
 from .corpus import Corpus, load_corpus
 from .prompts import make_prompts
@@ -191,6 +192,7 @@ class TextSource:
         dataset_dir: str | None = None,
         corpus: str = "default",
         num_samples: int = 1,
+        image: ImagePixels | None = None,
     ) -> ServingRequests:
         """The requests of a workload under load for the session's model.
 
@@ -209,8 +211,9 @@ class TextSource:
             else:
                 text = [token for each in corpora for ids in self._tokenised(session, each) for token in ids]
         name = " and ".join(each.name for each in corpora)
-        model = WorkloadModel(session.vocab_size, session.tokenizer, text, passages, name)
-        return serving_requests(workload, model, seed=seed, trace=trace, dataset_dir=dataset_dir)
+        shape = getattr(session, "image_shape", WorkloadModel.image_shape)
+        model = WorkloadModel(session.vocab_size, session.tokenizer, text, passages, name, shape)
+        return serving_requests(workload, model, seed=seed, trace=trace, dataset_dir=dataset_dir, image=image)
 
     def _passages(self, session: Any, corpus: Corpus) -> list[list[int]]:
         key = (corpus.text_hash, "passages")

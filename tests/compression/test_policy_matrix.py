@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -180,6 +181,31 @@ def test_layers_are_decided_together_as_one_by_one(line: Line) -> None:
             CacheView(positions[0], n - 1, scores[index], layer=layer, heads=torch.arange(HEADS), step=n)
         )
         assert torch.equal(together[index], alone)
+
+
+@EVERY_LINE
+def test_sequences_are_decided_together_as_one_by_one(line: Line) -> None:
+    policy = line.build()
+    if not policy.sequences_apart:
+        pytest.skip("it says that it is shown one sequence at a time")
+    generator = torch.Generator().manual_seed(2)
+    sequences, layers = 3, torch.tensor([0, 4])
+    # as many as it takes to lose one token, and many more
+    first = next((n for n in range(2, 200) if policy.size_after(n) == n - 1), 23)
+    for n in (first, first + 17):
+        shape = (sequences, n) if policy.shared_across_heads else (sequences, len(layers), HEADS, n)
+        positions = torch.stack([torch.randperm(2 * n, generator=generator)[:n] for _ in range(math.prod(shape[:-1]))])
+        positions = positions.view(shape)
+        scores = None if policy.shared_across_heads else torch.rand(shape, generator=generator).mul(9).round()
+        steps = torch.tensor([2 * n, 3 * n, 5 * n]).view(-1, *[1] * (len(shape) - 2))
+        where: dict[str, Any] = {} if scores is None else {"layer": layers[:, None], "heads": torch.arange(HEADS)}
+        together = CacheView(positions, steps[..., None] - 1, scores, step=steps, **where)
+        for index, step in enumerate(steps.flatten().tolist()):
+            own = None if scores is None else scores[index]
+            alone = CacheView(positions[index], step - 1, own, step=step, **where)
+            assert torch.equal(policy.keep(together)[index], policy.keep(alone))
+            if policy.size_after(n) == n - 1:
+                assert torch.equal(policy.victim(together)[index], policy.victim(alone))
 
 
 @given(size=st.sampled_from([1, 2, 4, 5, 8, 10, 16]), data=st.data(), n=st.integers(1, 30), every_token=st.booleans())

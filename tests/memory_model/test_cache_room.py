@@ -59,5 +59,10 @@ def test_the_command_tells_it(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     [room] = [line.split() for line in shown.splitlines() if line.startswith("auto ")]
     assert room[1] == "144.000"
-    assert "int8:int4(group=32,residual=64)" in shown
+    # what it takes is told, and that the engine that was named does not store it
+    [row] = [line for line in shown.splitlines() if line.startswith("int8:int4(group=32,residual=64) ")]
+    assert row.split()[1] == "61.312"
+    why = "--kv-cache-dtype=int8:int4(group=32,residual=64) on engine nano: pages hold tokens in one form for all sequences"
+    assert why in " ".join(shown.split())
+    assert shown.count("--kv-cache-dtype=") == 1
     assert main([*arguments, "--cache-dtype", "int5"]) == 4

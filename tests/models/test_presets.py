@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 def model_class(preset: str) -> Any:
-    return AutoModelForImageTextToText if preset == "LLaVA-1.5-7B" else AutoModelForCausalLM
+    return AutoModelForImageTextToText if "vision_config" in PRESETS[preset] else AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
@@ -34,13 +34,13 @@ def test_published_parameter_counts(preset: str) -> None:
 
 
 def test_every_preset_is_counted_or_ours() -> None:
-    assert set(PRESETS) == {*PUBLISHED, "tiny"}
+    assert set(PRESETS) == {*PUBLISHED, "tiny", "tiny-llava"}
 
 
 def shrunken(preset: str) -> Any:
     small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     text = small | {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2}
-    if preset == "LLaVA-1.5-7B":
+    if "vision_config" in PRESETS[preset]:
         vision = small | {"image_size": 28, "patch_size": 14}
         text |= {"num_key_value_heads": 4, "head_dim": 16}
         return build_config(preset, text_config=text, vision_config=vision, image_token_index=255, image_seq_length=4)

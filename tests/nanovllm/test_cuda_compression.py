@@ -75,13 +75,13 @@ def _served(
         runtime.run([greedy(prompt, 3) for prompt in prompts((21, 33))])
         after_step = stage_of.after_step
 
-        def watching(request: Any) -> None:
+        def watching(requests: Any) -> None:
             with warnings.catch_warnings():
                 # the mode itself warns that it is a prototype
                 warnings.simplefilter("ignore")
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                after_step(request)
+                after_step(requests)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

@@ -174,7 +174,7 @@ class PackedPages(RuleBasedStateMachine):
             except PoolFullError:
                 return
         slots = torch.from_numpy(self.tables.stored_slots(row))
-        self.pool.move(slots[torch.from_numpy(victim)], int(slots[-1]))
+        self.pool.move(slots[torch.from_numpy(victim)][None], slots[-1:])
         self.tables.shrink(row, tokens - 1)
         after = self.held[row].copy()
         np.put_along_axis(after, np.broadcast_to(victim, (LAYERS, HEADS))[..., None], after[..., -1:], -1)

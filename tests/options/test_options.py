@@ -97,6 +97,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "synthetic-num-batches": ("2", 2),
     "synthetic-batch-sizes": ("32,64", (32, 64)),
     "pipeline-batch-sizes": ("16", (16,)),
+    "pipeline-image": ("photos/one.png", "photos/one.png"),
     "pool-blocks": ("4096", 4096),
     "pool-bytes": ("1000000", 1000000),
     "max-model-len": ("8192", 8192),

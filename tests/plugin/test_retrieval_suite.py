@@ -128,7 +128,8 @@ def test_a_file_of_ruler_has_its_own_rows_table_and_pairs(tmp_path: Path) -> Non
     assert value(recent, "task_kept_tokens") == 40
     assert full["dataset"] == recent["dataset"]
     assert recent["samples"]["ruler"] | {"file": ""} == {
-        "file": "", "score": "string_match_all", "max_new_tokens": 30, "samples": 2, "samples_of": 3, "prompts_cut": 0, "full": None,
+        "file": "", "score": "string_match_all", "max_new_tokens": 30, "samples": 2, "samples_of": 3, "prompts_cut": 0,
+        "full": None,
     }  # fmt: skip
     for row in rows.values():
         scores = [one["score"] for one in row["samples"]["answers"]]

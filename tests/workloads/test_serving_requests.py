@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.models.images import ImagePixels, ImageShape
 from kvsuite.workloads.prompts import FIRST_BLOCK
 from kvsuite.workloads.serving_requests import WorkloadModel, serving_requests
 from kvsuite.workloads.serving_workload import LIGHT_OUTPUT, ServingWorkload
@@ -253,3 +255,61 @@ def test_a_corpus_in_the_place_of_those_inside(tmp_path: Path) -> None:
     assert made.facts["content"] == "windows of own.txt; unique"
     light = TextSource().serving(session, replace(LIGHT, requests=1), seed=0, corpus=corpus)
     assert byte_tokenizer().decode(light.prompts[0]).strip() == ("four " * 20).strip()
+
+
+SEES = WorkloadModel(500, image_shape=ImageShape(size=28, tokens=576, token=510))
+IMAGE = replace(LONG, image="random")
+
+
+def test_an_image_takes_its_tokens_of_the_prompt() -> None:
+    """The lengths of the original: 4096 clipped to 3968, of which 576 are the image's."""
+    made = serving_requests(replace(IMAGE, context=4096, output=128), SEES, seed=3)
+    assert {len(prompt) for prompt in made.prompts} == {3968}
+    assert {tuple(prompt[:576]) for prompt in made.prompts} == {(510,) * 576}
+    assert {sum(token == 510 for token in prompt) for prompt in made.prompts} == {576}
+    # what stands behind it is no two requests' own, and neither is the image
+    assert own_blocks([prompt[576:] for prompt in made.prompts]) == 4
+    assert len({one.digest for one in made.images}) == 4
+    assert made.facts["image"] == {"source": "random", "tokens": 576, "size": 28}
+    again, other = (serving_requests(replace(IMAGE, context=4096, output=128), SEES, seed=seed) for seed in (3, 4))
+    assert [one.digest for one in again.images] == [one.digest for one in made.images]
+    assert again.facts["prompts_hash"] == made.facts["prompts_hash"]
+    assert not {one.digest for one in other.images} & {one.digest for one in made.images}
+
+
+def test_identical_prompts_have_one_image_and_a_file_is_everybodys() -> None:
+    identical = replace(IMAGE, context=600, output=8, prompts="identical")
+    made = [serving_requests(identical, SEES, seed=seed) for seed in (1, 2)]
+    assert len({one.digest for requests in made for one in requests.images}) == 1
+    photo = ImagePixels(np.ones((3, 28, 28)))
+    of_file = serving_requests(replace(IMAGE, context=600, output=8, image="photo.png"), SEES, seed=1, image=photo)
+    assert {one.digest for one in of_file.images} == {photo.digest}
+    # what is in the file is part of what was served
+    other = serving_requests(
+        replace(IMAGE, context=600, output=8, image="photo.png"), SEES, seed=1, image=ImagePixels(np.zeros((3, 28, 28)))
+    )
+    assert other.prompts == of_file.prompts
+    assert other.facts["prompts_hash"] != of_file.facts["prompts_hash"]
+
+
+def test_texts_of_light_dataset_come_behind_the_image() -> None:
+    made = serving_requests(replace(LIGHT, image="random"), SEES, seed=1)
+    assert all(prompt[:576] == [510] * 576 and 32 <= len(prompt) - 576 <= 128 for prompt in made.prompts)
+    with pytest.raises(UserError, match=r"--kv-max-model-len=700: light-dataset has prompts of up to 704 tokens"):
+        serving_requests(replace(LIGHT, image="random", max_model_len=700), SEES, seed=1)
+
+
+def test_a_prompt_without_room_and_a_model_without_a_tower() -> None:
+    with pytest.raises(
+        UserError, match=r"--kv-synthetic-context=576: a prompt of 576 tokens has no room for an image of 576"
+    ):
+        serving_requests(replace(IMAGE, context=576, output=8), SEES, seed=1)
+    with pytest.raises(
+        CaseInvalid, match=r"--kv-pipeline-image=random: qwen3 has no vision tower; leave it out, or give"
+    ):
+        serving_requests(IMAGE, WorkloadModel(512, image_shape="qwen3 has no vision tower"), seed=1)
+
+
+def test_a_workload_without_an_image_is_what_it_was() -> None:
+    assert "image" not in LONG.to_dict()
+    assert ServingWorkload.of(IMAGE.to_dict()) == IMAGE

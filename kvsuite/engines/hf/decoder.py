@@ -36,9 +36,10 @@ class CachedDecoder(Decoder):
         if self.of_layers.switch_length is not None:
             forget_longer_sequences(model)
 
-    def forward(self, ids: Tensor, cache: Any) -> Tensor:
+    def forward(self, ids: Tensor, cache: Any, pixels: Tensor | None = None) -> Tensor:
         """Feed ``ids`` ``[batch, tokens]`` behind what ``cache`` holds; logits of the last position ``[batch, 1, vocab]``.
 
+        ``pixels`` ``[n, 3, height, width]`` are images whose features stand where ``ids`` has the model's image tokens.
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
         positions = cache.begin(ids.shape[1])
@@ -46,6 +47,8 @@ class CachedDecoder(Decoder):
         if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:
             # eager attention has one mask for all layers, as long as the first one's cache; a token sees all that is stored
             placed["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=self.device)
+        if pixels is not None:
+            placed["pixel_values"] = pixels
         with showing(cache if cache.is_shown else None):
             logits: Tensor = self.model(
                 input_ids=ids, past_key_values=cache, use_cache=True, **placed, **self._last_logits

@@ -16,6 +16,7 @@ from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.engines.cache_plan import CachePlan, plan
 from kvsuite.engines.rotary import Rotary
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.images import ImagePixels
 
 from .cache import EvictionCache, Implementation
 from .decoder import CachedDecoder
@@ -102,6 +103,12 @@ class Generation:
             finally:
                 self.press = None
 
+    def pixels(self, images: Sequence[ImagePixels]) -> Tensor | None:
+        """Images on the device, float32 ``[n, 3, height, width]``; ``None`` where there are none."""
+        if not images:
+            return None
+        return torch.stack([torch.from_numpy(image.pixels) for image in images]).to(self.device)
+
     def ids(self, tokens: Sequence[int]) -> Tensor:
         """Token ids on the device, int64 ``[1, n]``."""
         return torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
@@ -155,16 +162,16 @@ class Generation:
         self._captured.clear()
         self._cache = None
 
-    def forward_prompt(self, ids: Tensor, cache: AnyCache) -> Tensor:
+    def forward_prompt(self, ids: Tensor, cache: AnyCache, pixels: Tensor | None = None) -> Tensor:
         """Prefill: logits of the last position ``[1, 1, vocab]``."""
         if self.press is None:
-            return self.decoder.forward(ids, cache)
+            return self.decoder.forward(ids, cache, pixels)
         with self.press.prefill():
-            return self.decoder.forward(ids, cache)
+            return self.decoder.forward(ids, cache, pixels)
 
-    def prefill(self, ids: Tensor, cache: AnyCache) -> Tensor:
+    def prefill(self, ids: Tensor, cache: AnyCache, pixels: Tensor | None = None) -> Tensor:
         """Prefill and take the first output token ``[1, 1]``."""
-        return self.forward_prompt(ids, cache)[:, -1].argmax(-1, keepdim=True)
+        return self.forward_prompt(ids, cache, pixels)[:, -1].argmax(-1, keepdim=True)
 
     def settle(self, cache: AnyCache, steps: int) -> AnyCache:
         """After a prompt: move what a prefill press left into preallocated slots, so that every method decodes alike."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _RATIO_TOLERANCE = 0.05
 
 
-def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> MemoryPass:
-    """Prefill and decode once with every memory meter on.
+def measure_memory(generation: Generation, ids: Tensor, new_tokens: int, pixels: Tensor | None = None) -> MemoryPass:
+    """Prefill and decode once with every memory meter on; ``pixels`` are the prompt's images.
 
     The decode steps are eager also where the timed ones are captured, so a graph's private pool is in no number.
     """
@@ -42,12 +42,12 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int) -> Memo
             cache: AnyCache = generation.new_cache(ids.shape[1], new_tokens - 1)
             if isinstance(cache, EvictionCache):
                 cache.on_interval = compress if method.policy else None
-                token = generation.prefill(ids, cache)
+                token = generation.prefill(ids, cache, pixels)
             elif generation.press is None:
-                token = generation.prefill(ids, cache)
+                token = generation.prefill(ids, cache, pixels)
             else:
                 with generation.press.timed(compress):
-                    token = generation.prefill(ids, cache)
+                    token = generation.prefill(ids, cache, pixels)
         compress_s = compress.total()
         live, lengths = _live_bytes(cache), cache.lengths()
         with allocator.phase() as decode:

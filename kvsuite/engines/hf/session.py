@@ -34,6 +34,7 @@ from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.environment import installed_versions
 from kvsuite.meters.quality import TokenScores
 from kvsuite.meters.timing import RequestTimes
+from kvsuite.models.images import image_problem
 from kvsuite.workloads.windows import Window
 
 from .answering import answer_questions
@@ -155,7 +156,7 @@ class HfSession(LoadedSession):
             self.effective["decode_step_reason"] = reason
 
     def capture(self, requests: Sequence[ServeRequest]) -> None:
-        request = _only(requests)
+        request = self._only(requests)
         if self.effective["decode_step"] != "cuda_graph":
             return
         try:
@@ -167,7 +168,7 @@ class HfSession(LoadedSession):
             self._generation.drop_cache()
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
-        request = _only(requests)
+        request = self._only(requests)
         # the last token is chosen and never fed
         self._note_length(len(request.prompt) + request.new_tokens - 1)
         return self._untimed(request) if clock is None else self._timed(request, clock)
@@ -177,10 +178,10 @@ class HfSession(LoadedSession):
         captured = generation.captured(len(prompt), steps)
         # a press is built before the clock starts: it is part of loading, not of the request
         with torch.inference_mode(), generation.pressed():
-            ids = generation.ids(prompt)
+            ids, pixels = generation.ids(prompt), generation.pixels(request.images)
             cache = generation.persistent_cache(len(prompt), steps)
             clock.start()
-            logits = generation.forward_prompt(ids, cache)
+            logits = generation.forward_prompt(ids, cache, pixels)
             clock.mark()
             token = logits[:, -1].argmax(-1, keepdim=True)
             cache = generation.settle(cache, steps)
@@ -202,7 +203,7 @@ class HfSession(LoadedSession):
         generation, prompt, steps = self._generation, request.prompt, request.new_tokens - 1
         with torch.inference_mode(), generation.pressed():
             cache = generation.new_cache(len(prompt), steps)
-            output = [generation.prefill(generation.ids(prompt), cache)]
+            output = [generation.prefill(generation.ids(prompt), cache, generation.pixels(request.images))]
             cache = generation.settle(cache, steps)
             for _ in range(steps):
                 output.append(generation.step(output[-1], cache))
@@ -210,9 +211,11 @@ class HfSession(LoadedSession):
         return Served([], [_token_list(output)])
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
-        request = _only(requests)
+        request = self._only(requests)
         self._note_length(len(request.prompt) + request.new_tokens - 1)
-        found = measure_memory(self._generation, self._generation.ids(request.prompt), request.new_tokens)
+        generation = self._generation
+        ids, pixels = generation.ids(request.prompt), generation.pixels(request.images)
+        found = measure_memory(generation, ids, request.new_tokens, pixels)
         found.warnings += self._passed
         return found
 
@@ -306,6 +309,17 @@ class HfSession(LoadedSession):
             ]
             self.effective["rotary_frequencies"] = self._passed[0]
 
+    def _only(self, requests: Sequence[ServeRequest]) -> ServeRequest:
+        refuse_load(requests, "hf", reads_images=True)
+        if len(requests) != 1:
+            raise CaseInvalid(
+                "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"
+            )
+        [request] = requests
+        if reason := image_problem(self.image_shape, request.prompt, request.images):
+            raise CaseInvalid(f"request of {len(request.prompt)} tokens: {reason}")
+        return request
+
     def _new_generation(
         self, method: CacheCompression, span: int = 0, chosen: StoredFormat | None = None
     ) -> Generation:
@@ -335,15 +349,6 @@ class HfSession(LoadedSession):
         if self.decoder.of_layers.switch_length is not None:
             return "rotary frequencies that follow the length are computed anew at every step"
         return method.eager_only
-
-
-def _only(requests: Sequence[ServeRequest]) -> ServeRequest:
-    refuse_load(requests, "hf")
-    if len(requests) != 1:
-        raise CaseInvalid(
-            "engine hf serves one request at a time; use batch=1, or --kv-engine=nano where it can run the model"
-        )
-    return requests[0]
 
 
 def _refuse_vectors(cache: AnyCache) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvsuite.cache_formats.by_layer import kv_bytes
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.layers import ModelLayers
@@ -17,21 +16,15 @@ from kvsuite.models.layers import ModelLayers
 from .declarations import FLASH_ATTENTION, TYPE_NUMBERS
 from .kv_log import MIB, buffers_said, caches_said, flash_attention_said
 from .library import failure
+from .memory_model import cache_bytes, cells_of
 from .model import Model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: llama.cpp makes a sequence's cells a multiple of this
-CELLS = 256
 # what llama_state_seq_get_size counts beside keys and values: of the state and each stream, of each layer, of each token
 _STATE_BYTES, _STREAM_BYTES, _LAYER_BYTES, _TOKEN_BYTES = 28, 4, 24, 12
 _NO_ROOM = 1
-
-
-def cache_bytes(chosen: GgmlFormat, of: ModelLayers, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens of a sequence."""
-    return kv_bytes(chosen, of, [tokens] * len(of.layers), tokens, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +60,7 @@ class ContextSettings:
     @property
     def cells(self) -> int:
         """Tokens of a sequence for which there is room."""
-        return -(-self.tokens // CELLS) * CELLS
+        return cells_of(self.tokens)
 
     @property
     def step_tokens(self) -> int:
@@ -217,6 +210,10 @@ class Context:
         """Forget the tokens of a sequence at positions ``[first, end)``."""
         if not self._library.c.llama_memory_seq_rm(self._memory, sequence, first, end):
             raise RuntimeError(f"llama.cpp cannot remove the positions {first} to {end - 1} of a sequence")
+
+    def copy(self, sequence: int, onto: int) -> None:
+        """Make sequence ``onto`` hold what another one does; the cells are copied before the next step."""
+        self._library.c.llama_memory_seq_cp(self._memory, sequence, onto, -1, -1)
 
     def shift(self, sequence: int, first: int, by: int) -> None:
         """Move the tokens from position ``first`` on; their keys are rotated before the next step."""

@@ -111,6 +111,7 @@ size_t llama_state_seq_get_size(void * ctx, int32_t seq_id);
 void * llama_get_memory(const void * ctx);
 void llama_memory_clear(void * mem, bool data);
 bool llama_memory_seq_rm(void * mem, int32_t seq_id, int32_t p0, int32_t p1);
+void llama_memory_seq_cp(void * mem, int32_t seq_id_src, int32_t seq_id_dst, int32_t p0, int32_t p1);
 void llama_memory_seq_add(void * mem, int32_t seq_id, int32_t p0, int32_t p1, int32_t delta);
 
 struct gguf_init_params { bool no_alloc; void * ctx; };

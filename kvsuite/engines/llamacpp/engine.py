@@ -9,11 +9,14 @@ from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GGML_TYPES, GgmlFormat
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.environment import installed_versions
+from kvsuite.models.resolve import resolve_model
 from kvsuite.options.option import OptionGroup, options_in
 
 from .library import PACKAGE, missing_library
+from .memory_model import FULL, LlamacppMemory
 from .options import LlamacppOptions
 
 if TYPE_CHECKING:
@@ -71,6 +74,19 @@ class LlamacppEngine(Engine):
                 f"{case.policy} on engine {self.name}: llama.cpp's cache keeps sinks and recent tokens alone "
                 f"({', '.join(_POLICIES)}); use --kv-engine=hf"
             )
+
+    def memory_model(self, architecture: Architecture, case: Case) -> LlamacppMemory:
+        chosen = format_of(case)
+        return self._memory(architecture, case.model, chosen if isinstance(chosen, GgmlFormat) else FULL)
+
+    def predictor(self, architecture: Architecture, given: Mapping[str, Any]) -> LlamacppMemory:
+        if architecture.quantization is not None:
+            raise UserError(f"--model={given['model']}: MLC weights, which llamacpp cannot load; use --engine mlc")
+        return self._memory(architecture, given["model"], FULL)
+
+    def _memory(self, architecture: Architecture, model: str, chosen: GgmlFormat) -> LlamacppMemory:
+        has_own = resolve_model(model).kind in ("gguf", "smollm2")
+        return LlamacppMemory(architecture, chosen, None if has_own else self.options.of(LlamacppOptions).gguf_type)
 
     def load(self, case: Case, settings: EngineSettings) -> LlamacppSession:
         from .session import LlamacppSession

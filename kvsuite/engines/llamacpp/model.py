@@ -10,9 +10,7 @@ from kvsuite.models.layers import ModelLayers, layers_of
 
 from .kv_log import buffers_said
 from .library import Library, failure
-
-#: families whose layers all hold keys and values of every token
-FAMILIES = ("llama", "qwen2", "qwen3")
+from .memory_model import FAMILIES
 
 
 def refused_family(request: str, family: str) -> UserError:

@@ -38,7 +38,9 @@ def score_steps(
     start = prefix if protocol == "prefix-continuation" else 0
     context.clear()
     stream = Stream(context, policy=policy)
-    _feed(context, stream, tokens[:start])
+    if start:
+        stream.feed(tokens[:start])
+        stream.evict(prompt=True)
     nll, correct = [], []
     for at in range(start, len(tokens) - 1):
         context.decode([Row(int(tokens[at]), stream.position, wanted=True)])
@@ -165,16 +167,6 @@ def compare_windows(
         if progress is not None:
             progress(len(found.nll), of, sum(found.nll) / len(found.nll))
     return found
-
-
-def _feed(context: Context, stream: Stream, prompt: Sequence[int]) -> None:
-    size = context.settings.step_tokens
-    for at in range(0, len(prompt), size):
-        part = prompt[at : at + size]
-        context.decode([Row(int(token), at + place) for place, token in enumerate(part)])
-        stream.fed(len(part))
-    if prompt:
-        stream.evict(prompt=True)
 
 
 def _scores(tokens: Sequence[int], first: int, nll: list[float], correct: list[bool]) -> TokenScores:

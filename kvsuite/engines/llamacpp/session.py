@@ -18,6 +18,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.engine import EngineSettings, Session
+from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
     Reach,
@@ -30,14 +31,17 @@ from kvsuite.engines.results import (
 )
 from kvsuite.engines.threads import choose_threads
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.meters.memory import resident_set_peak
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
-from .context import CELLS, Context, ContextSettings, Row, cache_bytes
+from .answering import SEQUENCES, answer_questions
+from .context import Context, ContextSettings, Row
 from .library import library
+from .memory_model import FULL, LlamacppMemory, cache_bytes, cells_of
 from .model import Model
 from .options import LlamacppOptions
 from .scoring import WindowText, compare_windows, score_steps, score_together, score_windows
@@ -45,8 +49,6 @@ from .serving import serve_requests
 from .source import gguf_source
 from .stream import Stream
 
-#: what ``auto`` is here
-FULL = GgmlFormat("f16", "f16")
 #: types of keys that its context shift was seen to rotate; for bf16 it ends the process
 SHIFTED = ("f32", "f16", "q8_0", "nvfp4")
 # llama.cpp's own default of n_batch; rows of logits of a scored text are no more than these
@@ -209,7 +211,7 @@ class LlamacppSession(Session):
             inert["prefix_caching"] = "sequences share no cells here"
         settings = {
             "context": int(params["context"]),
-            "cells": -(-int(params["context"]) // CELLS) * CELLS,
+            "cells": cells_of(int(params["context"])),
             "step_tokens": min(chunk, prompts),
             "batch": int(params["batch"]),
         }
@@ -223,6 +225,9 @@ class LlamacppSession(Session):
     def planned_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> int | None:
         # the last token is chosen and never fed
         return requests * self._bytes(plan(self._policy, prompt_tokens, new_tokens - 1).final)
+
+    def memory_model(self, architecture: Architecture) -> LlamacppMemory:
+        return LlamacppMemory(architecture, self._format, None, self._model.weights_bytes)
 
     def step_kv_bytes(self, prompt_tokens: int, new_tokens: int, requests: int = 1) -> float:
         lengths = range(prompt_tokens + 1, prompt_tokens + new_tokens)
@@ -281,6 +286,13 @@ class LlamacppSession(Session):
         arms = self._scoring(text.longest, self._format), self._scoring(text.longest, FULL)
         return compare_windows(arms, text, progress)
 
+    def answer(
+        self, asked: Sequence[Asked], *, full: bool, progress: TokenProgress | None = None
+    ) -> list[list[Answer]]:
+        longest = max(len(one.context) + one.steps for one in asked)
+        context = self._scoring(longest, FULL if full else self._format, SEQUENCES)
+        return answer_questions(context, asked, policy=None if full else self._policy, progress=progress)
+
     def finish(self) -> None:
         self._close_contexts()
         self._method, self._format = CacheCompression(), FULL
@@ -322,10 +334,10 @@ class LlamacppSession(Session):
             )
         )  # fmt: skip
 
-    def _scoring(self, tokens: int, chosen: GgmlFormat) -> Context:
+    def _scoring(self, tokens: int, chosen: GgmlFormat, sequences: int = 1) -> Context:
         return self._context(
             ContextSettings(
-                tokens=tokens, batch=_SCORED_BATCH, micro_batch=self._own.ubatch, format=chosen,
+                tokens=tokens, sequences=sequences, batch=_SCORED_BATCH, micro_batch=self._own.ubatch, format=chosen,
                 flash_attention=self._own.flash_attention, threads=self._threads,
             )
         )  # fmt: skip

@@ -15,7 +15,8 @@ from kvsuite.models.load import load_model, load_tokenizer, tokenizer_hash
 from kvsuite.models.resolve import ModelSpec, resolve_model
 from kvsuite.models.smollm2 import cache_root, find_gguf
 
-from .model import FAMILIES, refused_family
+from .memory_model import FAMILIES
+from .model import refused_family
 
 # of what is written: another layout is another file
 _WRITER = 1

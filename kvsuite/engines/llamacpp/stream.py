@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
 from kvsuite.compression.base import Policy
 
-from .context import Context
+from .context import Context, Row
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Stream:
@@ -31,6 +39,27 @@ class Stream:
         self._context, self.sequence, self._policy = context, sequence, policy
         self.position = self.stored = self._seen = 0
         self._done = False
+
+    def copy(self, sequence: int) -> Stream:
+        """The same tokens as another sequence of the context, whose own are forgotten."""
+        self._context.copy(self.sequence, sequence)
+        copied = Stream(self._context, sequence, self._policy)
+        copied.position, copied.stored, copied._seen, copied._done = self.position, self.stored, self._seen, self._done
+        return copied
+
+    def feed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Feed tokens, as many a step as it takes; logits ``[vocabulary]`` behind the last one, valid until the next step."""
+        size, last = self._context.settings.step_tokens, len(tokens) - 1
+        for first in range(0, len(tokens), size):
+            part = tokens[first : first + size]
+            self._context.decode(
+                [
+                    Row(int(token), self.position + at, self.sequence, first + at == last)
+                    for at, token in enumerate(part)
+                ]
+            )
+            self.fed(len(part))
+        return self._context.logits(len(part) - 1)
 
     def fed(self, tokens: int) -> None:
         """Note tokens that went through the model."""

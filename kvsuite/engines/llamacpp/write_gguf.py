@@ -11,7 +11,8 @@ import numpy as np
 
 from kvsuite.errors import UserError
 
-from .model import FAMILIES, refused_family
+from .memory_model import FAMILIES
+from .model import refused_family
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kvsuite.engines.results import Served, ServeRequest
+from kvsuite.errors import CaseInvalid
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RequestTimes
 from kvsuite.nanovllm.request import Request, Status
@@ -34,12 +35,14 @@ def serve_requests(
 
     Raises
     ------
+    CaseInvalid
+        If one can never be served: it is too long, or its images are not what its prompt says.
     RuntimeError
         If one is not served to its end, with the reason.
     """
     before = runtime.counters.to_dict()
     stamps = None if clock is None else _Stamps(clock, runtime)
-    own = [Request(list(one.prompt), exactly(one.new_tokens)) for one in requests]
+    own = [Request(list(one.prompt), exactly(one.new_tokens), images=one.images) for one in requests]
     if stamps is not None:
         runtime.on_logits = stamps.on_logits
         for request in own if stamps_on_delivery else ():
@@ -49,7 +52,8 @@ def serve_requests(
         if clock is not None:
             clock.start()
         for request in own:
-            runtime.add(request)
+            if runtime.add(request).status is Status.FAILED:
+                raise CaseInvalid(f"request of {request.prompt_length} tokens: {request.reason}")
         while runtime.unfinished:
             runtime.step()
             if stamps is not None:

@@ -244,7 +244,7 @@ class NanoSession(LoadedSession):
             self._loaded,
             lambda: self._runtime(requests),
             # one token more: blocks are read while a request still runs
-            [Request(list(one.prompt), exactly(one.new_tokens + 1)) for one in requests],
+            [Request(list(one.prompt), exactly(one.new_tokens + 1), images=one.images) for one in requests],
             [one.new_tokens for one in requests],
             compresses=self._method.policy is not None,
             evicts=self._method.acts_in_decode,

@@ -34,8 +34,8 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     Raises
     ------
     CaseInvalid
-        If a request can never be served: it is longer than the limits or the pool. If a key or a value has no number in the
-        case's cache format.
+        If a request can never be served: it is longer than the limits or the pool, or its images are not what its prompt
+        says. If a key or a value has no number in the case's cache format.
     RuntimeError
         If one is not served to its end, with the reason.
     ValueError
@@ -43,7 +43,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     """
     if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
         raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
-    own = [Request(list(one.prompt), exactly(one.new_tokens), forced=one.forced) for one in requests]
+    own = [Request(list(one.prompt), exactly(one.new_tokens), forced=one.forced, images=one.images) for one in requests]
     scored = [(request, asked) for request, asked in zip(own, requests, strict=True) if asked.scored]
     scorer = OutputScorer(runtime, scored) if scored else None
     before, waited = runtime.counters.to_dict(), runtime.waited_s

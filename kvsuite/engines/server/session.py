@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from kvsuite.case import Case
-from kvsuite.engines.capabilities import AppliesPolicy, ScoresOutput, ScoresThroughCache, ScoresWindows
+from kvsuite.engines.capabilities import (
+    AppliesPolicy,
+    ScoresOutput,
+    ScoresThroughCache,
+    ScoresWindows,
+    refuse_images,
+)
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.results import EngineView, MemoryPass, Reach, Served, ServeRequest, WindowProgress, WindowScores
 from kvsuite.engines.serving_plan import ServingPlan
@@ -195,6 +201,7 @@ class ServerSession(Session):
         self, requests: Sequence[ServeRequest], clock: Clock, concurrency: int | None
     ) -> tuple[dict[str, float], list[Reply], dict[str, float]]:
         """Counters before, replies, counters after."""
+        refuse_images(requests, "server")
         bodies = [
             self._dialect.body(
                 self._served, one.prompt, one.new_tokens, self._tokenizer,

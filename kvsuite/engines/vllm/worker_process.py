@@ -55,6 +55,7 @@ class VllmWorker:
                     log=Path(self._folder.name) / "log",
                     # what it makes of temporary files goes with the folder
                     environment={**environment, "TMPDIR": self._folder.name},
+                    without=install.without,
                     channel=theirs.fileno(),
                 )
         except BaseException:

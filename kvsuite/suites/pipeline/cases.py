@@ -46,6 +46,8 @@ _HUB_NAMES = {"qwen3-8b": "Qwen/Qwen3-8B", "qwen3-32b": "Qwen/Qwen3-32B"}
 _MOST_OUTPUT = 512
 _MOST_RUNNING = 256
 _POOL_REQUESTS = 2
+#: of ``--kv-pipeline-image``: no file
+RANDOM = "random"
 #: what the synthetic workloads alone read
 _SYNTHETIC = (
     "synthetic_context", "synthetic_output", "synthetic_dialogue", "synthetic_token", "synthetic_num_batches",
@@ -145,7 +147,8 @@ def _models(options: Options) -> tuple[str, ...]:
     refused = next((model for model in own.models if model == "llava-mlp"), None)
     if refused is not None:
         raise UserError(
-            f"--kv-models={refused}: images and the MLP compressor are not part of kvsuite yet; name a text model"
+            f"--kv-models={refused}: the MLP compressor is not part of kvsuite yet; other policies compress LLaVA as "
+            "--kv-models=llava-hf/llava-1.5-7b-hf --kv-pipeline-image=random"
         )
     return tuple(_HUB_NAMES.get(model, model) for model in own.models)
 
@@ -269,10 +272,15 @@ def _load(own: PipelineOptions, name: str, batch: int) -> tuple[ServingWorkload,
         arrivals=own.arrivals,
         arrival_rate=own.arrival_rate,
         time_scale=own.trace_time_scale,
+        # the file's name alone: what is in it is part of what was served
+        image=None if own.pipeline_image is None else Path(own.pipeline_image).name,
     )
     if name == HEAVY:
         output, prompt = _MOST_OUTPUT, own.max_model_len - 1
         return load, batches, prompt, min(output, own.max_model_len - 1)
+    if name == LIGHT and load.image is not None:
+        # how many tokens an image takes is known once the model is
+        return load, batches, own.max_model_len - LIGHT_OUTPUT, LIGHT_OUTPUT
     if name == LIGHT:
         return load, batches, min(LIGHT_TOKENS[1], own.max_model_len - LIGHT_OUTPUT), LIGHT_OUTPUT
     return load, batches, max(0, min(own.synthetic_context, own.max_model_len - output)), output
@@ -285,11 +293,12 @@ def _case(
     load, batches, prompt, new_tokens = _load(own, workload, batch)
     longest = own.max_model_len if workload == HEAVY else max(2, prompt + new_tokens)
     pieces = [*([id_token(model_tag(model))] if several_models else []), *([] if chosen == NONE else [chosen])]
+    pieces += [workload, *([] if load.image is None else ["image"])]
     return Case(
         suite=PIPELINE,
         engine="nano" if common.engine == "auto" else common.engine,
         model=model,
-        name="-".join([*pieces, workload, f"bs{batch:02}", arm.id]),
+        name="-".join([*pieces, f"bs{batch:02}", arm.id]),
         device=device,
         dtype=dtype_of(options, device, chosen),
         quantization=None if chosen == NONE else chosen,

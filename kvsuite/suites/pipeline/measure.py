@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvsuite.case import Case, digest
 from kvsuite.compression import get_policy
-from kvsuite.engines.capabilities import ServesUnderLoad
+from kvsuite.engines.capabilities import ReadsImages, ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import ServingPlan
@@ -13,10 +15,12 @@ from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
 from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
+from kvsuite.models.images import ImagePixels
+from kvsuite.options.paths import expanded
 from kvsuite.workloads.serving_requests import ServingRequests
 
 from .capacity import put_case_capacity
-from .cases import workload_of
+from .cases import RANDOM, workload_of
 from .options import PipelineOptions
 from .quality import put_quality
 from .refusals import require_end, require_room
@@ -37,10 +41,12 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     assert plan is not None
     assert isinstance(session, ServesUnderLoad)  # `PipelineSuite.needs`
     _require_pool(session, plan)
-    loads = [_requests(run, session, common.seed + index) for index in range(common.num_warmup + common.rounds)]
+    image = _image(session, own)
+    loads = [_requests(run, session, common.seed + index, image) for index in range(common.num_warmup + common.rounds)]
     _put_dataset(run, loads)
     run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
     put_weight_format(session, run)
+    _warn_of_text(run, session)
     _warn_of_policy(run, min(map(len, loads[common.num_warmup].prompts)))
     run.phase("quality")
     put_quality(
@@ -62,6 +68,29 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     run.rounds(one_round, common.rounds)
     _put_rounds(session, run, served)
     put_case_capacity(session, run, requests_of(loads[common.num_warmup]), served, seed=common.seed + common.num_warmup)
+
+
+def _image(session: Session, own: PipelineOptions) -> ImagePixels | None:
+    """The image of a file that every request has; ``None`` where they have random ones, or none."""
+    if own.pipeline_image is None or own.pipeline_image == RANDOM:
+        return None
+    assert isinstance(session, ReadsImages)  # `PipelineSuite.needs`
+    try:
+        return session.read_image(str(expanded(own.pipeline_image)), named=f"--kv-pipeline-image={own.pipeline_image}")
+    except UserError as error:
+        raise CaseInvalid(str(error)) from error
+
+
+def _warn_of_text(run: CaseRun, session: Session) -> None:
+    """Say where a model that reads images is given text alone."""
+    if (
+        isinstance(session, ReadsImages)
+        and not isinstance(session.image_shape, str)
+        and "image" not in run.case.workload
+    ):
+        run.found.warnings.append(
+            "the model reads images and its prompts are text; --kv-pipeline-image=random gives each one"
+        )
 
 
 def _warn_of_policy(run: CaseRun, shortest: int) -> None:
@@ -114,9 +143,10 @@ def _why_nothing_is_compressed(case: Case) -> str:
 
 def requests_of(load: ServingRequests) -> list[ServeRequest]:
     """What an engine is given of a load."""
+    images: Sequence[tuple[ImagePixels, ...]] = [(one,) for one in load.images] or [()] * len(load.prompts)
     return [
-        ServeRequest(prompt, new_tokens, arrival_s=arrival)
-        for prompt, new_tokens, arrival in zip(load.prompts, load.new_tokens, load.arrivals_s, strict=True)
+        ServeRequest(prompt, new_tokens, arrival_s=arrival, images=own)
+        for prompt, new_tokens, arrival, own in zip(load.prompts, load.new_tokens, load.arrivals_s, images, strict=True)
     ]
 
 
@@ -128,7 +158,7 @@ def _serve(session: ServesUnderLoad, load: ServingRequests, own: PipelineOptions
     return found
 
 
-def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
+def _requests(run: CaseRun, session: Session, seed: int, image: ImagePixels | None) -> ServingRequests:
     own, workload, load = run.options.of(PipelineOptions), run.case.workload, workload_of(run.case)
     try:
         found = run.texts.serving(
@@ -139,6 +169,7 @@ def _requests(run: CaseRun, session: Session, seed: int) -> ServingRequests:
             dataset_dir=own.dataset_dir,
             corpus=str(workload["corpus"]),
             num_samples=int(workload["num_samples"]),
+            image=image,
         )
     except UserError as error:
         # one workload that cannot be made must not end the others

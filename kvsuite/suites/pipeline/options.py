@@ -130,6 +130,12 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         "Whether variants with one stream compress on a stream of their own (compression-only, chunked), e.g. "
         "--kv-async-compression=off; on a CPU there is one stream, and the record says so.",
     )]
+    pipeline_image: Annotated[str | None, Option(
+        off_or(path_or_name), "off",
+        "The image that every prompt begins with, for a model that reads images: random (of each request another where prompts "
+        "are unique), or a PNG, JPEG or .npy file, e.g. --kv-pipeline-image=photo.png; its tokens count as the prompt's.",
+        example="random",
+    )]
     dataset_dir: Annotated[str | None, Option(
         path, "",
         "Folder of .jsonl, .json or .csv files with the prompts of light-dataset, e.g. --kv-dataset-dir=prompts.",
@@ -175,7 +181,7 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         auto_or(list_of(whole_number(1, MOST_REQUESTS))), "auto",
         "Requests of a batch, comma separated, e.g. --kv-pipeline-batch-sizes=16,64; all requests of a case are queued at "
         "once, what runs together is --kv-max-running. auto is the original's for its models (16,64 for Qwen3-8B, 8,16 for "
-        "Qwen3-32B), else 4.",
+        "Qwen3-32B, 1,4 for LLaVA), else 4.",
     )]
     pool_blocks: Annotated[int | None, Option(
         auto_or(whole_number(1)), "auto",

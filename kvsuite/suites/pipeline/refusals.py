@@ -5,10 +5,11 @@ from __future__ import annotations
 from kvsuite.case import Case
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
+from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import quantization
 from kvsuite.workloads.serving_workload import LONG, ServingWorkload
 
-from .cases import longest_request, workload_of
+from .cases import RANDOM, longest_request, workload_of
 from .options import PipelineOptions
 
 #: arrivals that come over a longer time than this are a mistake: nothing drains before the last one is there
@@ -36,6 +37,9 @@ def refuse_load(case: Case, own: PipelineOptions) -> None:
             f"{why}: is made of a trace and none is given; give --kv-trace-conv=FILE, AzureLLMInferenceTrace_conv.csv of the "
             "repository Azure/AzurePublicDataset, say"
         )
+    image = own.pipeline_image
+    if image is not None and image != RANDOM and not expanded(image).is_file():
+        raise CaseInvalid(f"--kv-pipeline-image={image}: no such file; give a PNG, JPEG or .npy file, or random")
     if prompt < 1:
         option = "--kv-synthetic-output" if load.name == LONG else "--kv-workloads"
         asked = new_tokens if load.name == LONG else load.name

@@ -140,6 +140,9 @@ def _ours(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
         "partition": row.get("partition"),
         "inert": dict(row["inert"]),
     }
+    if "image" in case["workload"]:
+        ours["image"] = case["workload"]["image"]
+        ours["image_tokens"] = ((row.get("dataset") or {}).get("image") or {}).get("tokens")
     if row["status"] == "ok":
         ours["tokens"] = dict(row["tokens"])
         ours |= {name: value(row, name) for name in METRICS}

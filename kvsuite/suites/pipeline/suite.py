@@ -66,9 +66,12 @@ class PipelineSuite(Suite):
         refuse_load(case, options.of(PipelineOptions))
 
     def needs(self, case: Case) -> tuple[type, ...]:
-        from kvsuite.engines.capabilities import AppliesPolicy, ServesUnderLoad
+        from kvsuite.engines.capabilities import AppliesPolicy, ReadsImages, ServesUnderLoad
 
-        return (ServesUnderLoad,) if case.policy is None else (ServesUnderLoad, AppliesPolicy)
+        found: tuple[type, ...] = (ServesUnderLoad,)
+        if case.policy is not None:
+            found += (AppliesPolicy,)
+        return found if case.workload.get("image") is None else (*found, ReadsImages)
 
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
         from .measure import measure_load

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hf_sessions import session as hf_session
 
 from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings
@@ -30,3 +31,9 @@ def session_of(model: str = "dummy:tiny", cache_dir: Path | None = None, **optio
     """A loaded session with one thread; a dummy's weights are written in f32 unless options say otherwise."""
     engine = LlamacppEngine(default_options(**({"gguf_type": "f32"} | options)))
     return engine.load(case_of(model), EngineSettings(threads=1, cache_dir=cache_dir))
+
+
+def widened_session(folder: Path) -> LlamacppSession:
+    """The checkpoint of the other engine's tests, whose attention is not flat, written to ``folder``."""
+    hf_session().decoder.model.save_pretrained(folder / "model")
+    return session_of(str(folder / "model"), cache_dir=folder, flash_attention="off")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hf_sessions import session as hf_session
-from llamacpp_sessions import case_of, needs_library, session_of
+from llamacpp_sessions import case_of, needs_library, session_of, widened_session
 
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import (
@@ -39,10 +39,7 @@ F32 = {"kv_cache_dtype": "f32"}
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamacppSession]:
-    # the checkpoint of the other engine's tests, whose attention is not flat
-    folder = tmp_path_factory.mktemp("cache")
-    hf_session().decoder.model.save_pretrained(folder / "model")
-    found = session_of(str(folder / "model"), cache_dir=folder, flash_attention="off")
+    found = widened_session(tmp_path_factory.mktemp("cache"))
     yield found
     found.close()
 

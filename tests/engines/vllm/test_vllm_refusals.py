@@ -266,3 +266,18 @@ def test_seconds_of_a_start_are_read_from_what_is_printed() -> None:
     cold = started(PRINTED + "INFO [backends.py:394] Compiling a graph for compile range (1, 8192) takes 20.31 s\n")
     assert cold == warm | {"compile_cache": "cold"}
     assert started("INFO nothing of the kind\n") == {}
+
+
+def test_an_interpreter_of_its_own_does_not_find_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands on ``PYTHONPATH`` for kvsuite came before vLLM's own packages, of other versions, and it did not start."""
+    seen, interpreter = tmp_path / "seen", tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\necho "${{PYTHONPATH-}}${{PYTHONHOME-}}|" >> {seen}\nexec {DOUBLE} "$@"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "ours"))
+    session = load(vllm_python=str(interpreter))
+    try:
+        session.serve(requests())
+    finally:
+        session.close()
+    # asked for its version, then as the worker
+    assert seen.read_text() == "|\n|\n"

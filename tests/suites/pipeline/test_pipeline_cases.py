@@ -211,7 +211,7 @@ def test_models_by_the_originals_keys_and_their_batch_sizes() -> None:
     assert [(case.model, case.workload["batch"]) for case in found] == [
         ("Qwen/Qwen3-8B", 16), ("Qwen/Qwen3-8B", 64), ("Qwen/Qwen3-32B", 8), ("Qwen/Qwen3-32B", 16),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--kv-models=llava-mlp: images"):
+    with pytest.raises(UserError, match="--kv-models=llava-mlp: the MLP compressor"):
         cases(models="llava-mlp")
     with pytest.raises(UserError, match="--kv-models and --kv-model"):
         cases(models="smollm2", model="smollm2")

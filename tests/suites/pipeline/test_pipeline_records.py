@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import TEXT, save_checkpoint
@@ -263,3 +264,54 @@ def test_a_closed_loop_has_no_more_under_way_than_it_was_told(run: Run) -> None:
         variants="baseline", concurrency="1", pool_blocks="64", rounds="1", num_warmup="0", served_quality="off"
     )
     assert max(found["baseline"].samples["steps"]["running"]) == 1
+
+
+IMAGES = {"model": "dummy:tiny-llava", "num_warmup": "0", "rounds": "1", "synthetic_context": "40", "chunk_sizes": "7"}
+
+
+def test_every_request_has_its_image_in_every_variant(run: Run) -> None:
+    calls: list[Call] = []
+    found = run(calls, **IMAGES, variants="compression-only,streams-only,chunked", pipeline_image="random")
+    assert {name: record.status for name, record in found.items()} == dict.fromkeys(found, "ok")
+    # 4 of the 40 tokens are the image's, and its place is the beginning
+    assert {(shape, prompt[:4]) for _, shape, prompt in calls} == {(((40, 8, 0.0),) * 3, (510,) * 4)}
+    assert not any(510 in prompt[4:] for _, _, prompt in calls)
+    facts = [record.dataset["image"] for record in found.values() if record.dataset]
+    assert facts == [{"source": "random", "tokens": 4, "size": 28}] * 5
+    # the same images for all: full caches give the same tokens however steps cut the prompts
+    outputs = {name: record.samples["rounds"][0]["outputs_hash"] for name, record in found.items()}
+    assert outputs["baseline"] == outputs["chunked-c7"]
+    assert outputs["compression-only"] == outputs["streams-only"] == outputs["chunked-c7-f5"]
+    # and others than without: the tower is not for nothing
+    text_alone = run(**IMAGES, variants="baseline")["baseline"]
+    assert text_alone.samples["rounds"][0]["outputs_hash"] != outputs["baseline"]
+    assert any(warning.startswith("the model reads images and its prompts are text") for warning in text_alone.warnings)
+    kept = {row["stored_tokens"] for row in found["compression-only"].samples["requests"]}
+    assert kept == {40 // 5 + 7}
+
+
+def test_an_image_of_a_file_and_cases_that_cannot_have_one(run: Run, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).standard_normal((3, 28, 28), dtype=np.float32)
+    np.save(tmp_path / "photo.npy", pixels)
+    np.save(tmp_path / "small.npy", pixels[:, :14])
+    photo = str(tmp_path / "photo.npy")
+    record = run(**IMAGES, variants="baseline", pipeline_image=photo)["baseline"]
+    assert (record.status, record.case.workload["image"], record.case.name) == (
+        "ok", "photo.npy", "synthetic-long-image-bs03-baseline",
+    )  # fmt: skip
+    for options, said in (
+        ({"pipeline_image": str(tmp_path / "none.png")}, "none.png: no such file; give a PNG, JPEG or .npy file"),
+        (
+            {"pipeline_image": str(tmp_path / "small.npy")},
+            "small.npy: holds float32 [3, 14, 28], and the model reads [3, 28",
+        ),
+        (
+            {"pipeline_image": "random", "synthetic_context": "4"},
+            "4 tokens has no room for an image of 4 tokens and text",
+        ),
+        ({"pipeline_image": "random", "model": "dummy:tiny"}, "--kv-pipeline-image=random: llama has no vision tower"),
+        ({"pipeline_image": photo, "model": "dummy:tiny"}, "photo.npy: llama has no vision tower"),
+    ):
+        record = run(**(IMAGES | options), variants="baseline")["baseline"]
+        assert record.status == "invalid"
+        assert said in str(record.reason)
