@@ -87,7 +87,7 @@ class Answer:
     nll
         ``-log p`` of each token of the right answer behind the right ones before it, in nats, from a float32 log-softmax.
     kept
-        Positions that a layer held when the question came, mean over layers.
+        Positions that a layer held of the context once the method had acted, mean over layers.
     """
 
     output: list[int]

@@ -51,10 +51,10 @@ def answer_questions(
         prompt = Stream(context, _PROMPT, policy)
         prompt.feed(one.context)
         prompt.evict(prompt=True)
-        answers = []
+        answers, kept = [], float(prompt.stored)
         for question in one.questions:
             own = prompt if one.in_turn else prompt.copy(_ASKED)
-            answers.append(_answer(context, own, question, together=policy is None))
+            answers.append(_answer(context, own, question, kept, together=policy is None))
             if one.in_turn and question is not one.questions[-1]:
                 own.feed(answers[-1].output[-1:])
                 own.evict(prompt=False)
@@ -64,7 +64,7 @@ def answer_questions(
     return found
 
 
-def _answer(context: Context, stream: Stream, question: Question, *, together: bool) -> Answer:
+def _answer(context: Context, stream: Stream, question: Question, kept: float, *, together: bool) -> Answer:
     """Feed a question, and of the answer that is given all tokens but the last.
 
     Parameters
@@ -75,11 +75,13 @@ def _answer(context: Context, stream: Stream, question: Question, *, together: b
         Holds the context; behind it the question and the answer that was given.
     question
         What is asked.
+    kept
+        Positions that were kept of the context.
     together
         Whether nothing goes while it is fed, so that its tokens may share a step. Else a token that is evicted in between is
         not seen by those that follow.
     """
-    kept, size = float(stream.stored), len(question.tokens) if together else 1
+    size = len(question.tokens) if together else 1
     for at in range(0, len(question.tokens), size):
         logits = stream.feed(question.tokens[at : at + size])
         stream.evict(prompt=False)
