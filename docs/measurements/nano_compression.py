@@ -16,6 +16,7 @@ Parts:
     launches  how often torch is asked to compute something, views left out: for a prompt of 3,968 tokens in 36 layers of
               Qwen3-8B's geometry, and after a decode step of 64 sequences under policies that act on every token. A copy to the
               device counts as none here
+    kernels   where the device's time of one compressed prompt goes: its kernels by time, from torch's profiler
     equal     decode steps of 64 sequences whose prompts were compressed, and of 64 that are as long and were not, in turns
 
 Weights and prompts are random.
@@ -151,6 +152,46 @@ def prompt(session: Session) -> None:
         runtime.close()
         del runtime
         session.say("compress", **facts)
+
+
+def kernels(session: Session) -> None:
+    """Kernels of one compressed prompt by the device's time; on a CPU, operations by the host's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_card = session.device.type == "cuda"
+    length = 60 if session.options.tiny else 3968
+    for name in POLICIES:
+        limits = Limits(
+            max_model_len=length + 16, max_num_seqs=1, max_num_batched_tokens=length, prefix_caching=False,
+            num_blocks=2 * (-(-length // 16) + 1),
+        )  # fmt: skip
+        runtime = made(session, session.shapes.large, get_policy(name, factor=FACTOR), limits)
+        after_step = runtime.compression.after_step
+        profiles: list[Any] = []
+
+        def profiled(*given: Any, after_step: Any = after_step, profiles: list[Any] = profiles) -> None:
+            session.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as found:
+                after_step(*given)
+                session.synchronize()
+            profiles.append(found)
+
+        for seed in range(3):
+            if seed == 2:
+                runtime.compression.after_step = profiled  # type: ignore[method-assign]
+            runtime.add(request(length, runtime, seed, 1))
+            runtime.run()
+        runtime.close()
+        [found] = profiles
+        rows = [
+            (row.self_device_time_total if on_card else row.self_cpu_time_total, row.count, row.key)
+            for row in found.key_averages()
+        ]
+        total = sum(time for time, _, _ in rows)
+        session.say("kernels", policy=name, total_ms=total / 1e3, launches=sum(count for _, count, _ in rows))
+        for time_us, count, key in sorted(rows, reverse=True)[:8]:
+            print(f"    {time_us / 1e3:7.3f} ms {count:4d}x {key[:100]}", flush=True)
+        del runtime
 
 
 def marks(session: Session) -> tuple[Callable[[], None], Callable[[], tuple[float, float] | None]]:
@@ -330,13 +371,13 @@ def equal(session: Session) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=["prompt", "host", "launches", "equal"])
+    parser.add_argument("parts", nargs="+", choices=["prompt", "host", "launches", "kernels", "equal"])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out")
     session = Session(parser.parse_args())
     for part in session.options.parts:
-        {"prompt": prompt, "host": host, "launches": launches, "equal": equal}[part](session)
+        {"prompt": prompt, "host": host, "launches": launches, "kernels": kernels, "equal": equal}[part](session)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,11 @@ class LoadedSession(Session):
 
     @property
     def vocab_size(self) -> int:
-        # what stands for an image is no token of a text; it comes behind those
         rows, shape = int(self._loaded.text_config.vocab_size), self.image_shape
-        return rows if isinstance(shape, str) else min(rows, shape.token)
+        if self.tokenizer is not None or isinstance(shape, str):
+            return rows
+        # prompts are drawn: what stands for an image is no token of a text, and lies behind those
+        return min(rows, shape.token)
 
     def read_image(self, path: str, *, named: str) -> ImagePixels:
         """An image from a file, as the model's vision tower takes it.

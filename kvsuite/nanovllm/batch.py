@@ -87,7 +87,7 @@ class ImageRows:
 
     def into(self, embedded: Tensor) -> Tensor:
         """Put them into embeddings ``[T, hidden]``, which are written to."""
-        return embedded.index_copy_(0, self.rows, self.features)
+        return embedded.index_copy_(0, self.rows, self.features.to(embedded.dtype))
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,7 @@ class FlashInferAttention(FlashInferLayers):
         from .packed_vectors import unpack_pages
 
         blocks = self._to_unpack[number]
-        shape = (len(blocks), pool.block_size, pool.group.kv_heads, pool.group.head_dim)
-        out = torch.empty(shape, dtype=pool.dtype, device=pool.device)
+        out = torch.empty(pool.unpacked_shape(len(blocks)), dtype=pool.dtype, device=pool.device)
         unpack_pages(pages, blocks, out)
         return out
 

@@ -10,35 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import VOCAB, generated, greedy, loaded, text
+from decoders import generated, greedy, loaded, text
+from image_prompts import IMAGE, MIXED, SIZE, TOKENS, image, prompt
 from serving import serving
 
 from kvsuite.compression import get_policy
 from kvsuite.models.image_reader import ImageReader
 from kvsuite.models.images import ImagePixels
+from kvsuite.nanovllm.cuda_runner import cuda_runner
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
-
-IMAGE = VOCAB - 1
-# of decoders.py's LLaVA: 8 pixels in patches of 4
-TOKENS, SIZE = 4, 8
-
-
-def image(seed: int) -> ImagePixels:
-    return ImagePixels(np.random.default_rng(seed).normal(size=(3, SIZE, SIZE)).astype(np.float32))
-
-
-def prompt(*parts: Any, seed: int = 0) -> tuple[list[int], list[ImagePixels]]:
-    """Tokens and images of a prompt: a number is so many tokens of text, an image stands where it is."""
-    tokens, images = [], []
-    for index, part in enumerate(parts):
-        if isinstance(part, ImagePixels):
-            tokens += [IMAGE] * TOKENS
-            images.append(part)
-        else:
-            tokens += text(part, seed=10 * seed + index)
-    return tokens, images
 
 
 def expected(tokens: Sequence[int], images: Sequence[ImagePixels], new_tokens: int) -> list[int]:
@@ -46,17 +28,6 @@ def expected(tokens: Sequence[int], images: Sequence[ImagePixels], new_tokens: i
         return generated(loaded("llava"), tokens, new_tokens)
     pixels = torch.from_numpy(np.stack([one.pixels for one in images]))
     return generated(loaded("llava"), tokens, new_tokens, pixel_values=pixels)
-
-
-MIXED = [
-    prompt(image(1), 20, seed=1),
-    prompt(13, seed=2),
-    prompt(3, image(2), 9, image(3), 2, seed=3),
-    prompt(17, image(4), seed=4),
-    prompt(30, seed=5),
-    # one behind the other, and the same image as another request's
-    prompt(image(1), image(5), 8, seed=6),
-]
 
 
 @functools.cache
@@ -130,6 +101,36 @@ def test_the_prefix_cache_tells_images_apart() -> None:
     assert [request.output for request in found] == [expected(*each, 8) for each in given]
     # 30 tokens: blocks of [t t 1 1] [1 1 2 2] [2 2 t t] and four of text, the last of which has the token to compute
     assert [request.prefix_hits for request in found] == [0, 28, 4, 0, 28]
+
+
+def test_a_last_token_of_an_image_alone_takes_no_captured_step() -> None:
+    """A step of one token that is an image's looks like a decode step, whose graph embeds tokens and nothing else."""
+    tokens, images = prompt(5, image(1))
+    limits = Limits(
+        max_model_len=64, max_num_seqs=1, max_num_batched_tokens=len(tokens) - 1, num_blocks=16, block_size=4
+    )
+    runtime = Runtime(loaded("llava"), limits, runner=cuda_runner(sizes=[1]))
+    try:
+        [request] = runtime.run([greedy(tokens, 8, images=images)])
+        assert runtime.counters.decode_steps == 8, "seven tokens of output, and the image's last"
+    finally:
+        runtime.close()
+    assert request.output == expected(tokens, images, 8)
+
+
+def test_pixels_are_the_images_own() -> None:
+    given = np.zeros((3, SIZE, SIZE), dtype=np.float32)
+    given.flags.writeable = False
+    frozen = ImagePixels(given)
+    tokens = [IMAGE] * TOKENS + text(5)
+    with serving(loaded("llava")) as runtime:
+        # torch warns of memory that it may not write to, and warnings are errors here
+        [request] = runtime.run([greedy(tokens, 4, images=[frozen])])
+    assert request.output == expected(tokens, [ImagePixels(np.zeros((3, SIZE, SIZE)))], 4)
+    given.flags.writeable = True
+    digest = ImagePixels(given).digest
+    given += 1
+    assert ImagePixels(given).digest != digest == frozen.digest
 
 
 def test_a_text_is_never_taken_for_an_image() -> None:

@@ -87,7 +87,7 @@ def measure_memory(
         evict_s=evict.total() / max(max(new_tokens) - 1, 1) if evicts else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
-            "workspace_bytes": workspace_bytes(loaded, runtime.limits),
+            "workspace_bytes": workspace_bytes(loaded, runtime.limits, runtime.groups),
         },
         reported={
             "pool_bytes": runtime.pool_bytes,

@@ -79,6 +79,36 @@ def pool_blocks(
     return min(sequences * whole, (sequences - 1) * steady + feeding)
 
 
+def prompt_blocks(*, prompt: int, sequences: int, chunk: int, block_tokens: int = BLOCK_TOKENS) -> int:
+    """Blocks that the prompts of one step see at most: the end of one, whole ones behind it, the beginning of another.
+
+    Of prompts of one length, of which none is found in the prefix cache.
+
+    Parameters
+    ----------
+    prompt
+        Tokens of each.
+    sequences
+        At the same time.
+    chunk
+        Tokens of a step at most.
+    block_tokens
+        Tokens a block.
+    """
+    # one token by itself is attended to as in a decode step
+    if min(prompt, chunk) < 2:
+        return 0
+    left = chunk - 2
+    whole = min(left // prompt, sequences - 1)
+    cut = left - whole * prompt if whole < sequences - 1 else 0
+    return (1 + whole) * _blocks(prompt, block_tokens) + _blocks(cut if cut > 1 else 0, block_tokens)
+
+
+def unpacked_bytes(blocks: int, *, kv_heads: int, head_dim: int, element_bytes: int) -> int:
+    """Bytes of the keys and values of packed ``blocks`` in one layer, as FlashInfer reads them."""
+    return 2 * blocks * BLOCK_TOKENS * kv_heads * head_dim * element_bytes
+
+
 @dataclass(frozen=True)
 class NanoMemory(PooledPredictor):
     """Predicts memory of the `nano` engine.
@@ -169,7 +199,33 @@ class NanoMemory(PooledPredictor):
         )
         if workspace:
             terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
+            if unpacked := self._unpacked(point, step, chosen.element_bytes):
+                terms.append(
+                    Term(
+                        "temporary", "unpacked prompts", unpacked, "rough",
+                        ("context_window_size", "max_batch_size", "prefill_chunk_size"),
+                        "blocks of a step's prompts 16 2 Hkv D e",
+                    )
+                )  # fmt: skip
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
+
+    def _unpacked(self, point: DesignPoint, step: int, element_bytes: int) -> int:
+        """Bytes of what the prompts of a step see in one layer, where it is unpacked before FlashInfer reads it."""
+        chosen, cache = self.cache_format, self.architecture.cache
+        if chosen is None or isinstance(cache, str) or self._unpaged() is not None or point.has_window:
+            return 0
+        blocks = prompt_blocks(
+            prompt=self.prompt_tokens or point.context_window_size, sequences=point.max_batch_size, chunk=step
+        )
+        context = point.context_window_size
+        return max(
+            (
+                unpacked_bytes(blocks, kv_heads=layer.kv_heads, head_dim=layer.key_dim, element_bytes=element_bytes)
+                for layer, own in zip(cache.layers, chosen.of_layers(len(cache.layers)), strict=True)
+                if own is not None and (layer.window is None or layer.window >= context)
+            ),
+            default=0,
+        )
 
     def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
         """The cache in fewer bits: every other setting is an axis."""

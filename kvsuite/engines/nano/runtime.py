@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.compression.base import Policy
-from kvsuite.engines.nano.memory_model import LIBRARY_WORKSPACE, activation_bytes, attention_workspace
+from kvsuite.engines.nano.memory_model import (
+    LIBRARY_WORKSPACE,
+    activation_bytes,
+    attention_workspace,
+    prompt_blocks,
+    unpacked_bytes,
+)
 from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
+from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime, Stage
 from kvsuite.nanovllm.steering import Controller
@@ -175,8 +182,8 @@ class RuntimeHolder:
         return runtime
 
 
-def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
-    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS and FlashInfer.
+def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup]) -> int:
+    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
 
     As `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
@@ -196,7 +203,18 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits) -> int:
         tokens=tokens, hidden=hidden, intermediate=wide, element_bytes=element, unpacks=packed
     )
     products = LIBRARY_WORKSPACE if loaded.device.type == "cuda" else 0
-    return activations + logits + products + attention
+    blocks = prompt_blocks(
+        prompt=limits.max_model_len, sequences=limits.max_num_seqs, chunk=limits.max_num_batched_tokens
+    )
+    unpacked = max(
+        (
+            unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element)
+            for group in groups
+            if attention and group.format is not None and group.window is None
+        ),
+        default=0,
+    )
+    return activations + logits + products + attention + unpacked
 
 
 def pool_bytes(runtime: Runtime, element_bytes: int) -> int:

@@ -10,7 +10,7 @@ from kvsuite import console
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
 
-from .rows import arrivals_of, setting_of, speedup
+from .rows import arrivals_of, setting_of, speedup, workload_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -71,7 +71,7 @@ def _settings(rows: Sequence[Row]) -> list[str]:
         workload, plan, params = row["case"]["workload"], row["case"]["params"]["serving"], row["case"]["params"]
         pool = f"{plan['pool_blocks']} blocks" if plan["pool_bytes"] is None else f"{plan['pool_bytes']} bytes"
         lines.append(
-            f"{workload['workload']}, {workload['requests']} requests of up to {workload['prompt_tokens']} + "
+            f"{workload_name(row)}, {workload['requests']} requests of up to {workload['prompt_tokens']} + "
             f"{workload['max_new_tokens']} tokens, arrivals {arrivals_of(row)}, pool of {pool}, SLO {params['slo']}"
         )
     return list(dict.fromkeys(lines))

@@ -6,9 +6,11 @@ import functools
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvsuite.cache_formats.cache_format import CacheFormat
 from kvsuite.engines.nano.memory_model import (
     _FLASHINFER_HEAD_DIMS,
     ATTENTION_WORKSPACE,
@@ -16,6 +18,8 @@ from kvsuite.engines.nano.memory_model import (
     LIBRARY_WORKSPACE,
     NanoMemory,
     pool_blocks,
+    prompt_blocks,
+    unpacked_bytes,
 )
 from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
 from kvsuite.errors import UserError
@@ -24,6 +28,7 @@ from kvsuite.memory_model.design_point import OFF, DesignPoint
 from kvsuite.memory_model.prediction import Prediction, Term
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
+from kvsuite.nanovllm.batch import StepBatch
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
@@ -78,7 +83,7 @@ def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
     try:
         pool = predicted.part("kv_cache")
         assert pool == runtime.pool_bytes == pool_bytes(runtime, loaded.dtype.itemsize)
-        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits)
+        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups)
     finally:
         runtime.close()
     rotation = sum(buffer.nbytes for buffer in loaded.model.buffers())
@@ -214,6 +219,54 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
     assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE
     for other in (here, exact, odd):
         assert all(found.name != "attention workspace" for found in other.terms)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sequences", "chunk", "most"),
+    # the end of one prompt and much of the next; all at once; one after the other
+    [(37, 2, 35, 6), (37, 3, 111, 9), (37, 1, 20, 3)],
+)
+def test_the_prompts_of_a_step_see_as_many_blocks_as_predicted(
+    prompt: int, sequences: int, chunk: int, most: int
+) -> None:
+    limits = Limits(
+        max_model_len=64, max_num_seqs=sequences, max_num_batched_tokens=chunk, block_size=BLOCK_TOKENS, prefix_caching=False,
+        num_blocks=32, cache_format=CacheFormat.parse("int8:int4"),
+    )  # fmt: skip
+    runtime = Runtime(tiny("bfloat16"), limits)
+    backend, seen = runtime.runner.backend, []  # type: ignore[attr-defined]
+    begin = backend.begin
+
+    def noting(batch: StepBatch) -> None:
+        counts = batch.query_start_host.diff()
+        seen.append(int((-(-batch.groups[0].kv_lengths_host[counts > 1] // BLOCK_TOKENS)).sum()))
+        begin(batch)
+
+    backend.begin = noting
+    chosen = SamplingParameters(max_new_tokens=2, ignore_eos=True)
+    try:
+        for number in range(sequences):
+            runtime.add(Request([3 + (5 * at + number) % 200 for at in range(prompt)], chosen))
+        while runtime.unfinished:
+            runtime.step()
+        assert max(seen) == most == prompt_blocks(prompt=prompt, sequences=sequences, chunk=chunk)
+        # FlashInfer is given tensors of this form, for keys and for values
+        [group], [pool] = runtime.groups, runtime.pools
+        given = 2 * torch.empty(pool.unpacked_shape(most), dtype=torch.bfloat16).nbytes
+        assert given == unpacked_bytes(most, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=2)
+    finally:
+        runtime.close()
+
+
+def test_prompts_that_are_unpacked_for_flashinfer_are_counted() -> None:
+    model, where = architecture_of("dummy:Llama-3-8B"), point(1024, 512, 4)
+    packed = NanoMemory(model, "bfloat16", "cuda", 600, cache_format=CacheFormat.parse("int8"))
+    # the end of a prompt of 600 tokens, and 510 of the next: 38 + 32 blocks
+    assert term(packed.predict(where), "unpacked prompts").bytes == 2 * (38 + 32) * 16 * 8 * 128 * 2
+    for other in (
+        replace(packed, cache_format=None), replace(packed, dtype="float32"), replace(packed, device="cpu"),
+    ):  # fmt: skip
+        assert all(found.name != "unpacked prompts" for found in other.predict(where).terms)
 
 
 def test_a_models_own_window_takes_no_other() -> None:

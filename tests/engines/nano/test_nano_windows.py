@@ -11,6 +11,8 @@ import transformers
 from requests_served import memory_of, tokens_of
 from zoo import WINDOW, ZOO, Architecture
 
+from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.cache_formats.pack import pack, unpack
 from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.nano.session import NanoSession
@@ -112,6 +114,32 @@ def test_bytes_are_those_of_the_tokens_that_the_windows_leave(tmp_path: Path) ->
     # a step reads what it sees
     assert session.step_kv_bytes(40, NEW) == 2 * (16 + sum(range(41, 50)) / 9) * token
     session.close()
+
+
+def test_layers_with_windows_are_packed_like_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain pass whose attention reads every token as it is unpacked has the same losses."""
+    model = made(
+        tmp_path, "Ministral", head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    session = prepared(tmp_path, params={"kv_cache_dtype": "int8:int4"})
+    scored = session.score(TEXT, "streaming-decode", 0).nll
+    found = memory_of(session, PROMPT, NEW)
+    # codes and scales of two heads of 16 numbers
+    token = 2 * ((16 + 2) + (8 + 4))
+    assert found.kv_bytes_decode == 2 * (17 + 49) * token == session.planned_kv_bytes(40, NEW)
+    assert found.kv_bytes_allocated == found.predicted["pool_bytes"]
+    session.close()
+    chosen = CacheFormat.parse("int8:int4")
+    assert chosen is not None
+    attend = transformers.AttentionInterface._global_mapping["sdpa"]
+
+    def reading_packed(module: Any, query: Any, key: Any, value: Any, *more: Any, **asked: Any) -> Any:
+        read = (unpack(side, pack(side, x), x.dtype) for side, x in ((chosen.keys, key), (chosen.values, value)))
+        return attend(module, query, *read, *more, **asked)
+
+    assert scored != pytest.approx(losses(model, TEXT), abs=1e-2)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "sdpa", reading_packed)
+    assert scored == pytest.approx(losses(model, TEXT), abs=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["original", "cache"])

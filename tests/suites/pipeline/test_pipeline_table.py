@@ -98,3 +98,19 @@ def test_the_baseline_of_a_resumed_run_is_the_one_that_was_measured_again() -> N
     less, again = pipeline_row("compression-only", factor=5.0), pipeline_row()
     assert baseline_for(less, [failed, less, again]) is again
     assert baseline_for(less, [failed, less]) is failed
+
+
+def test_prompts_with_an_image_are_compared_with_their_own_baseline_and_say_so() -> None:
+    def seeing(row: dict[str, Any]) -> dict[str, Any]:
+        workload = row["case"]["workload"] | {"image": "photo.png"}
+        image = {"source": "photo.png", "tokens": 576, "size": 336}
+        return row | {"case": row["case"] | {"workload": workload}, "dataset": {"image": image}}
+
+    rows = [pipeline_row(), seeing(pipeline_row()), seeing(pipeline_row("compression-only", factor=5.0))]
+    assert baseline_for(rows[2], rows) is rows[1]
+    found = said(*rows)
+    assert "synthetic-long, one image each, 8 requests of up to" in found
+    assert "synthetic-long, 8 requests of up to" in found
+    text, baseline, compressed = results_json({}, rows)
+    assert [row["image_tokens"] for row in (baseline, compressed)] == [576, 576]
+    assert not text.keys() & {"image", "image_tokens"}, "rows of text are what they were"

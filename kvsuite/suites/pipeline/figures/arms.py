@@ -11,7 +11,7 @@ from kvsuite.foreign_text import visible
 from kvsuite.meters.serving_times import Slo
 from kvsuite.reporting.aggregate import Row, entry, failure, missing_reason, value
 from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED
-from kvsuite.suites.pipeline.rows import arrivals_of, setting_of
+from kvsuite.suites.pipeline.rows import arrivals_of, setting_of, workload_name
 
 #: colours of variants, in the order of a legend
 COLOURS = {
@@ -124,7 +124,7 @@ def _title(row: Row) -> str:
         row["model"].get("label") or case["model"],
         case["quantization"],
         f"{case['device']}, {case['dtype']}",
-        f"{workload.get('workload')}, {workload.get('requests')} requests",
+        f"{workload_name(row)}, {workload.get('requests')} requests",
         f"at most {workload.get('prompt_tokens')} in, {workload.get('max_new_tokens')} out",
         f"arrivals {arrivals_of(row)}",
         f"pool {pool}",
