@@ -37,7 +37,9 @@ class _BoxBesideThis(BlackBox):
 
 
 def main(descriptor: int) -> None:
-    """Answer a `Setup` with a `Ready`; then every `Order` with entries of its black box and an `Answer`, until nobody asks.
+    """Answer a `Setup` with a `Ready` (or a text that says why not), and every `Order` with an `Answer`, until nobody asks.
+
+    Before an answer come the entries of the case's black box, as they are made.
 
     Parameters
     ----------
@@ -46,13 +48,19 @@ def main(descriptor: int) -> None:
     """
     die_with_parent()
     # Ray's workers give way to all else on a host, and what is timed must not; who may not say so is warned in each row
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    if os.nice(0) > 0:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
     # Ctrl-C in a terminal is for the controller, which ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Connection(descriptor) as channel, contextlib.suppress(EOFError):
-        measuring = _Measuring(channel.recv(), _BoxBesideThis(channel))
-        channel.send(measuring.ready())
+        try:
+            measuring = _Measuring(channel.recv(), _BoxBesideThis(channel))
+            ready = measuring.ready()
+        except Exception as error:  # packages of others are among what may fail
+            channel.send(f"{type(error).__name__}: {error}")
+            raise
+        channel.send(ready)
         try:
             while True:
                 channel.send(measuring.measure(channel.recv()))

@@ -45,10 +45,7 @@ class Worker:
         RuntimeError
             If it ends instead.
         """
-        try:
-            found = self._start()
-        except (EOFError, OSError):
-            raise RuntimeError(f"the process that measures did not start: {self._ended().reason}") from None
+        found = self._start()
         self._environment = found.environment
         return found
 
@@ -63,6 +60,8 @@ class Worker:
             answer = self._received(self._channel)
         except (EOFError, OSError):
             return self._crashed(order, self._ended())
+        except RuntimeError as error:
+            return self._crashed(order, Cause("not started", str(error)))
         if answer is None:
             assert self._limit is not None
             self.close()
@@ -81,6 +80,7 @@ class Worker:
         self._process = self._channel = None
 
     def _start(self) -> Ready:
+        """Start the process; raises RuntimeError if it ends instead."""
         self._channel, theirs = Pipe()
         # of this process, to which a cluster may have given code
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -89,9 +89,15 @@ class Worker:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()]
             )
-        self._channel.send(self._setup)
-        found: Ready = self._channel.recv()
-        return found
+        try:
+            self._channel.send(self._setup)
+            found: Ready | str = self._channel.recv()
+        except (EOFError, OSError):
+            found = self._ended().reason
+        if isinstance(found, Ready):
+            return found
+        self.close()
+        raise RuntimeError(f"the process that measures did not start: {found}")
 
     def _received(self, channel: Connection) -> Answer | None:
         """The answer, ``None`` where the case has taken too long."""

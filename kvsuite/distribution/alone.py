@@ -62,8 +62,11 @@ class AloneTimes:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    # how it was measured has the machine, the packages and the code in it
-    return f"{row.get('case_key')} {row.get('settings_hash')}"
+    # how it was measured has the kind of machine, the packages and the code in it; a node of a cluster is one of several
+    effective = row.get("effective")
+    node = effective.get("node") if isinstance(effective, Mapping) else None
+    place = [node.get("name"), node.get("ip")] if isinstance(node, Mapping) else None
+    return f"{row.get('case_key')} {row.get('settings_hash')} {place}"
 
 
 def _workers(row: Mapping[str, Any]) -> int:

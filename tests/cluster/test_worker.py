@@ -84,3 +84,9 @@ def test_a_process_that_cannot_start_is_told(tmp_path: Path, monkeypatch: pytest
     worker = Worker(Setup(default_options(), (), BUILTIN, ("pytest",), str(tmp_path)))
     with pytest.raises(RuntimeError, match="did not start: its process ended with exit code 1"):
         worker.begin()
+
+
+def test_what_fails_before_the_first_case_is_told(tmp_path: Path) -> None:
+    worker = Worker(Setup(default_options(), (), ("no metric",), ("pytest",), str(tmp_path)))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="did not start: AttributeError: 'str' object has no attribute 'name'"):
+        worker.begin()

@@ -44,3 +44,6 @@ def test_what_is_not_known_is_not_said(alone: AloneTimes) -> None:
     assert alone.warning(timed("a", 1.0, 8, settings_hash="sha256:other")) is None, "measured in another way"
     assert alone.warning(timed("a", 1.0, 8, metric="decode_step_s")) is None, "another metric"
     assert alone.warning(timed("a", 1.0, 8, status="crashed")) is None
+    elsewhere = timed("a", 1.0, 8)
+    elsewhere["effective"]["node"] = {"name": "b", "ip": "10.0.0.2"}
+    assert alone.warning(elsewhere) is None, "a node of a cluster is another machine of the same kind"

@@ -295,7 +295,7 @@ FREE_TEXT = {
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
-    "vllm-attention-backend", "compressor-path",
+    "vllm-attention-backend", "compressor-path", "pipeline-image",
 }  # fmt: skip
 
 

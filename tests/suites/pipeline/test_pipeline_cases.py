@@ -207,13 +207,35 @@ def test_sizes_of_the_original() -> None:
     assert [case.workload["requests"] for case in synthetic] == [32, 64]
 
 
+def test_the_originals_llava_has_its_own_compressor_and_batch_sizes(tmp_path: Path) -> None:
+    path = written(tmp_path / "weights.pth")
+    typed = {"models": "qwen3-8b,llava-mlp", "variants": "compression-only,triad", "compressor_path": path}
+    found = cases(**typed, pipeline_method="h2o", workloads="light-dataset", pipeline_image="random")
+    compressed = [case for case in found if case.policy is not None]
+    assert {(case.model, case.policy) for case in compressed} == {
+        ("Qwen/Qwen3-8B", "h2o"), ("llava-hf/llava-1.5-7b-hf", "mlp"),
+    }  # fmt: skip
+    llava = [case for case in found if "llava" in case.model]
+    assert [case.workload["batch"] for case in llava] == [1, 1, 1, 4, 4, 4]
+    assert {case.policy_params["weights"] for case in compressed if case.policy == "mlp"} == {path}
+    assert {case.policy_params["factor"] for case in compressed} == {5.0}
+    # a context of 4096 is 3968 with its output; of that 576 are the image's
+    long = cases(**typed, pipeline_image="random", synthetic_context="4096", synthetic_output="128")
+    assert {case.workload["prompt_tokens"] for case in long} == {3968}
+    # flaw 12: its compressor is never left out
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mlp: has no weights; give --kv-compressor-path=FILE"):
+        cases(models="llava-mlp")
+    alone = {"models": "llava-mlp", "compressor_path": path}
+    assert unread_options(default_options(**alone)) == []
+    assert unread_options(default_options(**alone, pipeline_method="h2o")) == ["--kv-pipeline-method"]
+    assert unread_options(default_options(models="qwen3-8b", compressor_path=path)) == ["--kv-compressor-path"]
+
+
 def test_models_by_the_originals_keys_and_their_batch_sizes() -> None:
     found = cases(models="qwen3-8b,qwen3-32b", variants="baseline")
     assert [(case.model, case.workload["batch"]) for case in found] == [
         ("Qwen/Qwen3-8B", 16), ("Qwen/Qwen3-8B", 64), ("Qwen/Qwen3-32B", 8), ("Qwen/Qwen3-32B", 16),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--kv-models=llava-mlp: the MLP compressor"):
-        cases(models="llava-mlp")
     with pytest.raises(UserError, match="--kv-models and --kv-model"):
         cases(models="smollm2", model="smollm2")
     # the preset names the original's models, and a user who names one means it
