@@ -82,6 +82,8 @@ quick-tests: $(STAMP)
 	$(TESTS) -m "not slow" --hypothesis-seed=0
 
 test-all: lint
+	@echo "==> Ray, for the tests of clusters"
+	$(PIP) -e ".[cluster]"
 	@echo "==> tests, slow ones too"
 	$(TESTS)
 	$(MAKE) test-pins

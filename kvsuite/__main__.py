@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from . import __version__
-from .commands import ab, bench, compare, doctor, figures, merge, parity, predict, report
+from .commands import ab, bench, compare, doctor, figures, fit_compressor, merge, parity, predict, report, status
 from .commands.arguments import Parser
 from .errors import UserError
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_parser(subparsers)
     ab.add_parser(subparsers)
     merge.add_parser(subparsers)
+    fit_compressor.add_parser(subparsers)
+    status.add_parser(subparsers)
     parity.add_parser(subparsers)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -44,9 +44,18 @@ def _fact(environment: Mapping[str, Any], part: str, key: str) -> Any:
 
 def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
     """What else makes the times of a case those of two machines; ``None`` if nothing does."""
+    nodes = dict.fromkeys(_node(row) for row in (*base, *now))
+    if len(nodes) > 1:
+        return f"{' -> '.join(nodes)}; times of two machines do not compare"
     for name, mend in _SETTINGS.items():
         first = base[0].effective.get(name)
         other = next((found for row in (*base, *now) if (found := row.effective.get(name)) != first), first)
         if other != first:
             return f"{name} {first} -> {other}; {mend}"
     return None
+
+
+def _node(row: Row) -> str:
+    """The node of a cluster that measured a row."""
+    node = row.effective.get("node")
+    return f"node {node.get('name')} ({node.get('ip')})" if isinstance(node, Mapping) else "no node of a cluster"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Positions = Literal["original", "cache"]
+#: where image tokens stand in a prompt: ``(start, stop)`` of each image, in order
+ImageSpans = tuple[tuple[int, int], ...]
 #: short forms of parameters in labels
 _SHORT = {"keep_ratio": "kr"}
 _INTERVAL = re.compile(r"interval=([1-9][0-9]{0,6})")
@@ -137,6 +139,8 @@ class Policy(ABC):
     #: all other dimensions
     sequences_apart: ClassVar[bool] = False
     frees_memory: ClassVar[bool] = True
+    #: what stays is made of several tokens each, by `kvsuite.compression.merging.Merging.merge`, and `keep` is never asked
+    merges: ClassVar[bool] = False
     #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
     acts: Literal["prompt", "decode"] = field(default="decode", init=False, repr=False)
     #: parameters whose default variants come from an option of the compression suite: ``{"keep_ratio": "keep_ratios"}``
@@ -161,6 +165,10 @@ class Policy(ABC):
     @abstractmethod
     def size_after(self, length: int) -> int:
         """How many of ``length`` stored tokens stay when the policy acts: the same for every head, known beforehand."""
+
+    def size_of_prompt(self, length: int, images: ImageSpans = ()) -> int:
+        """`size_after` of a complete prompt; where its image tokens stand counts for policies that merge alone."""
+        return self.size_after(length)
 
     @abstractmethod
     def keep(self, view: CacheView) -> Tensor:

@@ -11,6 +11,8 @@ from .base import CacheView, Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: mean over queries ``[heads, w, head_dim]`` of causal weights over keys ``[kv_heads, n, head_dim]``: ``[heads, n]``
+MeanWeights = Callable[["Tensor", "Tensor", float], "Tensor"]
 #: rotates ``[1, heads, n, head_dim]`` to positions ``[n]``, or back
 Turn = Callable[["Tensor", "Tensor"], "Tensor"]
 # float32 attention weights that are alive at once, in bytes
@@ -76,10 +78,12 @@ class PromptObservation:
             if skipped < tokens:
                 self._add_statistics(query[:, skipped:], first + skipped)
 
-    @property
-    def numbers_of_token(self) -> int:
-        """About how many float32 numbers a policy computes for each stored token from what was gathered."""
-        found = 0 if self.last is None else self.last.shape[0] * self.last.shape[1]
+    def numbers_of_token(self, *, weights: bool) -> int:
+        """About how many float32 numbers a policy computes for each stored token from what was gathered.
+
+        ``weights`` says whether attention weights of the last queries are written.
+        """
+        found = self.last.shape[0] * self.last.shape[1] if weights and self.last is not None else 0
         # a copy of its key, and a product with it, for each query head
         return found if self._mean is None else found + 2 * self._mean.numel()
 
@@ -138,6 +142,8 @@ class PromptView(CacheView):
         Layers of the model.
     rotate
         Rotates to any positions; for policies that ask for `Needs.query_statistics`.
+    mean_weights
+        Computes `mean_attention` where the engine has something better than the weights themselves.
     """
 
     keys: Tensor
@@ -145,6 +151,7 @@ class PromptView(CacheView):
     observed: PromptObservation
     layers: int = 1
     rotate: Turn | None = None
+    mean_weights: MeanWeights | None = None
 
     @property
     def head_dim(self) -> int:
@@ -161,6 +168,12 @@ class PromptView(CacheView):
         """Causal attention weights of the last queries, float32 ``[heads, last, n]``."""
         query = self.queries(last)
         return attention_weights(query, self.keys, self.observed.scale, self.length - query.shape[1])
+
+    def mean_attention(self, last: int) -> Tensor:
+        """Mean of `attention` over the last queries, float32 ``[heads, n]``."""
+        if self.mean_weights is None:
+            return self.attention(last).mean(dim=1)
+        return self.mean_weights(self.queries(last), self.keys, self.observed.scale)
 
     def attention_sums(self) -> Tensor:
         """Attention that every token got from all queries of the prompt, float32 ``[heads, n]``.

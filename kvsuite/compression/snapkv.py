@@ -61,6 +61,6 @@ class SnapKV(PromptRanked):
         older = view.length - self.window
         if older <= 0:
             return torch.full(view.keys.shape[:2], float("inf"), device=view.keys.device)
-        seen = view.attention(self.window)[..., :older].mean(dim=1)
+        seen = view.mean_attention(self.window)[..., :older]
         pooled = torch.nn.functional.avg_pool1d(seen, self.kernel, stride=1, padding=self.kernel // 2)
         return torch.nn.functional.pad(view.per_kv_head(pooled), (0, self.window), value=float("inf"))

@@ -71,10 +71,8 @@ SPEEDS = {
 }
 
 
-def seconds(
-    work: Work, device_kind: str, *, elements: int, weight_bytes: int, loads: bool, packed: bool = False
-) -> float | None:
-    """Expected seconds of a case; ``None`` for a device that no engine uses.
+def seconds(work: Work, speed: Speed, *, elements: int, weight_bytes: int, loads: bool, packed: bool = False) -> float:
+    """Expected seconds of a case.
 
     ``case + [load] + 2 P tokens / flops + steps (step + weights / bandwidth) + [forwards P / unpacked]``.
 
@@ -82,8 +80,8 @@ def seconds(
     ----------
     work
         What it computes.
-    device_kind
-        ``cpu``, ``cuda``, ``mps``.
+    speed
+        Of the device, one of `SPEEDS` say.
     elements
         Parameters of the model, P.
     weight_bytes
@@ -93,9 +91,6 @@ def seconds(
     packed
         Whether its weights are packed groups.
     """
-    speed = SPEEDS.get(device_kind)
-    if speed is None:
-        return None
     loading = weight_bytes / speed.load_bytes_s if loads else 0.0
     bulk = 2 * elements * work.bulk / speed.flops
     steps = work.steps * (speed.step_s + weight_bytes / speed.bytes_s)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +15,14 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.quantization.formats import GROUP_FORMATS
-from kvsuite.record import RECORD_SCHEMA
-from kvsuite.store.records_file import RECORDS_FILE
 from kvsuite.suites.footprint import Footprint
 from kvsuite.survival.resume import planned_key
 
-from .cost import footprint_of, seconds, work_of
+from .cost import SPEEDS, footprint_of, seconds, work_of
 from .gpus import visible_entries
 from .order import session_key
 from .progress import about
+from .recorded import RecordedCase, recorded_cases
 from .shards import assign
 from .time_left import Correction, Planned, kind_of
 
@@ -37,20 +34,9 @@ _MODEL = "model"
 _COLUMNS = (
     Column("seconds", 9), Column("memory needed", 13), Column("fits", 8, "left"), Column("expected from", justify="left"),
 )  # fmt: skip
-# an archive of hundreds says no more of this machine
-_LAST_RUNS = 30
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A finished case of an earlier run on this machine."""
-
-    case: Case
-    seconds: float
-    run: str
-
-
-def plan(cases: Sequence[Case], options: Options, known: Mapping[str, Measured]) -> list[Planned]:
+def plan(cases: Sequence[Case], options: Options, known: Mapping[str, RecordedCase]) -> list[Planned]:
     """Plan ``cases`` in their order.
 
     Parameters
@@ -83,13 +69,16 @@ def plan(cases: Sequence[Case], options: Options, known: Mapping[str, Measured])
 def _by_model(case: Case, options: Options, memory: Footprint, *, loads: bool) -> float | None:
     if not memory.elements or not memory.weight_bytes:
         return None
+    speed = SPEEDS.get(case.device_kind)
+    if speed is None:
+        return None
     return seconds(
-        work_of(case, options), case.device_kind, elements=memory.elements, weight_bytes=memory.weight_bytes, loads=loads,
+        work_of(case, options), speed, elements=memory.elements, weight_bytes=memory.weight_bytes, loads=loads,
         packed=case.quantization in GROUP_FORMATS,
     )  # fmt: skip
 
 
-def _learnt(known: Iterable[Measured], models: Collection[str], options: Options) -> Correction:
+def _learnt(known: Iterable[RecordedCase], models: Collection[str], options: Options) -> Correction:
     correction = Correction()
     for measured in known:
         if measured.case.model in models:
@@ -100,61 +89,20 @@ def _learnt(known: Iterable[Measured], models: Collection[str], options: Options
     return correction
 
 
-def measured_cases(report_dir: Path, options: Options) -> dict[str, Measured]:
-    """Finished cases of the last runs on this machine with as many rounds, by `planned_key`; the last measurement counts.
-
-    What cannot be read is left out: a plan needs no whole archive.
-    """
+def measured_cases(report_dir: Path, options: Options) -> dict[str, RecordedCase]:
+    """Finished cases on this machine by `planned_key`; the last measurement counts (`recorded_cases`)."""
     host = host_facts()["host"]
-    common = options.of(CommonOptions)
-    wanted = {"rounds": common.rounds, "num_warmup": common.num_warmup}
-    found: dict[str, Measured] = {}
-    paths = [(path.stat().st_mtime_ns, path) for path in report_dir.glob(f"*/{RECORDS_FILE}")]
-    for _, path in sorted(paths)[-_LAST_RUNS:]:
-        lines = _lines(path)
-        run = lines[0] if lines else {}
-        if (
-            not _is_on(run, host)
-            or {name: run["options"].get(name) for name in wanted} != wanted
-            or any(not _is_on(line, host) for line in lines if line.get("schema") != RECORD_SCHEMA)
-        ):
-            continue
-        for row in lines[1:]:
-            if row.get("schema") == RECORD_SCHEMA and row.get("status") == "ok":
-                took = row.get("duration_s")
-                case = _case(row.get("case"))
-                if case is not None and isinstance(took, int | float):
-                    found[planned_key(case.to_dict())] = Measured(case, float(took), path.parent.name)
-    return found
+    return {
+        planned_key(one.case.to_dict()): one
+        for one in recorded_cases(report_dir, options)
+        if is_on(one.environment, host)
+    }
 
 
-def _case(found: Any) -> Case | None:
-    try:
-        return Case(**found)
-    except TypeError:  # of another version, or none
-        return None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
-
-
-def _is_on(run: Mapping[str, Any], host: Mapping[str, Any]) -> bool:
-    try:
-        there = run["environment"]["host"]
-        return isinstance(run["options"], dict) and all(
-            there.get(name) == host[name] for name in ("name", "cpu", "cores")
-        )
-    except (KeyError, TypeError, AttributeError):
-        return False
+def is_on(environment: Mapping[str, Any], host: Mapping[str, Any]) -> bool:
+    """Whether an environment is of a host: name, CPU, cores."""
+    there = environment.get("host")
+    return isinstance(there, dict) and all(there.get(name) == host[name] for name in ("name", "cpu", "cores"))
 
 
 def device_bytes(options: Options, device_kind: str) -> tuple[int, str] | None:
@@ -221,10 +169,11 @@ def plan_table(cases: Sequence[Case], options: Options, *, workers: int = 1) -> 
 def _cells(row: Planned, card: tuple[int, str] | None) -> list[str]:
     took = "n/a" if row.seconds is None else f"{row.seconds:.1f}"
     fits = "n/a" if card is None else row.memory.fits(card[0])
-    return [took, _size(row.memory), fits, row.source]
+    return [took, size_text(row.memory), fits, row.source]
 
 
-def _size(memory: Footprint) -> str:
+def size_text(memory: Footprint) -> str:
+    """Predicted memory in words, a lower bound as one."""
     if memory.bytes is None:
         return "n/a"
     size = f"{memory.bytes / _GIB:.2f} GiB" if memory.bytes >= _GIB else f"{memory.bytes / _MIB:.1f} MiB"
@@ -243,7 +192,7 @@ def _sums(rows: Sequence[Planned], card: tuple[int, str] | None, workers: int) -
     found = [total + (f" ({missing} cases of unknown time left out)" if missing else "")]
     largest = max(rows, key=lambda row: row.memory.bytes or 0.0)
     if largest.memory.bytes is not None:
-        found.append(f"largest memory needed: {_size(largest.memory)} ({largest.case.id})")
+        found.append(f"largest memory needed: {size_text(largest.memory)} ({largest.case.id})")
     if card is None:
         found.append("the device's memory is not known here; give --kv-plan-card=24GiB, say")
         return found

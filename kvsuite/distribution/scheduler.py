@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable
 from typing import Any, Protocol
 
 from xdist.scheduler import LoadScheduling
+
+from .affinity import choose
 
 # a worker of xdist begins a test only when it knows the next one, or that there is none
 _QUEUE = 2
@@ -99,10 +100,5 @@ class CaseScheduling(LoadScheduling):  # type: ignore[misc]
             node.send_runtest_some([index])
 
     def _choose(self, node: Any) -> int:
-        """The next of the session that the worker has loaded; else of the one with most left for each worker on it."""
-        left = Counter(self._sessions[index] for index in self.pending)
-        wanted = self._last.get(node)
-        if not left[wanted]:
-            busy = Counter(session for other, session in self._last.items() if other is not node)
-            wanted = max(left, key=lambda session: left[session] / (1 + busy[session]))
-        return next(index for index in self.pending if self._sessions[index] == wanted)
+        others = (session for other, session in self._last.items() if other is not node)
+        return choose(self.pending, self._sessions.__getitem__, self._last.get(node), others)

@@ -84,7 +84,8 @@ class TimeLeft:
 
     def __init__(self, planned: Sequence[Planned], workers: int = 1) -> None:
         self._open = {planned_key(each.case.to_dict()): each for each in planned}
-        self._workers = workers
+        #: may change while the run goes on
+        self.workers = workers
         self._correction = Correction()
         self._took: list[float] = []
 
@@ -108,4 +109,4 @@ class TimeLeft:
         total = sum((each.seconds or 0.0) * self._correction.factor(kind_of(each.case)) for each in known)
         if unknown:
             total += unknown * sum(self._took) / len(self._took)
-        return total / min(self._workers, max(len(self._open), 1))
+        return total / min(self.workers, max(len(self._open), 1))

@@ -42,6 +42,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bos_token_id": 128_000,
         "eos_token_id": 128_001,
     },
+    # meta-llama/Meta-Llama-3-70B
+    "Llama-3-70B": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _rope(500_000.0),
+        "tie_word_embeddings": False,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+    },
     # meta-llama/Llama-3.2-1B
     "Llama-3.2-1B": {
         "model_type": "llama",

@@ -229,11 +229,30 @@ class BlockTables:
     def drop_last(self, rows: Ints) -> None:
         """Drop the last token of each of ``rows``, all different: `shrink` by one."""
         lengths = self.lengths[rows] - 1
-        empties = -(-lengths // self.pool.block_size) < self.blocks[rows]
-        for row, length in zip(rows[empties].tolist(), lengths[empties].tolist(), strict=True):
+        spare = self.blocks[rows] + lengths // -self.pool.block_size
+        self._drop_last_blocks(rows[spare == 1])
+        for row, length in zip(rows[spare > 1].tolist(), lengths[spare > 1].tolist(), strict=True):
             self.shrink(row, length)
         self.lengths[rows] = lengths
-        self._tail_suspect[rows] |= ~self.sole[rows] & ~empties
+        self._tail_suspect[rows] = (lengths % self.pool.block_size != 0) & ~self.sole[rows]
+
+    def _drop_last_blocks(self, rows: Ints) -> None:
+        """Give back the last block of each of ``rows``, all different."""
+        if not len(rows):
+            return
+        ends = self.blocks[rows] - 1
+        blocks = self.table[rows, ends].tolist()
+        self.table[rows, ends] = 0
+        self.blocks[rows] = ends
+        fences = [self.fence_of(row) for row in rows.tolist()]
+        if any(fence is not None for fence in fences):
+            for block, fence in zip(blocks, fences, strict=True):
+                self.pool.release([block], fence)
+        else:
+            # the pool begins with the last
+            self.pool.release(blocks[::-1])
+        for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
+            self._note(row, end, end + 1)
 
     def expiring(self, rows: Ints, positions: Ints) -> list[tuple[int, int]]:
         """Those of ``rows`` with something to `expire` before a token at the position given for each, and that position."""

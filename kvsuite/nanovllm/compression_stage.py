@@ -101,14 +101,18 @@ class CompressionStage:
         The policy acts first, on all that decode together, then what was once done by hand. What goes wrong costs the request
         that it is about.
         """
-        decoding = [
-            one for one in requests if one.row in self._open and one.computed != one.prompt_length and not one.spared
-        ]
+        # one walk, since for most of many there is nothing but the policy's part
+        decoding, alone = [], []
+        for request in requests:
+            if request.computed == request.prompt_length or request.compressions:
+                alone.append(request)
+            if request.row in self._open and request.computed != request.prompt_length and not request.spared:
+                decoding.append(request)
         if decoding:
             self._noted(True)
             self._apply_together(decoding)
             self._noted(False)
-        for request in requests:
+        for request in alone:
             try:
                 self._after_step_of(request)
             except Exception as error:
@@ -196,7 +200,7 @@ class CompressionStage:
         for eviction in self._policies:
             assert eviction.policy is not None
             if eviction.policy.acts == "prompt":
-                if not self._work(request, lambda eviction=eviction: eviction.complete(row)):  # type: ignore[misc]
+                if not self._work(request, lambda eviction=eviction: eviction.complete(row, request.image_spans)):  # type: ignore[misc]
                     return
                 continue
             eviction.enter(row)
@@ -231,7 +235,9 @@ class CompressionStage:
         left = eviction.apply(decided)
         lacking = {row for row, _ in left}
         for row in decided.rows.tolist():
-            by_row[row].compressed |= by_row[row].row == row and row not in lacking
+            request = by_row[row]
+            if request.row == row and row not in lacking:
+                request.compressed = True
         for row, change in left:
             request = by_row[row]
             # making room for one request may have preempted another
@@ -247,11 +253,10 @@ class CompressionStage:
 
     def _note_open(self, requests: Sequence[Request]) -> None:
         """Note for which of the requests more may be decided."""
-        for request in requests:
-            if request.row >= 0 and any(eviction.follows(request.row) for eviction in self._policies):
-                self._open.add(request.row)
-            else:
-                self._open.discard(request.row)
+        rows = np.array([request.row for request in requests if request.row >= 0], dtype=np.int64)
+        more = np.logical_or.reduce([eviction.follows(rows) for eviction in self._policies])
+        self._open.difference_update(rows[~more].tolist())
+        self._open.update(rows[more].tolist())
 
     def _select(self, request: Request, keep: Sequence[Tensor | None]) -> None:
         """Keep some of a request's stored tokens, group by group."""

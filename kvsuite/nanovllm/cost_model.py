@@ -15,11 +15,11 @@ from kvsuite.errors import CaseInvalid
 
 #: what a method's compression is bound by, and the share of SMs that its lane starts with
 KINDS = {"gemm": 0.40, "memory": 0.20, "mixed": 0.25}
-_GEMM = {"mlp"}
+_GEMM = {"mlp", "mlp_residual"}
 _MEMORY = {
     "streaming_llm", "knorm", "random", "observed_attention",
-    # ours, which look at key norms or positions alone
-    "l2_compress", "fix_size_l2", "recent_only", "uniform_stride",
+    # ours, which look at key norms or positions alone, or read every vector once
+    "mean_pool", "l2_compress", "fix_size_l2", "recent_only", "uniform_stride",
 }  # fmt: skip
 
 
@@ -150,7 +150,7 @@ class PublishedCost:
             "expected_attention": 128 * work / 1e8,
             "snapkv": (64 * work * 1e-10 + tokens * math.log2(tokens) * 5e-10) * 1000,
         }.get(self.method, work / 1e7)
-        if self.method == "mlp":
+        if kind_of(self.method) == "gemm":
             efficiency = min(1.0, 0.3 + 0.7 * (1 - math.exp(-batch / 8)))
             milliseconds = work * self.layers * 3 * 640 * 128 * 2 / (150e12 * efficiency) * 1000
         return milliseconds / 1000

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsuite.compression.base import CacheView, Policy
-from kvsuite.compression.prompt_view import PromptObservation, PromptView
+from kvsuite.compression.base import CacheView, ImageSpans, Policy
+from kvsuite.compression.merging import Merging
+from kvsuite.compression.prompt_view import MeanWeights, PromptObservation, PromptView
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
@@ -21,6 +23,8 @@ from .kv_pool import KVPool
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
 from .token_notes import TokenNotes
+
+Bools = NDArray[np.bool_]
 
 # what a policy looks at of several layers at once, in bytes
 _LOOK_BYTES = 1 << 29
@@ -114,15 +118,19 @@ class Eviction:
                 scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
                 device=self._device,
             )
+        self._mean_weights = _mean_weights(pool)
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
-    def follows(self, row: int) -> bool:
-        """Whether more may be decided for a sequence."""
-        return bool(self._noted[row] >= 0)
+    def follows(self, rows: Ints) -> Bools:
+        """Whether more may be decided for each of some sequences."""
+        following: Bools = self._noted[rows] >= 0
+        return following
 
-    def complete(self, row: int) -> Work | None:
+    def complete(self, row: int, images: ImageSpans = ()) -> Work | None:
         """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
+
+        ``images`` says where its image tokens stand.
 
         Raises
         ------
@@ -132,10 +140,12 @@ class Eviction:
         assert self.policy is not None
         policy, length = self.policy, int(self._tables.lengths[row])
         due = policy.due(step=length, done=False, prompt=True)
-        size = policy.size_after(length) if due else length
+        size = policy.size_of_prompt(length, images) if due else length
         if size == length:
             self._observations(row)
             return None
+        if isinstance(policy, Merging):
+            return self._merge(policy, row, size, images)
         if not (policy.needs.prompt or self._per_head):
             # positions alone decide, here and now
             chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length))
@@ -319,6 +329,22 @@ class Eviction:
 
         return take
 
+    def _merge(self, policy: Merging, row: int, size: int, images: ImageSpans) -> Work:
+        """Give a sequence blocks for what a policy makes of its prompt; the work makes it."""
+        before = self._tables.stored_slots(row)
+        self._tables.replace(row, size)
+        after = self._tables.stored_slots(row)
+        self.evicted += len(before) - size
+
+        def work() -> None:
+            source, target = self._upload(before, after)
+            # a layer's vectors are all read before any is written: blocks may be the same
+            for part in self._parts(len(before), together=True):
+                own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
+                self._pool.put(target, part, *policy.merge(*own, self.group.layers[part], images))
+
+        return work
+
     def _keep_of_prompt(self, slots: Tensor, observed: Sequence[PromptObservation]) -> Tensor:
         """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``.
 
@@ -330,7 +356,9 @@ class Eviction:
         positions = torch.arange(length, device=self._device)
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
-        for part in self._parts(length, observed[0].numbers_of_token, together=together):
+        for part in self._parts(
+            length, observed[0].numbers_of_token(weights=self._mean_weights is None), together=together
+        ):
             own = self._pool.keys_of(slots, part).flatten(0, 1)
             if self.group.places:
                 own = observer.rotate(own[None], positions)[0]
@@ -341,7 +369,7 @@ class Eviction:
             view = _PooledPrompt(
                 positions.expand(own.shape[:2]), length - 1, keys=own, gather_values=values,
                 observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
-                rotate=observer.turn(layers[part.start]),
+                rotate=observer.turn(layers[part.start]), mean_weights=self._mean_weights,
             )  # fmt: skip
             score = policy.prompt_score(view)
             if score is not None:
@@ -402,7 +430,7 @@ class Eviction:
 
     def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
         """Those of the sequences that have a book, and what they have seen."""
-        followed = self._noted[rows] >= 0
+        followed = self.follows(rows)
         return rows[followed], seen[followed]
 
     def _blocks(self, rows: Ints, length: int) -> Ints:
@@ -477,3 +505,14 @@ class Eviction:
         packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
         parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
         return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
+
+
+def _mean_weights(pool: KVPool) -> MeanWeights | None:
+    """What computes the mean attention of a prompt's last queries over the pool's keys; ``None`` for the exact reference."""
+    width = pool.group.head_dim
+    halves = pool.dtype in (torch.bfloat16, torch.float16)
+    if pool.device.type != "cuda" or not halves or width < 16 or width & (width - 1):
+        return None
+    from .window_weights import mean_weights
+
+    return mean_weights

@@ -14,7 +14,7 @@ from kvsuite.errors import UserError
 from .groups import LayerGroup
 from .layer_pages import LayerPages
 from .limits import Limits
-from .pages import Pages
+from .pages import Pages, wide
 from .token_notes import TokenNotes
 
 _OWN = SideFormat(AUTO)
@@ -160,6 +160,12 @@ class KVPool:
         return self._values.vectors(slots, layers)
 
     @torch.inference_mode()
+    def put(self, slots: Tensor, layers: slice, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values ``[layers, kv_heads, n, head_dim]`` of some of the group's layers in ``slots`` ``[n]``."""
+        for tensor, vectors in ((self.keys, keys), (self.values, values)):
+            tensor[layers].flatten(1, 2).index_copy_(1, slots, vectors.transpose(1, 2))
+
+    @torch.inference_mode()
     def keep(self, source: Tensor, target: Tensor) -> None:
         """Copy tokens from slots ``source`` to slots ``target``, which may overlap.
 
@@ -180,7 +186,7 @@ class KVPool:
         parts = 1 if source.dim() == 1 else heads
         head = torch.arange(parts, device=self.device)
         # rows of one tensor: what moves as one, side by side
-        rows = [tensor.view(-1, heads * tensor.shape[-1] // parts) for tensor in self._tensors]
+        rows = [wide(tensor.view(-1, heads * tensor.shape[-1] // parts)) for tensor in self._tensors]
         widest = target.shape[0] * parts * max(each.shape[1] * each.element_size() for each in rows)
         step = min(layers, max(1, _STAGING_BYTES // widest))
         if self._staging.numel() < step * widest:
@@ -209,7 +215,7 @@ class KVPool:
         target
             Slots of the last tokens, int64 ``[S]``.
         """
-        for tensor in (each.flatten(1, 2) for each in self._tensors):
+        for tensor in (wide(each.flatten(1, 2)) for each in self._tensors):
             last = tensor.index_select(1, target)
             if source.dim() == 1:
                 tensor.index_copy_(1, source, last)

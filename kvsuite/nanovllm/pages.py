@@ -11,6 +11,8 @@ from kvsuite.cache_formats.pack import Packed, pack, refused_vectors, unpack
 from .groups import LayerGroup
 from .layer_pages import LayerPages
 
+_WIDTHS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
 
 class Pages:
     """One side of a `KVPool`.
@@ -97,12 +99,11 @@ class Pages:
         """What is stored in ``slots`` ``[n]`` of some layers, ``[layers, kv_heads, n, head_dim]``."""
         # one copy, in the order in which heads are looked at
         index = self._first[layers] + slots * self.codes.shape[3]
-        return self._whole(
-            *(
-                tensor.view(-1, tensor.shape[-1]).index_select(0, index.flatten()).view(*index.shape, tensor.shape[-1])
-                for tensor in self.tensors
-            )
-        )
+        found = []
+        for tensor in self.tensors:
+            rows = wide(tensor.view(-1, tensor.shape[-1]))
+            found.append(rows.index_select(0, index.flatten()).view(tensor.dtype).view(*index.shape, tensor.shape[-1]))
+        return self._whole(*found)
 
     def _whole(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         if not self.side.is_packed:
@@ -110,3 +111,9 @@ class Pages:
         if scales is None:
             scales = codes.new_empty((*codes.shape[:-1], 0), dtype=torch.float16)
         return unpack(self.side, Packed(codes, scales), self.dtype)
+
+
+def wide(rows: Tensor) -> Tensor:
+    """The same memory ``[..., width]`` in the widest numbers that divide a row, so that fewer are copied."""
+    row_bytes = rows.shape[-1] * rows.element_size()
+    return rows.view(next(each for each in _WIDTHS if row_bytes % each.itemsize == 0))

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvsuite.compression.base import Policy
+from kvsuite.compression.base import ImageSpans, Policy
 
 from .block_table import BlockTables, Ints
 from .request import Request
@@ -139,8 +139,9 @@ class Reservation:
         size, longest, fed = self._tables.pool.block_size, request.largest, request.prefill
         if self._policy is not None and not request.spared:
             prompt = request.prompt_length
-            begins = size_after_action(self._policy, prompt, prompt, done=False, prompt=True) + fed - prompt
-            most = largest_after_prompt(self._policy, prompt, longest)
+            left = size_after_action(self._policy, prompt, prompt, done=False, prompt=True, images=request.image_spans)
+            begins = left + fed - prompt
+            most = largest_after_prompt(self._policy, prompt, longest, request.image_spans)
             return begins, fed, longest, -(-prompt // size), -(-most // size)
         peak, end = -(-fed // size), -(-longest // size)
         if self._tables.window is not None:
@@ -150,7 +151,7 @@ class Reservation:
 
 
 @functools.lru_cache(maxsize=4096)
-def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int) -> int:
+def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int, images: ImageSpans = ()) -> int:
     """Tokens that a sequence stores at most from the end of its prompt on, if a policy acts on it.
 
     Parameters
@@ -159,8 +160,10 @@ def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int) -> int
         The policy.
     prompt_length, tokens
         Tokens of the prompt, and of prompt and output together, the last one, which is never fed, excepted.
+    images
+        Where image tokens stand in the prompt.
     """
-    stored = most = size_after_action(policy, prompt_length, prompt_length, done=False, prompt=True)
+    stored = most = size_after_action(policy, prompt_length, prompt_length, done=False, prompt=True, images=images)
     if policy.acts == "prompt":
         return stored + tokens - prompt_length
     done = stored < prompt_length
@@ -172,6 +175,10 @@ def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int) -> int
     return most
 
 
-def size_after_action(policy: Policy, stored: int, seen: int, *, done: bool, prompt: bool) -> int:
+def size_after_action(
+    policy: Policy, stored: int, seen: int, *, done: bool, prompt: bool, images: ImageSpans = ()
+) -> int:
     """Tokens that stay of ``stored`` ones after ``seen`` were seen, as `kvsuite.nanovllm.eviction.Eviction.act` has it."""
-    return policy.size_after(stored) if policy.due(step=seen, done=done, prompt=prompt) else stored
+    if not policy.due(step=seen, done=done, prompt=prompt):
+        return stored
+    return policy.size_of_prompt(stored, images) if prompt else policy.size_after(stored)

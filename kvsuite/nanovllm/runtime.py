@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kvsuite.compression.base import Policy
+from kvsuite.compression.merging import CacheShape, Merging, unmerged
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.image_reader import ImageReader
 from kvsuite.models.images import image_places, image_shape, image_spans
@@ -24,6 +25,7 @@ from .counters import Counters
 from .delivery import Delivery
 from .eviction import Eviction
 from .green_contexts import SmPartition
+from .groups import LayerGroup
 from .kv_pool import KVPool, blocks_that_fit
 from .limits import Limits
 from .paged_attention import AttentionBackend
@@ -136,6 +138,7 @@ class Runtime:
             if rotation is None:
                 raise CaseInvalid("positions=cache: the runtime was given nothing to rotate keys with")
             rotation.table(limits.max_model_len + 1)
+        _prepare_merging(policy, loaded, self.groups, len(layers), limits)
         blocks = blocks_that_fit(limits, self.groups, self.device, loaded.dtype)
         shape = {"num_blocks": blocks, "block_size": limits.block_size}
         self.pools = [KVPool(group, **shape, device=self.device, dtype=loaded.dtype) for group in self.groups]
@@ -538,3 +541,22 @@ def _require_lanes(lanes: int, partition: TwoStreams | None, prompt_layers: int 
             f"policy {policy.name}: it acts after every token too, and what it keeps is decided on one lane; use lanes=1, or "
             "give the policy a factor, by which it acts at the end of the prompt alone"
         )
+
+
+def _prepare_merging(
+    policy: Policy | None, loaded: LoadedModel, groups: Sequence[LayerGroup], layers: int, limits: Limits
+) -> None:
+    if not isinstance(policy, Merging):
+        return
+    if limits.cache_format is not None:
+        raise CaseInvalid(unmerged(f"--kv-cache-dtype={limits.cache_format}", policy))
+    policy.prepare(
+        CacheShape(
+            model=loaded.spec.label,
+            revision=loaded.spec.revision,
+            layers=layers,
+            head_dims=frozenset(group.head_dim for group in groups if group.compressed),
+            device=loaded.device,
+            dtype=loaded.dtype,
+        )
+    )

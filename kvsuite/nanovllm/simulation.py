@@ -366,7 +366,8 @@ class Simulator:
     def _compress_one(self, request: Request, table: BlockTables, policy: Policy, index: int) -> None:
         stored, key = int(table.lengths[request.row]), (request.row, index)
         prompt = request.computed == request.prompt_length
-        left = size_after_action(policy, stored, request.computed, done=key in self._done, prompt=prompt)
+        done, images = key in self._done, request.image_spans
+        left = size_after_action(policy, stored, request.computed, done=done, prompt=prompt, images=images)
         if left == stored:
             return
         while True:

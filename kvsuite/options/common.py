@@ -148,6 +148,11 @@ class CommonOptions(OptionGroup, frozen=True, kw_only=True):
         whole_number(0, MOST_SEED), "0",
         "Seed of random weights, prompts and the random strategy.",
     )]
+    compressor_path: Annotated[str | None, Option(
+        path, "",
+        "Weights of the methods mlp and mlp_residual, e.g. --kv-compressor-path=mlp_compressor.pth; python -m kvsuite "
+        "fit-compressor writes some.",
+    )]
     report_dir: Annotated[str, Option(
         path, "reports",
         "Folder under which a run's folder is made.",

@@ -23,11 +23,13 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.survival.black_box import BlackBox
+from kvsuite.survival.death import die_with_parent
 
 from .reporter import REPORTER
 from .stash import (
     BOX,
     CASES,
+    CLUSTER,
     MEASURED,
     OPTIONS,
     ORDER_SEED,
@@ -116,11 +118,11 @@ class CaseGuard:
     def _prepare(self) -> None:
         """Before the first case: see to it that this process, should it hang, is ended."""
         if is_worker(self._config):
-            _die_with_parent()
+            die_with_parent()
             return
         limit = self._config.stash[OPTIONS].of(SweepOptions).timeout
-        if limit is None or not hasattr(signal, "SIGKILL"):
-            return
+        if limit is None or not hasattr(signal, "SIGKILL") or CLUSTER in self._config.stash:
+            return  # on a cluster a worker watches on its own host
         self._folder = Path(tempfile.mkdtemp(prefix="kvsuite-"))
         box = self._folder / "box.json"
         self._config.stash[BOX] = BlackBox(box)
@@ -205,13 +207,3 @@ def _leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(REPLACE_ME)
-
-
-def _die_with_parent() -> None:
-    """Let the kernel end this worker when its controller is killed, so that no orphan keeps a GPU (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

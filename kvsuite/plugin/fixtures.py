@@ -10,7 +10,7 @@ import pytest
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import Options
 
-from .stash import CASES, OPTIONS, UNUSABLE
+from .stash import CASES, CLUSTER, OPTIONS, UNUSABLE
 
 if TYPE_CHECKING:
     from kvsuite.case import Case
@@ -41,7 +41,10 @@ def kv_runner(pytestconfig: pytest.Config) -> Iterator[Any]:
 
     # a test may ask for it by request.getfixturevalue alone
     begin(pytestconfig)
-    yield from open_runner(pytestconfig)
+    if CLUSTER in pytestconfig.stash:
+        yield pytestconfig.stash[CLUSTER]
+    else:
+        yield from open_runner(pytestconfig)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from .case_watch import note_place, tell_box
 from .reporter import REPORTER
 from .stash import (
     BOUND_GPU,
+    CLUSTER,
     GPUS,
     MEASURED,
     OPTIONS,
@@ -59,14 +60,25 @@ def open_runner(config: pytest.Config) -> Iterator[Any]:
         "gpu": gpu_facts(resolve_device(options.of(CommonOptions).device)),
         "engines": _versions(sessions, planned),
     }
-    config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
-    _require_json(environment, "pytest_kvsuite_update_env: a hook of yours added")
+    update_environment(config, environment)
     runner = config.stash[RUNNER] = CaseRunner(
         options, registry, environment, sessions, measuring_suite, planned=planned,
         watch=partial(tell_box, config), pass_on=config.stash[SIGNALS].pass_on,
     )  # fmt: skip
     yield runner
     sessions.close()
+
+
+def update_environment(config: pytest.Config, environment: dict[str, Any]) -> None:
+    """Let the hooks of users add facts to an environment.
+
+    Raises
+    ------
+    UserError
+        If what they add cannot be written.
+    """
+    config.hook.pytest_kvsuite_update_env(config=config, environment=environment)
+    _require_json(environment, "pytest_kvsuite_update_env: a hook of yours added")
 
 
 def _versions(sessions: SessionPool, planned: Sequence[Case]) -> dict[str, dict[str, str]]:
@@ -103,7 +115,8 @@ def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Re
             )
             record: Record = measured.record
             note_place(config, record)
-            _note_company(config, record)
+            if CLUSTER not in config.stash:
+                _note_company(config, record)
             record.env = digest(runner.environment)
             _require_json(record.to_dict(), f"suite {case.suite} or engine {case.engine} measured")
         except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvsuite.case import Case, canonical_json
+from kvsuite.distribution.alone import AloneTimes
 from kvsuite.distribution.progress import Progress
 from kvsuite.distribution.time_left import TimeLeft
 from kvsuite.errors import UserError
@@ -53,9 +55,11 @@ class Reporter:
         self._store: RecordStore | None = None
         self._cases: int | None = None
         self._progress = Progress(self._write, 1)
+        self._left: TimeLeft | None = None
         self._code: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._earlier: EarlierRun | None = None
+        self._alone = AloneTimes(Path(self._common.report_dir))
         #: ids of the cases that have a row of this session
         self.measured: set[str] = set()
         #: what was said of suites that could not take note of a row
@@ -108,14 +112,17 @@ class Reporter:
             from kvsuite.meters.environment import host_facts
 
             known = self._config.hook.pytest_kvsuite_metrics(config=self._config)
+            # of a cluster the nodes are asked, not this host
+            here = {} if self._options.of(SweepOptions).cluster else {"environment": host_facts()}
             self._earlier.require_same(
-                {"options": self._options.to_dict(), "code": self._code, "environment": host_facts()},
+                {"options": self._options.to_dict(), "code": self._code} | here,
                 {metric.name: metric.version for metrics in known for metric in metrics},
             )
         if not cases:
             return
         self._cases = len(cases)
-        self._progress = Progress(self._write, len(cases), self._time_left(cases))
+        self._left = self._time_left(cases)
+        self._progress = Progress(self._write, len(cases), self._left)
         base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -144,6 +151,21 @@ class Reporter:
         left = TimeLeft(planned, int(self._config.getoption("numprocesses", default=None) or 1))
         self.expected_s = left.seconds
         return left
+
+    def note_workers(self, workers: int) -> None:
+        """So many cases run at the same time: what is left takes as long."""
+        if self._left is not None:
+            self._left.workers = workers
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the cases that have no row; ``None`` where nothing tells."""
+        return None if self._left is None else self._left.seconds
+
+    def counts(self) -> Counter[str]:
+        """Finished cases by status, those of the run that goes on included."""
+        kept = set() if self._earlier is None else {row["id"] for row in self._earlier.kept}
+        return Counter(row["status"] for row in self.rows if row["id"] in self.measured or row["id"] in kept)
 
     def phases(self, case: Case) -> Any:
         """Progress callback for the phases of ``case``."""
@@ -201,6 +223,8 @@ class Reporter:
         row, environment = payload["record"], payload["environment"]
         if self._earlier is not None:
             self._earlier.require_same_case(row, environment)
+        if (disturbed := self._alone.warning(row)) is not None:
+            row["warnings"].append(disturbed)
         store = self._open(row, environment)
         store.require_in_place()
         if payload["tokens"]:

@@ -107,6 +107,10 @@ def begin(config: pytest.Config) -> None:
     if options.of(SweepOptions).plan:
         # nothing is measured, so nothing is spread
         config.option.dist, config.option.tx = "no", []
+    elif options.of(SweepOptions).cluster is not None:
+        from .cluster_controller import ClusterController
+
+        plugins.register(ClusterController(config, reporter), "kvsuite-cluster")
     elif config.getoption("dist", default="no") != "no":
         config.stash[WORKERS] = WorkerGuard(config, reporter)
         plugins.register(config.stash[WORKERS], "kvsuite-workers")
@@ -186,6 +190,7 @@ def _check(options: Options) -> None:
         except UnusableSuite as fault:
             # what it would have refused is found out by its cases
             warn(str(fault))
+    options.of(SweepOptions).check(options.given)
     common = options.of(CommonOptions)
     rules_of(options)
     if "model" in options.given:
@@ -308,13 +313,16 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     if not config.stash[OPTIONS].of(SweepOptions).plan or is_worker(config):
         return None
     from kvsuite.console import console_text, console_width
+    from kvsuite.distribution.node_plan import nodes_table
     from kvsuite.distribution.plan import plan_table
 
     cases = [case for item in session.items if (case := case_of(config, item)) is not None]
     workers = int(config.getoption("numprocesses", default=None) or 1)
     terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
     try:
-        table = plan_table(cases, config.stash[OPTIONS], workers=workers)
+        options = config.stash[OPTIONS]
+        elsewhere = options.of(SweepOptions).nodes is not None
+        table = nodes_table(cases, options) if elsewhere else plan_table(cases, options, workers=workers)
     except UserError as error:
         raise pytest.UsageError(f"kvsuite: {error}") from error
     if terminal is not None:

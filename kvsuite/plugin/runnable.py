@@ -54,4 +54,6 @@ def require_runnable(config: pytest.Config, cases: Iterable[Case]) -> None:
 
 def _may_lack(options: Options) -> bool:
     """Whether it is worth asking: the usual engines are there, and so is a CPU, whose torch need not be loaded."""
+    if options.of(SweepOptions).cluster is not None:
+        return False  # nodes are asked, and refused one by one
     return "engine" in options.given or resolve_device(options.of(CommonOptions).device) != "cpu"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvsuite.options.resolve import Options
     from kvsuite.survival.black_box import BlackBox
 
+    from .arrived_rows import ArrivedRows
     from .signals import Signals
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
@@ -26,7 +27,9 @@ UNASKED: pytest.StashKey[list[str]] = pytest.StashKey()
 #: the selected cases, in the order of their space
 PLANNED: pytest.StashKey[Sequence[Case]] = pytest.StashKey()
 ORDER_SEED: pytest.StashKey[int] = pytest.StashKey()
-RUNNER: pytest.StashKey[CaseRunner] = pytest.StashKey()
+RUNNER: pytest.StashKey[CaseRunner | ArrivedRows] = pytest.StashKey()
+#: what gives a test its row where workers of a cluster measure
+CLUSTER: pytest.StashKey[ArrivedRows] = pytest.StashKey()
 MEASURED: pytest.StashKey[Measured] = pytest.StashKey()
 #: why the run cannot go on, found by a worker of xdist
 USAGE_ERROR: pytest.StashKey[str] = pytest.StashKey()

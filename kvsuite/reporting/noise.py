@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from .aggregate import Row, ci_half_width, entry, value
+from .machines import machine_of
 
 #: stands before a difference that may be chance
 MARK = "≈"
@@ -29,10 +30,13 @@ def is_uncertain(row: Row, metric: str) -> bool:
 def inside_noise(row: Row, other: Row, metric: str) -> bool:
     """Whether two cases differ in a timed number by no more than their 95 % intervals together, or have none.
 
-    A difference of independent numbers is as uncertain as the root of the sum of their squared intervals.
+    A difference of independent numbers is as uncertain as the root of the sum of their squared intervals; of times of two
+    machines none is known.
     """
     mine, theirs = value(row, metric), value(other, metric)
     if mine is None or theirs is None or not is_timed(row, metric):
         return False
+    if machine_of(row) != machine_of(other):
+        return True
     halves = ci_half_width(row, metric), ci_half_width(other, metric)
     return None in halves or abs(mine - theirs) <= math.hypot(*(half or 0.0 for half in halves))

@@ -9,6 +9,7 @@ from kvsuite import console
 from kvsuite.metrics.registry import is_builtin, metric_of
 
 from .aggregate import Row, ci_half_width, entry, failure, missing_reason, value
+from .machines import has_several_machines, machine_of
 
 MISSING = "n/a"
 #: what the spread columns of every suite mean
@@ -64,7 +65,9 @@ def own_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def case_table(head: str, labelled: Mapping[str, Row], columns: Sequence[Column]) -> console.Sheet:
-    """A line a case: its numbers, or how it ended without."""
+    """A line a case: its numbers, or how it ended without; and the machine that its times are of, where there are several."""
+    if has_several_machines(labelled.values()):
+        columns = [*columns, Column("", 20, title="Machine", cell=machine_of)]
     return console.Sheet(
         head,
         [console.Column(column.heading, column.width) for column in columns],

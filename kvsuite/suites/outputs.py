@@ -10,6 +10,8 @@ from kvsuite.console import console_text, stacked
 from kvsuite.errors import UserError
 from kvsuite.reporting.aggregate import Row, in_space_order
 from kvsuite.reporting.gathered_csv import header_of
+from kvsuite.reporting.machines import MEANING as MACHINES
+from kvsuite.reporting.machines import has_several_machines
 from kvsuite.reporting.report import assemble_report, report_bytes
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import REPORT_FILE
@@ -39,7 +41,8 @@ def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:
     partial = (
         [f"partial: {len(rows)} of {cases} cases have a record"] if cases is not None and len(rows) < cases else []
     )
-    return stacked(*tables, partial)
+    machines = [MACHINES] if has_several_machines(rows) else []
+    return stacked(*tables, [*machines, *partial])
 
 
 def run_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,3 +59,13 @@ def crashed_row(entry: Mapping[str, Any], cause: Cause) -> dict[str, Any]:
     row["duration_s"] = time.monotonic() - float(entry["began"])
     row["error"] = {"type": cause.kind, "message": cause.reason, "phase": entry["phase"], "traceback": None}
     return row
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is gone, so that no orphan keeps a GPU (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -15,7 +15,7 @@ from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, read_records
 from kvsuite.store.validate import validate
 
-from .settings import differences, known_machine, machine_differences, metric_differences
+from .settings import differences, known_machine, machine_differences, metric_differences, software_differences
 
 LATEST = "latest"
 _UNREADABLE = "unreadable"
@@ -91,7 +91,9 @@ class EarlierRun:
         UserError
             Naming what differs.
         """
-        found = machine_differences(known_machine(self.run), environment)
+        # a cluster has many machines, and a row names its own
+        differ = software_differences if "node" in row["effective"] else machine_differences
+        found = differ(known_machine(self.run), environment)
         model, text = row["model"].get("revision"), (row["dataset"] or {}).get("text_hash")
         for what, known, key, new in (
             ("model", self._models, row["case"]["model"], model),

@@ -12,8 +12,8 @@ from kvsuite.store.records_file import code_of
 #: options that decide what a run does with its cases, and nothing of what a case measures
 _OTHER_PURPOSES = frozenset(
     {
-        "report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card", "compare", "fail",
-        "mlc_timeout", "mlc_compile_timeout",
+        "report_dir", "cache_dir", "timeout", "resume", "resume_rerun", "shard", "plan", "plan_card", "nodes",
+        "node_hours", "compare", "fail", "mlc_timeout", "mlc_compile_timeout",
     }
 )  # fmt: skip
 _PACKAGES = ("transformers", "kvpress", "bitsandbytes", "triton")
@@ -51,6 +51,21 @@ def machine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name) and not (blind and name.startswith("gpu "))
     ] + [*_engine_differences(then, now)]
+
+
+def software_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what the software that measures differs between two environments: torch, what computes beside it, engines, Python."""
+    before, after = then["packages"], now["packages"]
+    versions = [".".join(str(one["python"]).split(".")[:2]) for one in (then, now)]
+    found = [
+        _line(name, old, new)
+        for name, old, new in (
+            *((name, before.get(name), after.get(name)) for name in ("torch", *_PACKAGES)),
+            ("Python", *versions),
+        )
+        if old != new
+    ]
+    return [*found, *_engine_differences(then, now)]
 
 
 def metric_differences(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
@@ -96,6 +111,8 @@ def _engine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 def _pairs(prefix: str, then: Any, now: Any, more: set[str]) -> Iterator[str]:
     then, now = _mapping(then), _mapping(now)
     ignored = _OTHER_PURPOSES - {"shard"} | more
+    # nodes and addresses may change; whether there is a cluster decides what is beside a case
+    then, now = ({**one, "cluster": "a cluster"} if one.get("cluster") else one for one in (then, now))
     for name in dict.fromkeys([*then, *now]):
         if name in ignored or (name in then and name in now and then[name] == now[name]):
             continue

@@ -193,6 +193,17 @@ def test_other_settings_make_times_information(name: str) -> None:
     assert row.note.startswith(f"{name} 1 -> 2; ")
 
 
+def test_times_of_two_nodes_of_a_cluster_are_information_and_bytes_are_gated() -> None:
+    first, other = ({"node": {"name": name, "ip": "10.0.0.1"}} for name in "ab")
+    result = compare(side([record("a", TIMES, effective=first)]), side([record("a", SLOW, effective=other)]), DEFAULT)
+    assert (
+        verdict(result, "ttft_s").note == "node a (10.0.0.1) -> node b (10.0.0.1); times of two machines do not compare"
+    )
+    assert {row.metric: row.verdict for row in result.rows} == {"ttft_s": "information", "kv_bytes_exact": "regression"}
+    same = compare(side([record("a", TIMES, effective=first)]), side([record("a", SLOW, effective=first)]), DEFAULT)
+    assert {row.verdict for row in same.rows} == {"regression"}
+
+
 def test_pooled_gaps_are_not_rounds() -> None:
     rows = [record("a", {"itl_s": [0.01] * 50}) for _ in range(2)]
     for row in rows:

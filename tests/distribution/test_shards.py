@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sweep_rows import case
 
 from kvsuite.distribution.cost import SPEEDS, Work, seconds, units, work_of
-from kvsuite.distribution.plan import Measured, plan
+from kvsuite.distribution.plan import plan
+from kvsuite.distribution.recorded import RecordedCase
 from kvsuite.distribution.shards import assign
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
@@ -75,9 +76,8 @@ def test_every_suite_has_a_cost(cases, preset: str) -> None:
     for one in cases(options):
         work = work_of(one, options)
         assert units(work) > 0
-        for kind in SPEEDS:
-            took = seconds(work, kind, elements=10**8, weight_bytes=4 * 10**8, loads=True)
-            assert took is not None
+        for speed in SPEEDS.values():
+            took = seconds(work, speed, elements=10**8, weight_bytes=4 * 10**8, loads=True)
             assert 0 < took < 1e6
 
 
@@ -85,9 +85,9 @@ def test_a_point_that_breaks_a_rule_costs_nothing_and_loading_counts_once() -> N
     options = default_options(device="cpu", space="ctx=64;batch=1;window=off;sink=0;chunk=128")
     (broken, *_) = dse_cases(options)
     assert work_of(broken, options) == Work(0, 0)
-    first, second = (seconds(Work(1, 1), "cpu", elements=1, weight_bytes=10**9, loads=loads) for loads in (True, False))
-    assert first is not None
-    assert second is not None
+    first, second = (
+        seconds(Work(1, 1), SPEEDS["cpu"], elements=1, weight_bytes=10**9, loads=loads) for loads in (True, False)
+    )
     assert first - second == pytest.approx(10**9 / SPEEDS["cpu"].load_bytes_s)
 
 
@@ -98,15 +98,15 @@ def test_packed_weights_are_unpacked_for_every_forward_on_a_cpu() -> None:
     )
     work = work_of(dse_cases(options)[0], options)
     facts: dict[str, Any] = {"elements": 134_515_008, "loads": False}
-    dense = seconds(work, "cpu", weight_bytes=538_060_032, **facts)
-    packed = seconds(work, "cpu", weight_bytes=75_718_656, packed=True, **facts)
-    assert dense is not None
-    assert packed is not None
+    dense = seconds(work, SPEEDS["cpu"], weight_bytes=538_060_032, **facts)
+    packed = seconds(work, SPEEDS["cpu"], weight_bytes=75_718_656, packed=True, **facts)
     assert 15 / 2 < dense < 15 * 2
     assert 60 / 2 < packed < 60 * 2
     # on a GPU kernels read them packed, and fewer bytes are faster
-    on_gpu = [seconds(work, "cuda", weight_bytes=size, packed=True, **facts) for size in (75_718_656, 538_060_032)]
-    assert on_gpu[0] < on_gpu[1]  # type: ignore[operator]
+    on_gpu = [
+        seconds(work, SPEEDS["cuda"], weight_bytes=size, packed=True, **facts) for size in (75_718_656, 538_060_032)
+    ]
+    assert on_gpu[0] < on_gpu[1]
 
 
 def test_a_plan_learns_from_other_cases_of_the_same_kind() -> None:
@@ -116,10 +116,9 @@ def test_a_plan_learns_from_other_cases_of_the_same_kind() -> None:
     assert {row.source for row in plain} == {"model"}
     first = plain[0]
     assert first.seconds is not None
-    known = {planned_key(first.case.to_dict()): Measured(first.case, first.seconds * 10 + 100, "a run")}
+    known = {planned_key(first.case.to_dict()): RecordedCase(first.case, first.seconds * 10 + 100, "a run")}
     learnt = plan(cases, options, known)
     assert (learnt[0].seconds, learnt[0].source) == (first.seconds * 10 + 100, "a run")
     for before, after in zip(plain[1:], learnt[1:], strict=True):
         assert after.source == "model, corrected by 1 measured cases"
         assert after.seconds > 3 * before.seconds  # type: ignore[operator]
-    assert seconds(Work(1, 1), "vulkan", elements=1, weight_bytes=1, loads=True) is None

@@ -171,3 +171,16 @@ def test_a_file_that_holds_no_image(name: str, made: Any, said: str, tmp_path: P
         np.save(tmp_path / name, made, allow_pickle=True)
     with pytest.raises(UserError, match=rf"^--kv-pipeline-image=I: {said}"):
         opened("nano").read_image(str(tmp_path / name), named="--kv-pipeline-image=I")
+
+
+def test_images_and_text_are_merged_apart_alike_on_both_engines() -> None:
+    merging: Any = {"policy": "mean_pool", "policy_params": {"factor": 2.0}, "name": "mean_pool"}
+    hf, nano = opened("hf"), opened("nano")
+    nano.prepare(case("nano", **merging))
+    together = nano.serve(requests())
+    hf.prepare(case("hf", **merging))
+    assert together.outputs == [hf.serve([one]).outputs[0] for one in requests()]
+    # text of 5, image, text of 6, image: 2 + 1 left over, 2, 3, 2
+    [last] = requests()[2:]
+    assert set(hf.memory([last]).lengths_decode) == {3 + 2 + 3 + 2 + NEW - 1}
+    assert set(nano.memory([last]).lengths_prefill) == {3 + 2 + 3 + 2}

@@ -12,6 +12,7 @@ from kvsuite.models.presets import PRESETS, build_config, preset_name
 # parameter counts that the hub shows for the published checkpoints
 PUBLISHED = {
     "Llama-3-8B": 8_030_261_248,
+    "Llama-3-70B": 70_553_706_496,
     "Llama-3.2-1B": 1_235_814_400,
     "Mistral-7B": 7_248_023_552,
     "Qwen3-0.6B": 596_049_920,

@@ -13,12 +13,14 @@ if not torch.cuda.is_available():
     pytest.skip("a side stream needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
+from compressor_weights import random_weights, written  # noqa: E402
 from decoders import fresh, greedy, prompts  # noqa: E402
 from kept_positions import turning  # noqa: E402
 from prompt_policies import EVERY  # noqa: E402
 from serving import assert_nothing_lost  # noqa: E402
 
 from kvsuite.compression import get_policy  # noqa: E402
+from kvsuite.compression.merging import CacheShape  # noqa: E402
 from kvsuite.compression.prompt_view import attention_weights  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.limits import Limits  # noqa: E402
@@ -144,3 +146,31 @@ def test_attention_weights_of_half_precision_are_added_up_in_float32(dtype, quer
     found = attention_weights(query.to(DEVICE), keys.to(DEVICE), 0.2, length - queries)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mean_pool", "mlp", "mlp_residual"])
+def test_what_is_merged_aside_is_what_is_merged_between_the_steps(name, tmp_path):
+    own = {} if name == "mean_pool" else {"weights": written(tmp_path / "w.pth", random_weights(factor=3))}
+    wanted, counters = _served(name, {"factor": 3, **own}, stage="sync")
+    assert counters.evicted_tokens == sum(2 * (length // 3) for length in LENGTHS)
+    assert _served(name, {"factor": 3, **own}, stage="async", num_blocks=20, slow=True)[0] == wanted
+    for stage in ("sync", "async"):
+        _served(name, {"factor": 3, **own}, stage=stage, watched=True, num_blocks=160)
+    # layers with a gap between them
+    skipped = {"factor": 3, "skip_layers": (1,), **own}
+    _served(name, skipped, stage="async", watched=True, num_blocks=160)
+
+
+def test_merged_vectors_are_those_of_the_cpu(tmp_path):
+    policy = get_policy("mlp", factor=3, weights=written(tmp_path / "w.pth", random_weights(factor=3)))
+    keys, values = torch.randn(2, 3, 2, 40, 16, generator=torch.Generator().manual_seed(1))
+    shape = CacheShape(
+        model="x", revision=None, layers=3, head_dims=frozenset({16}), device=torch.device("cpu"), dtype=torch.float32
+    )
+    policy.prepare(shape)
+    wanted = policy.merge(keys, values, range(3), ((0, 13),))
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        policy.prepare(replace(shape, device=DEVICE, dtype=dtype))
+        found = policy.merge(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), range(3), ((0, 13),))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.float().cpu(), other, atol=tolerance, rtol=tolerance)

@@ -39,6 +39,8 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # another value than the default for each option, as typed and as resolved
 OTHER: dict[str, tuple[str, Any]] = {
+    "cluster": ("ray://head:10001", "ray://head:10001"),
+    "cluster-cores": ("8", 8),
     "model": ("dummy:tiny", "dummy:tiny"),
     "device": ("vulkan:1", "vulkan:1"),
     "dtype": ("bf16", "bfloat16"),
@@ -159,12 +161,15 @@ OTHER: dict[str, tuple[str, Any]] = {
     "report-dir": ("/tmp/runs", "/tmp/runs"),
     "compare": ("reports/run_1", "reports/run_1"),
     "fail": ("default, peak_vram:+2%", "default, peak_vram:+2%"),
+    "compressor-path": ("weights.pth", "weights.pth"),
     "cache-dir": ("/tmp/cache", "/tmp/cache"),
     "timeout": ("60", 60.0),
     "resume": ("latest", "latest"),
     "resume-rerun": ("oom,error", ("oom", "error")),
     "shard": ("2/3", Shard(2, 3)),
     "plan": ("true", True),
+    "nodes": ("8xH200,2xL40S", "8xH200,2xL40S"),
+    "node-hours": ("24", 24.0),
     "plan-card": ("24GiB", "24GiB"),
     "preset": ("original", "original"),
 }
@@ -290,7 +295,7 @@ FREE_TEXT = {
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
-    "vllm-attention-backend",
+    "vllm-attention-backend", "compressor-path", "pipeline-image",
 }  # fmt: skip
 
 

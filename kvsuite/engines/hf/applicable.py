@@ -13,9 +13,11 @@ from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.cache_formats.cache_format import undivided
 from kvsuite.cache_formats.chosen_format import HqqFormat
 from kvsuite.compression.base import Policy
+from kvsuite.compression.merging import CacheShape, Merging, unmerged
 from kvsuite.engines.cache_compression import CacheCompression
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.models.layers import Layer, ModelLayers
+from kvsuite.models.load import LoadedModel
 
 from .decoder import CachedDecoder
 from .hqq_cache import require_hqq
@@ -63,7 +65,7 @@ def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[in
         )
     if policy.positions == "cache" and of.learned_length is not None:
         raise CaseInvalid("positions=cache needs a model with one rotary embedding; use --kv-positions=original")
-    looks = policy.needs.prompt or not policy.shared_across_heads
+    looks = policy.needs.prompt or policy.merges or not policy.shared_across_heads
     if looks and any(layer.latent for layer in layers):
         raise CaseInvalid(
             f"policy {policy.name} looks at keys, and this model's cache stores latents (MLA); use one that goes by positions"
@@ -73,7 +75,7 @@ def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[in
         raise CaseInvalid(
             "positions=cache: this model's cache stores latents (MLA) or keys made of them; use --kv-positions=original"
         )
-    if looks and len({layer.kv_heads for layer in layers}) > 1:
+    if looks and not policy.merges and len({layer.kv_heads for layer in layers}) > 1:
         raise CaseInvalid(
             f"policy {policy.name} decides for each head, and layers of this model have different numbers of heads"
         )
@@ -84,6 +86,29 @@ def refuse_policy(policy: Policy, decoder: CachedDecoder, treated: Collection[in
         )
     if policy.needs.query_statistics is not None and not all(layer.rotary for layer in layers):
         raise CaseInvalid(f"policy {policy.name} predicts rotations, and layers of this model rotate nothing")
+
+
+def prepare_merging(policy: Policy, loaded: LoadedModel, of: ModelLayers, treated: Collection[int]) -> None:
+    """Make a policy that merges ready for the layers it acts on; nothing for others.
+
+    Raises
+    ------
+    CaseInvalid
+        If it is not for this model.
+    """
+    if not isinstance(policy, Merging):
+        return
+    layers = [of.layers[index] for index in treated]
+    policy.prepare(
+        CacheShape(
+            model=loaded.spec.label,
+            revision=loaded.spec.revision,
+            layers=len(of.layers),
+            head_dims=frozenset(width for layer in layers for width in (layer.key_dim, layer.value_dim)),
+            device=loaded.device,
+            dtype=loaded.dtype,
+        )
+    )
 
 
 def refuse_press(name: str, decoder: CachedDecoder, span: int) -> None:
@@ -138,6 +163,8 @@ def refuse_format(chosen: OwnFormat, decoder: CachedDecoder, method: CacheCompre
             f"{asked}: policy {method.policy.name} removes tokens, and groups per channel hold {chosen.token_group} of them "
             "together; use a format whose tokens are packed on their own (int4, int8, fp8_e4m3)"
         )
+    if method.policy is not None and method.policy.merges:
+        raise CaseInvalid(unmerged(asked, method.policy))
     if bounded := decoder.bounded_layers(span):
         raise CaseInvalid(
             f"{asked}: {_what(of, bounded)} of the model see less than the {span} tokens of the case, or carry states, and are "

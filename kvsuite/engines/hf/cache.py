@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvsuite.compression.base import Policy
+from kvsuite.compression.base import ImageSpans, Policy
 from kvsuite.engines.rotary import Rotary
 
 from .cache_store import CopyStore, RingStore, Store
@@ -145,6 +145,11 @@ class EvictionCache(Cache):  # type: ignore[misc]
         assert self.rotary is not None
         self.rotary.table(int(positions.max()) + 1)
         return self.rotary.rotate(vectors, positions)
+
+    def set_images(self, images: ImageSpans) -> None:
+        """Say where image tokens stand in the prompt that comes next: policies that merge treat them apart."""
+        for group in self.groups:
+            group.images = images
 
     def begin(self, tokens: int) -> Tensor:
         """Prepare for a forward pass over ``tokens`` new tokens and return their position ids, int64 ``[1, tokens]``."""

@@ -16,6 +16,7 @@ from kvsuite.compression.base import Policy
 from kvsuite.engines.decoder import Decoder
 from kvsuite.engines.rotary import Rotary, forget_longer_sequences
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.images import image_places, image_shape, image_spans
 
 from .attention import showing
 from .cache import EvictionCache, Implementation
@@ -42,6 +43,9 @@ class CachedDecoder(Decoder):
         ``pixels`` ``[n, 3, height, width]`` are images whose features stand where ``ids`` has the model's image tokens.
         Positions are always given: a model left to itself takes the cache's length for the position.
         """
+        if pixels is not None and isinstance(cache, EvictionCache):
+            shape = image_shape(self.model.config.to_dict())
+            cache.set_images(image_spans(shape, image_places(shape, ids[0].tolist())))
         positions = cache.begin(ids.shape[1])
         placed = {"position_ids": positions} if self.takes_positions else {}
         if ids.shape[1] == 1 and self._is_masked_at_once and cache.is_uneven:

@@ -220,11 +220,14 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         if cache.on_interval:
             cache.on_interval(True)
         keep = self.group.enter_prompt(self.index, keys, views)
+        made = self.group.merge(self.index, own, values)
         if keep is not None:
-            self.store.load(gather(own, keep), gather(values, keep))
+            made = gather(own, keep), gather(values, keep)
+        if made is not None:
+            self.store.load(*made)
         if cache.on_interval:
             cache.on_interval(False)
-        if keep is None:
+        if made is None:
             self.store.append(own, values, 0, None)
         if self.residual is not None:
             self.residual.keep(own, values, 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.base import CacheView, ImageSpans, Policy
+from kvsuite.compression.merging import Merging
 from kvsuite.compression.prompt_view import PromptView
 from kvsuite.engines.decoder import refuse_while_capturing
 
@@ -70,6 +71,8 @@ class LayerGroup:
         self.hole: Hole = None
         self.done = False
         self._incoming = 0
+        #: where image tokens stand in the prompt that comes next, for a policy that merges
+        self.images: ImageSpans = ()
 
     @property
     def length(self) -> int:
@@ -114,7 +117,7 @@ class LayerGroup:
             Slots that stay, ``[k]`` or ``[batch, heads, k]``; ``None`` keeps all.
         """
         policy, tokens = self.policy, keys.shape[2]
-        if policy is None:
+        if policy is None or policy.merges:
             return None
         acts = policy.due(step=tokens, done=False, prompt=True) and policy.size_after(tokens) < tokens
         keep: Tensor | None = None
@@ -137,6 +140,18 @@ class LayerGroup:
             self._positions[:kept] = positions if keep is None else keep
         self._ranks[..., :kept] = torch.arange(kept, device=self._device)
         return keep
+
+    def merge(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What stands in layer ``index`` for a prompt's keys and values ``[batch, heads, n, head_dim]``.
+
+        ``None`` where the policy merges nothing of it, or does not merge at all.
+        """
+        policy, tokens = self.policy, keys.shape[2]
+        if not isinstance(policy, Merging) or policy.size_of_prompt(tokens, self.images) == tokens:
+            return None
+        merged = policy.merge(keys[None], values[None], [self.layers[index]], self.images)
+        self._grow(merged[0].shape[3])
+        return merged[0][0], merged[1][0]
 
     def score(self, index: int, keys: Tensor) -> None:
         """Remember the scores of layer ``index``'s new tokens."""
@@ -175,7 +190,7 @@ class LayerGroup:
             return
         due = policy.due(step=seen, done=self.done, prompt=prompt)
         if prompt:
-            self.slots = policy.size_after(tokens) if due else tokens
+            self.slots = policy.size_of_prompt(tokens, self.images) if due else tokens
             self.done = self.slots < tokens
             return
         self.slots += tokens if self.hole is None else 0

@@ -40,6 +40,7 @@ from kvsuite.workloads.windows import Window
 from .answering import answer_questions
 from .applicable import (
     check_layers,
+    prepare_merging,
     refuse_attention,
     refuse_foreign,
     refuse_format,
@@ -118,6 +119,7 @@ class HfSession(LoadedSession):
         self.decoder.set_attention(attention)
         if policy:
             refuse_policy(policy, self.decoder, self._treated, span)
+            prepare_merging(policy, self._loaded, self.decoder.of_layers, self._treated)
         stored = format_of(case)
         chosen = stored if isinstance(stored, OwnFormat) else None
         if isinstance(stored, HqqFormat):

@@ -9,6 +9,7 @@ from kvsuite.cache_formats.chosen_format import format_of
 from kvsuite.cache_formats.ggml_format import GGML_TYPES, GgmlFormat
 from kvsuite.case import Case
 from kvsuite.engines.engine import Engine, EngineSettings
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
 from kvsuite.meters.environment import installed_versions
@@ -68,6 +69,12 @@ class LlamacppEngine(Engine):
             raise CaseInvalid(
                 f"--kv-dtype={case.dtype}: llama.cpp computes in float32; leave --kv-dtype out, and give the cache's type with "
                 "--kv-cache-dtype, that of a checkpoint's weights with --kv-gguf-type"
+            )
+        plan = ServingPlan.of(case)
+        if plan is not None and (case.policy is not None or plan.lanes == 2):
+            raise CaseInvalid(
+                f"engine {self.name} keeps whole caches under load, on one lane: baseline, and chunked without compression; "
+                "use --kv-engine=nano"
             )
         if case.policy is not None and case.policy not in _POLICIES:
             raise CaseInvalid(

@@ -29,6 +29,7 @@ from kvsuite.engines.results import (
     WindowProgress,
     WindowScores,
 )
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.engines.threads import choose_threads
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import Architecture
@@ -48,6 +49,7 @@ from .scoring import WindowText, compare_windows, score_steps, score_together, s
 from .serving import serve_requests
 from .source import gguf_source
 from .stream import Stream
+from .under_load import sequences_of, serve_under_load
 
 #: types of keys that its context shift was seen to rotate; for bf16 it ends the process
 SHIFTED = ("f32", "f16", "q8_0", "nvfp4")
@@ -83,6 +85,7 @@ class LlamacppSession(Session):
         self._method = CacheCompression()
         self._format, self._point, self._longest = FULL, False, 0
         self._chunk, self._batch = _BATCH, 1
+        self._plan: ServingPlan | None = None
         size = self._model.weights_bytes
         self.model = {
             "label": source.spec.label,
@@ -150,7 +153,8 @@ class LlamacppSession(Session):
         length, new_tokens = (int(workload.get(name, 1)) for name in ("prompt_tokens", "max_new_tokens"))
         if self._point:
             self._longest = int(case.params["context"])
-        context = self._serving(length, new_tokens, self._batch)
+        self._plan = ServingPlan.of(case)
+        context = self._serving(length, new_tokens, self._batch) if self._plan is None else self._loaded(self._plan)
         policy = self._policy
         self.effective = {
             "device": "cpu",
@@ -164,10 +168,22 @@ class LlamacppSession(Session):
             "skip_layers": [],
             "frees_memory": True,
         } | context.effective
+        self.inert.pop("prefix_caching", None)
+        if self._plan is not None:
+            settings = context.settings
+            blocks = settings.sequences * settings.cells // BLOCK_TOKENS
+            self.effective |= {"num_blocks": blocks, "block_size": BLOCK_TOKENS}
+            if self._plan.prefix_caching:
+                self.inert["prefix_caching"] = "sequences share no cells here"
 
     def serve(self, requests: Sequence[ServeRequest], clock: Clock | None = None) -> Served:
         refuse_load(requests, "llamacpp")
         return serve_requests(self._for(requests), requests, clock, policy=self._policy)
+
+    def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+        if self._plan is None:
+            raise CaseInvalid("engine llamacpp serves requests by their arrivals in cases that have a plan of a pool")
+        return serve_under_load(self._loaded(self._plan), self._plan, requests, concurrency=concurrency)
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         refuse_load(requests, "llamacpp")
@@ -297,6 +313,7 @@ class LlamacppSession(Session):
         self._close_contexts()
         self._method, self._format = CacheCompression(), FULL
         self._point, self._longest, self._chunk, self._batch = False, 0, _BATCH, 1
+        self._plan = None
 
     def close(self) -> None:
         self._close_contexts()
@@ -331,6 +348,16 @@ class LlamacppSession(Session):
             ContextSettings(
                 tokens=self._longest, sequences=sequences, batch=self._chunk, micro_batch=self._own.ubatch,
                 format=self._format, flash_attention=self._own.flash_attention, threads=self._threads,
+            )
+        )  # fmt: skip
+
+    def _loaded(self, plan: ServingPlan) -> Context:
+        """The context of a plan: as many sequences as its pool holds."""
+        return self._context(
+            ContextSettings(
+                tokens=plan.max_model_len, sequences=sequences_of(plan, self._bytes(1)), batch=plan.step_tokens,
+                micro_batch=self._own.ubatch, format=self._format, flash_attention=self._own.flash_attention,
+                threads=self._threads,
             )
         )  # fmt: skip
 

@@ -1,17 +1,24 @@
-"""Losses of token windows from vLLM's log-probabilities of prompts."""
+"""Losses from vLLM's log-probabilities of prompts: of token windows, and of a text whose every token is a step."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvsuite.engines.results import WindowProgress, WindowScores
+import numpy as np
+
+from kvsuite.engines.results import TakeRow, WindowProgress, WindowScores
 from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.token_rows import require_rows
 from kvsuite.workloads.windows import Window, merge_windows, target_positions, window_inputs
 
 #: what is asked: sequences of ``tokens``, each with the index of its ``first`` scored token; ``nll`` and ``top1`` come back
 AskScores = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+#: what is asked: the index of a row and a number of rows; ``rows`` come back
+AskRows = Callable[[int, int], dict[str, Any]]
+# rows of the whole vocabulary of an answer: about 20 MB of text
+_ROWS = 32
 
 
 def score_windows(
@@ -70,3 +77,28 @@ def score_windows(
         scores, sum(map(len, sequences)) - len(sequences), len(passes),
         {"head": "vLLM's prompt log-probabilities", "batch_windows": min(at_once, len(passes))},
     )  # fmt: skip
+
+
+def text_scores(ask: AskScores, tokens: Sequence[int], first: int, vocabulary: int) -> TokenScores:
+    """Losses of ``tokens[first:]``, as the engine that is asked feeds them.
+
+    Raises
+    ------
+    CaseInvalid
+        If a token id lies outside the vocabulary.
+    """
+    require_rows(tokens, vocabulary)
+    known = [int(token) for token in tokens]
+    [found] = ask([{"tokens": known, "first": first}])
+    return TokenScores(known[first:], list(range(first, len(known))), found["nll"], found["top1"])
+
+
+def take_rows(ask: AskRows, take: TakeRow, count: int, vocabulary: int) -> None:
+    """Hand out the rows behind the losses that were asked for last, as log-probabilities ``[1, vocabulary]``."""
+    import torch
+
+    for first in range(0, count, _ROWS):
+        size = min(_ROWS, count - first)
+        found = np.frombuffer(base64.b64decode(ask(first, size)["rows"]), dtype="<f4").reshape(size, vocabulary)
+        for at, row in enumerate(torch.from_numpy(found.astype(np.float32))):
+            take(first + at, row[None])

@@ -6,34 +6,67 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import refuse_load
 from kvsuite.engines.engine import EngineSettings, Session
-from kvsuite.engines.results import MemoryPass, Reach, Served, ServeRequest, WindowProgress, WindowScores
+from kvsuite.engines.results import (
+    MemoryPass,
+    Reach,
+    Served,
+    ServeRequest,
+    TakeRow,
+    TokenProgress,
+    WindowProgress,
+    WindowScores,
+)
+from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid
 from kvsuite.memory_model.config import Architecture, architecture_of
 from kvsuite.memory_model.formats import ELEMENT_BYTES, nano_format
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.memory import DriverMeter, peak_resident_set
+from kvsuite.meters.quality import TokenScores
 from kvsuite.models.load import load_tokenizer, tokenizer_hash
 from kvsuite.models.resolve import resolve_model
 from kvsuite.quantization.registry import NONE
 from kvsuite.workloads.windows import Window
 
 from .install import VllmInstall
-from .limits import VllmLimits, point_reach
-from .memory_model import BLOCK_TOKENS, VllmMemory, pool_unknown
+from .limits import VllmLimits, plan_blocks, point_reach
+from .memory_model import BLOCK_TOKENS, NULL_BLOCKS, VllmMemory, pool_unknown
 from .model_folder import checkpoint_dtype, is_quantised, model_folder
 from .options import VllmOptions
-from .scoring import score_windows
+from .scoring import score_windows, take_rows, text_scores
 from .serving import memory_pass, served_requests
 from .stamped_clock import StepClock
 from .start_log import started
 from .stored_format import element_bytes, stored_format
+from .under_load import require_plain, served_under_load
 from .worker_process import VllmWorker
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What makes another engine.
+
+    Parameters
+    ----------
+    limits
+        See there.
+    stored
+        vLLM's name of the format of keys and values.
+    gives_rows
+        Whether log-probabilities of the whole vocabulary are wanted; it serves nobody then.
+    """
+
+    limits: VllmLimits
+    stored: str
+    gives_rows: bool = False
 
 
 class VllmSession(Session):
@@ -120,6 +153,23 @@ class VllmSession(Session):
             "weight_format": NONE,
             "threads": self._settings.threads,
         }
+        plan = ServingPlan.of(case)
+        self.inert.pop("prompts_first", None)
+        if plan is None:
+            return
+        if plan.stage != "none" or plan.lanes == 2:
+            raise CaseInvalid("engine vllm has no compression stage and one lane; use --kv-engine=nano")
+        if self._own.vllm_pool_bytes is not None:
+            raise CaseInvalid(
+                f"--kv-vllm-pool-bytes={self._own.vllm_pool_bytes}: under load every engine and variant has the pool of "
+                "--kv-pool-blocks or --kv-pool-bytes; give one of these"
+            )
+        memory = self._memory_model()
+        # the plan's pool; vLLM says them again when it has started, with block 0
+        blocks = plan_blocks(plan, block_tokens=self._block_tokens, block_bytes=memory.block_bytes * memory.cards)
+        self.effective |= {"num_blocks": blocks, "block_size": self._block_tokens}
+        if plan.prompts_first:
+            self.inert["prompts_first"] = "vLLM feeds prompts beside decoding requests, up to --kv-step-tokens a step"
 
     def clock(self, usual: Clock) -> Clock:
         return StepClock()
@@ -128,6 +178,11 @@ class VllmSession(Session):
         refuse_load(requests, "vllm")
         self._require_batch(requests)
         return served_requests(self._ask("serve", requests=_sent(requests)), requests, timed=clock is not None)
+
+    def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
+        require_plain(requests, concurrency)
+        asked = [sent | {"arrival_s": one.arrival_s} for sent, one in zip(_sent(requests), requests, strict=True)]
+        return served_under_load(self._ask("load", requests=asked, concurrency=concurrency), requests)
 
     def memory(self, requests: Sequence[ServeRequest]) -> MemoryPass:
         self._require_batch(requests)
@@ -145,6 +200,49 @@ class VllmSession(Session):
         if found.reported["pool_bytes"] != found.predicted["pool_bytes"]:
             found.warnings.append(
                 f"the pools hold {found.reported['pool_bytes']} bytes, {found.predicted['pool_bytes']} were predicted"
+            )
+        return found
+
+    def score(
+        self, tokens: Sequence[int], protocol: str, prefix: int, progress: TokenProgress | None = None
+    ) -> TokenScores:
+        return self._scored(tokens, protocol, prefix, stored_format(self._case), None)
+
+    def score_reference(self, tokens: Sequence[int], first: int) -> TokenScores:
+        served = VllmLimits.of(self._case)
+        # the engine that serves takes the text where it is of the model's dtype and long enough
+        limits = served if served.max_model_len >= len(tokens) else replace(served, max_model_len=len(tokens))
+        return text_scores(
+            lambda sequences: self._ask("score", EngineKind(limits, AUTO), sequences=sequences)["scores"],
+            tokens, first, self.vocab_size,
+        )  # fmt: skip
+
+    def score_rows(
+        self,
+        tokens: Sequence[int],
+        protocol: str,
+        prefix: int,
+        take: TakeRow,
+        *,
+        full: bool,
+        progress: TokenProgress | None = None,
+    ) -> TokenScores:
+        return self._scored(tokens, protocol, prefix, AUTO if full else stored_format(self._case), take)
+
+    def _scored(
+        self, tokens: Sequence[int], protocol: str, prefix: int, stored: str, take: TakeRow | None
+    ) -> TokenScores:
+        """Losses by an engine whose every step feeds one token; the rows behind them if somebody takes them."""
+        kind = EngineKind(VllmLimits.token_by_token(len(tokens)), stored, gives_rows=True)
+        first = prefix + 1 if protocol == "prefix-continuation" else 1
+        given = {} if take is None else {"rows": True}
+        found = text_scores(
+            lambda sequences: self._ask("score", kind, sequences=sequences, **given)["scores"],
+            tokens, first, self.vocab_size,
+        )  # fmt: skip
+        if take is not None:
+            take_rows(
+                lambda at, count: self._ask("rows", kind, first=at, count=count), take, len(found.nll), self.vocab_size
             )
         return found
 
@@ -187,11 +285,12 @@ class VllmSession(Session):
             self._worker = None
         self._folder.cleanup()
 
-    def _up(self) -> VllmWorker:
-        """The worker, with an engine of the case's limits."""
-        wanted = self._arguments()
+    def _up(self, kind: EngineKind | None = None) -> VllmWorker:
+        """The worker, with an engine of such a kind, by default the one that serves the case."""
+        chosen = kind or self._serving
+        wanted = self._arguments(chosen)
         if self._running == wanted and self._worker is not None:
-            self._state()
+            self._state(chosen)
             return self._worker
         own = self._own
         if self._worker is None:
@@ -206,11 +305,11 @@ class VllmSession(Session):
         self._facts["start_s"] = time.monotonic() - begin
         self._facts |= {"import_s": self._worker.hello["import_s"]} | started(self._worker.printed()[before:])
         self._running = wanted
-        self._state()
+        self._state(chosen)
         return self._worker
 
-    def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        self._up()
+    def _ask(self, do: str, kind: EngineKind | None = None, **arguments: Any) -> dict[str, Any]:
+        self._up(kind)
         return self._ask_worker(do, **arguments)
 
     def _ask_worker(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -225,11 +324,15 @@ class VllmSession(Session):
                 self._worker = None
             raise
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self, kind: EngineKind) -> dict[str, Any]:
         """Arguments of `LLM`."""
-        case, own, memory = self._case, self._own, self._memory_model()
-        limits = VllmLimits.of(case)
+        case, own, limits, memory = self._case, self._own, kind.limits, self._memory_model(kind.stored)
+        plan = ServingPlan.of(case)
         blocks = memory.blocks(context=limits.max_model_len, sequences=limits.max_num_seqs)
+        if plan is not None:
+            blocks = NULL_BLOCKS + plan_blocks(
+                plan, block_tokens=self._block_tokens, block_bytes=memory.block_bytes * memory.cards
+            )
         given: dict[str, Any] = {
             "model": self._model,
             "skip_tokenizer_init": True,
@@ -240,7 +343,7 @@ class VllmSession(Session):
             "max_num_batched_tokens": limits.max_num_batched_tokens,
             "enable_prefix_caching": limits.enable_prefix_caching,
             "block_size": self._block_tokens,
-            "kv_cache_dtype": stored_format(case),
+            "kv_cache_dtype": kind.stored,
             "kv_cache_memory_bytes": own.vllm_pool_bytes or blocks * memory.block_bytes,
             # the pool is given: what else there is decides itself whether it fits
             "gpu_memory_utilization": 0.05,
@@ -250,6 +353,9 @@ class VllmSession(Session):
             "disable_log_stats": False,
             "seed": 0,
         }
+        if kind.gives_rows:
+            # log-probabilities of the whole vocabulary; and no capture of a step that nobody times
+            given |= {"max_logprobs": -1, "enforce_eager": True}
         if own.vllm_attention_backend is not None:
             given["attention_backend"] = own.vllm_attention_backend
         return given
@@ -287,7 +393,12 @@ class VllmSession(Session):
                 f"{', '.join(hello['backends'])}"
             )
 
-    def _state(self) -> None:
+    @property
+    def _serving(self) -> EngineKind:
+        """The engine that serves the case."""
+        return EngineKind(VllmLimits.of(self._case), stored_format(self._case))
+
+    def _state(self, kind: EngineKind) -> None:
         """Say what vLLM really set, and refuse a case that is not what its name says.
 
         Raises
@@ -297,16 +408,19 @@ class VllmSession(Session):
         """
         facts, cards = self._facts, self._facts["cards"]
         formats, backends = ({name for card in cards for name in card[kind]} for kind in ("kv_formats", "backends"))
-        self.effective |= {name: value for name, value in facts.items() if name not in ("cards", "eager", "captured")}
-        self.effective |= {
-            "decode_step": "eager" if facts["eager"] or facts["captured"] == "NONE" else "cuda_graph",
-            "cudagraph_mode": facts["captured"],
-            "attention": ",".join(sorted(backends)),
-            "kv_tensors": sorted({name for card in cards for name in card["kv_tensors"]}),
-            "vllm": self._install.vllm,
-        }
-        asked = stored_format(self._case)
-        if formats - {asked} and asked != "auto":
+        if kind.gives_rows:
+            self.effective["scored"] = "every token a step of its own, eager"
+        # of an engine that scores alone nothing else is the case's
+        if kind == self._serving:
+            self.effective |= {name: facts[name] for name in facts if name not in ("cards", "eager", "captured")} | {
+                "decode_step": "eager" if facts["eager"] or facts["captured"] == "NONE" else "cuda_graph",
+                "cudagraph_mode": facts["captured"],
+                "attention": ",".join(sorted(backends)),
+                "kv_tensors": sorted({name for card in cards for name in card["kv_tensors"]}),
+                "vllm": self._install.vllm,
+            }
+        asked = kind.stored
+        if formats - {asked} and asked != AUTO:
             raise CaseInvalid(f"--kv-cache-dtype={asked}: vLLM stored {', '.join(sorted(formats))} instead")
         backend = self._own.vllm_attention_backend
         if backend is not None and backends != {backend}:
@@ -320,10 +434,11 @@ class VllmSession(Session):
         if len(requests) > most:
             raise CaseInvalid(f"{len(requests)} requests for an engine of {most} sequences; raise the batch")
 
-    def _memory_model(self) -> VllmMemory:
+    def _memory_model(self, stored: str | None = None) -> VllmMemory:
+        size = element_bytes(stored or stored_format(self._case), ELEMENT_BYTES[self._dtype])
         return VllmMemory(
-            self._architecture, self._dtype, element_bytes(stored_format(self._case), ELEMENT_BYTES[self._dtype]),
-            self._block_tokens, self._own.vllm_tensor_parallel_size, self._own.vllm_pool_bytes,
+            self._architecture, self._dtype, size, self._block_tokens, self._own.vllm_tensor_parallel_size,
+            self._own.vllm_pool_bytes,
         )  # fmt: skip
 
     @property

@@ -6,13 +6,14 @@ process and ends with it, so that nothing of one engine is left for the next, on
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 # engine and scheduler in this process, so that step() is the step; and no report to anybody
@@ -56,6 +57,10 @@ class Steps:
     def clear(self) -> None:
         self.plans: list[dict[str, int]] = []
         self.cached: dict[str, int] = {}
+        #: of each request: when it was first given blocks, tokens that were fed as its prompt, how often they were taken away
+        self.admitted: dict[str, float] = {}
+        self.fed: dict[str, int] = {}
+        self.taken: dict[str, int] = {}
         self.preempted = self.computed_prompt = self.computed_decode = 0
 
     def _scheduled(self, *args: Any, **named: Any) -> Any:
@@ -65,6 +70,7 @@ class Steps:
         for one in new:
             computed[one.req_id] = one.num_computed_tokens
             self.cached.setdefault(one.req_id, one.num_computed_tokens)
+            self.admitted.setdefault(one.req_id, time.perf_counter())
         prompt = decode = 0
         for name, count in plan.num_scheduled_tokens.items():
             # one token behind the prompt is a decode step; more are a preempted request that is computed again
@@ -72,6 +78,9 @@ class Steps:
                 decode += 1
             else:
                 prompt += count
+                self.fed[name] = self.fed.get(name, 0) + count
+        for name in plan.preempted_req_ids or ():
+            self.taken[name] = self.taken.get(name, 0) + 1
         if plan.num_scheduled_tokens:
             pool = self._scheduler.kv_cache_manager.block_pool
             self.computed_prompt += prompt
@@ -100,6 +109,58 @@ class Steps:
             "decode_steps": len(decoding),
             "largest_batch": max((plan["decode_tokens"] for plan in self.plans), default=0),
         }
+
+
+class VocabularyRows:
+    """Log-probabilities of the whole vocabulary behind a prompt, taken where vLLM would make an object of each.
+
+    Parameters
+    ----------
+    vocabulary
+        Of the model.
+
+    Attributes
+    ----------
+    kept
+        Once it has ended, ``[scored tokens, vocabulary]``.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+        self._parts: list[Any] = []
+
+    def __enter__(self) -> None:
+        from vllm.v1.engine.logprobs import LogprobsProcessor
+
+        self._processor, self._update = LogprobsProcessor, LogprobsProcessor._update_prompt_logprobs
+
+        def update(processor: Any, tensors: Any) -> None:
+            ids, values, *rest = tensors
+            self._parts.append(self._by_token(ids[:, 1:].numpy(), values[:, 1:].numpy()))
+            # the first one is the token of the prompt
+            self._update(processor, type(tensors)(ids[:, :1], values[:, :1], *rest))
+
+        LogprobsProcessor._update_prompt_logprobs = update
+
+    def __exit__(self, *_: object) -> None:
+        self._processor._update_prompt_logprobs = self._update
+
+    def end(self, first: int, last: dict[int, float]) -> None:
+        """Keep what is behind the tokens from ``first`` on, the last one, which was chosen, among them."""
+        import numpy
+
+        ids, values = numpy.array([list(last)]), numpy.array([list(last.values())], dtype=numpy.float32)
+        self.kept = numpy.concatenate([*self._parts, self._by_token(ids, values)])[first - 1 :]
+        self._parts.clear()
+
+    def _by_token(self, ids: Any, values: Any) -> Any:
+        import numpy
+
+        if ids.shape[1] != self._vocabulary:
+            raise ValueError(f"log-probabilities of {ids.shape[1]} tokens, and the vocabulary has {self._vocabulary}")
+        rows = numpy.empty(ids.shape, dtype=numpy.float32)
+        numpy.put_along_axis(rows, ids.astype(numpy.int64), values, axis=1)
+        return rows
 
 
 def card_facts(worker: Any) -> dict[str, Any]:
@@ -169,6 +230,7 @@ class Engine:
         self.core = self.engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.steps = Steps(self.scheduler)
+        self._rows: VocabularyRows | None = None
         #: what the scheduler calls requests, by our names
         self._inside: dict[str, str] = {}
 
@@ -235,6 +297,62 @@ class Engine:
             "plans": {name: [plan[name] for plan in self.steps.plans] for name in (self.steps.plans or [{}])[0]},
         }
 
+    def load(self, requests: list[dict[str, Any]], concurrency: int | None) -> dict[str, Any]:
+        """Serve requests by their arrivals, in seconds after the start, or so many at a time, each as another is over.
+
+        A request enters between two steps as soon as its time has come; all times count from the start.
+        """
+        self.steps.clear()
+        order = sorted(range(len(requests)), key=lambda index: requests[index]["arrival_s"])
+        arrivals = [one["arrival_s"] for one in requests]
+        tokens: list[list[int]] = [[] for _ in requests]
+        stamps: list[list[float]] = [[] for _ in requests]
+        names, place = [""] * len(requests), {}
+        rows: list[list[float]] = []
+        entered = over = 0
+        now, step, begin = time.perf_counter, self.engine.step, time.perf_counter()
+        while over < len(requests):
+            while entered < len(requests):
+                index, at = order[entered], now() - begin
+                if arrivals[index] > at if concurrency is None else entered - over >= concurrency:
+                    break
+                if concurrency is not None:
+                    arrivals[index] = at
+                names[index] = self._add(requests[index]["prompt"], requests[index]["new_tokens"])
+                place[names[index]] = index
+                entered += 1
+            if entered == over:
+                time.sleep(max(arrivals[order[entered]] - (now() - begin), 0.0))
+                continue
+            planned, start = len(self.steps.plans), now() - begin
+            outputs = step()
+            end = now() - begin
+            for output in outputs:
+                index, new = place[output.request_id], output.outputs[0].token_ids
+                tokens[index] += new
+                stamps[index] += [end] * len(new)
+                over += bool(output.finished)
+            for plan in self.steps.plans[planned:]:
+                kinds = ("prompt_tokens", "decode_tokens", "running", "waiting", "used_blocks")
+                rows.append([start, end, *(plan[kind] for kind in kinds)])
+        own = [self._inside[name] for name in names]
+        return {
+            "requests": [
+                {
+                    "arrival_s": arrivals[index],
+                    "admitted_s": self.steps.admitted[name] - begin,
+                    "token_s": stamps[index],
+                    "tokens": tokens[index],
+                    "cached_tokens": self.steps.cached[name],
+                    "computed_prompt_tokens": self.steps.fed.get(name, 0),
+                    "preemptions": self.steps.taken.get(name, 0),
+                }
+                for index, name in enumerate(own)
+            ],
+            "steps": rows,
+            "counts": self.steps.counts(),
+        }
+
     def memory(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         """Serve the shape once and read, at each request's first and last token, what it holds."""
         self.steps.clear()
@@ -268,30 +386,41 @@ class Engine:
             "decode": decode,
         }
 
-    def score(self, sequences: list[dict[str, Any]]) -> dict[str, Any]:
+    def score(self, sequences: list[dict[str, Any]], rows: bool = False) -> dict[str, Any]:
         """Losses of the tokens from ``first`` on of each sequence, and whether each was the most probable one.
 
         All but the last token are the prompt; the last one is forced, so that a sequence may be as long as the engine takes.
+        ``rows`` keeps the log-probabilities of the whole vocabulary behind them, of one sequence, for `rows`.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        place = {}
+        place, wanted = {}, -1 if rows else 0
+        self._rows = VocabularyRows(self.engine.vllm_config.model_config.get_vocab_size()) if rows else None
         for index, one in enumerate(sequences):
             params = SamplingParams(
-                temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=0, allowed_token_ids=[one["tokens"][-1]],
+                temperature=0.0, max_tokens=1, prompt_logprobs=wanted, logprobs=wanted, allowed_token_ids=[one["tokens"][-1]],
                 detokenize=False, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
             place[self._add_with(one["tokens"][:-1], params)] = index
         found: list[dict[str, Any]] = [{} for _ in sequences]
         while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
+            with self._rows or nullcontext():
+                outputs = self.engine.step()
+            for output in outputs:
                 index = place[output.request_id]
                 tokens, first = sequences[index]["tokens"], sequences[index]["first"]
-                rows = [*output.prompt_logprobs, *output.outputs[0].logprobs][first:]
-                own = [row[token] for row, token in zip(rows, tokens[first:], strict=True)]
+                behind = [*output.prompt_logprobs, *output.outputs[0].logprobs][first:]
+                own = [row[token] for row, token in zip(behind, tokens[first:], strict=True)]
+                if self._rows is not None:
+                    self._rows.end(first, {token: one.logprob for token, one in behind[-1].items()})
                 found[index] = {"nll": [-one.logprob for one in own], "top1": [one.rank == 1 for one in own]}
         return {"scores": found}
+
+    def rows(self, first: int, count: int) -> dict[str, Any]:
+        """Rows ``first`` to ``first + count`` of what `score` kept: float32, little end first, in base 64."""
+        assert self._rows is not None
+        return {"rows": base64.b64encode(self._rows.kept[first : first + count].astype("<f4").tobytes()).decode()}
 
     def forget(self) -> dict[str, Any]:
         """Empty the prefix cache."""

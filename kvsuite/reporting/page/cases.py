@@ -9,9 +9,10 @@ from typing import Any
 from urllib.parse import quote
 
 from kvsuite.reporting.aggregate import NOT_IN_RECORD, Row, by_name, ci_half_width, failure, missing_reason
+from kvsuite.reporting.machines import machine_of
 from kvsuite.store.inside import inside
 
-from .columns import Column, identity_columns
+from .columns import MACHINE, Column, identity_columns
 
 _DETAILS = (
     "case_key",
@@ -115,6 +116,8 @@ def _is_expected(row: Row, name: str) -> bool:
 
 
 def _identity(row: Row, key: str) -> Any:
+    if key == MACHINE:
+        return machine_of(row) or None
     axis = key.partition("params.")[2]
     value = row["case"]["params"].get(axis) if axis else row["case"].get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else _text(value)
@@ -157,7 +160,7 @@ def _sidecar(folder: Path, row: Row) -> dict[str, str] | None:
 
 
 def _plot(rows: Sequence[Row], metrics: Sequence[Column]) -> dict[str, Any]:
-    """Cases whose numbers may stand in one plot: one suite, model, kind of device, protocol and data set."""
+    """Cases whose numbers may stand in one plot: one suite, model, kind of device, machine, protocol and data set."""
     groups = Pool()
     places = [groups.add(_group(row)) if row["status"] == "ok" else None for row in rows]
     return {
@@ -171,4 +174,5 @@ def _group(row: Row) -> str:
     case, workload = row["case"], row["case"]["workload"]
     parts = [row["suite"], case["model"], str(case["device"]).partition(":")[0], workload.get("protocol")]
     parts.append((row.get("dataset") or {}).get("name"))
+    parts.append(machine_of(row))
     return " · ".join(str(part) for part in parts if part)

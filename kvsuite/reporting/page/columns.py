@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kvsuite.metrics.registry import BUILTIN, Metric, is_builtin, is_headline, metric_of
 from kvsuite.reporting.aggregate import Row
+from kvsuite.reporting.machines import has_several_machines
 
 Kind = Literal["text", "number", "metric"]
 
@@ -25,6 +26,8 @@ _IDENTITY = {
     "dtype": "Dtype",
 }
 _SHOWN = ("suite", "model")
+#: key of the column that names the node which measured a case
+MACHINE = "machine"
 _DIGITS, _MOST_DECIMALS, _MOST_PLACES = 4, 5, 9
 
 
@@ -73,6 +76,8 @@ def identity_columns(rows: Sequence[Row]) -> list[Column]:
         for key, found in fields.items()
         if any(found)
     ]
+    if has_several_machines(rows):
+        columns.append(Column(MACHINE, "Machine", "text", shown=True))
     axes: dict[str, list[Any]] = {}
     for row in rows:
         for axis, setting in row["case"]["params"].items():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.reporting.aggregate import GIB, Row
+from kvsuite.reporting.machines import has_several_machines, machine_of
 
 Facts = list[tuple[str, str]]
 
@@ -34,8 +35,11 @@ def run_facts(run: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, Fa
     return [(title, facts) for title, facts in parts if facts]
 
 
-def machine_line(run: Mapping[str, Any]) -> str:
-    """The machine in a few words: the GPU where there is one, else the processor."""
+def machine_line(run: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The machine in a few words: the GPU where there is one, else the processor; of several their names."""
+    if has_several_machines(rows):
+        machines = sorted(filter(None, set(map(machine_of, rows))))
+        return f"{len(machines)} machines ({', '.join(machines)}), whose times are not set against each other"
     environment = _mapping(run.get("environment"))
     gpu, host = _mapping(environment.get("gpu")), environment.get("host")
     if gpu.get("name"):

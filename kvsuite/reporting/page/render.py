@@ -134,7 +134,7 @@ def render_page(
         title=f"{text_of(run.get('method'))}, {text_of(run.get('model'))}",
         run_id=text_of(run.get("run_id")),
         started=text_of(run.get("started_utc")),
-        machine=machine_line(run),
+        machine=machine_line(run, rows),
         version=__version__,
         planned=run.get("cases") if isinstance(run.get("cases"), int) else None,
         cases=len(rows),

@@ -14,6 +14,7 @@ from kvsuite.compression.base import Schedule
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.compression.mlp import takes_weights, with_weights
 from kvsuite.engines.registry import get_engine
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
@@ -64,7 +65,7 @@ def compression_cases(options: Options) -> list[Case]:
     common, own = options.of(CommonOptions), options.of(CompressionOptions)
     Schedule(own.l2_mode)  # refused whether or not a selected method reads it
     formats = selected_formats(options) or (NONE,)
-    groups = list(_groups(own, common.seed))
+    groups = list(_groups(own, common))
     names = [group.name for group in groups]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -116,7 +117,7 @@ def scores_reference(case: Case, options: Options) -> bool:
     """Whether a case scores the full cache for others: the first of a loaded model where no case is that cache itself."""
     common, own = options.of(CommonOptions), options.of(CompressionOptions)
     stores = selected_cache_formats(options)
-    first = next(_groups(own, common.seed))
+    first = next(_groups(own, common))
     if not own.divergence or (first.policy is None and any(stored.format is None for stored in stores)):
         return False
     return case.name == stores[0].named(_in_weights(first, case.quantization))
@@ -147,12 +148,16 @@ def unread_options(options: Options) -> list[str]:
     """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
     own = options.of(CompressionOptions)
     if own.compare_all:
-        unread = {"method", "keep_ratios", "strategies"} & options.given
+        unread = {"method", "keep_ratios", "strategies", "compressor_path"} & options.given
     else:
         methods = [MethodText.parse(method) for method in own.method]
         unread = {
             name for name in _READERS.keys() & options.given if not any(_reads(method, name) for method in methods)
         }
+        weighted = [
+            one for one in methods if not one.name.startswith(PRESS_PREFIX) and takes_weights(find_policy(one.name))
+        ]
+        unread |= {"compressor_path"} & options.given if not weighted else set()
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]
 
 
@@ -162,12 +167,12 @@ def _reads(method: MethodText, option: str) -> bool:
     return not method.name.startswith(PRESS_PREFIX) and option in find_policy(method.name).swept(method.values).values()
 
 
-def _groups(own: CompressionOptions, seed: int) -> Iterator[Group]:
+def _groups(own: CompressionOptions, common: CommonOptions) -> Iterator[Group]:
     if not own.no_baseline:
         yield Group("baseline", "baseline")
     handlings = ("original", "cache") if own.positions == "both" else (own.positions,)
     for positions in handlings:
-        groups = list(_policy_groups(own, positions, seed))
+        groups = list(_policy_groups(own, positions, common))
         if own.compare_all:
             groups.sort(key=lambda group: _CROSS_SECTION.index(group.kind))
         yield from groups
@@ -176,7 +181,7 @@ def _groups(own: CompressionOptions, seed: int) -> Iterator[Group]:
             yield from _presses(own, method)
 
 
-def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterator[Group]:
+def _policy_groups(own: CompressionOptions, positions: str, options: CommonOptions) -> Iterator[Group]:
     common = {"positions": positions, "skip_layers": list(own.skip_layers)}
     mark = "_poscache" if positions == "cache" else ""
 
@@ -223,7 +228,7 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
     for size in fixed:
         for strategy in ["keep_low"] if own.compare_all else own.strategies:
             for ratio in [0.5] if own.compare_all else ratios:
-                seeded: dict[str, Any] = {"seed": seed} if strategy == "random" else {}
+                seeded: dict[str, Any] = {"seed": options.seed} if strategy == "random" else {}
                 yield group("fix_size", "fix_size_l2", size, size=size, strategy=strategy, keep_ratio=ratio, **seeded)
     if "l2_compress" in methods or own.compare_all:
         for ratio in _below_one(ratios, own):
@@ -232,7 +237,8 @@ def _policy_groups(own: CompressionOptions, positions: str, seed: int) -> Iterat
         if method.name.startswith(PRESS_PREFIX) or (method.name in _SWEPT and not method.values):
             continue
         for parameters in _variants(own, method):
-            yield group("policy", method.name, chosen=parameters, **parameters)
+            weighted = with_weights(find_policy(method.name), parameters, options.compressor_path)
+            yield group("policy", method.name, chosen=parameters, **weighted)
 
 
 def _variants(own: CompressionOptions, method: MethodText) -> Iterator[dict[str, Any]]:

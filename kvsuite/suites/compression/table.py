@@ -14,6 +14,7 @@ from kvsuite.reporting.aggregate import (
     suite_rows,
     value,
 )
+from kvsuite.reporting.machines import machine_of
 from kvsuite.reporting.noise import MARK, MEANING, inside_noise
 from kvsuite.reporting.table_parts import (
     MISSING,
@@ -87,15 +88,24 @@ def _changes(labelled: Mapping[str, Row]) -> list[RenderableType]:
         if row["status"] != "ok" or is_baseline(row) or base is None or base["status"] != "ok":
             continue
         tpot = change(value(row, "tpot"), value(base, "tpot"))
-        numbers = {
+        times = {
             "throughput": change(value(row, "throughput"), value(base, "throughput")),
             "tpot": None if tpot is None else -tpot,
-        } | {
+        }
+        if machine_of(row) != machine_of(base):
+            times = dict.fromkeys(times)
+        numbers = times | {
             metric: change(value(row, metric), value(base, metric))
             for metric in ("perplexity", "accuracy", "kv_bytes_exact")
         }
         lines.append(
-            (name, [MARK * inside_noise(row, base, metric) + _signed(number) for metric, number in numbers.items()])
+            (
+                name,
+                [
+                    MARK * (number is not None and inside_noise(row, base, metric)) + _signed(number)
+                    for metric, number in numbers.items()
+                ],
+            )
         )
     if lines:
         noted = [MEANING] if any(cell.startswith(MARK) for _, cells in lines for cell in cells) else []

@@ -11,6 +11,7 @@ from kvsuite.cache_formats.chosen_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.compression.mlp import takes_weights, with_weights
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
@@ -42,7 +43,14 @@ _BATCH_SIZES = {"qwen3-8b": (16, 64), "qwen3-32b": (8, 16), "llava": (1, 4)}
 _OTHER_BATCH_SIZES = (4,)
 #: batches that the original queues of its two workloads
 _BATCHES = {HEAVY: 4, LIGHT: 1}
-_HUB_NAMES = {"qwen3-8b": "Qwen/Qwen3-8B", "qwen3-32b": "Qwen/Qwen3-32B"}
+#: keys of the original
+_HUB_NAMES = {
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "llava-mlp": "llava-hf/llava-1.5-7b-hf",
+}
+#: what compresses a model that is named by such a key, in the place of ``--kv-pipeline-method``
+_OWN_METHODS = {"llava-mlp": ("mlp",)}
 _MOST_OUTPUT = 512
 _MOST_RUNNING = 256
 _POOL_REQUESTS = 2
@@ -94,15 +102,15 @@ def pipeline_cases(options: Options) -> list[Case]:
     common, own = options.of(CommonOptions), options.of(PipelineOptions)
     device = resolve_device(common.device)
     models = _models(options)
-    arms = _arms(own)
+    arms = {methods: _arms(own, methods, common.compressor_path) for _, methods in models}
     _refuse_unused(options, own)
     cases = [
         _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
-        for model in models
+        for model, methods in models
         for chosen in selected_formats(options) or (NONE,)
         for workload in own.workloads
         for batch in _batch_sizes(own, model, workload)
-        for arm in arms
+        for arm in arms[methods]
     ]
     return [
         replace(case, name=stored.named(case.name, "-"), params={**case.params, **stored.parameters})
@@ -128,8 +136,9 @@ def unread_options(options: Options) -> list[str]:
     compresses = any(variant.compresses for variant in variants)
     is_read = {
         **dict.fromkeys(_SYNTHETIC, bool(set(own.workloads) - set(_BATCHES))),
-        "pipeline_method": compresses,
+        "pipeline_method": compresses and any(methods == own.pipeline_method for _, methods in _models(options)),
         "factors": compresses,
+        "compressor_path": compresses and any(_take_weights(methods) for _, methods in _models(options)),
         "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
         "chunk_sizes": any(variant.chunked for variant in variants),
         "dataset_dir": LIGHT in own.workloads,
@@ -138,19 +147,19 @@ def unread_options(options: Options) -> list[str]:
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(is_read.keys() & options.given) if not is_read[name]]
 
 
-def _models(options: Options) -> tuple[str, ...]:
+def _take_weights(methods: tuple[str, ...]) -> bool:
+    names = [MethodText.parse(method).name for method in methods]
+    return any(takes_weights(find_policy(name)) for name in names)
+
+
+def _models(options: Options) -> list[tuple[str, tuple[str, ...]]]:
+    """Models, each with the methods that compress it."""
     common, own = options.of(CommonOptions), options.of(PipelineOptions)
     if {"models", "model"} <= options.given:
         raise UserError("--kv-models and --kv-model: one of them hides the other; give one")
     if own.models is None or "model" in options.given:
-        return (common.model,)
-    refused = next((model for model in own.models if model == "llava-mlp"), None)
-    if refused is not None:
-        raise UserError(
-            f"--kv-models={refused}: the MLP compressor is not part of kvsuite yet; other policies compress LLaVA as "
-            "--kv-models=llava-hf/llava-1.5-7b-hf --kv-pipeline-image=random"
-        )
-    return tuple(_HUB_NAMES.get(model, model) for model in own.models)
+        return [(common.model, own.pipeline_method)]
+    return [(_HUB_NAMES.get(key, key), _OWN_METHODS.get(key, own.pipeline_method)) for key in own.models]
 
 
 def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, ...]:
@@ -160,8 +169,8 @@ def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, 
     return asked or next((sizes for part, sizes in _BATCH_SIZES.items() if part in name), _OTHER_BATCH_SIZES)
 
 
-def _arms(own: PipelineOptions) -> list[Arm]:
-    reductions = _reductions(own)
+def _arms(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None) -> list[Arm]:
+    reductions = _reductions(own, methods, compressor)
     several = len(reductions) > 1
     found = [Arm(VARIANTS[BASELINE])]
     for name in own.variants:
@@ -209,13 +218,14 @@ def _refuse_unused(options: Options, own: PipelineOptions) -> None:
         )
 
 
-def _reductions(own: PipelineOptions) -> list[Reduction]:
+def _reductions(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None) -> list[Reduction]:
     found = []
-    for method in own.pipeline_method:
+    for method in methods:
         for policy, parameters, label in _policies(method):
             for factor in own.factors:
-                built = _built(policy, parameters, factor, method)
-                mark = "-".join([*([label] if len(own.pipeline_method) > 1 or label != policy else []), f"f{factor:g}"])
+                weighted = with_weights(find_policy(policy), parameters, compressor)
+                built = _built(policy, weighted, factor, method)
+                mark = "-".join([*([label] if len(methods) > 1 or label != policy else []), f"f{factor:g}"])
                 found.append(Reduction(policy, built.to_dict(), factor, mark))
     return found
 

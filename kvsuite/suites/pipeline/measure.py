@@ -9,7 +9,7 @@ from kvsuite.compression import get_policy
 from kvsuite.engines.capabilities import ReadsImages, ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
-from kvsuite.engines.serving_plan import ServingPlan
+from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
@@ -190,4 +190,8 @@ def _require_pool(session: Session, plan: ServingPlan) -> None:
     if plan.pool_bytes is None:
         return
     # as the runtime counts them: in the case's cache format, beside a block of its own
-    require_room(int(session.effective["num_blocks"]), plan, option=f"--kv-pool-bytes={plan.pool_bytes}")
+    # blocks of the plan's size, whatever the engine's own is
+    blocks = (
+        int(session.effective["num_blocks"]) * int(session.effective.get("block_size", BLOCK_TOKENS)) // BLOCK_TOKENS
+    )
+    require_room(blocks, plan, option=f"--kv-pool-bytes={plan.pool_bytes}")

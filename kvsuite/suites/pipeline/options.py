@@ -40,10 +40,6 @@ _REFUSED = {
         "--kv-pool-bytes=N"
     ),
     **dict.fromkeys(("qwen3-8b", "qwen3-32b", "llava"), _MODEL_INSTEAD),
-    "compressor-path": (
-        "the MLP compressor is not part of kvsuite yet; use --kv-pipeline-method with snapkv, h2o, streaming_llm, knorm or "
-        "expected_attention"
-    ),
 }
 
 
@@ -99,7 +95,8 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
     models: Annotated[tuple[str, ...] | None, Option(
         auto_or(list_of(path_or_name)), "auto",
         "Models of the pipeline suite, comma separated, e.g. --kv-models=smollm2,dummy:Qwen3-8B; auto is the one of "
-        "--kv-model. The original's qwen3-8b and qwen3-32b are Qwen/Qwen3-8B and Qwen/Qwen3-32B.",
+        "--kv-model. The original's qwen3-8b and qwen3-32b are Qwen/Qwen3-8B and Qwen/Qwen3-32B, its llava-mlp is "
+        "llava-hf/llava-1.5-7b-hf compressed by mlp.",
         original="qwen3-8b,qwen3-32b",
     )]
     workloads: Annotated[tuple[str, ...], Option(

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvsuite.case import canonical_json
 from kvsuite.reporting.aggregate import Row, value
+from kvsuite.reporting.machines import machine_of
 
 from .variants import BASELINE
 
@@ -30,8 +31,10 @@ def baseline_for(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def speedup(row: Row, rows: Sequence[Row]) -> float | None:
-    """Logical tokens a second in units of the baseline's; ``None`` where either has none."""
+    """Logical tokens a second in units of the baseline's; ``None`` where either has none, or they are two machines'."""
     baseline = baseline_for(row, rows)
+    if baseline is not None and machine_of(baseline) != machine_of(row):
+        return None
     own, base = value(row, THROUGHPUT), None if baseline is None else value(baseline, THROUGHPUT)
     return None if own is None or not base else own / base
 

@@ -11,6 +11,7 @@ from kvsuite.case import Case
 from kvsuite.compression import find_policy, get_policy, list_policies
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.method_text import MethodText, parameter_types
+from kvsuite.compression.mlp import with_weights
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
@@ -63,7 +64,7 @@ def retrieval_cases(options: Options) -> list[Case]:
         Naming the option whose value cannot be.
     """
     common, own = options.of(CommonOptions), options.of(RetrievalOptions)
-    methods = list(_methods(own))
+    methods = list(_methods(own, common.compressor_path))
     names = [method.name for method in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -126,7 +127,7 @@ def _served_in_turn(method: Method, length: int) -> dict[str, Any]:
     return {SERVING_PARAM: plan.to_dict()}
 
 
-def _methods(own: RetrievalOptions) -> Iterator[Method]:
+def _methods(own: RetrievalOptions, compressor: str | None) -> Iterator[Method]:
     for typed in own.task_methods:
         method = MethodText.parse(typed)
         if method.name == FULL:
@@ -136,17 +137,17 @@ def _methods(own: RetrievalOptions) -> Iterator[Method]:
         elif method.name.startswith(_PRESS):
             yield from _presses(method)
         else:
-            yield from _policies(method)
+            yield from _policies(method, compressor)
 
 
-def _policies(method: MethodText) -> Iterator[Method]:
+def _policies(method: MethodText, compressor: str | None) -> Iterator[Method]:
     if method.name not in list_policies():
         raise UserError(
             f"--kv-task-methods={method.typed}: unknown method; known: {FULL}, {', '.join(list_policies())}, kvpress:<Name>"
         )
     found = find_policy(method.name)
     for given in method.variants(parameter_types(found)) if method.values else map(dict, found.sweep()):
-        policy = get_policy(method.name, **given)
+        policy = get_policy(method.name, **with_weights(found, given, compressor))
         short = policy.label(None)
         name = policy.label(given) if short == policy.name else short
         yield Method(name, method.name, policy.to_dict())

@@ -3,7 +3,8 @@
 
 Given as ``--kv-vllm-python``. Answers are looked up by what is asked, in the file that ``VLLM_DOUBLE_RECORDING`` names. With
 ``VLLM_DOUBLE_REAL=/path/of/vllm/bin/python`` what is not there yet is asked of the real worker, and written down.
-``VLLM_DOUBLE`` chooses a fault.
+``VLLM_DOUBLE`` chooses a fault. ``VLLM_DOUBLE_CARDS=4`` makes it a vLLM for CUDA that parts the model between so many cards:
+the answers of one device, with what `kvsuite.engines.vllm.worker` tells of every card.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDING = Path(os.environ.get("VLLM_DOUBLE_RECORDING", Path(__file__).parents[2] / "data" / "vllm" / "worker.jsonl"))
+CARDS = int(os.environ.get("VLLM_DOUBLE_CARDS", "1"))
 REAL, FAULT = os.environ.get("VLLM_DOUBLE_REAL"), os.environ.get("VLLM_DOUBLE", "")
 MARK = "kvsuite-vllm:"
 
@@ -51,6 +53,8 @@ def probe(arguments: list[str]) -> None:
         [line] = [line for line in printed.splitlines() if line.startswith(MARK)]
         answer = json.loads(line.removeprefix(MARK))
         write("probe", "probe", answer)
+    if CARDS > 1:
+        answer |= {"package": "vllm", "torch": "2.13.0"}
     if FAULT == "old":
         answer |= {"vllm": "0.11.2"}
     if FAULT == "none":
@@ -82,6 +86,29 @@ class RealWorker:
         self.lines = Lines(ours)
 
 
+def on_one(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings under which one device holds what the cards hold together."""
+    assert settings["tensor_parallel_size"] == CARDS
+    return settings | {"tensor_parallel_size": 1, "kv_cache_memory_bytes": settings["kv_cache_memory_bytes"] * CARDS}
+
+
+def of_cards(do: str, answer: Any) -> Any:
+    """The answer of one device as so many cards give it: parts of pool and weights, and allocators of their own."""
+
+    def allocator(card: int, part: int) -> dict[str, int]:
+        return {"allocated_bytes": 10_000, "peak_bytes": 11_000 + 1000 * part + card, "reserved_bytes": 20_000}
+
+    if do == "start":
+        [one] = answer["cards"]
+        parts = {"pool_bytes": one["pool_bytes"] // CARDS, "weights_bytes": one["weights_bytes"] // CARDS}
+        cards = [one | parts | {"name": "a card"} | allocator(card, 0) for card in range(CARDS)]
+        return answer | {"cards": cards, "tensor_parallel_size": CARDS}
+    if do == "memory":
+        parts = ("before", "prefill", "decode")
+        return answer | {part: [allocator(card, at) for card in range(CARDS)] for at, part in enumerate(parts)}
+    return answer
+
+
 def work(arguments: list[str]) -> None:
     lines = Lines(socket.socket(fileno=int(arguments[-1])))
     answers, engine, asked = known(), "", Counter[str]()
@@ -95,6 +122,8 @@ def work(arguments: list[str]) -> None:
     lines.send(hello)
     while (message := lines.receive()) is not None:
         settings = {name: value for name, value in message.get("settings", {}).items() if name != "model"}
+        if settings and CARDS > 1:
+            settings = on_one(settings)
         shown = message | ({"settings": settings} if settings else {})
         if message["do"] == "start":
             engine = json.dumps(settings, sort_keys=True)
@@ -115,6 +144,8 @@ def work(arguments: list[str]) -> None:
         elif name not in answers:
             raise SystemExit(f"nothing was recorded for {json.dumps(shown)[:2000]} of {engine}")
         answer = answers[name]
+        if CARDS > 1:
+            answer = of_cards(message["do"], answer)
         if FAULT == "format" and message["do"] == "start":
             answer["cards"][0]["kv_formats"] = ["auto"]
         lines.send(answer)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from test_write_gguf import made
+
 from kvsuite.case import Case
 from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.results import ServeRequest
@@ -42,12 +44,26 @@ def case(**changes: Any) -> Case:
     return Case(**(fields | changes))
 
 
-def load(of: Case | None = None, **given: str) -> VllmSession:
+def load(of: Case | None = None, settings: EngineSettings | None = None, **given: str) -> VllmSession:
     """A session, prepared."""
     chosen = of or case()
-    session = engine(**given).load(chosen, EngineSettings())
+    session = engine(**given).load(chosen, settings or EngineSettings())
     session.prepare(chosen)
     return session
+
+
+def save_small(folder: Path) -> Path:
+    """A model of two layers and 512 tokens, whose answers are small enough to be recorded."""
+    import torch
+
+    model = made("qwen3", head_dim=64)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name and "embed" not in name:
+                # attention of the usual weights is flat
+                weight.mul_(8)
+    model.save_pretrained(folder)
+    return folder
 
 
 def requests(count: int = BATCH) -> list[ServeRequest]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from compressor_weights import written
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -437,3 +439,21 @@ def test_the_reference_is_a_pass_of_a_loaded_model_where_no_case_is_it(given: di
     without = default_options(max_tokens="100", num_samples="2", **given | {"divergence": "false"})
     steps = [sum(CompressionSuite().cost(case, asked).steps for case in found) for asked in (options, without)]
     assert steps[0] - steps[1] == 200 * passes
+
+
+def test_the_compressor_takes_its_weights_from_the_option(tmp_path: Path) -> None:
+    path, own = written(tmp_path / "a.pth"), written(tmp_path / "b.pth", factor=4)
+    options = default_options(
+        method=f"mean_pool,mlp,mlp_residual(factor=[4,5],weights={own})", compressor_path=path, no_baseline="true"
+    )
+    found = {case.name: case.policy_params for case in compression_cases(options)}
+    assert list(found) == ["mean_pool", "mlp", "mlp_residual_factor=4_weights=b", "mlp_residual_factor=5_weights=b"]
+    assert [one.get("weights") for one in found.values()] == [None, path, own, own]
+    assert found["mlp"]["digest"] != found["mlp_residual_factor=4_weights=b"]["digest"]
+    assert {case.workload["protocol"] for case in compression_cases(options)} == {"prefix-continuation"}
+    assert unread_options(options) == []
+    assert unread_options(default_options(compressor_path=path)) == ["--kv-compressor-path"]
+    with pytest.raises(UserError, match="--kv-method=mlp: has no weights; give --kv-compressor-path=FILE"):
+        compression_cases(default_options(method="mlp"))
+    with pytest.raises(UserError, match=r"positions=cache.*use --kv-positions=original"):
+        compression_cases(default_options(method="mean_pool", positions="both"))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from compressor_weights import written
 
 from kvsuite.case import Case
 from kvsuite.engines.serving_plan import ServingPlan
@@ -206,13 +207,35 @@ def test_sizes_of_the_original() -> None:
     assert [case.workload["requests"] for case in synthetic] == [32, 64]
 
 
+def test_the_originals_llava_has_its_own_compressor_and_batch_sizes(tmp_path: Path) -> None:
+    path = written(tmp_path / "weights.pth")
+    typed = {"models": "qwen3-8b,llava-mlp", "variants": "compression-only,triad", "compressor_path": path}
+    found = cases(**typed, pipeline_method="h2o", workloads="light-dataset", pipeline_image="random")
+    compressed = [case for case in found if case.policy is not None]
+    assert {(case.model, case.policy) for case in compressed} == {
+        ("Qwen/Qwen3-8B", "h2o"), ("llava-hf/llava-1.5-7b-hf", "mlp"),
+    }  # fmt: skip
+    llava = [case for case in found if "llava" in case.model]
+    assert [case.workload["batch"] for case in llava] == [1, 1, 1, 4, 4, 4]
+    assert {case.policy_params["weights"] for case in compressed if case.policy == "mlp"} == {path}
+    assert {case.policy_params["factor"] for case in compressed} == {5.0}
+    # a context of 4096 is 3968 with its output; of that 576 are the image's
+    long = cases(**typed, pipeline_image="random", synthetic_context="4096", synthetic_output="128")
+    assert {case.workload["prompt_tokens"] for case in long} == {3968}
+    # flaw 12: its compressor is never left out
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mlp: has no weights; give --kv-compressor-path=FILE"):
+        cases(models="llava-mlp")
+    alone = {"models": "llava-mlp", "compressor_path": path}
+    assert unread_options(default_options(**alone)) == []
+    assert unread_options(default_options(**alone, pipeline_method="h2o")) == ["--kv-pipeline-method"]
+    assert unread_options(default_options(models="qwen3-8b", compressor_path=path)) == ["--kv-compressor-path"]
+
+
 def test_models_by_the_originals_keys_and_their_batch_sizes() -> None:
     found = cases(models="qwen3-8b,qwen3-32b", variants="baseline")
     assert [(case.model, case.workload["batch"]) for case in found] == [
         ("Qwen/Qwen3-8B", 16), ("Qwen/Qwen3-8B", 64), ("Qwen/Qwen3-32B", 8), ("Qwen/Qwen3-32B", 16),
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--kv-models=llava-mlp: the MLP compressor"):
-        cases(models="llava-mlp")
     with pytest.raises(UserError, match="--kv-models and --kv-model"):
         cases(models="smollm2", model="smollm2")
     # the preset names the original's models, and a user who names one means it
@@ -288,3 +311,24 @@ def test_a_lowest_rate_that_takes_hours_is_refused_with_the_one_that_does_not() 
         match=r"--kv-capacity=0\.0001:8: at the lowest rate the last of 4 requests comes after 30000 s; raise",
     ):
         refuse_load(case, own)
+
+
+def test_the_compressor_takes_its_weights_from_the_option(tmp_path: Path) -> None:
+    path = written(tmp_path / "weights.pth")
+    typed = {"pipeline_method": "mlp,mean_pool", "factors": "1,5", "compressor_path": path, "variants": VARIANTS}
+    found = [case for case in cases(**typed) if case.policy == "mlp"]
+    assert {case.id.partition("-bs04-")[2].partition("-mlp")[0].rstrip("]") for case in found} >= {
+        "compression-only", "greenctx-only", "auto-tune_greenctx", "triad", "streams-only", "chunked-c64",
+    }  # fmt: skip
+    assert {case.policy_params["weights"] for case in found} == {path}
+    assert {case.policy_params["factor"] for case in found} == {1.0, 5.0}
+    assert all("weights" not in case.policy_params for case in cases(**typed) if case.policy == "mean_pool")
+    # flaw 12 of the original: without its weights it ran as nothing, or as noise, under its own name
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mlp: has no weights; give --kv-compressor-path=FILE"):
+        cases(pipeline_method="mlp")
+    with pytest.raises(UserError, match=r"--kv-compressor-path=gone.pth: no such file"):
+        cases(pipeline_method="mlp_residual", compressor_path="gone.pth")
+    assert unread_options(default_options(compressor_path=path)) == ["--kv-compressor-path"]
+    assert unread_options(default_options(compressor_path=path, pipeline_method="mlp")) == []
+    with pytest.raises(UserError, match=r"--kv-pipeline-method=mean_pool\(factor=2.5\): so many tokens become one"):
+        cases(pipeline_method="mean_pool", factors="2.5")

@@ -42,7 +42,6 @@ def test_every_option_of_the_original_is_there_or_refused() -> None:
         ("qwen3-8b", "--kv-model=FOLDER"),
         ("qwen3-32b", "--kv-model=FOLDER"),
         ("llava", "--kv-model=FOLDER"),
-        ("compressor-path", "--kv-pipeline-method"),
     ],
 )
 def test_paths_of_developers_and_shares_of_free_memory_are_refused_with_what_replaces_them(

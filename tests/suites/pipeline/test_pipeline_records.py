@@ -290,6 +290,24 @@ def test_every_request_has_its_image_in_every_variant(run: Run) -> None:
     assert kept == {40 // 5 + 7}
 
 
+def test_text_and_image_are_merged_apart_by_the_request_and_not_by_the_model(run: Run) -> None:
+    """Flaw 13 of the original: on LLaVA it took 576 tokens of every prompt of text for an image's."""
+    merged = {"variants": "compression-only", "pipeline_method": "mean_pool", "factors": "2"}
+    sizes = {}
+    for image in ("off", "random"):
+        options = IMAGES | merged | {"synthetic_context": "41", "pipeline_image": image, "pipeline_batch_sizes": "2"}
+        record = run(**options)["compression-only"]
+        assert record.status == "ok"
+        sizes[image] = {row["stored_tokens"] - 7 for row in record.samples["requests"]}
+    # 41 // 2 and one left over; 4 // 2 of the image, and 37 // 2 and one of the text behind it
+    assert sizes == {"off": {21}, "random": {2 + 19}}
+    three = run(**IMAGES | merged | {"factors": "3", "pipeline_image": "random"})["compression-only"]
+    # fewer than two groups of an image stay as they are
+    assert {row["stored_tokens"] - 7 for row in three.samples["requests"]} == {4 + 12}
+    text = run(**IMAGES | merged | {"factors": "3"})["compression-only"]
+    assert {row["stored_tokens"] - 7 for row in text.samples["requests"]} == {13 + 1}
+
+
 def test_an_image_of_a_file_and_cases_that_cannot_have_one(run: Run, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).standard_normal((3, 28, 28), dtype=np.float32)
     np.save(tmp_path / "photo.npy", pixels)

@@ -1,0 +1,44 @@
+"""What the dispatcher needs of a cluster. Ray is one (`kvsuite.cluster.ray_cluster`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .orders import Answer, Node, Order, Ready
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker is gone, and with it what it was doing.
+
+    Parameters
+    ----------
+    node_is_gone
+        Whether its host is too, or cannot be reached.
+    reason
+        In words.
+    """
+
+    node_is_gone: bool
+    reason: str
+
+
+class Hands(Protocol):
+    """Workers on hosts. A worker is a number."""
+
+    def nodes(self) -> Sequence[Node]:
+        """The hosts that are there now, each with room for at least one worker."""
+
+    def start(self, node: Node) -> int:
+        """Start a worker on a host; its first news is a `Ready`."""
+
+    def give(self, worker: int, order: Order) -> None:
+        """Let a worker measure; its next news is an `Answer`."""
+
+    def news(self, timeout_s: float) -> tuple[int, Ready | Answer | Lost] | None:
+        """What a worker has to say, ``None`` if none has in so many seconds. A worker that is lost is never heard of again."""
+
+    def stop(self, worker: int) -> None:
+        """End a worker."""

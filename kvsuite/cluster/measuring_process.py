@@ -1,0 +1,152 @@
+"""``python -m kvsuite.cluster.measuring_process``: measures the cases that its worker sends, one after another.
+
+A process of its own below the worker, so that somebody is left on the host who sees by which signal it died, whose time limit
+holds while native code hangs, and who gives the next case a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from kvsuite.case import digest
+from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.devices import resolve_device
+from kvsuite.record import Record
+from kvsuite.survival.black_box import BlackBox
+from kvsuite.survival.death import die_with_parent
+
+from .orders import Answer, Order, Ready, Setup
+
+
+class _BoxBesideThis(BlackBox):
+    """A black box that the worker keeps: every entry goes there at once."""
+
+    def __init__(self, channel: Connection) -> None:
+        super().__init__(None)
+        self._channel = channel
+
+    def _write(self) -> None:
+        self._channel.send(self._entry)
+
+
+def main(descriptor: int) -> None:
+    """Answer a `Setup` with a `Ready` (or a text that says why not), and every `Order` with an `Answer`, until nobody asks.
+
+    Before an answer come the entries of the case's black box, as they are made.
+
+    Parameters
+    ----------
+    descriptor
+        Of the connection to the worker.
+    """
+    die_with_parent()
+    # Ray's workers give way to all else on a host, and what is timed must not; who may not say so is warned in each row
+    if os.nice(0) > 0:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+    # Ctrl-C in a terminal is for the controller, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Connection(descriptor) as channel, contextlib.suppress(EOFError):
+        try:
+            measuring = _Measuring(channel.recv(), _BoxBesideThis(channel))
+            ready = measuring.ready()
+        except Exception as error:  # packages of others are among what may fail
+            channel.send(f"{type(error).__name__}: {error}")
+            raise
+        channel.send(ready)
+        try:
+            while True:
+                channel.send(measuring.measure(channel.recv()))
+        finally:
+            measuring.close()
+
+
+class _Measuring:
+    def __init__(self, setup: Setup, box: BlackBox) -> None:
+        from kvsuite.engines.registry import SessionPool
+        from kvsuite.measure.runner import CaseRunner
+        from kvsuite.meters.environment import gpu_facts, host_facts
+        from kvsuite.metrics.registry import MetricRegistry
+        from kvsuite.suites.registry import measuring_suite
+
+        if Path(setup.folder).is_dir():
+            os.chdir(setup.folder)
+        self._setup, self._box = setup, box
+        common = setup.options.of(CommonOptions)
+        self._device = resolve_device(common.device)
+        self._sessions = SessionPool(setup.options)
+        versions = {}
+        for name in sorted({case.engine for case in setup.planned}):
+            # an engine that cannot be used is told of when its first case begins
+            with contextlib.suppress(UserError):
+                versions[name] = self._sessions.versions(name)
+        self.environment: dict[str, Any] = host_facts(setup.command) | {
+            "gpu": gpu_facts(self._device),
+            "engines": versions,
+        }
+        self._runner = CaseRunner(
+            setup.options, MetricRegistry(setup.metrics), self.environment, self._sessions, measuring_suite,
+            planned=setup.planned, watch=self._tell_box,
+        )  # fmt: skip
+
+    def ready(self) -> Ready:
+        from kvsuite.measure.source_hash import others_code, source_hash
+
+        environment = self.environment
+        memory = environment["gpu"].get("memory_bytes") or environment["host"]["ram_bytes"]
+        try:
+            refusal = self._refusal()
+        except UserError as error:
+            refusal = str(error)
+        code = {"kvsuite": source_hash()} | others_code(self._setup.planned)
+        return Ready(environment, code, memory, os.environ.get("CUDA_VISIBLE_DEVICES"), refusal)
+
+    def _refusal(self) -> str | None:
+        from kvsuite.models.resolve import resolve_model
+        from kvsuite.workloads.corpus import check_corpus
+
+        common = self._setup.options.of(CommonOptions)
+        for model in dict.fromkeys(case.model for case in self._setup.planned):
+            resolve_model(model, cache_dir=Path(common.cache_dir) if common.cache_dir else None)
+        if "corpus" in self._setup.options.given:
+            check_corpus(common.corpus)
+        reasons = []
+        for engine, device in dict.fromkeys((case.engine, case.device) for case in self._setup.planned):
+            reason = self._sessions.engine(engine).unavailable(device)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return "; ".join(dict.fromkeys(reasons)) or None
+
+    def measure(self, order: Order) -> Answer:
+        self._box.begin(order.record(self._setup.options, self.environment), self.environment)
+        try:
+            measured = self._runner.run(order.case, order.id, order_index=order.order_index)
+        except UserError as error:
+            return Answer(None, None, self.environment, usage_error=str(error))
+        runner, niceness = self._runner, os.nice(0)
+        if niceness > 0:
+            measured.record.warnings.append(
+                f"measured at niceness {niceness}, as Ray starts its workers: whatever else ran on the node came first; start "
+                "Ray there with RAY_worker_niceness=0"
+            )
+        is_spent = bool(runner.poisoned or runner.timed_out or runner.spent)
+        return Answer(measured.record.to_dict(), measured.tokens, self.environment, is_spent=is_spent)
+
+    def _tell_box(self, record: Record, phase: str) -> None:
+        record.env = digest(self.environment)
+        self._box.tell(phase=phase, row=record.to_dict())
+
+    def close(self) -> None:
+        self._sessions.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

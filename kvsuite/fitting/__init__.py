@@ -1,0 +1,1 @@
+"""Fitting what compresses: `python -m kvsuite fit-compressor`."""

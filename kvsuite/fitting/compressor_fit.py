@@ -1,0 +1,199 @@
+"""Fits a compressor end to end: on the divergence of what a model answers from merged keys and values."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvsuite.compression.mean_pool import MeanPool
+from kvsuite.compression.merging import Merging
+from kvsuite.compression.mlp_weights import Form, MlpWeights
+from kvsuite.models.load import LoadedModel
+
+from .lessons import Lessons, attention_error, divergence, serve
+from .student import Student
+
+#: told how far it is, by a line
+Report = Callable[[str], None]
+#: shares of the time until prompts are served, and until every layer was fitted by itself; the rest is end to end
+_SERVED, _APART = 0.42, 0.6
+#: highest learning rates, layer by layer and end to end; each grows at first, then falls to 0 along a cosine. Units of the
+#: specified form pass everything on at first, so that all of their weights turn the output at once
+_RATES: dict[Form, tuple[float, float]] = {"residual": (2e-3, 1e-3), "specified": (3e-4, 2e-4)}
+#: share of a phase in which the rate grows
+_GROWING = 0.05
+_TOGETHER = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How a compressor is fitted.
+
+    Parameters
+    ----------
+    form
+        ``specified`` or ``residual``.
+    factor
+        Tokens that become one.
+    cpu_seconds
+        Processor time for all of it: answers, steps and checks.
+    answer_tokens
+        Tokens of each answer.
+    batch
+        Prompts of a step.
+    checks
+        How often held-out prompts are looked at.
+    seed
+        Of the weights and of the order of prompts.
+    """
+
+    form: Form = "residual"
+    factor: int = 5
+    cpu_seconds: float = 600.0
+    answer_tokens: int = 64
+    batch: int = 2
+    checks: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of it.
+
+    Parameters
+    ----------
+    weights
+        Those of the best check.
+    mean_divergence, divergence
+        Of mean pooling and of the weights on the held-out prompts, in nats a token.
+    steps, best_step
+        Steps taken, and the step of the best check.
+    prompts
+        Prompts learnt from.
+    cpu_seconds
+        Processor time taken.
+    """
+
+    weights: MlpWeights
+    mean_divergence: float
+    divergence: float
+    steps: int
+    best_step: int
+    prompts: int
+    cpu_seconds: float
+
+
+def fit(
+    loaded: LoadedModel,
+    prompts: Tensor,
+    held_out: Tensor,
+    settings: FitSettings,
+    report: Report,
+    better: Callable[[MlpWeights], None],
+) -> Fitted:
+    """Fit a compressor for a model.
+
+    First every layer by itself, on what the answers attend to, which is quick and brings it near; then all of them together,
+    through the model, on the divergence of its predictions.
+
+    Parameters
+    ----------
+    loaded
+        The model, whose own weights do not change.
+    prompts, held_out
+        Tokens ``[count, length]`` to learn from, of which as many are answered as the time allows, and to check on.
+    settings
+        How.
+    report
+        Gets a line now and then.
+    better
+        Gets the weights of every check that is the best so far.
+    """
+    started, model = time.process_time(), loaded.model
+
+    def share() -> float:
+        return (time.process_time() - started) / settings.cpu_seconds
+
+    def say(doing: str, what: str) -> None:
+        spent = time.process_time() - started
+        left = max(0.0, settings.cpu_seconds - spent)
+        report(f"{doing}: {what}; {spent:.0f} s of processor time, {left:.0f} s left")
+
+    checked = Lessons.joined([serve(model, part, settings.answer_tokens) for part in torch.split(held_out, _TOGETHER)])
+    learnt: list[Lessons] = []
+    for part in torch.split(prompts, _TOGETHER):
+        learnt.append(serve(model, part, settings.answer_tokens))
+        say("answering", f"{sum(map(len, learnt))} prompts")
+        if share() > _SERVED:
+            break
+    lessons = Lessons.joined(learnt)
+    learnt.clear()
+    student = Student(factor=settings.factor, form=settings.form)
+    student.begin(lessons.keys[..., : lessons.prompt, :], lessons.values[..., : lessons.prompt, :], settings.seed)
+    mean = _check(model, checked, MeanPool(factor=settings.factor))
+    own = list(student.parameters_fitted())
+    order, queue = random.Random(settings.seed), list[int]()
+    best, best_step, step, checks, losses = math.inf, 0, 0, 0, list[float]()
+    for doing, rate, end, loss_of in (
+        ("layer by layer", _RATES[settings.form][0], _APART, _apart),
+        ("end to end", _RATES[settings.form][1], 1.0, _together),
+    ):
+        optimiser = torch.optim.Adam(own, lr=rate)
+        began = share()
+        while True:
+            done = 1.0 if began >= end else min(1.0, (share() - began) / (end - began))
+            if share() * settings.checks >= checks or done >= 1:
+                found, checks = _check(model, checked, student), int(share() * settings.checks) + 1
+                if found < best:
+                    best, best_step = found, step
+                    weights = student.weights(model=loaded.spec.label, revision=loaded.spec.revision)
+                    better(weights)
+                recent = f", learning {sum(losses) / len(losses):.3f}" if losses else ""
+                losses.clear()
+                say(doing, f"step {step}, held out {found:.3f} nats a token (mean pooling {mean:.3f}){recent}")
+            if done >= 1:
+                break
+            if len(queue) < settings.batch:
+                queue += order.sample(range(len(lessons)), len(lessons))
+            batch = lessons.part([queue.pop() for _ in range(min(settings.batch, len(queue)))])
+            for group in optimiser.param_groups:
+                group["lr"] = rate * min(1.0, done / _GROWING + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
+            optimiser.zero_grad(set_to_none=True)
+            # every other step groups begin elsewhere, so that a prompt gives as many groupings as a group has tokens
+            loss = loss_of(model, batch, student, order.randrange(settings.factor) * (step % 2))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
+            optimiser.step()
+            losses.append(float(loss.detach()))
+            step += 1
+    return Fitted(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
+
+
+def _merged(lessons: Lessons, policy: Merging, first: int) -> tuple[Tensor, Tensor]:
+    """The prompts' keys and values merged from token ``first`` on; those before stay."""
+    keys, values = (one[..., : lessons.prompt, :].float() for one in (lessons.keys, lessons.values))
+    merged = policy.merge(keys[..., first:, :], values[..., first:, :], range(len(keys)))
+    if not first:
+        return merged
+    return torch.cat([keys[..., :first, :], merged[0]], dim=-2), torch.cat([values[..., :first, :], merged[1]], dim=-2)
+
+
+def _apart(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
+    return attention_error(lessons, *_merged(lessons, policy, first))
+
+
+def _together(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
+    return divergence(model, lessons, *_merged(lessons, policy, first))
+
+
+@torch.no_grad()
+def _check(model: Any, lessons: Lessons, policy: Merging) -> float:
+    parts = [lessons.part(range(at, min(at + 4, len(lessons)))) for at in range(0, len(lessons), 4)]
+    return sum(float(_together(model, part, policy, 0)) * len(part) for part in parts) / len(lessons)

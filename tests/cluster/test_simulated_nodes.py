@@ -1,0 +1,195 @@
+"""Sixty cases on two nodes of Ray that this machine plays; nodes, workers, the processes below them and the controller die."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from child_processes import child_process, end_group
+from pytest_runs import TINY, clean_environment, run_pytest
+from sweeps import facts, project
+
+pytest.importorskip("ray", reason='pip install "kvsuite[cluster]"')
+pytestmark = pytest.mark.slow
+
+SIZES = tuple(range(6, 36, 2))
+ARGUMENTS = (
+    *TINY, "--kv-method=streaming_llm,fix_size_l2", f"--kv-recent-sizes={','.join(map(str, SIZES))}",
+    f"--kv-fix-kv-sizes={','.join(map(str, SIZES[:10]))}", "--kv-prune-after=4",
+    "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:hypothesispytest", "-p", "no:anyio",
+)  # fmt: skip
+LIMIT_S = 1500
+
+
+class Nodes:
+    """The simulated cluster.
+
+    Parameters
+    ----------
+    process
+        Of ``simulated_nodes.py``.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.address = self._heard()
+
+    def tell(self, line: str) -> None:
+        """Add or kill a node."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        assert self._heard() == line
+
+    def _heard(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    @property
+    def measuring(self) -> list[psutil.Process]:
+        """Processes that measure, of this cluster alone."""
+        below = psutil.Process(self._process.pid).children(recursive=True)
+        return [one for one in below if "kvsuite.cluster.measuring_process" in _command(one)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    command = [sys.executable, str(Path(__file__).with_name("simulated_nodes.py"))]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "stderr": subprocess.DEVNULL}
+    with child_process(command, limit_s=LIMIT_S, env=clean_environment(), **streams) as process:
+        yield Nodes(process)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run = run_pytest(project(tmp_path_factory.mktemp("alone")), *ARGUMENTS)
+    assert run.code == 0
+    return facts(run.report)
+
+
+def run_until(folder: Path, address: str, *more: str, done: Callable[[], int | None], log: str) -> int:
+    """Run on the cluster until it ends, or ``done`` says which signal it gets; its exit code, -9 for one that was killed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--color=no",
+        *ARGUMENTS,
+        "--kv-cluster=auto",
+        "--kv-cluster-cores=1",
+        *more,
+    ]
+    with (folder / log).open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=clean_environment(RAY_ADDRESS=address),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+        try:
+            sent = None
+            while process.poll() is None:
+                if sent is None and (sent := done()) is not None:
+                    process.send_signal(sent)
+                time.sleep(0.05)
+            return process.wait()
+        finally:
+            end_group(process)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the one run, as they are in its file by now."""
+    found = list(folder.glob("reports/*/records.jsonl"))
+    lines = found[0].read_text().splitlines(keepends=True) if found else []
+    parsed = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in parsed if line["schema"] == "kvsuite.record/1"]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_case_ends_as_one_row_whoever_dies(
+    tmp_path: Path, nodes: Nodes, undisturbed: dict[str, Any], seed: int
+) -> None:
+    dice = random.Random(seed)
+    folder = project(tmp_path)
+    for _ in range(2):
+        nodes.tell("add 2")
+    count = len(undisturbed)
+    assert count >= 60
+    moments = sorted(dice.sample(range(3, 40), 3))
+    kills = ["process", "worker", "node"]
+    dice.shuffle(kills)
+
+    def disturb() -> int | None:
+        there = len(rows(folder))
+        if kills and there >= moments[0]:
+            moments.pop(0)
+            kill = kills.pop(0)
+            if kill == "node":
+                nodes.tell("kill 1")
+            elif victims := nodes.measuring:
+                victim = dice.choice(victims)
+                (victim if kill == "process" else victim.parent()).kill()
+        # the controller goes last, as a power cut would end it
+        return signal.SIGKILL if not kills and there >= 48 else None
+
+    assert run_until(folder, nodes.address, done=disturb, log="first.txt") == -signal.SIGKILL
+    first = rows(folder)
+    assert max(Counter(row["id"] for row in first).values()) == 1
+    crashed = [row for row in first if row["status"] == "crashed"]
+    assert len(crashed) == 2, "one a killed worker"
+    assert "SIGKILL" in {row["error"]["type"] for row in crashed}
+    given_back = [row for row in first if any("given back once" in warning for warning in row["warnings"])]
+    assert len(given_back) <= 2, "what the node's two workers were measuring"
+    _wait_until_none_is_left(nodes)
+
+    # another number of nodes, and an end by a scheduler's signal
+    nodes.tell("add 1")
+    code = run_until(
+        folder, nodes.address, "--kv-resume=latest", log="second.txt",
+        done=lambda: signal.SIGTERM if len(rows(folder)) >= 52 else None,
+    )  # fmt: skip
+    assert code == pytest.ExitCode.INTERRUPTED, (folder / "second.txt").read_text()[-3000:]
+    assert "go on by the same command with --kv-resume=latest" in (folder / "second.txt").read_text()
+    _wait_until_none_is_left(nodes)
+
+    code = run_until(folder, nodes.address, "--kv-resume=latest", log="third.txt", done=lambda: None)
+    assert code == 0, (folder / "third.txt").read_text()[-3000:]
+    (report,) = (folder / "reports").iterdir()
+    found = facts(report)
+    assert {name: row["case_key"] for name, row in found.items()} == {
+        name: row["case_key"] for name, row in undisturbed.items()
+    }
+    assert _results(found) == _results(undisturbed)
+    last = {row["id"]: row for row in rows(folder)}
+    assert all(row["effective"]["node"]["ip"] for row in last.values())
+    _wait_until_none_is_left(nodes)
+
+
+def _results(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: (row["status"], row["metrics"]) for name, row in found.items()}
+
+
+def _wait_until_none_is_left(nodes: Nodes) -> None:
+    ends = time.monotonic() + 60
+    while nodes.measuring and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert not nodes.measuring

@@ -1,0 +1,91 @@
+"""Fitting a compressor to a tiny model: it begins as mean pooling, gets better, and what is written is what was fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import loaded
+
+from kvsuite.compression.mean_pool import MeanPool
+from kvsuite.compression.merging import CacheShape, Merging
+from kvsuite.compression.mlp import Mlp, MlpResidual
+from kvsuite.compression.mlp_weights import FORMS, Form, MlpWeights
+from kvsuite.fitting.compressor_fit import FitSettings, fit
+from kvsuite.fitting.lessons import Lessons, attention_error, divergence, serve
+from kvsuite.fitting.student import Student
+
+LENGTH, ANSWER = 22, 8
+
+
+@pytest.fixture(scope="module")
+def prompts() -> torch.Tensor:
+    return torch.randint(4, 250, (12, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def lessons(prompts: torch.Tensor) -> Lessons:
+    return Lessons.joined([serve(loaded("llama").model, part, ANSWER) for part in prompts.split(5)])
+
+
+def policy_of(weights: MlpWeights, path: Path) -> Merging:
+    weights.write(path)
+    policy = {"specified": Mlp, "residual": MlpResidual}[str(weights.form)](factor=weights.factor, weights=str(path))
+    of = loaded("llama")
+    policy.prepare(
+        CacheShape(
+            model=of.spec.label, revision=of.spec.revision, layers=3, head_dims=frozenset({16}), device=of.device,
+            dtype=torch.float32,
+        )
+    )  # fmt: skip
+    return policy
+
+
+def of_prompt(lessons: Lessons) -> tuple[torch.Tensor, torch.Tensor]:
+    return lessons.keys[..., :LENGTH, :].float(), lessons.values[..., :LENGTH, :].float()
+
+
+def test_a_full_cache_diverges_from_itself_by_what_half_precision_costs(lessons: Lessons) -> None:
+    of, (keys, values) = loaded("llama"), of_prompt(lessons)
+    assert lessons.answers.shape == (12, ANSWER)
+    assert lessons.queries.shape == lessons.attended.shape == (3, 12, 4, ANSWER - 1, 16)
+    assert float(attention_error(lessons, keys, values)) < 1e-5
+    assert abs(float(divergence(of.model, lessons, keys, values))) < 1e-4
+    merged = MeanPool(factor=3).merge(keys, values, range(3))
+    assert float(attention_error(lessons, *merged)) > 1e-3
+    assert float(divergence(of.model, lessons, *merged)) > 1e-3
+    assert of.model.config._attn_implementation == "sdpa", "the model has its own attention again"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_begins_as_mean_pooling(form: Form, lessons: Lessons, tmp_path: Path) -> None:
+    keys, values = of_prompt(lessons)
+    student = Student(factor=3, form=form)
+    student.begin(keys, values, seed=0)
+    mean = MeanPool(factor=3).merge(keys, values, range(3))
+    for found in (
+        student.merge(keys, values, range(3)),
+        policy_of(student.weights(model="decoder", revision=None), tmp_path / "w.pth").merge(keys, values, range(3)),
+    ):
+        for own, wanted in zip(found, mean, strict=True):
+            torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_gets_better_and_what_is_written_is_what_was_fitted(
+    form: Form, prompts: torch.Tensor, lessons: Lessons, tmp_path: Path
+) -> None:
+    of, lines, written = loaded("llama"), list[str](), list[MlpWeights]()
+    settings = FitSettings(form=form, factor=3, cpu_seconds=1.5, answer_tokens=ANSWER, checks=4, batch=4)
+    found = fit(of, prompts, prompts[:4], settings, lines.append, written.append)
+    assert found.divergence < 0.9 * found.mean_divergence
+    assert found.weights is written[-1]
+    assert any("s left" in line and "held out" in line for line in lines)
+    checked = lessons.part(range(4))
+    with torch.no_grad():
+        policy = policy_of(found.weights, tmp_path / "w.pth")
+        again = float(divergence(of.model, checked, *policy.merge(*of_prompt(checked), range(3))))
+    assert again == pytest.approx(found.divergence, rel=1e-2)
+    # the model's own weights are as they were
+    assert all(one.grad is None and not one.requires_grad for one in of.model.parameters())
