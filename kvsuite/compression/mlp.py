@@ -99,11 +99,14 @@ class Mlp(Merging):
         return found
 
     def _of_layers(self, linear: tuple[Tensor, Tensor], layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        import torch
+
         weight, bias = linear
         first = layers[0]
         if list(layers) == list(range(first, first + len(layers))):
             return weight[first : first + len(layers)], bias[first : first + len(layers)]
-        return weight[list(layers)], bias[list(layers)]
+        # without indices on the device, which the host would wait for
+        return torch.stack([weight[layer] for layer in layers]), torch.stack([bias[layer] for layer in layers])
 
     @property
     def _typed(self) -> str:

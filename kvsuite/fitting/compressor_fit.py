@@ -23,7 +23,10 @@ from .student import Student
 #: told how far it is, by a line
 Report = Callable[[str], None]
 #: shares of the time until prompts are served, and until every layer was fitted by itself; the rest is end to end
-_SERVED, _APART = 0.3, 0.45
+_SERVED, _APART = 0.42, 0.6
+#: highest learning rates, layer by layer and end to end; each grows at first, then falls to 0 along a cosine. Units of the
+#: specified form pass everything on at first, so that all of their weights turn the output at once
+_RATES: dict[Form, tuple[float, float]] = {"residual": (2e-3, 1e-3), "specified": (3e-4, 2e-4)}
 #: share of a phase in which the rate grows
 _GROWING = 0.05
 _TOGETHER = 8
@@ -45,8 +48,6 @@ class FitSettings:
         Tokens of each answer.
     batch
         Prompts of a step.
-    rates
-        Highest learning rates, apart and end to end; each grows at first, then falls to 0 along a cosine.
     checks
         How often held-out prompts are looked at.
     seed
@@ -58,7 +59,6 @@ class FitSettings:
     cpu_seconds: float = 600.0
     answer_tokens: int = 64
     batch: int = 2
-    rates: tuple[float, float] = (2e-3, 1e-3)
     checks: int = 12
     seed: int = 0
 
@@ -142,8 +142,8 @@ def fit(
     order, queue = random.Random(settings.seed), list[int]()
     best, best_step, step, checks, losses = math.inf, 0, 0, 0, list[float]()
     for doing, rate, end, loss_of in (
-        ("layer by layer", settings.rates[0], _APART, _apart),
-        ("end to end", settings.rates[1], 1.0, _together),
+        ("layer by layer", _RATES[settings.form][0], _APART, _apart),
+        ("end to end", _RATES[settings.form][1], 1.0, _together),
     ):
         optimiser = torch.optim.Adam(own, lr=rate)
         began = share()
@@ -166,7 +166,8 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1.0, done / _GROWING + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
             optimiser.zero_grad(set_to_none=True)
-            loss = loss_of(model, batch, student)
+            # every other step groups begin elsewhere, so that a prompt gives as many groupings as a group has tokens
+            loss = loss_of(model, batch, student, order.randrange(settings.factor) * (step % 2))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(own, 1.0)
             optimiser.step()
@@ -175,20 +176,24 @@ def fit(
     return Fitted(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
 
 
-def _merged(lessons: Lessons, policy: Merging) -> tuple[Tensor, Tensor]:
+def _merged(lessons: Lessons, policy: Merging, first: int) -> tuple[Tensor, Tensor]:
+    """The prompts' keys and values merged from token ``first`` on; those before stay."""
     keys, values = (one[..., : lessons.prompt, :].float() for one in (lessons.keys, lessons.values))
-    return policy.merge(keys, values, range(len(keys)))
+    merged = policy.merge(keys[..., first:, :], values[..., first:, :], range(len(keys)))
+    if not first:
+        return merged
+    return torch.cat([keys[..., :first, :], merged[0]], dim=-2), torch.cat([values[..., :first, :], merged[1]], dim=-2)
 
 
-def _apart(model: Any, lessons: Lessons, policy: Merging) -> Tensor:
-    return attention_error(lessons, *_merged(lessons, policy))
+def _apart(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
+    return attention_error(lessons, *_merged(lessons, policy, first))
 
 
-def _together(model: Any, lessons: Lessons, policy: Merging) -> Tensor:
-    return divergence(model, lessons, *_merged(lessons, policy))
+def _together(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
+    return divergence(model, lessons, *_merged(lessons, policy, first))
 
 
 @torch.no_grad()
 def _check(model: Any, lessons: Lessons, policy: Merging) -> float:
     parts = [lessons.part(range(at, min(at + 4, len(lessons)))) for at in range(0, len(lessons), 4)]
-    return sum(float(_together(model, part, policy)) * len(part) for part in parts) / len(lessons)
+    return sum(float(_together(model, part, policy, 0)) * len(part) for part in parts) / len(lessons)

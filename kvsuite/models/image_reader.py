@@ -28,7 +28,11 @@ class ImageReader:
         One at a time: they depend on nothing else then, so that equal images have equal ones, whoever else is served.
         """
         device, dtype = self._model.device, self._model.dtype
-        pixels = torch.from_numpy(image.pixels)[None].to(device, dtype)
+        pixels = torch.from_numpy(image.pixels)[None]
+        if device.type == "cuda":
+            # a copy from other memory would wait for all that the stream was given
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        pixels = pixels.to(device, dtype)
         with torch.inference_mode():
             found = self._model.get_image_features(pixel_values=pixels, return_dict=True)
             # a list, one an image, or a tensor: by release

@@ -40,7 +40,7 @@ class ImagePixels:
     Parameters
     ----------
     pixels
-        float32 ``[3, height, width]``; not to be written to.
+        ``[3, height, width]``, copied in float32.
 
     Raises
     ------
@@ -53,7 +53,8 @@ class ImagePixels:
     def __post_init__(self) -> None:
         import numpy as np
 
-        found = np.ascontiguousarray(self.pixels, dtype=np.float32)
+        # a copy: whoever has the array may write to it, or may not
+        found = np.array(self.pixels, dtype=np.float32, order="C")
         if found.ndim != 3 or found.shape[0] != 3:
             raise UserError(
                 f"image of shape {list(found.shape)}: pixels are [3, height, width], red, green and blue; give such an array"

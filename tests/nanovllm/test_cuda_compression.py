@@ -13,12 +13,14 @@ if not torch.cuda.is_available():
     pytest.skip("a side stream needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 
+from compressor_weights import random_weights, written  # noqa: E402
 from decoders import fresh, greedy, prompts  # noqa: E402
 from kept_positions import turning  # noqa: E402
 from prompt_policies import EVERY  # noqa: E402
 from serving import assert_nothing_lost  # noqa: E402
 
 from kvsuite.compression import get_policy  # noqa: E402
+from kvsuite.compression.merging import CacheShape  # noqa: E402
 from kvsuite.compression.prompt_view import attention_weights  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.limits import Limits  # noqa: E402
@@ -33,6 +35,22 @@ NEW = 16
 def _on_cuda(kind: str = "llama"):
     of = fresh(kind)
     return replace(of, model=of.model.to(DEVICE), device=DEVICE, dtype=of.model.dtype)
+
+
+def _not_waiting(after_step: Any) -> Any:
+    """The stage's work, which raises where the host would wait for the device."""
+
+    def watching(requests: Any) -> None:
+        with warnings.catch_warnings():
+            # the mode itself warns that it is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            after_step(requests)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watching
 
 
 def _served(
@@ -73,19 +91,7 @@ def _served(
     if watched:
         # kernels and libraries are loaded by the first requests
         runtime.run([greedy(prompt, 3) for prompt in prompts((21, 33))])
-        after_step = stage_of.after_step
-
-        def watching(requests: Any) -> None:
-            with warnings.catch_warnings():
-                # the mode itself warns that it is a prototype
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                after_step(requests)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        stage_of.after_step = watching
+        stage_of.after_step = _not_waiting(stage_of.after_step)
     given = prompts(LENGTHS)
     if shared:
         given = [given[5][:20] + prompt for prompt in given[:5]]
@@ -144,3 +150,65 @@ def test_attention_weights_of_half_precision_are_added_up_in_float32(dtype, quer
     found = attention_weights(query.to(DEVICE), keys.to(DEVICE), 0.2, length - queries)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("streaming_llm", {"start_size": 2, "recent_size": 9}),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 11, "mode": "every_token"}),
+        ("fix_size_l2", {"size": 10, "keep_ratio": 0.25, "strategy": "keep_low"}),
+        ("fix_size_l2", {"size": 10, "keep_ratio": 0.25, "strategy": "random", "seed": 5}),
+    ],
+)
+def test_policies_of_every_token_decide_together_without_waiting(name, own):
+    found = []
+    for together in (True, False):
+        policy = get_policy(name, **own)
+        policy.sequences_apart = together
+        limits = Limits(
+            max_model_len=96,
+            max_num_seqs=8,
+            max_num_batched_tokens=56,
+            num_blocks=160,
+            block_size=4,
+            prefix_caching=False,
+        )
+        runtime = Runtime(_on_cuda(), limits, policy=policy, runner=cuda_runner(sizes=[2, 5, 8]))
+        runtime.run([greedy(prompt, 6) for prompt in prompts((21, 33))])
+        runtime.compression.after_step = _not_waiting(runtime.compression.after_step)
+        requests = runtime.run([greedy(prompt, NEW) for prompt in prompts(LENGTHS)])
+        assert runtime.counters.evicted_tokens > 0
+        runtime.close()
+        assert_nothing_lost(runtime)
+        found.append([request.output for request in requests])
+        assert [request.reason for request in requests] == ["length"] * len(requests)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["mean_pool", "mlp", "mlp_residual"])
+def test_what_is_merged_aside_is_what_is_merged_between_the_steps(name, tmp_path):
+    own = {} if name == "mean_pool" else {"weights": written(tmp_path / "w.pth", random_weights(factor=3))}
+    wanted, counters = _served(name, {"factor": 3, **own}, stage="sync")
+    assert counters.evicted_tokens == sum(2 * (length // 3) for length in LENGTHS)
+    assert _served(name, {"factor": 3, **own}, stage="async", num_blocks=20, slow=True)[0] == wanted
+    for stage in ("sync", "async"):
+        _served(name, {"factor": 3, **own}, stage=stage, watched=True, num_blocks=160)
+    # layers with a gap between them
+    skipped = {"factor": 3, "skip_layers": (1,), **own}
+    _served(name, skipped, stage="async", watched=True, num_blocks=160)
+
+
+def test_merged_vectors_are_those_of_the_cpu(tmp_path):
+    policy = get_policy("mlp", factor=3, weights=written(tmp_path / "w.pth", random_weights(factor=3)))
+    keys, values = torch.randn(2, 3, 2, 40, 16, generator=torch.Generator().manual_seed(1))
+    shape = CacheShape(
+        model="x", revision=None, layers=3, head_dims=frozenset({16}), device=torch.device("cpu"), dtype=torch.float32
+    )
+    policy.prepare(shape)
+    wanted = policy.merge(keys, values, range(3), ((0, 13),))
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 5e-2)):
+        policy.prepare(replace(shape, device=DEVICE, dtype=dtype))
+        found = policy.merge(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), range(3), ((0, 13),))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.float().cpu(), other, atol=tolerance, rtol=tolerance)

@@ -118,6 +118,21 @@ def test_a_last_token_of_an_image_alone_takes_no_captured_step() -> None:
     assert request.output == expected(tokens, images, 8)
 
 
+def test_pixels_are_the_images_own() -> None:
+    given = np.zeros((3, SIZE, SIZE), dtype=np.float32)
+    given.flags.writeable = False
+    frozen = ImagePixels(given)
+    tokens = [IMAGE] * TOKENS + text(5)
+    with serving(loaded("llava")) as runtime:
+        # torch warns of memory that it may not write to, and warnings are errors here
+        [request] = runtime.run([greedy(tokens, 4, images=[frozen])])
+    assert request.output == expected(tokens, [ImagePixels(np.zeros((3, SIZE, SIZE)))], 4)
+    given.flags.writeable = True
+    digest = ImagePixels(given).digest
+    given += 1
+    assert ImagePixels(given).digest != digest == frozen.digest
+
+
 def test_a_text_is_never_taken_for_an_image() -> None:
     """The original took every prompt on LLaVA for 576 image tokens and text: the image's length is the request's own."""
     tokens, _ = prompt(12)

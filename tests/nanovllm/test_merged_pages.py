@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressor_weights import random_weights, written
 from decoders import greedy, loaded, prompts, text
 from hand_aside import HandAside
-from serving import LogitsByRequest, assert_nothing_lost
+from image_prompts import MIXED
+from serving import LogitsByRequest, assert_nothing_lost, serving
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -208,3 +210,35 @@ def test_weights_of_another_model_end_the_case(tmp_path: Path) -> None:
     policy = built("mlp", written(tmp_path / "other.pth", random_weights(layers=4, factor=3)))
     with pytest.raises(CaseInvalid, match="weights of another model"):
         served(policy)
+
+
+def test_the_images_of_a_request_are_found_by_its_own_tokens() -> None:
+    """Flaw 13 of the original: how many tokens are an image's was taken from the model, for texts as well."""
+    of, policy = loaded("llava"), get_policy("mean_pool", factor=2)
+    assert isinstance(policy, Merging)
+    spans = [((0, 4),), (), ((3, 7), (16, 20)), ((17, 21),), (), ((0, 4), (4, 8))]
+    merged: list[ImageSpans] = []
+    merge = policy.merge
+
+    def spied(keys: Tensor, values: Tensor, layers: Sequence[int], images: ImageSpans = ()) -> tuple[Tensor, Tensor]:
+        merged.append(images)
+        return merge(keys, values, layers, images)
+
+    policy.merge = spied  # type: ignore[method-assign]
+    with serving(of, policy=policy, block_size=4, prefix_caching=False) as runtime:
+        requests = runtime.run([greedy(tokens, 6, images=images) for tokens, images in MIXED])
+        assert [request.image_spans for request in requests] == spans
+        assert runtime.counters.evicted_tokens == sum(
+            len(tokens) - policy.size_of_prompt(len(tokens), own) for (tokens, _), own in zip(MIXED, spans, strict=True)
+        )
+    assert sorted(merged) == sorted(spans)
+    # hf finds the same, and gives the same tokens
+    decoder = CachedDecoder(of.model, of.text_config, of.device)
+    for request, (tokens, images) in zip(requests[:3], MIXED, strict=False):
+        cache = decoder.new_cache(policy, (64, 64), "ring", None)
+        pixels = torch.from_numpy(np.stack([one.pixels for one in images])) if images else None
+        with torch.no_grad():
+            found = [int(decoder.forward(torch.tensor([tokens]), cache, pixels)[0, -1].argmax())]
+            while len(found) < 6:
+                found.append(int(decoder.forward(torch.tensor([found[-1:]]), cache)[0, -1].argmax()))
+        assert found == request.output

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compressor_weights import written
 from hf_sessions import LAYERS, TOKEN_BYTES, VOCAB, CountingClock, case, random_tokens, session, streaming
 from policy_matrix import MATRIX, Line
 from requests_served import memory_of, timed, times_of, tokens_of
@@ -366,3 +367,41 @@ def test_layers_without_rotary_positions_are_neither_unrotated_nor_rotated(polic
         assert found["none", positions] == pytest.approx(found["by nothing", "original"], abs=1e-5)
     assert found["mixed", "original"] != pytest.approx(found["mixed", "cache"], abs=1e-3)
     assert found["mixed", "original"] != pytest.approx(found["none", "original"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mean_pool", "mlp", "mlp_residual"])
+def test_merged_tokens_give_the_tokens_losses_and_bytes_of_hf(name: str, tmp_path: Path) -> None:
+    own = {} if name == "mean_pool" else {"weights": written(tmp_path / "w.pth", layers=LAYERS)}
+    hf, on = both(case(name=name, policy=name, policy_params={"factor": 5, **own}))
+    assert tokens_of(on, PROMPT, 24) == tokens_of(hf, PROMPT, 24)
+    found, wanted = (one.score(TEXT, "prefix-continuation", 40) for one in (on, hf))
+    assert found.nll == pytest.approx(wanted.nll, abs=1e-4)
+    full = both(case())[0].score(TEXT, "prefix-continuation", 40)
+    assert found.nll != pytest.approx(full.nll, abs=1e-2)
+    for one in both(case(name=name, policy=name, policy_params={"factor": 5, **own})):
+        # 64 tokens are 12 groups and 4 more, and 7 of 8 new ones are fed
+        planned = one.planned_kv_bytes(64, 8)
+        assert planned is not None
+        assert memory_of(one, PROMPT, 8).kv_bytes_decode == planned
+        assert planned in ((16 + 7) * TOKEN_BYTES, 2 * 16 * TOKEN_BYTES)
+
+
+def test_weights_and_formats_that_do_not_fit_end_the_case_alone(tmp_path: Path) -> None:
+    """Flaw 12 of the original: a compressor that could not be loaded was none, under its own name."""
+    other = written(tmp_path / "other.pth", layers=LAYERS - 1)
+    right = written(tmp_path / "right.pth", layers=LAYERS)
+    refused = [
+        (case(policy="mlp", policy_params={"weights": other}), "weights of another model"),
+        (case(policy="mlp", policy_params={"weights": right, "factor": 4}), "makes one token of 5, not of 4"),
+        (
+            case(policy="mean_pool", params={"kv_cache_dtype": "int8"}),
+            "--kv-cache-dtype=int8: policy mean_pool merges tokens",
+        ),
+    ]
+    for of, message in refused:
+        for one, own in ((session(), of), (served(), nano(of))):
+            with pytest.raises(CaseInvalid) as caught:
+                one.prepare(own)
+            assert message in str(caught.value)
+    for one in both(case(policy="mlp", policy_params={"weights": right})):
+        assert len(tokens_of(one, PROMPT, 2)) == 2
