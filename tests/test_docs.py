@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -234,6 +235,20 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     (pytester.path / "my-model" / "config.json").write_text("{}")
     (pytester.path / "book.txt").write_text("A book.")
     (pytester.path / "wiki.test.raw").write_text("A text.")
+    asked = {
+        "input": "Some.\nWhat?",
+        "context": "A text.",
+        "all_classes": None,
+        "dataset": "hotpotqa",
+        "answers": ["text"],
+    }
+    for name, line in {
+        "LongBench/hotpotqa.jsonl": asked,
+        "ruler/4096/data/vt/validation.jsonl": {"index": 0, "input": "Some.\nWhat?", "outputs": ["text"]},
+    }.items():
+        path = pytester.path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(line))
     return pytester
 
 
