@@ -82,8 +82,9 @@ quick-tests: $(STAMP)
 	$(TESTS) -m "not slow" --hypothesis-seed=0
 
 test-all: lint
-	@echo "==> Ray, for the tests of clusters"
-	$(PIP) -e ".[cluster]"
+	@# packages that CI does without: tests that need them are skipped where they are not installed
+	@echo "==> Ray, for the tests of clusters; lm-eval and what LongBench scores with"
+	$(PIP) -e ".[cluster,lm-eval,longbench]"
 	@echo "==> tests, slow ones too"
 	$(TESTS)
 	$(MAKE) test-pins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from child_processes import hand_on_default_signals  # noqa: E402
 # files that take minutes go first: the last of them would keep one worker busy while the others have nothing left
 _LONG = (
     "engines/hf/test_smollm2_quality.py",
+    "reporting/test_page_browser.py",
+    "reporting/test_recorded_run.py",
+    "suites/dse/test_serving_pass.py",
     "plugin/test_comparison_gate.py",
     "plugin/test_perplexity_suite.py",
     "plugin/test_kills.py",
@@ -52,6 +56,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
+def pytest_collection_finish():
+    # sessions collect garbage before they read memory: thousands of tests and all that they import are looked through each time
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

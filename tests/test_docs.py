@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from child_processes import FEWER_PLUGINS
+from pytest_runs import run_pytest
 
 import kvsuite.engines.registry  # noqa: F401  a run inside this process drops what it imports first; suites outlive it
 from kvsuite.__main__ import main
@@ -236,6 +237,20 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     (pytester.path / "wiki.test.raw").write_text("A text.")
     # of weights the hash alone is looked at before a case runs
     (pytester.path / "mlp_compressor.pth").write_bytes(b"weights")
+    asked = {
+        "input": "Some.\nWhat?",
+        "context": "A text.",
+        "all_classes": None,
+        "dataset": "hotpotqa",
+        "answers": ["text"],
+    }
+    for name, line in {
+        "LongBench/hotpotqa.jsonl": asked,
+        "ruler/4096/data/vt/validation.jsonl": {"index": 0, "input": "Some.\nWhat?", "outputs": ["text"]},
+    }.items():
+        path = pytester.path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(line))
     return pytester
 
 
@@ -290,7 +305,7 @@ def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KV_", "PYTEST_"))}
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder,
-        env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": FEWER_PLUGINS},
+        env=kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -305,9 +320,9 @@ def test_the_examples_of_a_users_repository_run(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nkv_model = dummy:tiny\nkv_device = cpu\nkv_threads = 1\nkv_rounds = 2\n"
     )
-    done = run_python(tmp_path, "-m", "pytest", "-q", "--strict-markers", "-k", "baseline or streaming_32 or hand")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout
+    done = run_pytest(tmp_path, "-q", "--strict-markers", "-k", "baseline or streaming_32 or hand")
+    assert done.code == 0, done.out + done.err
+    assert "5 passed" in done.out
     (folder,) = (tmp_path / "reports").iterdir()
     assert (folder / "statuses.txt").read_text() == "ok ok ok ok ok"
     assert (folder / "records.jsonl").read_text().count('"joules_per_token"') == 5

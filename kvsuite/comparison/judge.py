@@ -24,10 +24,10 @@ _TOLERANCE = {"deterministic": 1e-9, "near_deterministic": 1e-4}
 # metrics that are means over rows of a sidecar, and the column
 _PAIRED = {
     "perplexity": "nll", "nll_sum": "nll", "next_token_acc": "correct", "retrieval_logprob": "nll",
-    "retrieval_exact": "correct",
+    "retrieval_exact": "correct", "task_score": "correct",
 }  # fmt: skip
 # those whose rows are samples, each with the mean of its questions
-_OF_SAMPLES = {"retrieval_logprob", "retrieval_exact"}
+_OF_SAMPLES = {"retrieval_logprob", "retrieval_exact", "task_score"}
 _OWN_ERRORS = {"perplexity", *_OF_SAMPLES}
 _SIGMAS = 2.0
 _BUSY = 0.02

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+#: whether an output is complete, told all its tokens so far
+Ends = Callable[[Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question and the answer that is scored.
+    """One question, the answer that is scored, and how much is generated.
 
     Parameters
     ----------
     tokens
         Token ids of the question, one or more: they are fed behind the context.
     answer
-        Token ids of the right answer, one or more.
+        Token ids of the right answer, whose losses come back; empty where the output alone is wanted.
+    new_tokens
+        Tokens that are generated, at most; ``None``: as many as the right answer has.
+    ends
+        Asked behind every generated token; where it says so, that token is the last one.
     """
 
     tokens: Sequence[int]
-    answer: Sequence[int]
+    answer: Sequence[int] = ()
+    new_tokens: int | None = None
+    ends: Ends | None = None
 
     def __post_init__(self) -> None:
-        if not self.tokens or not self.answer:
-            raise ValueError("a question and its answer have at least one token each")
+        if not self.tokens or self.limit < 1:
+            raise ValueError("a question has at least one token, and so has what is answered")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that are generated, at most."""
+        return len(self.answer) if self.new_tokens is None else self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -45,16 +59,20 @@ class Asked:
     questions: tuple[Question, ...]
     in_turn: bool = False
 
+    def __post_init__(self) -> None:
+        if self.in_turn and any(one.ends or one.limit != len(one.answer) for one in self.questions):
+            raise ValueError("questions in turn are answered in as many tokens as the right answers have")
+
     @property
     def shape(self) -> tuple[int | bool, ...]:
         """Lengths: what has the same ones can be computed together."""
-        sizes = [size for one in self.questions for size in (len(one.tokens), len(one.answer))]
+        sizes = [size for one in self.questions for size in (len(one.tokens), len(one.answer), one.limit)]
         return (len(self.context), self.in_turn, *sizes)
 
     @property
     def steps(self) -> int:
         """Tokens that are fed behind the context, at most, in one cache."""
-        sizes = [len(one.tokens) + len(one.answer) for one in self.questions]
+        sizes = [len(one.tokens) + max(len(one.answer), one.limit) for one in self.questions]
         return sum(sizes) if self.in_turn else max(sizes)
 
 
@@ -65,10 +83,13 @@ class Answer:
     Parameters
     ----------
     output
-        As many tokens as the right answer has, each the most probable one behind those before.
+        `Question.limit` tokens, or fewer where it ended before, each the most probable one behind those before.
     nll
         ``-log p`` of each token of the right answer behind the right ones before it, in nats, from a float32 log-softmax.
+    kept
+        Positions that a layer held of the context once the method had acted, mean over layers.
     """
 
     output: list[int]
     nll: list[float]
+    kept: float

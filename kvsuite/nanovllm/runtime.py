@@ -20,6 +20,7 @@ from kvsuite.models.load import LoadedModel
 from .admission import model_eos_token_ids, outgrown, problem, settle_ends
 from .attention_layers import attention_layers, group_layers
 from .block_table import tables_for
+from .bound_partition import BoundPartition
 from .compression_stage import CompressionStage, require_prompt_only
 from .counters import Counters
 from .delivery import Delivery
@@ -205,11 +206,10 @@ class Runtime:
         #: decides how prompts are compressed, and logs it
         self.controller = controller
         self._steered: Steered | None = None
-        self._partitions = dict(partitions or {})
-        self._bound: SmPartition | None = None
+        self._partition = BoundPartition(partitions or {}, self._streams, self.runner)
         if controller is not None:
             try:
-                self._prepare_partitions()
+                self._partition.prepare()
             except BaseException:
                 self._close_lanes()
                 raise
@@ -449,34 +449,17 @@ class Runtime:
     def restart_controller(self) -> None:
         """Let the controller begin anew, as at the first step: what follows is a run of its own."""
         if self.controller is not None:
-            self._bind(None)
+            self._partition.bind(None)
             self._steer(self.controller.renewed())
 
     def _steer(self, controller: Controller) -> None:
         self.controller = controller
         facts: Any = {"lengths": self.tables[0].lengths, "device": self.device, "has_lanes": self.lanes == 2}
-        self._steered = Steered(controller, self.compression, bind=self._bind, **facts)
+        self._steered = Steered(controller, self.compression, bind=self._partition.bind, **facts)
         self._launcher.watch = self._steered
         self.scheduler.expects_spared = self._steered.expects_spared
         if self._prompts is not None:
             self._prompts.steer(self._steered)
-
-    def _prepare_partitions(self) -> None:
-        """Capture decode steps on every partition: later it would be done while requests wait."""
-        for ratio in self._partitions:
-            self._bind(ratio)
-        self._bind(None)
-
-    def _bind(self, ratio: float | None) -> dict[str, int] | None:
-        """Move the lanes to the partition of a share of the prompt lane, between two steps of either; return its SMs."""
-        partition = None if ratio is None else self._partitions[ratio]
-        if partition is not self._bound:
-            assert self._streams is not None
-            self._streams.bind(partition)
-            self._bound = partition
-            with self._decoding():
-                self.runner.use_captured("" if partition is None else partition.id)
-        return None if partition is None else {"decode_sms": partition.decode_sms, "prompt_sms": partition.prompt_sms}
 
     def _close_lanes(self) -> None:
         if self._prompts is not None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from child_processes import FEWER_PLUGINS
+from pytest_runs import run_module
 
 import kvsuite.benchmarks
 from kvsuite.__main__ import main
@@ -17,22 +14,10 @@ ROOT = Path(__file__).parents[2]
 TINY = ("--kv-model=dummy:tiny", "--kv-device=cpu", "--kv-threads=1", "--kv-rounds=2", "--kv-num-warmup=1")
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **{n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")},
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "PYTEST_ADDOPTS": FEWER_PLUGINS,
-    }
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_bench_measures_in_the_folder_where_it_is_called(tmp_path: Path) -> None:
-    done = run(tmp_path, "kvsuite", "bench", "-k", "compression and baseline", *TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    done = run_module(tmp_path, "kvsuite", "bench", "-k", "compression and baseline", *TINY)
+    assert done.code == 0, done.out + done.err
+    assert "1 passed" in done.out
     assert len(list(tmp_path.glob("reports/*/records.jsonl"))) == 1
     # pytest-benchmark makes a folder of its own
     assert {path.name for path in tmp_path.iterdir()} <= {"reports", ".benchmarks"}
@@ -42,15 +27,15 @@ def test_bench_measures_in_the_folder_where_it_is_called(tmp_path: Path) -> None
     "command", [("kvsuite", "bench"), ("pytest", "-p", "no:cacheprovider", "--pyargs", "kvsuite.benchmarks")]
 )
 def test_all_suites_of_a_bare_run_are_there(command: tuple[str, ...], tmp_path: Path) -> None:
-    done = run(tmp_path, *command, "--collect-only", "-q", *TINY)
+    done = run_module(tmp_path, *command, "--collect-only", "-q", *TINY)
     for suite in ("compression[hf-baseline]", "dse[nano-none", "perplexity[default-none"):
-        assert f"::test_{suite}" in done.stdout, done.stdout + done.stderr
+        assert f"::test_{suite}" in done.out, done.out + done.err
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    done = run(tmp_path, "kvsuite", "bench", "--kv-method=nope", *TINY)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--kv-method=nope: unknown method" in done.stderr
+    done = run_module(tmp_path, "kvsuite", "bench", "--kv-method=nope", *TINY)
+    assert done.code == pytest.ExitCode.USAGE_ERROR
+    assert "--kv-method=nope: unknown method" in done.err
 
 
 def test_help_is_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from child_processes import FEWER_PLUGINS, child_process
+from child_processes import FEWER_PLUGINS
+from pytest_runs import start_pytest
 
 from kvsuite.store.validate import validate
 
@@ -139,23 +140,18 @@ def test_redraw_gives_the_same_bytes(name: str, finished: Finished, redrawn: Pat
 def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number: signal.Signals) -> None:
     # rounds long enough that the signal meets a case, not the end of the run
     long = (*COMMAND, "--kv-rounds=10", "--kv-max-new-tokens=64", f"--kv-report-dir={tmp_path}")
-    said = []
-    with child_process(
-        [sys.executable, "-m", "pytest", *long], limit_s=300, cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            # a slow machine prints lines inside the first case too
-            if line.lstrip().startswith("[1/") and "elapsed" in line:
-                process.send_signal(number)
-                if number == signal.SIGTERM:
-                    # as timeout(1) does: to the process, then to its group
-                    time.sleep(0.02)
-                    process.send_signal(number)
-        process.wait()
-    assert process.returncode == pytest.ExitCode.INTERRUPTED, "".join(said)
+    with start_pytest(ROOT, *long) as under_way:
+        # a slow machine prints lines inside the first case too
+        while not re.search(r"^ *\[1/.*elapsed", under_way.out(), re.MULTILINE) and not under_way.forked.is_over():
+            time.sleep(0.01)
+        os.kill(under_way.forked.pid, number)
+        if number == signal.SIGTERM:
+            # as timeout(1) does: to the process, then to its group
+            time.sleep(0.02)
+            os.kill(under_way.forked.pid, number)
+        done = under_way.end()
+    said = done.out + done.err
+    assert done.code == pytest.ExitCode.INTERRUPTED, said
     (folder,) = tmp_path.iterdir()
     run, *rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert 1 <= len(rows) < len(NAMES)
@@ -164,7 +160,7 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
     assert len(report["records"]) == len(rows)
     assert report["run"]["run_id"] == run["run_id"] == folder.name
     assert {path.name for path in folder.iterdir()} == FILES
-    assert f"records and figures: {folder}" in "".join(said)
+    assert f"records and figures: {folder}" in said
     assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in (folder / "table.txt").read_text()
-    assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in "".join(said)
-    assert "Traceback" not in "".join(said)
+    assert f"partial: {len(rows)} of {len(NAMES)} cases have a record" in said
+    assert "Traceback" not in said

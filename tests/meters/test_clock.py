@@ -51,10 +51,11 @@ def test_start_begins_a_new_region() -> None:
     clock.mark()
     clock.mark()
     time.sleep(0.02)
+    begin = time.perf_counter()
     clock.start()
     clock.mark()
     (only,) = clock.seconds()
-    assert only < 0.02
+    assert only <= time.perf_counter() - begin
 
 
 def test_the_clock_is_the_devices() -> None:

@@ -37,6 +37,22 @@ def _on_cuda(kind: str = "llama"):
     return replace(of, model=of.model.to(DEVICE), device=DEVICE, dtype=of.model.dtype)
 
 
+def _not_waiting(after_step: Any) -> Any:
+    """The stage's work, which raises where the host would wait for the device."""
+
+    def watching(requests: Any) -> None:
+        with warnings.catch_warnings():
+            # the mode itself warns that it is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            after_step(requests)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return watching
+
+
 def _served(
     name: str,
     own: dict[str, Any],
@@ -75,19 +91,7 @@ def _served(
     if watched:
         # kernels and libraries are loaded by the first requests
         runtime.run([greedy(prompt, 3) for prompt in prompts((21, 33))])
-        after_step = stage_of.after_step
-
-        def watching(requests: Any) -> None:
-            with warnings.catch_warnings():
-                # the mode itself warns that it is a prototype
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode("error")
-            try:
-                after_step(requests)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        stage_of.after_step = watching
+        stage_of.after_step = _not_waiting(stage_of.after_step)
     given = prompts(LENGTHS)
     if shared:
         given = [given[5][:20] + prompt for prompt in given[:5]]
@@ -146,6 +150,40 @@ def test_attention_weights_of_half_precision_are_added_up_in_float32(dtype, quer
     found = attention_weights(query.to(DEVICE), keys.to(DEVICE), 0.2, length - queries)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.cpu(), wanted, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("streaming_llm", {"start_size": 2, "recent_size": 9}),
+        ("l2_compress", {"keep_ratio": 0.5, "prune_after": 11, "mode": "every_token"}),
+        ("fix_size_l2", {"size": 10, "keep_ratio": 0.25, "strategy": "keep_low"}),
+        ("fix_size_l2", {"size": 10, "keep_ratio": 0.25, "strategy": "random", "seed": 5}),
+    ],
+)
+def test_policies_of_every_token_decide_together_without_waiting(name, own):
+    found = []
+    for together in (True, False):
+        policy = get_policy(name, **own)
+        policy.sequences_apart = together
+        limits = Limits(
+            max_model_len=96,
+            max_num_seqs=8,
+            max_num_batched_tokens=56,
+            num_blocks=160,
+            block_size=4,
+            prefix_caching=False,
+        )
+        runtime = Runtime(_on_cuda(), limits, policy=policy, runner=cuda_runner(sizes=[2, 5, 8]))
+        runtime.run([greedy(prompt, 6) for prompt in prompts((21, 33))])
+        runtime.compression.after_step = _not_waiting(runtime.compression.after_step)
+        requests = runtime.run([greedy(prompt, NEW) for prompt in prompts(LENGTHS)])
+        assert runtime.counters.evicted_tokens > 0
+        runtime.close()
+        assert_nothing_lost(runtime)
+        found.append([request.output for request in requests])
+        assert [request.reason for request in requests] == ["length"] * len(requests)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["mean_pool", "mlp", "mlp_residual"])

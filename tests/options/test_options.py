@@ -73,6 +73,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "task-samples": ("48", 48),
     "task-methods": ("full,snapkv(keep_ratio=[0.2,0.5])", ("full", "snapkv(keep_ratio=[0.2,0.5])")),
     "task-bound": ("0.5", 0.5),
+    "lm-eval": ("arc_easy,mine.yaml", ("arc_easy", "mine.yaml")),
+    "tasks-path": ("LongBench/hotpotqa.jsonl", "LongBench/hotpotqa.jsonl"),
     "server-url": ("http://gpu:8000/v1/", "http://gpu:8000"),
     "server-model": ("my-llama", "my-llama"),
     "server-timeout": ("20", 20),
@@ -295,7 +297,7 @@ FREE_TEXT = {
     "model", "method", "corpus", "dataset", "dataset-path", "mlc-model", "mlc-python", "model-lib", "space", "report-dir",
     "cache-dir", "compare", "resume", "models", "pipeline-method", "dataset-dir", "trace-conv", "synthetic-token",
     "pipeline-json", "replay-decisions", "sensitivity", "sensitivity-base", "server-model", "task-methods", "vllm-python",
-    "vllm-attention-backend", "compressor-path", "pipeline-image",
+    "vllm-attention-backend", "compressor-path", "pipeline-image", "lm-eval", "tasks-path",
 }  # fmt: skip
 
 

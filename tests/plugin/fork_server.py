@@ -1,6 +1,7 @@
 """What `forked_runs` starts: it loads torch once, and every run of pytest and every worker of xdist is a fork of it.
 
-A run is a line on the standard input: folder, arguments, environment and the files of its streams; its exit code is the answer.
+A run is a line on the standard input: folder, program and arguments, environment and the files of its streams. It is answered
+by the process id of the run, and by its exit code when it is over. The program is ``pytest``, or a module to be run.
 A worker comes over a socket: xdist starts ``sys.executable``, which in a run is a `worker_launcher`, and that hands on what it
 was given, its streams included.
 """
@@ -12,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -94,7 +96,8 @@ def serve_workers(listener: socket.socket, alive: int) -> str:
         return str(program)
 
 
-def main() -> None:
+def preload() -> None:
+    """Load what a run needs, so that its forks have it."""
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -105,6 +108,10 @@ def main() -> None:
     # a measurement collects garbage, and need not look at what was loaded here
     gc.collect()
     gc.freeze()
+
+
+def main() -> None:
+    preload()
     python = sys.executable
     place = Path(sys.argv[1])
     address, launcher = str(place / "workers"), place / "python"
@@ -125,10 +132,15 @@ def main() -> None:
         if not (child := os.fork()):
             os.close(ours)
             become(folder, environment, [os.open(path, os.O_RDWR | os.O_CREAT) for path in (os.devnull, *files)])
-            sys.executable, sys.argv = str(launcher), ["pytest", *arguments]
+            program, *arguments = arguments
+            sys.executable, sys.argv = str(launcher), [program, *arguments]
+            if program != "pytest":
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+                sys.exit()
             import pytest
 
             sys.exit(pytest.main(arguments))
+        print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

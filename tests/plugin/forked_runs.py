@@ -3,45 +3,97 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
+import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
+import psutil
 from child_processes import end_group
 
 _LIMIT_S = 600
 _SERVER = Path(__file__).with_name("fork_server.py")
 
 
-def run_forked(folder: Path, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> int:
-    """Run pytest in ``folder`` with this environment, streams into files; returns the exit code."""
+@dataclass
+class ForkedRun:
+    """A run that is under way."""
+
+    pid: int
+    _answers: IO[bytes]
+    _code: int | None = None
+
+    def is_over(self) -> bool:
+        """Whether it has an exit code."""
+        return self._code is not None or bool(select.select([self._answers], [], [], 0)[0])
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal."""
+        if self._code is None:
+            answer = self._answers.readline()
+            assert answer, f"no end within {_LIMIT_S} s"
+            self._code = int(answer)
+        return self._code
+
+    def kill(self) -> None:
+        """Kill it, unless it is over."""
+        if not self.is_over():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    def workers(self) -> list[psutil.Process]:
+        """Its workers of xdist: each is a fork of the process that waits for it, and that one of the process that forks all."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server = psutil.Process(_server().pid)
+            [forking] = [process for process in server.children() if process.pid != self.pid]
+            return [worker for waiting in forking.children() for worker in waiting.children()]
+        return []
+
+
+@contextlib.contextmanager
+def run_forked(
+    folder: Path, command: list[str], environment: dict[str, str], out: Path, err: Path
+) -> Iterator[ForkedRun]:
+    """Run ``pytest`` or a module with its arguments in ``folder``, with this environment and streams into files.
+
+    It is killed when the block is left.
+    """
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    server.stdin.write(json.dumps([str(folder), arguments, environment, str(out), str(err)]) + "\n")
-    server.stdin.flush()
+    server.stdin.write(json.dumps([str(folder), command, environment, str(out), str(err)]).encode() + b"\n")
     limit = threading.Timer(_LIMIT_S, end_group, [server])
     limit.start()
     try:
-        code = server.stdout.readline()
+        run = ForkedRun(int(server.stdout.readline()), server.stdout)
+        try:
+            yield run
+        finally:
+            run.kill()
+            run.wait()
     finally:
         limit.cancel()
-    assert code, f"pytest {' '.join(arguments)}: no end within {_LIMIT_S} s"
-    return int(code)
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server() -> subprocess.Popen[bytes]:
     from pytest_runs import clean_environment
 
     place = tempfile.mkdtemp(prefix="kvsuite-forks-")
+    # without buffers, so that `select` sees an answer, and what a run prints can be read at once
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(_SERVER), place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-u", "-W", "ignore", str(_SERVER), place], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
         env=clean_environment(), start_new_session=True,
     )  # fmt: skip
 

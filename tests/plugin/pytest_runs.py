@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forked_runs import run_forked
+from forked_runs import ForkedRun, run_forked
 
 ROOT = Path(__file__).parents[2]
 # a case takes milliseconds, so that a run costs what loading torch costs
@@ -35,6 +38,8 @@ def pytest_configure(config):
 TINY_NAMES = ["baseline", "recent_only_6", "recent_only_10", "streaming_6", "streaming_10"]
 _OURS = ("KV_", "PYTEST_", "KVSUITE_")
 # on a machine that has only a copy of the tree pytest does not find the plugin, nor Python the package, by itself
+#: a plugin is loaded before the run where something else needs its modules
+_LOADED_BEFORE = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
 _INSTALLED = bool(importlib.metadata.entry_points(group="pytest11", name="kvsuite"))
 
 
@@ -83,8 +88,28 @@ def clean_environment(**more: str) -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
-def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
-    """Run pytest in ``folder`` in a process of its own.
+@dataclass
+class UnderWay:
+    """A run that has been started."""
+
+    forked: ForkedRun
+    _out: Path
+    _err: Path
+    _folder: Path
+
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
+
+    def end(self) -> Run:
+        """Wait for its end."""
+        code = self.forked.wait()
+        return Run(code, self.out(), self._err.read_text(), self._folder)
+
+
+@contextlib.contextmanager
+def start_pytest(folder: Path, *arguments: str, **env: str) -> Iterator[UnderWay]:
+    """Start pytest in ``folder`` in a process of its own, which is killed when the block is left.
 
     The process is a fork of one that has loaded torch.
     """
@@ -92,12 +117,31 @@ def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
     command = ["-p", "no:hypothesispytest", "-p", "no:anyio", "--color=no", *arguments]
     if not _INSTALLED:
         command = ["-p", "kvsuite.plugin", *command]
-    # the plugin of anyio was loaded with what needs anyio
-    command += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+    with _start(folder, ["pytest", "-p", "quick_machine", *command, *_LOADED_BEFORE], clean_environment(**env)) as run:
+        yield run
+
+
+def run_pytest(folder: Path, *arguments: str, **env: str) -> Run:
+    """Run pytest as `start_pytest` does, to its end."""
+    with start_pytest(folder, *arguments, **env) as run:
+        return run.end()
+
+
+def run_module(folder: Path, module: str, *arguments: str, **env: str) -> Run:
+    """Run ``python -m module`` in ``folder``, in such a process too."""
+    options = shlex.join(["-p", "no:hypothesispytest", "-p", "no:anyio", *_LOADED_BEFORE])
+    with _start(folder, [module, *arguments], clean_environment(**{"PYTEST_ADDOPTS": options} | env)) as run:
+        return run.end()
+
+
+@contextlib.contextmanager
+def _start(folder: Path, command: list[str], environment: dict[str, str]) -> Iterator[UnderWay]:
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        code = run_forked(folder, ["-p", "quick_machine", *command], clean_environment(**env), out, err)
-        return Run(code, out.read_text(), err.read_text(), folder)
+        out.touch()
+        err.touch()
+        with run_forked(folder, command, environment, out, err) as forked:
+            yield UnderWay(forked, out, err, folder)
 
 
 def copy_benchmarks(folder: Path, *suites: str, conftest: str | None = None) -> Path:

@@ -126,7 +126,7 @@ def test_a_baseline_of_another_gpu_is_told(plain: Run, tmp_path: Path) -> None:
     hook = (
         "def pytest_kvsuite_update_env(config, environment):\n    environment['gpu'] = {'name': 'H200', 'uuid': 'x'}\n"
     )
-    (folder / "conftest.py").write_text(hook)
+    (folder / "conftest.py").write_text(NO_FIGURES + hook)
     run = run_pytest(folder, *TINY, "-k", "baseline", "--benchmark-compare", "--benchmark-json=bench.json")
     assert run.code == 0
     (line,) = run.said("warning: --benchmark-compare: that baseline ran on")

@@ -293,7 +293,8 @@ def forked(tmp_path: Path, first: Path) -> Path:
 
 
 def test_under_xdist_the_right_case_fails(forked: Path) -> None:
-    script(forked, streaming_6={"metrics": {"kv_bytes_exact": 2_000_000}})
+    script(forked, streaming_6={"metrics": {"kv_bytes_exact": 2_000_000, "tpot_s": 0.0112}})
+    give_step(forked, 0.010)
     run = run_pytest(
         forked, *ARGUMENTS, "-n2", "--kv-compare=latest", "--kv-fail=default,missing", "--junitxml=junit.xml",
         "--kv-recent-sizes=4,5",
@@ -302,6 +303,26 @@ def test_under_xdist_the_right_case_fails(forked: Path) -> None:
     failed = [case.attrib["name"] for case in ElementTree.parse(forked / "junit.xml").iter("testcase") if len(case)]
     assert failed == ["test_compression[hf-streaming_6]"]
     assert run.said("new: benchmarks/test_compression.py::test_compression[hf-streaming_7]")
+    told = {row["case"]["name"]: row["warnings"] for row in newest_rows(forked)}
+    disturbed = {name: [line for line in lines if "measured alone" in line] for name, lines in told.items()}
+    [warning] = disturbed.pop("streaming_6")
+    assert warning.startswith("tpot_s is 12.0% above that of streaming_llm_")
+    assert not any(disturbed.values()), "the others have no decode steps"
+
+
+def give_step(folder: Path, seconds: float) -> None:
+    """Write a decode step into the base's record of the case that changes."""
+    [path] = folder.glob("reports/*/records.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    [row] = [line for line in lines if line.get("id") == ID]
+    row["metrics"]["tpot_s"] = row["metrics"]["ttft_s"] | {"value": seconds}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def newest_rows(folder: Path) -> list[dict[str, Any]]:
+    path = max(folder.glob("reports/*/records.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line["schema"] == "kvsuite.record/1"]
 
 
 def test_under_xdist_pytest_benchmarks_comparison_is_refused(forked: Path) -> None:

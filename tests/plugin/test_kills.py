@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from child_processes import child_process
-from pytest_runs import clean_environment, run_pytest
+from pytest_runs import run_pytest, start_pytest
 from sweeps import MANY, facts, project
-
-from kvsuite.store.records_file import read_records
-
-LOOP = Path(__file__).with_name("kill_loop.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,68 +23,67 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return facts(run.report)
 
 
+def spent(pid: int) -> float:
+    """CPU seconds of a process: a moment in its work, however busy the machine is."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return math.inf
+    return times.user + times.system
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """Facts of the runs in ``folder`` that have a report."""
+    return [facts(run) for run in (folder / "reports").iterdir() if (run / "report.json").exists()]
+
+
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_process_is_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
-    folder = project(tmp_path)
-    told = {"arguments": MANY, "kills": kills, "seed": kills, "longest_s": 3.0}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(LOOP)], cwd=folder, input=json.dumps(told), env=clean_environment(),
-        capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["code"], result["killed"]) == (0, kills), (folder / "out.txt").read_text()[-3000:]
-    finished = [run for run in (folder / "reports").iterdir() if (run / "report.json").exists()]
-    assert finished
-    for run in finished:
-        assert facts(run) == undisturbed
-
-
-def kill_a_worker(controller: subprocess.Popen[bytes]) -> bool:
-    """Kill one that is up: xdist itself gives up where a process dies while it still loads the machinery of workers."""
-    try:
-        for worker in psutil.Process(controller.pid).children():
-            if worker.cpu_times().user > 0.5:
-                worker.kill()
-                return True
-    except psutil.NoSuchProcess:
-        pass
-    return False
+    folder, dice = project(tmp_path), random.Random(kills)
+    killed, code, said = 0, None, ""
+    while killed < kills or code != 0:
+        # a sweep that ended before its kills were used up begins anew: a run of its own, beside the finished one
+        again = ["--kv-resume=latest"] if code else []
+        with start_pytest(folder, *MANY, *again) as under_way:
+            patience = dice.uniform(0.0, 1.5) if killed < kills else math.inf
+            while not under_way.forked.is_over() and spent(under_way.forked.pid) < patience:
+                time.sleep(0.01)
+            under_way.forked.kill()
+            done = under_way.end()
+        code, said = done.code, said + done.out + done.err
+        assert code in (0, -signal.SIGKILL), said[-3000:]
+        killed += code == -signal.SIGKILL
+    found = finished(folder)
+    assert found
+    assert all(run == undisturbed for run in found)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_workers_are_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
     pytest.importorskip("xdist")
     folder, dice = project(tmp_path), random.Random(kills)
-    killed, again = 0, False
+    killed, code, said = 0, None, ""
     for _ in range(20 + 2 * kills):
-        extra = ["--kv-resume=latest"] if again else []
-        with (
-            (folder / "out.txt").open("a") as out,
-            child_process(
-                [sys.executable, "-m", "pytest", *MANY, "-n1", *extra], limit_s=600, cwd=folder, env=clean_environment(),
-                stdout=out, stderr=out,
-            ) as process,
-        ):  # fmt: skip
-            # while it collects, in its first case or in a later one
-            while killed < kills and process.poll() is None:
-                time.sleep(dice.uniform(0.0, 6.0))
-                killed += kill_a_worker(process)
-            process.wait()
-        runs = list((folder / "reports").iterdir()) if (folder / "reports").exists() else []
-        # ended before its first row: there is nothing to go on with
-        again = bool(runs)
-        if not again:
-            continue
-        (run,) = runs
-        _, rows, _ = read_records(run)
-        if killed == kills and all(row["status"] == "ok" for row in rows) and len(rows) == len(undisturbed):
+        again = ["--kv-resume=latest"] if code else []
+        with start_pytest(folder, *MANY, "-n1", *again) as under_way:
+            # in its first case or a later one: xdist itself gives up where a process dies that still loads what workers need
+            patience = dice.uniform(0.5, 1.5)
+            while killed < kills and not under_way.forked.is_over():
+                time.sleep(0.05)
+                for worker in under_way.forked.workers():
+                    if patience <= spent(worker.pid) < math.inf:
+                        worker.kill()
+                        killed, patience = killed + 1, dice.uniform(0.5, 1.5)
+            done = under_way.end()
+        code, said = done.code, said + done.out + done.err
+        if killed >= kills and code == 0:
             break
-    said = (folder / "out.txt").read_text()
-    assert killed == kills, said[-3000:]
-    assert process.returncode == 0, said[-3000:]
-    found = facts(run)
-    assert {name: row | {"settings_hash": ""} for name, row in found.items()} == {
-        name: row | {"settings_hash": ""} for name, row in undisturbed.items()
-    }
-    assert {row["settings_hash"] for row in found.values()} == {row["settings_hash"] for row in undisturbed.values()}
+    assert killed >= kills, said[-3000:]
+    assert code == 0, said[-3000:]
+    found = finished(folder)
+    assert found
+    for run in found:
+        assert {name: row | {"settings_hash": ""} for name, row in run.items()} == {
+            name: row | {"settings_hash": ""} for name, row in undisturbed.items()
+        }
+        assert {row["settings_hash"] for row in run.values()} == {row["settings_hash"] for row in undisturbed.values()}

@@ -109,3 +109,47 @@ def test_requests_in_turn_find_their_context_again_and_answer_alike(tmp_path: Pa
         assert row["metrics"]["ttft_s"]["n"] == row["metrics"]["ttft_cached_s"]["n"] == 2
         assert (requests[0]["stored_tokens"] < 64) is ("streaming" in name)
     assert "Requests in turn" in found.out
+
+
+def test_a_file_of_ruler_has_its_own_rows_table_and_pairs(tmp_path: Path) -> None:
+    copy_benchmarks(tmp_path, "retrieval")
+    checkpoint = save_checkpoint(tmp_path / "tiny-llama")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 700}))
+    line = {"index": 0, "input": f"{'The grass is green. ' * 8}\nWhat is green?", "outputs": ["e", "zq"], "length": 300}
+    (tmp_path / "vt.jsonl").write_text("".join(json.dumps(line | {"index": at}) + "\n" for at in range(3)))
+    run = run_pytest(tmp_path, f"--kv-model={checkpoint}", *SMALL, f"--kv-tasks-path={tmp_path / 'vt.jsonl'}",
+                     "--kv-task-methods=full,recent_only(window=40)", "--kv-task-bound=0")  # fmt: skip
+    assert run.code == 0, run.out
+    rows = {row["case"]["name"]: row for row in run.rows().values()}
+    assert set(rows) == {"ruler_vt-full", "ruler_vt-recent_only_40"}
+    full, recent = rows["ruler_vt-full"], rows["ruler_vt-recent_only_40"]
+    assert value(full, "task_kept_tokens") == value(full, "task_context_tokens") == 160
+    assert value(recent, "task_kept_tokens") == 40
+    assert full["dataset"] == recent["dataset"]
+    assert recent["samples"]["ruler"] | {"file": ""} == {
+        "file": "", "score": "string_match_all", "max_new_tokens": 30, "samples": 2, "samples_of": 3, "prompts_cut": 0,
+        "full": None,
+    }  # fmt: skip
+    for row in rows.values():
+        scores = [one["score"] for one in row["samples"]["answers"]]
+        assert value(row, "task_score") == fmean(scores)
+        assert value(row, "task_score_full") == value(full, "task_score")
+    assert full["metrics"]["task_score_diff"]["reason"] == "this is the reference"
+    assert value(recent, "kv_bytes_exact_prefill") == value(full, "kv_bytes_exact_prefill") / 4
+    assert "Published task" in run.out
+    assert "Score-Full" in run.out
+
+
+def test_random_weights_are_refused_where_a_task_would_be_scored(tmp_path: Path) -> None:
+    copy_benchmarks(tmp_path, "retrieval")
+    (tmp_path / "vt.jsonl").write_text(json.dumps({"index": 0, "input": "Some.\nWhat?", "outputs": ["a"]}) + "\n")
+    run = run_pytest(tmp_path, "--kv-model=dummy:tiny", *SMALL, "--kv-tasks-path=vt.jsonl", "--kv-task-methods=full")
+    [row] = run.rows().values()
+    assert (row["status"], row["metrics"]) == ("invalid", {})
+    assert "random weights, so the answers of a task say nothing" in row["reason"]
+    broken = tmp_path / "vt.jsonl"
+    broken.write_text(broken.read_text() + "{")
+    told = run_pytest(tmp_path, "--kv-model=dummy:tiny", *SMALL, "--kv-tasks-path=vt.jsonl")
+    assert told.code == 4
+    assert "--kv-tasks-path=vt.jsonl: line 2 is no JSON" in told.out + told.err

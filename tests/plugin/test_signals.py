@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from child_processes import child_process
+from child_processes import FEWER_PLUGINS, child_process
 from pytest_runs import NO_FIGURES, TINY, Run, clean_environment, copy_benchmarks, run_pytest
 
 from kvsuite.plugin.signals import Signals
@@ -199,13 +199,24 @@ def test_a_signal_between_two_lines_ends_no_report() -> None:
     assert "struck" not in {entry.name for entry in interrupt.traceback}
 
 
+SLOW_STEPS = """
+import time
+
+
+def strike(where):
+    if where == "decode" and now["case"] > 1:
+        time.sleep(0.5)
+"""
+
+
 def test_a_terminal_that_is_closed(tmp_path: Path) -> None:
-    copy_benchmarks(tmp_path, conftest=NO_FIGURES)
+    # the cases behind the first one last until the signal comes
+    copy_benchmarks(tmp_path, conftest=NO_FIGURES + CONFTEST + SLOW_STEPS)
     ours, theirs = os.openpty()
     # the first terminal that a session's leader opens is its own: closing it is what the kernel sends SIGHUP for
     command = f'exec "{sys.executable}" -m pytest "$@" <>{os.ttyname(theirs)} >&0 2>&1'
-    long = ("--kv-rounds=50", "--kv-max-new-tokens=64")
-    with child_process(["sh", "-c", command, "sh", *COMMAND, *long], cwd=tmp_path, env=clean_environment()) as process:
+    environment = clean_environment(STRUCK_IN="nowhere", STRUCK_BY="0", PYTEST_ADDOPTS=FEWER_PLUGINS)
+    with child_process(["sh", "-c", command, "sh", *COMMAND], cwd=tmp_path, env=environment) as process:
         said = b""
         # the line of the first case, then pytest's dot: what is being written fails before the signal is heard
         while b"." not in said.partition(b"elapsed")[2]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvsuite.engines.questions import Answer, Asked
+from kvsuite.engines.questions import Answer, Asked, Ends
 from kvsuite.engines.results import TokenProgress
 from kvsuite.errors import CaseInvalid
 
@@ -74,6 +75,7 @@ def _answer(generation: Generation, batch: Sequence[Asked]) -> list[list[Answer]
         cache = generation.new_cache(len(first.context), steps, len(batch))
         generation.prefill(_rows([one.context for one in batch], generation.device), cache)
         cache = generation.settle(cache, steps)
+        kept = fmean(cache.lengths())
         for index in range(len(first.questions)):
             is_last = index == len(first.questions) - 1
             own = cache if first.in_turn or is_last else generation.fork(cache)
@@ -83,10 +85,12 @@ def _answer(generation: Generation, batch: Sequence[Asked]) -> list[list[Answer]
                 own,
                 _rows([one.tokens for one in questions], generation.device),
                 _rows([one.answer for one in questions], generation.device),
+                questions[0].limit,
+                [one.ends for one in questions],
                 goes_on=first.in_turn and not is_last,
             )
-            for answers, tokens, losses in zip(found, output.tolist(), nll.tolist(), strict=True):
-                answers.append(Answer(tokens, losses))
+            for answers, tokens, losses in zip(found, output, nll, strict=True):
+                answers.append(Answer(tokens, losses, kept))
             if own is not cache and isinstance(own, EvictionCache):
                 own.refuse_vectors()
         if isinstance(cache, EvictionCache):
@@ -95,32 +99,61 @@ def _answer(generation: Generation, batch: Sequence[Asked]) -> list[list[Answer]
 
 
 def _ask(
-    generation: Generation, cache: AnyCache, question: Tensor, answer: Tensor, *, goes_on: bool
-) -> tuple[Tensor, Tensor]:
-    """Greedy answer and losses of the right one, ``[batch, n]`` each.
+    generation: Generation,
+    cache: AnyCache,
+    question: Tensor,
+    answer: Tensor,
+    limit: int,
+    ends: Sequence[Ends | None],
+    *,
+    goes_on: bool,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy outputs, and losses of the right answers, of each context of a batch.
 
     Parameters
     ----------
     question, answer
         Token ids ``[batch, n]``.
+    limit
+        Tokens that are generated, at most.
+    ends
+        Of each context, what says that its output is complete.
     goes_on
-        Whether the answer's last token is fed too, since another question follows.
+        Whether the output's last token is fed too, since another question follows.
     """
-    forward, count = generation.decoder.forward, answer.shape[1]
+    forward = generation.decoder.forward
     for part in torch.split(question, question.shape[1] if _feeds_together(generation) else 1, 1):
         logits = forward(part, cache)
     first = logits[:, -1]
-    losses = [_losses(first, answer[:, 0])]
-    if count > 1:
+    losses = [_losses(first, answer[:, 0])] if answer.shape[1] else []
+    if answer.shape[1] > 1:
         right = generation.fork(cache)
-        losses += [_losses(forward(answer[:, at - 1 : at], right)[:, -1], answer[:, at]) for at in range(1, count)]
+        losses += [
+            _losses(forward(answer[:, at - 1 : at], right)[:, -1], answer[:, at]) for at in range(1, answer.shape[1])
+        ]
         del right
     output = [first.argmax(-1, keepdim=True)]
-    while len(output) < count:
+    sizes = [limit] * len(ends)
+    while not _completed(output, ends, sizes) and len(output) < limit:
         output.append(generation.step(output[-1], cache))
     if goes_on:
         forward(output[-1], cache)
-    return torch.cat(output, 1), torch.stack(losses, 1)
+    tokens = torch.cat(output, 1).tolist()
+    nll: list[list[float]] = torch.stack(losses, 1).tolist() if losses else [[] for _ in ends]
+    return [row[:size] for row, size in zip(tokens, sizes, strict=True)], nll
+
+
+def _completed(output: Sequence[Tensor], ends: Sequence[Ends | None], sizes: list[int]) -> bool:
+    """Whether every row of ``output`` is complete; notes in ``sizes`` how many tokens each has that ended now."""
+    if not any(ends):
+        # nothing is brought from the device
+        return False
+    count = len(output)
+    rows = torch.cat(list(output), 1).tolist()
+    for at, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        if end and sizes[at] > count and end(row):
+            sizes[at] = count
+    return all(size <= count for size in sizes)
 
 
 def _feeds_together(generation: Generation) -> bool:

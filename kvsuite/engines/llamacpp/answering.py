@@ -51,10 +51,10 @@ def answer_questions(
         prompt = Stream(context, _PROMPT, policy)
         prompt.feed(one.context)
         prompt.evict(prompt=True)
-        answers = []
+        answers, kept = [], float(prompt.stored)
         for question in one.questions:
             own = prompt if one.in_turn else prompt.copy(_ASKED)
-            answers.append(_answer(context, own, question, together=policy is None))
+            answers.append(_answer(context, own, question, kept, together=policy is None))
             if one.in_turn and question is not one.questions[-1]:
                 own.feed(answers[-1].output[-1:])
                 own.evict(prompt=False)
@@ -64,7 +64,7 @@ def answer_questions(
     return found
 
 
-def _answer(context: Context, stream: Stream, question: Question, *, together: bool) -> Answer:
+def _answer(context: Context, stream: Stream, question: Question, kept: float, *, together: bool) -> Answer:
     """Feed a question, and of the answer that is given all tokens but the last.
 
     Parameters
@@ -75,6 +75,8 @@ def _answer(context: Context, stream: Stream, question: Question, *, together: b
         Holds the context; behind it the question and the answer that was given.
     question
         What is asked.
+    kept
+        Positions that were kept of the context.
     together
         Whether nothing goes while it is fed, so that its tokens may share a step. Else a token that is evicted in between is
         not seen by those that follow.
@@ -84,18 +86,29 @@ def _answer(context: Context, stream: Stream, question: Question, *, together: b
         logits = stream.feed(question.tokens[at : at + size])
         stream.evict(prompt=False)
     output = [int(np.argmax(logits))]
-    losses = [_loss(logits, question.answer[0])]
-    right = stream.copy(_RIGHT)
-    for before, wanted in itertools.pairwise(question.answer):
+    losses = [_loss(logits, question.answer[0])] if question.answer else []
+    waiting = list(itertools.pairwise(question.answer))
+    right = stream.copy(_RIGHT) if waiting else stream
+    while (goes_on := _goes_on(question, output)) or waiting:
         # one step for both: they do not see each other
-        rows = [Row(output[-1], stream.position, stream.sequence, True), Row(int(before), right.position, _RIGHT, True)]
+        rows = [Row(output[-1], stream.position, stream.sequence, True)] if goes_on else []
+        if waiting:
+            rows.append(Row(int(waiting[0][0]), right.position, _RIGHT, True))
         context.decode(rows)
-        output.append(int(np.argmax(context.logits(0))))
-        losses.append(_loss(context.logits(1), wanted))
-        for one in (stream, right):
-            one.fed(1)
-            one.evict(prompt=False)
-    return Answer(output, losses)
+        if waiting:
+            losses.append(_loss(context.logits(len(rows) - 1), waiting.pop(0)[1]))
+            right.fed(1)
+            right.evict(prompt=False)
+        if goes_on:
+            output.append(int(np.argmax(context.logits(0))))
+            stream.fed(1)
+            stream.evict(prompt=False)
+    return Answer(output, losses, kept)
+
+
+def _goes_on(question: Question, output: Sequence[int]) -> bool:
+    """Whether a further token is generated."""
+    return len(output) < question.limit and not (question.ends and question.ends(output))
 
 
 def _loss(logits: NDArray[np.float32], target: int) -> float:

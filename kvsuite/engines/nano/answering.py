@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from kvsuite.engines.questions import Answer, Asked
+from kvsuite.engines.questions import Answer, Asked, Question
 from kvsuite.engines.results import TokenProgress
 from kvsuite.models.language_head import token_losses
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 
+from .memory import stored_tokens
 from .serving import exactly
 
 
@@ -23,37 +26,52 @@ class _Line:
     ----------
     context
         The prompt, at whose end the policy acts.
-    answers
-        Right answers by the place in the output at which they begin.
+    asked
+        Questions by the place in the output at which their answers begin.
     output
         What is fed, with a place for each token that is chosen while it runs.
     chosen
         Whether answers are chosen; else the right ones stand in ``output``.
     """
 
-    def __init__(self, context: Sequence[int], answers: dict[int, Sequence[int]], output: list[int], *, chosen: bool):
+    def __init__(self, context: Sequence[int], asked: dict[int, Question], output: list[int], *, chosen: bool):
         self.output = output
         self._chosen = chosen
-        self._answers = answers
-        self._targets = {at + index: token for at, answer in answers.items() for index, token in enumerate(answer)}
+        self._asked = asked
+        self._targets = {at + index: token for at, one in asked.items() for index, token in enumerate(one.answer)}
+        self._places = {at + index: at for at, one in asked.items() for index in range(one.limit)} if chosen else {}
         self._nll = dict.fromkeys(self._targets, 0.0)
+        self._kept = 0.0
         # the list is read token by token, so that what is chosen is fed
         self.request = Request(list(context), exactly(len(output)), forced=output)
 
-    def take(self, logits: Tensor) -> None:
+    def take(self, logits: Tensor, runtime: Runtime) -> None:
         """Look at the logits ``[1, vocab]`` of the next token."""
         at = self.request.output_length
-        if at not in self._targets:
-            return
-        self._nll[at] = float(token_losses(logits, logits.new_tensor([self._targets[at]], dtype=torch.int64))[0])
-        if self._chosen:
+        if at == 1:
+            # the question's first token was stored, and nothing went for its sake yet
+            self._kept = fmean(stored_tokens(runtime, self.request)) - 1
+        if at in self._targets:
+            target = logits.new_tensor([self._targets[at]], dtype=torch.int64)
+            self._nll[at] = float(token_losses(logits, target)[0])
+        if at in self._places:
             self.output[at] = int(logits.argmax(-1))
+            begin = self._places[at]
+            ends = self._asked[begin].ends
+            if ends and ends(self.output[begin : at + 1]):
+                # this token is the last one
+                self.request.longest = self.request.prompt_length + at + 1
+                del self.output[at + 1 :]
 
     def found(self) -> list[Answer]:
         """The answers, in order; losses count as far as the tokens before are the right ones."""
         return [
-            Answer(self.output[at : at + len(answer)], [self._nll[at + index] for index in range(len(answer))])
-            for at, answer in self._answers.items()
+            Answer(
+                self.output[at : at + one.limit],
+                [self._nll[at + index] for index in range(len(one.answer))],
+                self._kept,
+            )
+            for at, one in self._asked.items()
         ]
 
 
@@ -71,10 +89,7 @@ def answer_questions(
     progress
         Called with contexts done and in all.
     """
-    apart = [
-        [one] if one.in_turn else [Asked(one.context, (question,), in_turn=True) for question in one.questions]
-        for one in asked
-    ]
+    apart = [[one] if one.in_turn else [Asked(one.context, (question,)) for question in one.questions] for one in asked]
     found: list[list[Answer]] = []
     for index, group in enumerate(apart):
         found.append([answer for line in _answer(runtime, group) for answer in line])
@@ -88,12 +103,12 @@ def _answer(runtime: Runtime, group: Sequence[Asked]) -> list[list[Answer]]:
     lines = []
     for one in group:
         output: list[int] = []
-        answers: dict[int, Sequence[int]] = {}
+        places: dict[int, Question] = {}
         for question in one.questions:
             output += question.tokens
-            answers[len(output)] = question.answer
-            output += [0] * len(question.answer)
-        lines.append(_Line(one.context, answers, output, chosen=True))
+            places[len(output)] = question
+            output += [0] * question.limit
+        lines.append(_Line(one.context, places, output, chosen=True))
     _run(runtime, lines)
     found = [line.found() for line in lines]
     # where another token than the right one was chosen, those behind it were scored behind a wrong one
@@ -101,13 +116,12 @@ def _answer(runtime: Runtime, group: Sequence[Asked]) -> list[list[Answer]]:
         at = 0
         for index, question in enumerate(one.questions):
             at += len(question.tokens)
-            end = at + len(question.answer)
-            if list(question.answer[:-1]) != answers_given[index].output[:-1]:
-                forced = [*line.output[:at], *question.answer]
-                again = _Line(one.context, {at: question.answer}, forced, chosen=False)
+            given, right = answers_given[index], list(question.answer)
+            if right[:-1] != given.output[: len(right) - 1 if right else 0]:
+                again = _Line(one.context, {at: question}, [*line.output[:at], *right], chosen=False)
                 _run(runtime, [again])
-                answers_given[index] = Answer(answers_given[index].output, again.found()[0].nll)
-            at = end
+                answers_given[index] = replace(given, nll=again.found()[0].nll)
+            at += len(given.output)
     return found
 
 
@@ -116,7 +130,7 @@ def _run(runtime: Runtime, lines: Sequence[_Line]) -> None:
 
     def on_logits(requests: Sequence[Request], logits: Tensor) -> None:
         for row, request in enumerate(requests):
-            by_request[request].take(logits[row : row + 1])
+            by_request[request].take(logits[row : row + 1], runtime)
 
     before, runtime.on_logits = runtime.on_logits, on_logits
     try:

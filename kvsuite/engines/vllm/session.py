@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.case import Case
-from kvsuite.engines.capabilities import refuse_load
+from kvsuite.engines.capabilities import refuse_images, refuse_load
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.results import (
     MemoryPass,
@@ -181,6 +181,7 @@ class VllmSession(Session):
 
     def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
         require_plain(requests, concurrency)
+        refuse_images(requests, "vllm")
         asked = [sent | {"arrival_s": one.arrival_s} for sent, one in zip(_sent(requests), requests, strict=True)]
         return served_under_load(self._ask("load", requests=asked, concurrency=concurrency), requests)
 

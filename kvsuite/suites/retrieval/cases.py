@@ -20,6 +20,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 
 from .options import RetrievalOptions
+from .published.chosen_tasks import chosen_tasks
 
 #: the task whose contexts are asked by requests in turn
 REUSE = "reuse"
@@ -71,11 +72,11 @@ def retrieval_cases(options: Options) -> list[Case]:
         raise UserError(f"--kv-task-methods: {', '.join(twice)} occurs twice; name every method and size once")
     device = resolve_device(common.device)
     stores = selected_cache_formats(options)
-    for stored in stores:
+    for stored in stores if own.task else ():
         refuse_long_residual(stored, min(own.task_lengths), "--kv-task-lengths")
     if REUSE in own.task and len(own.task_depths) > 4:
         raise UserError(f"--kv-task-depths: task {REUSE} asks one context of four facts; give four depths or fewer")
-    return [
+    generated = [
         Case(
             suite="retrieval",
             engine=("nano" if task == REUSE else "hf") if common.engine == "auto" else common.engine,
@@ -111,6 +112,43 @@ def retrieval_cases(options: Options) -> list[Case]:
         # and each alone inside its own prompt would be compared with another prompt
         if not (task in (REUSE, _MULTI_QUERY) and method.sees_question)
     ]
+    return generated + [
+        Case(
+            suite="retrieval",
+            engine="hf" if common.engine == "auto" else common.engine,
+            model=common.model,
+            name=stored.named("-".join([task.name, method.name, *([] if chosen == NONE else [chosen])])),
+            device=device,
+            dtype=dtype_of(options, device, chosen),
+            quantization=None if chosen == NONE else chosen,
+            policy=method.policy,
+            policy_params=method.parameters,
+            workload={
+                "protocol": "compress-then-ask",
+                "published": task.kind,
+                "task": task.name,
+                "num_samples": own.task_samples,
+                "batch": 1,
+            },
+            params={
+                "method": method.name,
+                "question": SEEN if task.in_one_piece or method.sees_question else "after",
+            }
+            | common.attention_parameters
+            | stored.parameters,
+        )
+        for task in chosen_tasks(options).values()
+        for chosen in selected_formats(options) or (NONE,)
+        for stored in stores
+        for method in methods
+        # where context and question come in one piece every method sees it
+        if not (task.in_one_piece and method.sees_question)
+    ]
+
+
+def is_published(case: Case) -> bool:
+    """Whether the case is of somebody else's task, by its rules."""
+    return "published" in case.workload
 
 
 def _served_in_turn(method: Method, length: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from kvsuite.engines.results import ServeRequest
 from kvsuite.errors import CaseInvalid
 from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.pooled import not_finite
-from kvsuite.measure.single_request import put_memory, put_weight_format
 from kvsuite.workloads.prompts import make_prompts
 
 from .cases import SEEN
+from .memory import FED_TOKENS, measure_context_memory, put_weights
 from .options import RetrievalOptions
 from .samples import Sample
 from .sampling import require_room, retrieval_samples
@@ -32,8 +32,6 @@ METRICS = (
     "retrieval_exact_full", "retrieval_logprob_full", "retrieval_exact_diff", "retrieval_exact_diff_se",
     "retrieval_logprob_diff", "retrieval_logprob_diff_se",
 )  # fmt: skip
-# tokens behind the context in the memory pass: a question and an answer
-_FED = 16
 #: what the full cache answers to each session's samples, by their hash: every method of a task is compared with it
 _FULL: WeakKeyDictionary[Session, dict[str, list[list[Answer]]]] = WeakKeyDictionary()
 
@@ -47,9 +45,8 @@ def measure_retrieval(case: Case, session: Session, run: CaseRun) -> None:
         If a context is longer than the model takes, cannot say what it should, or an answer cannot be scored.
     """
     length = int(case.workload["prompt_tokens"])
-    require_room(session, length, _FED)
-    put_weight_format(session, run)
-    run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
+    require_room(session, length, FED_TOKENS)
+    put_weights(session, run)
     reason = "random weights" if session.model["is_dummy"] else lacking(session, AnswersQuestions)
     if session.model["is_dummy"]:
         run.found.inert["task"] = "random weights: nothing is asked, and the context is random tokens"
@@ -63,17 +60,7 @@ def measure_retrieval(case: Case, session: Session, run: CaseRun) -> None:
             run.found.put(name, None, reason=reason)
         if not session.model["is_dummy"]:
             return
-    run.phase("memory")
-    request = ServeRequest(context, _FED)
-    found = session.memory([request])
-    for name, seconds in (("compress_s", found.compress_s), ("evict_s", found.evict_s)):
-        run.found.put(name, seconds, clock=run.clock(session.device).name, reason="nothing is compressed then")
-    put_memory(
-        run,
-        found,
-        session.planned_kv_bytes(length, request.new_tokens),
-        session.planned_unknown(),
-    )
+    request = measure_context_memory(session, run, context)
     if session.model["is_dummy"]:
         run.phase("decode")
         _time(session, run, request)

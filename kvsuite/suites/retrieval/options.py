@@ -2,10 +2,10 @@
 
 # no postponed annotations: an option that is written wrongly is an error where it stands
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from kvsuite.options.numbers import decimal
-from kvsuite.options.option import Option, OptionGroup, choice, list_of, text, whole_number
+from kvsuite.options.option import Option, OptionGroup, choice, list_of, path_or_name, text, whole_number
 
 #: tasks by name; `kvsuite.suites.retrieval.tasks` makes them
 TASKS = (
@@ -40,7 +40,7 @@ class RetrievalOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     task_samples: Annotated[int, Option(
         whole_number(2), "24",
-        "Contexts of each task and length, each asked at every depth.",
+        "Contexts of each task and length, each asked at every depth; of tasks of others, the first so many samples.",
     )]
     task_methods: Annotated[tuple[str, ...], Option(
         list_of(text), "full,streaming_llm(start_size=4,recent_size=60),recent_only(window=64)",
@@ -52,4 +52,20 @@ class RetrievalOptions(OptionGroup, frozen=True, kw_only=True):
         "Exact answers of the full cache below which a task says nothing about caches: such cells are not discriminative, and "
         "never ranked.",
     )]
+    lm_eval: Annotated[tuple[str, ...] | None, Option(
+        list_of(path_or_name), "",
+        "Tasks of lm-evaluation-harness (pip install 'kvsuite[lm-eval]'), comma separated: its own names, or local YAML files. "
+        "In the place of --kv-task, unless that is given too.", example="arc_easy,my_task.yaml",
+    )]
+    tasks_path: Annotated[str | None, Option(
+        path_or_name, "",
+        "A local file of RULER or LongBench in their published JSON lines, or a folder of such files. In the place of "
+        "--kv-task, unless that is given too.", example="LongBench/hotpotqa.jsonl",
+    )]
     # fmt: on
+
+    @classmethod
+    def combine(cls, values: dict[str, Any], given: frozenset[str]) -> dict[str, Any]:
+        if (values["lm_eval"] or values["tasks_path"]) and "task" not in given:
+            values["task"] = ()
+        return values

@@ -10,8 +10,8 @@ from kvsuite.reporting.aggregate import Row
 #: before the numbers of a case whose task the full cache itself does not answer, and what it means
 MARK = "~"
 MARK_MEANING = (
-    f"{MARK} not discriminative: the full cache itself answers too few exactly, so the case says nothing about its cache and "
-    "is not ranked."
+    f"{MARK} not discriminative: the full cache itself answers too few exactly, or scores too low, so the case says nothing "
+    "about its cache and is not ranked."
 )
 
 
@@ -27,4 +27,10 @@ def is_reuse(row: Row) -> bool:
 
 def is_discriminative(row: Row) -> bool:
     """Whether the full cache answers enough for the case to say something about its own cache."""
-    return bool(row["metrics"].get("retrieval_exact", {}).get("discriminative", True))
+    metrics = row["metrics"]
+    return all(metrics.get(name, {}).get("discriminative", True) for name in ("retrieval_exact", "task_score"))
+
+
+def is_published(row: Row) -> bool:
+    """Whether its task is somebody else's."""
+    return "published" in row["case"]["workload"]

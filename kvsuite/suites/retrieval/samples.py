@@ -97,7 +97,7 @@ class SampleMaker:
         ]
         if not self._sentences:
             raise CaseInvalid("--kv-corpus: the text has no sentences to fill a context with; give prose")
-        self._first = _first_token(tokenizer)
+        self._first = first_tokens(tokenizer)
         self._counts: dict[str, int] = {}
         self._keys, self._values = self._alike(KEYS), self._alike(VALUES)
 
@@ -251,7 +251,7 @@ class SampleMaker:
         return self._counts[text]
 
 
-def _first_token(tokenizer: Any) -> list[int]:
+def first_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text."""
     alone, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     return whole[: whole.index(alone[0])] if alone and alone[0] in whole else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -127,5 +127,5 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def with_question(asked: Asked) -> list[Asked]:
     """The same questions with each inside a context of its own, but for its last token, which the answer follows."""
     return [
-        Asked([*asked.context, *one.tokens[:-1]], (type(one)(one.tokens[-1:], one.answer),)) for one in asked.questions
+        Asked([*asked.context, *one.tokens[:-1]], (replace(one, tokens=one.tokens[-1:]),)) for one in asked.questions
     ]

@@ -11,7 +11,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work
 
-from .cases import FULL, REUSE, retrieval_cases
+from .cases import FULL, REUSE, is_published, retrieval_cases
 from .options import RetrievalOptions
 
 if TYPE_CHECKING:
@@ -26,13 +26,31 @@ class RetrievalSuite(Suite):
     """Contexts are prefilled, their caches compressed, and only then they are asked."""
 
     name = "retrieval"
-    headline = ("retrieval_exact", "retrieval_logprob", "retrieval_share", "kv_bytes_exact_prefill")
+    headline = ("retrieval_exact", "retrieval_logprob", "retrieval_share", "kv_bytes_exact_prefill", "task_score")
     option_group = RetrievalOptions
 
     def cases(self, options: Options) -> list[Case]:
         return retrieval_cases(options)
 
+    def check(self, options: Options) -> None:
+        from .published.chosen_tasks import chosen_tasks
+
+        chosen_tasks(options)
+
+    def unread_options(self, options: Options) -> list[str]:
+        if options.of(RetrievalOptions).task:
+            return []
+        return sorted(
+            f"--kv-{name.replace('_', '-')}" for name in ("task_lengths", "task_depths") if name in options.given
+        )
+
     def cost(self, case: Case, options: Options) -> Work:
+        if is_published(case):
+            from .published.chosen_tasks import chosen_tasks
+
+            used, letters = chosen_tasks(options)[str(case.workload["task"])].size(int(case.workload["num_samples"]))
+            # the full cache's prompts too, where nobody else computes them
+            return Work(2 * letters // _LETTERS, used * _STEPS)
         length, count = int(case.workload["prompt_tokens"]), int(case.workload["num_samples"])
         if case.model.startswith("dummy:"):
             # random weights have no quality to score
@@ -49,7 +67,11 @@ class RetrievalSuite(Suite):
         return served if case.policy is None else (*served, AppliesPolicy)
 
     def measure(self, case: Case, session: Session, run: CaseRun) -> Measurement:
-        if case.workload["task"] == REUSE:
+        if is_published(case):
+            from .published.measure import measure_published
+
+            measure_published(case, session, run)
+        elif case.workload["task"] == REUSE:
             from .reuse import measure_reuse
 
             measure_reuse(case, session, run)
@@ -72,5 +94,7 @@ class RetrievalSuite(Suite):
 
 # tokens of a question and its answer that are fed one by one
 _STEPS = 24
+# letters of a token, about
+_LETTERS = 4
 # tokens of contexts that share these steps, about what engines compute together on a CPU
 _TOGETHER = 2560

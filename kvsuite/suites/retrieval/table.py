@@ -9,7 +9,7 @@ from kvsuite import console
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
 
-from .rows import MARK, MARK_MEANING, cells_of, is_discriminative, is_reuse
+from .rows import MARK, MARK_MEANING, cells_of, is_discriminative, is_published, is_reuse
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,9 +26,15 @@ def _with_error(metric: str, spec: str) -> Callable[[Row], str]:
     return cell
 
 
-def _exact(row: Row) -> str:
-    text = _with_error("retrieval_exact", ".2f")(row)
-    return text if text == MISSING or is_discriminative(row) else f"{MARK}{text}"
+def _marked(metric: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        text = _with_error(metric, ".2f")(row)
+        return text if text == MISSING or is_discriminative(row) else f"{MARK}{text}"
+
+    return cell
+
+
+_exact, _score = _marked("retrieval_exact"), _marked("task_score")
 
 
 _COLUMNS: tuple[Column, ...] = (
@@ -41,6 +47,14 @@ _COLUMNS: tuple[Column, ...] = (
     Column("", 12, title="LogP by depth", cell=lambda row: _by_depth(row)),
 )
 _TIMES = (Column("ttft_s"), Column("compress_s", title="Compress(s)", spec=".4f"))
+_PUBLISHED_COLUMNS: tuple[Column, ...] = (
+    Column("task_score", 11, title="Score", cell=_score),
+    Column("task_score_full", 6, title="Full", spec=".2f"),
+    Column("task_score_diff", 12, title="Score-Full", cell=_with_error("task_score_diff", "+.2f")),
+    Column("task_context_tokens", 8, title="Context", spec=".0f"),
+    Column("task_kept_tokens", 8, title="Kept", spec=".0f"),
+    Column("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
+)
 _REUSE_COLUMNS: tuple[Column, ...] = (
     Column("retrieval_exact", 11, title="Exact", cell=_exact),
     Column("reuse_differing", 7),
@@ -48,6 +62,10 @@ _REUSE_COLUMNS: tuple[Column, ...] = (
     Column("ttft_s", 10, title="TTFT cold", spec=".4f"),
     Column("ttft_cached_s", 10, title="TTFT warm", spec=".4f"),
 )
+
+
+# the full cache has none of these, which is no gap
+_OF_THE_REST = ("retrieval_logprob_diff", "task_score_diff")
 
 
 def retrieval_table(rows: Sequence[Row]) -> RenderableType:
@@ -62,7 +80,8 @@ def retrieval_table(rows: Sequence[Row]) -> RenderableType:
     own = own_columns(rows)
     parts: list[Any] = []
     for head, columns, shown in (
-        ("Case", _COLUMNS, [row for row in rows if not is_reuse(row)]),
+        ("Case", _COLUMNS, [row for row in rows if not is_reuse(row) and not is_published(row)]),
+        ("Published task", _PUBLISHED_COLUMNS, [row for row in rows if is_published(row)]),
         ("Requests in turn", _REUSE_COLUMNS, [row for row in rows if is_reuse(row)]),
     ):
         if shown:
@@ -70,7 +89,7 @@ def retrieval_table(rows: Sequence[Row]) -> RenderableType:
             if columns is _COLUMNS:
                 columns = (*columns, *(one for one in _TIMES if any(value(row, one.metric) for row in shown)))
             labelled = by_name(shown)
-            noted = [column for column in (*columns, *own) if column.metric != "retrieval_logprob_diff"]
+            noted = [column for column in (*columns, *own) if column.metric not in _OF_THE_REST]
             parts += [case_table(head, labelled, [*columns, *own]), *footnotes(labelled, noted)]
     return console.stacked(parts)
 
@@ -79,7 +98,7 @@ def retrieval_legend(rows: Sequence[Row]) -> list[str]:
     """What the columns of `retrieval_table` mean."""
     depths = next((_depths(row) for row in rows if cells_of(row)), "")
     legend = []
-    if not all(map(is_reuse, rows)):
+    if not all(is_reuse(row) or is_published(row) for row in rows):
         legend.append(
             "Exact: share of greedy answers that are right in every token. Full: the full cache's on the same samples. Tokens: "
             "share of tokens. LogProb: mean log-probability of the right answer, nats. ±: 2 standard errors over samples, "
@@ -87,6 +106,11 @@ def retrieval_legend(rows: Sequence[Row]) -> list[str]:
         )
     if depths:
         legend.append(f"LogP by depth: at {depths} of the context (0 is its begin).")
+    if any(map(is_published, rows)):
+        legend.append(
+            "Score: by the task's own rule, 0 to 1; Full: the full cache's on the same samples; ±: 2 standard errors, paired "
+            "for Score-Full. Context, Kept: tokens of a context, and positions a layer holds of them: means. KV: the longest."
+        )
     if any(map(is_reuse, rows)):
         legend.append(
             "In turn: Differ counts requests whose output a warm prefix cache changed. Hits: prompt tokens found. TTFT: "

@@ -127,5 +127,8 @@ def test_what_a_press_keeps_outside_the_cache_cannot_be_asked_anew() -> None:
 
 def test_it_is_a_capability_and_a_question_has_tokens() -> None:
     assert isinstance(session(), AnswersQuestions)
-    with pytest.raises(ValueError, match="at least one token"):
-        Question([], [1])
+    for tokens, answer in (([], [1]), ([1], [])):
+        with pytest.raises(ValueError, match="at least one token"):
+            Question(tokens, answer)
+    with pytest.raises(ValueError, match="as many tokens"):
+        Asked([1], (Question([1], [2], 5),), in_turn=True)

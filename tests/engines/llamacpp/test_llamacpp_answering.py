@@ -56,6 +56,7 @@ def test_answers_and_losses_are_those_of_transformers(tiny: LlamacppSession, nam
     for ours, theirs in zip(found, expected, strict=True):
         for answer, other in zip(ours, theirs, strict=True):
             assert answer.nll == pytest.approx(other.nll, abs=TOLERANCE)
+            assert answer.kept == other.kept
     if name != "full":
         # nothing of what was evicted is seen, and the full cache is another one
         whole = tiny.answer(contexts, full=True)
@@ -85,3 +86,20 @@ def test_a_quantised_cache_is_asked_and_compared_with_the_full_one(tiny: Llamacp
     [through], [full] = (tiny.answer(contexts, full=flag) for flag in (False, True))
     assert [one.nll for one in through] != [one.nll for one in full]
     assert through[0].nll == pytest.approx(full[0].nll, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["full", "streaming"])
+def test_outputs_end_where_they_are_told_to(tiny: LlamacppSession, name: str) -> None:
+    tiny.prepare(case_of(params=F32, workload={"prompt_tokens": CONTEXT, "max_new_tokens": 32}, **CASES[name]))
+    tokens = random_tokens(CONTEXT + QUESTION, 11)
+    context, question, right = tokens[:CONTEXT], tokens[CONTEXT:], random_tokens(4, 12)
+    asked_again = (
+        Question(question, (), 6), Question(question, right, 6, lambda output: len(output) == 2), Question(question, right, 1),
+        Question(question, right),
+    )  # fmt: skip
+    [[whole, ended, short, usual]] = tiny.answer([Asked(context, asked_again)], full=False)
+    assert (len(whole.output), whole.nll) == (6, [])
+    assert (ended.output, short.output, usual.output) == (whole.output[:2], whole.output[:1], whole.output[:4])
+    assert len(usual.nll) == 4
+    for one in (ended, short):
+        assert one.nll == pytest.approx(usual.nll, abs=TOLERANCE)

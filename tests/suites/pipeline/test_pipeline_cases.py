@@ -9,6 +9,7 @@ import pytest
 from compressor_weights import written
 
 from kvsuite.case import Case
+from kvsuite.engines.capabilities import ReadsImages, ServesUnderLoad
 from kvsuite.engines.serving_plan import ServingPlan
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.options.common import CommonOptions
@@ -16,6 +17,7 @@ from kvsuite.options.resolve import default_options
 from kvsuite.suites.pipeline.cases import pipeline_cases, unread_options, workload_of
 from kvsuite.suites.pipeline.options import PipelineOptions
 from kvsuite.suites.pipeline.refusals import refuse_load
+from kvsuite.suites.pipeline.suite import PipelineSuite
 from kvsuite.suites.pipeline.work import load_work
 
 QWEN = {"model": "dummy:Qwen3-8B", "device": "cpu"}
@@ -332,3 +334,13 @@ def test_the_compressor_takes_its_weights_from_the_option(tmp_path: Path) -> Non
     assert unread_options(default_options(compressor_path=path, pipeline_method="mlp")) == []
     with pytest.raises(UserError, match=r"--kv-pipeline-method=mean_pool\(factor=2.5\): so many tokens become one"):
         cases(pipeline_method="mean_pool", factors="2.5")
+
+
+def test_images_need_an_engine_that_reads_them() -> None:
+    (case,) = cases(variants="baseline", pipeline_image="random")
+    assert PipelineSuite().needs(case) == (ServesUnderLoad, ReadsImages)
+    (text,) = cases(variants="baseline")
+    assert PipelineSuite().needs(text) == (ServesUnderLoad,)
+    # a case of text is what it was before there were images
+    assert "image" not in text.workload
+    assert (text.name, case.name) == ("synthetic-long-bs04-baseline", "synthetic-long-image-bs04-baseline")

@@ -1,0 +1,189 @@
+"""Tasks of lm-evaluation-harness: by its own names, or a local YAML file."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from importlib.metadata import version
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvsuite.case import digest
+from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.options.paths import expanded
+
+from .published_task import Asking, PublishedTask, Scored
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+INSTALL = "pip install 'kvsuite[lm-eval]'"
+#: lm-eval's own default, by which its examples of a prompt are drawn
+FEWSHOT_SEED = 1234
+# of metrics without a formula for their error; lm-eval's default of 100,000 takes longer than a small task
+_BOOTSTRAP = 1000
+# equal to a mean but for the order of a sum
+_ROUNDING = 1e-9
+
+
+def load_lm_eval_tasks(asked: str) -> list[LmEvalTask]:
+    """The tasks that one item of ``--kv-lm-eval`` names, with their data; a group or a tag is all of its tasks.
+
+    Raises
+    ------
+    UserError
+        If lm-eval is not installed, knows no such task, or cannot read it or its data.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"--kv-lm-eval={asked}: lm-eval is not installed; run: {INSTALL}")
+    is_file = asked.endswith((".yaml", ".yml"))
+    if is_file and not expanded(asked).is_file():
+        raise UserError(
+            f"--kv-lm-eval={asked}: there is no such file; give a task file of lm-eval, or a name of its own tasks"
+        )
+    manager = _manager(defaults=not is_file)
+    if not is_file and asked not in manager.all_tasks:
+        raise UserError(
+            f"--kv-lm-eval={asked}: lm-eval {version('lm_eval')} has no such task; `lm-eval ls tasks` lists them, and a file "
+            "of your own ends in .yaml"
+        )
+    try:
+        loaded = manager.load([str(expanded(asked)) if is_file else asked])["tasks"]
+    except Exception as error:  # whatever a task file, a data set or a hub raises
+        raise UserError(f"--kv-lm-eval={asked}: {_what_failed(error)}") from error
+    for name, task in loaded.items():
+        # lm-eval says so in its log and goes on, until something is scored
+        unknown = [metric for metric, function in task._metric_fn_list.items() if function is None]
+        if unknown and task.config.process_results is None:
+            raise UserError(
+                f"--kv-lm-eval={asked}: task {name} has no metric that lm-eval knows as {unknown[0]}; name another"
+            )
+    return [LmEvalTask(name, task) for name, task in loaded.items()]
+
+
+@functools.cache
+def _manager(*, defaults: bool) -> TaskManager:
+    """lm-eval's index of tasks, whose 10,000 files take seconds to read; none for a local file."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
+
+
+def _what_failed(error: Exception) -> str:
+    """In one line, with the mend."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    told = " ".join(str(error).split())
+    if isinstance(error, ConnectionError | DatasetNotFoundError) or "offline" in told.lower():
+        return (
+            f"its data set is not on this machine and cannot be fetched ({told}); run once on a connected machine and then "
+            "with HF_HUB_OFFLINE=1, or give a task file whose dataset_path is json and whose data_files are local"
+        )
+    return f"lm-eval cannot load it: {type(error).__name__}: {told}; mend the task file or its data"
+
+
+class LmEvalTask(PublishedTask):
+    """One task, whose samples, prompts, filters and metrics are lm-eval's.
+
+    Parameters
+    ----------
+    name
+        lm-eval's.
+    task
+        Loaded, with its data.
+    """
+
+    kind: ClassVar[str] = "lm-eval"
+    in_one_piece: ClassVar[bool] = True
+
+    def __init__(self, name: str, task: ConfigurableTask) -> None:
+        self.name = f"lm_eval_{name}"
+        self._task = task
+        self._own_name = name
+
+    def size(self, count: int) -> tuple[int, int]:
+        documents = self._task.eval_docs
+        used = min(count, len(documents))
+        texts = [self._task.doc_to_text(documents[index]) for index in range(used)]
+        return used, sum(len(str(text)) for text in texts) * (1 + int(self._task.config.num_fewshot or 0))
+
+    def score(self, asking: Asking, count: int) -> Scored:
+        from lm_eval.evaluator import evaluate
+
+        from .lm_eval_model import SessionModel
+
+        model, task, name = SessionModel(asking), self._task, self._own_name
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        if task.config.num_fewshot is None:
+            task.set_config("num_fewshot", 0)
+        try:
+            found = evaluate(model, {"tasks": {name: task}}, limit=count, bootstrap_iters=_BOOTSTRAP, log_samples=True)
+        except CaseInvalid as error:
+            raise CaseInvalid(f"--kv-lm-eval: task {name}: {error}") from error
+        except ValueError as error:
+            # lm-eval's word for what it does not run: images, code that would be executed
+            raise CaseInvalid(f"--kv-lm-eval: task {name}: {' '.join(str(error).split())}") from error
+        results, samples = found["results"][name], found["samples"][name]
+        chosen = _mean_of_samples(task.higher_is_better(), results, samples)
+        first = [sample for sample in samples if sample["filter"] == (chosen[1] if chosen else samples[0]["filter"])]
+        first.sort(key=lambda sample: int(sample["doc_id"]))
+        hashes = [digest([one["doc_hash"], one["prompt_hash"], one["target_hash"]]) for one in first]
+        return Scored(
+            scores=[float(one[chosen[0]]) for one in first] if chosen else None,
+            rows=[_row(one) for one in first],
+            hashes=hashes,
+            contexts=[tokens for tokens, _ in model.contexts],
+            kept=[kept for _, kept in model.contexts],
+            longest=list(model.longest),
+            facts={
+                "task": name,
+                "task_version": str(task.VERSION),
+                "task_hash": digest(hashes),
+                "lm_eval_version": version("lm_eval"),
+                "output_type": str(task.OUTPUT_TYPE),
+                "fewshot": int(task.config.num_fewshot or 0),
+                "fewshot_seed": FEWSHOT_SEED,
+                "samples": len(first),
+                "samples_of": len(task.eval_docs),
+                "score": ",".join(chosen) if chosen else None,
+                "metrics": _metrics(results),
+            },
+            reason="" if chosen else "no metric of the task is a mean over samples, from 0 to 1 and better when higher",
+        )
+
+
+def _mean_of_samples(
+    higher: Mapping[str, bool], results: Mapping[str, Any], samples: list[dict[str, Any]]
+) -> tuple[str, str] | None:
+    """Metric and filter: the task's first one that is a mean over samples, from 0 to 1 and better when higher."""
+    for filtered in dict.fromkeys(str(sample["filter"]) for sample in samples):
+        of_filter = [sample for sample in samples if sample["filter"] == filtered]
+        for metric, is_higher in higher.items():
+            values = [sample.get(metric) for sample in of_filter]
+            if not is_higher or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+                continue
+            whole = results.get(f"{metric},{filtered}")
+            if whole is not None and abs(fmean(map(float, values)) - float(whole)) <= _ROUNDING:  # type: ignore[arg-type]
+                return metric, filtered
+    return None
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """lm-eval's metrics and standard errors by its own keys; what it does not know is ``None``."""
+    return {
+        key: float(value) if isinstance(value, int | float) else None for key, value in results.items() if "," in key
+    }
+
+
+def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """One sample, in JSON types."""
+    return {
+        "sample": int(sample["doc_id"]),
+        "right": str(sample["target"]),
+        "answers": [
+            [float(one[0]), bool(one[1])] if isinstance(one, tuple) else str(one) for one in sample["filtered_resps"]
+        ],
+        "metrics": {name: float(sample[name]) for name in sample["metrics"] if isinstance(sample[name], int | float)},
+    }
