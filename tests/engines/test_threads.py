@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,18 +17,33 @@ def own_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def lasts(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves a clock that else stands still: what a step takes does not depend on what the machine does beside it."""
+    now = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    return advance
+
+
 def cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)), raising=False)
 
 
 @pytest.mark.parametrize("fastest", [1, 2, 4])
-def test_the_fastest_count_is_set(monkeypatch: pytest.MonkeyPatch, fastest: int) -> None:
+def test_the_fastest_count_is_set(
+    monkeypatch: pytest.MonkeyPatch, lasts: Callable[[float], None], fastest: int
+) -> None:
     cores(monkeypatch, 4)
     tried: list[int] = []
 
     def step() -> None:
         tried.append(torch.get_num_threads())
-        time.sleep(0.002 if tried[-1] == fastest else 0.02)
+        lasts(0.002 if tried[-1] == fastest else 0.02)
 
     assert choose_threads(step, budget_s=0.0) == fastest
     assert torch.get_num_threads() == fastest
@@ -36,7 +51,7 @@ def test_the_fastest_count_is_set(monkeypatch: pytest.MonkeyPatch, fastest: int)
     assert tried[1:] == [1, 2, 4] * 3
 
 
-def test_a_passing_load_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passing_load_does_not_decide(monkeypatch: pytest.MonkeyPatch, lasts: Callable[[float], None]) -> None:
     cores(monkeypatch, 2)
     runs = 0
 
@@ -45,7 +60,7 @@ def test_a_passing_load_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None
         runs += 1
         # the better count is slow the first two times it is asked
         slow = torch.get_num_threads() == 1 or runs < 6
-        time.sleep(0.02 if slow else 0.002)
+        lasts(0.02 if slow else 0.002)
 
     assert choose_threads(step, budget_s=0.0) == 2
 

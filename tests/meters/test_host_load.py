@@ -70,26 +70,30 @@ def test_threads_that_fight_for_a_cpu_wait() -> None:
     os.sched_setaffinity(0, {min(allowed)})
     try:
         before = waited_seconds()
-        stop = time.monotonic() + 0.4
+        enough = threading.Event()
 
         def busy() -> None:
             # long enough without the interpreter's lock to be two processes for the scheduler
             import hashlib
 
             data = bytes(1_000_000)
-            while time.monotonic() < stop:
+            while not enough.is_set():
                 hashlib.sha256(data)
 
         threads = [threading.Thread(target=busy) for _ in range(3)]
         for thread in threads:
             thread.start()
-        time.sleep(0.35)
-        during = waited_seconds()
+        # they go on until they have waited, or for a minute if they never do
+        for _ in range(600):
+            time.sleep(0.1)
+            new = [seconds for thread, seconds in waited_seconds().items() if thread not in before]
+            if len(new) >= 3 and sum(new) > 0.1:
+                break
+        enough.set()
         for thread in threads:
             thread.join(60)
     finally:
         os.sched_setaffinity(0, allowed)
-    new = [seconds for thread, seconds in during.items() if thread not in before]
     assert len(new) >= 3
     assert sum(new) > 0.1
 
