@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _HATCH = "////"
 # scores so near 0 and 1 have dark colours
 _DARK = 0.15
 # caches of equal bytes stand side by side, so far apart
-_APART = 0.02
+_APART = 0.06
 
 
 def retrieval_figures(run: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
@@ -135,7 +136,8 @@ def build_bytes(run: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
 
 def _draw_bytes(axes: Axes, rows: Sequence[Row], metric: str, colours: Mapping[str, tuple[Any, str]]) -> None:
     ceiling, error = value(rows[0], f"{metric}_full"), None
-    for at, row in enumerate(rows):
+    drawn: Counter[float] = Counter()
+    for row in rows:
         mean, size = value(row, metric), value(row, "kv_bytes_exact_prefill")
         if value(row, "retrieval_logprob_diff") is None:
             error = value(row, f"{metric}_se")
@@ -144,10 +146,11 @@ def _draw_bytes(axes: Axes, rows: Sequence[Row], metric: str, colours: Mapping[s
         colour, mark = colours[_method(row)]
         spread = value(row, f"{metric}_se")
         axes.errorbar(
-            size / _KIB * (1 + _APART * at), mean,
+            size / _KIB * (1 + _APART * drawn[size]), mean,
             yerr=None if spread is None else 2 * spread, color=colour, marker=mark, linestyle="none",
             capsize=3, label=visible(_method(row)),
         )  # fmt: skip
+        drawn[size] += 1
     if ceiling is not None:
         axes.axhline(ceiling, color=GREY, linestyle="--", linewidth=1, label="ceiling: the full cache")
         if error is not None:

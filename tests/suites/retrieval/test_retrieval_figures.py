@@ -39,7 +39,8 @@ def row(
     ]  # fmt: skip
     name = f"{task}-{length}-{method}"
     return {
-        "id": name, "suite": "retrieval", "status": "ok", "metrics": metrics, "samples": {"cells": cells}, "warnings": [],
+        "id": name, "suite": "retrieval", "status": "ok", "metrics": metrics, "samples": {"cells": cells},
+        "warnings": [], "effective": {},
         "case": {
             "name": name, "model": "smollm2", "engine": "hf", "policy": None, "policy_params": {}, "params": {"method": method},
             "workload": {"task": task, "prompt_tokens": length},
@@ -95,3 +96,12 @@ def test_an_interval_is_none_of_no_width() -> None:
     assert wilson(0.0, 24)[0] == 0
     assert 0.1 < wilson(0.0, 24)[1] < 0.2
     assert wilson(1.0, 24)[1] == 1
+
+
+def test_caches_of_equal_bytes_alone_are_moved_apart() -> None:
+    rows = [row("full", 0.7, kib=1000), row("a", 0.3, kib=200), row("b", 0.2, kib=200), row("c", 0.1, kib=100)]
+    [above, _] = build_bytes(RUN, rows).axes
+    places = [float(line.get_xdata()[0]) for line in above.lines if line.get_marker() in list("os^D")]
+    assert places[0] == 1000
+    assert places[1] == 200 < places[2]
+    assert places[3] == 100
