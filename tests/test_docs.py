@@ -235,6 +235,8 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     (pytester.path / "my-model" / "config.json").write_text("{}")
     (pytester.path / "book.txt").write_text("A book.")
     (pytester.path / "wiki.test.raw").write_text("A text.")
+    # of weights the hash alone is looked at before a case runs
+    (pytester.path / "mlp_compressor.pth").write_bytes(b"weights")
     asked = {
         "input": "Some.\nWhat?",
         "context": "A text.",

@@ -141,6 +141,8 @@ class Policy(ABC):
     frees_memory: ClassVar[bool] = True
     #: what stays is made of several tokens each, by `kvsuite.compression.merging.Merging.merge`, and `keep` is never asked
     merges: ClassVar[bool] = False
+    #: whether it has a parameter ``weights``, which ``--kv-compressor-path`` gives where nothing else does
+    takes_weights: ClassVar[bool] = False
     #: ``prompt``: once, at the end of the prompt. ``decode``: then, and after every further token by its schedule
     acts: Literal["prompt", "decode"] = field(default="decode", init=False, repr=False)
     #: parameters whose default variants come from an option of the compression suite: ``{"keep_ratio": "keep_ratios"}``

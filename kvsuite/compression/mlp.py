@@ -40,6 +40,7 @@ class Mlp(Merging):
 
     name: ClassVar[str] = "mlp"
     form: ClassVar[Form] = "specified"
+    takes_weights: ClassVar[bool] = True
 
     weights: str = ""
     digest: str = ""
@@ -148,11 +149,6 @@ class MlpResidual(Mlp):
         return super()._apply(groups, linears) + mean_of(groups, self.group)
 
 
-def takes_weights(policy: type[Policy]) -> bool:
-    """Whether a policy's weights may come from `OPTION`."""
-    return issubclass(policy, Mlp)
-
-
 def with_weights(policy: type[Policy], given: Mapping[str, Any], path: str | None) -> dict[str, Any]:
     """Parameters of a policy with the weights of ``path``, where it takes some and was given none."""
-    return {**({"weights": path} if path and takes_weights(policy) else {}), **given}
+    return {**({"weights": path} if path and policy.takes_weights else {}), **given}

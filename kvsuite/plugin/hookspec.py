@@ -43,7 +43,8 @@ def pytest_kvsuite_suites(config: pytest.Config) -> Iterable[Suite | type[Suite]
 def pytest_kvsuite_update_record(config: pytest.Config, record: Record, session: Session | None) -> None:
     """Change or extend ``record`` right after its case was measured, in the process that measured it.
 
-    ``session`` is the loaded engine, ``None`` if loading failed.
+    ``session`` is the loaded engine, ``None`` if loading failed. On a cluster (``--kv-cluster``) this runs in the controller,
+    where no engine is.
 
     Example::
 

@@ -14,7 +14,7 @@ from kvsuite.compression.base import Schedule
 from kvsuite.compression.kvpress.adapter import find_press
 from kvsuite.compression.kvpress.table import PRESSES
 from kvsuite.compression.method_text import MethodText, parameter_types
-from kvsuite.compression.mlp import takes_weights, with_weights
+from kvsuite.compression.mlp import with_weights
 from kvsuite.engines.registry import get_engine
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
@@ -155,7 +155,7 @@ def unread_options(options: Options) -> list[str]:
             name for name in _READERS.keys() & options.given if not any(_reads(method, name) for method in methods)
         }
         weighted = [
-            one for one in methods if not one.name.startswith(PRESS_PREFIX) and takes_weights(find_policy(one.name))
+            one for one in methods if not one.name.startswith(PRESS_PREFIX) and find_policy(one.name).takes_weights
         ]
         unread |= {"compressor_path"} & options.given if not weighted else set()
     return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread)]

@@ -11,7 +11,7 @@ from kvsuite.cache_formats.chosen_format import selected_cache_formats
 from kvsuite.case import Case, id_token, model_tag
 from kvsuite.compression import find_policy, get_policy
 from kvsuite.compression.method_text import MethodText, parameter_types
-from kvsuite.compression.mlp import takes_weights, with_weights
+from kvsuite.compression.mlp import with_weights
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, SERVING_PARAM, ServingPlan
 from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
@@ -149,7 +149,7 @@ def unread_options(options: Options) -> list[str]:
 
 def _take_weights(methods: tuple[str, ...]) -> bool:
     names = [MethodText.parse(method).name for method in methods]
-    return any(takes_weights(find_policy(name)) for name in names)
+    return any(find_policy(name).takes_weights for name in names)
 
 
 def _models(options: Options) -> list[tuple[str, tuple[str, ...]]]:
