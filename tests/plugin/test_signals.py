@@ -67,9 +67,12 @@ def within_load(*arguments, read=transformers.AutoTokenizer.from_pretrained, **m
     return read(*arguments, **more)
 
 
-def within_step(self, view, keep=RecentOnly.keep):
-    strike(now["phase"])
-    return keep(self, view)
+def within_step(decide):
+    def struck(self, view):
+        strike(now["phase"])
+        return decide(self, view)
+
+    return struck
 
 
 def within_write(number, sync=os.fsync):
@@ -79,7 +82,8 @@ def within_write(number, sync=os.fsync):
 
 
 transformers.AutoTokenizer.from_pretrained = within_load
-RecentOnly.keep = within_step
+# of a prompt, and of every token behind it
+RecentOnly.keep, RecentOnly.victim = within_step(RecentOnly.keep), within_step(RecentOnly.victim)
 os.fsync = within_write
 
 
