@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 from kvsuite.store.files import write_atomic
 from kvsuite.store.records_file import read_records
@@ -68,7 +69,7 @@ def done_of(counts: Mapping[str, int], total: int | None) -> str:
 
 def write_status(folder: Path, status: RunStatus) -> None:
     """Replace the status of a run; a folder that cannot be written costs the status, not the run."""
-    with suppress(OSError):
+    with suppress(UserError):
         write_atomic(folder / STATUS_FILE, json.dumps(asdict(status)).encode())
 
 

@@ -73,6 +73,7 @@ def test_a_card_of_its_own_memory_and_bandwidth(tmp_path: Path) -> None:
     [
         ("1xFOO", "cuda", "FOO is not known; give its memory and bandwidth, such as 1xFOO:24GiB:300GB/s"),
         ("1xcpu", "cuda", "cpu is no cuda, which the cases ask for; give --kv-device=cpu"),
+        ("2xcpu:1GiB:3GB/s", "cpu", "cpu is this machine's, with its memory .*; give 2xcpu"),
         ("1xH200", "cpu", "H200 is no cpu, which the cases ask for; give --kv-device=cuda"),
     ],
 )

@@ -34,6 +34,11 @@ def test_a_run_that_goes_on_says_all_in_one_line(folder: Path) -> None:
     assert status_line(folder) == line == GOING_ON.line()
 
 
+def test_a_status_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    write_status(tmp_path / "deleted", GOING_ON)
+    assert not (tmp_path / "deleted").exists()
+
+
 def test_one_that_is_not_heard_of_is_no_run_that_goes_on(folder: Path) -> None:
     write_status(folder, GOING_ON)
     past = time.time() - 3600

@@ -1,4 +1,4 @@
-"""The job script for Slurm: bash reads it, and what it gives kvsuite and Ray exists."""
+"""The job script for Slurm: bash reads it, and the options that it gives kvsuite exist; what it gives Ray and Slurm is not checked."""
 
 from __future__ import annotations
 
