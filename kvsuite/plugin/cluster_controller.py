@@ -77,8 +77,8 @@ class ClusterController:
         self._gpus = gpus_for(self._device)
         if self._gpus is not None and self._sweep.cluster_cores is not None:
             raise UserError(
-                f"--kv-cluster-cores={self._sweep.cluster_cores}: workers with a GPU each share the cores of their node; leave it "
-                "out, or give --kv-device=cpu"
+                f"--kv-cluster-cores={self._sweep.cluster_cores}: workers with a GPU each share the cores of their node; "
+                "leave it out, or give --kv-device=cpu"
             )
         self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
             partial(update_environment, config), self._gpus

@@ -1,4 +1,4 @@
-"""The job script for Slurm: bash reads it, and the options that it gives kvsuite exist; what it gives Ray and Slurm is not checked."""
+"""The job script for Slurm: bash reads it, and its options of kvsuite exist (those of Ray and Slurm are not checked)."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ def test_any_text_is_workers_or_a_message(text: str) -> None:
             {"nodes": "8xH200", "plan": "true", "plan_card": "24GiB"},
             "--kv-plan-card=24GiB: --kv-nodes=8xH200 names the",
         ),
+        ({"cluster_cores": "8"}, "--kv-cluster-cores=8: cores of the workers of a cluster; add --kv-cluster"),
         ({"node_hours": "4"}, "--kv-node-hours: says how often"),
     ],
 )
