@@ -13,8 +13,6 @@ from kvsuite.foreign_text import visible
 from .arguments import number, path_argument, whole_number
 
 if TYPE_CHECKING:
-    from kvsuite.compression.mlp_weights import MlpWeights
-
     # a private class, but the only name for what add_subparsers returns
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -123,14 +121,10 @@ def _fit(arguments: argparse.Namespace) -> int:
         answer_tokens=arguments.answer_tokens,
         seed=arguments.seed,
     )
-
-    def keep(weights: MlpWeights) -> None:
-        try:
-            weights.write(arguments.output)
-        except OSError as error:
-            raise _unwritable(arguments.output, error) from error
-
-    found = fit(loaded, prompts, held_out, settings, say, keep)
+    try:
+        found = fit(loaded, prompts, held_out, settings, say, lambda weights: weights.write(arguments.output))
+    except OSError as error:
+        raise _unwritable(arguments.output, error) from error
     print(
         f"{visible(str(arguments.output))}: {arguments.method} at factor {arguments.factor} for {loaded.spec.title}, "
         f"{found.divergence:.3f} nats a token on {len(held_out)} held-out prompts, mean pooling {found.mean_divergence:.3f}; "

@@ -41,10 +41,6 @@ class DseSuite(Suite):
     def cases(self, options: Options) -> list[Case]:
         return dse_cases(options)
 
-    def unread_options(self, options: Options) -> list[str]:
-        # no policy of this suite has weights
-        return ["--kv-compressor-path"] if "compressor_path" in options.given else []
-
     def cost(self, case: Case, options: Options) -> Work:
         if judge(case).broken:
             return Work(0, 0)
