@@ -88,7 +88,7 @@ def _manager(*, defaults: bool) -> TaskManager:
 
 def _code_named_in(path: Path, seen: set[Path]) -> Path | None:
     """The file, this one or one that it includes, with a tag that names code; nothing is constructed or imported."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     if path in seen or not path.is_file():
         return None

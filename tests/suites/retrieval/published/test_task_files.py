@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from asked_sessions import LONGEST, RECENT, asking, small_model
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.measure.measurement import Measurement
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.retrieval.cases import retrieval_cases
 from kvsuite.suites.retrieval.published.chosen_tasks import read_task_file
 from kvsuite.suites.retrieval.published.longbench import LongBenchFile
+from kvsuite.suites.retrieval.published.measure import _put
 from kvsuite.suites.retrieval.published.ruler import RulerFile, string_match_all, string_match_part
 from kvsuite.suites.retrieval.published.task_file import Fitted
 from kvsuite.suites.retrieval.suite import RetrievalSuite
@@ -100,6 +104,18 @@ def test_a_question_comes_behind_the_compressed_context_and_inside_it_under_anot
             )
             output.append(int(rows[-1].argmax()))
         assert scored.rows[0]["answer"].startswith(built.tokenizer.decode(output).rstrip("\ufffd"))
+
+
+def test_two_caches_that_were_asked_otherwise_are_not_subtracted(tmp_path: Path) -> None:
+    full = read_task_file(saved(tmp_path / "niah_single_1.jsonl", ruler())).score(asking(), 1)
+    run: Any = SimpleNamespace(found=Measurement(), options=default_options(device="cpu"))
+    _put(run, full, full, is_full=False)
+    for other in (
+        dataclasses.replace(full, hashes=["sha256:0"]),
+        dataclasses.replace(full, facts=full.facts | {"score": "another"}),
+    ):
+        with pytest.raises(CaseInvalid, match="asked this cache otherwise than the full one"):
+            _put(run, other, full, is_full=False)
 
 
 def test_rulers_rules() -> None:
