@@ -462,6 +462,7 @@ class Eviction:
         """`_evict_one` of a sequence whose blocks others may hold or find."""
         for index in np.unique(victim.cpu().numpy() // self._pool.block_size).tolist():
             self._pool.copy_blocks(self._tables.own(int(row[0]), index))
+        self._tables.note_sole(int(row[0]))
         self._evict_one(row, victim)
 
     def _evict_one(self, rows: Ints, victim: Tensor) -> None:

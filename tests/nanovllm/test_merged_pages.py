@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,16 @@ def test_a_request_reserves_what_its_images_leave() -> None:
     begins, _, _, _, most = Reservation(runtime.tables[0], 64, policy)._of(request)
     runtime.close()
     assert (begins, most) == (14, 5)
+
+
+def test_a_policy_goes_with_what_reserved_for_it() -> None:
+    policy = built("mean_pool", "", factor=5)
+    with serving(loaded("llama"), policy=policy) as runtime:
+        runtime.run([greedy(text(34), 2)])
+    gone = weakref.ref(policy)
+    del policy, runtime
+    gc.collect()
+    assert gone() is None, "a learned compressor's weights would stay on the device"
 
 
 def test_packed_pages_are_refused(weights: str) -> None:
