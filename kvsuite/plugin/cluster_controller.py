@@ -75,6 +75,11 @@ class ClusterController:
         if not config.option.collectonly:
             require_ray(self._address)
         self._gpus = gpus_for(self._device)
+        if self._gpus is not None and self._sweep.cluster_cores is not None:
+            raise UserError(
+                f"--kv-cluster-cores={self._sweep.cluster_cores}: workers with a GPU each share the cores of their node; "
+                "leave it out, or give --kv-device=cpu"
+            )
         self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
             partial(update_environment, config), self._gpus
         )
@@ -178,7 +183,8 @@ class ClusterController:
         if now - self._wrote >= _STATUS_S:
             self._wrote = now
             self._write_status(dispatch)
-        if now - self._told >= _TELL_S and dispatch.workers:
+        # before the first worker too: one may take minutes to start
+        if now - self._told >= _TELL_S:
             self._told = now
             self._reporter.tell(f"kvsuite: {self._status(dispatch).line()}")
 
