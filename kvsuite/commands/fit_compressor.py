@@ -25,7 +25,8 @@ examples:
 
 The model answers prompts of the text greedily from its full cache; the weights are fitted so that it predicts the same from the
 merged one: every layer by itself first, then all together on the KL divergence. The best weights on held-out prompts so far are
-always in the file, so that an interrupted fit leaves some. Exit code 4: bad input, nothing was written.
+always in the file, so that an interrupted fit leaves some. Only text is fitted: prompts with images are refused with these
+weights. Exit code 4: bad input, nothing was written.
 """
 
 
