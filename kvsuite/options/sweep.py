@@ -42,7 +42,7 @@ def _card(typed: str) -> str:
 
 
 def _cluster(typed: str) -> str:
-    if typed in ("local", "auto") or _CLIENT.fullmatch(typed):
+    if typed in ("local", "auto") or (_CLIENT.fullmatch(typed) and 0 < int(typed.rpartition(":")[2]) < 1 << 16):
         return typed
     raise ValueError("use local, auto, or ray://host:port")
 

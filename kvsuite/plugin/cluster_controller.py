@@ -110,6 +110,7 @@ class ClusterController:
         from kvsuite.cluster.installed import require_installed
         from kvsuite.cluster.orders import Order
         from kvsuite.cluster.ray_cluster import RayCluster
+        from kvsuite.cluster.reference import of_controller, of_earlier
         from kvsuite.measure.source_hash import others_code, source_hash
 
         places = self._config.stash[PLACES]
@@ -124,7 +125,11 @@ class ClusterController:
         )
         try:
             code = {"kvsuite": source_hash()} | others_code(order.case for order in orders)
-            dispatch = Dispatch(cluster, orders, self._options, code, self._footprints(orders), self._reporter.tell)
+            earlier = self._reporter.earlier
+            dispatch = Dispatch(
+                cluster, orders, self._options, code, self._footprints(orders), self._reporter.tell,
+                reference=of_controller() if earlier is None else of_earlier(earlier.run),
+            )  # fmt: skip
             for finished in dispatch.rows(lambda: self._beat(dispatch)):
                 self.rows.arrive(finished)
                 self._run(items[finished.order.id], session if dispatch.left else None)

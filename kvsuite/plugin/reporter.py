@@ -81,6 +81,11 @@ class Reporter:
             return None if self._earlier is None else self._earlier.folder
         return self._store.folder
 
+    @property
+    def earlier(self) -> EarlierRun | None:
+        """The run that this one goes on with."""
+        return self._earlier
+
     def go_on(self, earlier: EarlierRun) -> None:
         """Take up an earlier run: new rows belong to it."""
         self._earlier = earlier

@@ -28,6 +28,7 @@ from kvsuite.engines.hf.applicable import prepare_merging
 from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Status
 from kvsuite.nanovllm.reservation import Reservation, largest_after_prompt
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -222,6 +223,16 @@ def test_weights_of_another_model_end_the_case(tmp_path: Path) -> None:
     policy = built("mlp", written(tmp_path / "other.pth", random_weights(layers=4, factor=3)))
     with pytest.raises(CaseInvalid, match="weights of another model"):
         served(policy)
+
+
+def test_images_without_weights_of_their_own_are_refused_before_anything_is_served(tmp_path: Path) -> None:
+    policy = built("mlp", written(tmp_path / "text.pth", random_weights(factor=2, images=False)), factor=2)
+    with serving(loaded("llava"), policy=policy, block_size=4) as runtime:
+        requests = [runtime.add(greedy(tokens, 2, images=images)) for tokens, images in MIXED[:2]]
+        assert [request.status for request in requests] == [Status.FAILED, Status.WAITING]
+        assert "holds no weights for image tokens (compress_ik)" in str(requests[0].reason)
+        runtime.run()
+    assert len(requests[1].output) == 2
 
 
 def test_the_images_of_a_request_are_found_by_its_own_tokens() -> None:
