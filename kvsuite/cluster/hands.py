@@ -16,13 +16,19 @@ class Lost:
     Parameters
     ----------
     node_is_gone
-        Whether its host is too, or cannot be reached.
+        Whether its host is too.
     reason
         In words.
+    is_unbegun
+        Whether it was gone before it began the order that it was given last.
+    is_out_of_reach
+        Whether it may be alive on a host that is still there, and nobody will hear of what it measures.
     """
 
     node_is_gone: bool
     reason: str
+    is_unbegun: bool = False
+    is_out_of_reach: bool = False
 
 
 class Hands(Protocol):

@@ -82,11 +82,13 @@ class _Measuring:
         common = setup.options.of(CommonOptions)
         self._device = resolve_device(common.device)
         self._sessions = SessionPool(setup.options)
+        self._uses = list(dict.fromkeys((case.engine, case.device) for case in setup.planned))
         versions = {}
-        for name in sorted({case.engine for case in setup.planned}):
-            # an engine that cannot be used is told of when its first case begins
+        for name, device in sorted(self._uses):
+            # one that cannot be used measures nothing here, and its version is no difference between nodes
             with contextlib.suppress(UserError):
-                versions[name] = self._sessions.versions(name)
+                if self._sessions.engine(name).unavailable(device) is None:
+                    versions[name] = self._sessions.versions(name)
         self.environment: dict[str, Any] = host_facts(setup.command) | {
             "gpu": gpu_facts(self._device),
             "engines": versions,
@@ -101,14 +103,18 @@ class _Measuring:
 
         environment = self.environment
         memory = environment["gpu"].get("memory_bytes") or environment["host"]["ram_bytes"]
+        unusable: dict[tuple[str, str], str] = {}
         try:
-            refusal = self._refusal()
+            self._look_for_inputs()
+            unusable = self._unusable()
+            refusal = "; ".join(dict.fromkeys(unusable.values())) if len(unusable) == len(self._uses) else ""
         except UserError as error:
             refusal = str(error)
         code = {"kvsuite": source_hash()} | others_code(self._setup.planned)
-        return Ready(environment, code, memory, os.environ.get("CUDA_VISIBLE_DEVICES"), refusal)
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return Ready(environment, code, memory, gpu, refusal or None, frozenset(unusable))
 
-    def _refusal(self) -> str | None:
+    def _look_for_inputs(self) -> None:
         from kvsuite.models.resolve import resolve_model
         from kvsuite.workloads.corpus import check_corpus
 
@@ -117,13 +123,11 @@ class _Measuring:
             resolve_model(model, cache_dir=Path(common.cache_dir) if common.cache_dir else None)
         if "corpus" in self._setup.options.given:
             check_corpus(common.corpus)
-        reasons = []
-        for engine, device in dict.fromkeys((case.engine, case.device) for case in self._setup.planned):
-            reason = self._sessions.engine(engine).unavailable(device)
-            if reason is None:
-                return None
-            reasons.append(reason)
-        return "; ".join(dict.fromkeys(reasons)) or None
+
+    def _unusable(self) -> dict[tuple[str, str], str]:
+        """Why engines cannot be used here, by name and device."""
+        reasons = {(name, device): self._sessions.engine(name).unavailable(device) for name, device in self._uses}
+        return {use: reason for use, reason in reasons.items() if reason is not None}
 
     def measure(self, order: Order) -> Answer:
         self._box.begin(order.record(self._setup.options, self.environment), self.environment)

@@ -12,6 +12,9 @@ from kvsuite.options.common import CommonOptions
 from kvsuite.options.resolve import Options
 from kvsuite.record import Record
 
+#: a worker or process that has not begun after so many seconds waits for what another job holds, or hangs
+BEGIN_S = 300.0
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -108,6 +111,8 @@ class Ready:
         Entry of ``CUDA_VISIBLE_DEVICES`` that it was given, ``None`` for a worker on cores.
     refusal
         Why nothing can be measured there, ``None`` if something can.
+    unusable
+        Engines of the run's cases that cannot be used there, with the device.
     """
 
     environment: dict[str, Any]
@@ -115,6 +120,7 @@ class Ready:
     memory_bytes: int | None
     gpu: str | None
     refusal: str | None = None
+    unusable: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from kvsuite.measure.deadline import is_overdue, killed
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.survival.death import Cause, cause_of, crashed_row
 
-from .orders import Answer, Order, Ready, Setup
+from .orders import BEGIN_S, Answer, Order, Ready, Setup
 
 _POLL_S = 0.2
 
@@ -49,15 +49,21 @@ class Worker:
         self._environment = found.environment
         return found
 
+    def alive(self) -> None:
+        """Nothing: who answers was alive when it was asked."""
+
     def measure(self, order: Order) -> Answer:
         """Measure a case; the death of the process that does is its row."""
         self._box = {}
         try:
-            if self._channel is None:
-                self._start()
-            assert self._channel is not None
-            self._channel.send(order)
-            answer = self._received(self._channel)
+            try:
+                answer = self._asked(order)
+            except (EOFError, OSError):
+                if self._box:
+                    raise
+                # it has not begun: the process has died before, while it had nothing to do
+                self.close()
+                answer = self._asked(order)
         except (EOFError, OSError):
             return self._crashed(order, self._ended())
         except RuntimeError as error:
@@ -80,7 +86,7 @@ class Worker:
         self._process = self._channel = None
 
     def _start(self) -> Ready:
-        """Start the process; raises RuntimeError if it ends instead."""
+        """Start the process; raises RuntimeError if it ends or hangs instead."""
         self._channel, theirs = Pipe()
         # of this process, to which a cluster may have given code
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -91,13 +97,22 @@ class Worker:
             )
         try:
             self._channel.send(self._setup)
-            found: Ready | str = self._channel.recv()
+            found: Ready | str = f"it has said nothing for {BEGIN_S:g} s"
+            if self._channel.poll(BEGIN_S):
+                found = self._channel.recv()
         except (EOFError, OSError):
             found = self._ended().reason
         if isinstance(found, Ready):
             return found
         self.close()
         raise RuntimeError(f"the process that measures did not start: {found}")
+
+    def _asked(self, order: Order) -> Answer | None:
+        if self._channel is None:
+            self._start()
+        assert self._channel is not None
+        self._channel.send(order)
+        return self._received(self._channel)
 
     def _received(self, channel: Connection) -> Answer | None:
         """The answer, ``None`` where the case has taken too long."""

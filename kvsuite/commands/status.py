@@ -46,11 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
         If it is no run, or cannot be read.
     """
     from kvsuite.distribution.run_status import status_line
+    from kvsuite.reporting.page.render import PAGE_FILE
     from kvsuite.store.records_file import RECORDS_FILE
 
     path: Path = arguments.path
     folder = path.parent if path.name == RECORDS_FILE else path
     if not (folder / RECORDS_FILE).is_file():
         raise UserError(f"{path}: no {RECORDS_FILE} in {folder}; give the folder of a run")
-    print(status_line(folder))
+    print(status_line(folder, PAGE_FILE))
     return 0

@@ -210,6 +210,10 @@ class Policy(ABC):
         """Why on a prompt of ``length`` tokens the policy is something else than its name says, ``None`` if it is not."""
         return None
 
+    def caveat_of_prompt(self, length: int, images: ImageSpans = ()) -> str | None:
+        """`caveat` of a prompt; where its image tokens stand counts for policies that merge alone."""
+        return self.caveat(length)
+
     @classmethod
     def swept(cls, given: Collection[str]) -> dict[str, str]:
         """Parameters that options of the compression suite sweep where those in ``given`` are named, and which options."""

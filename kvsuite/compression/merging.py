@@ -134,6 +134,17 @@ class Merging(ByFactor):
             return None
         return f"{length} tokens are fewer than {LEAST_GROUPS} groups of {self.group}: nothing is merged"
 
+    def caveat_of_prompt(self, length: int, images: ImageSpans = ()) -> str | None:
+        if not images:
+            return self.caveat(length)
+        if self.group == 1 or self.size_of_prompt(length, images) < length:
+            return None
+        return f"no part of the {length} tokens, text or image, has {LEAST_GROUPS} groups of {self.group}: nothing is merged"
+
+    def images_problem(self, length: int, images: ImageSpans) -> str | None:
+        """Why a prompt of ``length`` tokens with these images cannot be merged, ``None`` if it can; after `prepare`."""
+        return None
+
     def keep(self, view: CacheView) -> Tensor:
         raise RuntimeError(f"{self.name} merges tokens and keeps none by index: call merge()")
 

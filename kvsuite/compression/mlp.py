@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsuite.errors import CaseInvalid, UserError
 
-from .base import Policy
+from .base import ImageSpans, Policy
 from .mean_pool import mean_of
 from .merging import CacheShape, Merging, Side
 from .mlp_weights import IMAGE, TEXT, Form, MlpWeights, digest_of, read_weights
@@ -86,10 +86,19 @@ class Mlp(Merging):
     def pooled(self, groups: Tensor, layers: Sequence[int], side: Side, *, is_image: bool) -> Tensor:
         family = (IMAGE if is_image else TEXT)[side == "values"]
         if family not in self._families:
-            raise CaseInvalid(
-                f"{self._typed}: holds no weights for image tokens (compress_{family}); use those of the vision-language model"
-            )
+            raise CaseInvalid(self._lacking(family))
         return self._apply(groups, [self._of_layers(linear, layers) for linear in self._families[family]])
+
+    def images_problem(self, length: int, images: ImageSpans) -> str | None:
+        if not any(part.is_image and part.groups for part in self.parts(length, images)):
+            return None
+        return next((self._lacking(family) for family in IMAGE if family not in self._families), None)
+
+    def _lacking(self, family: str) -> str:
+        return (
+            f"{self._typed}: holds no weights for image tokens (compress_{family}), and fit-compressor fits none; use "
+            "weights of the vision-language model that have them"
+        )
 
     def _apply(self, groups: Tensor, linears: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         import torch

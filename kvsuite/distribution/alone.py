@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kvsuite.record import RECORD_SCHEMA
-
-from .recorded import last_runs
 
 #: difference of a decode step from which on a record says so
 BOUND = 0.02
@@ -17,17 +14,22 @@ _STEPS = ("decode_step_s", "tpot_s")
 
 
 class AloneTimes:
-    """Decode steps of cases that were measured without neighbours, out of the last runs; read when it is first asked.
+    """Decode steps of cases that were measured without neighbours, out of the runs that it has seen."""
 
-    Parameters
-    ----------
-    report_dir
-        Where runs are.
-    """
+    def __init__(self) -> None:
+        self._steps: dict[tuple[str, str], tuple[float, str]] = {}
 
-    def __init__(self, report_dir: Path) -> None:
-        self._report_dir = report_dir
-        self._steps: dict[tuple[str, str], tuple[float, str]] | None = None
+    def seen(self, runs: Iterable[tuple[str, list[dict[str, Any]]]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """The same runs, noted as they pass: whoever reads them reads them for this one too.
+
+        Parameters
+        ----------
+        runs
+            Name and lines of each, oldest first (`kvsuite.distribution.recorded.last_runs`).
+        """
+        for run, lines in runs:
+            self._note(run, lines)
+            yield run, lines
 
     def warning(self, row: Mapping[str, Any]) -> str | None:
         """By how much the steps of a row differ from those of the same case alone, measured in the same way on this machine.
@@ -37,8 +39,6 @@ class AloneTimes:
         workers, step = _workers(row), _step(row)
         if workers < 2 or step is None or row["status"] != "ok":
             return None
-        if self._steps is None:
-            self._steps = self._read()
         name, seconds = step
         alone = self._steps.get((_key(row), name))
         if alone is None or abs(seconds / alone[0] - 1) <= BOUND:
@@ -49,16 +49,13 @@ class AloneTimes:
             f"alone: {workers - 1} neighbour(s) may have disturbed it"
         )
 
-    def _read(self) -> dict[tuple[str, str], tuple[float, str]]:
-        found = {}
-        for run, lines in last_runs(self._report_dir):
-            for row in lines:
-                if row.get("schema") != RECORD_SCHEMA or row.get("status") != "ok" or _workers(row) != 1:
-                    continue
-                step = _step(row)
-                if step is not None and step[1] > 0:
-                    found[_key(row), step[0]] = step[1], run
-        return found
+    def _note(self, run: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        for row in lines:
+            if row.get("schema") != RECORD_SCHEMA or row.get("status") != "ok" or _workers(row) != 1:
+                continue
+            step = _step(row)
+            if step is not None and step[1] > 0:
+                self._steps[_key(row), step[0]] = step[1], run
 
 
 def _key(row: Mapping[str, Any]) -> str:

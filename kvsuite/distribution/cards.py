@@ -103,6 +103,11 @@ def workers_of(text: str, device_kind: str) -> tuple[Workers, ...]:
 
 def _known(one: NodesText, text: str) -> GpuCard:
     if one.card.lower() == CPU:
+        if one.bandwidth is not None:
+            raise UserError(
+                f"--kv-nodes={text}: {one.card} is this machine's, with its memory and the times of its own records; give "
+                f"{one.count}x{CPU}"
+            )
         return this_cpu()
     if one.bandwidth is not None:
         return GpuCard(one.card, one.memory_bytes, one.bandwidth, (one.card, f"NVIDIA {one.card}"))

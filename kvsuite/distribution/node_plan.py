@@ -23,7 +23,7 @@ from .cost import SPEEDS, Speed, footprint_of, seconds, work_of
 from .order import session_key
 from .plan import is_on, size_text
 from .progress import about
-from .recorded import RecordedCase, recorded_cases
+from .recorded import RecordedCase, last_runs, recorded_cases
 from .simulation import Losses, SimulatedRun, Simulation, Times
 from .time_left import Correction, Kind, kind_of
 
@@ -221,7 +221,7 @@ def nodes_table(cases: Sequence[Case], options: Options) -> RenderableType:
     if not kinds:
         return stacked(["no cases: another shard, or the run that goes on, has all"])
     workers = workers_of(sweep.nodes, next(iter(kinds)))
-    recorded = recorded_cases(Path(options.of(CommonOptions).report_dir), options)
+    recorded = recorded_cases(last_runs(Path(options.of(CommonOptions).report_dir)), options)
     rows, records = plan_on_nodes(cases, options, workers, recorded)
     columns = [Column("memory needed", 13)]
     for each in workers:
@@ -289,8 +289,9 @@ def _drawn(rows: Sequence[NodeCase], records: Records, workers: Sequence[Workers
     span = shortest if shortest == longest else f"{shortest} to {longest.removeprefix('about ')}"
     crashed, repeated = (max(len(getattr(run, name)) for run in runs) for name in ("crashed", "repeated"))
     return (
-        f"a worker lost every {mean_hours:g} h of its own (--kv-node-hours), half of them with their host for "
-        f"{losses.away_s / 60:g} min, drawn {draws} times: {span}, at most {crashed} cases crashed and {repeated} begun again"
+        f"a worker lost every {mean_hours:g} h of its own (--kv-node-hours), each on a host of its own, which half of the "
+        f"losses take for {losses.away_s / 60:g} min, drawn {draws} times: {span}, at most {crashed} cases crashed and "
+        f"{repeated} begun again"
     )
 
 

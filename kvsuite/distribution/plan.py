@@ -22,7 +22,7 @@ from .cost import SPEEDS, footprint_of, seconds, work_of
 from .gpus import visible_entries
 from .order import session_key
 from .progress import about
-from .recorded import RecordedCase, recorded_cases
+from .recorded import RecordedCase, last_runs, recorded_cases
 from .shards import assign
 from .time_left import Correction, Planned, kind_of
 
@@ -89,13 +89,11 @@ def _learnt(known: Iterable[RecordedCase], models: Collection[str], options: Opt
     return correction
 
 
-def measured_cases(report_dir: Path, options: Options) -> dict[str, RecordedCase]:
+def measured_cases(runs: Iterable[tuple[str, list[dict[str, Any]]]], options: Options) -> dict[str, RecordedCase]:
     """Finished cases on this machine by `planned_key`; the last measurement counts (`recorded_cases`)."""
     host = host_facts()["host"]
     return {
-        planned_key(one.case.to_dict()): one
-        for one in recorded_cases(report_dir, options)
-        if is_on(one.environment, host)
+        planned_key(one.case.to_dict()): one for one in recorded_cases(runs, options) if is_on(one.environment, host)
     }
 
 
@@ -159,7 +157,7 @@ def plan_table(cases: Sequence[Case], options: Options, *, workers: int = 1) -> 
     """
     if not cases:
         return stacked(["no cases: another shard, or the run that goes on, has all"])
-    rows = plan(cases, options, measured_cases(Path(options.of(CommonOptions).report_dir), options))
+    rows = plan(cases, options, measured_cases(last_runs(Path(options.of(CommonOptions).report_dir)), options))
     kinds = Counter(row.case.device_kind for row in rows)
     card = device_bytes(options, next(iter(kinds)))
     sheet = Sheet("case", _COLUMNS, [(row.case.id, _cells(row, card)) for row in rows], ruled=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,15 @@ class RecordedCase:
     load_s: float = 0.0
 
 
-def recorded_cases(report_dir: Path, options: Options) -> list[RecordedCase]:
-    """Finished cases of the last runs with as many rounds, oldest first.
+def recorded_cases(runs: Iterable[tuple[str, list[dict[str, Any]]]], options: Options) -> list[RecordedCase]:
+    """Finished cases of those runs that have as many rounds, in the order of ``runs`` (`last_runs`).
 
     What cannot be read is left out: a plan needs no whole archive.
     """
     common = options.of(CommonOptions)
     wanted = {"rounds": common.rounds, "num_warmup": common.num_warmup}
     found: list[RecordedCase] = []
-    for run, lines in last_runs(report_dir):
+    for run, lines in runs:
         given = lines[0].get("options") if lines else None
         if isinstance(given, dict) and {name: given.get(name) for name in wanted} == wanted:
             found += _of_run(lines, run)

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 from kvsuite.store.files import write_atomic
-from kvsuite.store.records_file import read_records
+from kvsuite.store.records_file import RECORDS_FILE, read_records
 
 from .progress import about
 
@@ -68,7 +69,7 @@ def done_of(counts: Mapping[str, int], total: int | None) -> str:
 
 def write_status(folder: Path, status: RunStatus) -> None:
     """Replace the status of a run; a folder that cannot be written costs the status, not the run."""
-    with suppress(OSError):
+    with suppress(UserError):
         write_atomic(folder / STATUS_FILE, json.dumps(asdict(status)).encode())
 
 
@@ -88,8 +89,15 @@ def read_status(folder: Path) -> tuple[RunStatus, float] | None:
         return None
 
 
-def status_line(folder: Path) -> str:
+def status_line(folder: Path, report: str) -> str:
     """The line of a run that goes on, or what is known of one that does not.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    report
+        Name of the file that is written into it when the run is over.
 
     Raises
     ------
@@ -108,4 +116,14 @@ def status_line(folder: Path) -> str:
     counts = Counter({row["id"]: row["status"] for row in rows}.values())
     total = run.get("cases")
     left = isinstance(total, int) and total > sum(counts.values())
-    return visible(done_of(counts, total if left else None) + (f"; go on with --kv-resume={folder}" if left else ""))
+    known = done_of(counts, total if left else None)
+    # one that goes on has no second process to write it
+    return visible(f"{known}; go on with --kv-resume={folder}" if left and _is_over(folder, report) else known)
+
+
+def _is_over(folder: Path, report: str) -> bool:
+    """Whether the report was written after the last row."""
+    try:
+        return (folder / report).stat().st_mtime_ns >= (folder / RECORDS_FILE).stat().st_mtime_ns
+    except OSError:
+        return False

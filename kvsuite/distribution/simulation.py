@@ -40,7 +40,7 @@ class Losses:
         Mean seconds between two losses of one worker (exponential: a worker does not age).
     hosts
         Share of them in which its host is lost too, in [0, 1]: then the case is given back, once, as the cluster does. In the
-        others the case has crashed.
+        others the case has crashed. Which workers share a host is not known: each is taken to have one of its own.
     away_s
         Seconds until a lost host is back.
     """

@@ -194,6 +194,10 @@ class BlockPool:
         """The published block with this digest."""
         return self._block.get(digest)
 
+    def findable(self, block: int) -> bool:
+        """Whether the block can be found by its tokens."""
+        return block in self._digest
+
     def _set_free(self, block: int) -> None:
         self._free[block] = None
         if block not in self._digest:

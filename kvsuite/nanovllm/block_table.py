@@ -149,7 +149,8 @@ class BlockTables:
             raise RuntimeError(f"row {row} holds blocks already")
         for block in blocks:
             self.pool.share(block)
-        self.sole[row] = False
+        if blocks:
+            self.sole[row] = False
         self._extend(row, blocks)
         self.lengths[row] = len(blocks) * self.pool.block_size
 
@@ -185,6 +186,12 @@ class BlockTables:
             self.pool.forget(block)
             return []
         return [self._swap(row, index, self.pool.allocate(1)[0])]
+
+    def note_sole(self, row: int) -> None:
+        """Set `sole` of a row again once all of its blocks are its own and cannot be found."""
+        pool = self.pool
+        if all(pool.exclusive(block) and not pool.findable(block) for block in self.row_blocks(row)):
+            self.sole[row], self._tail_suspect[row] = True, False
 
     def replace(self, row: int, length: int) -> None:
         """Give the blocks back and take others for ``length`` tokens, which the caller has in his hands.

@@ -230,9 +230,19 @@ class CompressionStage:
         self._note_open(requests)
 
     def _change(self, by_row: Mapping[int, Request], eviction: Eviction, decided: Decided) -> bool:
-        """Remove what was decided; whether there was room."""
+        """Remove what was decided, where it can be; whether it all was. A request that it goes wrong for fails."""
         fits = True
-        left = eviction.apply(decided)
+        try:
+            left = eviction.apply(decided)
+        except Exception as error:
+            # a choice that cannot be carried out is found before anything has changed
+            if len(decided.rows) == 1:
+                self._fail(by_row[int(decided.rows[0])], error)
+                return False
+            for at in range(len(decided.rows)):
+                own = slice(at, at + 1)
+                fits &= self._change(by_row, eviction, Decided(decided.rows[own], decided.chosen[own], decided.single))
+            return fits
         lacking = {row for row, _ in left}
         for row in decided.rows.tolist():
             request = by_row[row]
@@ -248,7 +258,11 @@ class CompressionStage:
                 change()
                 request.compressed = True
 
-            fits &= self._with_room(request, act)
+            try:
+                fits &= self._with_room(request, act)
+            except Exception as error:
+                self._fail(request, error)
+                fits = False
         return fits
 
     def _note_open(self, requests: Sequence[Request]) -> None:

@@ -339,7 +339,8 @@ class Eviction:
         def work() -> None:
             source, target = self._upload(before, after)
             # a layer's vectors are all read before any is written: blocks may be the same
-            for part in self._parts(len(before), together=True):
+            # keys and values of each token
+            for part in self._parts(2 * len(before), together=True):
                 own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
                 self._pool.put(target, part, *policy.merge(*own, self.group.layers[part], images))
 
@@ -462,6 +463,7 @@ class Eviction:
         """`_evict_one` of a sequence whose blocks others may hold or find."""
         for index in np.unique(victim.cpu().numpy() // self._pool.block_size).tolist():
             self._pool.copy_blocks(self._tables.own(int(row[0]), index))
+        self._tables.note_sole(int(row[0]))
         self._evict_one(row, victim)
 
     def _evict_one(self, rows: Ints, victim: Tensor) -> None:
@@ -511,7 +513,7 @@ def _mean_weights(pool: KVPool) -> MeanWeights | None:
     """What computes the mean attention of a prompt's last queries over the pool's keys; ``None`` for the exact reference."""
     width = pool.group.head_dim
     halves = pool.dtype in (torch.bfloat16, torch.float16)
-    if pool.device.type != "cuda" or not halves or width < 16 or width & (width - 1):
+    if pool.device.type != "cuda" or not halves or width not in (16, 32, 64, 128, 256):
         return None
     from .window_weights import mean_weights
 

@@ -46,6 +46,8 @@ class Reservation:
         self._facts: Ints = np.zeros((len(tables.blocks), 5), dtype=np.int64)
         # a row that gives blocks back while it runs does not free those that others hold, too, but takes its new ones
         self._gives_back = policy is not None or tables.window is not None
+        # as long as the books: a policy may hold tensors
+        self._largest = functools.lru_cache(maxsize=4096)(largest_after_prompt)
 
     def enter(self, request: Request) -> None:
         """Count a request, which has its row."""
@@ -141,7 +143,7 @@ class Reservation:
             prompt = request.prompt_length
             left = size_after_action(self._policy, prompt, prompt, done=False, prompt=True, images=request.image_spans)
             begins = left + fed - prompt
-            most = largest_after_prompt(self._policy, prompt, longest, request.image_spans)
+            most = self._largest(self._policy, prompt, longest, request.image_spans)
             return begins, fed, longest, -(-prompt // size), -(-most // size)
         peak, end = -(-fed // size), -(-longest // size)
         if self._tables.window is not None:
@@ -150,7 +152,6 @@ class Reservation:
         return fed, fed, longest, peak, end
 
 
-@functools.lru_cache(maxsize=4096)
 def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int, images: ImageSpans = ()) -> int:
     """Tokens that a sequence stores at most from the end of its prompt on, if a policy acts on it.
 

@@ -254,14 +254,16 @@ class Runtime:
         if reason is None and request.forced is None and not request.scored:
             fed = min(request.sampling.max_new_tokens, self.limits.max_model_len - request.prompt_length)
             reason = passes_switch(self._switch, request.prompt_length, fed)
+        if reason is None and request.images:
+            request.image_places = image_places(self.image_shape, request.tokens)
+            request.image_spans = image_spans(self.image_shape, request.image_places)
+            if isinstance(self.policy, Merging):
+                reason = self.policy.images_problem(request.prompt_length, request.image_spans)
         if reason:
             self._end(request, Status.FAILED, reason)
             return request
         self._requests[request.id] = request
         settle_ends(request, self.limits, self._eos)
-        if request.images:
-            request.image_places = image_places(self.image_shape, request.tokens)
-            request.image_spans = image_spans(self.image_shape, request.image_places)
         self.counters.logical_prompt_tokens += request.prompt_length
         self.scheduler.add(request)
         return request

@@ -366,8 +366,7 @@ class Simulator:
     def _compress_one(self, request: Request, table: BlockTables, policy: Policy, index: int) -> None:
         stored, key = int(table.lengths[request.row]), (request.row, index)
         prompt = request.computed == request.prompt_length
-        done, images = key in self._done, request.image_spans
-        left = size_after_action(policy, stored, request.computed, done=done, prompt=prompt, images=images)
+        left = size_after_action(policy, stored, request.computed, done=key in self._done, prompt=prompt)
         if left == stored:
             return
         while True:

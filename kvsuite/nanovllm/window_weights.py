@@ -72,7 +72,7 @@ def mean_weights(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     query
         The last ``w`` queries of ``n`` tokens, ``[heads, w, head_dim]``.
     keys
-        ``[kv_heads, n, head_dim]``, ``head_dim`` a power of two of at least 16; neighbours among the heads share a key head.
+        ``[kv_heads, n, head_dim]``, ``head_dim`` a power of two from 16 to 256; neighbours among the heads share a key head.
     scale
         Factor of the products.
     """

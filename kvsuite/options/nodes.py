@@ -54,13 +54,11 @@ class NodesText:
                 raise UserError(f"{shown}: no list of workers; {_FORM}")
             count, name, memory, speed, unit = match.groups()
             given = speed is not None
-            found.append(
-                cls(
-                    int(count), name,
-                    card_bytes(memory, "--kv-nodes") if given else None,
-                    float(speed) * _UNITS[unit] if given else None,
-                )
-            )  # fmt: skip
+            try:
+                memory_bytes = card_bytes(memory, "") if given else None
+            except UserError as error:
+                raise UserError(f"{shown}: {visible(memory, VALUE_LIMIT)} is no size of a card; {_FORM}") from error
+            found.append(cls(int(count), name, memory_bytes, float(speed) * _UNITS[unit] if given else None))
         if any(one.count < 1 or one.bandwidth == 0 for one in found):
             raise UserError(f"{shown}: every card needs a worker and a bandwidth above 0; {_FORM}")
         if sum(one.count for one in found) > MOST_WORKERS:

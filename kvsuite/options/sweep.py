@@ -42,7 +42,7 @@ def _card(typed: str) -> str:
 
 
 def _cluster(typed: str) -> str:
-    if typed in ("local", "auto") or _CLIENT.fullmatch(typed):
+    if typed in ("local", "auto") or (_CLIENT.fullmatch(typed) and 0 < int(typed.rpartition(":")[2]) < 1 << 16):
         return typed
     raise ValueError("use local, auto, or ray://host:port")
 
@@ -124,13 +124,17 @@ class SweepOptions(OptionGroup, frozen=True, kw_only=True):
     # fmt: on
 
     def check(self, given: frozenset[str]) -> None:
-        """Refuse options of the plan that exclude each other, or need another.
+        """Refuse options that exclude each other, or need another.
 
         Raises
         ------
         UserError
             Naming both.
         """
+        if self.cluster is None and self.cluster_cores is not None:
+            raise UserError(
+                f"--kv-cluster-cores={self.cluster_cores}: cores of the workers of a cluster; add --kv-cluster, or leave it out"
+            )
         nodes = self.nodes
         if nodes is not None and not self.plan:
             raise UserError(f"--kv-nodes={nodes}: only plans; add --kv-plan, or leave it out")

@@ -95,7 +95,7 @@ class ArrivedRows:
             record.warnings.append(f"timed beside {finished.workers - 1} other worker(s) of its node: {where}")
         if finished.order.lost_on:
             lost = ", ".join(finished.order.lost_on)
-            record.warnings.append(f"given back once: node {lost} was lost while it measured this case")
+            record.warnings.append(f"given back once: node {lost} was lost or out of reach while it measured this case")
 
     def _environment(self, found: dict[str, Any]) -> dict[str, Any]:
         """Facts of a worker, with what hooks of users add: the same for all its rows."""

@@ -75,6 +75,11 @@ class ClusterController:
         if not config.option.collectonly:
             require_ray(self._address)
         self._gpus = gpus_for(self._device)
+        if self._gpus is not None and self._sweep.cluster_cores is not None:
+            raise UserError(
+                f"--kv-cluster-cores={self._sweep.cluster_cores}: workers with a GPU each share the cores of their node; "
+                "leave it out, or give --kv-device=cpu"
+            )
         self.rows = config.stash[CLUSTER] = config.stash[RUNNER] = ArrivedRows(
             partial(update_environment, config), self._gpus
         )
@@ -105,6 +110,7 @@ class ClusterController:
         from kvsuite.cluster.installed import require_installed
         from kvsuite.cluster.orders import Order
         from kvsuite.cluster.ray_cluster import RayCluster
+        from kvsuite.cluster.reference import of_controller, of_earlier
         from kvsuite.measure.source_hash import others_code, source_hash
 
         places = self._config.stash[PLACES]
@@ -119,7 +125,11 @@ class ClusterController:
         )
         try:
             code = {"kvsuite": source_hash()} | others_code(order.case for order in orders)
-            dispatch = Dispatch(cluster, orders, self._options, code, self._footprints(orders), self._reporter.tell)
+            earlier = self._reporter.earlier
+            dispatch = Dispatch(
+                cluster, orders, self._options, code, self._footprints(orders), self._reporter.tell,
+                reference=of_controller() if earlier is None else of_earlier(earlier.run),
+            )  # fmt: skip
             for finished in dispatch.rows(lambda: self._beat(dispatch)):
                 self.rows.arrive(finished)
                 self._run(items[finished.order.id], session if dispatch.left else None)
@@ -178,7 +188,8 @@ class ClusterController:
         if now - self._wrote >= _STATUS_S:
             self._wrote = now
             self._write_status(dispatch)
-        if now - self._told >= _TELL_S and dispatch.workers:
+        # before the first worker too: one may take minutes to start
+        if now - self._told >= _TELL_S:
             self._told = now
             self._reporter.tell(f"kvsuite: {self._status(dispatch).line()}")
 

@@ -59,7 +59,7 @@ class Reporter:
         self._code: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._earlier: EarlierRun | None = None
-        self._alone = AloneTimes(Path(self._common.report_dir))
+        self._alone = AloneTimes()
         #: ids of the cases that have a row of this session
         self.measured: set[str] = set()
         #: what was said of suites that could not take note of a row
@@ -80,6 +80,11 @@ class Reporter:
         if self._store is None:
             return None if self._earlier is None else self._earlier.folder
         return self._store.folder
+
+    @property
+    def earlier(self) -> EarlierRun | None:
+        """The run that this one goes on with."""
+        return self._earlier
 
     def go_on(self, earlier: EarlierRun) -> None:
         """Take up an earlier run: new rows belong to it."""
@@ -142,9 +147,11 @@ class Reporter:
 
     def _time_left(self, cases: Sequence[Case]) -> TimeLeft | None:
         from kvsuite.distribution.plan import measured_cases, plan
+        from kvsuite.distribution.recorded import last_runs
 
+        runs = self._alone.seen(last_runs(Path(self._common.report_dir)))
         try:
-            planned = plan(cases, self._options, measured_cases(Path(self._common.report_dir), self._options))
+            planned = plan(cases, self._options, measured_cases(runs, self._options))
         except Exception as error:  # an estimate ends no run: a suite of somebody else may not count its cases
             self._write(f"kvsuite: how long the cases take is not known: {type(error).__name__}: {error}")
             return None

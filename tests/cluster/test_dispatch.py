@@ -15,6 +15,7 @@ from kvsuite.case import Case
 from kvsuite.cluster.dispatch import Dispatch, Finished
 from kvsuite.cluster.hands import Lost
 from kvsuite.cluster.orders import Answer, Node, Order, Ready
+from kvsuite.cluster.reference import Reference, of_controller, of_earlier
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.footprint import Footprint
@@ -61,6 +62,9 @@ class Cluster:
         #: whether news come in any order, or in that in which they were asked for
         self.draws = True
         self.stopped: list[int] = []
+        #: workers that never begin, and nodes that answer with an error of use
+        self.hangs: set[int] = set()
+        self.complaining: set[str] = set()
         self.fate: Callable[[Order], str] = lambda _: "ok"
 
     def nodes(self) -> Sequence[Node]:
@@ -77,9 +81,10 @@ class Cluster:
         self.queue[worker] = order
 
     def news(self, timeout_s: float) -> tuple[int, Ready | Answer | Lost] | None:
-        if not self.queue:
+        speaks = [worker for worker in self.queue if worker not in self.hangs]
+        if not speaks:
             return None
-        worker = self.random.choice(sorted(self.queue)) if self.draws else next(iter(self.queue))
+        worker = self.random.choice(sorted(speaks)) if self.draws else speaks[0]
         order, home = self.queue.pop(worker), self.homes[worker]
         if home not in self.up:
             return worker, Lost(True, "gone")
@@ -93,6 +98,10 @@ class Cluster:
         if fate == "worker":
             self.kills += 1
             return worker, Lost(False, "End of file")
+        if fate in ("dead", "away"):
+            return worker, Lost(False, fate, is_unbegun=fate == "dead", is_out_of_reach=fate == "away")
+        if home.name in self.complaining:
+            return worker, Answer(None, None, environment(), usage_error="the disk is full")
         return worker, Answer({"id": order.id, "status": fate}, None, environment())
 
     def stop(self, worker: int) -> None:
@@ -258,3 +267,158 @@ def test_nodes_that_come_later_get_work() -> None:
     cluster.fate = fate
     dispatched(cluster, orders(30))
     assert {home for _, home in cluster.began} == {"a", "late"}
+
+
+def test_a_case_waits_for_the_card_that_is_still_starting() -> None:
+    big, small = ready(memory_bytes=141 * GIB), ready(memory_bytes=48 * GIB)
+    cluster = Cluster([node("small"), node("big")], readiness=lambda home: big if home.name == "big" else small)
+    cluster.draws = False
+    asked = orders(1)
+    dispatched(cluster, asked, footprints={asked[0].id: Footprint(bytes=100 * GIB, is_whole=True)})
+    assert cluster.began == [(asked[0].id, "big")]
+
+
+def test_a_case_waits_for_the_card_that_takes_a_lost_ones_place() -> None:
+    big, small = ready(memory_bytes=141 * GIB), ready(memory_bytes=48 * GIB)
+    cluster = Cluster([node("big"), node("small")], readiness=lambda home: big if home.name == "big" else small)
+    cluster.draws = False
+    asked = orders(3)
+    cluster.fate = lambda order: "worker" if order is asked[0] else "ok"
+    needs = {order.id: Footprint(bytes=100 * GIB, is_whole=True) for order in asked}
+    dispatched(cluster, asked, footprints=needs)
+    assert {home for _, home in cluster.began} == {"big"}
+    # a host that was lost may come back, and is waited for as long as it is suspect
+    cluster = Cluster([node("big"), node("small")], readiness=lambda home: big if home.name == "big" else small)
+    cluster.draws = False
+
+    def fate(order: Order) -> str:
+        if order is asked[0] and not cluster.kills:
+            cluster.up.append(Node("id-again", "big", "10.0.0.1", 1))
+            return "node"
+        return "ok"
+
+    cluster.fate = fate
+    dispatched(cluster, asked, footprints=needs)
+    assert {home for _, home in cluster.began} == {"big"}
+
+
+def test_a_case_goes_where_its_engine_is() -> None:
+    without = ready(unusable=frozenset({("e", "cpu")}))
+    cluster = Cluster(
+        [node("without"), node("with")], readiness=lambda home: without if home.name == "without" else ready()
+    )
+    cluster.draws = False
+    dispatched(cluster, orders(4))
+    assert {home for _, home in cluster.began} == {"with"}
+    # what has its engine nowhere is given to somebody, and its row says so
+    cluster = Cluster([node("without")], readiness=lambda _: without)
+    assert len(dispatched(cluster, orders(2))[0]) == 2
+
+
+def test_engines_that_the_first_node_lacks_are_compared_between_the_others() -> None:
+    def having(name: str) -> Ready:
+        engines = {"a": {}, "b": {"v": {"v": "1"}}, "c": {"v": {"v": "2"}}}[name]
+        return ready(environment=environment() | {"engines": engines})
+
+    cluster = Cluster([node("a"), node("b"), node("c")], readiness=lambda home: having(home.name))
+    cluster.draws = False
+    _, told = dispatched(cluster, orders(6))
+    (line,) = [line for line in told if "left out" in line]
+    assert line.startswith("kvsuite: node c ")
+    assert line.endswith("v of engine v: then 1, now 2")
+
+
+def test_nodes_lost_with_the_last_case_do_not_end_a_run_that_is_over() -> None:
+    cluster = Cluster([node("a"), node("b")])
+    cluster.fate = lambda order: "node"
+    found, _ = dispatched(cluster, orders(1))
+    assert [one.answer.record["status"] for one in found if one.answer.record] == ["crashed"]
+
+
+def test_the_controllers_versions_decide_and_not_who_answers_first() -> None:
+    odd = ready(environment=environment(torch="2.12.0+cu128"))
+    cluster = Cluster([node("odd"), node("a")], readiness=lambda home: odd if home.name == "odd" else ready())
+    cluster.draws = False
+    own = Reference("the controller", {"python": "3.11.2", "packages": {"torch": "2.11.0+cpu"}}, is_build_free=True)
+    _, told = dispatched(cluster, orders(4), reference=own)
+    assert {home for _, home in cluster.began} == {"a"}
+    (line,) = [line for line in told if "left out" in line]
+    assert line.endswith("other software than the controller: torch: then 2.11.0, now 2.12.0")
+
+
+def test_a_run_that_goes_on_names_the_software_of_its_nodes() -> None:
+    known = environment(torch="2.12.0") | {"gpu": {}}
+    earlier = of_earlier({"environment": environment(), "sessions": [{"environment": known}]})
+    assert earlier.differences(environment(torch="2.12.0")) == ["torch: then 2.11.0, now 2.12.0"]
+    only_later = {key: value for key, value in environment().items() if key != "gpu"}
+    earlier = of_earlier({"environment": only_later, "sessions": [{"environment": known}]})
+    assert earlier.differences(environment(torch="2.12.0")) == [], "that of its first worker"
+    assert of_controller().differences(environment(torch="0.1", transformers="0.1"))[0].startswith("torch: then ")
+
+
+def test_a_case_that_a_dead_worker_never_began_is_given_again_and_has_no_mark() -> None:
+    cluster = Cluster([node("a")])
+    fates = iter(["dead", "dead", "ok"])
+    cluster.fate = lambda order: next(fates)
+    ((one,), _) = dispatched(cluster, orders(1))
+    assert one.answer.record is not None
+    assert one.answer.record["status"] == "ok"
+    assert one.order.lost_on == []
+    # not for ever
+    cluster = Cluster([node("a")])
+    cluster.fate = lambda order: "dead"
+    ((one,), _) = dispatched(cluster, orders(1))
+    assert one.answer.record is not None
+    assert one.answer.record["error"]["type"] == "worker lost"
+
+
+def test_a_worker_out_of_reach_gives_its_case_back_and_its_node_goes_on() -> None:
+    cluster = Cluster([node("a")])
+    fates = iter(["away", "ok"])
+    cluster.fate = lambda order: next(fates)
+    ((one,), told) = dispatched(cluster, orders(1))
+    assert one.answer.record is not None
+    assert (one.answer.record["status"], len(one.order.lost_on)) == ("ok", 1)
+    assert told == [], "the node is not gone"
+
+
+def test_company_is_the_most_that_measured_or_started_meanwhile() -> None:
+    cluster = Cluster([node("a", 3)])
+    cluster.draws = False
+    found, _ = dispatched(cluster, orders(4))
+    assert [one.workers for one in found] == [3, 3, 3, 3], "the last one too began beside two"
+    cluster = Cluster([node("a", 3)])
+    found, _ = dispatched(cluster, orders(1))
+    assert [one.workers for one in found] == [3], "two others started beside it"
+
+
+def test_one_worker_that_does_not_begin_costs_its_slot_and_not_its_node() -> None:
+    cluster = Cluster([node("a", 3)])
+    cluster.hangs = {2}
+    found, told = dispatched(cluster, orders(400))
+    assert len(found) == 400
+    assert cluster.stopped == [2]
+    assert len(cluster.homes) == 3, "no other takes its place"
+    (line,) = told
+    assert line.endswith("has one worker less: it has not begun within 300 s: another job may hold its GPU or cores")
+    cluster = Cluster([node("a", 2)])
+    cluster.hangs = {1, 2}
+    with pytest.raises(UserError, match=r"no node can measure: node a .*it has not begun within 300 s"):
+        dispatched(cluster, orders(1))
+
+
+def test_what_one_node_lacks_leaves_it_out_and_what_two_lack_ends_the_run() -> None:
+    cluster = Cluster([node("full"), node("a"), node("b")])
+    cluster.complaining = {"full"}
+    found, told = dispatched(cluster, orders(6))
+    assert all(one.answer.usage_error is None for one in found)
+    assert len(found) == 6
+    (line,) = [line for line in told if "left out" in line]
+    assert line == "kvsuite: node full (10.0.0.1, id-full) is left out: the disk is full"
+    cluster = Cluster([node("full"), node("a")])
+    cluster.complaining = {"full", "a"}
+    found, _ = dispatched(cluster, orders(6))
+    assert found[0].answer.usage_error == "the disk is full"
+    alone = Cluster([node("full")])
+    alone.complaining = {"full"}
+    assert dispatched(alone, orders(1))[0][0].answer.usage_error == "the disk is full"

@@ -40,7 +40,17 @@ def test_addresses(typed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed", ["remote", "ray://head", "ray://:10001", "head:6379", "ray://head:port", "http://h:1"]
+    "typed",
+    [
+        "remote",
+        "ray://head",
+        "ray://:10001",
+        "head:6379",
+        "ray://head:port",
+        "ray://head:99999",
+        "ray://head:0",
+        "http://h:1",
+    ],
 )
 def test_no_addresses(typed: str) -> None:
     with pytest.raises(UserError, match=r"use local, auto, or ray://host:port; for example --kv-cluster=auto"):

@@ -180,6 +180,10 @@ def test_short_prompts_say_that_nothing_is_merged() -> None:
     assert policy.caveat(9) == "9 tokens are fewer than 2 groups of 5: nothing is merged"
     assert policy.caveat(10) is None
     assert get_policy("mean_pool", factor=1).caveat(9) is None
+    assert policy.caveat_of_prompt(9) == policy.caveat(9)
+    # 14 tokens, of which 5 are an image's: neither part has two groups
+    assert "no part of the 14 tokens, text or image, has 2 groups of 5" in str(policy.caveat_of_prompt(14, ((0, 5),)))
+    assert policy.caveat_of_prompt(15, ((0, 5),)) is None
     assert policy.ratio_requested == 0.8
 
 

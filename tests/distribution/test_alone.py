@@ -7,6 +7,7 @@ import pytest
 from sweep_rows import REGISTRY, row, store_run
 
 from kvsuite.distribution.alone import AloneTimes
+from kvsuite.distribution.recorded import last_runs
 
 
 def timed(name: str, seconds: float, workers: int, metric: str = "tpot_s", **fields: Any) -> dict[str, Any]:
@@ -17,7 +18,9 @@ def timed(name: str, seconds: float, workers: int, metric: str = "tpot_s", **fie
 @pytest.fixture
 def alone(tmp_path: Path) -> AloneTimes:
     store_run(tmp_path, [timed("a", 0.010, 1), timed("b", 0.010, 2), timed("c", 0.010, 1, status="oom")])
-    return AloneTimes(tmp_path)
+    found = AloneTimes()
+    assert len(list(found.seen(last_runs(tmp_path)))) == 1, "runs pass through"
+    return found
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from kvsuite.case import Case
 from kvsuite.console import console_text
 from kvsuite.distribution.cards import KNOWN_CARDS, workers_of
 from kvsuite.distribution.node_plan import START_S, nodes_table, plan_on_nodes, simulated
-from kvsuite.distribution.recorded import recorded_cases
+from kvsuite.distribution.recorded import last_runs, recorded_cases
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
 
@@ -53,7 +53,7 @@ def test_a_record_of_the_card_counts_and_one_of_another_is_scaled_and_marked(tmp
     assert "model, corrected by 1 measured cases" in line
     assert "2 cases on 10 workers (8xH200, 140.4 GiB, 4.8 TB/s, 2xL40S, 45.0 GiB, 0.864 TB/s)" in said
     assert "~: no record on this card; that of another one, by the ratio of their bandwidths" in said
-    assert "a worker lost every 100 h of its own (--kv-node-hours), half of them with their host" in said
+    assert "a worker lost every 100 h of its own (--kv-node-hours), each on a host of its own, which half" in said
     assert "lost every" not in table(tmp_path, [GPU], "1xH200", node_hours="none")
 
 
@@ -73,6 +73,7 @@ def test_a_card_of_its_own_memory_and_bandwidth(tmp_path: Path) -> None:
     [
         ("1xFOO", "cuda", "FOO is not known; give its memory and bandwidth, such as 1xFOO:24GiB:300GB/s"),
         ("1xcpu", "cuda", "cpu is no cuda, which the cases ask for; give --kv-device=cpu"),
+        ("2xcpu:1GiB:3GB/s", "cpu", "cpu is this machine's, with its memory .*; give 2xcpu"),
         ("1xH200", "cpu", "H200 is no cpu, which the cases ask for; give --kv-device=cuda"),
     ],
 )
@@ -91,7 +92,7 @@ def test_every_load_is_counted_with_the_case_that_did_it(tmp_path: Path) -> None
     """Two workers load for themselves: no two loads take the same time."""
     third = replace(case("c"), device="cuda:0")
     recorded_on(tmp_path, H200, (GPU, 40.0, 30.25), (OTHER, 45.0, 31.5), (third, 9.0, 31.5))
-    found = recorded_cases(tmp_path, default_options(report_dir=str(tmp_path)))
+    found = recorded_cases(last_runs(tmp_path), default_options(report_dir=str(tmp_path)))
     assert [(one.seconds, one.load_s) for one in found] == [(40.0, 30.25), (45.0, 31.5), (9.0, 0.0)]
 
 
@@ -117,7 +118,7 @@ def test_the_simulation_of_a_real_run_of_two_workers_takes_as_long(tmp_path: Pat
 
     asked = default_options(report_dir=str(folder / "reports"), plan="true", nodes="2xcpu", rounds="4", num_warmup="1")
     workers = workers_of("2xcpu", "cpu")
-    recorded = recorded_cases(folder / "reports", asked)
+    recorded = recorded_cases(last_runs(folder / "reports"), asked)
     cases = [one.case for one in recorded]
     planned, records = plan_on_nodes(cases, asked, workers, recorded)
     assert {time.mark for each in planned for time in each.times} == {""}

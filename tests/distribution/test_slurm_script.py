@@ -1,4 +1,4 @@
-"""The job script for Slurm: bash reads it, and what it gives kvsuite and Ray exists."""
+"""The job script for Slurm: bash reads it, and its options of kvsuite exist (those of Ray and Slurm are not checked)."""
 
 from __future__ import annotations
 

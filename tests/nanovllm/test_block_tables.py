@@ -204,6 +204,8 @@ class Blocks(RuleBasedStateMachine):
             self.copy([] if sole else self.tables.own(row, victim // SIZE))
         except PoolFullError:
             return
+        if not sole:
+            self.tables.note_sole(row)
         slots = self.tables.stored_slots(row).tolist()
         self.write([slots[victim]], [self.memory[slots[-1]]])
         self.tables.drop_last(np.array([row]))

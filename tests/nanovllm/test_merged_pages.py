@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from kvsuite.engines.hf.applicable import prepare_merging
 from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.request import Status
 from kvsuite.nanovllm.reservation import Reservation, largest_after_prompt
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -194,6 +197,16 @@ def test_a_request_reserves_what_its_images_leave() -> None:
     assert (begins, most) == (14, 5)
 
 
+def test_a_policy_goes_with_what_reserved_for_it() -> None:
+    policy = built("mean_pool", "", factor=5)
+    with serving(loaded("llama"), policy=policy) as runtime:
+        runtime.run([greedy(text(34), 2)])
+    gone = weakref.ref(policy)
+    del policy, runtime
+    gc.collect()
+    assert gone() is None, "a learned compressor's weights would stay on the device"
+
+
 def test_packed_pages_are_refused(weights: str) -> None:
     policy = built("mlp", weights)
     limits = Limits(
@@ -210,6 +223,16 @@ def test_weights_of_another_model_end_the_case(tmp_path: Path) -> None:
     policy = built("mlp", written(tmp_path / "other.pth", random_weights(layers=4, factor=3)))
     with pytest.raises(CaseInvalid, match="weights of another model"):
         served(policy)
+
+
+def test_images_without_weights_of_their_own_are_refused_before_anything_is_served(tmp_path: Path) -> None:
+    policy = built("mlp", written(tmp_path / "text.pth", random_weights(factor=2, images=False)), factor=2)
+    with serving(loaded("llava"), policy=policy, block_size=4) as runtime:
+        requests = [runtime.add(greedy(tokens, 2, images=images)) for tokens, images in MIXED[:2]]
+        assert [request.status for request in requests] == [Status.FAILED, Status.WAITING]
+        assert "holds no weights for image tokens (compress_ik)" in str(requests[0].reason)
+        runtime.run()
+    assert len(requests[1].output) == 2
 
 
 def test_the_images_of_a_request_are_found_by_its_own_tokens() -> None:

@@ -103,14 +103,19 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("length", "caching"), [(20, False), (6, False), (6, True)])
 @pytest.mark.parametrize(("name", "parameters"), [POLICIES[0], POLICIES[4]])
-def test_more_sequences_are_not_more_launches(name: str, parameters: dict[str, Any]) -> None:
+def test_more_sequences_are_not_more_launches(
+    name: str, parameters: dict[str, Any], length: int, caching: bool
+) -> None:
+    # prompts within the budget as well, and blocks that are a sequence's own once each of them was written
     counts = []
     for sequences in (2, 7):
-        with serving(loaded("llama"), policy=get_policy(name, **parameters), prefix_caching=False) as runtime:
-            sampling = SamplingParameters(max_new_tokens=8, temperature=0.0, ignore_eos=True)
-            requests = [runtime.add(Request(text(20, seed=seed), sampling)) for seed in range(sequences)]
-            while any(request.computed < 22 for request in requests):
+        policy = get_policy(name, **parameters)
+        with serving(loaded("llama"), policy=policy, prefix_caching=caching, block_size=4) as runtime:
+            sampling = SamplingParameters(max_new_tokens=24, temperature=0.0, ignore_eos=True)
+            requests = [runtime.add(Request(text(length, seed=seed), sampling)) for seed in range(sequences)]
+            while any(request.computed < 24 for request in requests):
                 runtime.step()
             after_step = runtime.compression.after_step
             launches = Launches()
@@ -140,6 +145,25 @@ def test_a_policy_that_raises_for_one_sequence_of_many_costs_that_one() -> None:
     assert requests[1].reason == "compressing it failed: ArithmeticError: 27"
     with serving(loaded("llama"), policy=get_policy(POLICIES[0][0], **POLICIES[0][1]), prefix_caching=False) as runtime:
         [alone] = runtime.run([Request(text(20), sampling)])
+    assert requests[0].output == alone.output
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["own blocks", "findable blocks"])
+def test_a_choice_that_cannot_be_carried_out_costs_the_one_sequence(caching: bool) -> None:
+    class Beyond(StreamingLLM):
+        def victim(self, view: CacheView) -> Tensor:
+            found = super().victim(view)
+            return torch.where(torch.as_tensor(view.newest == 10).view_as(found), 10_000, found)
+
+    sampling = SamplingParameters(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    found = []
+    for kind, lengths in ((Beyond, (5, 6, 4)), (StreamingLLM, (5,))):
+        policy = kind(start_size=2, recent_size=7)
+        with serving(loaded("llama"), policy=policy, prefix_caching=caching, block_size=4) as runtime:
+            found.append(runtime.run([Request(text(length), sampling) for length in lengths]))
+    (requests, [alone]) = found
+    assert [request.status for request in requests] == [Status.FINISHED, Status.FAILED, Status.FINISHED]
+    assert "compressing it failed: " in str(requests[1].reason)
     assert requests[0].output == alone.output
 
 

@@ -35,7 +35,7 @@ def _made(heads, kv_heads, window, length, head_dim):
     ("heads", "kv_heads", "window", "length", "head_dim"),
     [
         (4, 1, 64, 300, 128), (6, 2, 5, 131, 64), (2, 2, 16, 16, 16), (2, 1, 1, 129, 32), (3, 1, 100, 257, 64),
-        (2, 1, 7, 8, 256),
+        (2, 1, 7, 8, 256), (2, 1, 64, 300, 256),
     ],
 )  # fmt: skip
 def test_it_is_the_mean_of_the_weights(heads, kv_heads, window, length, head_dim):

@@ -24,6 +24,7 @@ def test_workers_and_their_cards() -> None:
         ("8 H200", "no list of workers; use workers and their card"),
         ("0xH200", "every card needs a worker"),
         ("1xN:24GiB:0GB/s", "every card needs a worker and a bandwidth above 0"),
+        ("2xFOO:0GiB:300GB/s", "0GiB is no size of a card; use workers and their card"),
         ("1xN:24GiB", "no list of workers; use workers and their card"),
         ("8xH200,2xh200", "names a card twice"),
         (f"{MOST_WORKERS}xH200,1xL4", f"no more than {MOST_WORKERS} workers"),
@@ -57,6 +58,7 @@ def test_any_text_is_workers_or_a_message(text: str) -> None:
             {"nodes": "8xH200", "plan": "true", "plan_card": "24GiB"},
             "--kv-plan-card=24GiB: --kv-nodes=8xH200 names the",
         ),
+        ({"cluster_cores": "8"}, "--kv-cluster-cores=8: cores of the workers of a cluster; add --kv-cluster"),
         ({"node_hours": "4"}, "--kv-node-hours: says how often"),
     ],
 )

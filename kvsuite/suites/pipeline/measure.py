@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from kvsuite.case import Case, digest
 from kvsuite.compression import get_policy
+from kvsuite.compression.base import ImageSpans
 from kvsuite.engines.capabilities import ReadsImages, ServesUnderLoad
 from kvsuite.engines.engine import Session
 from kvsuite.engines.results import Served, ServeRequest
@@ -15,7 +16,7 @@ from kvsuite.measure.case_run import CaseRun
 from kvsuite.measure.served import preemptions, put_compression, put_served, request_rows, step_columns
 from kvsuite.measure.single_request import judge_spread, put_weight_format
 from kvsuite.meters.serving_times import Slo, wall_s
-from kvsuite.models.images import ImagePixels
+from kvsuite.models.images import ImagePixels, image_places, image_spans
 from kvsuite.options.paths import expanded
 from kvsuite.workloads.serving_requests import ServingRequests
 
@@ -47,7 +48,7 @@ def measure_load(case: Case, session: Session, run: CaseRun) -> None:
     run.found.put("mem_weights_bytes", session.model["weights_bytes"], reason="the engine does not tell them")
     put_weight_format(session, run)
     _warn_of_text(run, session)
-    _warn_of_policy(run, min(map(len, loads[common.num_warmup].prompts)))
+    _warn_of_policy(run, session, loads[common.num_warmup])
     run.phase("quality")
     put_quality(
         session, run, requests_of(loads[common.num_warmup]), str(loads[common.num_warmup].facts["prompts_hash"])
@@ -93,11 +94,16 @@ def _warn_of_text(run: CaseRun, session: Session) -> None:
         )
 
 
-def _warn_of_policy(run: CaseRun, shortest: int) -> None:
+def _warn_of_policy(run: CaseRun, session: Session, load: ServingRequests) -> None:
     """Say where a prompt is so short that the policy is something else than its name says."""
     if run.case.policy is None:
         return
-    said = get_policy(run.case.policy, **run.case.policy_params).caveat(shortest)
+    shortest = min(load.prompts, key=len)
+    images: ImageSpans = ()
+    if load.images:
+        assert isinstance(session, ReadsImages)  # `PipelineSuite.needs`
+        images = image_spans(session.image_shape, image_places(session.image_shape, shortest))
+    said = get_policy(run.case.policy, **run.case.policy_params).caveat_of_prompt(len(shortest), images)
     if said is not None:
         run.found.warnings.append(f"not what its name says: {said}")
 
