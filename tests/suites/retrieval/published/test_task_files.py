@@ -14,6 +14,7 @@ from asked_sessions import LONGEST, RECENT, asking, small_model
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.measure.measurement import Measurement
+from kvsuite.metrics import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.retrieval.cases import retrieval_cases
 from kvsuite.suites.retrieval.published.chosen_tasks import read_task_file
@@ -108,7 +109,7 @@ def test_a_question_comes_behind_the_compressed_context_and_inside_it_under_anot
 
 def test_two_caches_that_were_asked_otherwise_are_not_subtracted(tmp_path: Path) -> None:
     full = read_task_file(saved(tmp_path / "niah_single_1.jsonl", ruler())).score(asking(), 1)
-    run: Any = SimpleNamespace(found=Measurement(), options=default_options(device="cpu"))
+    run: Any = SimpleNamespace(found=Measurement(MetricRegistry()), options=default_options(device="cpu"))
     _put(run, full, full, is_full=False)
     for other in (
         dataclasses.replace(full, hashes=["sha256:0"]),
