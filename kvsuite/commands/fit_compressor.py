@@ -103,8 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     from kvsuite.fitting.compressor_fit import FitSettings, fit
     from kvsuite.fitting.fit_model import load_for_fitting
-    from kvsuite.fitting.training_text import training_prompts
+    from kvsuite.fitting.training_text import check_text, training_prompts
 
+    check_text(arguments.text)
     loaded = load_for_fitting(arguments.model, arguments.prompt_tokens + arguments.answer_tokens, arguments.cache_dir)
     vocabulary = int(loaded.text_config.vocab_size)
     prompts, held_out = training_prompts(
@@ -121,7 +122,10 @@ def _fit(arguments: argparse.Namespace) -> int:
         answer_tokens=arguments.answer_tokens,
         seed=arguments.seed,
     )
-    found = fit(loaded, prompts, held_out, settings, say, lambda weights: weights.write(arguments.output))
+    try:
+        found = fit(loaded, prompts, held_out, settings, say, lambda weights: weights.write(arguments.output))
+    except OSError as error:
+        raise _unwritable(arguments.output, error) from error
     print(
         f"{visible(str(arguments.output))}: {arguments.method} at factor {arguments.factor} for {loaded.spec.title}, "
         f"{found.divergence:.3f} nats a token on {len(held_out)} held-out prompts, mean pooling {found.mean_divergence:.3f}; "
@@ -135,12 +139,20 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _writable(path: Path) -> None:
     """Refuse a file that cannot be written before minutes are spent on it."""
     try:
-        new = not path.exists()
-        with path.open("ab"):
+        # of a link what it leads to, which may not be there
+        target = path.resolve()
+        new = not target.exists()
+        if not (new or target.is_file()):
+            raise UserError(f"--output={visible(str(path))}: is there and no regular file; give another file")
+        with target.open("ab"):
             pass
         if new:
-            path.unlink()
+            target.unlink()
     except OSError as error:
-        raise UserError(
-            f"--output={visible(str(path))}: cannot be written ({error.strerror}); give another file"
-        ) from error
+        raise _unwritable(path, error) from error
+    except RuntimeError as error:  # of a loop of links, before Python 3.13
+        raise UserError(f"--output={visible(str(path))}: is a loop of links; give another file") from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--output={visible(str(path))}: cannot be written ({error.strerror}); give another file")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from kvsuite.errors import UserError
 from kvsuite.options.paths import expanded
@@ -67,11 +69,26 @@ class MlpWeights:
         }
 
     def write(self, path: Path) -> None:
-        """Write them as a checkpoint that `read_weights` reads."""
+        """Write them as a checkpoint that `read_weights` reads: whole, or what was there stays.
+
+        Raises
+        ------
+        OSError
+            If there is no room, say.
+        """
         import torch
 
         facts = {"form": self.form, "factor": self.factor, "model": self.model, "revision": self.revision}
-        torch.save({"model_state_dict": {"compressor": self.state_dict()}, "kvsuite": facts}, path)
+        made = io.BytesIO()
+        torch.save({"model_state_dict": {"compressor": self.state_dict()}, "kvsuite": facts}, made)
+        # a link stays one
+        target = path.resolve()
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(made.getbuffer())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def digest_of(path: str, typed: str) -> str:
@@ -144,7 +161,7 @@ def _stacked(tensors: Mapping[str, Any], facts: Mapping[str, Any], typed: str) -
         if len(missing := set(pair) - present) == 1 or (pair is TEXT and missing):
             raise UserError(f"{typed}: the weights compress_{min(missing)} are missing; {_FIT}")
     first = tensors.get("compress_tk.0.0.weight")
-    if not isinstance(first, torch.Tensor) or first.dim() != 2 or first.shape[1] % max(1, first.shape[0]):
+    if not _is_plain(first) or first.dim() != 2 or 0 in first.shape or first.shape[1] % first.shape[0]:
         raise UserError(
             f"{typed}: compress_tk.0.0.weight is {_shape(first)}, where [head_dim, factor * head_dim] is needed; {_FIT}"
         )
@@ -159,11 +176,11 @@ def _stacked(tensors: Mapping[str, Any], facts: Mapping[str, Any], typed: str) -
                 for layer in range(layers):
                     name = f"compress_{family}.{layer}.{slot}.{kind}"
                     tensor = tensors.get(name)
-                    if not isinstance(tensor, torch.Tensor) or list(tensor.shape) != wanted:
+                    if not _is_plain(tensor) or list(tensor.shape) != wanted:
                         what = "is missing" if tensor is None else f"is {_shape(tensor)}"
                         raise UserError(f"{typed}: {name} {what}, where {wanted} is needed; {_FIT}")
-                    if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-                        raise UserError(f"{typed}: {name} holds numbers that are not finite, or no floats; {_FIT}")
+                    if not bool(tensor.isfinite().all()):
+                        raise UserError(f"{typed}: {name} holds numbers that are not finite; {_FIT}")
                     own.append(tensor.float())
                 stacks[kind] = torch.stack(own)
             linears.append((stacks["weight"].transpose(1, 2).contiguous(), stacks["bias"][:, None]))
@@ -186,5 +203,22 @@ def _existing(path: str, typed: str) -> Path:
     return file
 
 
+def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
+    import torch
+
+    return (
+        isinstance(tensor, torch.Tensor)
+        and not tensor.is_nested
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    )
+
+
 def _shape(tensor: Any) -> str:
-    return str(list(tensor.shape)) if hasattr(tensor, "shape") else "missing" if tensor is None else "no tensor"
+    """What there is in the place of a tensor."""
+    if tensor is None:
+        return "missing"
+    if not _is_plain(tensor):
+        return "no dense tensor of 16, 32 or 64 bit floats"
+    return str(list(tensor.shape))

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvsuite.compression.mean_pool import MeanPool
 from kvsuite.compression.merging import Merging
 from kvsuite.compression.mlp_weights import Form, MlpWeights
+from kvsuite.errors import UserError
 from kvsuite.models.load import LoadedModel
 
 from .lessons import Lessons, attention_error, divergence, serve
@@ -52,6 +53,11 @@ class FitSettings:
         How often held-out prompts are looked at.
     seed
         Of the weights and of the order of prompts.
+    steps
+        Steps in all, in the place of the processor time: as many on every machine, from all prompts.
+    lesson_bytes
+        Bytes of all that is learnt from, most of them predictions over the whole vocabulary; while it is joined there is twice
+        as much. No more prompts are answered then.
     """
 
     form: Form = "residual"
@@ -61,6 +67,8 @@ class FitSettings:
     batch: int = 2
     checks: int = 12
     seed: int = 0
+    steps: int | None = None
+    lesson_bytes: int = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -115,23 +123,33 @@ def fit(
         Gets a line now and then.
     better
         Gets the weights of every check that is the best so far.
+
+    Raises
+    ------
+    UserError
+        If what the model keeps or predicts is not finite in half precision.
     """
     started, model = time.process_time(), loaded.model
+    best, best_step, step, checks, losses = math.inf, 0, 0, 0, list[float]()
 
     def share() -> float:
+        if settings.steps is not None:
+            return step / settings.steps
         return (time.process_time() - started) / settings.cpu_seconds
 
     def say(doing: str, what: str) -> None:
         spent = time.process_time() - started
-        left = max(0.0, settings.cpu_seconds - spent)
-        report(f"{doing}: {what}; {spent:.0f} s of processor time, {left:.0f} s left")
+        left = f", {max(0.0, settings.cpu_seconds - spent):.0f} s left" if settings.steps is None else ""
+        report(f"{doing}: {what}; {spent:.0f} s of processor time{left}")
 
     checked = Lessons.joined([serve(model, part, settings.answer_tokens) for part in torch.split(held_out, _TOGETHER)])
     learnt: list[Lessons] = []
     for part in torch.split(prompts, _TOGETHER):
         learnt.append(serve(model, part, settings.answer_tokens))
-        say("answering", f"{sum(map(len, learnt))} prompts")
-        if share() > _SERVED:
+        full = sum(one.nbytes for one in learnt) >= settings.lesson_bytes
+        limit = f", and no more: they take {settings.lesson_bytes / 2**30:.3g} GiB" if full else ""
+        say("answering", f"{sum(map(len, learnt))} prompts{limit}")
+        if full or share() > _SERVED:
             break
     lessons = Lessons.joined(learnt)
     learnt.clear()
@@ -140,7 +158,6 @@ def fit(
     mean = _check(model, checked, MeanPool(factor=settings.factor))
     own = list(student.parameters_fitted())
     order, queue = random.Random(settings.seed), list[int]()
-    best, best_step, step, checks, losses = math.inf, 0, 0, 0, list[float]()
     for doing, rate, end, loss_of in (
         ("layer by layer", _RATES[settings.form][0], _APART, _apart),
         ("end to end", _RATES[settings.form][1], 1.0, _together),
@@ -155,6 +172,11 @@ def fit(
                     best, best_step = found, step
                     weights = student.weights(model=loaded.spec.label, revision=loaded.spec.revision)
                     better(weights)
+                elif best == math.inf:
+                    raise UserError(
+                        f"--model={loaded.spec.request}: what it keeps or predicts is not finite in half precision; give "
+                        "another model"
+                    )
                 recent = f", learning {sum(losses) / len(losses):.3f}" if losses else ""
                 losses.clear()
                 say(doing, f"step {step}, held out {found:.3f} nats a token (mean pooling {mean:.3f}){recent}")

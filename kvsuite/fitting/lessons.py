@@ -46,6 +46,11 @@ class Lessons:
     def __len__(self) -> int:
         return int(self.answers.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(int(getattr(self, one.name).nbytes) for one in fields(Lessons)[1:])
+
     def part(self, indices: Sequence[int]) -> Lessons:
         """Some of them."""
         own = list(indices)

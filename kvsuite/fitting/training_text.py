@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import UserError
-from kvsuite.workloads.corpus import load_corpus
+from kvsuite.workloads.corpus import check_corpus, load_corpus
 from kvsuite.workloads.token_rows import require_rows
 
 #: what the suites measure unless they are told otherwise
@@ -16,6 +16,19 @@ MEASURED = "default"
 _HELD_OUT_SHARE = 0.1
 _MOST_HELD_OUT = 8
 _LEAST = 8
+
+
+def check_text(request: str) -> None:
+    """Find out what can be known about a text without reading it.
+
+    Raises
+    ------
+    UserError
+        If it is the one that suites measure, or there is no such text.
+    """
+    if request == MEASURED:
+        raise UserError(f"--text={request}: is what the suites measure; give pydoc, or a text of your own")
+    check_corpus(request, option="--text")
 
 
 def training_prompts(request: str, tokenizer: Any, vocabulary: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -26,11 +39,9 @@ def training_prompts(request: str, tokenizer: Any, vocabulary: int, length: int,
     Raises
     ------
     UserError
-        If the text is the one that suites measure, or too short.
+        If the text cannot be read, or is too short.
     """
     typed = f"--text={request}"
-    if request == MEASURED:
-        raise UserError(f"{typed}: is what the suites measure; give pydoc, or a text of your own")
     ids = torch.tensor(
         tokenizer(load_corpus(request, num_texts=1, option="--text").texts[0], add_special_tokens=False, verbose=False)[
             "input_ids"

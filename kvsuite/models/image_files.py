@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 #: picture ``[height, width, 3]`` in uint8 -> pixels ``[3, size, size]``
 Processor = Callable[["NDArray[Any]"], "NDArray[Any]"]
 _FORMATS = ("PNG", "JPEG")
+#: of a picture, so that one of few bytes cannot ask for gigabytes: decoded, or resized by its shorter side
+_MOST_PIXELS, _MOST_RATIO = 32 << 20, 50
 _PROCESSOR = "preprocessor_config.json"
 
 
@@ -39,14 +42,17 @@ def read_image(path: Path, shape: ImageShape, processor: Processor, *, named: st
     Raises
     ------
     UserError
-        If the file cannot be read, or holds no such image.
+        If the file cannot be read, or holds no such image, or a picture of more than 32 megapixels, of a side more than 50
+        times the other, or of more than 8 bits a channel.
     """
     import numpy as np
 
     if not path.is_file():
         raise UserError(f"{named}: no such file; give a PNG, JPEG or .npy file, or random")
     try:
-        found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _picture(path)
+        found = _stored(path, named) if path.suffix == ".npy" else _picture(path, named)
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(
             f"{named}: Pillow reads pictures and is not installed; pip install pillow, or give .npy"
@@ -59,7 +65,7 @@ def read_image(path: Path, shape: ImageShape, processor: Processor, *, named: st
     is_picture = found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.size > 0
     expected = (3, shape.size, shape.size)
     if is_picture:
-        found = processor(found)
+        found = processor(np.array(found))
     if found.shape != expected or not np.issubdtype(found.dtype, np.floating):
         raise UserError(
             f"{named}: holds {found.dtype} {list(found.shape)}, and the model reads {list(expected)} floats; give those, or a "
@@ -95,13 +101,42 @@ def image_processor(spec: ModelSpec, shape: ImageShape) -> Processor:
     return processed
 
 
-def _picture(path: Path) -> NDArray[Any]:
+def _stored(path: Path, named: str) -> NDArray[Any]:
     import numpy as np
-    from PIL import Image
 
-    with Image.open(path, formats=_FORMATS) as opened:
-        found: NDArray[Any] = np.asarray(opened.convert("RGB"))
+    # its header alone: nothing more is read of what is refused
+    found: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    if found.dtype == np.uint8 and found.ndim == 3:
+        _refuse_size(found.shape[1], found.shape[0], named)
     return found
+
+
+def _picture(path: Path, named: str) -> NDArray[Any]:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with warnings.catch_warnings():
+        # of Pillow's own, higher limit
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(path, formats=_FORMATS)
+    with opened:
+        _refuse_size(*opened.size, named)
+        if opened.mode.startswith(("I", "F")):
+            raise UserError(
+                f"{named}: has more than 8 bits a channel (Pillow's mode {opened.mode}); give a picture of 8"
+            )
+        # a camera writes which side is up beside the pixels
+        found: NDArray[Any] = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    return found
+
+
+def _refuse_size(width: int, height: int, named: str) -> None:
+    short, long = sorted((width, height))
+    if width * height > _MOST_PIXELS or long > _MOST_RATIO * short > 0:
+        raise UserError(
+            f"{named}: is a picture of {width} x {height} pixels; give one of at most {_MOST_PIXELS >> 20} megapixels whose "
+            f"longer side is at most {_MOST_RATIO} times the shorter one"
+        )
 
 
 def _made(spec: ModelSpec, shape: ImageShape) -> Any:

@@ -54,7 +54,8 @@ class ImagePixels:
         import numpy as np
 
         # a copy: whoever has the array may write to it, or may not
-        found = np.array(self.pixels, dtype=np.float32, order="C")
+        with np.errstate(over="ignore"):  # is infinite then, and refused
+            found = np.array(self.pixels, dtype=np.float32, order="C")
         if found.ndim != 3 or found.shape[0] != 3:
             raise UserError(
                 f"image of shape {list(found.shape)}: pixels are [3, height, width], red, green and blue; give such an array"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,9 @@ def test_it_writes_weights_of_the_model(
     ("words", "message"),
     [
         (["--text", "default"], "--text=default: is what the suites measure; give pydoc"),
+        (["--text", "default", "--model", "not/there"], "--text=default: is what the suites measure; give pydoc"),
+        (["--text", "nosuch.txt", "--model", "not/there"], "--text=nosuch.txt: no such corpus or file"),
+        (["--output", "/dev/full"], "--output=/dev/full: is there and no regular file; give another file"),
         (["--text", "nosuch.txt"], "--text=nosuch.txt: no such corpus or file"),
         (["--prompt-tokens", "60"], "was trained for 64 tokens, and prompts with their answers have 68"),
         (["--prompt-tokens", "16", "--factor", "9"], "--prompt-tokens=16: fewer than two groups of --factor=9"),
@@ -71,6 +76,32 @@ def test_what_cannot_be_fitted_is_one_line_and_leaves_no_file(
     assert printed.out == ""
     (line,) = printed.err.splitlines()
     assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_file_that_is_not_there_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link.pth").symlink_to("weights.pth")
+    assert main(["fit-compressor", "--model", str(model), "--text", "default", "--output", "link.pth"]) == USAGE_ERROR
+    assert "--text=default" in capsys.readouterr().err
+    assert Path("link.pth").is_symlink()
+    assert not Path("weights.pth").exists()
+
+
+def test_a_full_disk_is_one_line(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    words = ["--model", model, "--text", text, "--output", tmp_path / "own.pth", "--minutes", 0.001]
+    words += ["--prompt-tokens", 24, "--answer-tokens", 6]
+    assert main(["fit-compressor", *map(str, words)]) == USAGE_ERROR
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("own.pth: cannot be written (No space left on device); give another file")
     assert list(tmp_path.iterdir()) == []
 
 

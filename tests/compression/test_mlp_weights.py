@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,22 @@ BROKEN: dict[str, Any] = {
         lambda own: own.update({"compress_tk.0.0.weight": torch.zeros(16, 90)}),
         "compress_tk.0.0.weight is [16, 90], where [head_dim, factor * head_dim] is needed",
     ),
+    "no width": (
+        lambda own: own.update({"compress_tk.0.0.weight": torch.zeros(0, 8)}),
+        "compress_tk.0.0.weight is [0, 8], where [head_dim, factor * head_dim] is needed",
+    ),
+    "8 bits": (
+        lambda own: own.update({"compress_tv.0.3.bias": torch.zeros(16).to(torch.float8_e4m3fn)}),
+        "compress_tv.0.3.bias is no dense tensor of 16, 32 or 64 bit floats, where [16] is needed",
+    ),
+    "sparse": (
+        lambda own: own.update({"compress_tv.0.3.bias": torch.ones(16).to_sparse()}),
+        "compress_tv.0.3.bias is no dense tensor",
+    ),
+    "no values": (
+        lambda own: own.update({"compress_tk.0.0.weight": torch.empty(16, 80, device="meta")}),
+        "compress_tk.0.0.weight is no dense tensor",
+    ),
     "not finite": (
         lambda own: own.update({"compress_tv.0.3.bias": torch.full((16,), float("nan"))}),
         "compress_tv.0.3.bias holds numbers that are not finite",
@@ -90,6 +107,23 @@ def test_names_and_shapes_are_checked(harm: Any, message: str, tmp_path: Path) -
     assert str(caught.value).startswith("--kv-compressor-path=w.pth: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_writing_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "w.pth", tmp_path / "link.pth"
+    link.symlink_to(path)
+    written(link, random_weights(form="residual"))
+    assert link.is_symlink()
+    before = path.read_bytes()
+
+    def killed(*_: object) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(OSError, match="full"):
+        random_weights(form="specified").write(path)
+    assert path.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [link, path]
 
 
 class Code:

@@ -85,7 +85,7 @@ def test_a_presets_architecture(preset: str) -> None:
         config.num_hidden_layers, config.hidden_size, config.vocab_size,
     )  # fmt: skip
     assert found.trained_length == config.max_position_embeddings
-    assert found.reads_images == (preset == "LLaVA-1.5-7B")
+    assert found.reads_images == (preset in ("LLaVA-1.5-7B", "tiny-llava"))
     assert found.window is None
 
 

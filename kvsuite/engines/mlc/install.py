@@ -21,15 +21,18 @@ _MARK = "kvsuite-mlc:"
 # a source build has the same version for ever, so its library is part of what it is
 _PROBE = f"""
 import hashlib, importlib.metadata as metadata, json
+from pathlib import Path
 def version(module, *packages):
     for package in packages:
         try:
-            return metadata.version(package)
+            found = metadata.distribution(package)
         except metadata.PackageNotFoundError:
-            pass
+            continue
+        # another installation of the package may stand behind the one that was imported
+        if Path(found.locate_file("")).resolve() == Path(module.__file__).resolve().parents[1]:
+            return found.version
     return getattr(module, "__version__", "unknown")
 import mlc_llm, tvm
-from pathlib import Path
 folders = [Path(mlc_llm.__file__).parent]
 path = getattr(getattr(mlc_llm, "base", None), "_LIB_PATH", None)
 library = None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

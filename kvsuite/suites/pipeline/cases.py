@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from kvsuite.entry_points import in_a_line
 from kvsuite.errors import UserError
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
+from kvsuite.options.paths import expanded
 from kvsuite.options.resolve import Options
 from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 from kvsuite.sm_split import PartitionRequest, requests
@@ -104,8 +106,9 @@ def pipeline_cases(options: Options) -> list[Case]:
     models = _models(options)
     arms = {methods: _arms(own, methods, common.compressor_path) for _, methods in models}
     _refuse_unused(options, own)
+    image = _image_label(own)
     cases = [
-        _case(options, device, model, chosen, workload, batch, arm, several_models=len(models) > 1)
+        _case(options, device, model, chosen, workload, batch, arm, image=image, several_models=len(models) > 1)
         for model, methods in models
         for chosen in selected_formats(options) or (NONE,)
         for workload in own.workloads
@@ -136,7 +139,8 @@ def unread_options(options: Options) -> list[str]:
     compresses = any(variant.compresses for variant in variants)
     is_read = {
         **dict.fromkeys(_SYNTHETIC, bool(set(own.workloads) - set(_BATCHES))),
-        "pipeline_method": compresses and any(methods == own.pipeline_method for _, methods in _models(options)),
+        "pipeline_method": compresses
+        and any(set(methods) >= set(own.pipeline_method) for _, methods in _models(options)),
         "factors": compresses,
         "compressor_path": compresses and any(_take_weights(methods) for _, methods in _models(options)),
         "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
@@ -159,7 +163,12 @@ def _models(options: Options) -> list[tuple[str, tuple[str, ...]]]:
         raise UserError("--kv-models and --kv-model: one of them hides the other; give one")
     if own.models is None or "model" in options.given:
         return [(common.model, own.pipeline_method)]
-    return [(_HUB_NAMES.get(key, key), _OWN_METHODS.get(key, own.pipeline_method)) for key in own.models]
+    found: dict[str, tuple[str, ...]] = {}
+    for key in own.models:
+        # a key and the name that it stands for are one model, compressed as both of them say
+        name = _HUB_NAMES.get(key, key)
+        found[name] = tuple(dict.fromkeys([*found.get(name, ()), *_OWN_METHODS.get(key, own.pipeline_method)]))
+    return list(found.items())
 
 
 def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, ...]:
@@ -266,7 +275,29 @@ def _of_this_suite(error: UserError) -> UserError:
     return UserError(str(error).replace("--kv-method", "--kv-pipeline-method"))
 
 
-def _load(own: PipelineOptions, name: str, batch: int) -> tuple[ServingWorkload, int, int, int]:
+def _image_label(own: PipelineOptions) -> str | None:
+    """What a case calls its image: ``random``, or a file's name with 12 digits of what is in it; ``None`` without one.
+
+    Raises
+    ------
+    UserError
+        If there is such a file that cannot be read. One that is not there is for `refuse_load` to tell.
+    """
+    if own.pipeline_image is None or own.pipeline_image == RANDOM:
+        return own.pipeline_image
+    file = expanded(own.pipeline_image)
+    if not file.is_file():
+        return f"{file.name}@missing"
+    try:
+        with file.open("rb") as stream:
+            return f"{file.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:12]}"
+    except OSError as error:
+        raise UserError(
+            f"--kv-pipeline-image={own.pipeline_image}: cannot be read ({error.strerror}); give a file that can be"
+        ) from error
+
+
+def _load(own: PipelineOptions, name: str, batch: int, image: str | None) -> tuple[ServingWorkload, int, int, int]:
     """The workload, its batches, and the prompt and output tokens of its longest request (0: nothing is left of one)."""
     batches = _BATCHES.get(name, own.synthetic_num_batches)
     output = own.synthetic_output or max(1, min(_MOST_OUTPUT, own.max_model_len // 4))
@@ -282,8 +313,7 @@ def _load(own: PipelineOptions, name: str, batch: int) -> tuple[ServingWorkload,
         arrivals=own.arrivals,
         arrival_rate=own.arrival_rate,
         time_scale=own.trace_time_scale,
-        # the file's name alone: what is in it is part of what was served
-        image=None if own.pipeline_image is None else Path(own.pipeline_image).name,
+        image=image,
     )
     if name == HEAVY:
         output, prompt = _MOST_OUTPUT, own.max_model_len - 1
@@ -297,10 +327,19 @@ def _load(own: PipelineOptions, name: str, batch: int) -> tuple[ServingWorkload,
 
 
 def _case(
-    options: Options, device: str, model: str, chosen: str, workload: str, batch: int, arm: Arm, *, several_models: bool
+    options: Options,
+    device: str,
+    model: str,
+    chosen: str,
+    workload: str,
+    batch: int,
+    arm: Arm,
+    *,
+    image: str | None,
+    several_models: bool,
 ) -> Case:
     common, own = options.of(CommonOptions), options.of(PipelineOptions)
-    load, batches, prompt, new_tokens = _load(own, workload, batch)
+    load, batches, prompt, new_tokens = _load(own, workload, batch, image)
     longest = own.max_model_len if workload == HEAVY else max(2, prompt + new_tokens)
     pieces = [*([id_token(model_tag(model))] if several_models else []), *([] if chosen == NONE else [chosen])]
     pieces += [workload, *([] if load.image is None else ["image"])]

@@ -49,13 +49,13 @@ class RetrievalOptions(OptionGroup, frozen=True, kw_only=True):
     )]
     task_bound: Annotated[float, Option(
         _from_0_to_1, "0.3",
-        "Exact answers of the full cache below which a task says nothing about caches: such cells are not discriminative, and "
-        "never ranked.",
+        "Exact answers of the full cache (tasks of others: its score) below which a task says nothing about caches: such cells "
+        "are not discriminative, and never ranked.",
     )]
     lm_eval: Annotated[tuple[str, ...] | None, Option(
         list_of(path_or_name), "",
-        "Tasks of lm-evaluation-harness (pip install 'kvsuite[lm-eval]'), comma separated: its own names, or local YAML files. "
-        "In the place of --kv-task, unless that is given too.", example="arc_easy,my_task.yaml",
+        "Tasks of lm-evaluation-harness (pip install 'kvsuite[lm-eval]'), comma separated: its own names, or local YAML files "
+        "that name no code (!function). In the place of --kv-task, unless that is given too.", example="arc_easy,my_task.yaml",
     )]
     tasks_path: Annotated[str | None, Option(
         path_or_name, "",

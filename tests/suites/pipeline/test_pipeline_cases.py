@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -233,6 +234,18 @@ def test_the_originals_llava_has_its_own_compressor_and_batch_sizes(tmp_path: Pa
     assert unread_options(default_options(models="qwen3-8b", compressor_path=path)) == ["--kv-compressor-path"]
 
 
+def test_a_key_and_the_name_that_it_stands_for_are_one_model(tmp_path: Path) -> None:
+    typed = {"compressor_path": written(tmp_path / "weights.pth"), "variants": "compression-only"}
+    typed |= {"models": "llava-mlp,llava-hf/llava-1.5-7b-hf", "pipeline_method": "h2o", "pipeline_batch_sizes": "1"}
+    found = cases(**typed)
+    assert [(case.model, case.policy) for case in found] == [
+        ("llava-hf/llava-1.5-7b-hf", None), ("llava-hf/llava-1.5-7b-hf", "mlp"), ("llava-hf/llava-1.5-7b-hf", "h2o"),
+    ]  # fmt: skip
+    assert len({case.id for case in found}) == 3
+    assert unread_options(default_options(**typed)) == []
+    assert len(cases(models="qwen3-8b,Qwen/Qwen3-8B", variants="baseline", pipeline_batch_sizes="1")) == 1
+
+
 def test_models_by_the_originals_keys_and_their_batch_sizes() -> None:
     found = cases(models="qwen3-8b,qwen3-32b", variants="baseline")
     assert [(case.model, case.workload["batch"]) for case in found] == [
@@ -344,3 +357,25 @@ def test_images_need_an_engine_that_reads_them() -> None:
     # a case of text is what it was before there were images
     assert "image" not in text.workload
     assert (text.name, case.name) == ("synthetic-long-bs04-baseline", "synthetic-long-image-bs04-baseline")
+
+
+def test_an_image_is_known_by_what_is_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c"):
+        Path(name).mkdir()
+        Path(name, "cat.png").write_bytes({"c": b"a"}.get(name, name.encode()))
+    Path("random").write_bytes(b"no keyword")
+
+    def key(case: Case) -> str:
+        return case.key(model_revision=None, dataset_revision=None)
+
+    own = [
+        cases(variants="baseline", pipeline_image=image)[0]
+        for image in ("a/cat.png", "b/cat.png", "c/cat.png", "./random", "random")
+    ]
+    assert len({key(case) for case in own}) == 4
+    assert key(own[0]) == key(own[2]), "wherever the file is"
+    labels = [case.workload["image"] for case in own]
+    assert labels[0] == "cat.png@" + hashlib.sha256(b"a").hexdigest()[:12]
+    assert labels[3].startswith("random@")
+    assert labels[4] == "random"

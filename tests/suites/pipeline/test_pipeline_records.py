@@ -314,9 +314,8 @@ def test_an_image_of_a_file_and_cases_that_cannot_have_one(run: Run, tmp_path: P
     np.save(tmp_path / "small.npy", pixels[:, :14])
     photo = str(tmp_path / "photo.npy")
     record = run(**IMAGES, variants="baseline", pipeline_image=photo)["baseline"]
-    assert (record.status, record.case.workload["image"], record.case.name) == (
-        "ok", "photo.npy", "synthetic-long-image-bs03-baseline",
-    )  # fmt: skip
+    assert (record.status, record.case.name) == ("ok", "synthetic-long-image-bs03-baseline")
+    assert record.case.workload["image"].startswith("photo.npy@")
     for options, said in (
         ({"pipeline_image": str(tmp_path / "none.png")}, "none.png: no such file; give a PNG, JPEG or .npy file"),
         (

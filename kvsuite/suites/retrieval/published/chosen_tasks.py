@@ -18,6 +18,8 @@ from .ruler import is_ruler, read_ruler
 from .task_file import OPTION, TaskFile, read_lines, refused
 
 _SUFFIXES = (".jsonl", ".json")
+# of a line that is nobody's: keys that are named, and letters of each
+_KEYS, _KEY = 10, 40
 
 
 def chosen_tasks(options: Options) -> dict[str, PublishedTask]:
@@ -48,7 +50,7 @@ def _tasks(lm_eval: tuple[str, ...], path: str | None) -> dict[str, PublishedTas
         if isinstance(other, TaskFile):
             raise UserError(
                 f"{OPTION}={path}: {other.path} and {file} are both {read.name}; give one of them, "
-                "or folders named after their lengths"
+                "or RULER's own folders, <length>/data/<task>"
             )
         found[read.name] = read
     return found
@@ -60,9 +62,15 @@ def _files(typed: str) -> list[Path]:
         return [path]
     files = sorted(one for one in path.rglob("*") if one.suffix in _SUFFIXES and one.is_file()) if path.is_dir() else []
     if not files:
-        what = "has no .jsonl file" if path.is_dir() else "is not there"
+        what = "has no .jsonl file" if path.is_dir() else "is no regular file" if path.exists() else "is not there"
         raise UserError(f"{OPTION}={typed}: {what}; give a file of RULER or LongBench, or a folder of them")
     return files
+
+
+def _named(keys: list[str]) -> str:
+    """The first keys of a line; it may have thousands, or long ones."""
+    shown = ", ".join(key if len(key) <= _KEY else f"{key[:_KEY]}..." for key in keys[:_KEYS]) or "none"
+    return " ".join(shown.split()) + (f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else "")
 
 
 def read_task_file(path: Path) -> TaskFile:
@@ -82,7 +90,7 @@ def read_task_file(path: Path) -> TaskFile:
         raise refused(
             path, number,
             "has neither RULER's fields (index, input, outputs) nor LongBench's (input, context, answers, dataset, "
-            f"all_classes): it has {', '.join(sorted(found)) or 'none'}",
+            f"all_classes): it has {_named(sorted(found))}",
         )  # fmt: skip
     read = read_ruler if is_ruler(found) else read_longbench
     return read(path, [*first, *lines])

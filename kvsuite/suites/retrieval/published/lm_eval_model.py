@@ -42,6 +42,8 @@ class SessionModel(TemplateLM):  # type: ignore[misc]
         self.contexts: list[tuple[int, float]] = []
         #: token ids of the longest of them
         self.longest: Sequence[int] = ()
+        #: what the session raised, which is no fault of the task's
+        self.failed: Exception | None = None
 
     @property
     def eot_token_id(self) -> int:
@@ -144,7 +146,12 @@ class SessionModel(TemplateLM):  # type: ignore[misc]
             for context, places in groups.items()
         ]
         found: dict[int, Answer] = {}
-        for one, places, answers in zip(asked, groups.values(), self._asking.answers(asked), strict=True):
+        try:
+            answered = self._asking.answers(asked)
+        except Exception as error:
+            self.failed = error
+            raise
+        for one, places, answers in zip(asked, groups.values(), answered, strict=True):
             found |= zip(places, answers, strict=True)
             self.contexts.append((len(one.context), answers[0].kept))
         self.longest = max((one.context for one in asked), key=len)

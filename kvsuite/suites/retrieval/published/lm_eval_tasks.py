@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,8 +25,15 @@ INSTALL = "pip install 'kvsuite[lm-eval]'"
 FEWSHOT_SEED = 1234
 # of metrics without a formula for their error; lm-eval's default of 100,000 takes longer than a small task
 _BOOTSTRAP = 1000
+# tags of YAML's own types
+_PLAIN_TAGS = "tag:yaml.org,2002:"
 # equal to a mean but for the order of a sum
 _ROUNDING = 1e-9
+# metrics of a sample from 0 to 1 by definition; of another one values within it say nothing of its range
+_FROM_0_TO_1 = {
+    "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match", "likelihood", "bleu_acc", "rouge1_acc",
+    "rouge2_acc", "rougeL_acc", "prompt_level_strict_acc", "prompt_level_loose_acc",
+}  # fmt: skip
 
 
 def load_lm_eval_tasks(asked: str) -> list[LmEvalTask]:
@@ -50,8 +58,15 @@ def load_lm_eval_tasks(asked: str) -> list[LmEvalTask]:
             "of your own ends in .yaml"
         )
     try:
+        if is_file and (code := _code_named_in(expanded(asked).resolve(), set())):
+            raise UserError(
+                f"--kv-lm-eval={asked}: {code} names code that would be run (a YAML tag such as !function); write the task "
+                "without it, or give a task of lm-eval's own by name"
+            )
         loaded = manager.load([str(expanded(asked)) if is_file else asked])["tasks"]
-    except Exception as error:  # whatever a task file, a data set or a hub raises
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a task file, a data set, a hub or imported code raises
         raise UserError(f"--kv-lm-eval={asked}: {_what_failed(error)}") from error
     for name, task in loaded.items():
         # lm-eval says so in its log and goes on, until something is scored
@@ -71,7 +86,38 @@ def _manager(*, defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=defaults)
 
 
-def _what_failed(error: Exception) -> str:
+def _code_named_in(path: Path, seen: set[Path]) -> Path | None:
+    """The file, this one or one that it includes, with a tag that names code; nothing is constructed or imported."""
+    import yaml  # type: ignore[import-untyped]
+
+    if path in seen or not path.is_file():
+        return None
+    seen.add(path)
+    # aliases may make a graph of it, with circles
+    nodes, walked = [yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in walked:
+            continue
+        walked.add(id(node))
+        if not node.tag.startswith(_PLAIN_TAGS) or "python/" in node.tag:
+            return path
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                nodes += [key, value]
+                if key.value != "include":
+                    continue
+                for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(one, yaml.ScalarNode):
+                        found = _code_named_in((path.parent / one.value).resolve(), seen)
+                        if found:
+                            return found
+    return None
+
+
+def _what_failed(error: BaseException) -> str:
     """In one line, with the mend."""
     from datasets.exceptions import DatasetNotFoundError
 
@@ -109,7 +155,7 @@ class LmEvalTask(PublishedTask):
         texts = [self._task.doc_to_text(documents[index]) for index in range(used)]
         return used, sum(len(str(text)) for text in texts) * (1 + int(self._task.config.num_fewshot or 0))
 
-    def score(self, asking: Asking, count: int) -> Scored:
+    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
         from lm_eval.evaluator import evaluate
 
         from .lm_eval_model import SessionModel
@@ -122,16 +168,27 @@ class LmEvalTask(PublishedTask):
             found = evaluate(model, {"tasks": {name: task}}, limit=count, bootstrap_iters=_BOOTSTRAP, log_samples=True)
         except CaseInvalid as error:
             raise CaseInvalid(f"--kv-lm-eval: task {name}: {error}") from error
-        except ValueError as error:
-            # lm-eval's word for what it does not run: images, code that would be executed
-            raise CaseInvalid(f"--kv-lm-eval: task {name}: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            if error is model.failed:
+                # of the engine, such as memory that runs out
+                raise
+            told = " ".join(str(error).split())
+            # a ValueError is lm-eval's word for what it does not run: images, code that would be executed
+            if not isinstance(error, ValueError):
+                told = f"its own code raised {type(error).__name__}: {told}; mend the task, or give another"
+            raise CaseInvalid(f"--kv-lm-eval: task {name}: {told}") from error
         results, samples = found["results"][name], found["samples"][name]
-        chosen = _mean_of_samples(task.higher_is_better(), results, samples)
+        chosen = _mean_of_samples(task.higher_is_better(), results, samples) if full is None else _rule_of(full)
         first = [sample for sample in samples if sample["filter"] == (chosen[1] if chosen else samples[0]["filter"])]
         first.sort(key=lambda sample: int(sample["doc_id"]))
         hashes = [digest([one["doc_hash"], one["prompt_hash"], one["target_hash"]]) for one in first]
+        scores = [float(one[chosen[0]]) for one in first] if chosen else None
+        if chosen and scores and not all(0 <= score <= 1 for score in scores):
+            raise CaseInvalid(
+                f"--kv-lm-eval: task {name}: its metric {chosen[0]} is not from 0 to 1; give another task"
+            )
         return Scored(
-            scores=[float(one[chosen[0]]) for one in first] if chosen else None,
+            scores=scores,
             rows=[_row(one) for one in first],
             hashes=hashes,
             contexts=[tokens for tokens, _ in model.contexts],
@@ -150,24 +207,36 @@ class LmEvalTask(PublishedTask):
                 "score": ",".join(chosen) if chosen else None,
                 "metrics": _metrics(results),
             },
-            reason="" if chosen else "no metric of the task is a mean over samples, from 0 to 1 and better when higher",
+            reason=""
+            if chosen
+            else "no metric of the task is known to be a mean over samples, from 0 to 1 and better when higher",
         )
 
 
 def _mean_of_samples(
     higher: Mapping[str, bool], results: Mapping[str, Any], samples: list[dict[str, Any]]
 ) -> tuple[str, str] | None:
-    """Metric and filter: the task's first one that is a mean over samples, from 0 to 1 and better when higher."""
+    """Metric and filter: the first one known to be a mean over samples, from 0 to 1 and better when higher."""
     for filtered in dict.fromkeys(str(sample["filter"]) for sample in samples):
         of_filter = [sample for sample in samples if sample["filter"] == filtered]
         for metric, is_higher in higher.items():
             values = [sample.get(metric) for sample in of_filter]
-            if not is_higher or not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+            if not is_higher or metric not in _FROM_0_TO_1:
+                continue
+            if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
                 continue
             whole = results.get(f"{metric},{filtered}")
             if whole is not None and abs(fmean(map(float, values)) - float(whole)) <= _ROUNDING:  # type: ignore[arg-type]
                 return metric, filtered
     return None
+
+
+def _rule_of(full: Scored) -> tuple[str, str] | None:
+    """Metric and filter by which the full cache was scored."""
+    if full.facts["score"] is None:
+        return None
+    metric, _, filtered = full.facts["score"].partition(",")
+    return metric, filtered
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, float | None]:

@@ -125,7 +125,8 @@ class LongBenchFile(TaskFile):
         if left < 0:
             raise CaseInvalid(
                 f"{OPTION}={self.path}: a question of {len(fitted.question)} tokens is longer than half of the {most} that the "
-                "model takes; give a model with a longer context"
+                f"model's {most + self._new_tokens} leave beside {self._new_tokens} of output; give a model with a longer "
+                "context"
             )
         end = len(fitted.context) - left
         return Fitted([*fitted.context[:half], *fitted.context[end:]], fitted.question, cut=end - half)

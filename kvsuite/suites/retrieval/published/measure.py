@@ -54,7 +54,7 @@ def measure_published(case: Case, session: Session, run: CaseRun) -> None:
         question_seen=not task.in_one_piece and case.params["question"] == SEEN,
         progress=functools.partial(run.progress, "asking"),
     )  # fmt: skip
-    found = full if is_full else task.score(asking, count)
+    found = full if is_full else task.score(asking, count, full)
     _put(run, found, full, is_full=is_full)
     run.found.samples[task.kind] = found.facts | {"full": full.facts.get("metrics")} if not is_full else found.facts
     run.found.samples["answers"] = found.rows
@@ -90,6 +90,11 @@ def _put(run: CaseRun, found: Scored, full: Scored, *, is_full: bool) -> None:
         for name in METRICS:
             put(name, None, reason=found.reason)
         return
+    if (found.facts["score"], found.hashes) != (full.facts["score"], full.hashes):
+        raise CaseInvalid(
+            "the task asked this cache otherwise than the full one (its samples or its metric differ), so the scores cannot be "
+            "compared; give a task that draws nothing anew"
+        )
     own, ceiling = Mean.of(found.scores), Mean.of(full.scores).value
     facts = {
         "questions": len(found.scores),

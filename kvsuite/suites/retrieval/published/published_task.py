@@ -69,8 +69,17 @@ class PublishedTask(ABC):
         """Samples of the first ``count`` that there are, and characters of all their prompts."""
 
     @abstractmethod
-    def score(self, asking: Asking, count: int) -> Scored:
+    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
         """Ask the first ``count`` samples, and score what comes back.
+
+        Parameters
+        ----------
+        asking
+            Session and cache.
+        count
+            Samples at most.
+        full
+            What the full cache scored, whose rule is taken; ``None`` where it is the full cache that is asked.
 
         Raises
         ------

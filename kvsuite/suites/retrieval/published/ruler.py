@@ -14,6 +14,11 @@ from .task_file import OPTION, Fitted, Prompt, TaskFile, refused, text_of, texts
 #: tokens that are generated, by the family of a task
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 _NAMES = re.compile(r"niah_(?:single|multikey)_\d+|niah_multi(?:value|query)|vt|cwe|fwe|qa_\d+")
+# of RULER's chat templates, behind whose last line break no question stands
+_TEMPLATE = re.compile(
+    r"<\||\[INST\]|<start_of_turn>|\A\s*(?:<s>|<bos>|<BOS_TOKEN>|\[gMASK\])|^\s*(?:assistant|ASSISTANT|Assistant):\s*\Z",
+    re.MULTILINE,
+)
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -81,12 +86,23 @@ def read_ruler(path: Path, lines: Sequence[tuple[int, dict[str, Any]]]) -> Ruler
     for number, found in lines:
         if isinstance(found.get("index"), bool) or not isinstance(found.get("index"), int):
             raise refused(path, number, "has no whole number 'index'")
-        context, _, question = text_of(path, number, found, "input").rpartition("\n")
+        text = text_of(path, number, found, "input")
+        if marker := _TEMPLATE.search(text):
+            raise refused(
+                path, number,
+                f"has {marker[0].strip()!r} of a chat template in 'input', so that its question is not known; make the file "
+                "with the base template",
+            )  # fmt: skip
+        if text.endswith("\n"):
+            raise refused(path, number, "ends with a line break in 'input', so that no question stands behind it")
+        context, _, question = text.rpartition("\n")
         prefix = text_of(path, number, found, "answer_prefix") if "answer_prefix" in found else ""
         if not context.strip() or not question.strip():
             raise refused(
                 path, number, "has no line break in 'input' before its question (made with --remove_newline_tab?)"
             )
         prompts.append(Prompt(context, "\n" + question + prefix, texts_of(path, number, found, "outputs"), number))
-    length = next((part for part in parts if part.isdigit()), "")
+    # RULER's own layout; numbers elsewhere in a path are dates and the like
+    at_length = parts[1:3] == [task, "data"] and parts[3].isascii() and parts[3].isdigit()
+    length = parts[3] if at_length else ""
     return RulerFile("_".join(["ruler", task, *([length] if length else [])]), path, prompts, task)

@@ -93,7 +93,7 @@ class TaskFile(PublishedTask):
         used = self._prompts[:count]
         return len(used), sum(len(one.context) + len(one.question) for one in used)
 
-    def score(self, asking: Asking, count: int) -> Scored:
+    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
         prompts, most = self._prompts[:count], asking.most_tokens
         fitted = [_tokens(asking.tokenizer, prompt) for prompt in prompts]
         if most is not None:
@@ -138,10 +138,11 @@ class TaskFile(PublishedTask):
                 "prompts_cut": len(cut),
             },
             warnings=[
-                f"{len(cut)} of {len(prompts)} prompts are longer than the {most} tokens that the model takes: up to "
-                f"{max(cut)} tokens were cut out of their middle, as LongBench does"
+                f"{len(cut)} of {len(prompts)} prompts are longer than the {most - self._new_tokens} tokens that the model's "
+                f"{most} leave beside {self._new_tokens} of output: up to {max(cut)} tokens were cut out of their middle, as "
+                "LongBench does"
             ]
-            if cut
+            if cut and most is not None
             else [],
         )
 
@@ -186,7 +187,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     continue
                 try:
                     found = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise refused(path, number, f"is no JSON ({error})") from error
                 if not isinstance(found, dict):
                     raise refused(path, number, f"is a JSON {type(found).__name__} and no object")
@@ -209,6 +210,7 @@ def text_of(path: Path, line: int, found: Mapping[str, Any], key: str) -> str:
     value = found.get(key)
     if not isinstance(value, str):
         raise refused(path, line, f"has no text {key!r}" if value is None else f"has {key!r} that is no text")
+    _require_encodable(path, line, key, value)
     return value
 
 
@@ -217,4 +219,17 @@ def texts_of(path: Path, line: int, found: Mapping[str, Any], key: str) -> list[
     value = found.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
         raise refused(path, line, f"has no list of texts {key!r}")
+    for one in value:
+        _require_encodable(path, line, key, one)
+        if not one.strip():
+            # part of every output, so that every cache would be right
+            raise refused(path, line, f"has an empty text in {key!r}")
     return value
+
+
+def _require_encodable(path: Path, line: int, key: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise refused(path, line, f"has half a character (\\u{code:04x}) in {key!r}") from error

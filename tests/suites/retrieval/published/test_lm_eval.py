@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -125,6 +126,73 @@ def test_what_is_generated_comes_from_the_compressed_cache_too() -> None:
     assert ours.facts["score"] == "exact_match,stripped"
     # eight tokens at most, ended by a stop string, which is no part of the answer
     assert all(len(row["answers"][0]) <= 8 and "." not in row["answers"][0] for row in ours.rows)
+
+
+def with_own_metrics(monkeypatch: pytest.MonkeyPatch, values: Any) -> LmEvalTask:
+    """A task whose metrics are what ``values`` makes of a document."""
+    found = task(SAID)
+    monkeypatch.setattr(found._task, "process_results", lambda document, answers: values(document))
+    monkeypatch.setattr(found._task, "aggregation", lambda: dict.fromkeys(("bleu_max", "bleu_acc"), fmean))
+    monkeypatch.setattr(found._task, "higher_is_better", lambda: dict.fromkeys(("bleu_max", "bleu_acc"), True))
+    return found
+
+
+def test_every_cache_is_scored_by_the_metric_of_the_full_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = with_own_metrics(monkeypatch, lambda _: {"bleu_max": 30.0, "bleu_acc": 1.0})
+    full = good.score(asking(), 2)
+    assert (full.scores, full.facts["score"]) == ([1.0, 1.0], "bleu_acc,stripped")
+    # bleu_max, within 0 and 1 by chance, is from 0 to 100
+    weak = with_own_metrics(monkeypatch, lambda _: {"bleu_max": 0.3, "bleu_acc": 0.0})
+    for found in (weak.score(asking(**RECENT), 2, full), weak.score(asking(), 2)):
+        assert (found.scores, found.facts["score"]) == ([0.0, 0.0], "bleu_acc,stripped")
+    unknown = with_own_metrics(monkeypatch, lambda _: {"bleu_max": 0.3})
+    nothing = unknown.score(asking(), 2)
+    assert nothing.scores is None
+    assert good.score(asking(), 2, nothing).scores is None
+
+
+def test_code_of_a_task_that_raises_is_a_line_and_the_engines_own_failures_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(
+        CaseInvalid, match=r"^--kv-lm-eval: task things_said: its own code raised KeyError: 'oops'; mend"
+    ):
+        with_own_metrics(monkeypatch, lambda document: document["oops"]).score(asking(), 2)
+
+    class Full(Asking):
+        def answers(self, contexts: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        task(SAID).score(Full(small_model(), case()), 2)
+
+
+@pytest.mark.parametrize(
+    "written_as",
+    ["!function evil.go", "!<!function> evil.go", '!!python/name:evil.go ""', "{a: [!function evil.go]}"],
+)
+@pytest.mark.parametrize("included", [False, True])
+def test_code_that_a_local_file_names_is_not_run(written_as: str, included: bool, tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ngo = str\n")
+    path = Path(written(tmp_path, CHOICES, ("doc_to_text:", f"process_docs: {written_as}\ndoc_to_text:")))
+    if included:
+        path = path.rename(tmp_path / "base.yaml").with_name("top.yaml")
+        path.write_text("include: base.yaml\ntask: on_top\n")
+    with pytest.raises(UserError, match="names code that would be run") as caught:
+        load_lm_eval_tasks(str(path))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_ends_the_process_while_a_task_is_loaded_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    def load(self: Any, names: Any) -> Any:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    with pytest.raises(UserError, match="lm-eval cannot load it: SystemExit: 3"):
+        task(CHOICES)
 
 
 def test_requests_of_one_context_share_its_cache() -> None:

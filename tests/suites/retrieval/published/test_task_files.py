@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,13 @@ from asked_sessions import LONGEST, RECENT, asking, small_model
 
 from kvsuite.case import Case
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.measure.measurement import Measurement
+from kvsuite.metrics import MetricRegistry
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.retrieval.cases import retrieval_cases
 from kvsuite.suites.retrieval.published.chosen_tasks import read_task_file
 from kvsuite.suites.retrieval.published.longbench import LongBenchFile
+from kvsuite.suites.retrieval.published.measure import _put
 from kvsuite.suites.retrieval.published.ruler import RulerFile, string_match_all, string_match_part
 from kvsuite.suites.retrieval.published.task_file import Fitted
 from kvsuite.suites.retrieval.suite import RetrievalSuite
@@ -102,6 +107,18 @@ def test_a_question_comes_behind_the_compressed_context_and_inside_it_under_anot
         assert scored.rows[0]["answer"].startswith(built.tokenizer.decode(output).rstrip("\ufffd"))
 
 
+def test_two_caches_that_were_asked_otherwise_are_not_subtracted(tmp_path: Path) -> None:
+    full = read_task_file(saved(tmp_path / "niah_single_1.jsonl", ruler())).score(asking(), 1)
+    run: Any = SimpleNamespace(found=Measurement(MetricRegistry()), options=default_options(device="cpu"))
+    _put(run, full, full, is_full=False)
+    for other in (
+        dataclasses.replace(full, hashes=["sha256:0"]),
+        dataclasses.replace(full, facts=full.facts | {"score": "another"}),
+    ):
+        with pytest.raises(CaseInvalid, match="asked this cache otherwise than the full one"):
+            _put(run, other, full, is_full=False)
+
+
 def test_rulers_rules() -> None:
     assert string_match_all("7241 and ABC", ["7241", "abc", "x9"]) == pytest.approx(2 / 3)
     assert string_match_part("It is Abc.", ["abc", "x9"]) == 1.0
@@ -115,6 +132,9 @@ def test_rulers_rules() -> None:
 def test_a_task_of_ruler_is_known_by_its_path(name: str, rule: str, tokens: int, tmp_path: Path) -> None:
     task = read_task_file(saved(tmp_path / "4096" / "data" / name / "validation.jsonl", ruler(outputs=["a", "b"])))
     assert (task.rule, task._new_tokens, task.name) == (rule, tokens, f"ruler_{name}_4096")
+    # a number that is no length of RULER's
+    dated = read_task_file(saved(tmp_path / "2026" / "1" / name / "validation.jsonl", ruler()))
+    assert dated.name == f"ruler_{name}"
     assert task.judge("say\x00 A", task._prompts[0]) == (1.0 if name == "qa_1" else 0.5)
 
 
@@ -140,11 +160,15 @@ def test_longbench_is_cut_in_the_middle_and_the_record_says_so(tmp_path: Path) -
     most = LONGEST - 32
     assert cut["context_tokens"] + cut["question_tokens"] == most
     assert (whole["cut_tokens"], cut["cut_tokens"] > 500) == (0, True)
-    assert "1 of 2 prompts are longer than the 700 tokens that the model takes: up to" in scored.warnings[0]
+    assert (
+        f"are longer than the {most} tokens that the model's 700 leave beside 32 of output: up to" in scored.warnings[0]
+    )
     fitted = task.fit(Fitted(list(range(100)), list(range(100, 110))), 60)
     assert fitted == Fitted([*range(30), *range(80, 100)], list(range(100, 110)), cut=50)
     assert task.fit(fitted, 60) is fitted
-    with pytest.raises(CaseInvalid, match="a question of 31 tokens is longer than half of the 60"):
+    with pytest.raises(
+        CaseInvalid, match="31 tokens is longer than half of the 60 that the model's 92 leave beside 32 of output"
+    ):
         task.fit(Fitted(list(range(100)), list(range(31))), 60)
 
 
@@ -175,6 +199,17 @@ def test_ruler_of_another_length_is_refused(tmp_path: Path) -> None:
         ([ruler(), ruler(outputs="7241")], "line 2 has no list of texts 'outputs'"),
         ([ruler(), ruler(index="0")], "line 2 has no whole number 'index'"),
         ([ruler(input="all in one line?")], "line 1 has no line break in 'input' before its question"),
+        ([ruler(), ruler(outputs=["7241", " "])], "line 2 has an empty text in 'outputs'"),
+        ([longbench(), longbench(answers=[""])], "line 2 has an empty text in 'answers'"),
+        ([ruler(), ruler(outputs=["\ud800"])], r"line 2 has half a character (\ud800) in 'outputs'"),
+        ([longbench(), longbench(context="a\udfffb")], r"line 2 has half a character (\udfff) in 'context'"),
+        ([ruler(), "[" * 100_000], "line 2 is no JSON"),
+        ([ruler(input=ruler()["input"] + "<|im_end|>\n<|im_start|>assistant\n")], "line 1 has '<|' of a chat template"),
+        ([ruler(input="[INST] " + ruler()["input"] + " [/INST]")], "line 1 has '[INST]' of a chat template"),
+        ([ruler(input="<s>" + ruler()["input"])], "line 1 has '<s>' of a chat template"),
+        ([ruler(input="User: " + ruler()["input"] + "\n\nAssistant:")], "line 1 has 'Assistant:' of a chat template"),
+        ([ruler(input=ruler()["input"] + "\n")], "line 1 ends with a line break in 'input'"),
+        ([{f"key{at:03}": 1 for at in range(500)}], "line 1 has neither RULER's fields"),
         ([ruler(answer_prefix=None)], "line 1 has no text 'answer_prefix'"),
         ([], "has no lines"),
     ],
@@ -186,6 +221,7 @@ def test_a_line_that_cannot_be_read_is_named_by_its_number(lines: list[Any], tol
         read_task_file(path)
     assert str(caught.value).startswith(f"--kv-tasks-path={path}: {told}")
     assert "\n" not in str(caught.value)
+    assert "key010" not in str(caught.value)
 
 
 def test_files_that_cannot_be_read_are_a_line(tmp_path: Path) -> None:
@@ -197,8 +233,8 @@ def test_files_that_cannot_be_read_are_a_line(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_a_task_for_each_file_and_methods_are_those_of_other_tasks(tmp_path: Path) -> None:
-    saved(tmp_path / "ruler" / "4096" / "vt.jsonl", ruler())
-    saved(tmp_path / "ruler" / "8192" / "vt.jsonl", ruler())
+    for length in ("4096", "8192"):
+        saved(tmp_path / "ruler" / length / "data" / "vt" / "validation.jsonl", ruler())
     saved(tmp_path / "hotpotqa.jsonl", longbench())
     found = cases(tasks_path=str(tmp_path), task_methods="full,snapkv(keep_ratio=0.2)")
     tasks = ["longbench_hotpotqa", "ruler_vt_4096", "ruler_vt_8192"]
@@ -222,6 +258,8 @@ def test_two_files_of_one_task_and_paths_that_are_not_there_are_a_line(tmp_path:
     for name, told in (("empty", "has no .jsonl file"), ("gone", "is not there")):
         with pytest.raises(UserError, match=told):
             RetrievalSuite().check(default_options(tasks_path=str(tmp_path / name)))
+    with pytest.raises(UserError, match="is no regular file"):
+        RetrievalSuite().check(default_options(tasks_path="/dev/null"))
 
 
 def test_options_of_made_tasks_are_unread_where_there_are_none(tmp_path: Path) -> None:
