@@ -240,8 +240,23 @@ def refuse_load(requests: Sequence[ServeRequest], engine: str, *, reads_images: 
         refuse_images(requests, engine)
     if any(one.arrival_s for one in requests):
         raise CaseInvalid(f"engine {engine} serves all requests at once, not by their arrivals; use --kv-engine=nano")
-    if any(one.scored for one in requests):
-        raise CaseInvalid(f"engine {engine} takes no forced output and returns no losses of it; use --kv-engine=nano")
+    _refuse_scored(requests, engine)
+
+
+def require_plain(requests: Sequence[ServeRequest], engine: str, concurrency: int | None) -> None:
+    """Refuse what an engine does not serve under load that takes text alone and scores none of it.
+
+    Raises
+    ------
+    CaseInvalid
+        If a request has images, or its output is forced or scored.
+    ValueError
+        If a closed loop is given arrivals.
+    """
+    refuse_images(requests, engine)
+    _refuse_scored(requests, engine)
+    if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
+        raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
 
 
 def refuse_images(requests: Sequence[ServeRequest], engine: str) -> None:
@@ -254,3 +269,8 @@ def refuse_images(requests: Sequence[ServeRequest], engine: str) -> None:
     """
     if any(one.images for one in requests):
         raise CaseInvalid(f"engine {engine} takes text alone, no images; use --kv-engine=nano")
+
+
+def _refuse_scored(requests: Sequence[ServeRequest], engine: str) -> None:
+    if any(one.scored for one in requests):
+        raise CaseInvalid(f"engine {engine} takes no forced output and returns no losses of it; use --kv-engine=nano")

@@ -144,11 +144,11 @@ def test_a_signal_keeps_the_finished_rows_and_draws_them(tmp_path: Path, number:
         # a slow machine prints lines inside the first case too
         while not re.search(r"^ *\[1/.*elapsed", under_way.out(), re.MULTILINE) and not under_way.forked.is_over():
             time.sleep(0.01)
-        os.kill(under_way.forked.pid, number)
+        under_way.forked.send_signal(number)
         if number == signal.SIGTERM:
             # as timeout(1) does: to the process, then to its group
             time.sleep(0.02)
-            os.kill(under_way.forked.pid, number)
+            under_way.forked.send_signal(number)
         done = under_way.end()
     said = done.out + done.err
     assert done.code == pytest.ExitCode.INTERRUPTED, said

@@ -15,9 +15,11 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 # other plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them. kvsuite's asserts
@@ -34,8 +36,11 @@ PRELOADED = (
     "kvsuite.suites.perplexity.suite", "kvsuite.suites.pipeline.suite", "kvsuite.suites.retrieval.suite",
     "kvsuite.suites.sensitivity.suite",
 )  # fmt: skip
-LAUNCHER = """#!{python} -IS
-import json, os, signal, socket, sys
+# the kernel takes no line of an interpreter with a space in its path, nor a long one: the shell starts it
+LAUNCHER = """#!/bin/sh
+exec {python} -IS {program} "$@"
+"""
+HAND_ON = """import json, os, signal, socket, sys
 if sys.argv[1:3] != ["-u", "-c"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
@@ -59,6 +64,11 @@ def become(folder: str, environment: dict[str, str], streams: list[int]) -> None
     os.environ.update(environment)
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
+    # this process ignores warnings (`-W ignore`), a run does not; filters of what was loaded stay, as where a run loads it
+    sys.warnoptions.remove("ignore")
+    kept = [one for one in warnings.filters if one != ("ignore", None, Warning, None, 0)]
+    warnings.resetwarnings()
+    warnings.filters[:] = kept
     # what Python reads when it starts; the folder of this file stays, for a run's plugins of ours
     sys.path[:0] = [
         folder,
@@ -115,7 +125,9 @@ def main() -> None:
     python = sys.executable
     place = Path(sys.argv[1])
     address, launcher = str(place / "workers"), place / "python"
-    launcher.write_text(LAUNCHER.format(python=python, address=address))
+    hand_on = place / "hand_on.py"
+    hand_on.write_text(HAND_ON.format(python=python, address=address))
+    launcher.write_text(LAUNCHER.format(python=shlex.quote(python), program=shlex.quote(str(hand_on))))
     launcher.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

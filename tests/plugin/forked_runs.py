@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 from child_processes import end_group
@@ -31,31 +30,30 @@ class ForkedRun:
     """A run that is under way."""
 
     pid: int
-    _answers: IO[bytes]
+    _server: subprocess.Popen[bytes]
     _code: int | None = None
 
     def is_over(self) -> bool:
         """Whether it has an exit code."""
-        return self._code is not None or bool(select.select([self._answers], [], [], 0)[0])
+        return self._code is not None or bool(select.select([self._server.stdout], [], [], 0)[0])
 
     def wait(self) -> int:
         """The exit code, negative for a signal."""
         if self._code is None:
-            answer = self._answers.readline()
-            assert answer, f"no end within {_LIMIT_S} s"
-            self._code = int(answer)
+            self._code = _answer(self._server)
         return self._code
 
-    def kill(self) -> None:
-        """Kill it, unless it is over."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send it a signal, unless it is over."""
         if not self.is_over():
+            # between its end and its exit code nobody has its process id
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
 
     def workers(self) -> list[psutil.Process]:
         """Its workers of xdist: each is a fork of the process that waits for it, and that one of the process that forks all."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            server = psutil.Process(_server().pid)
+            server = psutil.Process(self._server.pid)
             [forking] = [process for process in server.children() if process.pid != self.pid]
             return [worker for waiting in forking.children() for worker in waiting.children()]
         return []
@@ -69,21 +67,31 @@ def run_forked(
 
     It is killed when the block is left.
     """
+    if _server().poll() is not None:
+        # killed with a run over the limit
+        _server.cache_clear()
     server = _server()
     assert server.stdin is not None
-    assert server.stdout is not None
     server.stdin.write(json.dumps([str(folder), command, environment, str(out), str(err)]).encode() + b"\n")
     limit = threading.Timer(_LIMIT_S, end_group, [server])
     limit.start()
     try:
-        run = ForkedRun(int(server.stdout.readline()), server.stdout)
+        run = ForkedRun(_answer(server), server)
         try:
             yield run
         finally:
-            run.kill()
+            run.send_signal(signal.SIGKILL)
             run.wait()
     finally:
         limit.cancel()
+
+
+def _answer(server: subprocess.Popen[bytes]) -> int:
+    assert server.stdout is not None
+    if not (answer := server.stdout.readline()):
+        server.wait()
+        raise AssertionError(f"no answer within {_LIMIT_S} s: the process that forks is dead")
+    return int(answer)
 
 
 @functools.cache

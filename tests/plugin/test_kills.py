@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import signal
@@ -37,6 +38,11 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     return [facts(run) for run in (folder / "reports").iterdir() if (run / "report.json").exists()]
 
 
+def measured(folder: Path) -> int:
+    """Rows of cases that are through, of all runs in ``folder``."""
+    return sum(file.read_text().count('"status": "ok"') for file in folder.glob("reports/*/records.jsonl"))
+
+
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_process_is_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
     folder, dice = project(tmp_path), random.Random(kills)
@@ -48,7 +54,7 @@ def test_the_process_is_killed_again_and_again(tmp_path: Path, kills: int, undis
             patience = dice.uniform(0.0, 1.5) if killed < kills else math.inf
             while not under_way.forked.is_over() and spent(under_way.forked.pid) < patience:
                 time.sleep(0.01)
-            under_way.forked.kill()
+            under_way.forked.send_signal(signal.SIGKILL)
             done = under_way.end()
         code, said = done.code, said + done.out + done.err
         assert code in (0, -signal.SIGKILL), said[-3000:]
@@ -66,14 +72,19 @@ def test_workers_are_killed_again_and_again(tmp_path: Path, kills: int, undistur
     for _ in range(20 + 2 * kills):
         again = ["--kv-resume=latest"] if code else []
         with start_pytest(folder, *MANY, "-n1", *again) as under_way:
-            # in its first case or a later one: xdist itself gives up where a process dies that still loads what workers need
-            patience = dice.uniform(0.5, 1.5)
+            # behind its first row or a later one: xdist itself gives up where a process dies that still loads what workers
+            # need; rows of the worker before it are all written when it starts
+            at_start, patience = dict[int, int](), dice.randint(1, 3)
             while killed < kills and not under_way.forked.is_over():
-                time.sleep(0.05)
+                time.sleep(0.02)
                 for worker in under_way.forked.workers():
-                    if patience <= spent(worker.pid) < math.inf:
+                    if measured(folder) < at_start.setdefault(worker.pid, measured(folder)) + patience:
+                        continue
+                    # somewhere in a case
+                    time.sleep(dice.uniform(0.0, 0.1))
+                    with contextlib.suppress(psutil.NoSuchProcess):
                         worker.kill()
-                        killed, patience = killed + 1, dice.uniform(0.5, 1.5)
+                        killed, patience = killed + 1, dice.randint(1, 3)
             done = under_way.end()
         code, said = done.code, said + done.out + done.err
         if killed >= kills and code == 0:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from pytest_runs import NO_FIGURES, TINY, TINY_NAMES, Run, copy_benchmarks, run_pytest
+from pytest_runs import NO_FIGURES, TINY, TINY_NAMES, Run, clean_environment, copy_benchmarks, run_pytest
 
 from kvsuite.store.validate import validate
 
@@ -24,6 +28,27 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_it_passes_with_warnings_as_errors(run: Run) -> None:
     assert run.code == 0
     assert run.said("5 passed")
+
+
+def test_a_process_that_has_loaded_nothing_passes_with_warnings_as_errors(tmp_path: Path) -> None:
+    # the runs above are forks of a process that has loaded nearly all modules, without their warnings
+    folder = copy_benchmarks(tmp_path, conftest=NO_FIGURES)
+    arguments, env = WITHOUT["all others"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *TINY, "-W", "error", *arguments],
+        cwd=folder, env=clean_environment(**env), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout
+
+
+def test_a_fork_shows_warnings_as_a_started_process_does(tmp_path: Path) -> None:
+    (tmp_path / "test_warning.py").write_text(
+        "import sys, warnings\ndef test_it():\n    assert not sys.warnoptions\n    warnings.warn('seen')\n"
+    )
+    run = run_pytest(tmp_path, "test_warning.py")
+    assert run.code == 0, run.out
+    assert run.said("UserWarning: seen")
 
 
 def test_one_valid_row_per_case(run: Run) -> None:

@@ -52,10 +52,10 @@ def answer_questions(
         prompt.feed(one.context)
         prompt.evict(prompt=True)
         answers, kept = [], float(prompt.stored)
-        for question in one.questions:
+        for at, question in enumerate(one.questions):
             own = prompt if one.in_turn else prompt.copy(_ASKED)
             answers.append(_answer(context, own, question, kept, together=policy is None))
-            if one.in_turn and question is not one.questions[-1]:
+            if one.in_turn and at < len(one.questions) - 1:
                 own.feed(answers[-1].output[-1:])
                 own.evict(prompt=False)
         found.append(answers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvsuite.engines.capabilities import require_plain
 from kvsuite.engines.results import RequestServed, Served, ServeRequest, StepServed
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
@@ -89,14 +90,11 @@ def serve_under_load(
     Raises
     ------
     CaseInvalid
-        If a request is longer than the plan says, or its output is forced or scored.
+        If a request is longer than the plan says, has images, or its output is forced or scored.
     ValueError
         If a closed loop is given arrivals.
     """
-    if any(one.scored for one in requests):
-        raise CaseInvalid("engine llamacpp takes no forced output and returns no losses of it; use --kv-engine=nano")
-    if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
-        raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
+    require_plain(requests, "llamacpp", concurrency)
     for one in requests:
         if len(one.prompt) + one.new_tokens > plan.max_model_len:
             raise CaseInvalid(

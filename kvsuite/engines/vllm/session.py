@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.case import Case
-from kvsuite.engines.capabilities import refuse_images, refuse_load
+from kvsuite.engines.capabilities import refuse_load, require_plain
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.results import (
     MemoryPass,
@@ -46,7 +46,7 @@ from .serving import memory_pass, served_requests
 from .stamped_clock import StepClock
 from .start_log import started
 from .stored_format import element_bytes, stored_format
-from .under_load import require_plain, served_under_load
+from .under_load import served_under_load
 from .worker_process import VllmWorker
 
 
@@ -180,8 +180,7 @@ class VllmSession(Session):
         return served_requests(self._ask("serve", requests=_sent(requests)), requests, timed=clock is not None)
 
     def serve_under_load(self, requests: Sequence[ServeRequest], *, concurrency: int | None = None) -> Served:
-        require_plain(requests, concurrency)
-        refuse_images(requests, "vllm")
+        require_plain(requests, "vllm", concurrency)
         asked = [sent | {"arrival_s": one.arrival_s} for sent, one in zip(_sent(requests), requests, strict=True)]
         return served_under_load(self._ask("load", requests=asked, concurrency=concurrency), requests)
 

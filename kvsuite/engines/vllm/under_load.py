@@ -6,23 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvsuite.engines.results import RequestServed, Served, ServeRequest, StepServed
-from kvsuite.errors import CaseInvalid
-
-
-def require_plain(requests: Sequence[ServeRequest], concurrency: int | None) -> None:
-    """Refuse what this engine does not serve under load.
-
-    Raises
-    ------
-    CaseInvalid
-        For output that is forced or scored.
-    ValueError
-        If a closed loop is given arrivals.
-    """
-    if any(one.scored for one in requests):
-        raise CaseInvalid("engine vllm takes no forced output and returns no losses of it; use --kv-engine=nano")
-    if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
-        raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
 
 
 def served_under_load(answer: Mapping[str, Any], requests: Sequence[ServeRequest]) -> Served:

@@ -422,10 +422,6 @@ class Engine:
         assert self._rows is not None
         return {"rows": base64.b64encode(self._rows.kept[first : first + count].astype("<f4").tobytes()).decode()}
 
-    def forget(self) -> dict[str, Any]:
-        """Empty the prefix cache."""
-        return {"forgot": bool(self.engine.reset_prefix_cache())}
-
     def _add(self, prompt: list[int], new_tokens: int) -> str:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def asked(seed: int, *, in_turn: bool = False) -> Asked:
 def test_answers_and_losses_are_those_of_transformers(tiny: LlamacppSession, name: str, in_turn: bool) -> None:
     workload = {"prompt_tokens": CONTEXT, "max_new_tokens": 32}
     contexts = [asked(seed, in_turn=in_turn) for seed in range(3)]
+    # one question asked twice is fed twice
+    contexts.append(replace(contexts[0], questions=contexts[0].questions[:1] * 2))
     tiny.prepare(case_of(params=F32, workload=workload, **CASES[name]))
     reference = hf_session()
     reference.prepare(case_of(engine="hf", workload=workload, **CASES[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hf_sessions import random_tokens
 from llamacpp_sessions import case_of, needs_library, widened_session
@@ -16,6 +17,7 @@ from kvsuite.engines.llamacpp.session import LlamacppSession
 from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.images import ImagePixels
 
 pytestmark = needs_library
 #: three sequences of 256 cells
@@ -104,6 +106,8 @@ def test_what_it_cannot_serve_is_one_line(tiny: LlamacppSession) -> None:
     assert tiny.inert["prefix_caching"] == "sequences share no cells here"
     with pytest.raises(CaseInvalid, match="takes no forced output"):
         tiny.serve_under_load([ServeRequest([1, 2], 1, forced=[3])])
+    with pytest.raises(CaseInvalid, match="engine llamacpp takes text alone, no images"):
+        tiny.serve_under_load([ServeRequest([1, 2], 1, images=(ImagePixels(np.zeros((3, 28, 28))),))])
     with pytest.raises(CaseInvalid, match="longer than the 60 of the plan"):
         tiny.serve_under_load([ServeRequest([1] * 60, 1)])
     tiny.prepare(case_of())
