@@ -71,6 +71,11 @@ class Mlp(Merging):
             return
         try:
             weights = read_weights(self.weights, self._typed)
+            # what the case is called by was read when it was collected
+            if (found := digest_of(self.weights, self._typed)) != self.digest:
+                raise UserError(
+                    f"{self._typed}: holds other weights ({found}) than when it was asked for ({self.digest})"
+                )
         except UserError as error:
             raise CaseInvalid(str(error)) from error
         width = next(iter(shape.head_dims))

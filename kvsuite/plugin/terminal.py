@@ -74,15 +74,14 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def _tell_results(terminalreporter: Any, config: pytest.Config, reporter: Reporter) -> None:
     from kvsuite.console import console_text, console_width
-    from kvsuite.suites.outputs import by_suite, run_table
+    from kvsuite.suites.outputs import by_suite, run_table, unread_options
 
     terminalreporter.section("kvsuite")
     is_terminal = config.get_terminal_writer().hasmarkup
     table = console_text(run_table(reporter.run, reporter.rows), width=console_width(is_terminal))
     terminalreporter.write_line(table)
-    for suite, _ in by_suite(reporter.rows):
-        for option in suite.unread_options(config.stash[OPTIONS]):
-            terminalreporter.write_line(f"warning: {option}: nothing that was selected reads it")
+    for option in unread_options([suite for suite, _ in by_suite(reporter.rows)], config.stash[OPTIONS]):
+        terminalreporter.write_line(f"warning: {option}: nothing that was selected reads it")
     if reporter.is_kept:
         terminalreporter.write_line(visible(f"records and figures: {reporter.folder}"))
         if reporter.page is not None:

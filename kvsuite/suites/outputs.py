@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite.console import console_text, stacked
 from kvsuite.errors import UserError
+from kvsuite.options.common import CommonOptions
+from kvsuite.options.option import options_in
+from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row, in_space_order
 from kvsuite.reporting.gathered_csv import header_of
 from kvsuite.reporting.machines import MEANING as MACHINES
@@ -29,6 +32,13 @@ def by_suite(rows: Sequence[Row]) -> Iterator[tuple[Suite, list[Row]]]:
     """Each suite that has rows, with its rows in their order."""
     for suite in in_order(suite_of_rows(name) for name in dict.fromkeys(str(row["suite"]) for row in rows)):
         yield suite, [row for row in rows if row["suite"] == suite.name]
+
+
+def unread_options(suites: Sequence[Suite], options: Options) -> list[str]:
+    """Options that a user set although none of these suites reads them: of one that all have, each has to say so."""
+    unread = [set(suite.unread_options(options)) for suite in suites]
+    shared = {f"--kv-{option.field.replace('_', '-')}" for option in options_in(CommonOptions)}
+    return sorted(one for one in set().union(*unread) if one not in shared or all(one in own for own in unread))
 
 
 def run_table(run: Mapping[str, Any], rows: Sequence[Row]) -> RenderableType:

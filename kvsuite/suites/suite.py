@@ -72,6 +72,8 @@ class Suite(ABC):
     bare_run_place: ClassVar[int | None] = None
     #: whether nothing is left of it without trained weights
     is_quality_alone: ClassVar[bool] = False
+    #: whether its cases can have policies; where none can, none reads ``--kv-compressor-path``
+    has_policies: ClassVar[bool] = True
     #: whether it also measures cases that a test made by hand, under a name that is no suite's
     measures_by_hand: ClassVar[bool] = False
 
@@ -102,7 +104,7 @@ class Suite(ABC):
 
     def unread_options(self, options: Options) -> list[str]:
         """Options that a user set although nothing that was selected reads them, as typed: ``--kv-strategies``."""
-        return []
+        return ["--kv-compressor-path"] if "compressor_path" in options.given and not self.has_policies else []
 
     def cost(self, case: Case, options: Options) -> Work:
         """Count what a case computes, from the case and the options alone, so that every host cuts the same shards."""

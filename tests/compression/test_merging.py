@@ -242,6 +242,10 @@ def test_other_weights_are_another_case(tmp_path: Path) -> None:
     assert other.to_dict()["digest"] != policy.to_dict()["digest"]
     with pytest.raises(UserError, match=re.escape(f"--kv-compressor-path={path}: holds other weights")):
         get_policy("mlp", **policy.to_dict())
+    # exchanged between collecting and running
+    assert isinstance(policy, Merging)
+    with pytest.raises(CaseInvalid, match=r"holds other weights .* than when it was asked for"):
+        policy.prepare(shape())
 
 
 def test_without_weights_the_line_says_how_to_get_some(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ class DseSuite(Suite):
     """Design points, each served with prompts that are a share of its context window."""
 
     name = "dse"
+    has_policies = False
     headline = (
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip

@@ -32,6 +32,7 @@ class PerplexitySuite(Suite):
     """Token windows of data sets, scored by several protocols in several weight formats."""
 
     name = "perplexity"
+    has_policies = False
     headline = (
         "perplexity", "ttft_s", "tpot_s", "kv_bytes_exact", "decode_tok_s_agg", "mem_measured_peak_bytes",
     )  # fmt: skip

@@ -165,6 +165,12 @@ def _served_in_turn(method: Method, length: int) -> dict[str, Any]:
     return {SERVING_PARAM: plan.to_dict()}
 
 
+def takes_weights(own: RetrievalOptions) -> bool:
+    """Whether a method reads ``--kv-compressor-path``."""
+    names = {MethodText.parse(typed).name for typed in own.task_methods} & set(list_policies())
+    return any(find_policy(name).takes_weights for name in names)
+
+
 def _methods(own: RetrievalOptions, compressor: str | None) -> Iterator[Method]:
     for typed in own.task_methods:
         method = MethodText.parse(typed)

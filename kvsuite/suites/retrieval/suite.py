@@ -11,7 +11,7 @@ from kvsuite.options.resolve import Options
 from kvsuite.reporting.aggregate import Row
 from kvsuite.suites.suite import Suite, Work
 
-from .cases import FULL, REUSE, is_published, retrieval_cases
+from .cases import FULL, REUSE, is_published, retrieval_cases, takes_weights
 from .options import RetrievalOptions
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class RetrievalSuite(Suite):
         chosen_tasks(options)
 
     def unread_options(self, options: Options) -> list[str]:
-        if options.of(RetrievalOptions).task:
-            return []
-        return sorted(
-            f"--kv-{name.replace('_', '-')}" for name in ("task_lengths", "task_depths") if name in options.given
-        )
+        own = options.of(RetrievalOptions)
+        unread = set() if own.task else {"task_lengths", "task_depths"}
+        if not takes_weights(own):
+            unread.add("compressor_path")
+        return [f"--kv-{name.replace('_', '-')}" for name in sorted(unread & options.given)]
 
     def cost(self, case: Case, options: Options) -> Work:
         if is_published(case):

@@ -28,6 +28,7 @@ class SensitivitySuite(Suite):
     """Each layer's keys and values alone in few bits, mixed assignments, and uniform formats beside them."""
 
     name = "sensitivity"
+    has_policies = False
     headline = ("kld", "same_top1", "kv_bits", "nll_difference", "perplexity", "kv_bytes_exact")
     is_quality_alone = True
     option_group = SensitivityOptions

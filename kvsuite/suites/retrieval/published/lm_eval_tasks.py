@@ -60,8 +60,7 @@ def load_lm_eval_tasks(asked: str) -> list[LmEvalTask]:
     try:
         if is_file and (code := _code_named_in(expanded(asked).resolve(), set())):
             raise UserError(
-                f"--kv-lm-eval={asked}: {code} names code that would be run (a YAML tag such as !function); write the task "
-                "without it, or give a task of lm-eval's own by name"
+                f"--kv-lm-eval={asked}: {code}; write the task without it, or give a task of lm-eval's own by name"
             )
         loaded = manager.load([str(expanded(asked)) if is_file else asked])["tasks"]
     except UserError:
@@ -86,9 +85,11 @@ def _manager(*, defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=defaults)
 
 
-def _code_named_in(path: Path, seen: set[Path]) -> Path | None:
-    """The file, this one or one that it includes, with a tag that names code; nothing is constructed or imported."""
+def _code_named_in(path: Path, seen: set[Path]) -> str | None:
+    """What names code in a file or in one that it includes; nothing is constructed or imported."""
+    import lm_eval.api.metrics  # noqa: F401 (fills the registry)
     import yaml  # type: ignore[import-untyped]
+    from lm_eval.api.registry import metric_registry
 
     if path in seen or not path.is_file():
         return None
@@ -101,12 +102,18 @@ def _code_named_in(path: Path, seen: set[Path]) -> Path | None:
             continue
         walked.add(id(node))
         if not node.tag.startswith(_PLAIN_TAGS) or "python/" in node.tag:
-            return path
+            return f"{path} names code that would be run (a YAML tag such as !function)"
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
         elif isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 nodes += [key, value]
+                scalar = value.value if isinstance(value, yaml.ScalarNode) else ""
+                if key.value == "hf_evaluate" and scalar.lower() not in ("false", "no", "off"):
+                    return f"{path} asks for a metric by hf_evaluate, whose code would be fetched and run"
+                # a metric that lm-eval does not know is taken for a package of Hugging Face's evaluate, or a path to one
+                if key.value == "metric" and scalar and scalar not in metric_registry:
+                    return f"{path} has a metric that is none of lm-eval's own and would be run as code, {scalar}"
                 if key.value != "include":
                     continue
                 for one in value.value if isinstance(value, yaml.SequenceNode) else [value]:

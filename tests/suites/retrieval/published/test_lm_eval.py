@@ -184,6 +184,16 @@ def test_code_that_a_local_file_names_is_not_run(written_as: str, included: bool
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("hf_evaluate", ["false", "true"])
+def test_code_that_a_local_file_names_as_a_metric_is_not_run(hf_evaluate: str, tmp_path: Path) -> None:
+    code = tmp_path / "evil.py"
+    code.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    told = f"metric: {code}\n    hf_evaluate: {hf_evaluate}\n"
+    with pytest.raises(UserError, match=r"would be run as code|by hf_evaluate, whose code would be fetched"):
+        load_lm_eval_tasks(written(tmp_path, CHOICES, ("metric: acc\n", told)))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_code_that_ends_the_process_while_a_task_is_loaded_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.tasks import TaskManager
 
@@ -239,7 +249,7 @@ def test_what_cannot_be_asked_is_a_line(name: str, replaced: list[tuple[str, str
         ([("dataset_path: json", "dataset_path: nobody/nothing"), ("test: tests", "other: tests")], "HF_HUB_OFFLINE=1, or"),
         ([("things.jsonl", "gone.jsonl")], "gone.jsonl"),
         ([("doc_to_text:", "doc_to_text: [")], "lm-eval cannot load it"),
-        ([("metric: acc\n", "metric: no_such_metric\n")], "has no metric that lm-eval knows as no_such_metric"),
+        ([("metric: acc\n", "metric: no_such_metric\n")], "would be run as code, no_such_metric"),
     ],
     ids=["download", "data", "yaml", "metric"],
 )  # fmt: skip
