@@ -137,8 +137,8 @@ class VocabularyRows:
         def update(processor: Any, tensors: Any) -> None:
             ids, values, *rest = tensors
             self._parts.append(self._by_token(ids[:, 1:].numpy(), values[:, 1:].numpy()))
-            # the first one is the token of the prompt
-            self._update(processor, type(tensors)(ids[:, :1], values[:, :1], *rest))
+            # the first one is the token of the prompt, the second the most probable one
+            self._update(processor, type(tensors)(ids[:, :2], values[:, :2], *rest))
 
         LogprobsProcessor._update_prompt_logprobs = update
 
@@ -395,7 +395,9 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        place, wanted = {}, -1 if rows else 0
+        # the most probable token is asked for, because a rank counts all that are as probable: in bfloat16 two often are, and
+        # an argmax, which other engines take, is one of them
+        place, wanted = {}, -1 if rows else 1
         self._rows = VocabularyRows(self.engine.vllm_config.model_config.get_vocab_size()) if rows else None
         for index, one in enumerate(sequences):
             params = SamplingParams(
