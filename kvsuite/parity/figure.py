@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, house_style
+from kvsuite.reporting.figure_style import BLUE, GREEN, GREY, RED, figure_bytes, house_style, three_digits
 
 from .engine_result import EngineResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PANELS: tuple[tuple[str, str, Callable[[EngineResult], float | None]], ...] = (
-    ("Perplexity, difference (%)", "+.3f", lambda one: None if one.difference is None else 100 * one.difference),
-    ("KL divergence (nats)", ".1e", lambda one: one.kld),
-    ("KV bytes a token", ",.0f", lambda one: one.kv_bytes_token),
-    ("TTFT (ms)", ".3g", lambda one: None if one.ttft_s is None else 1e3 * one.ttft_s),
-    ("TPOT (ms)", ".3g", lambda one: None if one.tpot_s is None else 1e3 * one.tpot_s),
+_PANELS: tuple[tuple[str, Callable[[float], str], Callable[[EngineResult], float | None]], ...] = (
+    (
+        "Perplexity, difference (%)\nbracket: what is promised",
+        lambda number: f"{number:+.3f}",
+        lambda one: None if one.difference is None else 100 * one.difference,
+    ),
+    ("KL divergence (nats)", lambda number: f"{number:.1e}", lambda one: one.kld),
+    ("KV bytes a token", lambda number: f"{number:,.0f}", lambda one: one.kv_bytes_token),
+    ("TTFT (ms)", three_digits, lambda one: None if one.ttft_s is None else 1e3 * one.ttft_s),
+    ("TPOT (ms)", three_digits, lambda one: None if one.tpot_s is None else 1e3 * one.tpot_s),
 )
 
 
@@ -28,8 +32,8 @@ def parity_figure(results: Sequence[EngineResult], about: str) -> dict[str, byte
     with house_style():
         figure = Figure(figsize=(3.1 * len(_PANELS), 1.6 + 0.45 * len(results)), layout="constrained")
         panels = figure.subplots(1, len(_PANELS), sharey=True)
-        for axes, (title, spec, value) in zip(panels, _PANELS, strict=True):
-            _draw(axes, results, title, spec, [value(one) for one in results])
+        for axes, (title, written, value) in zip(panels, _PANELS, strict=True):
+            _draw(axes, results, title, written, [value(one) for one in results])
         panels[0].set_yticks(range(len(results)), [one.engine for one in results])
         panels[0].set_ylim(len(results) - 0.4, -0.6)
         _draw_bounds(panels[0], results)
@@ -37,7 +41,13 @@ def parity_figure(results: Sequence[EngineResult], about: str) -> dict[str, byte
         return {f"parity.{kind}": figure_bytes(figure, kind, dpi=150) for kind in ("png", "svg")}
 
 
-def _draw(axes: Axes, results: Sequence[EngineResult], title: str, spec: str, values: Sequence[float | None]) -> None:
+def _draw(
+    axes: Axes,
+    results: Sequence[EngineResult],
+    title: str,
+    written: Callable[[float], str],
+    values: Sequence[float | None],
+) -> None:
     for place, (one, value) in enumerate(zip(results, values, strict=True)):
         if value is None:
             is_reference = one.state == "ok" and not place
@@ -52,7 +62,7 @@ def _draw(axes: Axes, results: Sequence[EngineResult], title: str, spec: str, va
             continue
         axes.barh(place, value, 0.6, color=RED if one.exceeds else GREEN if not place else BLUE)
         axes.annotate(
-            format(value, spec), (max(value, 0), place), (4, 0), textcoords="offset points", va="center", fontsize=9
+            written(value), (max(value, 0), place), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.35)

@@ -39,6 +39,11 @@ def fixed(number: float, decimals: int) -> str:
     return f"{number:.1g}" if number and not float(text) else text
 
 
+def three_digits(number: float) -> str:
+    """Format with three digits that count, and never fewer than stand before the point: 0.0123, 29.1, 2,370."""
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
 def figure_bytes(figure: Figure, kind: str, *, dpi: int = 300) -> bytes:
     """Render to ``"png"`` (of ``dpi``) or ``"svg"``, tight, the same bytes for the same figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kvsuite.errors import UserError
-from kvsuite.reporting.figure_style import fixed
+from kvsuite.reporting.figure_style import fixed, three_digits
 from kvsuite.suites.compression.figure import MOST_CASES, build_figure, colour, render_benchmark_comparison
 from kvsuite.suites.compression.table import comparison_legend
 
@@ -57,6 +57,13 @@ def test_colours_are_the_policies_whatever_a_case_is_called(row, policy, expecte
 )
 def test_small_numbers_do_not_print_as_zero(number, decimals, text):
     assert fixed(number, decimals) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.01234, "0.0123"), (29.06, "29.1"), (977.4, "977"), (3234.6, "3,235"), (-1673.5, "-1,674")]
+)
+def test_numbers_of_four_digits_have_no_exponent(number: float, text: str) -> None:
+    assert three_digits(number) == text
 
 
 def test_figure_is_the_originals(run, rows):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvsuite.reporting.figure_style import three_digits
+
 from .arms import PERCENTILES, Arm, Group, why_missing
 from .draw import arm_axis, log_steps, opacity, panels_by_group, say
 
@@ -82,7 +84,7 @@ def _lines(
                 alpha=opacity(arm),
             )
         highest = max(numbers.values())
-        ends = [f"{number:.3g}" for number in (min(numbers.values()), highest)]
+        ends = [three_digits(number) for number in (min(numbers.values()), highest)]
         axes.annotate(
             " … ".join(dict.fromkeys(ends)), (highest, place), xytext=(8, 0),
             textcoords="offset points", va="center", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvsuite.reporting.figure_style import BLUE, GREEN, RED, house_style
+from kvsuite.reporting.figure_style import BLUE, GREEN, RED, house_style, three_digits
 
 from .arms import Arm, Group
 from .course import Course, decided
@@ -116,8 +116,10 @@ def _draw(panels: Sequence[Axes], one: Run, end: float) -> None:
 
 def _headline(one: Run) -> str:
     speed = one.arm.value("output_tok_s")
-    done = f"the last token after {one.course.end_s:.3g} s"
-    return f"{one.arm.label}: {done}" + (f", {speed:.3g} output tokens / s (median of the rounds)" if speed else "")
+    done = f"the last token after {three_digits(one.course.end_s)} s"
+    return f"{one.arm.label}: {done}" + (
+        f", {three_digits(speed)} output tokens / s (median of the rounds)" if speed else ""
+    )
 
 
 def _draw_requests(axes: Axes, course: Course) -> None:
