@@ -281,13 +281,15 @@ def _image_label(own: PipelineOptions) -> str | None:
     Raises
     ------
     UserError
-        If there is such a file that cannot be read. One that is not there is for `refuse_load` to tell.
+        If there is no such file, or it cannot be read.
     """
     if own.pipeline_image is None or own.pipeline_image == RANDOM:
         return own.pipeline_image
     file = expanded(own.pipeline_image)
     if not file.is_file():
-        return f"{file.name}@missing"
+        raise UserError(
+            f"--kv-pipeline-image={own.pipeline_image}: no such file; give a PNG, JPEG or .npy file, or random"
+        )
     try:
         with file.open("rb") as stream:
             return f"{file.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:12]}"

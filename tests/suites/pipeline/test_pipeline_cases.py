@@ -379,3 +379,6 @@ def test_an_image_is_known_by_what_is_in_its_file(tmp_path: Path, monkeypatch: p
     assert labels[0] == "cat.png@" + hashlib.sha256(b"a").hexdigest()[:12]
     assert labels[3].startswith("random@")
     assert labels[4] == "random"
+    # told before anything is loaded or written
+    with pytest.raises(UserError, match=r"--kv-pipeline-image=d/cat.png: no such file; give a PNG, JPEG or .npy file"):
+        cases(variants="baseline", pipeline_image="d/cat.png")
