@@ -23,80 +23,9 @@ from typing import Any
 
 import psutil
 
-MODULE = """
-import json
-import os
-import time
-from pathlib import Path
-from types import SimpleNamespace
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cluster"))
 
-from kvsuite.case import Case
-from kvsuite.engines.engine import Engine, Session
-from kvsuite.suites.suite import Suite
-
-
-class SleepingSession(Session):
-    device = SimpleNamespace(type="cpu", index=None)
-    dtype_name, tokenizer, vocab_size = "float32", None, 256
-
-    def prepare(self, case):
-        self.effective = {"pid": os.getpid()}
-
-    def serve(self, requests, clock=None):
-        raise NotImplementedError
-
-    memory = reach = full_kv_bytes = serve
-
-
-class SleepingEngine(Engine):
-    name = "sleeping"
-
-    def unavailable(self, device):
-        return None
-
-    def version(self):
-        return {"sleeping": "1"}
-
-    def load(self, case, settings):
-        return SleepingSession()
-
-
-class SleepingSuite(Suite):
-    name = "sleeping"
-    headline = ("kv_bytes_exact",)
-
-    def cases(self, options):
-        count, seconds = json.loads((Path(__file__).parent / "script.json").read_text())
-        return [
-            Case("sleeping", "sleeping", "dummy:tiny", f"c{at}", "cpu", "float32", params={"at": at, "s": seconds})
-            for at in range(count)
-        ]
-
-    def measure(self, case, session, run):
-        begin = time.time()
-        time.sleep(case.params["s"])
-        run.found.put("kv_bytes_exact", case.params["at"])
-        run.found.samples["clock"] = [begin, time.time()]
-        return run.found
-"""
-POINTS = (
-    "[kvsuite.suites]\nsleeping = sleeping:SleepingSuite\n\n[kvsuite.engines]\nsleeping = sleeping:SleepingEngine\n"
-)
-TEST = (
-    "import pytest\n\n\n@pytest.mark.kv_suite('sleeping')\ndef test_sleeping(kv_case, kv_run):\n    kv_run(kv_case)\n"
-)
-
-
-def install(folder: Path, cases: int, seconds: float) -> None:
-    """Write the package, its entry points and the test."""
-    (folder / "sleeping.py").write_text(MODULE)
-    (folder / "script.json").write_text(json.dumps([cases, seconds]))
-    told = folder / "sleeping-1.dist-info"
-    told.mkdir()
-    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: sleeping\nVersion: 1\n")
-    (told / "entry_points.txt").write_text(POINTS)
-    (told / "RECORD").write_text("sleeping.py,,\n")
-    (folder / "test_sleeping.py").write_text(TEST)
+from scripted_package import BENCHMARK, install
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -118,11 +47,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        install(folder, given.cases, given.seconds)
+        does = str(given.seconds)
+        install(folder, [{"name": f"c{at}", "model": "tiny", "bytes": at, "does": does} for at in range(given.cases)])
+        (folder / "test_scripted.py").write_text(BENCHMARK)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (place, os.environ.get("PYTHONPATH"))))
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": given.workers, "include_dashboard": False})
         command = [
-            sys.executable, "-m", "pytest", "-q", "test_sleeping.py", "--kv-cluster=auto", "--kv-cluster-cores=1",
+            sys.executable, "-m", "pytest", "-q", "test_scripted.py", "--kv-cluster=auto", "--kv-cluster-cores=1",
             "--kv-device=cpu", "-p", "no:cacheprovider",
         ]  # fmt: skip
         environment = os.environ | {"RAY_ADDRESS": cluster.address}
@@ -132,7 +63,10 @@ def main() -> None:
             while process.poll() is None:
                 time.sleep(5)
                 try:
-                    memory.append((len(lines(folder)), psutil.Process(process.pid).memory_info().rss))
+                    held = psutil.Process(process.pid).memory_info().rss
+                    # one that has ended and was not waited for yet holds nothing
+                    if held:
+                        memory.append((len(lines(folder)), held))
                 except psutil.Error:
                     break
             code = process.wait()

@@ -27,13 +27,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from nano_session import Session, release
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
@@ -46,6 +47,10 @@ from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "nanovllm"))
+
+from launches import Launches
 
 FACTOR = 5
 POLICIES = ("streaming_llm", "knorm", "snapkv", "h2o")
@@ -213,18 +218,6 @@ def marks(session: Session) -> tuple[Callable[[], None], Callable[[], tuple[floa
         return first.elapsed_time(last) / 1e3, launched
 
     return begin, end
-
-
-class Launches(TorchDispatchMode):
-    """Counts what torch is asked to compute, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 class Seen:

@@ -255,6 +255,17 @@ def require_plain(requests: Sequence[ServeRequest], engine: str, concurrency: in
     """
     refuse_images(requests, engine)
     _refuse_scored(requests, engine)
+    require_loop(requests, concurrency)
+
+
+def require_loop(requests: Sequence[ServeRequest], concurrency: int | None) -> None:
+    """Refuse arrivals in a closed loop (of ``concurrency`` requests at a time), where requests come as others end.
+
+    Raises
+    ------
+    ValueError
+        If a closed loop is given arrivals, or is of no request.
+    """
     if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
         raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
 

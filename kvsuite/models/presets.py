@@ -24,6 +24,23 @@ _QWEN3: dict[str, Any] = {
     "eos_token_id": 151_645,
 }
 
+_TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": _rope(10_000.0),
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # meta-llama/Meta-Llama-3-8B
     "Llama-3-8B": {
@@ -179,22 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     # ours, for tests: 4 layers of Llama, 2 KV heads
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _rope(10_000.0),
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "tiny": _TINY,
     # ours, for tests: the same behind a CLIP of one layer, 4 tokens an image
     "tiny-llava": {
         "model_type": "llava",
@@ -204,22 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vision_feature_select_strategy": "default",
         "image_seq_length": 4,
         "tie_word_embeddings": False,
-        "text_config": {
-            "model_type": "llama",
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _rope(10_000.0),
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        "text_config": _TINY,
         "vision_config": {
             "model_type": "clip_vision_model",
             "hidden_size": 32,

@@ -60,7 +60,7 @@ class ScriptedSuite(Suite):
 
     def measure(self, case, session, run):
         run.phase("decode")
-        does = case.params["does"]
+        does, begun = case.params["does"], time.time()
         with (Path(__file__).parent / "began.txt").open("a") as file:
             file.write(f"{case.name} {os.getpid()}\\n")
         if does == "segfault":
@@ -77,6 +77,7 @@ class ScriptedSuite(Suite):
         else:
             time.sleep(float(does))
         run.found.put("kv_bytes_exact", case.params["bytes"])
+        run.found.samples["clock"] = [begun, time.time()]
         return run.found
 """
 POINTS = """[kvsuite.suites]

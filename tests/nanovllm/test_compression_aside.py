@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import VOCAB, greedy, loaded, prompts, text
+from forced_output import forced_logits
 from hand_aside import HandAside
 from kept_positions import turning
 from prompt_policies import EVERY
@@ -50,25 +51,11 @@ def served(
     """Logits ``[output, vocab]`` of every request, and the runtime that gave them, closed."""
     policy, rotation, small = made(name, own or {}, **limits)
     runtime = Runtime(loaded("llama"), small, policy=policy, rotation=rotation, stage=stage, overlap=overlap)
-    try:
-        if aside is not None:
-            runtime.compression._aside = aside
-        if put_back == "reuse":
-            for table in runtime.tables:
-                table.fence_of = lambda row: None
-        seen = LogitsByRequest(runtime)
-        texts = given if given is not None else prompts([length + OUTPUT for length in LENGTHS])
-        requests = [runtime.add(greedy(one[:-OUTPUT], OUTPUT, forced=one[-OUTPUT:])) for one in texts]
-        while runtime.unfinished:
-            runtime.step()
-            if runtime.counters.steps in preempt_at:
-                runtime.scheduler.preempt_for(greedy([1], 1))
-        assert [request.reason for request in requests] == ["length"] * len(requests)
-        found = [seen.of(request)[-OUTPUT:] for request in requests]
-    finally:
-        runtime.close()
-    if aside is not None:
-        aside.do_all()
+    if put_back == "reuse":
+        for table in runtime.tables:
+            table.fence_of = lambda row: None
+    texts = given if given is not None else prompts([length + OUTPUT for length in LENGTHS])
+    found = forced_logits(runtime, texts, OUTPUT, aside=aside, preempt_at=preempt_at)
     if not put_back:
         assert_nothing_lost(runtime)
     return found, runtime

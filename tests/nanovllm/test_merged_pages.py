@@ -14,9 +14,10 @@ import pytest
 import torch
 from compressor_weights import random_weights, written
 from decoders import greedy, loaded, prompts, text
+from forced_output import forced_logits
 from hand_aside import HandAside
 from image_prompts import MIXED
-from serving import LogitsByRequest, assert_nothing_lost, serving
+from serving import assert_nothing_lost, serving
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -28,7 +29,7 @@ from kvsuite.engines.hf.applicable import prepare_merging
 from kvsuite.engines.hf.decoder import CachedDecoder
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.limits import Limits
-from kvsuite.nanovllm.request import Status
+from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.reservation import Reservation, largest_after_prompt
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -91,25 +92,11 @@ def served(
         "prefix_caching": True,
     }  # fmt: skip
     runtime = Runtime(loaded("llama"), Limits(**(small | limits)), policy=policy, stage=stage, overlap=False)
-    try:
-        if aside is not None:
-            runtime.compression._aside = aside
-        seen = LogitsByRequest(runtime)
-        requests = []
-        for one, spans in zip(asked(), images, strict=True):
-            request = greedy(one[:-OUTPUT], OUTPUT, forced=one[-OUTPUT:])
-            request.image_spans = spans
-            requests.append(runtime.add(request))
-        while runtime.unfinished:
-            runtime.step()
-            if runtime.counters.steps in preempt_at:
-                runtime.scheduler.preempt_for(greedy([1], 1))
-        assert [request.reason for request in requests] == ["length"] * len(requests)
-        found = [seen.of(request)[-OUTPUT:] for request in requests]
-    finally:
-        runtime.close()
-    if aside is not None:
-        aside.do_all()
+
+    def show(index: int, request: Request) -> None:
+        request.image_spans = images[index]
+
+    found = forced_logits(runtime, asked(), OUTPUT, aside=aside, preempt_at=preempt_at, change=show)
     assert_nothing_lost(runtime)
     return found, runtime
 

@@ -9,10 +9,10 @@ import torch
 from decoders import loaded, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import Launches
 from serving import serving
 from test_paged_compression import rotation_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
@@ -89,18 +89,6 @@ def test_together_is_one_by_one(
         assert tokens == expected
         assert all(map(torch.equal, keys, expected_keys))
         assert len(keys) == len(expected_keys)
-
-
-class Launches(TorchDispatchMode):
-    """Counts what torch is asked to compute, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("length", "caching"), [(20, False), (6, False), (6, True)])

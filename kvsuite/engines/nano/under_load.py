@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from kvsuite.engines.capabilities import require_loop
 from kvsuite.engines.results import Lane, OutputScores, RequestServed, Served, ServeRequest, StepServed
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.request import Request, Status
@@ -41,8 +42,7 @@ def serve_under_load(runtime: Runtime, requests: Sequence[ServeRequest], *, conc
     ValueError
         If a closed loop is given arrivals.
     """
-    if concurrency is not None and (concurrency < 1 or any(one.arrival_s for one in requests)):
-        raise ValueError(f"concurrency={concurrency}: at least 1, and requests without arrivals of their own")
+    require_loop(requests, concurrency)
     own = [Request(list(one.prompt), exactly(one.new_tokens), forced=one.forced, images=one.images) for one in requests]
     scored = [(request, asked) for request, asked in zip(own, requests, strict=True) if asked.scored]
     scorer = OutputScorer(runtime, scored) if scored else None

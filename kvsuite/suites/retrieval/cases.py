@@ -76,74 +76,91 @@ def retrieval_cases(options: Options) -> list[Case]:
         refuse_long_residual(stored, min(own.task_lengths), "--kv-task-lengths")
     if REUSE in own.task and len(own.task_depths) > 4:
         raise UserError(f"--kv-task-depths: task {REUSE} asks one context of four facts; give four depths or fewer")
-    generated = [
+    return [
         Case(
             suite="retrieval",
-            engine=("nano" if task == REUSE else "hf") if common.engine == "auto" else common.engine,
+            engine=asked.engine if common.engine == "auto" else common.engine,
             model=common.model,
-            name=stored.named("-".join([task, str(length), method.name, *([] if chosen == NONE else [chosen])])),
+            name=stored.named("-".join([asked.name, method.name, *([] if chosen == NONE else [chosen])])),
             device=device,
             dtype=dtype_of(options, device, chosen),
             quantization=None if chosen == NONE else chosen,
             policy=method.policy,
             policy_params=method.parameters,
-            workload={
-                "protocol": "compress-then-ask",
-                "corpus": common.corpus,
-                "task": task,
-                "depths": list(own.task_depths),
-                "num_samples": own.task_samples,
-                "seed": common.seed,
-                "prompt_tokens": length,
-                "max_new_tokens": _ASKED_TOKENS,
-                "batch": 1,
-            },
-            params={"method": method.name, "question": SEEN if method.sees_question else "after"}
-            | common.attention_parameters
-            | stored.parameters
-            | (_served_in_turn(method, length) if task == REUSE else {}),
-        )
-        for task in own.task
-        for length in own.task_lengths
-        for chosen in selected_formats(options) or (NONE,)
-        for stored in stores
-        for method in methods
-        # of requests that are served, the question is part of the prompt in any case; questions in turn are behind each other,
-        # and each alone inside its own prompt would be compared with another prompt
-        if not (task in (REUSE, _MULTI_QUERY) and method.sees_question)
-    ]
-    return generated + [
-        Case(
-            suite="retrieval",
-            engine="hf" if common.engine == "auto" else common.engine,
-            model=common.model,
-            name=stored.named("-".join([task.name, method.name, *([] if chosen == NONE else [chosen])])),
-            device=device,
-            dtype=dtype_of(options, device, chosen),
-            quantization=None if chosen == NONE else chosen,
-            policy=method.policy,
-            policy_params=method.parameters,
-            workload={
-                "protocol": "compress-then-ask",
-                "published": task.kind,
-                "task": task.name,
-                "num_samples": own.task_samples,
-                "batch": 1,
-            },
+            workload={"protocol": "compress-then-ask", "num_samples": own.task_samples, "batch": 1} | asked.workload,
             params={
                 "method": method.name,
-                "question": SEEN if task.in_one_piece or method.sees_question else "after",
+                "question": SEEN if asked.shows_question or method.sees_question else "after",
             }
             | common.attention_parameters
-            | stored.parameters,
+            | stored.parameters
+            | (_served_in_turn(method, asked.in_turn) if asked.in_turn else {}),
         )
-        for task in chosen_tasks(options).values()
+        for asked in [*_generated(common, own), *_published(options)]
         for chosen in selected_formats(options) or (NONE,)
         for stored in stores
         for method in methods
-        # where context and question come in one piece every method sees it
-        if not (task.in_one_piece and method.sees_question)
+        if not (asked.question_has_its_place and method.sees_question)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What is asked of every cache.
+
+    Parameters
+    ----------
+    name
+        In ids, before the method's.
+    engine
+        Where none is named.
+    workload
+        Its own part.
+    shows_question
+        Context and question come in one piece, so that every method sees it.
+    question_has_its_place
+        No method can be shown the question beside those that are not.
+    in_turn
+        Tokens of the context that requests in turn share; 0 where there are no such requests.
+    """
+
+    name: str
+    engine: str = "hf"
+    workload: dict[str, Any]
+    shows_question: bool = False
+    question_has_its_place: bool = False
+    in_turn: int = 0
+
+
+def _generated(common: CommonOptions, own: RetrievalOptions) -> Iterator[_Asked]:
+    for task in own.task:
+        for length in own.task_lengths:
+            yield _Asked(
+                name=f"{task}-{length}",
+                engine="nano" if task == REUSE else "hf",
+                workload={
+                    "corpus": common.corpus,
+                    "task": task,
+                    "depths": list(own.task_depths),
+                    "seed": common.seed,
+                    "prompt_tokens": length,
+                    "max_new_tokens": _ASKED_TOKENS,
+                },
+                # of requests that are served, the question is part of the prompt in any case; questions in turn are behind
+                # each other, and each alone inside its own prompt would be compared with another prompt
+                question_has_its_place=task in (REUSE, _MULTI_QUERY),
+                in_turn=length if task == REUSE else 0,
+            )
+
+
+def _published(options: Options) -> Iterator[_Asked]:
+    for task in chosen_tasks(options).values():
+        yield _Asked(
+            name=task.name,
+            workload={"published": task.kind, "task": task.name},
+            shows_question=task.in_one_piece,
+            question_has_its_place=task.in_one_piece,
+        )
 
 
 def is_published(case: Case) -> bool:

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_write_gguf import made
 from torch import Tensor
-from vllm_sessions import case, load
+from vllm_sessions import case, load, save_small
 
 from kvsuite.case import Case
 from kvsuite.engines.capabilities import GivesLogits, ScoresThroughCache
@@ -35,15 +33,7 @@ def scoring(model: Path, engine: str = "vllm", **params: str) -> Case:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    model = made("qwen3", head_dim=64)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name and "embed" not in name:
-                # attention of the usual weights is flat
-                weight.mul_(8)
-    model.save_pretrained(folder)
-    return folder
+    return save_small(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
