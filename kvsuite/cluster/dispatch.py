@@ -16,7 +16,7 @@ from kvsuite.survival.death import Cause, crashed_row
 from kvsuite.survival.settings import machine_differences
 
 from .hands import Hands, Lost
-from .orders import BEGIN_S, Answer, Node, Order, Ready
+from .orders import BEGIN_S, CaseAnswer, Node, Order, Ready
 from .reference import Reference
 
 #: seconds between two looks for hosts that have come
@@ -65,7 +65,7 @@ class Finished:
     """
 
     order: Order
-    answer: Answer
+    answer: CaseAnswer
     node: Node
     workers: int
     gpu: str | None
@@ -297,7 +297,7 @@ class Dispatch:
         need, room = self.footprints.get(order.id), ready.memory_bytes
         return _ABLE if need is None or room is None or need.fits(room) != "no" else _ABLE - 1
 
-    def _answered(self, number: int, hand: _Hand, answer: Answer) -> Finished | None:
+    def _answered(self, number: int, hand: _Hand, answer: CaseAnswer) -> Finished | None:
         """A worker has answered. What would end the run ends it once a second host says such a thing, or no other is there."""
         order, hand.order = hand.order, None
         assert order is not None
@@ -344,5 +344,5 @@ class Dispatch:
         environment = hand.ready.environment
         row = order.record(self.options, environment)
         entry = {"row": row, "phase": "unknown", "began": hand.since}
-        answer = Answer(crashed_row(entry, cause), None, environment)
+        answer = CaseAnswer(crashed_row(entry, cause), None, environment)
         return Finished(order, answer, node, hand.company, hand.ready.gpu)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .orders import Answer, Node, Order, Ready
+from .orders import CaseAnswer, Node, Order, Ready
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Hands(Protocol):
         """Start a worker on a host; its first news is a `Ready`."""
 
     def give(self, worker: int, order: Order) -> None:
-        """Let a worker measure; its next news is an `Answer`."""
+        """Let a worker measure; its next news is a `CaseAnswer`."""
 
-    def news(self, timeout_s: float) -> tuple[int, Ready | Answer | Lost] | None:
+    def news(self, timeout_s: float) -> tuple[int, Ready | CaseAnswer | Lost] | None:
         """What a worker has to say, ``None`` if none has in so many seconds. A worker that is lost is never heard of again."""
 
     def stop(self, worker: int) -> None:

@@ -22,7 +22,7 @@ from kvsuite.record import Record
 from kvsuite.survival.black_box import BlackBox
 from kvsuite.survival.death import die_with_parent
 
-from .orders import Answer, Order, Ready, Setup
+from .orders import CaseAnswer, Order, Ready, Setup
 
 
 class _BoxBesideThis(BlackBox):
@@ -37,7 +37,7 @@ class _BoxBesideThis(BlackBox):
 
 
 def main(descriptor: int) -> None:
-    """Answer a `Setup` with a `Ready` (or a text that says why not), and every `Order` with an `Answer`, until nobody asks.
+    """Answer a `Setup` with a `Ready` (or a text that says why not), and every `Order` with a `CaseAnswer`, until nobody asks.
 
     Before an answer come the entries of the case's black box, as they are made.
 
@@ -129,12 +129,12 @@ class _Measuring:
         reasons = {(name, device): self._sessions.engine(name).unavailable(device) for name, device in self._uses}
         return {use: reason for use, reason in reasons.items() if reason is not None}
 
-    def measure(self, order: Order) -> Answer:
+    def measure(self, order: Order) -> CaseAnswer:
         self._box.begin(order.record(self._setup.options, self.environment), self.environment)
         try:
             measured = self._runner.run(order.case, order.id, order_index=order.order_index)
         except UserError as error:
-            return Answer(None, None, self.environment, usage_error=str(error))
+            return CaseAnswer(None, None, self.environment, usage_error=str(error))
         runner, niceness = self._runner, os.nice(0)
         if niceness > 0:
             measured.record.warnings.append(
@@ -142,7 +142,7 @@ class _Measuring:
                 "Ray there with RAY_worker_niceness=0"
             )
         is_spent = bool(runner.poisoned or runner.timed_out or runner.spent)
-        return Answer(measured.record.to_dict(), measured.tokens, self.environment, is_spent=is_spent)
+        return CaseAnswer(measured.record.to_dict(), measured.tokens, self.environment, is_spent=is_spent)
 
     def _tell_box(self, record: Record, phase: str) -> None:
         record.env = digest(self.environment)

@@ -124,7 +124,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CaseAnswer:
     """What became of an `Order`.
 
     Parameters

@@ -20,7 +20,7 @@ from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible
 
 from .hands import Lost
-from .orders import Answer, Node, Order, Ready, Setup
+from .orders import CaseAnswer, Node, Order, Ready, Setup
 from .worker import Worker
 
 INSTALL = 'pip install "kvsuite[cluster]"'
@@ -172,11 +172,11 @@ class RayCluster:
         return self._number
 
     def give(self, worker: int, order: Order) -> None:
-        """Let a worker measure; its next news is an `Answer`."""
+        """Let a worker measure; its next news is a `CaseAnswer`."""
         self._asked[worker] = self._actors[worker].alive.remote()
         self._pending[self._actors[worker].measure.remote(order)] = worker
 
-    def news(self, timeout_s: float) -> tuple[int, Ready | Answer | Lost] | None:
+    def news(self, timeout_s: float) -> tuple[int, Ready | CaseAnswer | Lost] | None:
         """What a worker has to say, ``None`` if none has in so many seconds."""
         if not self._pending:
             threading.Event().wait(timeout_s)
@@ -190,7 +190,7 @@ class RayCluster:
             return None
         worker = self._pending.pop(done[0])
         try:
-            found: Ready | Answer = self._ray.get(done[0])
+            found: Ready | CaseAnswer = self._ray.get(done[0])
         except self._ray.exceptions.RayError as error:
             lost = self._lost(worker, error)
             self.stop(worker)

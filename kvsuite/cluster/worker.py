@@ -14,7 +14,7 @@ from kvsuite.measure.deadline import is_overdue, killed
 from kvsuite.options.sweep import SweepOptions
 from kvsuite.survival.death import Cause, cause_of, crashed_row
 
-from .orders import BEGIN_S, Answer, Order, Ready, Setup
+from .orders import BEGIN_S, CaseAnswer, Order, Ready, Setup
 
 _POLL_S = 0.2
 
@@ -52,7 +52,7 @@ class Worker:
     def alive(self) -> None:
         """Nothing: who answers was alive when it was asked."""
 
-    def measure(self, order: Order) -> Answer:
+    def measure(self, order: Order) -> CaseAnswer:
         """Measure a case; the death of the process that does is its row."""
         self._box = {}
         try:
@@ -107,28 +107,28 @@ class Worker:
         self.close()
         raise RuntimeError(f"the process that measures did not start: {found}")
 
-    def _asked(self, order: Order) -> Answer | None:
+    def _asked(self, order: Order) -> CaseAnswer | None:
         if self._channel is None:
             self._start()
         assert self._channel is not None
         self._channel.send(order)
         return self._received(self._channel)
 
-    def _received(self, channel: Connection) -> Answer | None:
+    def _received(self, channel: Connection) -> CaseAnswer | None:
         """The answer, ``None`` where the case has taken too long."""
         while True:
             while not channel.poll(_POLL_S):
                 if self._limit is not None and self._box and is_overdue(self._box, self._limit):
                     return None
-            news: dict[str, Any] | Answer = channel.recv()
-            if isinstance(news, Answer):
+            news: dict[str, Any] | CaseAnswer = channel.recv()
+            if isinstance(news, CaseAnswer):
                 return news
             self._box = news
 
-    def _crashed(self, order: Order, cause: Cause) -> Answer:
+    def _crashed(self, order: Order, cause: Cause) -> CaseAnswer:
         row = order.record(self._setup.options, self._environment)
         unbegun = {"row": row, "phase": "setup", "began": time.monotonic()}
-        return Answer(crashed_row(self._box or unbegun, cause), None, self._environment)
+        return CaseAnswer(crashed_row(self._box or unbegun, cause), None, self._environment)
 
     def _ended(self) -> Cause:
         """Cause of death of a process that has closed its connection."""

@@ -22,7 +22,7 @@ LEAST_GROUPS = 2
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptPart:
     """Consecutive tokens of one kind, positions ``start`` to ``stop - 1`` of a prompt.
 
     Parameters
@@ -102,7 +102,7 @@ class Merging(ByFactor):
         assert self.factor is not None
         return int(self.factor)
 
-    def parts(self, length: int, images: ImageSpans = ()) -> list[Part]:
+    def parts(self, length: int, images: ImageSpans = ()) -> list[PromptPart]:
         """The parts of a prompt in order, text and images in turn.
 
         Raises
@@ -110,7 +110,7 @@ class Merging(ByFactor):
         ValueError
             If the spans of the images are not in order, overlap, are empty or reach beyond the prompt.
         """
-        found: list[Part] = []
+        found: list[PromptPart] = []
         at = 0
         for start, stop in images:
             if not at <= start < stop <= length:
@@ -189,15 +189,15 @@ class Merging(ByFactor):
     def pooled(self, groups: Tensor, layers: Sequence[int], side: Side, *, is_image: bool) -> Tensor:
         """One vector ``[layers, g, head_dim]`` for each group ``[layers, g, factor * head_dim]``, whose tokens lie in order."""
 
-    def _part(self, start: int, stop: int, *, is_image: bool) -> Part:
+    def _part(self, start: int, stop: int, *, is_image: bool) -> PromptPart:
         groups = (stop - start) // self.group if self.group > 1 else 0
-        return Part(start, stop, is_image, groups if groups >= LEAST_GROUPS else 0)
+        return PromptPart(start, stop, is_image, groups if groups >= LEAST_GROUPS else 0)
 
-    def _side(self, vectors: Tensor, layers: Sequence[int], side: Side, parts: Sequence[Part]) -> Tensor:
+    def _side(self, vectors: Tensor, layers: Sequence[int], side: Side, parts: Sequence[PromptPart]) -> Tensor:
         import torch
 
         lead, width = vectors.shape[:-2], vectors.shape[-1]
-        merged: dict[Part, Tensor] = {}
+        merged: dict[PromptPart, Tensor] = {}
         for is_image in (False, True):
             # the groups of all parts of a kind in one product
             own = [part for part in parts if part.is_image == is_image and part.groups]

@@ -24,7 +24,7 @@ from .order import session_key
 from .plan import is_on, size_text
 from .progress import about
 from .recorded import RecordedCase, last_runs, recorded_cases
-from .simulation import Losses, SimulatedRun, Simulation, Times
+from .simulation import Losses, SimulatedRun, SweepSimulation, Times
 from .time_left import Correction, Kind, kind_of
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def simulated(
         for one in workers
     ]
     kinds = [card for card, each in enumerate(workers) for _ in range(each.count)]
-    return Simulation(Times(numbers, spent, loads), kinds, start_s=START_S, losses=losses, seed=seed).run()
+    return SweepSimulation(Times(numbers, spent, loads), kinds, start_s=START_S, losses=losses, seed=seed).run()
 
 
 def nodes_table(cases: Sequence[Case], options: Options) -> RenderableType:

@@ -87,7 +87,7 @@ class _Worker:
     is_lost: bool = False
 
 
-class Simulation:
+class SweepSimulation:
     """One sweep.
 
     Parameters

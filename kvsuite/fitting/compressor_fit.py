@@ -72,7 +72,7 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedCompressor:
     """What came of it.
 
     Parameters
@@ -105,7 +105,7 @@ def fit(
     settings: FitSettings,
     report: Report,
     better: Callable[[MlpWeights], None],
-) -> Fitted:
+) -> FittedCompressor:
     """Fit a compressor for a model.
 
     First every layer by itself, on what the answers attend to, which is quick and brings it near; then all of them together,
@@ -195,7 +195,7 @@ def fit(
             optimiser.step()
             losses.append(float(loss.detach()))
             step += 1
-    return Fitted(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
+    return FittedCompressor(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
 
 
 def _merged(lessons: Lessons, policy: Merging, first: int) -> tuple[Tensor, Tensor]:

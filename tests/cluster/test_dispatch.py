@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvsuite.case import Case
 from kvsuite.cluster.dispatch import Dispatch, Finished
 from kvsuite.cluster.hands import Lost
-from kvsuite.cluster.orders import Answer, Node, Order, Ready
+from kvsuite.cluster.orders import CaseAnswer, Node, Order, Ready
 from kvsuite.cluster.reference import Reference, of_controller, of_earlier
 from kvsuite.errors import UserError
 from kvsuite.options.resolve import default_options
@@ -80,7 +80,7 @@ class Cluster:
         self.began.append((order.id, self.homes[worker].name))
         self.queue[worker] = order
 
-    def news(self, timeout_s: float) -> tuple[int, Ready | Answer | Lost] | None:
+    def news(self, timeout_s: float) -> tuple[int, Ready | CaseAnswer | Lost] | None:
         speaks = [worker for worker in self.queue if worker not in self.hangs]
         if not speaks:
             return None
@@ -101,8 +101,8 @@ class Cluster:
         if fate in ("dead", "away"):
             return worker, Lost(False, fate, is_unbegun=fate == "dead", is_out_of_reach=fate == "away")
         if home.name in self.complaining:
-            return worker, Answer(None, None, environment(), usage_error="the disk is full")
-        return worker, Answer({"id": order.id, "status": fate}, None, environment())
+            return worker, CaseAnswer(None, None, environment(), usage_error="the disk is full")
+        return worker, CaseAnswer({"id": order.id, "status": fate}, None, environment())
 
     def stop(self, worker: int) -> None:
         self.stopped.append(worker)

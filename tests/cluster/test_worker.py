@@ -9,7 +9,7 @@ import pytest
 from scripted_package import cases, install
 
 from kvsuite.case import Case
-from kvsuite.cluster.orders import Answer, Order, Ready, Setup
+from kvsuite.cluster.orders import CaseAnswer, Order, Ready, Setup
 from kvsuite.cluster.worker import Worker
 from kvsuite.measure.source_hash import source_hash
 from kvsuite.metrics import BUILTIN
@@ -19,7 +19,7 @@ from kvsuite.store.validate import validate
 DOES = ["0", "segfault", "0", "fail"]
 
 
-def measured(folder: Path, does: list[str], timeout: str) -> tuple[Ready, list[Answer]]:
+def measured(folder: Path, does: list[str], timeout: str) -> tuple[Ready, list[CaseAnswer]]:
     """What a worker says of itself and of cases that do this."""
     scripted = cases(len(does), **{f"c{at}": one for at, one in enumerate(does)})
     planned = tuple(
@@ -41,12 +41,12 @@ def measured(folder: Path, does: list[str], timeout: str) -> tuple[Ready, list[A
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ready, list[Answer]]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ready, list[CaseAnswer]]:
     # a limit that no busy machine reaches: these cases take no time
     return measured(tmp_path_factory.mktemp("scripted"), DOES, timeout="120")
 
 
-def test_a_worker_says_what_it_found_around_it(told: tuple[Ready, list[Answer]]) -> None:
+def test_a_worker_says_what_it_found_around_it(told: tuple[Ready, list[CaseAnswer]]) -> None:
     ready, _ = told
     assert ready.refusal is None
     assert ready.code["kvsuite"] == source_hash()
@@ -56,7 +56,7 @@ def test_a_worker_says_what_it_found_around_it(told: tuple[Ready, list[Answer]])
     assert ready.memory_bytes is not None
 
 
-def test_each_end_of_a_case_is_its_own_row_alone(told: tuple[Ready, list[Answer]]) -> None:
+def test_each_end_of_a_case_is_its_own_row_alone(told: tuple[Ready, list[CaseAnswer]]) -> None:
     _, answers = told
     rows = [answer.record for answer in answers]
     assert all(row is not None for row in rows)
@@ -83,7 +83,7 @@ def test_a_case_that_hears_no_alarm_is_ended_by_its_worker(tmp_path: Path) -> No
     assert "did not stop within" in hung["reason"], "nobody inside it heard the alarm"
 
 
-def test_a_death_costs_a_process_and_an_error_none(told: tuple[Ready, list[Answer]]) -> None:
+def test_a_death_costs_a_process_and_an_error_none(told: tuple[Ready, list[CaseAnswer]]) -> None:
     pids = [answer.record["effective"].get("pid") for answer in told[1] if answer.record]
     assert pids[0] != pids[2]
     assert pids[2] == pids[3]

@@ -19,7 +19,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from kvsuite.cluster.orders import Answer, Ready
+from kvsuite.cluster.orders import CaseAnswer, Ready
 does, ran = {does!r}, Path({ran!r})
 channel = Connection(int(sys.argv[-1]))
 channel.recv()
@@ -29,7 +29,7 @@ with ran.open("a") as file:
     file.write("x")
 channel.send(Ready({{}}, {{}}, None, None))
 while True:
-    channel.send(Answer({{"id": channel.recv().id}}, None, {{}}))
+    channel.send(CaseAnswer({{"id": channel.recv().id}}, None, {{}}))
     if len(ran.read_text()) == 1:
         break
 os._exit(3)

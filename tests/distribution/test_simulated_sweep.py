@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kvsuite.case import Case
 from kvsuite.cluster.dispatch import Dispatch
-from kvsuite.cluster.orders import Answer, Node, Order, Ready
-from kvsuite.distribution.simulation import Losses, Simulation, Times
+from kvsuite.cluster.orders import CaseAnswer, Node, Order, Ready
+from kvsuite.distribution.simulation import Losses, SweepSimulation, Times
 from kvsuite.options.resolve import default_options
 from kvsuite.suites.footprint import Footprint
 
@@ -30,7 +30,7 @@ def times(costs: list[float], *, sessions: list[int] | None = None, load: float 
 @given(COSTS, st.integers(1, 6), st.sampled_from([None, 1000.0, 30.0, 2.0]), st.integers(0, 2**32))
 def test_every_case_ends_once_whatever_is_lost(costs: list[float], workers: int, mean: float | None, seed: int) -> None:
     losses = None if mean is None else Losses(mean, away_s=5.0)
-    run = Simulation(times(costs), [0] * workers, start_s=2.0, losses=losses, seed=seed).run()
+    run = SweepSimulation(times(costs), [0] * workers, start_s=2.0, losses=losses, seed=seed).run()
     ran = [case for cases in run.ran for case in cases]
     assert Counter(ran) + Counter(run.crashed) == Counter(range(len(costs)))
     assert len(set(run.repeated)) == len(run.repeated), "a case is given back once"
@@ -65,7 +65,7 @@ class TimedHands:
         return number
 
     def give(self, worker: int, order: Order) -> None:
-        self._push(self.now + self._took(self._homes[worker], order, worker), worker, Answer({}, None, ENVIRONMENT))
+        self._push(self.now + self._took(self._homes[worker], order, worker), worker, CaseAnswer({}, None, ENVIRONMENT))
         self.ran[worker].append(order.order_index)
 
     def news(self, timeout_s: float) -> tuple[int, Any]:
@@ -101,7 +101,7 @@ def test_the_simulation_hands_out_what_the_cluster_does(
     for index, (_, is_large) in enumerate(cases):
         if is_large:
             costs[1][index] = None  # type: ignore[call-overload]
-    run = Simulation(Times(sessions, costs, [[0.25] * 5] * 2), [0] * large + [1] * small).run()
+    run = SweepSimulation(Times(sessions, costs, [[0.25] * 5] * 2), [0] * large + [1] * small).run()
 
     nodes = [Node(name, name, "10.0.0.1", slots) for name, slots in (("large", large), ("small", small)) if slots]
     last: dict[int, int] = {}
@@ -134,21 +134,25 @@ def test_the_simulation_hands_out_what_the_cluster_does(
 
 def test_a_model_is_loaded_once_a_worker_and_again_after_a_loss() -> None:
     sessions = [0] * 20 + [1] * 20
-    calm = Simulation(times([10.0] * 40, sessions=sessions, load=30.0), [0, 0]).run()
+    calm = SweepSimulation(times([10.0] * 40, sessions=sessions, load=30.0), [0, 0]).run()
     assert calm.loads == 2
     assert calm.seconds == 30 + 20 * 10
-    lossy = Simulation(times([10.0] * 40, sessions=sessions, load=30.0), [0, 0], losses=Losses(120.0), seed=1).run()
+    lossy = SweepSimulation(
+        times([10.0] * 40, sessions=sessions, load=30.0), [0, 0], losses=Losses(120.0), seed=1
+    ).run()
     assert lossy.loads > 2
     assert lossy.seconds > calm.seconds
 
 
 def test_a_case_runs_where_it_fits() -> None:
     small, large = [1.0, None, 1.0, None], [2.0, 2.0, 2.0, 2.0]
-    run = Simulation(Times([0] * 4, [small, large], [[0.0], [0.0]]), [0, 1]).run()
+    run = SweepSimulation(Times([0] * 4, [small, large], [[0.0], [0.0]]), [0, 1]).run()
     assert set(run.ran[0]) <= {0, 2}
     # the loss of a host gives a case back to one that had nothing left to do
     for seed in range(20):
-        lossy = Simulation(Times([0] * 4, [small, large], [[0.0], [0.0]]), [0, 1], losses=Losses(3.0), seed=seed).run()
+        lossy = SweepSimulation(
+            Times([0] * 4, [small, large], [[0.0], [0.0]]), [0, 1], losses=Losses(3.0), seed=seed
+        ).run()
         assert set(lossy.ran[0]) <= {0, 2}
         assert Counter(case for cases in lossy.ran for case in cases) + Counter(lossy.crashed) == Counter(range(4))
 
@@ -158,6 +162,8 @@ def test_ten_thousand_cases_with_losses() -> None:
     dice = random.Random(0)
     sessions = [dice.randrange(20) for _ in range(10_000)]
     costs = [[dice.uniform(5, 60) for _ in sessions] for _ in range(2)]
-    run = Simulation(Times(sessions, costs, [[30.0] * 20] * 2), [0] * 8 + [1] * 2, losses=Losses(100 * 3600.0)).run()
+    run = SweepSimulation(
+        Times(sessions, costs, [[30.0] * 20] * 2), [0] * 8 + [1] * 2, losses=Losses(100 * 3600.0)
+    ).run()
     assert sum(map(len, run.ran)) + len(run.crashed) == 10_000
     assert run.loads < 60

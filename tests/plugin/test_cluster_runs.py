@@ -17,7 +17,7 @@ import pytest
 
 from kvsuite.cluster import ray_cluster
 from kvsuite.cluster.measuring_process import _Measuring
-from kvsuite.cluster.orders import Answer, Node
+from kvsuite.cluster.orders import CaseAnswer, Node
 from kvsuite.survival.black_box import BlackBox
 
 DOES = os.environ.get("DOES", "")
@@ -48,7 +48,7 @@ class ThisProcess:
         self.measured += 1
         if self.measured > 2:
             if DOES == "refuse":
-                return worker, Answer(None, None, self.measuring.environment, usage_error="the disk is full")
+                return worker, CaseAnswer(None, None, self.measuring.environment, usage_error="the disk is full")
             if DOES == "end":
                 os.kill(os.getpid(), signal.SIGTERM)
         return worker, self.measuring.measure(order)

@@ -14,7 +14,7 @@ from kvsuite.case import digest
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.options.paths import expanded
 
-from .published_task import Asking, PublishedTask, Scored
+from .published_task import Asking, PublishedTask, ScoredTask
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -162,7 +162,7 @@ class LmEvalTask(PublishedTask):
         texts = [self._task.doc_to_text(documents[index]) for index in range(used)]
         return used, sum(len(str(text)) for text in texts) * (1 + int(self._task.config.num_fewshot or 0))
 
-    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
+    def score(self, asking: Asking, count: int, full: ScoredTask | None = None) -> ScoredTask:
         from lm_eval.evaluator import evaluate
 
         from .lm_eval_model import SessionModel
@@ -194,7 +194,7 @@ class LmEvalTask(PublishedTask):
             raise CaseInvalid(
                 f"--kv-lm-eval: task {name}: its metric {chosen[0]} is not from 0 to 1; give another task"
             )
-        return Scored(
+        return ScoredTask(
             scores=scores,
             rows=[_row(one) for one in first],
             hashes=hashes,
@@ -238,7 +238,7 @@ def _mean_of_samples(
     return None
 
 
-def _rule_of(full: Scored) -> tuple[str, str] | None:
+def _rule_of(full: ScoredTask) -> tuple[str, str] | None:
     """Metric and filter by which the full cache was scored."""
     if full.facts["score"] is None:
         return None

@@ -24,7 +24,7 @@ from .longbench_scores import (
     rouge_l,
     rouge_l_zh,
 )
-from .task_file import OPTION, Fitted, Prompt, TaskFile, refused, text_of, texts_of
+from .task_file import OPTION, FittedPrompt, Prompt, TaskFile, refused, text_of, texts_of
 
 INSTALL = "pip install 'kvsuite[longbench]'"
 #: score of an output by one right answer, told all classes
@@ -115,7 +115,7 @@ class LongBenchFile(TaskFile):
             self._dataset == "samsum" and len(output) > 1 and "\n" in tokenizer.decode([output[-1]])
         )
 
-    def fit(self, fitted: Fitted, most: int) -> Fitted:
+    def fit(self, fitted: FittedPrompt, most: int) -> FittedPrompt:
         """Cut out of the middle, so that as much is left of the begin as of the end: the published way."""
         whole = [*fitted.context, *fitted.question]
         if len(whole) <= most:
@@ -129,7 +129,7 @@ class LongBenchFile(TaskFile):
                 "context"
             )
         end = len(fitted.context) - left
-        return Fitted([*fitted.context[:half], *fitted.context[end:]], fitted.question, cut=end - half)
+        return FittedPrompt([*fitted.context[:half], *fitted.context[end:]], fitted.question, cut=end - half)
 
 
 @functools.cache

@@ -18,11 +18,11 @@ from kvsuite.suites.retrieval.options import RetrievalOptions
 from kvsuite.suites.retrieval.scores import Mean
 
 from .chosen_tasks import chosen_tasks
-from .published_task import Asking, PublishedTask, Scored
+from .published_task import Asking, PublishedTask, ScoredTask
 
 METRICS = ("task_score", "task_score_se", "task_score_full", "task_score_diff", "task_score_diff_se")
 #: what the full cache scores on each session's tasks, by task and count: every method is compared with it
-_FULL: WeakKeyDictionary[Session, dict[tuple[str, int], Scored]] = WeakKeyDictionary()
+_FULL: WeakKeyDictionary[Session, dict[tuple[str, int], ScoredTask]] = WeakKeyDictionary()
 
 
 def measure_published(case: Case, session: Session, run: CaseRun) -> None:
@@ -73,7 +73,7 @@ def measure_published(case: Case, session: Session, run: CaseRun) -> None:
     measure_context_memory(session, run, found.longest)
 
 
-def _full(case: Case, session: Session, run: CaseRun, task: PublishedTask, count: int) -> Scored:
+def _full(case: Case, session: Session, run: CaseRun, task: PublishedTask, count: int) -> ScoredTask:
     """Scores of the full cache in the model's dtype, computed once for all methods of a session."""
     held = _FULL.setdefault(session, {})
     if (task.name, count) not in held:
@@ -82,7 +82,7 @@ def _full(case: Case, session: Session, run: CaseRun, task: PublishedTask, count
     return held[task.name, count]
 
 
-def _put(run: CaseRun, found: Scored, full: Scored, *, is_full: bool) -> None:
+def _put(run: CaseRun, found: ScoredTask, full: ScoredTask, *, is_full: bool) -> None:
     put, bound = run.found.put, run.options.of(RetrievalOptions).task_bound
     put("task_context_tokens", fmean(found.contexts), contexts=len(found.contexts))
     put("task_kept_tokens", fmean(found.kept), contexts=len(found.kept))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredTask:
     """A task's samples behind one kind of cache.
 
     Parameters
@@ -69,7 +69,7 @@ class PublishedTask(ABC):
         """Samples of the first ``count`` that there are, and characters of all their prompts."""
 
     @abstractmethod
-    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
+    def score(self, asking: Asking, count: int, full: ScoredTask | None = None) -> ScoredTask:
         """Ask the first ``count`` samples, and score what comes back.
 
         Parameters

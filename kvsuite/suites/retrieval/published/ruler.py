@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from kvsuite.errors import UserError
 
-from .task_file import OPTION, Fitted, Prompt, TaskFile, refused, text_of, texts_of
+from .task_file import OPTION, FittedPrompt, Prompt, TaskFile, refused, text_of, texts_of
 
 #: tokens that are generated, by the family of a task
 NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
@@ -45,7 +45,7 @@ class RulerFile(TaskFile):
         given = _CONTROL.sub("\n", output.strip()).strip()
         return string_match_part(given, prompt.right) if self._family == "qa" else string_match_all(given, prompt.right)
 
-    def fit(self, fitted: Fitted, most: int) -> Fitted:
+    def fit(self, fitted: FittedPrompt, most: int) -> FittedPrompt:
         # a RULER of another length is another task
         return fitted
 

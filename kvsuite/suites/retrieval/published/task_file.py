@@ -15,7 +15,7 @@ from kvsuite.engines.questions import Asked, Question
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.suites.retrieval.samples import first_tokens
 
-from .published_task import Asking, PublishedTask, Scored
+from .published_task import Asking, PublishedTask, ScoredTask
 
 OPTION = "--kv-tasks-path"
 
@@ -43,7 +43,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedPrompt:
     """One prompt in tokens, and how many of them were cut out of its middle."""
 
     context: list[int]
@@ -77,7 +77,7 @@ class TaskFile(PublishedTask):
         """Score of an output, from 0 to 1."""
 
     @abstractmethod
-    def fit(self, fitted: Fitted, most: int) -> Fitted:
+    def fit(self, fitted: FittedPrompt, most: int) -> FittedPrompt:
         """A prompt of no more than ``most`` tokens; returned as it is where the benchmark shortens none."""
 
     @property
@@ -93,7 +93,7 @@ class TaskFile(PublishedTask):
         used = self._prompts[:count]
         return len(used), sum(len(one.context) + len(one.question) for one in used)
 
-    def score(self, asking: Asking, count: int, full: Scored | None = None) -> Scored:
+    def score(self, asking: Asking, count: int, full: ScoredTask | None = None) -> ScoredTask:
         prompts, most = self._prompts[:count], asking.most_tokens
         fitted = [_tokens(asking.tokenizer, prompt) for prompt in prompts]
         if most is not None:
@@ -119,7 +119,7 @@ class TaskFile(PublishedTask):
                 zip(prompts, fitted, answers, texts, scores, strict=True)
             )
         ]
-        return Scored(
+        return ScoredTask(
             scores=scores,
             rows=rows,
             hashes=[
@@ -146,7 +146,7 @@ class TaskFile(PublishedTask):
             else [],
         )
 
-    def _asked(self, asking: Asking, fitted: Fitted) -> Asked:
+    def _asked(self, asking: Asking, fitted: FittedPrompt) -> Asked:
         ends = functools.partial(self.ends, asking.tokenizer)
         context, question = fitted.context, fitted.question
         if asking.question_seen:
@@ -154,7 +154,7 @@ class TaskFile(PublishedTask):
         return Asked(context, (Question(question, (), self._new_tokens, ends),))
 
 
-def _tokens(tokenizer: Any, prompt: Prompt) -> Fitted:
+def _tokens(tokenizer: Any, prompt: Prompt) -> FittedPrompt:
     """Tokens of a prompt, split where the question begins.
 
     Where the tokenizer joins the end of the context and the begin of the question they are split each by itself: the context is
@@ -165,7 +165,7 @@ def _tokens(tokenizer: Any, prompt: Prompt) -> Fitted:
     question = whole[len(context) :] if whole[: len(context)] == context else _ids(tokenizer, prompt.question)
     if not context or not question:
         raise CaseInvalid(f"{OPTION}: line {prompt.line} has no context or no question; mend the file")
-    return Fitted([*first_tokens(tokenizer), *context], question)
+    return FittedPrompt([*first_tokens(tokenizer), *context], question)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -15,7 +15,7 @@ from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.hf.session import HfSession
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.suites.retrieval.published.lm_eval_tasks import INSTALL, LmEvalTask, load_lm_eval_tasks
-from kvsuite.suites.retrieval.published.published_task import Asking, Scored
+from kvsuite.suites.retrieval.published.published_task import Asking, ScoredTask
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason=f"lm-eval is not installed: {INSTALL}"
@@ -69,7 +69,7 @@ def by_lm_eval(name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-def require_same(ours: Scored, name: str, theirs: dict[str, Any]) -> None:
+def require_same(ours: ScoredTask, name: str, theirs: dict[str, Any]) -> None:
     samples = theirs["samples"][name]
     assert [one["sample"] for one in ours.rows] == [one["doc_id"] for one in samples]
     for row, sample in zip(ours.rows, samples, strict=True):

@@ -21,7 +21,7 @@ from kvsuite.suites.retrieval.published.chosen_tasks import read_task_file
 from kvsuite.suites.retrieval.published.longbench import LongBenchFile
 from kvsuite.suites.retrieval.published.measure import _put
 from kvsuite.suites.retrieval.published.ruler import RulerFile, string_match_all, string_match_part
-from kvsuite.suites.retrieval.published.task_file import Fitted
+from kvsuite.suites.retrieval.published.task_file import FittedPrompt
 from kvsuite.suites.retrieval.suite import RetrievalSuite
 
 NEEDLE = (
@@ -163,13 +163,13 @@ def test_longbench_is_cut_in_the_middle_and_the_record_says_so(tmp_path: Path) -
     assert (
         f"are longer than the {most} tokens that the model's 700 leave beside 32 of output: up to" in scored.warnings[0]
     )
-    fitted = task.fit(Fitted(list(range(100)), list(range(100, 110))), 60)
-    assert fitted == Fitted([*range(30), *range(80, 100)], list(range(100, 110)), cut=50)
+    fitted = task.fit(FittedPrompt(list(range(100)), list(range(100, 110))), 60)
+    assert fitted == FittedPrompt([*range(30), *range(80, 100)], list(range(100, 110)), cut=50)
     assert task.fit(fitted, 60) is fitted
     with pytest.raises(
         CaseInvalid, match="31 tokens is longer than half of the 60 that the model's 92 leave beside 32 of output"
     ):
-        task.fit(Fitted(list(range(100)), list(range(31))), 60)
+        task.fit(FittedPrompt(list(range(100)), list(range(31))), 60)
 
 
 def test_ruler_of_another_length_is_refused(tmp_path: Path) -> None:
