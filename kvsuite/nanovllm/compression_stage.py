@@ -163,7 +163,12 @@ class CompressionStage:
         policies = [eviction.policy for eviction in self._policies]
         if all(policy is None or policy.size_of_prompt(length, images) == length for policy in policies):
             return 0
-        return len(parts_of(self._policies, self.layers_per_step))
+        return self.steps_of_all_layers
+
+    @property
+    def steps_of_all_layers(self) -> int:
+        """Tokens behind a prompt after which all of its layers are merged, 0 where that is at its end."""
+        return 0 if self.layers_per_step is None else len(parts_of(self._policies, self.layers_per_step))
 
     def by_hand(self, request: Request, keep_indices: Sequence[Tensor | None] | Tensor) -> None:
         """See `kvsuite.nanovllm.runtime.Runtime.compress`."""

@@ -112,6 +112,13 @@ class Steered:
             controller.inert["async_compress"] = (
                 "with two lanes the prompt lane compresses, beside the decoding, whatever is decided"
             )
+        if controller.settings.dual and controller.settings.kind == "gemm":
+            controller.inert["auto_dual"] = (
+                "prompts and decoding have a lane each and go on at the same time: there is nothing to choose between, and the "
+                "schedule is that of auto-tune+greenctx"
+                if has_lanes
+                else "steps take prompts first or beside decoding as the runtime's limits say, whatever is decided"
+            )
         controller.inert["compression_streams"] = (
             "compression has one stream here, as it has beside a partition in the original; the number decides nothing"
         )
