@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
@@ -88,6 +89,7 @@ class CompressionStage:
         # prompts that are merged layer by layer, and what still reads them aside: steps need not come behind that
         self._merging: dict[int, LayerByLayer] = {}
         self._reading: dict[int, Fence] = {}
+        self._decided: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
         #: whether there is anything to do after a step: a policy, or requests that were compressed by hand
         self.active = bool(self._policies)
 
@@ -155,10 +157,10 @@ class CompressionStage:
     def merged_after(self, request: Request) -> int:
         """Tokens fed behind a prompt until what is merged of it takes its place: 0 where that is at its end.
 
-        Of a request that is computed again what was decided first.
+        Of a request whose prompt was complete before what was decided then.
         """
-        if request.merged_after or self.layers_per_step is None:
-            return request.merged_after
+        if (decided := self._decided.get(request)) is not None:
+            return decided
         images, length = request.image_spans, request.prompt_length
         policies = [eviction.policy for eviction in self._policies]
         if all(policy is None or policy.size_of_prompt(length, images) == length for policy in policies):
@@ -197,9 +199,11 @@ class CompressionStage:
             request.compressions.append((request.computed, keep))
             self.active = True
 
-    def fork(self, row: int, child: Request) -> None:
-        """Let a new sequence have the bookkeeping of another one."""
-        target = child.row
+    def fork(self, request: Request, child: Request) -> None:
+        """Let a new request have the bookkeeping of another one."""
+        row, target = request.row, child.row
+        if request in self._decided:
+            self._decided[child] = self._decided[request]
         for eviction in self._evictions:
             eviction.fork(row, target)
         if row in self._open:
@@ -224,7 +228,7 @@ class CompressionStage:
         """What concerns one request alone: the end of its prompt, and what was done by hand."""
         if self._policies and request.row >= 0 and request.computed == request.prompt_length:
             spared = self.spares(request)
-            after = 0 if spared else self.merged_after(request)
+            after = self._decided[request] = 0 if spared else self.merged_after(request)
             self._scheduler.settle(request, spared=spared, merged_after=after)
             if after:
                 self._merging[request.row] = LayerByLayer(request, parts_of(self._policies, self._layers_of(after)))

@@ -322,7 +322,7 @@ class Runtime:
         self.scheduler.take_row(child)
         for table in self.tables:
             table.fork(request.row, child.row)
-        self.compression.fork(request.row, child)
+        self.compression.fork(request, child)
         self.counters.logical_prompt_tokens += child.prompt_length
         return child
 

@@ -216,6 +216,29 @@ def test_what_is_reserved_is_enough_until_it_is_merged_and_behind_it(lanes: int,
             runtime.close()
 
 
+def test_what_was_decided_for_a_prompt_holds_when_it_is_computed_again(weights: str) -> None:
+    policy, prompt = mlp(weights), TEXTS[0][:-OUTPUT]
+    for first, then in ((1, None), (None, 1), (2, 1)):
+        runtime = made(policy, layers_per_step=first, num_blocks=64)
+        wanted = runtime.run([greedy(prompt, OUTPUT)])[0].output
+        runtime.close()
+        runtime = made(policy, layers_per_step=first, num_blocks=64)
+        try:
+            request = runtime.add(greedy(prompt, OUTPUT))
+            for _ in range(3):
+                runtime.step()
+            child = runtime.fork(request)
+            runtime.compression.layers_per_step = then
+            runtime.scheduler.preempt_for(greedy([1], 1))
+            runtime.scheduler.preempt_for(greedy([1], 1))
+            while runtime.unfinished:
+                runtime.step()
+            assert request.preemptions == child.preemptions == 1
+            assert request.output == child.output == wanted
+        finally:
+            runtime.close()
+
+
 def test_what_cannot_go_layer_by_layer_is_refused(weights: str) -> None:
     with pytest.raises(CaseInvalid, match="layers_per_step=4: policy streaming_llm keeps tokens"):
         made(get_policy("streaming_llm", factor=2), layers_per_step=4)

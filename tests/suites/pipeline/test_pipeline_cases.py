@@ -400,7 +400,7 @@ def test_layers_after_each_token_are_asked_of_what_merges_where_no_controller_ch
     assert len({case.name for case in found}) == len(found)
     # the others are what they were, key and all
     before = [case for case in cases(**typed | {"decode_layers_per_step": "off"}) if case.policy is not None]
-    assert [case.key for case in found if case not in paced] == [case.key for case in before]
+    assert [case for case in found if case not in paced] == before
     assert "layers_per_step" not in before[0].params["serving"]
     alone = cases(pipeline_method="mean_pool", decode_layers_per_step="2", variants="compression-only,triad")
     assert [case.name.removeprefix("synthetic-long-bs04-") for case in alone] == [
