@@ -79,7 +79,7 @@ def main() -> None:
         if name == "first prompt":
             phases.say(interpreter)
     print(f"  second prompt {phases.seconds['second prompt']:.3f} s, builds in it {phases.built('second prompt')}")
-    print("  " + json.dumps(dict(runtime.runner.facts))[:1500])
+    print("  " + json.dumps(dict(runtime.runner.facts))[:4000])
     if options.steps:
         times(runtime, options)
     runtime.close()
