@@ -142,7 +142,12 @@ class NanoSession(LoadedSession):
 
     def memory_model(self, architecture: Architecture) -> NanoMemory:
         return NanoMemory(
-            architecture, self.dtype_name, self.device.type, self._prompt_tokens, cache_format=self._format
+            architecture,
+            self.dtype_name,
+            self.device.type,
+            self._prompt_tokens,
+            cache_format=self._format,
+            flashinfer="torch flash" not in str(self.effective.get("attention")),
         )
 
     def reach(self, case: Case) -> Reach:

@@ -83,7 +83,7 @@ def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
     try:
         pool = predicted.part("kv_cache")
         assert pool == runtime.pool_bytes == pool_bytes(runtime, loaded.dtype.itemsize)
-        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups)
+        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups, flashinfer=True)
     finally:
         runtime.close()
     rotation = sum(buffer.nbytes for buffer in loaded.model.buffers())
@@ -204,10 +204,10 @@ def test_a_step_feeds_no_more_than_the_prompts_have() -> None:
 
 
 def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
-    from kvsuite.nanovllm import cuda_runner, flashinfer_attention
+    from kvsuite.nanovllm import flashinfer_attention, flashinfer_libraries
 
     assert flashinfer_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
-    assert cuda_runner._FLASHINFER_HEAD_DIMS == _FLASHINFER_HEAD_DIMS
+    assert flashinfer_libraries.HEAD_DIMS == _FLASHINFER_HEAD_DIMS
     wide, narrow = architecture_of("dummy:Llama-3-8B"), architecture_of("dummy:tiny")
     there, here, exact, odd = (
         NanoMemory(of, dtype, device).predict(point(512, 64, 1))
@@ -219,6 +219,16 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
     assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE
     for other in (here, exact, odd):
         assert all(found.name != "attention workspace" for found in other.terms)
+
+
+def test_without_flashinfer_the_keys_that_prompts_see_are_gathered() -> None:
+    model, where = architecture_of("dummy:Llama-3-8B"), point(1024, 512, 4)
+    found = NanoMemory(model, "bfloat16", "cuda", 600, flashinfer=False).predict(where)
+    # as what is unpacked: the end of a prompt, and much of the next
+    assert term(found, "gathered prompts").bytes == 2 * (38 + 32) * 16 * 8 * 128 * 2
+    assert all(one.name not in ("attention workspace", "unpacked prompts") for one in found.terms)
+    packed = NanoMemory(model, "bfloat16", "cuda", 600, cache_format=CacheFormat.parse("int8"), flashinfer=False)
+    assert term(packed.predict(where), "unpacked prompts").bytes == term(found, "gathered prompts").bytes
 
 
 @pytest.mark.parametrize(
