@@ -79,6 +79,14 @@ def pool_blocks(
     return min(sequences * whole, (sequences - 1) * steady + feeding)
 
 
+def stored_tokens(window: int | None, sinks: int, position: int) -> int:
+    """Tokens of a request in a layer once the one at a position is stored: whole blocks leave the window."""
+    if window is None:
+        return position + 1
+    head = _blocks(sinks, BLOCK_TOKENS) * BLOCK_TOKENS
+    return position + 1 - max(0, (position + 1 - window - head) // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
 def prompt_blocks(*, prompt: int, sequences: int, chunk: int, block_tokens: int = BLOCK_TOKENS) -> int:
     """Blocks that the prompts of one step see at most: the end of one, whole ones behind it, the beginning of another.
 
@@ -243,6 +251,14 @@ class NanoMemory(PooledPredictor):
             ),
             default=0,
         )
+
+    def window_tokens(self, window: int, tokens: int) -> int:
+        """Tokens of a text that a layer with the model's own sliding window holds: whole blocks leave it."""
+        return stored_tokens(window, 0, tokens - 1)
+
+    def most_window_tokens(self, window: int, tokens: int) -> int:
+        """The most that it holds on the way there."""
+        return min(tokens, window + BLOCK_TOKENS - 1)
 
     def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
         """The cache in fewer bits: every other setting is an axis."""
