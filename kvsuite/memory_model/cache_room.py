@@ -10,7 +10,7 @@ from kvsuite.cache_formats import by_layer
 from kvsuite.cache_formats.by_layer import CountedFormat
 from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.errors import CaseInvalid
-from kvsuite.models.layers import ModelLayer
+from kvsuite.models.layers import Layer
 
 from .config import Architecture
 
@@ -86,7 +86,7 @@ def kv_bytes(
     if isinstance(architecture.cache, str):
         return architecture.kv_bytes(tokens, element_bytes)
 
-    def held(layer: ModelLayer) -> int:
+    def held(layer: Layer) -> int:
         if windows is None or layer.attention != "sliding" or layer.window is None:
             return layer.stored(tokens)
         return (windows.most_window_tokens if on_the_way else windows.window_tokens)(layer.window, tokens)
