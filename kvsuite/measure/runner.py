@@ -12,6 +12,7 @@ from typing import Any
 from kvsuite.case import Case, digest
 from kvsuite.engines.capabilities import lacking
 from kvsuite.engines.engine import Session
+from kvsuite.engines.engine_process import engine_pids
 from kvsuite.engines.registry import SessionPool
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.meters.clock import Clock, clock_for
@@ -30,6 +31,7 @@ from .deadline import CaseTimeout, alarm, stopped
 from .energy import RoundEnergy
 from .measurement import Measurement
 from .source_hash import others_code, source_hash
+from .unbuilt import without_builds
 
 _TRACEBACK_LINES = 20
 #: of torch, of Triton, and the driver's own words, which other libraries repeat
@@ -142,7 +144,7 @@ class CaseRunner:
         record.settings_hash = self._settings(case, record)
         timeout = self.options.of(SweepOptions).timeout
         begin = time.monotonic()
-        processes = GpuProcesses(case.device)
+        processes = GpuProcesses(case.device, engine_pids)
         try:
             with alarm(timeout):
                 if self.poisoned is not None and case.device_kind == "cuda":
@@ -228,7 +230,7 @@ class _Work:
             texts=runner.texts,
             planned=runner.planned,
             progress=progress,
-            rounds=watched(self.energy.metered(run_rounds), self.found.put),
+            rounds=without_builds(watched(self.energy.metered(run_rounds), self.found.put)),
             clock=runner.clock,
             beside=runner.sessions.beside,
             begins=self.begins,

@@ -20,6 +20,7 @@ from kvsuite.engines.nano.memory_model import (
 from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
+from kvsuite.kernel_builds import BUILDS, PREPARE
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
@@ -87,12 +88,13 @@ class RuntimeHolder:
         partition: SmPartition | None = None,
         controller: Controller | None = None,
         partitions: Mapping[float, SmPartition] | None = None,
+        layers_per_step: int | None = None,
     ) -> Runtime:
         """A runtime with these limits and this very policy, with nothing to do.
 
         Parameters
         ----------
-        limits, policy, stage, lanes, partition, controller, partitions
+        limits, policy, stage, lanes, partition, controller, partitions, layers_per_step
             As for `Runtime`.
         captures
             Whether capturing decode steps is worth its time.
@@ -104,12 +106,12 @@ class RuntimeHolder:
         UserError
             If the device has no room for the pool.
         """
-        key = (limits, policy, captures, stage, lanes, id(partition), controller)
+        key = (limits, policy, captures, stage, lanes, id(partition), controller, layers_per_step)
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
         streams: dict[str, Any] = {"stage": stage, "lanes": lanes, "partition": partition}
-        streams |= {"controller": controller, "partitions": partitions}
+        streams |= {"controller": controller, "partitions": partitions, "layers_per_step": layers_per_step}
         runtime = self._make(limits, policy, captures, streams)
         self._held = (key, runtime)
         return runtime
@@ -126,7 +128,15 @@ class RuntimeHolder:
 
     def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
-        for name in ("decode_step_reason", "stage", "stepwise", "lanes", "kv_cache_dtype"):
+        for name in (
+            "decode_step_reason",
+            "stage",
+            "stepwise",
+            "lanes",
+            "kv_cache_dtype",
+            "layers_per_step",
+            "merged_after",
+        ):
             effective.pop(name, None)
         effective |= self.facts(runtime)
 
@@ -153,6 +163,8 @@ class RuntimeHolder:
             found["lanes"] = runtime.lanes
         if runtime.policy is not None:
             found |= {"stage": runtime.stage, "stepwise": runtime.policy.acts == "decode"}
+            if runtime.controller is None and (layers := runtime.compression.layers_per_step) is not None:
+                found |= {"layers_per_step": layers, "merged_after": runtime.compression.steps_of_all_layers}
         if step != "cuda_graph" and reason:
             found.setdefault("decode_step_reason", reason.removesuffix(")"))
         return found
@@ -173,6 +185,8 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
+        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2]:
+            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {PREPARE}")
         if captures and self._decode_step == "graph":
             facts = self.facts(runtime)
             if facts["decode_step"] != "cuda_graph":
@@ -182,10 +196,16 @@ class RuntimeHolder:
         return runtime
 
 
-def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup]) -> int:
-    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
+def has_flashinfer(runtime: Runtime) -> bool:
+    """Whether FlashInfer attends to prompts."""
+    return "flashinfer" in str(runtime.runner.facts["attention"])
 
-    As `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
+
+def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup], *, flashinfer: bool) -> int:
+    """Predicted bytes of a step's activations and logits; on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
+
+    Without ``flashinfer`` the keys and values that prompts see are gathered for torch's attention, layer by layer. As
+    `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)
@@ -206,14 +226,14 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerG
     blocks = prompt_blocks(
         prompt=limits.max_model_len, sequences=limits.max_num_seqs, chunk=limits.max_num_batched_tokens
     )
-    unpacked = max(
-        (
-            unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element)
-            for group in groups
-            if attention and group.format is not None and group.window is None
-        ),
-        default=0,
-    )
+    seen = [
+        (unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element), group.format)
+        for group in groups
+        if attention and group.window is None
+    ]
+    unpacked = max((size for size, form in seen if form is not None), default=0)
+    if not flashinfer:
+        attention = max((size for size, _ in seen), default=0)
     return activations + logits + products + attention + unpacked
 
 
