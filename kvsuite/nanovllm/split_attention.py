@@ -1,7 +1,9 @@
 """Attention of single tokens over paged keys, cut along the keys. Importing this module needs triton.
 
 For small batches: every sequence and key head is shared by so many programs that the device is full (flash decoding, Dao et
-al. 2023). Grid and buffers depend on shapes alone, so a captured step needs no plan on the host.
+al. 2023). A part has as many tokens in every sequence, so that a long one among short ones has more parts and not longer ones.
+Grid and buffers depend on shapes alone, so a captured step needs no plan on the host; programs behind the end of their sequence
+do nothing.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
@@ -25,6 +27,16 @@ _FEWEST_QUERIES = 16
 
 
 @triton.jit
+def _longest(lengths, sequences):
+    lanes = tl.arange(0, 128)
+    most = tl.full((128,), 1, dtype=tl.int32)
+    for at in range(0, sequences, 128):
+        most = tl.maximum(most, tl.load(lengths + at + lanes, mask=at + lanes < sequences, other=1))
+    return tl.max(most, axis=0)
+
+
+# a batch size must not cost a compilation
+@triton.jit(do_not_specialize=["sequences"])
 def _split_kernel(
     query,
     keys,
@@ -35,8 +47,10 @@ def _split_kernel(
     mixed,
     maxima,
     sums,
+    out,
     scale,
     table_stride,
+    sequences,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -49,11 +63,13 @@ def _split_kernel(
     HEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    # heads lie side by side in a page
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
-    span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
+    longest = length if SPLITS == 1 else _longest(lengths, sequences)
+    span = tl.cdiv(tl.cdiv(longest, SPLITS), TOKENS) * TOKENS
     start = split * span
     stop = tl.minimum(start + span, length)
     members = tl.arange(0, QUERIES)
@@ -90,10 +106,15 @@ def _split_kernel(
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(weights, axis=1)
         top = higher
-    place = heads * SPLITS + split
-    tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
-    tl.store(maxima + place, top, mask=members < GROUP)
-    tl.store(sums + place, total, mask=members < GROUP)
+    if SPLITS == 1:
+        found = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
+    else:
+        place = heads * SPLITS + split
+        tl.store(maxima + place, top, mask=members < GROUP)
+        if start < length:
+            tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
+            tl.store(sums + place, total, mask=members < GROUP)
 
 
 @triton.jit
@@ -107,17 +128,18 @@ def _merge_kernel(
         gdc_launch_dependents()
         gdc_wait()
     tops = tl.load(maxima + parts)
-    # a part that sees no token has -inf and weighs nothing; the query's own is always seen
+    # a part that sees no token weighs nothing, and may have left nothing else; the query's own token is always seen
+    seen = tops > float("-inf")
     weights = tl.exp2(tops - tl.max(tops, axis=0))
-    total = tl.sum(weights * tl.load(sums + parts), axis=0)
+    total = tl.sum(weights * tl.load(sums + parts, mask=seen, other=0.0), axis=0)
     if ROTATED:
         # lanes down, so that the sum of parts is where the sum over the matrix needs it
-        acc = tl.load(mixed + parts[None, :] * HEAD_DIM + lanes[:, None])
+        acc = tl.load(mixed + parts[None, :] * HEAD_DIM + lanes[:, None], mask=seen[None, :], other=0.0)
         rotated = tl.sum(acc * weights[None, :], axis=1)
         turned = tl.sum(hadamard_signs(lanes[:, None], lanes[None, :]) * rotated[:, None], axis=0)
         result = turned * (HEAD_DIM**-0.5) / total
     else:
-        acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :])
+        acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :], mask=seen[:, None], other=0.0)
         result = tl.sum(acc * weights[:, None], axis=0) / total
     tl.store(out + head * HEAD_DIM + lanes, result.to(out.dtype.element_ty))
 
@@ -132,7 +154,8 @@ def merge_splits(
     mixed
         float32 ``[S * heads * splits, head_dim]``: sums of values by weights ``2 ** (score - maximum)``.
     maxima, sums
-        float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token, and their sum.
+        float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token (the rest of such a
+        part is not read), and their sum.
     out
         ``[S, heads, head_dim]``, contiguous, overwritten.
     splits
@@ -150,7 +173,7 @@ def merge_splits(
 
 
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
-    """Parts that a sequence's keys are cut into: a power of two that gives at least two programs a processor."""
+    """Parts that the longest sequence's keys are cut into: a power of two that gives at least two programs a processor."""
     splits = 1
     while splits < 64 and sequences * kv_heads * splits < 2 * processors:
         splits *= 2
@@ -189,7 +212,7 @@ def split_attention(
     scale
         Factor of the scores.
     splits
-        A power of two, see `splits_for`.
+        Parts of the longest sequence, a power of two, see `splits_for`.
     dropped
         int32 ``[S]``: tokens between the sinks' blocks and the rest of the table that are gone; read where there is a window.
     window, sinks
@@ -204,11 +227,12 @@ def split_attention(
     sequences, heads, head_dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
     group = heads // kv_heads
-    mixed = torch.empty(sequences * heads * splits, head_dim, dtype=torch.float32, device=query.device)
-    maxima = torch.empty(sequences * heads * splits, dtype=torch.float32, device=query.device)
-    sums = torch.empty_like(maxima)
     out = torch.empty_like(query)
-    _split_kernel[(sequences, kv_heads, splits)](
+    # one part is all there is
+    parts = sequences * heads * splits if splits > 1 else 0
+    mixed = torch.empty(parts, head_dim, dtype=torch.float32, device=query.device)
+    maxima, sums = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
+    _split_kernel[(kv_heads, sequences, splits)](
         query,
         keys,
         values,
@@ -218,8 +242,10 @@ def split_attention(
         mixed,
         maxima,
         sums,
+        out,
         scale * _LOG2_E,
         tables.stride(0),
+        sequences,
         KV_HEADS=kv_heads,
         GROUP=group,
         QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(group)),
@@ -235,5 +261,6 @@ def split_attention(
         num_stages=stages,
         **launch_options(pdl),
     )
-    merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
+    if splits > 1:
+        merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
     return out
