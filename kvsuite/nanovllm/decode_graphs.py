@@ -97,6 +97,16 @@ class DecodeGraphs:
         """What attends, by captured size."""
         return {size: ", ".join(dict.fromkeys(self._steps[size].attention.kinds)) for size in sorted(self._steps)}
 
+    def rehearse(self) -> None:
+        """Run every size once, and keep nothing of it."""
+        for size in self.sizes:
+            batch = _narrowed(self._static, size)
+            _pad(batch, 0)
+            attention = self._attention.captured(batch, self._few_programs)
+            attention.begin(batch)
+            with torch.inference_mode():
+                self._forward(batch, attention)
+
     def capture(self) -> None:
         """Capture all sizes; the largest comes first, the others use its memory."""
         for size in reversed(self.sizes):
