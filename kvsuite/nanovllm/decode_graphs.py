@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
 from .flashinfer_captured import FEW_PROGRAMS
+from .halves import Halves
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
@@ -44,8 +45,11 @@ class CapturableAttention(Protocol):
     def why_not_capturable(self) -> str:
         """What stands against it."""
 
-    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> StaticAttention:
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS, *, halved: bool = False) -> StaticAttention:
         """Attention of decode steps over the static tensors of ``batch``."""
+
+
+StaticPart = tuple[StepBatch, StaticAttention]
 
 
 def default_sizes(most: int) -> list[int]:
@@ -73,6 +77,8 @@ class DecodeGraphs:
         Blocks of the longest sequence.
     few_programs
         See `FlashInferAttention.captured`.
+    halves
+        How steps of many sequences run in halves, ``None``: they do not.
     """
 
     def __init__(
@@ -82,8 +88,10 @@ class DecodeGraphs:
         sizes: Iterable[int],
         max_blocks: int,
         few_programs: int = FEW_PROGRAMS,
+        halves: Halves | None = None,
     ) -> None:
         assert attention.capturable
+        self._halves = halves
         self._forward = forward
         self._attention = attention
         self._few_programs = few_programs
@@ -95,17 +103,31 @@ class DecodeGraphs:
     @property
     def kinds(self) -> dict[int, str]:
         """What attends, by captured size."""
-        return {size: ", ".join(dict.fromkeys(self._steps[size].attention.kinds)) for size in sorted(self._steps)}
+        return {size: self._steps[size].kind for size in sorted(self._steps)}
 
     def rehearse(self) -> None:
         """Run every size once, and keep nothing of it."""
         for size in self.sizes:
-            batch = _narrowed(self._static, size)
+            batch = _rows(self._static, 0, size)
             _pad(batch, 0)
-            attention = self._attention.captured(batch, self._few_programs)
-            attention.begin(batch)
             with torch.inference_mode():
-                self._forward(batch, attention)
+                self._compute(self._parts(batch))
+
+    def _parts(self, batch: StepBatch) -> list[StaticPart]:
+        """The sequences of a step with their attention, in halves where that is faster."""
+        size = batch.sequences
+        if self._halves is None or size < self._halves.fewest:
+            return [(batch, self._attention.captured(batch, self._few_programs))]
+        cuts = [_rows(batch, 0, size // 2), _rows(batch, size // 2, size)]
+        return [(cut, self._attention.captured(cut, self._few_programs, halved=True)) for cut in cuts]
+
+    def _compute(self, parts: Sequence[StaticPart]) -> Tensor:
+        for batch, attention in parts:
+            attention.begin(batch)
+        if len(parts) == 1:
+            return self._forward(*parts[0])
+        assert self._halves is not None
+        return self._halves.forward(parts)
 
     def capture(self) -> None:
         """Capture all sizes; the largest comes first, the others use its memory."""
@@ -115,9 +137,8 @@ class DecodeGraphs:
     def step(self, size: int) -> _Step:
         """The captured step of one of the sizes; captured now if it was not yet."""
         if size not in self._steps:
-            step = _Step(
-                self._forward, self._attention, _narrowed(self._static, size), self._few_programs, self._memory
-            )
+            batch = _rows(self._static, 0, size)
+            step = _Step(batch, self._parts(batch), self._compute, self._memory)
             self._memory = step.memory
             self._steps[size] = step
         return self._steps[size]
@@ -149,12 +170,16 @@ class _Step:
     """One batch size, captured."""
 
     def __init__(
-        self, forward: Forward, attention: CapturableAttention, batch: StepBatch, few_programs: int, memory: Any
+        self,
+        batch: StepBatch,
+        parts: Sequence[StaticPart],
+        compute: Callable[[Sequence[StaticPart]], Tensor],
+        memory: Any,
     ) -> None:
         self.batch = batch
-        self.attention = attention.captured(batch, few_programs)
+        self.parts = parts
         self.memory: Any = None
-        self._forward = forward
+        self._compute = compute
         self._graph: Any = None
         _pad(batch, 0)
         self.prepare([])
@@ -162,23 +187,25 @@ class _Step:
             if batch.ids.device.type == "cuda":
                 self._capture(memory)
             else:
-                self.logits = self._once()
+                self.logits = self._compute(self.parts)
 
-    def _once(self) -> Tensor:
-        self.attention.begin(self.batch)
-        return self._forward(self.batch, self.attention)
+    @property
+    def kind(self) -> str:
+        """What attends."""
+        kinds = dict.fromkeys(kind for _, attention in self.parts for kind in attention.kinds)
+        return ", ".join(kinds) + ", in halves" * (len(self.parts) > 1)
 
     def _capture(self, memory: Any) -> None:
         # what is compiled or allocated at first use must not be captured
         side = _capture_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._once()
+            self._compute(self.parts)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=memory, stream=side):
-            self.logits = self._once()
+            self.logits = self._compute(self.parts)
         self.memory = self._graph.pool()
 
     def prepare(self, lengths: list[Tensor]) -> None:
@@ -190,14 +217,17 @@ class _Step:
             if lengths:
                 row[: lengths[number].shape[0]] = lengths[number]
             padded.append(row)
-        self.attention.prepare(padded)
+        start = 0
+        for batch, attention in self.parts:
+            attention.prepare([own[start : start + batch.sequences] for own in padded])
+            start += batch.sequences
 
     def replay(self) -> None:
         if self._graph is not None:
             self._graph.replay()
             return
         with torch.inference_mode():
-            self.logits = self._once()
+            self.logits = self._compute(self.parts)
 
 
 def _capture_stream(device: int) -> Any:
@@ -237,19 +267,21 @@ def _nothing() -> NDArray[np.int32]:
     return np.zeros((0, 0), dtype=np.int32)
 
 
-def _narrowed(batch: StepBatch, size: int) -> StepBatch:
-    """The first ``size`` rows of a static batch."""
+def _rows(batch: StepBatch, start: int, stop: int) -> StepBatch:
+    """Some rows of a static batch."""
+    size = stop - start
     return StepBatch(
-        ids=batch.ids[:size],
-        positions=batch.positions[:size],
+        ids=batch.ids[start:stop],
+        positions=batch.positions[start:stop],
+        # of single tokens: the same numbers wherever they begin
         query_start=batch.query_start[: size + 1],
         sample_rows=batch.sample_rows[:size],
         groups=tuple(
             GroupBatch(
-                slots=part.slots[:size],
-                kv_lengths=part.kv_lengths[:size],
-                block_tables=part.block_tables[:size],
-                dropped=part.dropped[:size],
+                slots=part.slots[start:stop],
+                kv_lengths=part.kv_lengths[start:stop],
+                block_tables=part.block_tables[start:stop],
+                dropped=part.dropped[start:stop],
                 kv_lengths_host=part.kv_lengths_host,
                 dropped_host=part.dropped_host,
                 read_tables=part.read_tables,

@@ -63,58 +63,59 @@ def _split_kernel(
     HEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # heads lie side by side in a page
-    head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    length = tl.load(lengths + sequence)
-    longest = length if SPLITS == 1 else _longest(lengths, sequences)
-    span = tl.cdiv(tl.cdiv(longest, SPLITS), TOKENS) * TOKENS
-    start = split * span
-    stop = tl.minimum(start + span, length)
     members = tl.arange(0, QUERIES)
     lanes = tl.arange(0, HEAD_DIM)
     inside = tl.arange(0, TOKENS)
+    longest = 1 if SPLITS == 1 else _longest(lengths, sequences)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    heads = (sequence * KV_HEADS + head) * GROUP + members
-    own = tl.load(query + heads[:, None] * HEAD_DIM + lanes[None, :], mask=(members < GROUP)[:, None], other=0.0)
-    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((QUERIES,), dtype=tl.float32)
-    acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
-    if WINDOW:
-        # tokens left the table behind the sinks' blocks; the query is the last one
-        gone = tl.load(dropped + sequence)
-        before = length + gone - WINDOW
-    for at in range(start, stop, TOKENS):
-        tokens = at + inside
-        valid = tokens < stop
+    for item in range(tl.program_id(0), sequences * (KV_HEADS * SPLITS), tl.num_programs(0)):
+        # heads lie side by side in a page
+        head = item % KV_HEADS
+        sequence = (item // KV_HEADS % sequences).to(tl.int64)
+        split = item // KV_HEADS // sequences
+        length = tl.load(lengths + sequence)
+        span = tl.cdiv(tl.cdiv(length if SPLITS == 1 else longest, SPLITS), TOKENS) * TOKENS
+        start = split * span
+        stop = tl.minimum(start + span, length)
+        heads = (sequence * KV_HEADS + head) * GROUP + members
+        own = tl.load(query + heads[:, None] * HEAD_DIM + lanes[None, :], mask=(members < GROUP)[:, None], other=0.0)
+        top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((QUERIES,), dtype=tl.float32)
+        acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
         if WINDOW:
-            valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
-        block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
-        key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
-        scores = tl.dot(own, key, input_precision="ieee") * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        # where no token so far is seen, a difference of infinities is no number
-        level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(top - level)
-        value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
-        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        top = higher
-    if SPLITS == 1:
-        found = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
-    else:
-        place = heads * SPLITS + split
-        tl.store(maxima + place, top, mask=members < GROUP)
-        if start < length:
-            tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
-            tl.store(sums + place, total, mask=members < GROUP)
+            # tokens left the table behind the sinks' blocks; the query is the last one
+            gone = tl.load(dropped + sequence)
+            before = length + gone - WINDOW
+        for at in range(start, stop, TOKENS):
+            tokens = at + inside
+            valid = tokens < stop
+            if WINDOW:
+                valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
+            block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
+            key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
+            scores = tl.dot(own, key, input_precision="ieee") * scale
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            # where no token so far is seen, a difference of infinities is no number
+            level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
+            weights = tl.exp2(scores - level[:, None])
+            shrink = tl.exp2(top - level)
+            value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
+            acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+            total = total * shrink + tl.sum(weights, axis=1)
+            top = higher
+        if SPLITS == 1:
+            found = (acc / total[:, None]).to(out.dtype.element_ty)
+            tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
+        else:
+            place = heads * SPLITS + split
+            tl.store(maxima + place, top, mask=members < GROUP)
+            if start < length:
+                tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
+                tl.store(sums + place, total, mask=members < GROUP)
 
 
 @triton.jit
@@ -195,6 +196,7 @@ def split_attention(
     tokens: int = 64,
     warps: int = 4,
     stages: int = 3,
+    programs: int | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Attention of one token a sequence, ``[S, heads, head_dim]``.
@@ -220,6 +222,8 @@ def split_attention(
     tokens, warps, stages
         Keys a step, warps of a program, steps whose loads are under way. The defaults were fastest in whole
         steps on an H200; 2 warps and 2 stages are 1 % faster alone and 15 % slower in a step.
+    programs
+        Programs at most, which take parts in turn: fewer leave room for what runs beside. One a part if left out.
     pdl
         Whether neighbours in the stream may overlap.
     """
@@ -232,7 +236,8 @@ def split_attention(
     parts = sequences * heads * splits if splits > 1 else 0
     mixed = torch.empty(parts, head_dim, dtype=torch.float32, device=query.device)
     maxima, sums = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
-    _split_kernel[(kv_heads, sequences, splits)](
+    items = sequences * kv_heads * splits
+    _split_kernel[(min(items, programs or items),)](
         query,
         keys,
         values,

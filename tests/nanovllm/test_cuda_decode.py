@@ -18,6 +18,7 @@ from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention  # noqa: E
 from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries  # noqa: E402
 from kvsuite.nanovllm.fused_layers import FusedDecoder  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
+from kvsuite.nanovllm.halves import Halves
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.tiling_choice import choose_tilings  # noqa: E402
 
@@ -74,8 +75,10 @@ def _error(found, expected):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-@pytest.mark.parametrize("few", [0, 1 << 20], ids=["flashinfer", "split"])
-def test_captured_steps_give_the_logits_of_transformers(few, tuned):
+@pytest.mark.parametrize(
+    ("few", "halved"), [(0, False), (1 << 20, False), (0, True)], ids=["flashinfer", "split", "halves"]
+)
+def test_captured_steps_give_the_logits_of_transformers(few, halved, tuned):
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
     if tuned:
@@ -86,8 +89,10 @@ def test_captured_steps_give_the_logits_of_transformers(few, tuned):
     found = decoder.logits(prompt, attention)
     for row, length in enumerate(LENGTHS):
         assert _error(found[row], sequences.expected(row, length)) < BOUND
-    graphs = DecodeGraphs(decoder.logits, attention, [2, 4], 4, few)
+    halves = Halves(decoder.logits_of_halves, fewest=4) if halved else None
+    graphs = DecodeGraphs(decoder.logits, attention, [2, 4], 4, few, halves)
     graphs.capture()
+    assert ("halves" in graphs.kinds[4]) == halved
     for step in range(1, NEW + 1):
         lengths = [n + step for n in LENGTHS]
         found = graphs.run(sequences.batch(lengths, [1, 1, 1])).clone()
