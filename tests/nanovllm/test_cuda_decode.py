@@ -18,7 +18,7 @@ from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention  # noqa: E
 from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries  # noqa: E402
 from kvsuite.nanovllm.fused_layers import FusedDecoder  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
-from kvsuite.nanovllm.halves import Halves
+from kvsuite.nanovllm.halves import Halves  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.tiling_choice import choose_tilings  # noqa: E402
 
