@@ -28,7 +28,7 @@ from .flashinfer_attention import FlashInferAttention
 from .flashinfer_captured import FEW_PROGRAMS
 from .flashinfer_libraries import HEAD_DIMS, Libraries, libraries_for
 from .fused_layers import FusedDecoder, not_fusable
-from .halves import MOST_WEIGHT_BYTES, Halves
+from .halves import FEWEST_SEQUENCES, MOST_WEIGHT_BYTES, Halves
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .limits import Limits
 from .paged_attention import AttentionBackend, attending
@@ -414,7 +414,7 @@ class CudaRunner(ModelRunner):
         if self.device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
             # a lane's stream has SMs of its own, which another stream would not keep to
             return None
-        return Halves(decoder.logits_of_halves)
+        return Halves(decoder.logits_of_halves, FEWEST_SEQUENCES)
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""

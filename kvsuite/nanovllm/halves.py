@@ -39,7 +39,7 @@ class Halves:
     """
 
     forward: Callable[[Sequence[Part]], Tensor]
-    fewest: int = FEWEST_SEQUENCES
+    fewest: int
 
 
 def side_by_side(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
