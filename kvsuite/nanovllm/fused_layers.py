@@ -199,6 +199,7 @@ class FusedDecoder:
                     if not len(wanted):
                         return residual
                 delta = self._product("output", mixed, weights.output)
+                del mixed
                 delta = self._feed_forward(weights, delta, residual)
             return self._norm(delta, residual, self._final_norm)
 
