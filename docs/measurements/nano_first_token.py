@@ -4,9 +4,10 @@
     python docs/measurements/nano_first_token.py --caches /tmp/kernels   # in these folders, whatever they hold
     python docs/measurements/nano_first_token.py --empty --steps 1x3968,64x960   # and how long decode steps take then
 
-Weights are random. Phases follow each other; builds are taken out of the phase in which they happened and listed by kind:
-Triton's compilations as its own listener times them, libraries of FlashInfer as its build takes. A library that came with
-FlashInfer counts as built.
+Weights are random. Phases follow each other; the time in which anything was built is taken out of the phase in which it
+happened. Builds are listed by kind, each with its own seconds, whose sum is more than what was waited for where they ran side
+by side: Triton's compilations as its own listener times them, libraries of FlashInfer as its build takes. A library that came
+with FlashInfer counts as built.
 """
 
 from __future__ import annotations
@@ -86,33 +87,38 @@ def main() -> None:
 
 
 class Phases:
-    """Seconds of each phase without the builds in it, and the builds."""
+    """Seconds of each phase without the time in which something was built, and the builds."""
 
     def __init__(self) -> None:
         self.begin = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.builds: list[tuple[str, str, str, float]] = []
+        self.builds: list[tuple[str, str, str, float, float]] = []
         self._now: list[str] = []
 
     @contextmanager
     def of(self, name: str, within: str | None = None) -> Iterator[None]:
-        began, before = time.perf_counter(), self.build_s
+        began = time.perf_counter()
         self._now.append(name)
         try:
             yield
         finally:
             self._now.pop()
-            took = time.perf_counter() - began - (self.build_s - before)
+            took = time.perf_counter() - began - self.waited(began)
             self.seconds[name] = self.seconds.get(name, 0.0) + took
             if within is not None:
                 self.seconds[within] = self.seconds.get(within, 0.0) - took
 
     def build(self, kind: str, name: str, seconds: float) -> None:
-        self.builds.append((kind, self._now[-1] if self._now else "?", name, seconds))
+        now = time.perf_counter()
+        self.builds.append((kind, self._now[-1] if self._now else "?", name, now - seconds, now))
 
-    @property
-    def build_s(self) -> float:
-        return sum(seconds for *_, seconds in self.builds)
+    def waited(self, since: float = 0.0) -> float:
+        """Seconds since a time in which at least one thing was being built."""
+        found, reached = 0.0, since
+        for *_, begin, end in sorted(self.builds, key=lambda build: build[3]):
+            found += max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+        return found
 
     def built(self, phase: str) -> int:
         return sum(1 for _, where, *_ in self.builds if where == phase)
@@ -120,12 +126,12 @@ class Phases:
     def say(self, interpreter: float) -> None:
         whole = time.perf_counter() - STARTED
         print(f"from start of the process to the first token: {whole:.1f} s", flush=True)
-        print(f"  builds {self.build_s:.1f} s, interpreter {interpreter:.1f} s, " + ", ".join(
+        print(f"  builds {self.waited():.1f} s, interpreter {interpreter:.1f} s, " + ", ".join(
             f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items()
         ), flush=True)  # fmt: skip
         kinds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-        for kind, phase, name, seconds in self.builds:
-            kinds[kind, phase, name].append(seconds)
+        for kind, phase, name, begin, end in self.builds:
+            kinds[kind, phase, name].append(end - begin)
         for (kind, phase, name), each in sorted(kinds.items(), key=lambda item: -sum(item[1])):
             print(f"    {kind:<10} {phase:<12} {name:<28} {len(each):3d} in {sum(each):5.1f} s", flush=True)
 

@@ -1,9 +1,12 @@
 """TTFT and TPOT of one request over HTTP against the same engine in this process: medians of rounds in turns.
 
 usage: python docs/measurements/server_overhead.py --rounds 15 --threads 1
-       python docs/measurements/server_overhead.py --engine vllm --url http://localhost:8000 --served-as smollm2
+       python docs/measurements/server_overhead.py --engine vllm --vllm-python PYTHON --dtype bfloat16 \\
+           --url http://localhost:8000 --served-as smollm2
 
-Without --url llama.cpp's own server is started, from the wheel xllamacpp, with as many threads as the engine in process has.
+What a server says of its own times in the same requests stands beside: the difference is what HTTP and the client add, without
+the scatter of two engines on one machine. Without --url llama.cpp's own server is started, from the wheel xllamacpp, with as
+many threads as the engine in process has.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--url")
     parser.add_argument("--served-as", default="")
+    parser.add_argument("--vllm-python", default="")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=192)
@@ -56,7 +60,8 @@ def main() -> None:
 def measure(asked: argparse.Namespace, url: str) -> None:
     sessions, clocks = {}, {}
     for engine in (asked.engine, "server"):
-        own = {"server_url": url, "server_model": asked.served_as} if engine == "server" else {}
+        served = {"server_url": url, "server_model": asked.served_as}
+        own = served if engine == "server" else {"vllm_python": asked.vllm_python}
         options = default_options(threads=str(asked.threads), **{name: text for name, text in own.items() if text})
         case = Case(
             suite="parity", engine=engine, model=asked.model, name="overhead", device="cpu", dtype=asked.dtype,
@@ -70,12 +75,15 @@ def measure(asked: argparse.Namespace, url: str) -> None:
         clocks[engine] = session.clock(clock_for(session.device))
     prompts = TextSource().prompts(sessions["server"], case.workload, count=asked.rounds + 2, seed=0)
     found: dict[str, list[tuple[float, float]]] = {engine: [] for engine in sessions}
+    added: list[tuple[float, float]] = []
     for number, prompt in enumerate(prompts):
         # in turns, each first in every second round
         for engine in list(sessions)[:: 1 if number % 2 else -1]:
-            times = one(sessions[engine], clocks[engine], ServeRequest(prompt, asked.new_tokens))
+            times, said = one(sessions[engine], clocks[engine], ServeRequest(prompt, asked.new_tokens))
             if number >= 2:
                 found[engine].append(times)
+                if said is not None:
+                    added.append((times[0] - said[0], times[1] - said[1]))
     print(
         f"{asked.model}, {asked.prompt_tokens} + {asked.new_tokens} tokens, {asked.threads} thread(s), "
         f"{asked.rounds} rounds in turns"
@@ -89,15 +97,32 @@ def measure(asked: argparse.Namespace, url: str) -> None:
             over[place] / inside[place] for over, inside in zip(found["server"], found[asked.engine], strict=True)
         ]
         print(f"{name}: over HTTP / in process, median of the rounds' ratios {median(ratios):.4f}")
+        if added:
+            more = [1e3 * row[place] for row in added]
+            low, _, high = quantiles(more, n=4)
+            print(
+                f"{name}: the client's less the server's own of the same request: median {median(more):.3f} ms, "
+                f"middle half {low:.3f} to {high:.3f}"
+            )
     for session in sessions.values():
         session.close()
 
 
-def one(session: Session, clock: object, request: ServeRequest) -> tuple[float, float]:
-    row = RoundTimes(session.serve([request], clock).times, "any").metrics()  # type: ignore[arg-type]
+def one(
+    session: Session, clock: object, request: ServeRequest
+) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """TTFT and TPOT of a request, seconds, and what a server says of its own."""
+    served = session.serve([request], clock)  # type: ignore[arg-type]
+    row = RoundTimes(served.times, "any").metrics()
     assert row["ttft_s"] is not None
     assert row["tpot_s"] is not None
-    return row["ttft_s"], row["tpot_s"]
+    said = served.engine.times if served.engine is not None else {}
+    own = None
+    if "timings.prompt_ms" in said:
+        own = said["timings.prompt_ms"] / 1e3, said["timings.predicted_per_token_ms"] / 1e3
+    elif "engine_ttft_s" in said and "engine_tpot_s" in said:
+        own = said["engine_ttft_s"], said["engine_tpot_s"]
+    return (row["ttft_s"], row["tpot_s"]), own
 
 
 @contextmanager

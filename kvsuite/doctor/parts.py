@@ -132,7 +132,7 @@ def _paged_attention(devices: list[str]) -> Finding:
 
     def load() -> str:
         module = flashinfer_module()
-        built = built_widths(torch.cuda.get_device_capability()[0] == 9)
+        built = built_widths(torch.cuda.get_device_capability())
         widths = f"built for bfloat16 heads of {', '.join(map(str, built))}" if built else _NOT_BUILT
         return f"FlashInfer {getattr(module, '__version__', installed('flashinfer-python'))}, {widths}"
 

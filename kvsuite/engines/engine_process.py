@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 #: of our environment, and of nobody's whom we start
 SECRETS = frozenset({"KV_SERVER_KEY"})
 _GUARD = Path(__file__).with_name("process_guard.py")
@@ -24,6 +26,16 @@ _TAIL_CHARACTERS = 2000
 _POLL_S = 0.05
 _QUIET_S = 0.5
 _QUIET_AT_MOST_S = 10.0
+
+
+def engine_pids() -> set[int]:
+    """Ids of all processes that engines have started here and that are alive."""
+    found = set()
+    for process in list(_running):
+        with suppress(psutil.NoSuchProcess):
+            guard = psutil.Process(process.pid)
+            found |= {guard.pid, *(child.pid for child in guard.children(recursive=True))}
+    return found
 
 
 class EngineFailed(RuntimeError):
@@ -70,6 +82,7 @@ class EngineProcess:
                 start_new_session=True,
                 pass_fds=() if channel is None else (channel,),
             )
+        _running.add(self)
 
     @property
     def pid(self) -> int:
@@ -107,6 +120,7 @@ class EngineProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        _running.discard(self)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -115,6 +129,9 @@ class EngineProcess:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+
+_running: set[EngineProcess] = set()
 
 
 def run_step(

@@ -12,6 +12,7 @@ from typing import Any
 from kvsuite.case import Case, digest
 from kvsuite.engines.capabilities import lacking
 from kvsuite.engines.engine import Session
+from kvsuite.engines.engine_process import engine_pids
 from kvsuite.engines.registry import SessionPool
 from kvsuite.errors import CaseInvalid, CaseSkipped, UserError
 from kvsuite.meters.clock import Clock, clock_for
@@ -143,7 +144,7 @@ class CaseRunner:
         record.settings_hash = self._settings(case, record)
         timeout = self.options.of(SweepOptions).timeout
         begin = time.monotonic()
-        processes = GpuProcesses(case.device)
+        processes = GpuProcesses(case.device, engine_pids)
         try:
             with alarm(timeout):
                 if self.poisoned is not None and case.device_kind == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ class Strangers:
     reason: str | None = None
 
 
-def strangers(before: Mapping[int, int | None], after: Mapping[int, int | None], own: int) -> Strangers:
+def strangers(
+    before: Mapping[int, int | None], after: Mapping[int, int | None], own: int, engine: Collection[int] = ()
+) -> Strangers:
     """Tell foreign processes from ours.
 
     Parameters
@@ -39,13 +41,20 @@ def strangers(before: Mapping[int, int | None], after: Mapping[int, int | None],
         the device.
     own
         Id of this process, as it knows it.
+    engine
+        Ids of the processes that an engine has started for us.
     """
+    ours = {own, *engine}
     if not after:
         return Strangers(None, {}, "the driver lists no process here, not even this one")
-    if own in after:
-        foreign = {pid: size for pid, size in {**before, **after}.items() if pid != own}
+    if ours & after.keys():
+        foreign = {pid: size for pid, size in {**before, **after}.items() if pid not in ours}
         return Strangers(len(foreign), foreign)
     # in a container the driver's numbers are those of the host, and one of them is ours
+    if engine:
+        return Strangers(
+            None, {}, "the engine's processes are listed under other numbers, so foreign ones cannot be told"
+        )
     hidden = "this process is listed under another number, so the foreign ones are only counted"
     return Strangers(max(len(after), len(before)) - 1, {}, hidden)
 
@@ -57,10 +66,15 @@ class GpuProcesses:
     ----------
     device
         Name of the device.
+    engine_pids
+        Ids of the processes that engines have started for us and that are alive.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, engine_pids: Callable[[], Collection[int]] = tuple) -> None:
         self._device = device
+        self._engine_pids = engine_pids
+        # one that ended with the case was ours too
+        self._engine = set(engine_pids()) if device.startswith("cuda") else set()
         self._before = self._look()
         self._found: Strangers | None = None
 
@@ -92,7 +106,8 @@ class GpuProcesses:
                 reason = self._before if isinstance(self._before, str) else str(after)
                 self._found = Strangers(None, {}, reason)
             else:
-                self._found = strangers(self._before, after, os.getpid())
+                self._engine |= set(self._engine_pids())
+                self._found = strangers(self._before, after, os.getpid(), self._engine)
         return self._found
 
     def _look(self) -> dict[int, int | None] | str | None:

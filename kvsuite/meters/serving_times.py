@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -148,7 +149,8 @@ class Backlog:
     drains
         ``None`` where the run is too short to tell.
     growth
-        Requests that stay in the system for every one that comes, in the second half of the arrivals; ``None`` as above.
+        By how many the most requests in the system grew from the first half of the arrivals to the second, for every one that
+        came in the second; ``None`` as above.
     words
         The same for a reader.
     """
@@ -161,9 +163,11 @@ class Backlog:
 def backlog(requests: Sequence[LoadTimes]) -> Backlog:
     """Tell whether the rate of arrivals drains, from how many requests are in the system when others come.
 
-    While requests come slower than they can be served, that number levels off once the first ones are over. Where it still
-    grows in the second half of the arrivals, by more than 0.1 for every request that comes and more than chance makes it, the
-    rate never drains: with more requests every latency would grow without end, and percentiles tell how long the run was.
+    While requests come slower than they can be served, that number levels off once the first ones are over. Where its peak in
+    the second half of the arrivals lies above that of the first, by more than 0.1 for every request that comes in between and
+    more than chance makes it, the rate never drains: with more requests every latency would grow without end, and percentiles
+    tell how long the run was. Peaks are compared, not the two ends of a half: a trace that pauses in its middle and ends in a
+    burst leaves many requests in the system at any rate.
     """
     arrivals = sorted(one.arrival_s for one in requests)
     span = arrivals[-1] - arrivals[0]
@@ -175,17 +179,19 @@ def backlog(requests: Sequence[LoadTimes]) -> Backlog:
     shortest = min(one.token_s[-1] - (one.arrival_s if one.admitted_s is None else one.admitted_s) for one in requests)
     if shortest > span / 2:
         return Backlog(None, None, "the arrivals end before a request can be over: too short to see a queue grow")
-    middle = arrivals[len(arrivals) // 2]
-    came = sum(at > middle for at in arrivals)
-    left = sum(middle < one.token_s[-1] <= arrivals[-1] for one in requests)
-    growth = (came - left) / came if came else 0.0
+    ends = sorted(one.token_s[-1] for one in requests)
+    inside = [came + 1 - bisect.bisect_right(ends, at) for came, at in enumerate(arrivals)]
+    middle = len(inside) // 2
+    came = len(inside) - middle
+    stayed = max(inside[middle:]) - max(inside[:middle])
+    growth = max(stayed, 0) / came
     # of so many independent arrivals some more or less come by chance
-    if came - left > max(_STAYING * came, _CHANCE * math.sqrt(came)):
+    if stayed > max(_STAYING * came, _CHANCE * math.sqrt(came)):
         return Backlog(
             False,
             growth,
-            f"this rate never drains: {growth:.0%} of the requests that came in the second half of the arrivals stayed "
-            "in the system; lower it",
+            f"this rate never drains: at its peak the second half of the arrivals found {stayed} more requests in the "
+            f"system than the first, {growth:.0%} of those that came; lower it",
         )
     return Backlog(True, growth, "requests left as fast as they came")
 

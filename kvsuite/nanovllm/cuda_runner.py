@@ -46,7 +46,7 @@ _REFERENCE_BYTES = 1 << 30
 _WARM_UP_TOKENS = 2048
 # prompts for which `fused_layers` and its kernels take other variants
 _DIFFERENT_ROWS = (2, 130, _WARM_UP_TOKENS)
-_DIFFERENT_SINGLES = (1, 2, 4, 8, 16, 32, 64)
+_DIFFERENT_SINGLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class CapturableReference(ReferenceAttention):
@@ -363,6 +363,9 @@ class CudaRunner(ModelRunner):
                 return
             if graphs is not None:
                 graphs.rehearse()
+            if self._captured:
+                # not the first ones; all others are there
+                return
             longest = min(limits.max_model_len, limits.max_num_batched_tokens)
             # a kernel for so many rows at most, and for every number of cuts through the keys of single tokens
             for rows in _DIFFERENT_ROWS:

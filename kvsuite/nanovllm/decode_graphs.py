@@ -97,6 +97,7 @@ class DecodeGraphs:
         self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
         self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
+        self._parts: dict[int, tuple[StepBatch, list[StaticPart]]] = {}
         self._steps: dict[int, _Step] = {}
         self._memory: Any = None
 
@@ -106,20 +107,22 @@ class DecodeGraphs:
         return {size: self._steps[size].kind for size in sorted(self._steps)}
 
     def rehearse(self) -> None:
-        """Run every size once, and keep nothing of it."""
+        """Run every size once, uncaptured."""
         for size in self.sizes:
-            batch = _rows(self._static, 0, size)
+            batch, parts = self._static_parts(size)
             _pad(batch, 0)
             with torch.inference_mode():
-                self._compute(self._parts(batch))
+                self._compute(parts)
 
-    def _parts(self, batch: StepBatch) -> list[StaticPart]:
-        """The sequences of a step with their attention, in halves where that is faster."""
-        size = batch.sequences
-        if self._halves is None or size < self._halves.fewest:
-            return [(batch, self._attention.captured(batch, self._few_programs))]
-        cuts = [_rows(batch, 0, size // 2), _rows(batch, size // 2, size)]
-        return [(cut, self._attention.captured(cut, self._few_programs, halved=True)) for cut in cuts]
+    def _static_parts(self, size: int) -> tuple[StepBatch, list[StaticPart]]:
+        """The batch of a size, and its sequences with their attention, in halves where that is faster; made once."""
+        if size not in self._parts:
+            batch = _rows(self._static, 0, size)
+            halved = self._halves is not None and size >= self._halves.fewest
+            cuts = [_rows(batch, 0, size // 2), _rows(batch, size // 2, size)] if halved else [batch]
+            parts = [(cut, self._attention.captured(cut, self._few_programs, halved=halved)) for cut in cuts]
+            self._parts[size] = (batch, parts)
+        return self._parts[size]
 
     def _compute(self, parts: Sequence[StaticPart]) -> Tensor:
         for batch, attention in parts:
@@ -137,8 +140,7 @@ class DecodeGraphs:
     def step(self, size: int) -> _Step:
         """The captured step of one of the sizes; captured now if it was not yet."""
         if size not in self._steps:
-            batch = _rows(self._static, 0, size)
-            step = _Step(batch, self._parts(batch), self._compute, self._memory)
+            step = _Step(*self._static_parts(size), self._compute, self._memory)
             self._memory = step.memory
             self._steps[size] = step
         return self._steps[size]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvsuite.errors import CaseSkipped
-from kvsuite.kernel_builds import BUILDS, PREPARE
+from kvsuite.kernel_builds import BUILDS
 
 from .kv_pool import KVPool
 
@@ -54,14 +54,11 @@ class Libraries:
     built
         Of ``fa2`` and ``fa3`` those that can be used now.
     missing
-        Those that could be built.
-    reason
-        Why none is used where none can be, empty otherwise.
+        Those that would be used if they were.
     """
 
     built: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
-    reason: str = ""
 
     @property
     def prompts(self) -> str | None:
@@ -81,24 +78,28 @@ def libraries_for(pools: Sequence[KVPool], *, build: bool) -> Libraries:
     """
     shapes = sorted({(pool.dtype, pool.group.head_dim) for pool in pools if takes_flashinfer(pool)}, key=str)
     if not shapes:
-        return Libraries(reason="no layer is one for FlashInfer")
+        return Libraries()
+    names = _names(torch.cuda.get_device_capability(pools[0].device))
     try:
         flashinfer_module()
-    except CaseSkipped as skip:
-        return Libraries(missing=frozenset({FA2}), reason=str(skip).partition(" (")[0])
-    hopper = torch.cuda.get_device_capability(pools[0].device)[0] == 9
-    specs = {name: [_specification(name, *shape) for shape in shapes] for name in ((FA2, FA3) if hopper else (FA2,))}
+    except CaseSkipped:
+        return Libraries(missing=frozenset(names))
+    specs = {name: [_specification(name, *shape) for shape in shapes] for name in names}
     waiting = [spec for found in specs.values() for spec in found if not spec.is_compiled]
     if waiting and build:
         _build(waiting)
     built = frozenset(name for name, found in specs.items() if all(spec.is_compiled for spec in found))
-    missing = frozenset(specs) - built
-    return Libraries(built, missing, "" if built else f"FlashInfer's kernels are not built here; {PREPARE}")
+    return Libraries(built, frozenset(specs) - built)
 
 
-def built_widths(hopper: bool) -> list[int]:
-    """Widths of heads for which all libraries are built in bfloat16, ``hopper`` or not; FlashInfer is installed."""
-    names = (FA2, FA3) if hopper else (FA2,)
+def _names(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Libraries that are used on devices of a capability."""
+    return (FA2, FA3) if capability[0] == 9 else (FA2,)
+
+
+def built_widths(capability: tuple[int, int]) -> list[int]:
+    """Widths of heads for which all libraries of a capability are built in bfloat16. FlashInfer is installed."""
+    names = _names(capability)
     return [
         width for width in HEAD_DIMS if all(_specification(name, torch.bfloat16, width).is_compiled for name in names)
     ]

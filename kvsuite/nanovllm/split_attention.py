@@ -35,8 +35,8 @@ def _longest(lengths, sequences):
     return tl.max(most, axis=0)
 
 
-# a batch size must not cost a compilation
-@triton.jit(do_not_specialize=["sequences"])
+# tables of any width and height must not cost a compilation
+@triton.jit(do_not_specialize=["table_stride", "sequences"])
 def _split_kernel(
     query,
     keys,

@@ -10,14 +10,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import scripted_package
 from child_processes import child_process, end_group
 from pytest_runs import TINY, clean_environment, run_pytest
 from sweeps import facts, project
+
+from kvsuite.distribution.cards import workers_of
+from kvsuite.distribution.node_plan import START_S, plan_on_nodes, simulated
+from kvsuite.distribution.recorded import last_runs, recorded_cases
+from kvsuite.options.resolve import default_options
 
 pytest.importorskip("ray", reason='pip install "kvsuite[cluster]"')
 pytestmark = pytest.mark.slow
@@ -69,12 +76,19 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
+@contextmanager
+def simulated_nodes(**env: str) -> Iterator[Nodes]:
+    """A cluster without a node yet, whose processes get ``env``."""
     command = [sys.executable, str(Path(__file__).with_name("simulated_nodes.py"))]
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "stderr": subprocess.DEVNULL}
-    with child_process(command, limit_s=LIMIT_S, env=clean_environment(), **streams) as process:
+    with child_process(command, limit_s=LIMIT_S, env=clean_environment(**env), **streams) as process:
         yield Nodes(process)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    with simulated_nodes() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +222,38 @@ def _wait_until_none_is_left(nodes: Nodes) -> None:
     while nodes.measuring and time.monotonic() < ends:
         time.sleep(0.2)
     assert not nodes.measuring
+
+
+def test_a_sweep_takes_on_two_nodes_what_the_plan_has_from_records_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of a model whose loading, which this engine leaves out, is no time
+    cases = [{"name": f"c{at}", "model": "tiny", "bytes": at, "does": str(0.5 + 7 * at % 20 / 10)} for at in range(20)]
+    monkeypatch.syspath_prepend(scripted_package.install(tmp_path, cases))
+    (tmp_path / "test_scripted.py").write_text(scripted_package.BENCHMARK)
+    path = {"PYTHONPATH": str(tmp_path)}
+    command = ("test_scripted.py", "--kv-device=cpu", "-p", "no:cacheprovider", "-p", "no:benchmark")
+    assert run_pytest(tmp_path, *command, "--kv-report-dir=alone", **path).code == 0
+
+    asked = default_options(report_dir=str(tmp_path / "alone"), plan="true", nodes="2xcpu", device="cpu")
+    workers = workers_of("2xcpu", "cpu")
+    recorded = recorded_cases(last_runs(tmp_path / "alone"), asked)
+    planned, records = plan_on_nodes([one.case for one in recorded], asked, workers, recorded)
+    assert {time.mark for each in planned for time in each.times} == {""}
+    plan = simulated(planned, records, workers, None, 0)
+
+    with simulated_nodes(**path) as there:
+        for _ in range(2):
+            there.tell("add 1")
+        run = run_pytest(tmp_path, *command, "--kv-cluster=auto", RAY_ADDRESS=there.address, **path)
+    assert run.code == 0, run.out
+    clocks: dict[str, list[list[float]]] = {}
+    for row in run.rows().values():
+        clocks.setdefault(row["effective"]["node"]["id"], []).append(row["samples"]["clock"])
+    assert len(clocks) == len(plan.ran) == 2
+    begun = [min(own)[0] for own in clocks.values()]
+    span = max(end for own in clocks.values() for _, end in own) - min(begun)
+    # the plan's workers begin together, and those of two nodes do not
+    apart = max(begun) - min(begun)
+    print(f"planned {plan.seconds - START_S:.2f} s, took {span:.2f} s, of them {apart:.2f} s with one worker")
+    assert -1 < span - (plan.seconds - START_S) < apart + 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from child_processes import child_process
 
-from kvsuite.engines.engine_process import EngineFailed, EngineProcess, run_step
+from kvsuite.engines.engine_process import EngineFailed, EngineProcess, engine_pids, run_step
 
 # a child that starts another one and says its id: what mlc_llm's compiler does
 NESTED = (
@@ -108,6 +108,16 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="mlc_llm compile was killed after 1 s"):
         run_step("mlc_llm compile", [sys.executable, "-c", NESTED], log=log, deadline_s=1)
     until(lambda: gone(nested_pid(log)), "its child lives")
+
+
+def test_all_that_an_engine_has_started_is_known_while_it_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with EngineProcess(["sh", "-c", "sleep 60 & echo $!; wait"], log=log) as process:
+        while not (printed := log.read_text().strip()):
+            time.sleep(0.01)
+        assert {process.pid, int(printed)} <= engine_pids()
+        assert os.getpid() not in engine_pids()
+    assert not {process.pid, int(printed)} & engine_pids()
 
 
 def test_an_interrupt_here_ends_it(tmp_path: Path) -> None:

@@ -20,6 +20,17 @@ def test_processes_beside_ours_are_named() -> None:
     assert strangers({}, {OWN: 5}, OWN).count == 0
 
 
+def test_what_an_engine_has_started_for_us_is_ours() -> None:
+    found = strangers({}, {OWN: 5, 7: 2**30, 8: 2**20}, OWN, {6, 7})
+    assert (found.count, dict(found.bytes_by_pid)) == (1, {8: 2**20})
+    # this process need not use the device itself
+    assert strangers({}, {7: 2**30}, OWN, {6, 7}).count == 0
+    # nor be listed under the number that it knows
+    hidden = strangers({}, {4_000_001: 1, 4_000_002: 2}, OWN, {6, 7})
+    assert hidden.count is None
+    assert "the engine's processes" in str(hidden.reason)
+
+
 def test_in_a_container_they_are_counted() -> None:
     found = strangers({4_000_001: 1}, {4_000_001: 1, 4_000_002: 2}, OWN)
     assert (found.count, dict(found.bytes_by_pid)) == (1, {})

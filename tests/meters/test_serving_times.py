@@ -135,6 +135,25 @@ def test_a_rate_that_never_drains_is_told(rate: float, drains: bool, seed: int |
         assert found.growth == pytest.approx(1 - 10 / rate, abs=0.12)
 
 
+def test_a_burst_at_the_end_is_no_queue_that_grows() -> None:
+    """Bursts of 40 in a rate that is served easily, the last one at the end and a pause in the middle."""
+    bursts = (0.0, 8.0, 16.0, 40.0, 48.0)
+    arrivals = sorted(at for burst in bursts for at in (burst + 0.01 * one for one in range(40)))
+    found, free = [], 0.0
+    for at in arrivals:
+        begin = max(at, free)
+        free = begin + 0.1
+        found.append(LoadTimes(at, begin, [begin + 0.05, free]))
+    assert backlog(found).drains is True
+    # the same requests where each burst meets what the last one left
+    late, free = [], 0.0
+    for at in arrivals:
+        begin = max(at, free)
+        free = begin + 0.4
+        late.append(LoadTimes(at, begin, [begin + 0.05, free]))
+    assert backlog(late).drains is False
+
+
 @pytest.mark.parametrize(
     ("requests", "said"),
     [

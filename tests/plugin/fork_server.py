@@ -20,16 +20,22 @@ import signal
 import socket
 import sys
 import warnings
+from importlib.metadata import Distribution, PathDistribution, entry_points
 from pathlib import Path
+from typing import Any
 
 # other plugins of pytest are not loaded before the fork: pytest rewrites their asserts while it loads them. kvsuite's asserts
 # say the same without, and its modules and the hash of its code are a third of a run on the tiny dummy model
 PRELOADED = (
     "pytest", "torch", "transformers.models.llama.modeling_llama", "datasets", "jinja2", "jsonschema",
     "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "rich.table", "scipy.stats",
+    "execnet.multi", "execnet.rsync_remote", "pdb", "rich._unicode_data.unicode17-0-0", "rich.console",
     "kvsuite.plugin.run", "kvsuite.plugin.measuring", "kvsuite.plugin.suite_figures", "kvsuite.comparison.compare",
-    "kvsuite.engines.hf.session", "kvsuite.engines.mlc.engine", "kvsuite.engines.nano.engine", "kvsuite.store.store",
-    "kvsuite.measure.divergence", "kvsuite.measure.single_request", "kvsuite.meters.bandwidth",
+    "kvsuite.distribution.plan", "kvsuite.distribution.recorded", "kvsuite.engines.hf.engine", "kvsuite.engines.hf.session",
+    "kvsuite.engines.llamacpp.options", "kvsuite.engines.mlc.engine", "kvsuite.engines.nano.engine",
+    "kvsuite.engines.server.options", "kvsuite.engines.vllm.options", "kvsuite.store.store",
+    "kvsuite.measure.divergence", "kvsuite.measure.energy", "kvsuite.measure.runner", "kvsuite.measure.single_request",
+    "kvsuite.meters.bandwidth", "kvsuite.meters.gpu_processes", "kvsuite.models.measurable",
     "kvsuite.reporting.gathered_csv", "kvsuite.reporting.page.render", "kvsuite.suites.compression.figure",
     "kvsuite.suites.compression.divergence_figure", "kvsuite.suites.compression.results_json",
     "kvsuite.suites.compression.suite", "kvsuite.suites.compression.table", "kvsuite.suites.dse.suite",
@@ -106,8 +112,31 @@ def serve_workers(listener: socket.socket, alive: int) -> str:
         return str(program)
 
 
+def remember_installed() -> None:
+    """Keep what is read of installed packages: every run reads all entry points and thirty versions, a quarter of its time."""
+    known: dict[tuple[str, str], Any] = {}
+
+    def remembered(name: str) -> property:
+        read = getattr(Distribution, name).fget
+
+        def once(told: Any) -> Any:
+            # what a test installs lies in a folder of its own
+            key = name, str(told._path)
+            if key not in known:
+                known[key] = read(told)
+            return known[key]
+
+        return property(once)
+
+    for name in ("metadata", "entry_points"):
+        setattr(PathDistribution, name, remembered(name))
+    importlib.import_module("kvsuite.meters.environment").host_facts(["pytest"])
+    entry_points()
+
+
 def preload() -> None:
     """Load what a run needs, so that its forks have it."""
+    remember_installed()
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -115,6 +144,7 @@ def preload() -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     importlib.import_module("kvsuite.measure.source_hash").source_hash()
+    importlib.import_module("kvsuite.reporting.page.render").page_template()
     # a measurement collects garbage, and need not look at what was loaded here
     gc.collect()
     gc.freeze()

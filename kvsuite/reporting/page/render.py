@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from kvsuite import __version__
@@ -24,6 +25,9 @@ from .cases import case_data, unmeasured
 from .columns import Column, metric_columns
 from .facts import machine_line, run_facts, text_of
 from .verdicts import COMPARISON_FILE, comparison_data, lines, read_comparison, side, verdict_counts
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PAGE_FILE = "report.html"
 _SCRIPTS = ("table.js", "cases.js", "scale.js", "plot.js", "verdicts.js", "page.js")
@@ -114,7 +118,6 @@ def render_page(
         UTF-8. Whatever text a record holds, it executes nothing: the template escapes, data is JSON in an inert element and
         reaches the document as text only, and the content security policy knows the package's scripts by their hashes.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from jinja2.utils import htmlsafe_json_dumps
     from markupsafe import Markup
 
@@ -123,14 +126,7 @@ def render_page(
     columns = metric_columns(rows)
     style, scripts = _own("report.css"), [_own(name) for name in _SCRIPTS]
     data = {"cases": case_data(folder, rows, columns), "verdicts": comparison_data(comparison) if comparison else None}
-    environment = Environment(
-        loader=PackageLoader("kvsuite.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = page_template().render(
         title=f"{text_of(run.get('method'))}, {text_of(run.get('model'))}",
         run_id=text_of(run.get("run_id")),
         started=text_of(run.get("started_utc")),
@@ -154,6 +150,21 @@ def render_page(
         script_hashes=" ".join(map(_hash, scripts)),
     )
     return utf8(page)
+
+
+@functools.cache
+def page_template() -> Template:
+    """The page's template, compiled once in a process."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kvsuite.reporting", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
 
 
 def _is_own(path: Path) -> bool:
