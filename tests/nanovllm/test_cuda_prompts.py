@@ -1,4 +1,4 @@
-"""Attention of prompts on CUDA: gathered keys and pages give the same, for whole prompts and for chunks behind a prefix."""
+"""Attention of prompts on Hopper: gathered keys and pages give the same, for whole prompts and for chunks behind a prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn import functional  # noqa: E402
 from kvsuite.nanovllm.flashinfer_libraries import FA3, flashinfer_module, libraries_for  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
-from kvsuite.nanovllm.prompt_attention import HopperPrompts, PromptRows, TorchPrompts, starts_of  # noqa: E402
+from kvsuite.nanovllm.prompt_attention import HopperPrompts, PromptRows, starts_of  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
@@ -35,20 +35,17 @@ def pool():
     return pool
 
 
-def _attention(name, pool):
-    if name == "torch":
-        return TorchPrompts(pool)
+def _attention(pool):
     if FA3 not in libraries_for([pool], build=False).built:
         pytest.skip("FlashInfer's fa3 is not built here")
     workspace = torch.zeros(64 << 20, dtype=torch.uint8, device=DEVICE)
     return HopperPrompts(flashinfer_module(), pool, HEADS, workspace)
 
 
-@pytest.mark.parametrize("name", ["torch", "hopper"])
 @pytest.mark.parametrize("counts", [[70, 200, 33], [50, 60, 33], [2, 3, 5]], ids=["whole", "chunks", "few of many"])
 @pytest.mark.parametrize("scale", [HEAD_DIM**-0.5, 0.05])
-def test_a_query_sees_its_own_and_all_earlier_tokens(name, counts, scale, pool):
-    attention = _attention(name, pool)
+def test_a_query_sees_its_own_and_all_earlier_tokens(counts, scale, pool):
+    attention = _attention(pool)
     order = np.random.default_rng(1).permutation(40)[: 3 * 13] + 1
     tables = order.reshape(3, 13).astype(np.int32)
     attention.plan(PromptRows(starts_of(np.array(counts)), np.array(LENGTHS), tables))
