@@ -263,4 +263,9 @@ def require_size(option: str, value: int, minimum: int = 1) -> int:
 
 def time_order(view: CacheView) -> Tensor:
     """Slots of the view from the oldest to the youngest token, int64, shaped like ``view.positions``."""
-    return view.positions.argsort(dim=-1, stable=True)
+    positions = view.positions
+    leading = zip(positions.shape[:-1], positions.stride()[:-1], strict=True)
+    if all(size == 1 or stride == 0 for size, stride in leading):
+        # a prompt's positions are one row, expanded over layers and heads: as many sorts of it took longer than all else
+        return positions[(0,) * (positions.dim() - 1)].argsort(stable=True).expand(positions.shape)
+    return positions.argsort(dim=-1, stable=True)

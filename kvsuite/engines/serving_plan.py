@@ -49,6 +49,9 @@ class ServingPlan:
         ``None``, ``auto`` (chooses the partition), ``dual`` (chooses between prompts and decoding as well).
     replay_decisions
         File of decisions that the controller makes again, ``None`` for those of its own meters.
+    layers_per_step
+        Layers of a prompt that a policy that merges does after each token that follows; ``None``: all at the end of the prompt,
+        or as the controller says.
 
     Raises
     ------
@@ -67,13 +70,14 @@ class ServingPlan:
     lanes: int = 1
     controller: str | None = None
     replay_decisions: str | None = None
+    layers_per_step: int | None = None
 
     def __post_init__(self) -> None:
         if (self.pool_blocks is None) == (self.pool_bytes is None):
             raise UserError(
                 "serving plan: give the pool in blocks (pool_blocks) or in bytes (pool_bytes), one of the two"
             )
-        for name in ("pool_blocks", "pool_bytes", "max_model_len", "max_num_seqs", "step_tokens"):
+        for name in ("pool_blocks", "pool_bytes", "max_model_len", "max_num_seqs", "step_tokens", "layers_per_step"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"serving plan: {name}={value} must be a whole number of at least 1")
@@ -92,6 +96,9 @@ class ServingPlan:
             )
         if self.controller is not None and self.lanes == 1:
             raise UserError(f"serving plan: controller={self.controller} shares SMs between two lanes; use lanes=2")
+        if self.layers_per_step is not None and (self.stage == "none" or self.controller is not None):
+            why = "a controller chooses it" if self.controller is not None else "nothing is compressed"
+            raise UserError(f"serving plan: layers_per_step={self.layers_per_step}: {why}; leave it out")
         if self.replay_decisions is not None and self.controller is None:
             raise UserError("serving plan: replay_decisions: there is no controller whose decisions these could be")
 
@@ -120,5 +127,5 @@ class ServingPlan:
         return cls(**found)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types, every field."""
-        return asdict(self)
+        """JSON types, every field; ``layers_per_step`` where there is one, so that cases without it keep their keys."""
+        return {name: value for name, value in asdict(self).items() if name != "layers_per_step" or value is not None}

@@ -70,7 +70,7 @@ def _launching_nothing(function: Any) -> Iterator[None]:
 
         def compile_once(*given: Any, **options: Any) -> None:
             # every layer launches the same ones
-            kind = (kernel, *map(_kind, given), repr(options))
+            kind = (id(kernel), *map(_kind, given), repr(options))
             if kind not in seen:
                 seen.add(kind)
                 kernel.warmup(*given, grid=grid, **options)

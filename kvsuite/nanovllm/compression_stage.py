@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +14,7 @@ from kvsuite.errors import CaseInvalid, UserError
 from .block_pool import PoolFullError
 from .eviction import Decided, Eviction
 from .fences import Fence
+from .layer_by_layer import LayerByLayer, parts_of
 from .request import Request, Status
 from .scheduler import Scheduler
 from .stage_streams import Aside, Work
@@ -50,6 +52,8 @@ class CompressionStage:
         Ends a request that the pool cannot hold even alone: with a status and a reason.
     aside
         Where the work is done; on the stream of the steps if left out.
+    prompts_aside
+        Whether that is so of what is done at the end of a prompt; else only of requests that the decode lane has.
     """
 
     def __init__(
@@ -58,11 +62,16 @@ class CompressionStage:
         scheduler: Scheduler,
         end: Callable[[Request, Status, str, Exception], None],
         aside: Aside | None = None,
+        *,
+        prompts_aside: bool = True,
     ) -> None:
         self._evictions = evictions
         self._scheduler = scheduler
         self._end = end
         self._aside = aside
+        self._prompts_aside = prompts_aside
+        #: layers that a policy that merges does after each token fed behind a prompt; ``None``: all at its end
+        self.layers_per_step: int | None = None
         #: whether work is done aside, where there is such a place
         self.works_aside = True
         #: whether the policy leaves a request's prompt as it is
@@ -77,6 +86,10 @@ class CompressionStage:
         # rows for which more may be decided, and what is under way aside
         self._open: set[int] = set()
         self._under_way: dict[int, Fence] = {}
+        # prompts that are merged layer by layer, and what still reads them aside: steps need not come behind that
+        self._merging: dict[int, LayerByLayer] = {}
+        self._reading: dict[int, Fence] = {}
+        self._decided: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
         #: whether there is anything to do after a step: a policy, or requests that were compressed by hand
         self.active = bool(self._policies)
 
@@ -92,7 +105,10 @@ class CompressionStage:
         return [
             request
             for request in requests
-            if request.computed == request.prompt_length or request.row in still or request.compressions
+            if request.computed == request.prompt_length
+            or request.row in still
+            or request.row in self._merging
+            or request.compressions
         ]
 
     def after_step(self, requests: Sequence[Request]) -> None:
@@ -104,7 +120,7 @@ class CompressionStage:
         # one walk, since for most of many there is nothing but the policy's part
         decoding, alone = [], []
         for request in requests:
-            if request.computed == request.prompt_length or request.compressions:
+            if request.computed == request.prompt_length or request.compressions or request.row in self._merging:
                 alone.append(request)
             if request.row in self._open and request.computed != request.prompt_length and not request.spared:
                 decoding.append(request)
@@ -135,7 +151,26 @@ class CompressionStage:
 
     def fence_of(self, row: int) -> Fence | None:
         """What has to pass before the blocks that a row gives back are somebody else's."""
-        return self._under_way.get(row)
+        # work aside comes in order: what changes the sequence behind what reads it
+        return self._under_way.get(row, self._reading.get(row))
+
+    def merged_after(self, request: Request) -> int:
+        """Tokens fed behind a prompt until what is merged of it takes its place: 0 where that is at its end.
+
+        Of a request whose prompt was complete before what was decided then.
+        """
+        if (decided := self._decided.get(request)) is not None:
+            return decided
+        images, length = request.image_spans, request.prompt_length
+        policies = [eviction.policy for eviction in self._policies]
+        if all(policy is None or policy.size_of_prompt(length, images) == length for policy in policies):
+            return 0
+        return self.steps_of_all_layers
+
+    @property
+    def steps_of_all_layers(self) -> int:
+        """Tokens behind a prompt after which all of its layers are merged, 0 where that is at its end."""
+        return 0 if self.layers_per_step is None else len(parts_of(self._policies, self.layers_per_step))
 
     def by_hand(self, request: Request, keep_indices: Sequence[Tensor | None] | Tensor) -> None:
         """See `kvsuite.nanovllm.runtime.Runtime.compress`."""
@@ -147,6 +182,11 @@ class CompressionStage:
             raise UserError("compress: the blocks of a sliding window are freed by the window; leave it out")
         if self._policies and request.computed < request.prompt_length:
             raise UserError(f"request {request.id}: its prompt is not complete, and the policy has not seen it yet")
+        if request.row in self._merging:
+            raise UserError(
+                f"request {request.id}: its prompt is being merged until {request.merged_after} tokens behind it are fed; "
+                "compress it then"
+            )
         groups = len(self._evictions)
         keep: list[Tensor | None] = [keep_indices] * groups if isinstance(keep_indices, Tensor) else list(keep_indices)
         if len(keep) != groups:
@@ -159,34 +199,92 @@ class CompressionStage:
             request.compressions.append((request.computed, keep))
             self.active = True
 
-    def fork(self, row: int, target: int) -> None:
-        """Let a new sequence have the bookkeeping of another one."""
+    def fork(self, request: Request, child: Request) -> None:
+        """Let a new request have the bookkeeping of another one."""
+        row, target = request.row, child.row
+        if request in self._decided:
+            self._decided[child] = self._decided[request]
         for eviction in self._evictions:
             eviction.fork(row, target)
         if row in self._open:
             self._open.add(target)
         if row in self._under_way:
             self._under_way[target] = self._under_way[row]
+        if row in self._merging:
+            self._merging[target] = self._merging[row].branch(child)
+        if row in self._reading:
+            self._reading[target] = self._reading[row]
 
     def leave(self, row: int) -> None:
         """Forget a sequence whose blocks were given back."""
         self._open.discard(row)
         self._under_way.pop(row, None)
+        self._merging.pop(row, None)
+        self._reading.pop(row, None)
         for eviction in self._evictions:
             eviction.leave(row)
 
     def _after_step_of(self, request: Request) -> None:
         """What concerns one request alone: the end of its prompt, and what was done by hand."""
         if self._policies and request.row >= 0 and request.computed == request.prompt_length:
-            self._scheduler.settle_spared(request, self.spares(request))
-            if not request.spared:
+            spared = self.spares(request)
+            after = self._decided[request] = 0 if spared else self.merged_after(request)
+            self._scheduler.settle(request, spared=spared, merged_after=after)
+            if after:
+                self._merging[request.row] = LayerByLayer(request, parts_of(self._policies, self._layers_of(after)))
+            elif not request.spared:
                 self._noted(True)
                 self._apply_to_prompt(request)
                 self._noted(False)
+        elif request.row in self._merging:
+            self._noted(True)
+            self._merge_on(request, self._merging[request.row])
+            self._noted(False)
         for at, keep in request.compressions:
             # compressing one request may have preempted another
             if at == request.computed and request.row >= 0:
                 self._select(request, keep)
+
+    def _layers_of(self, after: int) -> int:
+        """Layers after each token, so that all of them are done after so many."""
+        return self.layers_per_step or -(-sum(len(eviction.group.layers) for eviction in self._policies) // after)
+
+    def _merge_on(self, request: Request, merging: LayerByLayer) -> None:
+        """Begin the layers that are due behind a request's last token; behind the last ones, put what was made in the place."""
+        fed = request.computed - request.prompt_length
+        ends = fed >= request.merged_after
+        for work in merging.due(len(merging.parts) if ends else fed):
+            self._begin(request, work)
+        if not ends:
+            return
+        for eviction in self._policies:
+
+            def replace(eviction: Eviction = eviction) -> Work:
+                return eviction.replace_prompt(request, merging.of_group(eviction))
+
+            if not self._work(request, replace):
+                return
+        del self._merging[request.row]
+        self._reading.pop(request.row, None)
+        self._scheduler.reserve_anew(request)
+
+    def _begin(self, request: Request, work: Work) -> None:
+        """Do work that only reads a request's keys and values: no step of it has to come behind."""
+        work, aside = self._watched(request, work), self._aside_of(request)
+        if aside is None:
+            self.join()
+            work()
+            return
+        fence = self._reading[request.row] = aside.fence()
+        aside.submit(work, fence)
+
+    def _watched(self, request: Request, work: Work) -> Work:
+        work = self.timed(work)
+        return work if self.measured is None else self.measured(request, work)
+
+    def _aside_of(self, request: Request) -> Aside | None:
+        """Where what is done to a request is done; ``None`` for the stream of the step that it follows."""
+        return self._aside if self.works_aside and (self._prompts_aside or request.handed_over) else None
 
     def _noted(self, begins: bool) -> None:
         if self.on_interval is not None:
@@ -286,7 +384,7 @@ class CompressionStage:
 
     def _work(self, request: Request, change: Callable[[], Work | None]) -> bool:
         """Change a request's tables and do the work that comes of it; whether there was room."""
-        aside = self._aside if self.works_aside else None
+        aside = self._aside_of(request)
         if aside is None:
             # work aside may be at this very sequence, and all work moves tokens through one place of the pool
             self.join()
@@ -300,9 +398,7 @@ class CompressionStage:
                 found.append(work)
 
         fits = self._with_room(request, act)
-        for work in map(self.timed, found):
-            if self.measured is not None:
-                work = self.measured(request, work)
+        for work in [self._watched(request, one) for one in found]:
             if aside is None or fence is None:
                 work()
             else:

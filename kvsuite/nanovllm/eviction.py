@@ -21,10 +21,14 @@ from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
 from .prompt_observer import PromptObserver
+from .request import Request
 from .stage_streams import Work
 from .token_notes import TokenNotes
 
 Bools = NDArray[np.bool_]
+
+#: keys and values that were made of tokens of some layers, once they are
+Made = list[tuple[Tensor, Tensor]]
 
 # what a policy looks at of several layers at once, in bytes
 _LOOK_BYTES = 1 << 29
@@ -161,6 +165,62 @@ class Eviction:
             )
 
         return take(keep)
+
+    def made_of_prompt(self, request: Request, part: slice, made: Made) -> Work:
+        """Work that makes what a policy makes of a complete prompt in some of the group's layers; the sequence stays as it is.
+
+        Parameters
+        ----------
+        request
+            Whose prompt it is.
+        part
+            The layers.
+        made
+            Gets keys and values, each ``[layers, kv_heads, n, head_dim]``, when the work is done.
+        """
+        policy, slots = self._merging, self._tables.stored_slots(request.row)[: request.prompt_length]
+        images = request.image_spans
+
+        def work() -> None:
+            [source] = self._upload(slots)
+            own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
+            made.append(policy.merge(*own, self.group.layers[part], images))
+
+        return work
+
+    def replace_prompt(self, request: Request, parts: Sequence[tuple[slice, Made]]) -> Work:
+        """Give a sequence blocks for what was made of its prompt and for the tokens behind it; the work puts both there.
+
+        Parameters
+        ----------
+        request
+            Whose prompt it was.
+        parts
+            All layers of the group, and what the work of `made_of_prompt` gives until this one is done.
+
+        Raises
+        ------
+        PoolFullError
+            If there are no such blocks; nothing has changed then.
+        """
+        row, prompt = request.row, request.prompt_length
+        before = self._tables.stored_slots(row)
+        behind = before[prompt:]
+        self._tables.replace(row, self._merging.size_of_prompt(prompt, request.image_spans) + len(behind))
+        after = self._tables.stored_slots(row)
+        self.evicted += len(before) - len(after)
+
+        def work() -> None:
+            source, target = self._upload(behind, after)
+            for part, [(keys, values)] in parts:
+                for one in (keys, values) if self._device.type == "cuda" else ():
+                    # they may have been made on another stream, whose allocator is to wait for this one
+                    one.record_stream(torch.cuda.current_stream(self._device))
+                # read before anything of these layers is written: blocks may be the same
+                own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
+                self._pool.put(target, part, torch.cat([keys, own[0]], dim=-2), torch.cat([values, own[1]], dim=-2))
+
+        return work
 
     def enter(self, row: int) -> None:
         """Begin the book of a sequence whose first tokens are stored and complete."""
@@ -419,6 +479,11 @@ class Eviction:
         each = tokens * (self.group.kv_heads * self.group.head_dim * self._pool.dtype.itemsize + 4 * asked)
         step = max(1, _LOOK_BYTES // each) if together else 1
         return [slice(first, min(first + step, layers)) for first in range(0, layers, step)]
+
+    @property
+    def _merging(self) -> Merging:
+        assert isinstance(self.policy, Merging)
+        return self.policy
 
     @property
     def _observer_of_prompts(self) -> PromptObserver:

@@ -102,6 +102,9 @@ class Request:
     handed_over: bool = field(default=False, init=False)
     #: whether the policy leaves its prompt as it is: expected when it is admitted, known when its prompt is complete
     spared: bool = field(default=False, init=False)
+    #: tokens fed behind the prompt until what was merged of it layer by layer takes its place, 0 where that is at its end:
+    #: expected when it is admitted, known when its prompt is complete, and the same when it is computed again
+    merged_after: int = field(default=0, init=False)
     #: row of the block tables while it runs
     row: int = field(default=-1, init=False)
     #: what `Runtime.compress` did: after how many computed tokens, and which stay, per layer group; replayed on resuming
@@ -152,7 +155,7 @@ class Request:
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over
-        child.spared = self.spared
+        child.spared, child.merged_after = self.spared, self.merged_after
         child.compressed, child.compressions = self.compressed, list(self.compressions)
         return child
 
@@ -183,6 +186,8 @@ class Request:
             pending = min(pending, self.prompt_length - self.computed)
         elif acts == "decode":
             pending = 1
+        if self.merged_after and self.computed < self.prompt_length + self.merged_after:
+            pending = min(pending, self.prompt_length + self.merged_after - self.computed)
         for at, _ in self.compressions:
             if at > self.computed:
                 return min(pending, at - self.computed)

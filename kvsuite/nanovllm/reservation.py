@@ -144,7 +144,12 @@ class Reservation:
             left = size_after_action(self._policy, prompt, prompt, done=False, prompt=True, images=request.image_spans)
             begins = left + fed - prompt
             most = self._largest(self._policy, prompt, longest, request.image_spans)
-            return begins, fed, longest, -(-prompt // size), -(-most // size)
+            peak, late = prompt, prompt + request.merged_after
+            if request.computed < late and request.merged_after:
+                # it stays as it is until then, or is over before
+                most, peak = max(most, min(late, longest)), min(late, fed)
+                begins = begins if fed >= late else fed
+            return begins, fed, longest, -(-peak // size), -(-most // size)
         peak, end = -(-fed // size), -(-longest // size)
         if self._tables.window is not None:
             chunk = min(self._step_tokens, fed)

@@ -28,6 +28,7 @@ from .eviction import Eviction
 from .green_contexts import SmPartition
 from .groups import LayerGroup
 from .kv_pool import KVPool, blocks_that_fit
+from .layer_by_layer import require_layer_by_layer
 from .limits import Limits
 from .paged_attention import AttentionBackend
 from .prompt_lane import LaneStep, LaneStreams, PromptLane, TwoStreams
@@ -89,6 +90,9 @@ class Runtime:
     partitions
         With a controller that parts the SMs, a partition for every share of the prompt lane that it may choose
         (`kvsuite.nanovllm.partition_ladder`). They have to outlive the runtime.
+    layers_per_step
+        Layers of a prompt that a policy that merges does after each token that follows, FastCache's decode pipeline: the full
+        prompt is read until all of them are done. ``None``: all at the end of the prompt. A controller chooses it itself.
     eos_token_ids
         Tokens that end a text; the model's own if left out.
 
@@ -116,6 +120,7 @@ class Runtime:
         prompt_layers: int | None = 4,
         controller: Controller | None = None,
         partitions: Mapping[float, SmPartition] | None = None,
+        layers_per_step: int | None = None,
         eos_token_ids: Iterable[int] | None = None,
     ) -> None:
         if stage not in ("sync", "async"):
@@ -123,6 +128,7 @@ class Runtime:
         if stage == "async":
             require_prompt_only(policy)
         _require_lanes(lanes, partition, prompt_layers, policy)
+        require_layer_by_layer(layers_per_step, policy)
         if controller is not None:
             facts: Any = {"has_policy": policy is not None, "is_async": stage == "async", "lanes": lanes}
             require_steerable(controller, **facts, shares=partitions or ())
@@ -180,14 +186,16 @@ class Runtime:
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
         self._launcher = self._launcher_of(self.runner, evictions)
-        aside = None
-        if stage == "async" and lanes == 1:
-            aside = aside_of(self.device)
-        self.compression = CompressionStage(evictions, self.scheduler, self._end, aside)
+        # with two lanes prompts are compressed on their own lane, and what follows them beside the lane that decodes
+        aside = aside_of(self.device) if stage == "async" and (lanes == 1 or isinstance(policy, Merging)) else None
+        staged: Any = {"prompts_aside": lanes == 1}
+        self.compression = CompressionStage(evictions, self.scheduler, self._end, aside, **staged)
+        self.compression.layers_per_step = layers_per_step
         if aside is not None:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
         self.scheduler.on_release = self.compression.leave
+        self.scheduler.expects_merged_after = self.compression.merged_after
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
         self._requests: dict[str, Request] = {}
@@ -314,7 +322,7 @@ class Runtime:
         self.scheduler.take_row(child)
         for table in self.tables:
             table.fork(request.row, child.row)
-        self.compression.fork(request.row, child.row)
+        self.compression.fork(request, child)
         self.counters.logical_prompt_tokens += child.prompt_length
         return child
 
@@ -426,7 +434,7 @@ class Runtime:
             on_step=self._lane_step,
         )
         for table in self.tables:
-            table.fence_of = lane.fence_of
+            table.fence_of = lambda row: lane.fence_of(row) or self.compression.fence_of(row)
         # pools, tables and weights were made on other streams
         streams.join()
         return lane

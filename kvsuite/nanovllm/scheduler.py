@@ -91,6 +91,8 @@ class Scheduler:
         self.on_release: Callable[[int], None] = lambda row: None
         #: whether the policy is expected to leave a waiting request's prompt as it is
         self.expects_spared: Callable[[Request], bool] = lambda request: False
+        #: tokens behind the prompt of a waiting request that are expected to be fed before it is merged
+        self.expects_merged_after: Callable[[Request], int] = lambda request: 0
         self._rows = list(range(limits.max_num_seqs))[::-1]
         self.waiting: deque[Request] = deque()
         #: in order of admission
@@ -131,12 +133,16 @@ class Scheduler:
         for reservation in self.reservations:
             reservation.enter(request)
 
-    def settle_spared(self, request: Request, spared: bool) -> None:
-        """Know now whether the policy leaves a running request's prompt as it is: what it will take depends on it."""
-        if spared != request.spared:
-            request.spared = spared
-            for reservation in self.reservations:
-                reservation.enter(request)
+    def settle(self, request: Request, *, spared: bool, merged_after: int) -> None:
+        """Know now what the policy does to a running request's prompt, and when: what it will take depends on it."""
+        if (spared, merged_after) != (request.spared, request.merged_after):
+            request.spared, request.merged_after = spared, merged_after
+            self.reserve_anew(request)
+
+    def reserve_anew(self, request: Request) -> None:
+        """Count a running request anew: what it holds from now on is not what it would have held."""
+        for reservation in self.reservations:
+            reservation.enter(request)
 
     def hand_over(self, request: Request) -> None:
         """Let the decode lane have a request whose prompt is complete."""
@@ -301,6 +307,7 @@ class Scheduler:
             found = self._find_prefix(request)
             request.prefill = request.prompt_length if self._acts == "decode" else len(request.tokens)
             request.spared = self.expects_spared(request)
+            request.merged_after = 0 if request.spared else self.expects_merged_after(request)
             if self.running and not self._has_room(request, found):
                 return
             self.waiting.popleft()

@@ -45,10 +45,6 @@ def require_steerable(
     settings = controller.settings
     if not has_policy:
         raise CaseInvalid("controller: it decides how prompts are compressed, and there is no policy; give one")
-    if settings.kind == "gemm":
-        raise CaseInvalid(
-            f"controller: {settings.method} needs the decode pipeline, which the runtime has not; leave it out"
-        )
     if not is_async:
         raise CaseInvalid(
             "controller: it chooses when to compress beside the steps, and stage=sync never does; use async"
@@ -116,6 +112,13 @@ class Steered:
             controller.inert["async_compress"] = (
                 "with two lanes the prompt lane compresses, beside the decoding, whatever is decided"
             )
+        if controller.settings.dual and controller.settings.kind == "gemm":
+            controller.inert["auto_dual"] = (
+                "prompts and decoding have a lane each and go on at the same time: there is nothing to choose between, and the "
+                "schedule is that of auto-tune+greenctx"
+                if has_lanes
+                else "steps take prompts first or beside decoding as the runtime's limits say, whatever is decided"
+            )
         controller.inert["compression_streams"] = (
             "compression has one stream here, as it has beside a partition in the original; the number decides nothing"
         )
@@ -142,11 +145,13 @@ class Steered:
         if not is_new:
             return
         self._stage.works_aside = decision.async_compress
+        self._stage.layers_per_step = decision.decode_layers_per_step if decision.pipeline == "decode" else None
         self.controller.applied(
             {
                 "pipeline": decision.pipeline,
                 "async_compress": decision.async_compress or self._has_lanes,
                 "compression_streams": 1,
+                "layers_per_step": self._stage.layers_per_step,
                 "partition": self._bind(decision.sm_compress_ratio if decision.greenctx_enabled else None),
             }
         )

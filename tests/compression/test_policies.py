@@ -21,6 +21,7 @@ from kvsuite.compression import (
     list_policies,
     register_policy,
 )
+from kvsuite.compression.base import time_order
 from kvsuite.errors import UserError
 
 NORMS = [5.0, 1.0, 4.0, 2.0, 3.0, 9.0, 8.0, 7.0]
@@ -192,3 +193,14 @@ def test_random_changes_with_every_part_of_its_seed() -> None:
     assert len({tuple(other) for other in others}) == 4
     # the largest seed that --kv-seed takes
     assert len({tuple(pick(seed)) for seed in (0, 2**33, 2**64 - 1)}) == 3
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (3, 7), (2, 3, 7)])
+def test_positions_that_all_heads_share_are_ordered_once(shape: tuple[int, ...]) -> None:
+    """What a sort of one row gives is what a sort of every row gives, and only rows that are one are taken for one."""
+    one = torch.tensor([4, 0, 6, 2, 5, 1, 3])
+    shared = one.expand(shape)
+    found = time_order(CacheView(shared, 6))
+    assert torch.equal(found, shared.contiguous().argsort(dim=-1, stable=True))
+    own = torch.stack([one.roll(shift) for shift in range(shared[..., 0].numel())]).view(shape)
+    assert torch.equal(time_order(CacheView(own, 6)), own.argsort(dim=-1, stable=True))

@@ -25,6 +25,9 @@ def plans(draw: st.DrawFn) -> ServingPlan:
     size = st.integers(1, 10**9)
     sequences = draw(st.integers(1, 512))
     lanes = draw(st.sampled_from((1, 2)))
+    stage = draw(st.sampled_from(STAGES))
+    controller = draw(st.sampled_from((None, *CONTROLLERS))) if lanes == 2 else None
+    paced = stage != "none" and controller is None
     return ServingPlan(
         **{draw(st.sampled_from(("pool_blocks", "pool_bytes"))): draw(size)},
         max_model_len=draw(size),
@@ -32,9 +35,10 @@ def plans(draw: st.DrawFn) -> ServingPlan:
         step_tokens=draw(st.integers(sequences, 10**6)),
         prompts_first=lanes == 2 or draw(st.booleans()),
         prefix_caching=draw(st.booleans()),
-        stage=draw(st.sampled_from(STAGES)),
+        stage=stage,
         lanes=lanes,
-        controller=draw(st.sampled_from((None, *CONTROLLERS))) if lanes == 2 else None,
+        controller=controller,
+        layers_per_step=draw(st.none() | st.integers(1, 8)) if paced else None,
     )
 
 
@@ -61,6 +65,9 @@ def test_a_case_without_a_plan_has_none() -> None:
         ({"controller": "best", "lanes": 2}, "controller=best; use null, auto, dual"),
         ({"controller": "auto"}, "use lanes=2"),
         ({"lanes": 2, "prompts_first": False}, "chunks beside decoding are lanes=1"),
+        ({"layers_per_step": 0}, "layers_per_step=0 must be a whole number"),
+        ({"layers_per_step": 4}, "layers_per_step=4: nothing is compressed"),
+        ({"layers_per_step": 4, "stage": "async", "controller": "auto", "lanes": 2}, "4: a controller chooses it"),
         ({"blocks": 3}, "unknown blocks"),
     ],
 )

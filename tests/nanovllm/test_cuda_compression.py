@@ -61,6 +61,7 @@ def _served(
     slow: bool = False,
     watched: bool = False,
     shared: bool = False,
+    how: dict[str, Any] | None = None,
     **limits: Any,
 ):
     """Output of requests that want each other's blocks, and the runtime's facts."""
@@ -72,7 +73,9 @@ def _served(
         "prefix_caching": False, "prefill_first": True,
     }  # fmt: skip
     runner = cuda_runner(rotation=rotation, sizes=[2, 5, 8])
-    runtime = Runtime(of, Limits(**small | limits), policy=policy, rotation=rotation, stage=stage, runner=runner)
+    runtime = Runtime(
+        of, Limits(**small | limits), policy=policy, rotation=rotation, stage=stage, runner=runner, **how or {}
+    )
     assert runtime.overlap
     facts = runtime.runner.facts
     assert facts["decode_step"] == "cuda_graph", facts
@@ -197,6 +200,22 @@ def test_what_is_merged_aside_is_what_is_merged_between_the_steps(name, tmp_path
     # layers with a gap between them
     skipped = {"factor": 3, "skip_layers": (1,), **own}
     _served(name, skipped, stage="async", watched=True, num_blocks=160)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_is_merged_layer_by_layer_is_the_same_beside_the_steps_and_on_two_lanes(layers, tmp_path):
+    own = {"factor": 3, "weights": written(tmp_path / "w.pth", random_weights(factor=3))}
+    how = {"layers_per_step": layers}
+    wanted, counters = _served("mlp", own, stage="sync", how=how)
+    assert counters.evicted_tokens == sum(2 * (length // 3) for length in LENGTHS)
+    at_the_end, _ = _served("mlp", own, stage="sync")
+    assert at_the_end != wanted
+    # whoever does not wait reads blocks that are not written yet, or writes what is still read
+    for num_blocks in (24, 160):
+        assert _served("mlp", own, stage="async", how=how, num_blocks=num_blocks, slow=True)[0] == wanted
+    assert _served("mlp", own, stage="async", how=how | {"lanes": 2}, slow=True)[0] == wanted
+    for stage in ("sync", "async"):
+        _served("mlp", own, stage=stage, how=how, watched=True, num_blocks=160)
 
 
 def test_merged_vectors_are_those_of_the_cpu(tmp_path):

@@ -178,7 +178,6 @@ def test_a_log_of_other_requests_ends_the_run():
         ({"controller": Controller(settings(greenctx=True))}, "parts the SMs between two lanes"),
         ({"controller": Controller(settings(greenctx=True)), "lanes": 2}, r"partitions were given for \[\]"),
         ({"partitions": dict.fromkeys(ratios()), "lanes": 2}, "greenctx=False never uses one"),
-        ({"controller": Controller(settings(method="mlp"))}, "needs the decode pipeline"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_run(how, told):

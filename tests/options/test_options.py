@@ -90,6 +90,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "pipeline-method": ("snapkv(window=[8,16]),knorm", ("snapkv(window=[8,16])", "knorm")),
     "factors": ("1,2.5", (1, 2.5)),
     "async-compression": ("off", False),
+    "decode-layers-per-step": ("off,4", (None, 4)),
     "dataset-dir": ("/data/prompts", "/data/prompts"),
     "trace-conv": ("/data/trace.csv", "/data/trace.csv"),
     "synthetic-context": ("4096", 4096),

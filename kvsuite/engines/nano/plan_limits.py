@@ -6,6 +6,7 @@ from kvsuite.compression.base import Policy
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.compression_stage import require_prompt_only
+from kvsuite.nanovllm.layer_by_layer import require_layer_by_layer
 from kvsuite.nanovllm.limits import Limits
 
 from .runtime import BLOCK_SIZE
@@ -46,5 +47,6 @@ def refuse_plan(plan: ServingPlan, policy: Policy | None) -> None:
         )
     if plan.controller is not None and policy is None:
         raise CaseInvalid(f"controller={plan.controller}: it decides how prompts are compressed; give a policy")
+    require_layer_by_layer(plan.layers_per_step, policy)
     if plan.stage == "async":
         require_prompt_only(policy)

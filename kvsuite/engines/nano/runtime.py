@@ -88,12 +88,13 @@ class RuntimeHolder:
         partition: SmPartition | None = None,
         controller: Controller | None = None,
         partitions: Mapping[float, SmPartition] | None = None,
+        layers_per_step: int | None = None,
     ) -> Runtime:
         """A runtime with these limits and this very policy, with nothing to do.
 
         Parameters
         ----------
-        limits, policy, stage, lanes, partition, controller, partitions
+        limits, policy, stage, lanes, partition, controller, partitions, layers_per_step
             As for `Runtime`.
         captures
             Whether capturing decode steps is worth its time.
@@ -105,12 +106,12 @@ class RuntimeHolder:
         UserError
             If the device has no room for the pool.
         """
-        key = (limits, policy, captures, stage, lanes, id(partition), controller)
+        key = (limits, policy, captures, stage, lanes, id(partition), controller, layers_per_step)
         if self._held is not None and self._held[0] == key:
             return self._held[1]
         self.drop()
         streams: dict[str, Any] = {"stage": stage, "lanes": lanes, "partition": partition}
-        streams |= {"controller": controller, "partitions": partitions}
+        streams |= {"controller": controller, "partitions": partitions, "layers_per_step": layers_per_step}
         runtime = self._make(limits, policy, captures, streams)
         self._held = (key, runtime)
         return runtime
@@ -127,7 +128,15 @@ class RuntimeHolder:
 
     def state(self, runtime: Runtime, effective: dict[str, Any]) -> None:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
-        for name in ("decode_step_reason", "stage", "stepwise", "lanes", "kv_cache_dtype"):
+        for name in (
+            "decode_step_reason",
+            "stage",
+            "stepwise",
+            "lanes",
+            "kv_cache_dtype",
+            "layers_per_step",
+            "merged_after",
+        ):
             effective.pop(name, None)
         effective |= self.facts(runtime)
 
@@ -154,6 +163,8 @@ class RuntimeHolder:
             found["lanes"] = runtime.lanes
         if runtime.policy is not None:
             found |= {"stage": runtime.stage, "stepwise": runtime.policy.acts == "decode"}
+            if runtime.controller is None and (layers := runtime.compression.layers_per_step) is not None:
+                found |= {"layers_per_step": layers, "merged_after": runtime.compression.steps_of_all_layers}
         if step != "cuda_graph" and reason:
             found.setdefault("decode_step_reason", reason.removesuffix(")"))
         return found

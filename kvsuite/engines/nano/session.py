@@ -405,6 +405,7 @@ class NanoSession(LoadedSession):
                 partition=self._sms,
                 controller=self._controller,
                 partitions=None if self._ladder is None else self._ladder.by_ratio,
+                layers_per_step=None if self._plan is None else self._plan.layers_per_step,
             )
             if runtime.controller is not None:
                 self.inert |= runtime.controller.inert

@@ -83,6 +83,7 @@ class Arm:
     reduction: Reduction | None = None
     chunk: int | None = None
     partition: PartitionRequest | None = None
+    layers: int | None = None
     marks: tuple[str, ...] = field(default=())
 
     @property
@@ -143,6 +144,7 @@ def unread_options(options: Options) -> list[str]:
         and any(set(methods) >= set(own.pipeline_method) for _, methods in _models(options)),
         "factors": compresses,
         "compressor_path": compresses and any(_take_weights(methods) for _, methods in _models(options)),
+        "decode_layers_per_step": any(variant.compresses and variant.controller is None for variant in variants),
         "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
         "chunk_sizes": any(variant.chunked for variant in variants),
         "dataset_dir": LIGHT in own.workloads,
@@ -181,20 +183,53 @@ def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, 
 def _arms(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None) -> list[Arm]:
     reductions = _reductions(own, methods, compressor)
     several = len(reductions) > 1
+    paced = _paced(own, reductions)
     found = [Arm(VARIANTS[BASELINE])]
     for name in own.variants:
         variant = VARIANTS[name]
         if variant.chunked:
             for chunk in own.chunk_sizes:
                 found.append(Arm(variant, chunk=chunk, marks=(f"c{chunk}",)))
-                found += [Arm(variant, one, chunk, marks=(f"c{chunk}", one.id)) for one in reductions]
+                found += [
+                    Arm(variant, one, chunk, layers=layers, marks=(f"c{chunk}", one.id, *_pace(layers)))
+                    for one, layers in paced
+                ]
         elif name != BASELINE:
             found += [
-                Arm(variant, one, partition=sms, marks=(*([one.id] if several else []), *([sms.id] if sms else [])))
-                for one in reductions
+                Arm(
+                    variant,
+                    one,
+                    partition=sms,
+                    layers=layers,
+                    marks=(*([one.id] if several else []), *_pace(layers), *([sms.id] if sms else [])),
+                )
+                for one, layers in (paced if variant.controller is None else [(one, None) for one in reductions])
                 for sms in (_partitions(own) if variant.partitioned and variant.controller is None else [None])
             ]
     return found
+
+
+def _paced(own: PipelineOptions, reductions: list[Reduction]) -> list[tuple[Reduction, int | None]]:
+    """Reductions with the layers that are done after each token; what keeps tokens is done at the end of a prompt."""
+    asked = own.decode_layers_per_step
+    merging = [find_policy(one.policy).merges for one in reductions]
+    if asked != (None,) and reductions and not any(merging):
+        typed = ",".join("off" if one is None else str(one) for one in asked)
+        raise UserError(
+            f"--kv-decode-layers-per-step={typed}: only what is made of several tokens is made layer by layer, and "
+            f"--kv-pipeline-method={','.join(own.pipeline_method)} keeps tokens; name mlp, mlp_residual or mean_pool, or leave "
+            "the option out"
+        )
+    return [
+        (one, layers)
+        for one, merges in zip(reductions, merging, strict=True)
+        for layers in (asked if merges else (None,))
+    ]
+
+
+def _pace(layers: int | None) -> list[str]:
+    """The piece of an id of so many layers after each token."""
+    return [] if layers is None else [f"d{layers}"]
 
 
 def _partitions(own: PipelineOptions) -> list[PartitionRequest]:
@@ -410,4 +445,5 @@ def _plan(own: PipelineOptions, arm: Arm, load: ServingWorkload, longest: int) -
         lanes=variant.lanes,
         controller=variant.controller,
         replay_decisions=own.replay_decisions if variant.controller else None,
+        layers_per_step=arm.layers,
     )

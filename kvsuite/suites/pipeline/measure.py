@@ -144,7 +144,10 @@ def _why_nothing_is_compressed(case: Case) -> str:
         return "the full cache: there is no compression stage"
     if case.params["factor"] == 1:
         return "factor 1 removes nothing"
-    return "no prompt of a round was compressed: the controller chose none, or everything of it stays"
+    return (
+        "no prompt of a round was compressed: the controller chose none, everything of it stays, or outputs ended before all "
+        "of its layers were merged"
+    )
 
 
 def requests_of(load: ServingRequests) -> list[ServeRequest]:

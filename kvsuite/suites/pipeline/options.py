@@ -127,6 +127,12 @@ class PipelineOptions(OptionGroup, frozen=True, kw_only=True):
         "Whether variants with one stream compress on a stream of their own (compression-only, chunked), e.g. "
         "--kv-async-compression=off; on a CPU there is one stream, and the record says so.",
     )]
+    decode_layers_per_step: Annotated[tuple[int | None, ...], Option(
+        list_of(off_or(whole_number(1, 1000))), "off",
+        "Layers of a prompt that a policy that merges does after each token that follows it, comma separated, e.g. "
+        "--kv-decode-layers-per-step=off,4; off: all of them at the end of the prompt. Variants with a controller choose it.",
+        example="4",
+    )]
     pipeline_image: Annotated[str | None, Option(
         off_or(path_or_name), "off",
         "The image that every prompt begins with, for a model that reads images: random (of each request another where prompts "

@@ -180,3 +180,25 @@ def test_a_case_after_one_with_a_plan_has_none() -> None:
     assert len(output) == 8
     assert max(output) < VOCAB
     assert session().effective["num_blocks"] > 4
+
+
+def test_layers_after_each_token_are_what_the_session_says_and_does() -> None:
+    merged = {"policy": "mean_pool", "params": {"factor": 4}, "stage": "async", "pool_blocks": 16}
+    session().prepare(planned(**merged))
+    assert "layers_per_step" not in session().effective
+    at_the_end = session().serve_under_load(requests())
+    session().prepare(planned(**merged, layers_per_step=1))
+    layers = len(session()._layers)
+    assert session().effective["layers_per_step"] == 1
+    assert session().effective["merged_after"] == layers
+    later = session().serve_under_load(requests())
+    for found in (at_the_end, later):
+        assert [one.evicted_tokens for one in found.requests] == [30] * 4
+        assert all(one.compress_s is not None for one in found.requests)
+    assert later.outputs != at_the_end.outputs
+    session().prepare(planned())
+    dense = session().serve_under_load(requests())
+    # the full prompt is read until all layers are merged
+    assert [one[: layers + 1] for one in later.outputs] == [one[: layers + 1] for one in dense.outputs]
+    with pytest.raises(CaseInvalid, match="layers_per_step=1: policy recent_only keeps tokens"):
+        session().prepare(planned("recent_only", {"window": 8}, stage="sync", layers_per_step=1))

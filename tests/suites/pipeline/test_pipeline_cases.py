@@ -382,3 +382,33 @@ def test_an_image_is_known_by_what_is_in_its_file(tmp_path: Path, monkeypatch: p
     # told before anything is loaded or written
     with pytest.raises(UserError, match=r"--kv-pipeline-image=d/cat.png: no such file; give a PNG, JPEG or .npy file"):
         cases(variants="baseline", pipeline_image="d/cat.png")
+
+
+def test_layers_after_each_token_are_asked_of_what_merges_where_no_controller_chooses() -> None:
+    typed = {"pipeline_method": "mean_pool,knorm", "decode_layers_per_step": "off,4", "variants": VARIANTS}
+    found = [case for case in cases(**typed) if case.policy is not None]
+    paced = [case for case in found if plan(case).layers_per_step is not None]
+    assert {case.policy for case in paced} == {"mean_pool"}
+    assert {case.params["variant"] for case in paced} == {
+        "compression-only",
+        "greenctx-only",
+        "streams-only",
+        "chunked",
+    }
+    assert {plan(case).layers_per_step for case in paced} == {4}
+    assert paced[0].name == "synthetic-long-bs04-compression-only-mean_pool-f5-d4"
+    assert len({case.name for case in found}) == len(found)
+    # the others are what they were, key and all
+    before = [case for case in cases(**typed | {"decode_layers_per_step": "off"}) if case.policy is not None]
+    assert [case for case in found if case not in paced] == before
+    assert "layers_per_step" not in before[0].params["serving"]
+    alone = cases(pipeline_method="mean_pool", decode_layers_per_step="2", variants="compression-only,triad")
+    assert [case.name.removeprefix("synthetic-long-bs04-") for case in alone] == [
+        "baseline", "compression-only-d2", "triad",
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"--kv-decode-layers-per-step=4: .* --kv-pipeline-method=streaming_llm keeps tokens"
+    ):
+        cases(decode_layers_per_step="4")
+    of_triad = default_options(pipeline_method="mean_pool", decode_layers_per_step="4", variants="triad")
+    assert unread_options(of_triad) == ["--kv-decode-layers-per-step"]
