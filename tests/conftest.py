@@ -13,6 +13,11 @@ _HERE = Path(__file__).parent
 for _folder in sorted({path.parent for path in _HERE.rglob("*.py") if "data" not in path.parts}):
     sys.path.append(str(_folder))
 
+import bare_copy  # noqa: E402
+
+# before anything asks for an entry point
+bare_copy.make_findable()
+
 import shared_weights  # noqa: E402
 from child_processes import hand_on_default_signals  # noqa: E402
 

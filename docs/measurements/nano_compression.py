@@ -343,7 +343,7 @@ def equal(session: Session) -> None:
         if session.device.type == "cuda":
             from kvsuite.nanovllm.cuda_runner import cuda_runner
 
-            options["runner"] = cuda_runner(sizes=[sequences])
+            options["runner"] = cuda_runner(build=True, sizes=[sequences])
         runtime = Runtime(session.model(session.shapes.large), limits, policy=policy, eos_token_ids=(), **options)
         requests = runtime.run([request(own, runtime, seed, steps) for seed in range(sequences)])
         # the last to begin: everybody decodes from its first token on

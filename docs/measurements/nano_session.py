@@ -117,7 +117,10 @@ def serving(
     loaded = session.model(name)
     started = time.perf_counter()
     runtime = Runtime(
-        loaded, Limits(block_size=BLOCK, **limits), runner=cuda_runner(sizes=sizes, warm_up=warm_up), overlap=True
+        loaded,
+        Limits(block_size=BLOCK, **limits),
+        runner=cuda_runner(build=True, sizes=sizes, warm_up=warm_up),
+        overlap=True,
     )
     session.synchronize()
     facts = {key: value for key, value in runtime.runner.facts.items() if key != "products"}

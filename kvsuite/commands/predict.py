@@ -216,7 +216,7 @@ def _explained(found: Survey, name: str) -> RenderableType:
 def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> RenderableType:
     """What cache formats take of the model's tokens, beside weights in the first weight format of the space."""
     from kvsuite.cache_formats.chosen_format import HqqFormat, parse_format
-    from kvsuite.memory_model.cache_room import cache_rooms
+    from kvsuite.memory_model.cache_room import StoresWindows, cache_rooms
     from kvsuite.memory_model.formats import ELEMENT_BYTES
     from kvsuite.memory_model.tables import cache_room_table
     from kvsuite.options.option import outside_brackets
@@ -237,7 +237,8 @@ def _rooms(arguments: argparse.Namespace, engine: Engine, found: Survey) -> Rend
     allocation, weights = prediction.allocation, prediction.part("parameters")
     element_bytes = 2 if allocation is None else ELEMENT_BYTES[allocation.dtype]
     free = None if found.card is None or weights is None else found.card.usable - weights
-    rooms = cache_rooms(found.predictor.architecture, element_bytes, formats, free)
+    windows = found.predictor if isinstance(found.predictor, StoresWindows) else None
+    rooms = cache_rooms(found.predictor.architecture, element_bytes, formats, free, windows)
     return cache_room_table(rooms, prediction.point.quantization, element_bytes, free, notes)
 
 

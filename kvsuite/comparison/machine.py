@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvsuite.kernel_builds import PREPARE
+
 from .records import Row
 from .sides import Side
 
@@ -20,6 +22,8 @@ _FACTS = {
     "cores": ("host", "cores"),
 }
 _SETTINGS = {"threads": "set --kv-threads", "concurrent_workers": "run both with the same -n"}
+# said by engines that build kernels, of runs that know it
+_KERNELS = "kernels"
 
 
 def machine_differences(base: Side, now: Side) -> list[str]:
@@ -52,6 +56,9 @@ def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
         other = next((found for row in (*base, *now) if (found := row.effective.get(name)) != first), first)
         if other != first:
             return f"{name} {first} -> {other}; {mend}"
+    kernels = list(dict.fromkeys(str(row.effective[_KERNELS]) for row in (*base, *now) if _KERNELS in row.effective))
+    if len(kernels) > 1:
+        return f"{_KERNELS} {' -> '.join(kernels)}; run {PREPARE} before both"
     return None
 
 

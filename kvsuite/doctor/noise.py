@@ -61,9 +61,9 @@ class Noise:
         ``t(0.975, 2n - 2) * sqrt(2 / n) * cv``: half the 95 % interval of a difference of two means of ``rounds`` each.
         The drift is added, since cases run one after the other.
         """
-        from scipy.stats import t
+        from scipy.special import stdtrit
 
-        return float(t.ppf(0.975, 2 * rounds - 2)) * math.sqrt(2 / rounds) * self.cv + abs(self.drift)
+        return float(stdtrit(2 * rounds - 2, 0.975)) * math.sqrt(2 / rounds) * self.cv + abs(self.drift)
 
     def rounds_for(self, difference: float = GATE) -> int | None:
         """Rounds from which on ``difference`` can be told, ``None`` where no sensible number is enough."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvsuite.entry_points import ENGINES, OURS, find, package
 from kvsuite.errors import CaseSkipped, UserError
+from kvsuite.kernel_builds import PREPARE
 from kvsuite.options.devices import resolve_device
 
 from .findings import Finding
@@ -16,6 +18,7 @@ from .packages import import_error, installed
 if TYPE_CHECKING:
     from kvsuite.engines.engine import Engine
 
+_NOT_BUILT = "not built here: torch's kernels, which are slower, attend to prompts"
 _NO_MLC = "not installed, and not on PyPI (packages of that name there are by strangers)"
 
 
@@ -123,12 +126,20 @@ def _paged_attention(devices: list[str]) -> Finding:
     if not any(device.startswith("cuda") for device in devices):
         return Finding(part, "ok", "not needed: no CUDA device")
 
+    import torch
+
+    from kvsuite.nanovllm.flashinfer_libraries import built_widths, flashinfer_module
+
     def load() -> str:
-        from kvsuite.nanovllm.flashinfer_attention import flashinfer_module
+        module = flashinfer_module()
+        built = built_widths(torch.cuda.get_device_capability())
+        widths = f"built for bfloat16 heads of {', '.join(map(str, built))}" if built else _NOT_BUILT
+        return f"FlashInfer {getattr(module, '__version__', installed('flashinfer-python'))}, {widths}"
 
-        return f"FlashInfer {getattr(flashinfer_module(), '__version__', installed('flashinfer-python'))}"
-
-    return _tried(part, load)
+    found = _tried(part, load)
+    if found.state == "missing":
+        return replace(found, found=f"by torch and Triton; faster with FlashInfer: {found.found}")
+    return replace(found, state="attention", mend=PREPARE) if _NOT_BUILT in found.found else found
 
 
 def _partitions(devices: list[str]) -> Iterator[Finding]:

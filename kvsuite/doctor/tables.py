@@ -21,6 +21,17 @@ _MARKS: dict[State, tuple[str, str]] = {
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
     """Print every section, the noise, and what it comes to."""
+    show_findings(diagnosis, console)
+    if diagnosis.noise:
+        console.print(Text("Noise", style="bold"))
+        for noise in diagnosis.noise.values():
+            console.print(Text(visible(_noise(noise))), soft_wrap=True)
+        console.print()
+    console.print(Text(_summary(diagnosis), style="bold"))
+
+
+def show_findings(diagnosis: Diagnosis, console: Console) -> None:
+    """Print every section."""
     for title, findings in diagnosis.sections.items():
         table = Table(
             title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
@@ -36,12 +47,6 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
             table.add_row(Text(mark, style=style), finding.part, found)
         console.print(table)
         console.print()
-    if diagnosis.noise:
-        console.print(Text("Noise", style="bold"))
-        for noise in diagnosis.noise.values():
-            console.print(Text(visible(_noise(noise))), soft_wrap=True)
-        console.print()
-    console.print(Text(_summary(diagnosis), style="bold"))
 
 
 def _noise(noise: Noise) -> str:

@@ -31,6 +31,7 @@ from .deadline import CaseTimeout, alarm, stopped
 from .energy import RoundEnergy
 from .measurement import Measurement
 from .source_hash import others_code, source_hash
+from .unbuilt import without_builds
 
 _TRACEBACK_LINES = 20
 #: of torch, of Triton, and the driver's own words, which other libraries repeat
@@ -229,7 +230,7 @@ class _Work:
             texts=runner.texts,
             planned=runner.planned,
             progress=progress,
-            rounds=watched(self.energy.metered(run_rounds), self.found.put),
+            rounds=without_builds(watched(self.energy.metered(run_rounds), self.found.put)),
             clock=runner.clock,
             beside=runner.sessions.beside,
             begins=self.begins,

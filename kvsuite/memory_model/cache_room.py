@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from kvsuite.cache_formats import by_layer
 from kvsuite.cache_formats.by_layer import CountedFormat
 from kvsuite.cache_formats.cache_format import AUTO
 from kvsuite.errors import CaseInvalid
+from kvsuite.models.layers import Layer
 
 from .config import Architecture
 
@@ -39,21 +41,66 @@ class CacheRoom:
     reason: str | None = None
 
 
-def kv_bytes(architecture: Architecture, tokens: int, element_bytes: int, chosen: CountedFormat | None) -> int:
+@runtime_checkable
+class StoresWindows(Protocol):
+    """A predictor for an engine that packs layers with a sliding window like others. transformers' cache does not."""
+
+    def window_tokens(self, window: int, tokens: int) -> int:
+        """Tokens that such a layer holds at the end of a text."""
+
+    def most_window_tokens(self, window: int, tokens: int) -> int:
+        """The most that it holds on the way there."""
+
+
+def kv_bytes(
+    architecture: Architecture,
+    tokens: int,
+    element_bytes: int,
+    chosen: CountedFormat | None,
+    windows: StoresWindows | None = None,
+    *,
+    on_the_way: bool = False,
+) -> int:
     """Bytes of the keys and values of a text, packed or not.
+
+    Parameters
+    ----------
+    architecture
+        The model.
+    tokens
+        Of the text.
+    element_bytes
+        Of the model's own dtype.
+    chosen
+        Its format, ``None`` for the model's dtype.
+    windows
+        What an engine holds of layers with a sliding window; without it what transformers' cache does.
+    on_the_way
+        The most there is before the text ends, not what there is at its end.
 
     Raises
     ------
     UserError
         If what the layers store is not known.
     """
-    if chosen is None or isinstance(architecture.cache, str):
+    if isinstance(architecture.cache, str):
         return architecture.kv_bytes(tokens, element_bytes)
-    return by_layer.kv_bytes(chosen, architecture.cache, [tokens] * architecture.layers, tokens, element_bytes)
+
+    def held(layer: Layer) -> int:
+        if windows is None or layer.attention != "sliding" or layer.window is None:
+            return layer.stored(tokens)
+        return (windows.most_window_tokens if on_the_way else windows.window_tokens)(layer.window, tokens)
+
+    each = [held(layer) for layer in architecture.cache.layers]
+    return by_layer.kv_bytes(chosen, architecture.cache, each, tokens, element_bytes)
 
 
 def cache_rooms(
-    architecture: Architecture, element_bytes: int, formats: Sequence[CountedFormat | None], free_bytes: float | None
+    architecture: Architecture,
+    element_bytes: int,
+    formats: Sequence[CountedFormat | None],
+    free_bytes: float | None,
+    windows: StoresWindows | None = None,
 ) -> list[CacheRoom]:
     """What each format takes, and how long a text may be.
 
@@ -67,20 +114,22 @@ def cache_rooms(
         Cache formats; ``None`` is the model's dtype.
     free_bytes
         What weights leave of a card, ``None`` without one.
+    windows
+        As for `kv_bytes`.
     """
     found = []
     for chosen in formats:
         name = AUTO if chosen is None else chosen.label
-        if reason := _refused(architecture, chosen):
+        if reason := _refused(architecture, chosen, windows):
             found.append(CacheRoom(name, reason=reason))
             continue
-        text = kv_bytes(architecture, TEXT_TOKENS, element_bytes, chosen) / TEXT_TOKENS
-        fitting = None if free_bytes is None else _longest(architecture, element_bytes, chosen, free_bytes)
+        text = kv_bytes(architecture, TEXT_TOKENS, element_bytes, chosen, windows) / TEXT_TOKENS
+        fitting = None if free_bytes is None else _longest(architecture, element_bytes, chosen, windows, free_bytes)
         found.append(CacheRoom(name, text, fitting))
     return found
 
 
-def _refused(architecture: Architecture, chosen: CountedFormat | None) -> str | None:
+def _refused(architecture: Architecture, chosen: CountedFormat | None, windows: StoresWindows | None) -> str | None:
     if isinstance(architecture.cache, str):
         return architecture.cache
     if chosen is None:
@@ -90,7 +139,8 @@ def _refused(architecture: Architecture, chosen: CountedFormat | None) -> str | 
     except CaseInvalid as error:
         return str(error)
     for layer, one in zip(architecture.cache.layers, formats, strict=True):
-        if layer.latent or layer.attention != "full" or layer.recurrent:
+        packed = layer.attention == "full" or (layer.attention == "sliding" and windows is not None)
+        if layer.latent or not packed or layer.recurrent:
             return f"layer {layer.index} ({layer.what}) is not packed"
         if reason := one.refused(layer.key_dim, layer.value_dim) if one is not None else None:
             return reason
@@ -98,15 +148,23 @@ def _refused(architecture: Architecture, chosen: CountedFormat | None) -> str | 
 
 
 def _longest(
-    architecture: Architecture, element_bytes: int, chosen: CountedFormat | None, free_bytes: float
+    architecture: Architecture,
+    element_bytes: int,
+    chosen: CountedFormat | None,
+    windows: StoresWindows | None,
+    free_bytes: float,
 ) -> int | None:
     """The longest text whose cache fits; ``None`` where every one does (windows alone)."""
-    if kv_bytes(architecture, _MOST_TOKENS, element_bytes, chosen) <= free_bytes:
+
+    def fits(tokens: int) -> bool:
+        return kv_bytes(architecture, tokens, element_bytes, chosen, windows, on_the_way=True) <= free_bytes
+
+    if fits(_MOST_TOKENS):
         return None
     low, high = 0, _MOST_TOKENS
     while high - low > 1:
         middle = (low + high) // 2
-        if kv_bytes(architecture, middle, element_bytes, chosen) <= free_bytes:
+        if fits(middle):
             low = middle
         else:
             high = middle

@@ -1,6 +1,9 @@
 """The runner of a runtime on CUDA: captured decode steps, fused layers, FlashInfer; and what was chosen, and why.
 
-Nothing is replaced in silence: `CudaRunner.facts` says what attends, what is fused and captured, and why not.
+Which kernels run is settled at the start, by what is there: FlashInfer's libraries, tilings that were tried on this machine.
+What takes a compiler minutes is built where that is asked for (``build``), which ``doctor --prepare`` does ahead; what Triton
+compiles in seconds is compiled at the start, side by side. Nothing is replaced in silence: `CudaRunner.facts` says what
+attends, what is fused and captured, and why not.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import torch
 from torch import Tensor
 
 from kvsuite.errors import CaseInvalid, UserError
+from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
 from .batch import BatchBuilder, GroupInputs, StepBatch
+from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
 from .flashinfer_attention import FlashInferAttention
 from .flashinfer_captured import FEW_PROGRAMS
+from .flashinfer_libraries import HEAD_DIMS, Libraries, libraries_for
 from .fused_layers import FusedDecoder, not_fusable
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .limits import Limits
@@ -31,14 +37,17 @@ from .sampling import SamplingParameters, sample
 from .sequence_rotary import switch_length
 from .turns import Turns
 
-# widths that FlashInfer's kernels exist for
-_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 # Ada's and Hopper's
 _FLOAT8_CAPABILITY = (8, 9)
 # the captured reference gathers the longest possible sequence for every row of a batch
 _REFERENCE_BYTES = 1 << 30
 # more than `fused_layers` launches with overlap
 _WARM_UP_TOKENS = 2048
+# prompts for which `fused_layers` and its kernels take other variants
+_DIFFERENT_ROWS = (2, 20, 40, 100, 130, _WARM_UP_TOKENS)
+# prompts of one step, of more tokens together than are launched with overlap: the final layer has as many rows
+_DIFFERENT_PROMPTS = (20, 40, 100)
+_DIFFERENT_SINGLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class CapturableReference(ReferenceAttention):
@@ -69,35 +78,43 @@ class CapturableReference(ReferenceAttention):
 
 
 def attention_for(
-    pools: Sequence[KVPool], *, query_heads: int, rotation: KeyRotation | None = None
+    pools: Sequence[KVPool], *, query_heads: int, rotation: KeyRotation | None = None, build: bool = False
 ) -> tuple[FlashInferAttention | CapturableReference, str]:
-    """The attention for these pools, and why it is that one.
+    """The attention for these pools, and why it is the reference.
 
-    Raises
-    ------
-    CaseSkipped
-        If FlashInfer is called for and not installed.
+    Parameters
+    ----------
+    pools
+        Keys and values of every layer group.
+    query_heads
+        Query heads of a layer.
+    rotation
+        For groups that place their keys in the cache.
+    build
+        Whether FlashInfer's libraries are built where they are missing; else torch's kernels and our own take their place.
     """
     first = pools[0]
     if first.device.type != "cuda":
         return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
     if first.dtype not in (torch.bfloat16, torch.float16):
         return CapturableReference(pools, rotation), f"FlashInfer does not compute in {first.dtype}"
-    odd = {pool.group.head_dim for pool in pools} - set(_FLASHINFER_HEAD_DIMS)
+    odd = {pool.group.head_dim for pool in pools} - set(HEAD_DIMS)
     if odd:
         return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
-    if without := _without_kernel([pool for pool in pools if pool.is_packed]):
+    if without := _without_kernel(pools):
         return CapturableReference(pools, rotation), without
-    return FlashInferAttention(pools, query_heads=query_heads, rotation=rotation), ""
+    libraries = libraries_for(pools, build=build)
+    return FlashInferAttention(pools, query_heads=query_heads, libraries=libraries, rotation=rotation), ""
 
 
-def _without_kernel(packed: Sequence[KVPool]) -> str:
-    """Why our kernels cannot read packed pools, empty if they can."""
+def _without_kernel(pools: Sequence[KVPool]) -> str:
+    """Why our kernels cannot read the pools, empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "single tokens need triton, which is not installed"
+    packed = [pool for pool in pools if pool.is_packed]
     numbers = {pages.side.number for pool in packed for pages in pool.layer(0)}
     if "fp8_e4m3" in numbers and torch.cuda.get_device_capability(packed[0].device) < _FLOAT8_CAPABILITY:
         return "the device has no instructions for fp8_e4m3"
-    if packed and importlib.util.find_spec("triton") is None:
-        return "packed pages need triton, which is not installed"
     return ""
 
 
@@ -126,8 +143,11 @@ class CudaRunner(ModelRunner):
     fuse
         Whether layers are fused.
     tune
-        Whether every product's tiling is chosen by trying, at batch sizes where that can win. The first time on a machine
-        this compiles some fifty kernels.
+        Whether products of few rows have the tilings that `kvsuite.nanovllm.known_tilings` knows for this machine; else they
+        are torch's.
+    build
+        Whether what is missing is built: FlashInfer's libraries, and tilings found by trying, which compiles some fifty
+        kernels. Both are kept for later runs.
     sizes
         Batch sizes to capture; a choice up to ``max_num_seqs`` if left out.
     warm_up
@@ -136,8 +156,6 @@ class CudaRunner(ModelRunner):
 
     Raises
     ------
-    CaseSkipped
-        If FlashInfer is called for and not installed.
     UserError
         If the captured steps do not fit beside the pool.
     """
@@ -152,15 +170,20 @@ class CudaRunner(ModelRunner):
         graphs: bool = True,
         fuse: bool = True,
         tune: bool = True,
+        build: bool = False,
         sizes: Iterable[int] | None = None,
         warm_up: bool = False,
     ) -> None:
         config = loaded.text_config
         attention, self._why_reference = attention_for(
-            pools, query_heads=int(config.num_attention_heads), rotation=rotation
+            pools, query_heads=int(config.num_attention_heads), rotation=rotation, build=build
         )
         super().__init__(loaded, attention)
+        if self.device.type == "cuda":
+            BUILDS.watch_triton()
         self.attention = attention
+        #: row counts whose products have no tilings tried on this machine
+        self._untried: list[int] = []
         self._why_not_fused = self._objection(loaded, pools, fuse)
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
@@ -173,7 +196,7 @@ class CudaRunner(ModelRunner):
                 self.decoder = FusedDecoder(loaded.model, config, limits.max_model_len + 1)
             wanted = sorted(set(default_sizes(limits.max_num_seqs) if sizes is None else sizes))
             if tune and self.decoder is not None and loaded.dtype in (torch.bfloat16, torch.float16):
-                self._tune(self.decoder, wanted)
+                self._tune(self.decoder, wanted, build)
             if not graphs:
                 self._why_not_captured = "switched off"
             elif (switch := switch_length(loaded.model)) is not None and switch < limits.max_model_len:
@@ -185,6 +208,8 @@ class CudaRunner(ModelRunner):
                 self.graphs = self._again()
                 if self.graphs is not None:
                     self._captured[""] = self.graphs
+            if self.graphs is None:
+                self._compile_ahead(None, pools, limits)
             if warm_up:
                 self._warm_up(pools, limits)
         except BaseException:
@@ -199,6 +224,8 @@ class CudaRunner(ModelRunner):
         else:
             attends = f"reference ({self._why_reference})"
         found: dict[str, Any] = {"attention": f"paged: {attends}"}
+        if self.device.type == "cuda":
+            found["kernels"] = "prepared" if not self.not_prepared else f"not prepared: {', '.join(self.not_prepared)}"
         captured = self.graphs is not None and self.device.type == "cuda"
         found["decode_step"] = "cuda_graph" if captured else "eager"
         if not captured:
@@ -209,6 +236,15 @@ class CudaRunner(ModelRunner):
         if self.decoder is None:
             return found | {"fused": [], "not_fused": self._why_not_fused}
         return found | dict(self.decoder.effective)
+
+    @property
+    def not_prepared(self) -> list[str]:
+        """What `build` would have added."""
+        libraries = self.attention.libraries if isinstance(self.attention, FlashInferAttention) else Libraries()
+        missing = [f"flashinfer {name}" for name in sorted(libraries.missing)]
+        if self._untried:
+            missing.append(f"tilings of products of {', '.join(map(str, self._untried))} rows")
+        return missing
 
     def run(self, batch: StepBatch) -> Tensor:
         """Run one step and return logits ``[R, vocab]`` of ``batch.sample_rows``, in the model's dtype.
@@ -290,27 +326,63 @@ class CudaRunner(ModelRunner):
             return
         total = min(_WARM_UP_TOKENS, limits.max_num_batched_tokens)
         most = min(total, limits.max_model_len)
-        counts = np.array([1, *[most] * (total // most)][: limits.max_num_seqs])
-        ids = np.zeros(counts.sum(), dtype=np.int64)
-        blocks = -(-int(counts.max()) // limits.block_size)
+        self._scratch_step([1, *[most] * (total // most)][: limits.max_num_seqs], pools, limits)
+
+    def _scratch_step(self, counts: Sequence[int], pools: Sequence[KVPool], limits: Limits) -> None:
+        """Sequences of so many new tokens each in the scratch block, and a draw from what comes out."""
+        tokens = np.array(counts)
+        ids = np.zeros(tokens.sum(), dtype=np.int64)
         part = GroupInputs(
             slots=ids,
-            kv_lengths=counts,
-            block_tables=np.full((len(counts), blocks), SCRATCH_BLOCK, dtype=np.int32),
-            dropped=np.zeros_like(counts),
+            kv_lengths=tokens,
+            block_tables=np.full((len(tokens), limits.blocks_per_sequence), SCRATCH_BLOCK, dtype=np.int32),
+            dropped=np.zeros_like(tokens),
         )
         batch = BatchBuilder(self.device).build(
-            ids=ids, positions=ids, counts=counts, sample_rows=np.cumsum(counts) - 1, groups=[part] * len(pools)
+            ids=ids, positions=ids, counts=tokens, sample_rows=np.cumsum(tokens) - 1, groups=[part] * len(pools)
         )
         logits = self._eager(batch)
-        chosen = [SamplingParameters(), *[SamplingParameters(temperature=1.0)] * (len(counts) - 1)]
+        chosen = [SamplingParameters(temperature=1.0)] * len(tokens)
+        if len(chosen) > 1:
+            chosen[0] = SamplingParameters()
         sample(logits, chosen, [0] * len(chosen))
 
-    def _tune(self, decoder: FusedDecoder, sizes: Sequence[int]) -> None:
-        if self.device.type == "cuda":
-            from .tiling_choice import choose_tilings
+    def _compile_ahead(self, graphs: DecodeGraphs | None, pools: Sequence[KVPool], limits: Limits) -> None:
+        """Compile what steps of any make-up launch, and the captured ones of ``graphs``.
 
-            choose_tilings(decoder, sizes)
+        Only where all of a layer is ours: what a step computes meanwhile means nothing, and must not be stored by others.
+        """
+        if self.device.type != "cuda" or self.decoder is None or not isinstance(self.attention, FlashInferAttention):
+            return
+        with compiling_ahead() as compiles:
+            if not compiles:
+                return
+            if graphs is not None:
+                graphs.rehearse()
+            if self._captured:
+                # not the first ones; all others are there
+                return
+            longest = min(limits.max_model_len, limits.max_num_batched_tokens)
+            # a kernel for so many rows at most, and for every number of cuts through the keys of single tokens
+            for rows in _DIFFERENT_ROWS:
+                self._scratch_step([min(rows, longest)], pools, limits)
+            for singles in _DIFFERENT_SINGLES:
+                if singles < min(limits.max_num_seqs, limits.max_num_batched_tokens):
+                    self._scratch_step([1] * singles + [min(2, longest)], pools, limits)
+            for prompts in _DIFFERENT_PROMPTS:
+                each = _WARM_UP_TOKENS // prompts
+                if (
+                    prompts <= limits.max_num_seqs
+                    and each <= longest
+                    and limits.max_num_batched_tokens >= _WARM_UP_TOKENS
+                ):
+                    self._scratch_step([each] * prompts, pools, limits)
+
+    def _tune(self, decoder: FusedDecoder, sizes: Sequence[int], build: bool) -> None:
+        if self.device.type == "cuda":
+            from .known_tilings import set_tilings
+
+            self._untried = set_tilings(decoder, sizes, build=build)
 
     def _capture(self, attention: CapturableAttention, sizes: Sequence[int], limits: Limits) -> DecodeGraphs | None:
         """Decode steps captured on the current stream; ``None`` where that cannot be, for a reason that `facts` has then."""
@@ -325,6 +397,7 @@ class CudaRunner(ModelRunner):
         before = _reserved_bytes(self.device)
         graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
+            self._compile_ahead(graphs, attention.pools, limits)
             graphs.capture()
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -89,6 +89,7 @@ class DecodeGraphs:
         self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
         self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
+        self._attentions: dict[int, tuple[StepBatch, StaticAttention]] = {}
         self._steps: dict[int, _Step] = {}
         self._memory: Any = None
 
@@ -96,6 +97,22 @@ class DecodeGraphs:
     def kinds(self) -> dict[int, str]:
         """What attends, by captured size."""
         return {size: ", ".join(dict.fromkeys(self._steps[size].attention.kinds)) for size in sorted(self._steps)}
+
+    def rehearse(self) -> None:
+        """Run every size once, uncaptured."""
+        for size in self.sizes:
+            batch, attention = self._static_attention(size)
+            _pad(batch, 0)
+            attention.begin(batch)
+            with torch.inference_mode():
+                self._forward(batch, attention)
+
+    def _static_attention(self, size: int) -> tuple[StepBatch, StaticAttention]:
+        """The batch of a size, and the attention over it, which is made once."""
+        if size not in self._attentions:
+            batch = _narrowed(self._static, size)
+            self._attentions[size] = (batch, self._attention.captured(batch, self._few_programs))
+        return self._attentions[size]
 
     def capture(self) -> None:
         """Capture all sizes; the largest comes first, the others use its memory."""
@@ -105,9 +122,7 @@ class DecodeGraphs:
     def step(self, size: int) -> _Step:
         """The captured step of one of the sizes; captured now if it was not yet."""
         if size not in self._steps:
-            step = _Step(
-                self._forward, self._attention, _narrowed(self._static, size), self._few_programs, self._memory
-            )
+            step = _Step(self._forward, *self._static_attention(size), self._memory)
             self._memory = step.memory
             self._steps[size] = step
         return self._steps[size]
@@ -138,11 +153,9 @@ class DecodeGraphs:
 class _Step:
     """One batch size, captured."""
 
-    def __init__(
-        self, forward: Forward, attention: CapturableAttention, batch: StepBatch, few_programs: int, memory: Any
-    ) -> None:
+    def __init__(self, forward: Forward, batch: StepBatch, attention: StaticAttention, memory: Any) -> None:
         self.batch = batch
-        self.attention = attention.captured(batch, few_programs)
+        self.attention = attention
         self.memory: Any = None
         self._forward = forward
         self._graph: Any = None

@@ -1,7 +1,7 @@
-"""Paged attention on CUDA: FlashInfer's kernels, planned on the host once a step, and one of ours, which needs no plan.
+"""Paged attention on CUDA: prompts through `prompt_attention`, single tokens through `split_attention`, which needs no plan.
 
-Prompts go through FlashInfer, on Hopper through its ``fa3``; single tokens through `split_attention`. Through the reference
-go layers with keys that are placed in the cache, and prompts of layers with a window. Captured steps: `flashinfer_captured`.
+Through the reference go layers with keys that are placed in the cache, and prompts of layers with a window. Captured steps:
+`flashinfer_captured`. Where FlashInfer's libraries are not built, torch's kernels and our own do all of it.
 
 Of packed pages, single tokens read the codes (`packed_split_attention`); for prompts, the blocks of their sequences are
 unpacked one behind the other, layer by layer, so that they too see what is stored, their own chunk included.
@@ -16,35 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvsuite.errors import CaseSkipped
-
 from . import cuda_driver
 from .batch import StepBatch
 from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
+from .flashinfer_libraries import FA2, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
-from .layer_pages import LayerPages
+from .prompt_attention import FlashInferPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
 
 _WORKSPACE_BYTES = 256 << 20
-INSTALL = (
-    "pip install --no-deps flashinfer-python==0.6.1 apache-tvm-ffi==0.1.13.post3 nvidia-cudnn-frontend, "
-    "and pip install einops tabulate ninja"
-)
-
-
-def flashinfer_module() -> Any:
-    """Import FlashInfer.
-
-    Raises
-    ------
-    CaseSkipped
-        If it is not installed.
-    """
-    try:
-        import flashinfer  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise CaseSkipped(f"paged attention on CUDA needs FlashInfer ({error}); {INSTALL}") from error
-    return flashinfer
 
 
 class FlashInferAttention(FlashInferLayers):
@@ -56,15 +36,10 @@ class FlashInferAttention(FlashInferLayers):
         Keys and values of every layer group, read in bfloat16 or float16, on CUDA.
     query_heads
         Query heads of a layer.
+    libraries
+        What FlashInfer has for them. Without any nothing of FlashInfer is called.
     rotation
         For groups that place their keys in the cache.
-    prompt_backend
-        FlashInfer's backend for prompts, ``fa2`` or ``fa3``; ``None`` takes ``fa3`` on Hopper, which alone has it.
-
-    Raises
-    ------
-    CaseSkipped
-        If FlashInfer is not installed.
     """
 
     def __init__(
@@ -72,37 +47,34 @@ class FlashInferAttention(FlashInferLayers):
         pools: Sequence[KVPool],
         *,
         query_heads: int,
+        libraries: Libraries,
         rotation: KeyRotation | None = None,
-        prompt_backend: str | None = None,
     ) -> None:
         super().__init__(pools)
-        self.flashinfer = flashinfer_module()
+        self.libraries = libraries
         self.query_heads = query_heads
-        device = self.pools[0].device
+        self.device = self.pools[0].device
+        self.flashinfer = flashinfer_module() if libraries.built else None
         # FlashInfer wants it zeroed at first use
-        self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        self.prompt_backend = prompt_backend or ("fa3" if hopper else "fa2")
-        self._given: dict[str, Any] = {
-            "query_heads": query_heads, "rotation": rotation, "prompt_backend": prompt_backend
-        }  # fmt: skip
+        size = _WORKSPACE_BYTES if libraries.built else 0
+        self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        self.plans_decode = FA2 in libraries.built
+        self._given: dict[str, Any] = {"query_heads": query_heads, "libraries": libraries, "rotation": rotation}
         self._exact = ReferenceAttention(pools, rotation)
         self._by_reference = [pool.group.places for pool in self.pools]
-        wrapper = self.flashinfer.BatchPrefillWithPagedKVCacheWrapper
-        self._prompts = [
-            None
-            if pool.group.places or pool.group.window is not None
-            else wrapper(self.workspace, "NHD", backend=self.prompt_backend)
-            for pool in self.pools
-        ]
-        # single tokens stand in front; what follows them goes through FlashInfer
+        self._prompts = [self._prompt_attention(pool) if takes_flashinfer(pool) else None for pool in self.pools]
+        # single tokens stand in front; what follows them are prompts
         self._singles = 0
-        #: blocks of the prompts' sequences, by group, where they have to be unpacked
-        self._to_unpack: dict[int, Tensor] = {}
+
+    def _prompt_attention(self, pool: KVPool) -> PromptAttention:
+        library = self.libraries.prompts
+        if library is None:
+            return TorchPrompts(pool)
+        return FlashInferPrompts(self.flashinfer, pool, self.query_heads, self.workspace, library)
 
     def _look_at_stream(self) -> None:
         """Keys are cut for as many SMs as the current stream has: lanes move between partitions."""
-        self.processors = _processors(self.workspace.device)
+        self.processors = _processors(self.device)
 
     def beside(self) -> FlashInferAttention:
         """The same for steps of another lane, whose stream is the current one, with a workspace of its own."""
@@ -125,9 +97,9 @@ class FlashInferAttention(FlashInferLayers):
             "attention": [
                 "reference"
                 if exact
-                else f"{'reference' if wrapper is None else f'flashinfer {self.prompt_backend}'}, single tokens split"
+                else f"{'reference' if prompts is None else prompts.name}, single tokens split"
                 + f" in {pool.group.format}" * pool.is_packed
-                for exact, wrapper, pool in zip(self._by_reference, self._prompts, self.pools, strict=True)
+                for exact, prompts, pool in zip(self._by_reference, self._prompts, self.pools, strict=True)
             ]
         }
 
@@ -141,30 +113,10 @@ class FlashInferAttention(FlashInferLayers):
         self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
         if singles == batch.sequences:
             return
-        for number, (wrapper, pool, part) in enumerate(zip(self._prompts, self.pools, batch.groups, strict=True)):
-            if wrapper is None:
-                continue
-            lengths = part.kv_lengths_host.numpy()[singles:]
-            used = -(-lengths // pool.block_size)
-            tables = part.block_tables_host.numpy()[singles:]
-            blocks = torch.from_numpy(tables[np.arange(tables.shape[1])[None] < used[:, None]])
-            if pool.is_packed:
-                self._to_unpack[number] = blocks.to(pool.device)
-                blocks = torch.arange(len(blocks), dtype=torch.int32)
-            wrapper.plan(
-                torch.from_numpy(starts[singles:] - starts[singles]),
-                torch.from_numpy(_starts(used)),
-                blocks,
-                torch.from_numpy((lengths - (used - 1) * pool.block_size).astype(np.int32)),
-                self.query_heads,
-                pool.group.kv_heads,
-                pool.group.head_dim,
-                pool.block_size,
-                causal=True,
-                q_data_type=pool.dtype,
-                kv_data_type=pool.dtype,
-                non_blocking=False,
-            )
+        for prompts, part in zip(self._prompts, batch.groups, strict=True):
+            if prompts is not None:
+                lengths, tables = part.kv_lengths_host.numpy(), part.block_tables_host.numpy()
+                prompts.plan(PromptRows(starts[singles:] - starts[singles], lengths[singles:], tables[singles:]))
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         number, _, _ = self._where[layer]
@@ -175,32 +127,18 @@ class FlashInferAttention(FlashInferLayers):
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         number, index, pool = self._where[layer]
-        wrapper, singles = self._prompts[number], self._singles
+        prompts, singles = self._prompts[number], self._singles
         with_prompts = singles < self._batch.sequences
-        if self._by_reference[number] or (wrapper is None and with_prompts):
+        if self._by_reference[number] or (prompts is None and with_prompts):
             return self._exact.attend(layer, query, scale)
         keys, values = pool.layer(index)
         query = query.contiguous()
         mixed = []
         if singles:
             mixed.append(split(query[:singles], pool, keys, values, self._batch.groups[number], scale, self.processors))
-        if wrapper is not None and with_prompts:
-            factor = scale * pool.group.head_dim**0.5
-            stored = tuple(self._readable(number, side) for side in (keys, values))
-            mixed.append(wrapper.run(query[singles:], stored, q_scale=None if factor == 1 else factor))
+        if prompts is not None and with_prompts:
+            mixed.append(prompts.attend(query[singles:], keys, values, scale))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-
-    def _readable(self, number: int, pages: LayerPages) -> Tensor:
-        """Pages that FlashInfer's plan of the step's prompts can read."""
-        pool = self.pools[number]
-        if not pool.is_packed:
-            return pages.codes
-        from .packed_vectors import unpack_pages
-
-        blocks = self._to_unpack[number]
-        out = torch.empty(pool.unpacked_shape(len(blocks)), dtype=pool.dtype, device=pool.device)
-        unpack_pages(pages, blocks, out)
-        return out
 
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
@@ -220,9 +158,3 @@ def _processors(device: torch.device) -> int:
         # a driver that knows no green contexts has none
         return every
     return every if own is None else own
-
-
-def _starts(counts: Any) -> Any:
-    starts = np.zeros(len(counts) + 1, dtype=np.int32)
-    np.cumsum(counts, out=starts[1:])
-    return starts

@@ -1,8 +1,8 @@
 """Decode attention over tensors that stay where they are, so that a step can be captured.
 
 Few sequences, and all with a sliding window, go through `split_attention`, whose grid depends on shapes alone; many through
-FlashInfer's ``fa2`` with tensor cores, which balances sequences of unequal length but wants a plan from the host before every
-step (docs/measurements). Packed pages always go through `packed_split_attention`.
+FlashInfer's ``fa2`` with tensor cores where it is built, which balances sequences of unequal length but wants a plan from the
+host before every step (docs/measurements). Packed pages always go through `packed_split_attention`.
 """
 
 from __future__ import annotations
@@ -62,8 +62,11 @@ class FlashInferLayers(PooledLayers):
 
     flashinfer: Any
     query_heads: int
+    device: torch.device
     workspace: Tensor
     processors: int
+    #: whether FlashInfer's decode kernels are there
+    plans_decode: bool
 
 
 def split(
@@ -116,13 +119,12 @@ class CapturedAttention(PooledLayers):
     def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
-        device = owner.workspace.device
-        self._pdl = torch.cuda.get_device_capability(device)[0] >= 9
+        self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
         self.kinds: list[str] = []
         self._plans: list[PlannedDecode | None] = []
         for number, pool in enumerate(self.pools):
             # FlashInfer has no sinks, and its plan knows nothing of tokens that are gone
-            few = batch.sequences * pool.group.kv_heads <= few_programs
+            few = not owner.plans_decode or batch.sequences * pool.group.kv_heads <= few_programs
             own = pool.is_packed or pool.group.window is not None or few
             kind = f"split {pool.group.format}" if pool.is_packed else "split"
             self.kinds.append(kind if own else "flashinfer fa2")
@@ -162,7 +164,7 @@ class PlannedDecode:
 
     def __init__(self, owner: FlashInferLayers, pool: KVPool, table_shape: Sequence[int]) -> None:
         size, most = table_shape
-        device = owner.workspace.device
+        device = owner.device
         self._shape = (owner.query_heads, pool.group.kv_heads, pool.group.head_dim, pool.block_size)
         self._dtype = pool.dtype
         # starts and fill of the last blocks travel in one copy

@@ -24,7 +24,8 @@ _LOG2_E = 1.4426950408889634
 _FEWEST_QUERIES = 16
 
 
-@triton.jit
+# tables of any width must not cost a compilation
+@triton.jit(do_not_specialize=["table_stride"])
 def _split_kernel(
     query,
     keys,

@@ -14,6 +14,7 @@ import pytest
 from kvsuite.case import Case, canonical_json, digest
 from kvsuite.errors import UserError
 from kvsuite.foreign_text import visible, visible_lines
+from kvsuite.kernel_builds import BUILDS
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
 from kvsuite.record import Record
@@ -106,13 +107,14 @@ def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Re
         progress = None if reporter is None or is_worker(config) else reporter.phases(case)
         rounds = _Rounds(request)
         try:
-            measured = runner.run(
-                case,
-                request.node.nodeid,
-                order_index=_order_index(request),
-                run_rounds=rounds,
-                progress=progress,
-            )
+            with contextlib.nullcontext() if reporter is None else BUILDS.telling(reporter.tell):
+                measured = runner.run(
+                    case,
+                    request.node.nodeid,
+                    order_index=_order_index(request),
+                    run_rounds=rounds,
+                    progress=progress,
+                )
             record: Record = measured.record
             note_place(config, record)
             if CLUSTER not in config.stash:

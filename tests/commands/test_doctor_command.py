@@ -36,6 +36,39 @@ def test_a_length_that_is_none(capsys, seconds):
     assert "--seconds=" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prepare", "--kv-device=cpu"], "--prepare: builds kernels for CUDA, and --kv-device=cpu needs none"),
+        (["--prepare", "--json"], "--json: is of the diagnosis"),
+        (["--prepare", "--dtype=float32"], "--dtype=float32: kernels are built for bfloat16 and float16 alone"),
+        (["--kv-model=smollm2"], "--model=smollm2: says what --prepare builds for; give --prepare too"),
+    ],
+)
+def test_what_cannot_be_prepared(capsys, options, words):
+    assert main(["doctor", *options]) == 4
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_are_prepared(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    # nvcc takes minutes, which is FlashInfer's affair
+    from kvsuite.nanovllm import cuda_runner
+    from kvsuite.nanovllm.flashinfer_libraries import Libraries
+
+    monkeypatch.setattr(cuda_runner, "libraries_for", lambda pools, build: Libraries())
+    monkeypatch.setenv("KVSUITE_CACHE", str(tmp_path))
+    assert main(["doctor", "--prepare", "--kv-model", "dummy:Qwen3-0.6B"]) == 0
+    first = capsys.readouterr()
+    assert "tilings of 20 products" in first.out
+    assert "building kernels" in first.err
+    assert list((tmp_path / "tilings").iterdir())
+    assert main(["doctor", "--prepare", "--kv-model", "dummy:Qwen3-0.6B"]) == 0
+    assert "nothing was missing" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_tested_too(capsys):

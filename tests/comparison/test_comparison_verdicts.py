@@ -193,6 +193,20 @@ def test_other_settings_make_times_information(name: str) -> None:
     assert row.note.startswith(f"{name} 1 -> 2; ")
 
 
+def test_times_with_other_kernels_are_information() -> None:
+    prepared, not_prepared = ({"kernels": words} for words in ("prepared", "not prepared: flashinfer fa3"))
+    base = side([record("a", TIMES, effective=prepared)])
+    row = verdict(compare(base, side([record("a", SLOW, effective=not_prepared)]), DEFAULT), "ttft_s")
+    assert row.verdict == "information"
+    assert row.note == (
+        "kernels prepared -> not prepared: flashinfer fa3; run python -m kvsuite doctor --prepare before both"
+    )
+    # an engine that builds none, and a record that is older than the fact, are compared as ever
+    for effective in (prepared, {}):
+        other = verdict(compare(base, side([record("a", SLOW, effective=effective)]), DEFAULT), "ttft_s")
+        assert other.verdict == "regression"
+
+
 def test_times_of_two_nodes_of_a_cluster_are_information_and_bytes_are_gated() -> None:
     first, other = ({"node": {"name": name, "ip": "10.0.0.1"}} for name in "ab")
     result = compare(side([record("a", TIMES, effective=first)]), side([record("a", SLOW, effective=other)]), DEFAULT)

@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("the runtime on CUDA needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
-pytest.importorskip("flashinfer")
 
 from decoders import greedy, wrap  # noqa: E402
 from serving import assert_nothing_lost  # noqa: E402

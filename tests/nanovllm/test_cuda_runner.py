@@ -17,7 +17,7 @@ from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.cuda_runner import CapturableReference, CudaRunner, attention_for, cuda_runner
 from kvsuite.nanovllm.decode_graphs import default_sizes
-from kvsuite.nanovllm.flashinfer_attention import flashinfer_module
+from kvsuite.nanovllm.flashinfer_libraries import flashinfer_module
 from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits

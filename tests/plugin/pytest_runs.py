@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import shlex
@@ -37,10 +36,8 @@ def pytest_configure(config):
 """
 TINY_NAMES = ["baseline", "recent_only_6", "recent_only_10", "streaming_6", "streaming_10"]
 _OURS = ("KV_", "PYTEST_", "KVSUITE_")
-# on a machine that has only a copy of the tree pytest does not find the plugin, nor Python the package, by itself
 #: a plugin is loaded before the run where something else needs its modules
 _LOADED_BEFORE = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
-_INSTALLED = bool(importlib.metadata.entry_points(group="pytest11", name="kvsuite"))
 
 
 @dataclass
@@ -83,8 +80,6 @@ class Run:
 def clean_environment(**more: str) -> dict[str, str]:
     """This environment without anything that decides for pytest or kvsuite, and without a hub."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
-    if not _INSTALLED:
-        kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
     return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
 
 
@@ -115,8 +110,6 @@ def start_pytest(folder: Path, *arguments: str, **env: str) -> Iterator[UnderWay
     """
     # plugins that load much and have nothing to do here
     command = ["-p", "no:hypothesispytest", "-p", "no:anyio", "--color=no", *arguments]
-    if not _INSTALLED:
-        command = ["-p", "kvsuite.plugin", *command]
     with _start(folder, ["pytest", "-p", "quick_machine", *command, *_LOADED_BEFORE], clean_environment(**env)) as run:
         yield run
 

@@ -12,7 +12,7 @@ from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
 
-from .runtime import pool_bytes, workspace_bytes
+from .runtime import has_flashinfer, pool_bytes, workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def measure_memory(
         evict_s=evict.total() / max(max(new_tokens) - 1, 1) if evicts else None,
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
-            "workspace_bytes": workspace_bytes(loaded, runtime.limits, runtime.groups),
+            "workspace_bytes": workspace_bytes(
+                loaded, runtime.limits, runtime.groups, flashinfer=has_flashinfer(runtime)
+            ),
         },
         reported={
             "pool_bytes": runtime.pool_bytes,

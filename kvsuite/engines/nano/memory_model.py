@@ -79,6 +79,14 @@ def pool_blocks(
     return min(sequences * whole, (sequences - 1) * steady + feeding)
 
 
+def stored_tokens(window: int | None, sinks: int, position: int) -> int:
+    """Tokens of a request in a layer once the one at a position is stored: whole blocks leave the window."""
+    if window is None:
+        return position + 1
+    head = _blocks(sinks, BLOCK_TOKENS) * BLOCK_TOKENS
+    return position + 1 - max(0, (position + 1 - window - head) // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
 def prompt_blocks(*, prompt: int, sequences: int, chunk: int, block_tokens: int = BLOCK_TOKENS) -> int:
     """Blocks that the prompts of one step see at most: the end of one, whole ones behind it, the beginning of another.
 
@@ -132,6 +140,8 @@ class NanoMemory(PooledPredictor):
     #: how keys and values are stored, ``None`` for the model's own dtype
     cache_format: OwnFormat | None = None
     engine: str = "nano"
+    #: whether FlashInfer attends on CUDA, which it does where its kernels are built
+    flashinfer: bool = True
     #: `kvsuite.nanovllm.limits.Limits.memory_share`
     share: float = 0.9
 
@@ -198,22 +208,37 @@ class NanoMemory(PooledPredictor):
             (attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=width) for width in widths), default=0
         )
         if workspace:
-            terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
-            if unpacked := self._unpacked(point, step, chosen.element_bytes):
+            sizes = ("context_window_size", "max_batch_size", "prefill_chunk_size")
+            if self.flashinfer:
+                terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
+            elif gathered := self._seen(point, step, chosen.element_bytes, packed=False):
                 terms.append(
                     Term(
-                        "temporary", "unpacked prompts", unpacked, "rough",
-                        ("context_window_size", "max_batch_size", "prefill_chunk_size"),
+                        "temporary",
+                        "gathered prompts",
+                        gathered,
+                        "rough",
+                        sizes,
+                        "tokens of a step's prompts 2 Hkv D e",
+                    )
+                )
+            if unpacked := self._seen(point, step, chosen.element_bytes, packed=True):
+                terms.append(
+                    Term(
+                        "temporary", "unpacked prompts", unpacked, "rough", sizes,
                         "blocks of a step's prompts 16 2 Hkv D e",
                     )
                 )  # fmt: skip
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
 
-    def _unpacked(self, point: DesignPoint, step: int, element_bytes: int) -> int:
-        """Bytes of what the prompts of a step see in one layer, where it is unpacked before FlashInfer reads it."""
-        chosen, cache = self.cache_format, self.architecture.cache
-        if chosen is None or isinstance(cache, str) or self._unpaged() is not None or point.has_window:
+    def _seen(self, point: DesignPoint, step: int, element_bytes: int, *, packed: bool) -> int:
+        """Bytes of what the prompts of a step see in one layer that has no window, or in one that is ``packed``."""
+        cache = self.architecture.cache
+        if isinstance(cache, str) or self._unpaged() is not None or point.has_window:
             return 0
+        formats = (
+            [None] * len(cache.layers) if self.cache_format is None else self.cache_format.of_layers(len(cache.layers))
+        )
         blocks = prompt_blocks(
             prompt=self.prompt_tokens or point.context_window_size, sequences=point.max_batch_size, chunk=step
         )
@@ -221,11 +246,19 @@ class NanoMemory(PooledPredictor):
         return max(
             (
                 unpacked_bytes(blocks, kv_heads=layer.kv_heads, head_dim=layer.key_dim, element_bytes=element_bytes)
-                for layer, own in zip(cache.layers, chosen.of_layers(len(cache.layers)), strict=True)
-                if own is not None and (layer.window is None or layer.window >= context)
+                for layer, own in zip(cache.layers, formats, strict=True)
+                if (own is not None or not packed) and (layer.window is None or layer.window >= context)
             ),
             default=0,
         )
+
+    def window_tokens(self, window: int, tokens: int) -> int:
+        """Tokens of a text that a layer with the model's own sliding window holds: whole blocks leave it."""
+        return stored_tokens(window, 0, tokens - 1)
+
+    def most_window_tokens(self, window: int, tokens: int) -> int:
+        """The most that it holds on the way there."""
+        return min(tokens, window + BLOCK_TOKENS - 1)
 
     def smaller(self) -> Sequence[tuple[str, int | str, Predictor]]:
         """The cache in fewer bits: every other setting is an axis."""

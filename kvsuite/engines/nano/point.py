@@ -82,11 +82,3 @@ def point_reach(case: Case) -> Reach:
 def visible_tokens(window: int | None, sinks: int, position: int) -> int:
     """Tokens that the query at a position sees, its own among them."""
     return position + 1 if window is None else min(position + 1, window + sinks)
-
-
-def stored_tokens(window: int | None, sinks: int, position: int) -> int:
-    """Tokens of a request in a layer once the one at a position is stored: whole blocks leave the window."""
-    if window is None:
-        return position + 1
-    head = -(-sinks // BLOCK_SIZE) * BLOCK_SIZE
-    return position + 1 - max(0, (position + 1 - window - head) // BLOCK_SIZE) * BLOCK_SIZE

@@ -20,6 +20,7 @@ from kvsuite.engines.nano.memory_model import (
 from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
+from kvsuite.kernel_builds import BUILDS, PREPARE
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
@@ -184,6 +185,8 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
+        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2]:
+            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {PREPARE}")
         if captures and self._decode_step == "graph":
             facts = self.facts(runtime)
             if facts["decode_step"] != "cuda_graph":
@@ -193,10 +196,16 @@ class RuntimeHolder:
         return runtime
 
 
-def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup]) -> int:
-    """Predicted bytes of a step's activations, of its logits, and on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
+def has_flashinfer(runtime: Runtime) -> bool:
+    """Whether FlashInfer attends to prompts."""
+    return "flashinfer" in str(runtime.runner.facts["attention"])
 
-    As `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
+
+def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup], *, flashinfer: bool) -> int:
+    """Predicted bytes of a step's activations and logits; on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
+
+    Without ``flashinfer`` the keys and values that prompts see are gathered for torch's attention, layer by layer. As
+    `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
     config = loaded.text_config
     hidden = int(config.hidden_size)
@@ -217,14 +226,14 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerG
     blocks = prompt_blocks(
         prompt=limits.max_model_len, sequences=limits.max_num_seqs, chunk=limits.max_num_batched_tokens
     )
-    unpacked = max(
-        (
-            unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element)
-            for group in groups
-            if attention and group.format is not None and group.window is None
-        ),
-        default=0,
-    )
+    seen = [
+        (unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element), group.format)
+        for group in groups
+        if attention and group.window is None
+    ]
+    unpacked = max((size for size, form in seen if form is not None), default=0)
+    if not flashinfer:
+        attention = max((size for size, _ in seen), default=0)
     return activations + logits + products + attention + unpacked
 
 

@@ -12,7 +12,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.nano.memory_model import NanoMemory
+from kvsuite.engines.nano.memory_model import NanoMemory, stored_tokens
 from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
@@ -46,7 +46,7 @@ from .formats import paged_format
 from .memory import measure_memory
 from .plan_controller import plan_controller
 from .plan_limits import plan_limits, refuse_plan
-from .point import point_limits, point_reach, stored_tokens, visible_tokens
+from .point import point_limits, point_reach, visible_tokens
 from .runtime import RuntimeHolder
 from .scoring import WindowPassages, compare_windows, score_rows, score_text, score_windows
 from .serving import exactly, serve_requests
@@ -142,7 +142,12 @@ class NanoSession(LoadedSession):
 
     def memory_model(self, architecture: Architecture) -> NanoMemory:
         return NanoMemory(
-            architecture, self.dtype_name, self.device.type, self._prompt_tokens, cache_format=self._format
+            architecture,
+            self.dtype_name,
+            self.device.type,
+            self._prompt_tokens,
+            cache_format=self._format,
+            flashinfer="torch flash" not in str(self.effective.get("attention")),
         )
 
     def reach(self, case: Case) -> Reach:

@@ -13,7 +13,6 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
-pytest.importorskip("flashinfer")
 
 from requests_served import memory_of, tokens_of  # noqa: E402
 from synthetic_session import ENVIRONMENT  # noqa: E402
@@ -80,7 +79,8 @@ def run(checkpoint: Path) -> Iterator[Run]:
 
 def assert_fast(record: Record) -> None:
     assert record.effective["decode_step"] == "cuda_graph", record.effective
-    assert "flashinfer" in record.effective["attention"]
+    assert "single tokens split" in record.effective["attention"]
+    assert record.effective["kernels"].startswith(("prepared", "not prepared: "))
     # the runtime before it, which scored, captured nothing
     assert "decode_step_reason" not in record.effective
     assert not any("uncaptured" in warning for warning in record.warnings)
@@ -107,9 +107,10 @@ def test_the_compression_suite(run: Run, checkpoint: Path) -> None:
         assert memory["reported"]["pool_bytes"] == memory["predicted"]["pool_bytes"]
         # FlashInfer's workspace, the pool and what a step takes were allocated while the meters ran, and weights were not
         predicted = memory["predicted"]["pool_bytes"] + memory["predicted"]["workspace_bytes"]
-        assert memory["predicted"]["workspace_bytes"] > 256 * MIB
+        least = 256 * MIB if "flashinfer" in record.effective["attention"] else 0
+        assert memory["predicted"]["workspace_bytes"] > least
         measured = record.metrics["mem_measured_dynamic_bytes"]["value"]
-        assert 256 * MIB < measured < predicted + 192 * MIB, (measured, predicted)
+        assert least < measured < predicted + 192 * MIB, (measured, predicted)
 
 
 def test_the_perplexity_suite(run: Run, checkpoint: Path) -> None:

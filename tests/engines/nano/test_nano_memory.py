@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
+import decoders
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.cache_formats.cache_format import CacheFormat
+from kvsuite.engines.nano.memory import stored_bytes, stored_tokens
 from kvsuite.engines.nano.memory_model import (
     _FLASHINFER_HEAD_DIMS,
     ATTENTION_WORKSPACE,
@@ -23,9 +25,11 @@ from kvsuite.engines.nano.memory_model import (
 )
 from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
 from kvsuite.errors import UserError
+from kvsuite.memory_model.cache_room import cache_rooms, kv_bytes
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.design_point import OFF, DesignPoint
 from kvsuite.memory_model.prediction import Prediction, Term
+from kvsuite.models.layers import layers_of
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
 from kvsuite.nanovllm.batch import StepBatch
@@ -83,7 +87,7 @@ def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
     try:
         pool = predicted.part("kv_cache")
         assert pool == runtime.pool_bytes == pool_bytes(runtime, loaded.dtype.itemsize)
-        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups)
+        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups, flashinfer=True)
     finally:
         runtime.close()
     rotation = sum(buffer.nbytes for buffer in loaded.model.buffers())
@@ -204,10 +208,10 @@ def test_a_step_feeds_no_more_than_the_prompts_have() -> None:
 
 
 def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
-    from kvsuite.nanovllm import cuda_runner, flashinfer_attention
+    from kvsuite.nanovllm import flashinfer_attention, flashinfer_libraries
 
     assert flashinfer_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
-    assert cuda_runner._FLASHINFER_HEAD_DIMS == _FLASHINFER_HEAD_DIMS
+    assert flashinfer_libraries.HEAD_DIMS == _FLASHINFER_HEAD_DIMS
     wide, narrow = architecture_of("dummy:Llama-3-8B"), architecture_of("dummy:tiny")
     there, here, exact, odd = (
         NanoMemory(of, dtype, device).predict(point(512, 64, 1))
@@ -219,6 +223,16 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
     assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE
     for other in (here, exact, odd):
         assert all(found.name != "attention workspace" for found in other.terms)
+
+
+def test_without_flashinfer_the_keys_that_prompts_see_are_gathered() -> None:
+    model, where = architecture_of("dummy:Llama-3-8B"), point(1024, 512, 4)
+    found = NanoMemory(model, "bfloat16", "cuda", 600, flashinfer=False).predict(where)
+    # as what is unpacked: the end of a prompt, and much of the next
+    assert term(found, "gathered prompts").bytes == 2 * (38 + 32) * 16 * 8 * 128 * 2
+    assert all(one.name not in ("attention workspace", "unpacked prompts") for one in found.terms)
+    packed = NanoMemory(model, "bfloat16", "cuda", 600, cache_format=CacheFormat.parse("int8"), flashinfer=False)
+    assert term(packed.predict(where), "unpacked prompts").bytes == term(found, "gathered prompts").bytes
 
 
 @pytest.mark.parametrize(
@@ -293,3 +307,38 @@ def test_a_models_own_window_takes_no_other() -> None:
 def test_what_is_not_predicted(name: str, dtype: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         memory(dtype).predict(point(512, 64, 1, name=name))
+
+
+@pytest.mark.parametrize("name", ["auto", "int8", "int8:int4"])
+def test_layers_with_a_window_take_what_is_predicted(name: str) -> None:
+    """Stored bytes of a text after every token, of a model whose second layer has a window of its own."""
+    of = decoders.loaded("qwen3-mixed")
+    known = layers_of(of.text_config.to_dict())
+    model = replace(architecture_of("dummy:tiny"), cache=known, layers=len(known.layers))
+    chosen = None if name == "auto" else CacheFormat.parse(name)
+    on_nano = NanoMemory(model, "float32", "cpu", cache_format=chosen)
+    limits = Limits(max_model_len=84, max_num_seqs=1, block_size=BLOCK_TOKENS, num_blocks=8, cache_format=chosen)
+    runtime = Runtime(of, limits, eos_token_ids=())
+    try:
+        request = runtime.add(Request(range(3, 10), SamplingParameters(max_new_tokens=76, ignore_eos=True)))
+        seen, most = [], 0
+        while not request.status.over:
+            runtime.step()
+            if request.status.over:
+                break
+            for table in runtime.tables:
+                table.expire(request.row, request.computed - 1)
+            text = int(request.computed)
+            stored = stored_bytes(runtime, stored_tokens(runtime, request), 4)
+            assert stored == kv_bytes(model, text, 4, chosen, on_nano), text
+            most = max(most, stored)
+            assert most <= kv_bytes(model, text, 4, chosen, on_nano, on_the_way=True)
+            seen.append(text)
+        assert len(seen) > 70
+    finally:
+        runtime.close()
+    [room] = cache_rooms(model, 4, [chosen], 1e6, on_nano)
+    assert room.reason is None
+    # transformers' cache packs none of them
+    [other] = cache_rooms(model, 4, [chosen], 1e6)
+    assert (other.reason is None) is (chosen is None)

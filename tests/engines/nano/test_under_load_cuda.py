@@ -12,7 +12,6 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
-pytest.importorskip("flashinfer")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 

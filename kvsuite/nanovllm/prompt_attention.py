@@ -1,0 +1,183 @@
+"""Attention of a step's prompts over paged keys: FlashInfer's kernels, or torch's own, which need no compiler.
+
+FlashInfer reads pages; torch's flash attention (Dao, 2024) reads the keys of a step's prompts one behind the other, gathered
+layer by layer. Both see packed pages as they are unpacked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .kv_pool import KVPool
+from .layer_pages import LayerPages
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The prompts of a step in one layer group, on the host.
+
+    Parameters
+    ----------
+    starts
+        Where each sequence's queries begin, from 0 on, int32 ``[S + 1]``.
+    lengths
+        Tokens that each has in the cache, the step's own among them, ``[S]``.
+    tables
+        Block tables ``[S, max_blocks]``.
+    """
+
+    starts: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    tables: NDArray[np.int32]
+
+    def used(self, block_size: int) -> NDArray[np.int64]:
+        """Blocks that each sequence fills, ``[S]``."""
+        return np.asarray(-(-self.lengths // block_size))
+
+    def blocks(self, block_size: int) -> NDArray[np.int32]:
+        """These blocks, one sequence behind the other."""
+        columns = np.arange(self.tables.shape[1])[None]
+        return np.asarray(self.tables[columns < self.used(block_size)[:, None]])
+
+    def tokens(self, block_size: int) -> NDArray[np.int64]:
+        """Where the tokens are in `blocks` laid out one behind the other, int64 ``[sum of lengths]``."""
+        gaps = starts_of(self.used(block_size))[:-1] * block_size - starts_of(self.lengths)[:-1]
+        return np.asarray(np.repeat(gaps, self.lengths) + np.arange(int(self.lengths.sum())))
+
+
+def starts_of(counts: NDArray[Any]) -> NDArray[np.int32]:
+    """Sums of the counts before each, int32, one longer than ``counts``."""
+    starts = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+class PromptAttention(Protocol):
+    """Attention of the prompts of one layer group."""
+
+    #: for records
+    name: str
+
+    def plan(self, rows: PromptRows) -> None:
+        """Plan a step."""
+
+    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+        """Attention of queries ``[T, heads, head_dim]`` over a layer's pages, shaped like them."""
+
+
+class _Unpacked:
+    """The blocks of a step's prompts, read out where the pool is packed."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self._blocks: Tensor | None = None
+
+    def plan(self, blocks: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Remember ``blocks``; return where they will be in what `read` gives."""
+        if not self.pool.is_packed:
+            return blocks
+        self._blocks = torch.from_numpy(blocks).to(self.pool.device)
+        return np.arange(len(blocks), dtype=np.int32)
+
+    def read(self, pages: LayerPages) -> Tensor:
+        """Keys or values ``[blocks, block_size, kv_heads, head_dim]`` of a layer, in which a plan finds its blocks."""
+        if self._blocks is None:
+            return pages.codes
+        from .packed_vectors import unpack_pages
+
+        pool = self.pool
+        out = torch.empty(pool.unpacked_shape(len(self._blocks)), dtype=pool.dtype, device=pool.device)
+        unpack_pages(pages, self._blocks, out)
+        return out
+
+
+class FlashInferPrompts:
+    """FlashInfer's ``fa2`` or ``fa3`` over the pages.
+
+    Parameters
+    ----------
+    flashinfer
+        The module.
+    pool
+        Of the layer group.
+    query_heads
+        Query heads of a layer.
+    workspace
+        Shared with others on the same stream.
+    library
+        ``fa2`` or ``fa3``.
+    """
+
+    def __init__(self, flashinfer: Any, pool: KVPool, query_heads: int, workspace: Tensor, library: str) -> None:
+        self.name = f"flashinfer {library}"
+        self._read = _Unpacked(pool)
+        self._heads = query_heads
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=library)
+
+    def plan(self, rows: PromptRows) -> None:
+        pool = self._read.pool
+        size, used = pool.block_size, rows.used(pool.block_size)
+        self._wrapper.plan(
+            torch.from_numpy(rows.starts),
+            torch.from_numpy(starts_of(used)),
+            torch.from_numpy(self._read.plan(rows.blocks(size))),
+            torch.from_numpy((rows.lengths - (used - 1) * size).astype(np.int32)),
+            self._heads,
+            pool.group.kv_heads,
+            pool.group.head_dim,
+            size,
+            causal=True,
+            q_data_type=pool.dtype,
+            kv_data_type=pool.dtype,
+            non_blocking=False,
+        )
+
+    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+        factor = scale * self._read.pool.group.head_dim**0.5
+        stored = (self._read.read(keys), self._read.read(values))
+        found: Tensor = self._wrapper.run(query, stored, q_scale=None if factor == 1 else factor)
+        return found
+
+
+class TorchPrompts:
+    """Torch's flash attention over gathered keys: its kernels come with torch.
+
+    Parameters
+    ----------
+    pool
+        Of the layer group.
+    """
+
+    name = "torch flash"
+
+    def __init__(self, pool: KVPool) -> None:
+        self._read = _Unpacked(pool)
+        self._slots: Tensor
+        self._starts: tuple[Tensor, Tensor]
+        self._longest: tuple[int, int]
+
+    def plan(self, rows: PromptRows) -> None:
+        size, device = self._read.pool.block_size, self._read.pool.device
+        blocks, tokens = self._read.plan(rows.blocks(size)), rows.tokens(size)
+        slots = blocks[tokens // size].astype(np.int64) * size + tokens % size
+        self._slots = torch.from_numpy(slots).to(device)
+        self._starts = (
+            torch.from_numpy(rows.starts).to(device),
+            torch.from_numpy(starts_of(rows.lengths)).to(device),
+        )
+        self._longest = int(np.diff(rows.starts).max()), int(rows.lengths.max())
+
+    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+        gathered = [self._read.read(side).flatten(0, 1).index_select(0, self._slots) for side in (keys, values)]
+        # what `torch.nn.attention.varlen` calls, whose own arguments differ between releases; a query sees its own and all
+        # earlier tokens where the ends of queries and keys meet
+        found: Tensor = torch.ops.aten._flash_attention_forward(
+            query, *gathered, *self._starts, *self._longest, 0.0, True, False, scale=scale
+        )[0]
+        return found
