@@ -45,7 +45,9 @@ _REFERENCE_BYTES = 1 << 30
 # more than `fused_layers` launches with overlap
 _WARM_UP_TOKENS = 2048
 # prompts for which `fused_layers` and its kernels take other variants
-_DIFFERENT_ROWS = (2, 130, _WARM_UP_TOKENS)
+_DIFFERENT_ROWS = (2, 20, 40, 100, 130, _WARM_UP_TOKENS)
+# prompts of one step, of more tokens together than are launched with overlap: the final layer has as many rows
+_DIFFERENT_PROMPTS = (20, 40, 100)
 _DIFFERENT_SINGLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -348,7 +350,9 @@ class CudaRunner(ModelRunner):
             ids=ids, positions=ids, counts=tokens, sample_rows=np.cumsum(tokens) - 1, groups=[part] * len(pools)
         )
         logits = self._eager(batch)
-        chosen = [SamplingParameters(), *[SamplingParameters(temperature=1.0)] * (len(tokens) - 1)]
+        chosen = [SamplingParameters(temperature=1.0)] * len(tokens)
+        if len(chosen) > 1:
+            chosen[0] = SamplingParameters()
         sample(logits, chosen, [0] * len(chosen))
 
     def _compile_ahead(self, graphs: DecodeGraphs | None, pools: Sequence[KVPool], limits: Limits) -> None:
@@ -373,6 +377,14 @@ class CudaRunner(ModelRunner):
             for singles in _DIFFERENT_SINGLES:
                 if singles < min(limits.max_num_seqs, limits.max_num_batched_tokens):
                     self._scratch_step([1] * singles + [min(2, longest)], pools, limits)
+            for prompts in _DIFFERENT_PROMPTS:
+                each = _WARM_UP_TOKENS // prompts
+                if (
+                    prompts <= limits.max_num_seqs
+                    and each <= longest
+                    and limits.max_num_batched_tokens >= _WARM_UP_TOKENS
+                ):
+                    self._scratch_step([each] * prompts, pools, limits)
 
     def _tune(self, decoder: FusedDecoder, sizes: Sequence[int], build: bool) -> None:
         if self.device.type == "cuda":

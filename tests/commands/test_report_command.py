@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvsuite import __version__
+from kvsuite.__main__ import main
 from kvsuite.case import Case
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import Record
@@ -23,9 +27,8 @@ DERIVED = [
 ]
 
 
-def kvsuite(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
+def started(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python -m kvsuite`` as a process of its own."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "kvsuite", *map(str, arguments)],
         capture_output=True,
@@ -34,6 +37,14 @@ def kvsuite(*arguments: object, **environment: str) -> subprocess.CompletedProce
         cwd=Path(__file__).parents[2],
         env={**os.environ, **environment},
     )
+
+
+def kvsuite(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has loaded what draws."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def make_row(name: str, suite: str = "compression") -> dict:
@@ -69,7 +80,7 @@ def names(folder):
 
 def test_redraws_everything_beside_the_records(folder):
     before = (folder / "records.jsonl").read_bytes()
-    done = kvsuite("report", folder, PYTHONIOENCODING="ascii")
+    done = started("report", folder, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert names(folder) == sorted([*DERIVED, "records.jsonl"])
     assert "streaming_32" in done.stdout
@@ -144,10 +155,10 @@ def test_blocked_out_is_a_usage_error(folder, tmp_path):
 
 
 def test_help_and_version():
-    assert kvsuite("--version").stdout == f"kvsuite {__version__}\n"
-    assert "report" in kvsuite("--help").stdout
-    assert "examples:" in kvsuite("report", "--help").stdout
-    assert kvsuite().returncode == 2
+    assert started("--version").stdout == f"kvsuite {__version__}\n"
+    assert "report" in started("--help").stdout
+    assert "examples:" in started("report", "--help").stdout
+    assert started().returncode == 2
 
 
 def test_drawing_needs_neither_torch_nor_pytest_nor_pyplot(folder):

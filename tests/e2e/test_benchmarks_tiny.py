@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from child_processes import FEWER_PLUGINS
-from pytest_runs import start_pytest
+from pytest_runs import Run, run_module, run_pytest, start_pytest
 
 from kvsuite.store.validate import validate
 
@@ -44,23 +40,11 @@ NAMES = [
 ]  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("KV_", "PYTEST_", "KVSUITE_"))}
-    more = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": FEWER_PLUGINS}
-    return kept | {"HF_HUB_OFFLINE": "1"} | more
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-
-
 @dataclass
 class Finished:
     """A run and its only folder."""
 
-    done: subprocess.CompletedProcess[str]
+    done: Run
     folder: Path
     run: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -69,7 +53,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     base = tmp_path_factory.mktemp("reports")
-    done = python("pytest", *COMMAND, f"--kv-report-dir={base}")
+    done = run_pytest(ROOT, *COMMAND, f"--kv-report-dir={base}")
     (folder,) = base.iterdir()
     run, *rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     return Finished(done, folder, run, rows)
@@ -78,16 +62,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 @pytest.fixture(scope="module")
 def redrawn(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("redrawn")
-    done = python("kvsuite", "report", str(finished.folder / "records.jsonl"), "--out", str(folder))
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_module(ROOT, "kvsuite", "report", str(finished.folder / "records.jsonl"), "--out", str(folder))
+    assert (done.code, done.err) == (0, "")
     return folder
 
 
 def test_run_passes_and_says_where_its_files_are(finished: Finished) -> None:
-    assert finished.done.returncode == 0
-    assert f"{len(NAMES)} passed" in finished.done.stdout
-    assert f"records and figures: {finished.folder}" in finished.done.stdout
-    assert f"report: {finished.folder / 'report.html'}" in finished.done.stdout
+    assert finished.done.code == 0
+    assert f"{len(NAMES)} passed" in finished.done.out
+    assert f"records and figures: {finished.folder}" in finished.done.out
+    assert f"report: {finished.folder / 'report.html'}" in finished.done.out
 
 
 def test_folder_name_and_files(finished: Finished) -> None:
@@ -125,7 +109,7 @@ def test_quality_of_random_weights_is_null_with_the_reason(finished: Finished) -
 
 def test_terminal_shows_the_table(finished: Finished) -> None:
     table = (finished.folder / "table.txt").read_text().strip()
-    assert table in finished.done.stdout
+    assert table in finished.done.out
     header = ["Method", "TTFT(s)", "TPOT(s)", "Thruput", "PPL", "Acc", "VRAM(GB)", "Cache"]
     assert table.split("\n")[0].split()[:8] == header
 

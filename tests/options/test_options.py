@@ -64,6 +64,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "flash-attention": ("off", "off"),
     "ubatch": ("64", 64),
     "gguf-type": ("q8_0", "q8_0"),
+    "mlc-opt": ("cudagraph=1;flashinfer=0", "cudagraph=1;flashinfer=0"),
     "mlc-timeout": ("20", 20),
     "mlc-compile-timeout": ("60", 60),
     "mlc-model": ("HF://mlc-ai/any-q4f16_1-MLC", "HF://mlc-ai/any-q4f16_1-MLC"),

@@ -79,8 +79,8 @@ class MlcEngine(Engine):
             return _FORMATS if named is None else (named[1],)
 
     def case_params(self) -> dict[str, Any]:
-        library = self._own.model_lib
-        return {} if library is None else {"model_lib": library}
+        given = {"model_lib": self._own.model_lib, "mlc_opt": self._own.mlc_opt}
+        return {name: value for name, value in given.items() if value is not None}
 
     def memory_model(self, architecture: Architecture, case: Case) -> Predictor | None:
         spec = resolve_model(case.model, cache_dir=EngineSettings.of(self.options).cache_dir)
@@ -92,7 +92,7 @@ class MlcEngine(Engine):
 
         own = self._own
         return MlcSession(
-            case, self._install(), settings, model_lib=own.model_lib, timeout_s=own.mlc_timeout,
+            case, self._install(), settings, model_lib=own.model_lib, opt=own.mlc_opt, timeout_s=own.mlc_timeout,
             compile_timeout_s=own.mlc_compile_timeout,
         )  # fmt: skip
 

@@ -96,6 +96,8 @@ class MlcModels:
         Of a dummy's weights.
     cache_dir
         Where converted Hugging Face models lie.
+    opt
+        What the compiler switches on, in MLC's own words; ``None`` for its default.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class MlcModels:
         deadline_s: float,
         seed: int,
         cache_dir: Path | None,
+        opt: str | None = None,
     ) -> None:
+        self._opt = opt
         self._spec, self._quantization, self._install = spec, quantization, install
         self._device, self._root, self._deadline_s = device, root, deadline_s
         self._is_mlc = spec.kind == "mlc"
@@ -144,6 +148,7 @@ class MlcModels:
             "device": self._device,
             # the compiler tunes for the machine that it runs on
             "machine": [platform.node(), platform.machine()],
+            **({} if self._opt is None else {"opt": self._opt}),
             **self._install.identity,
         }
         folder = self._root / f"library-{self._spec.label}-{self._quantization}-{short_key(facts)}"
@@ -176,7 +181,10 @@ class MlcModels:
             target = folder / path.name
             if not target.exists() and path.suffix != Path(LIBRARY).suffix and path.name not in _OURS:
                 target.symlink_to(_beside(path, folder))
-        self._run(["compile", str(folder / MLC_CONFIG), "--device", self._device, "--output", str(folder / LIBRARY)])
+        chosen = [] if self._opt is None else ["--opt", self._opt]
+        self._run(
+            ["compile", str(folder / MLC_CONFIG), "--device", self._device, *chosen, "--output", str(folder / LIBRARY)]
+        )
         printed = self._run([str(folder / LIBRARY)], module="mlc_llm.cli.model_metadata")
         # it ends well even where it could not read the library, and then prints no JSON
         begin = re.search(r"^\{$", printed, re.MULTILINE)

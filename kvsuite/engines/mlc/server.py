@@ -67,7 +67,7 @@ class Settings:
     model: str
     library: Path | None
     device: str
-    overrides: Mapping[str, int]
+    overrides: Mapping[str, int | str]
     prefix_cache: str
     start_s: float
     request_s: float

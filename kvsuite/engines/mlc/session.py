@@ -65,6 +65,8 @@ class MlcSession(Session):
         Without ``threads`` TVM chooses; decode step and implementation are of other engines and do not reach this one.
     model_lib
         A compiled library that replaces our own, ``None`` for none.
+    opt
+        What mlc_llm's compiler switches on, in its own words; ``None`` for its default.
     timeout_s, compile_timeout_s
         Deadlines in seconds: of a start and of requests, and of a step of preparation.
     """
@@ -83,6 +85,7 @@ class MlcSession(Session):
         settings: EngineSettings,
         *,
         model_lib: str | None = None,
+        opt: str | None = None,
         timeout_s: float = 300,
         compile_timeout_s: float = 3600,
     ) -> None:
@@ -92,8 +95,11 @@ class MlcSession(Session):
         cache_dir = settings.cache_dir
         self._install, self._device_name = install, case.device
         self._timeout_s, self._threads, self._library = timeout_s, settings.threads, model_lib
+        self._opt = opt
         self._root = cache_root(cache_dir) / "mlc"
         self._spec = resolve_model(case.model, cache_dir=cache_dir)
+        if opt is not None:
+            self._require_takes(opt)
         self._architecture = architecture_of(case.model, cache_dir=cache_dir)
         self._format = mlc_format(_format_of(case, self._architecture.quantization))
         began = time.monotonic()
@@ -103,7 +109,7 @@ class MlcSession(Session):
         elif not brings_config(self._spec):
             self._models = MlcModels(
                 self._spec, self._format.name, install, device=case.device, root=self._root,
-                deadline_s=compile_timeout_s, seed=settings.seed, cache_dir=cache_dir,
+                deadline_s=compile_timeout_s, seed=settings.seed, cache_dir=cache_dir, opt=opt,
             )  # fmt: skip
         self._load_s = time.monotonic() - began
         self._own_inert = self._inert_axes()
@@ -259,6 +265,7 @@ class MlcSession(Session):
             self.effective |= {
                 "prefix_caching": caches,
                 "start_s": self._server.start_seconds,
+                "mlc_opt": None if self._library is not None else self._opt or "O2",
                 "own_library": self._server.settings.library is not None,
             }
         return self._server
@@ -279,6 +286,7 @@ class MlcSession(Session):
             library=compiled.library,
             device=self._device_name,
             overrides={
+                **({"opt": self._opt} if compiled.library is None and self._opt is not None else {}),
                 "max_num_sequence": overrides.max_batch_size,
                 "max_total_seq_length": total_tokens,
                 "context_window_size": overrides.context_window_size,
@@ -324,6 +332,16 @@ class MlcSession(Session):
             raise UserError(
                 f"--kv-model-lib={path}: fits MLC weights only; give their folder or HF:// address as --kv-model, or leave "
                 "the library out and it is compiled"
+            )
+
+    def _require_takes(self, opt: str) -> None:
+        if self._library is not None:
+            raise UserError(f"--kv-mlc-opt={opt}: --kv-model-lib is compiled already; leave one of the two out")
+        # among the overrides of mlc_llm serve a semicolon begins the next one
+        if brings_config(self._spec) and ";" in opt:
+            raise UserError(
+                f"--kv-mlc-opt={opt}: mlc_llm compiles {self._spec.request} itself when it starts, and takes one word then; "
+                "give O0 to O3, or one name with its value"
             )
 
     def _facts(self) -> dict[str, Any]:

@@ -87,6 +87,13 @@ def test_from_a_checkpoint_to_a_library(workshop: Workshop, checkpoint: Path) ->
     assert (facts["mlc_llm"], facts["tvm"], facts["overrides"]["max_batch_size"]) == ("0.20.0.dev0", "0.26.0", 3)
 
 
+def test_the_compiler_switches_on_what_is_asked(workshop: Workshop, checkpoint: Path) -> None:
+    for opt, words in ((None, []), ("flashinfer=0;cudagraph=1", ["--opt", "flashinfer=0;cudagraph=1"])):
+        workshop.models(checkpoint, opt=opt).compiled(POINT)
+        (*_, compiled) = commands(workshop.log, "compile")
+        assert compiled[2:-2] == ["--device", "vulkan:0", *words]
+
+
 def test_the_rotation_is_written_as_mlc_reads_it(workshop: Workshop, tmp_path: Path) -> None:
     scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
     model = mistral(tmp_path / "model", rope_parameters=scaled)
@@ -132,6 +139,7 @@ def test_the_same_is_made_once_and_all_that_matters_makes_it_anew(workshop: Work
         ({"point": replace(POINT, prefill_chunk_size=24)}, ["gen_config", "compile"]),
         ({"point": replace(POINT, max_batch_size=4)}, ["gen_config", "compile"]),
         ({"device": "cpu"}, ["gen_config", "compile"]),
+        ({"opt": "flashinfer=0;cudagraph=1"}, ["gen_config", "compile"]),
         ({"quantization": "q0f16"}, ["convert_weight", "gen_config", "compile"]),
         ({"install": replace(workshop.install, mlc_llm="0.21")}, ["convert_weight", "gen_config", "compile"]),
         ({"install": replace(workshop.install, tvm="0.27")}, ["convert_weight", "gen_config", "compile"]),

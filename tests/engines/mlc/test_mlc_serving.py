@@ -21,9 +21,11 @@ from mlc_doubles import options as on_the_double
 from synthetic_session import ENVIRONMENT
 from tiny_checkpoint import save_checkpoint
 
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.mlc.engine import MlcEngine
 from kvsuite.engines.mlc.memory_model import MlcMemory
 from kvsuite.engines.registry import SessionPool
+from kvsuite.errors import UserError
 from kvsuite.measure.runner import CaseRunner
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.metrics.registry import MetricRegistry
@@ -139,7 +141,7 @@ def test_a_point_is_what_the_server_is_started_with(star: dict[str, Record], pla
         assert {"--enable-debug", "--model-lib"} <= set(line)
     assert star[THREE].effective | {
         "mode": "server", "max_num_sequence": 3, "max_total_sequence_length": 624, "prefill_chunk_size": 16,
-        "context_window_size": 48, "max_batch_size": 3, "prefix_caching": False, "own_library": True,
+        "context_window_size": 48, "max_batch_size": 3, "prefix_caching": False, "own_library": True, "mlc_opt": "O2",
         "mlc_llm": "0.20.0.dev0", "tvm": "0.26.0", "dtype": "float16", "weight_format": "q4f16_1", "device": "vulkan:0",
     } == star[THREE].effective  # fmt: skip
 
@@ -271,6 +273,30 @@ def test_what_cannot_run_says_why(options: dict[str, str], status: str, message:
     record = run("ctx=48;chunk=16", **options)[BASE]
     assert record.status == status
     assert re.search(message, str(record.reason)), record.reason
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        ("tiny-llama", {"mlc_opt": "O1", "model_lib": "model.so"}, "--kv-model-lib is compiled already; leave one"),
+        (
+            "HF://mlc-ai/any-q4f16_1-MLC",
+            {"mlc_opt": "cudagraph=1;cutlass=0"},
+            "takes one word then; give O0 to O3, or one",
+        ),
+    ],
+)
+def test_optimisations_that_nobody_would_read(
+    model: str, given: dict[str, str], message: str, place: Path, patch: pytest.MonkeyPatch
+) -> None:
+    resolved = default_options(
+        engine="mlc", model=model.replace("tiny-llama", str(place / "tiny-llama")), device="vulkan:0"
+    )
+    case, *_ = dse_cases(resolved)
+    engine = MlcEngine(on_the_double(**given))
+    assert engine.case_params()["mlc_opt"] == given["mlc_opt"]
+    with pytest.raises(UserError, match=message):
+        engine.load(case, EngineSettings.of(resolved))
 
 
 def test_without_mlc_llm_the_install_line_is_the_reason(place: Path) -> None:

@@ -67,6 +67,7 @@ def compile_library(given: list[str]) -> None:
     parser.add_argument("config", type=Path)
     for name in ("--device", "--output"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--opt", default="O2")
     asked = parser.parse_args(given)
     if FAULT == "hang_compile":
         time.sleep(600)
