@@ -154,7 +154,7 @@ def check(bench: Bench) -> None:
         graphs = DecodeGraphs(decoder.logits, attention, [6], tables.shape[1], few)
         found = graphs.run(step)
         assert found is not None
-        print(f"  captured decode, {graphs.step(6).kind}:", error(found, last))
+        print(f"  captured decode, {graphs.step(6).attention.kinds}:", error(found, last))
     for tiling in CANDIDATES:
         decoder.tilings = {}
         for product, weight in ((name, decoder.weights(name)[0]) for name in PRODUCTS):
@@ -409,7 +409,7 @@ def steps(bench: Bench) -> None:
         key = ((size, length), name)
         print(f"  {size} x {length} {name}: step {1e3 * min(found):.2f}..{1e3 * max(found):.2f} ms, floor {1e3 * floor:.2f}, "
               f"share {floor / median(found):.1%}, blocking {1e3 * median(blocking[key]):.2f} ms, "
-              f"host {1e3 * median(arms[key].host[1:]):.2f} ms, {arms[key].step.kind}", flush=True)  # fmt: skip
+              f"host {1e3 * median(arms[key].host[1:]):.2f} ms, {arms[key].step.attention.kinds[0]}", flush=True)  # fmt: skip
     if bench.options.profile:
         for (case, name), arm in arms.items():
             if name == "default":

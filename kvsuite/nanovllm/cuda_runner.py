@@ -28,7 +28,6 @@ from .flashinfer_attention import FlashInferAttention
 from .flashinfer_captured import FEW_PROGRAMS
 from .flashinfer_libraries import HEAD_DIMS, Libraries, libraries_for
 from .fused_layers import FusedDecoder, not_fusable
-from .halves import FEWEST_SEQUENCES, MOST_WEIGHT_BYTES, Halves
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .limits import Limits
 from .paged_attention import AttentionBackend, attending
@@ -70,9 +69,7 @@ class CapturableReference(ReferenceAttention):
             return "packed pages are unpacked by many small kernels, which are not captured yet"
         return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
 
-    def captured(
-        self, batch: StepBatch, few_programs: int = FEW_PROGRAMS, *, halved: bool = False
-    ) -> CapturableReference:
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturableReference:
         """Attention of decode steps of one size over the static tensors of ``batch``."""
         return CapturableReference(self.pools)
 
@@ -153,9 +150,6 @@ class CudaRunner(ModelRunner):
         kernels. Both are kept for later runs.
     sizes
         Batch sizes to capture; a choice up to ``max_num_seqs`` if left out.
-    halves
-        Whether decode steps of many sequences run in two halves side by side (`kvsuite.nanovllm.halves`), where the model is
-        small enough.
     warm_up
         Whether prompts are computed in the scratch block and tokens drawn, so that the first request waits for no
         compilation.
@@ -178,10 +172,8 @@ class CudaRunner(ModelRunner):
         tune: bool = True,
         build: bool = False,
         sizes: Iterable[int] | None = None,
-        halves: bool = True,
         warm_up: bool = False,
     ) -> None:
-        self._halves = halves
         config = loaded.text_config
         attention, self._why_reference = attention_for(
             pools, query_heads=int(config.num_attention_heads), rotation=rotation, build=build
@@ -403,7 +395,7 @@ class CudaRunner(ModelRunner):
                 self._why_not_captured = "the reference would gather more than 1 GiB a layer"
                 return None
         before = _reserved_bytes(self.device)
-        graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence, halves=self._in_halves())
+        graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
             self._compile_ahead(graphs, attention.pools, limits)
             graphs.capture()
@@ -420,16 +412,6 @@ class CudaRunner(ModelRunner):
             return None
         self.captured_bytes += _reserved_bytes(self.device) - before
         return graphs
-
-    def _in_halves(self) -> Halves | None:
-        """How steps of many sequences run in halves, ``None`` if they had better not."""
-        decoder = self.decoder
-        if not self._halves or decoder is None or decoder.weight_bytes > MOST_WEIGHT_BYTES:
-            return None
-        if self.device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream():
-            # a lane's stream has SMs of its own, which another stream would not keep to
-            return None
-        return Halves(decoder.logits_of_halves, FEWEST_SEQUENCES)
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""

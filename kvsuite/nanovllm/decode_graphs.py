@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
 from .flashinfer_captured import FEW_PROGRAMS
-from .halves import Halves
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
@@ -45,11 +44,8 @@ class CapturableAttention(Protocol):
     def why_not_capturable(self) -> str:
         """What stands against it."""
 
-    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS, *, halved: bool = False) -> StaticAttention:
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> StaticAttention:
         """Attention of decode steps over the static tensors of ``batch``."""
-
-
-StaticPart = tuple[StepBatch, StaticAttention]
 
 
 def default_sizes(most: int) -> list[int]:
@@ -77,8 +73,6 @@ class DecodeGraphs:
         Blocks of the longest sequence.
     few_programs
         See `FlashInferAttention.captured`.
-    halves
-        How steps of many sequences run in halves, ``None``: they do not.
     """
 
     def __init__(
@@ -88,49 +82,37 @@ class DecodeGraphs:
         sizes: Iterable[int],
         max_blocks: int,
         few_programs: int = FEW_PROGRAMS,
-        halves: Halves | None = None,
     ) -> None:
         assert attention.capturable
-        self._halves = halves
         self._forward = forward
         self._attention = attention
         self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
         self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
-        self._parts: dict[int, tuple[StepBatch, list[StaticPart]]] = {}
+        self._attentions: dict[int, tuple[StepBatch, StaticAttention]] = {}
         self._steps: dict[int, _Step] = {}
         self._memory: Any = None
 
     @property
     def kinds(self) -> dict[int, str]:
         """What attends, by captured size."""
-        return {size: self._steps[size].kind for size in sorted(self._steps)}
+        return {size: ", ".join(dict.fromkeys(self._steps[size].attention.kinds)) for size in sorted(self._steps)}
 
     def rehearse(self) -> None:
         """Run every size once, uncaptured."""
         for size in self.sizes:
-            batch, parts = self._static_parts(size)
+            batch, attention = self._static_attention(size)
             _pad(batch, 0)
-            with torch.inference_mode():
-                self._compute(parts)
-
-    def _static_parts(self, size: int) -> tuple[StepBatch, list[StaticPart]]:
-        """The batch of a size, and its sequences with their attention, in halves where that is faster; made once."""
-        if size not in self._parts:
-            batch = _rows(self._static, 0, size)
-            halved = self._halves is not None and size >= self._halves.fewest
-            cuts = [_rows(batch, 0, size // 2), _rows(batch, size // 2, size)] if halved else [batch]
-            parts = [(cut, self._attention.captured(cut, self._few_programs, halved=halved)) for cut in cuts]
-            self._parts[size] = (batch, parts)
-        return self._parts[size]
-
-    def _compute(self, parts: Sequence[StaticPart]) -> Tensor:
-        for batch, attention in parts:
             attention.begin(batch)
-        if len(parts) == 1:
-            return self._forward(*parts[0])
-        assert self._halves is not None
-        return self._halves.forward(parts)
+            with torch.inference_mode():
+                self._forward(batch, attention)
+
+    def _static_attention(self, size: int) -> tuple[StepBatch, StaticAttention]:
+        """The batch of a size, and the attention over it, which is made once."""
+        if size not in self._attentions:
+            batch = _narrowed(self._static, size)
+            self._attentions[size] = (batch, self._attention.captured(batch, self._few_programs))
+        return self._attentions[size]
 
     def capture(self) -> None:
         """Capture all sizes; the largest comes first, the others use its memory."""
@@ -140,7 +122,7 @@ class DecodeGraphs:
     def step(self, size: int) -> _Step:
         """The captured step of one of the sizes; captured now if it was not yet."""
         if size not in self._steps:
-            step = _Step(*self._static_parts(size), self._compute, self._memory)
+            step = _Step(self._forward, *self._static_attention(size), self._memory)
             self._memory = step.memory
             self._steps[size] = step
         return self._steps[size]
@@ -171,17 +153,11 @@ class DecodeGraphs:
 class _Step:
     """One batch size, captured."""
 
-    def __init__(
-        self,
-        batch: StepBatch,
-        parts: Sequence[StaticPart],
-        compute: Callable[[Sequence[StaticPart]], Tensor],
-        memory: Any,
-    ) -> None:
+    def __init__(self, forward: Forward, batch: StepBatch, attention: StaticAttention, memory: Any) -> None:
         self.batch = batch
-        self.parts = parts
+        self.attention = attention
         self.memory: Any = None
-        self._compute = compute
+        self._forward = forward
         self._graph: Any = None
         _pad(batch, 0)
         self.prepare([])
@@ -189,25 +165,23 @@ class _Step:
             if batch.ids.device.type == "cuda":
                 self._capture(memory)
             else:
-                self.logits = self._compute(self.parts)
+                self.logits = self._once()
 
-    @property
-    def kind(self) -> str:
-        """What attends."""
-        kinds = dict.fromkeys(kind for _, attention in self.parts for kind in attention.kinds)
-        return ", ".join(kinds) + ", in halves" * (len(self.parts) > 1)
+    def _once(self) -> Tensor:
+        self.attention.begin(self.batch)
+        return self._forward(self.batch, self.attention)
 
     def _capture(self, memory: Any) -> None:
         # what is compiled or allocated at first use must not be captured
         side = _capture_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._compute(self.parts)
+            self._once()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=memory, stream=side):
-            self.logits = self._compute(self.parts)
+            self.logits = self._once()
         self.memory = self._graph.pool()
 
     def prepare(self, lengths: list[Tensor]) -> None:
@@ -219,17 +193,14 @@ class _Step:
             if lengths:
                 row[: lengths[number].shape[0]] = lengths[number]
             padded.append(row)
-        start = 0
-        for batch, attention in self.parts:
-            attention.prepare([own[start : start + batch.sequences] for own in padded])
-            start += batch.sequences
+        self.attention.prepare(padded)
 
     def replay(self) -> None:
         if self._graph is not None:
             self._graph.replay()
             return
         with torch.inference_mode():
-            self.logits = self._compute(self.parts)
+            self.logits = self._once()
 
 
 def _capture_stream(device: int) -> Any:
@@ -269,21 +240,19 @@ def _nothing() -> NDArray[np.int32]:
     return np.zeros((0, 0), dtype=np.int32)
 
 
-def _rows(batch: StepBatch, start: int, stop: int) -> StepBatch:
-    """Some rows of a static batch."""
-    size = stop - start
+def _narrowed(batch: StepBatch, size: int) -> StepBatch:
+    """The first ``size`` rows of a static batch."""
     return StepBatch(
-        ids=batch.ids[start:stop],
-        positions=batch.positions[start:stop],
-        # of single tokens: the same numbers wherever they begin
+        ids=batch.ids[:size],
+        positions=batch.positions[:size],
         query_start=batch.query_start[: size + 1],
         sample_rows=batch.sample_rows[:size],
         groups=tuple(
             GroupBatch(
-                slots=part.slots[start:stop],
-                kv_lengths=part.kv_lengths[start:stop],
-                block_tables=part.block_tables[start:stop],
-                dropped=part.dropped[start:stop],
+                slots=part.slots[:size],
+                kv_lengths=part.kv_lengths[:size],
+                block_tables=part.block_tables[:size],
+                dropped=part.dropped[:size],
                 kv_lengths_host=part.kv_lengths_host,
                 dropped_host=part.dropped_host,
                 read_tables=part.read_tables,

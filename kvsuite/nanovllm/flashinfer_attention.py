@@ -142,12 +142,10 @@ class FlashInferAttention(FlashInferLayers):
             mixed.append(prompts.attend(query[singles:], keys, values, scale))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-    def captured(
-        self, batch: StepBatch, few_programs: int = FEW_PROGRAMS, *, halved: bool = False
-    ) -> CapturedAttention:
+    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
         self._look_at_stream()
-        return CapturedAttention(self, batch, few_programs, halved)
+        return CapturedAttention(self, batch, few_programs)
 
 
 def _processors(device: torch.device) -> int:

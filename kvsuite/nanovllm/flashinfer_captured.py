@@ -21,10 +21,6 @@ from .layer_pages import LayerPages
 #: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
 FEW_PROGRAMS = 512
 
-# programs of a half's attention on a processor, and how much finer it is cut
-_BESIDE = 3
-_FINER = 4
-
 Attend = Callable[[Tensor, LayerPages, LayerPages, float], Tensor]
 
 
@@ -82,12 +78,8 @@ def split(
     scale: float,
     processors: int,
     pdl: bool = False,
-    halved: bool = False,
 ) -> Tensor:
-    """Attention of a step's first tokens, cut into as many parts as fill a device of ``processors``.
-
-    That of a half (``halved``) leaves room for the products of the other, and is cut finer, so that its programs end together.
-    """
+    """Attention of a step's first tokens, cut into as many parts as fill a device of ``processors``."""
     from .packed_split_attention import packed_split_attention, packed_splits_for
     from .split_attention import split_attention, splits_for
 
@@ -103,9 +95,6 @@ def split(
     if pool.is_packed:
         splits = packed_splits_for(*programs, part.block_tables.shape[1] * pool.block_size)
         return packed_split_attention(query, keys, values, *common, splits=splits, **options)
-    if halved:
-        programs = (count, group.kv_heads, _FINER * processors)
-        options["programs"] = _BESIDE * processors
     return split_attention(query, keys.codes, values.codes, *common, splits=splits_for(*programs), **options)
 
 
@@ -125,20 +114,17 @@ class CapturedAttention(PooledLayers):
         Static tensors of the step.
     few_programs
         ``sequences * kv_heads`` up to which keys are cut for our own kernel.
-    halved
-        Whether another half of the step runs beside: then it is our own kernel, as FlashInfer's plans share a workspace.
     """
 
-    def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int, halved: bool) -> None:
+    def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
-        self._halved = halved
         self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
         self.kinds: list[str] = []
         self._plans: list[PlannedDecode | None] = []
         for number, pool in enumerate(self.pools):
             # FlashInfer has no sinks, and its plan knows nothing of tokens that are gone
-            few = halved or not owner.plans_decode or batch.sequences * pool.group.kv_heads <= few_programs
+            few = not owner.plans_decode or batch.sequences * pool.group.kv_heads <= few_programs
             own = pool.is_packed or pool.group.window is not None or few
             kind = f"split {pool.group.format}" if pool.is_packed else "split"
             self.kinds.append(kind if own else "flashinfer fa2")
@@ -154,7 +140,7 @@ class CapturedAttention(PooledLayers):
         part, pool = self._batch.groups[number], self.pools[number]
 
         def attend(query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
-            return split(query, pool, keys, values, part, scale, processors, self._pdl, self._halved)
+            return split(query, pool, keys, values, part, scale, processors, self._pdl)
 
         return attend
 

@@ -7,9 +7,8 @@ The merged weights are the storage of the model's own parameters, so the model g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .batch import StepBatch
-from .halves import Part, side_by_side
 from .layer_pages import plain_pages
 from .paged_attention import AttentionBackend
 
@@ -169,10 +167,6 @@ class FusedDecoder:
     def logits(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """Logits ``[R, vocab]`` of ``batch.sample_rows``; the backend has begun the step."""
         return self.head(self.hidden(batch, backend))
-
-    def logits_of_halves(self, halves: Sequence[Part]) -> Tensor:
-        """The same of a decode step whose sequences come in two halves."""
-        return self.head(torch.cat(side_by_side(*(partial(self.hidden, *half) for half in halves))))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of rows of `hidden`."""

@@ -1,9 +1,7 @@
 """Attention of single tokens over paged keys, cut along the keys. Importing this module needs triton.
 
 For small batches: every sequence and key head is shared by so many programs that the device is full (flash decoding, Dao et
-al. 2023). A part has as many tokens in every sequence, so that a long one among short ones has more parts and not longer ones.
-Grid and buffers depend on shapes alone, so a captured step needs no plan on the host; programs behind the end of their sequence
-do nothing.
+al. 2023). Grid and buffers depend on shapes alone, so a captured step needs no plan on the host.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
@@ -26,17 +24,8 @@ _LOG2_E = 1.4426950408889634
 _FEWEST_QUERIES = 16
 
 
-@triton.jit
-def _longest(lengths, sequences):
-    lanes = tl.arange(0, 128)
-    most = tl.full((128,), 1, dtype=tl.int32)
-    for at in range(0, sequences, 128):
-        most = tl.maximum(most, tl.load(lengths + at + lanes, mask=at + lanes < sequences, other=1))
-    return tl.max(most, axis=0)
-
-
-# tables of any width and height must not cost a compilation
-@triton.jit(do_not_specialize=["table_stride", "sequences"])
+# tables of any width must not cost a compilation
+@triton.jit(do_not_specialize=["table_stride"])
 def _split_kernel(
     query,
     keys,
@@ -50,7 +39,6 @@ def _split_kernel(
     out,
     scale,
     table_stride,
-    sequences,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -63,59 +51,56 @@ def _split_kernel(
     HEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # heads lie side by side in a page
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
+    start = split * span
+    stop = tl.minimum(start + span, length)
     members = tl.arange(0, QUERIES)
     lanes = tl.arange(0, HEAD_DIM)
     inside = tl.arange(0, TOKENS)
-    longest = 1 if SPLITS == 1 else _longest(lengths, sequences)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    for item in range(tl.program_id(0), sequences * (KV_HEADS * SPLITS), tl.num_programs(0)):
-        # heads lie side by side in a page
-        head = item % KV_HEADS
-        sequence = (item // KV_HEADS % sequences).to(tl.int64)
-        split = item // KV_HEADS // sequences
-        length = tl.load(lengths + sequence)
-        span = tl.cdiv(tl.cdiv(length if SPLITS == 1 else longest, SPLITS), TOKENS) * TOKENS
-        start = split * span
-        stop = tl.minimum(start + span, length)
-        heads = (sequence * KV_HEADS + head) * GROUP + members
-        own = tl.load(query + heads[:, None] * HEAD_DIM + lanes[None, :], mask=(members < GROUP)[:, None], other=0.0)
-        top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
-        total = tl.zeros((QUERIES,), dtype=tl.float32)
-        acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
+    heads = (sequence * KV_HEADS + head) * GROUP + members
+    own = tl.load(query + heads[:, None] * HEAD_DIM + lanes[None, :], mask=(members < GROUP)[:, None], other=0.0)
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
+    if WINDOW:
+        # tokens left the table behind the sinks' blocks; the query is the last one
+        gone = tl.load(dropped + sequence)
+        before = length + gone - WINDOW
+    for at in range(start, stop, TOKENS):
+        tokens = at + inside
+        valid = tokens < stop
         if WINDOW:
-            # tokens left the table behind the sinks' blocks; the query is the last one
-            gone = tl.load(dropped + sequence)
-            before = length + gone - WINDOW
-        for at in range(start, stop, TOKENS):
-            tokens = at + inside
-            valid = tokens < stop
-            if WINDOW:
-                valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
-            block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-            row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
-            key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
-            scores = tl.dot(own, key, input_precision="ieee") * scale
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            # where no token so far is seen, a difference of infinities is no number
-            level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
-            weights = tl.exp2(scores - level[:, None])
-            shrink = tl.exp2(top - level)
-            value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
-            acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-            total = total * shrink + tl.sum(weights, axis=1)
-            top = higher
-        if SPLITS == 1:
-            found = (acc / total[:, None]).to(out.dtype.element_ty)
-            tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
-        else:
-            place = heads * SPLITS + split
-            tl.store(maxima + place, top, mask=members < GROUP)
-            if start < length:
-                tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
-                tl.store(sums + place, total, mask=members < GROUP)
+            valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
+        block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
+        key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
+        scores = tl.dot(own, key, input_precision="ieee") * scale
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        # where no token so far is seen, a difference of infinities is no number
+        level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
+        weights = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(top - level)
+        value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(weights, axis=1)
+        top = higher
+    if SPLITS == 1:
+        found = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
+    else:
+        place = heads * SPLITS + split
+        tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
+        tl.store(maxima + place, top, mask=members < GROUP)
+        tl.store(sums + place, total, mask=members < GROUP)
 
 
 @triton.jit
@@ -129,18 +114,17 @@ def _merge_kernel(
         gdc_launch_dependents()
         gdc_wait()
     tops = tl.load(maxima + parts)
-    # a part that sees no token weighs nothing, and may have left nothing else; the query's own token is always seen
-    seen = tops > float("-inf")
+    # a part that sees no token has -inf and weighs nothing; the query's own is always seen
     weights = tl.exp2(tops - tl.max(tops, axis=0))
-    total = tl.sum(weights * tl.load(sums + parts, mask=seen, other=0.0), axis=0)
+    total = tl.sum(weights * tl.load(sums + parts), axis=0)
     if ROTATED:
         # lanes down, so that the sum of parts is where the sum over the matrix needs it
-        acc = tl.load(mixed + parts[None, :] * HEAD_DIM + lanes[:, None], mask=seen[None, :], other=0.0)
+        acc = tl.load(mixed + parts[None, :] * HEAD_DIM + lanes[:, None])
         rotated = tl.sum(acc * weights[None, :], axis=1)
         turned = tl.sum(hadamard_signs(lanes[:, None], lanes[None, :]) * rotated[:, None], axis=0)
         result = turned * (HEAD_DIM**-0.5) / total
     else:
-        acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :], mask=seen[:, None], other=0.0)
+        acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :])
         result = tl.sum(acc * weights[:, None], axis=0) / total
     tl.store(out + head * HEAD_DIM + lanes, result.to(out.dtype.element_ty))
 
@@ -155,8 +139,7 @@ def merge_splits(
     mixed
         float32 ``[S * heads * splits, head_dim]``: sums of values by weights ``2 ** (score - maximum)``.
     maxima, sums
-        float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token (the rest of such a
-        part is not read), and their sum.
+        float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token, and their sum.
     out
         ``[S, heads, head_dim]``, contiguous, overwritten.
     splits
@@ -174,7 +157,7 @@ def merge_splits(
 
 
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
-    """Parts that the longest sequence's keys are cut into: a power of two that gives at least two programs a processor."""
+    """Parts that a sequence's keys are cut into: a power of two that gives at least two programs a processor."""
     splits = 1
     while splits < 64 and sequences * kv_heads * splits < 2 * processors:
         splits *= 2
@@ -196,7 +179,6 @@ def split_attention(
     tokens: int = 64,
     warps: int = 4,
     stages: int = 3,
-    programs: int | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Attention of one token a sequence, ``[S, heads, head_dim]``.
@@ -214,7 +196,7 @@ def split_attention(
     scale
         Factor of the scores.
     splits
-        Parts of the longest sequence, a power of two, see `splits_for`.
+        A power of two, see `splits_for`.
     dropped
         int32 ``[S]``: tokens between the sinks' blocks and the rest of the table that are gone; read where there is a window.
     window, sinks
@@ -222,8 +204,6 @@ def split_attention(
     tokens, warps, stages
         Keys a step, warps of a program, steps whose loads are under way. The defaults were fastest in whole
         steps on an H200; 2 warps and 2 stages are 1 % faster alone and 15 % slower in a step.
-    programs
-        Programs at most, which take parts in turn: fewer leave room for what runs beside. One a part if left out.
     pdl
         Whether neighbours in the stream may overlap.
     """
@@ -236,8 +216,7 @@ def split_attention(
     parts = sequences * heads * splits if splits > 1 else 0
     mixed = torch.empty(parts, head_dim, dtype=torch.float32, device=query.device)
     maxima, sums = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
-    items = sequences * kv_heads * splits
-    _split_kernel[(min(items, programs or items),)](
+    _split_kernel[(kv_heads, sequences, splits)](
         query,
         keys,
         values,
@@ -250,7 +229,6 @@ def split_attention(
         out,
         scale * _LOG2_E,
         tables.stride(0),
-        sequences,
         KV_HEADS=kv_heads,
         GROUP=group,
         QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(group)),

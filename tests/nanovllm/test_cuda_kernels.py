@@ -179,25 +179,6 @@ def test_gathered_tokens_are_those_of_the_slots(count, kv_heads, head_dim):
         assert torch.equal(found, side.flatten(0, 1)[slots])
 
 
-def test_parts_follow_the_longest_of_many_sequences():
-    """What a part without tokens leaves unwritten must not be read, and the longest may be any of them."""
-    size, head_dim, count = 16, 32, 130
-    lengths = torch.ones(count, dtype=torch.int32)
-    lengths[-1] = 150
-    tables = torch.zeros(count, 10, dtype=torch.int32)
-    tables[:, 0] = 1
-    tables[-1] = torch.arange(2, 12)
-    dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    query = _random(count, 1, head_dim, dtype=dtype)
-    keys, values = (_random(12, size, 1, head_dim, seed=seed, dtype=dtype) for seed in (1, 2))
-    found = split_attention.split_attention(
-        query, keys, values, tables.to(DEVICE), lengths.to(DEVICE), head_dim**-0.5, splits=2
-    )
-    _close(found[:-1], values[1, 0].float().expand(count - 1, 1, head_dim), dtype)
-    weights = (query[-1].float() @ keys[2:].flatten(0, 1)[:150, 0].float().T * head_dim**-0.5).softmax(-1)
-    _close(found[-1], weights @ values[2:].flatten(0, 1)[:150, 0].float(), dtype)
-
-
 @pytest.mark.parametrize("pdl", PDL)
 @pytest.mark.parametrize("splits", [1, 4, 16])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (33, 0), (64, 4), (100, 20), (500, 3)])

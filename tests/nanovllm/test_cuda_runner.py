@@ -16,10 +16,9 @@ from kvsuite.errors import CaseSkipped
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.cuda_runner import CapturableReference, CudaRunner, attention_for, cuda_runner
-from kvsuite.nanovllm.decode_graphs import DecodeGraphs, default_sizes
+from kvsuite.nanovllm.decode_graphs import default_sizes
 from kvsuite.nanovllm.flashinfer_libraries import flashinfer_module
 from kvsuite.nanovllm.groups import LayerGroup
-from kvsuite.nanovllm.halves import Halves
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
@@ -73,23 +72,6 @@ def test_decode_steps_go_over_the_static_tensors() -> None:
         ran.clear()
         runtime.run([greedy(text(2, seed), 4) for seed in range(6)])
         assert [found is not None for found in ran] == [False] * 4
-
-
-def test_steps_in_halves_equal_whole_ones() -> None:
-    of = loaded("qwen3")
-    with _running(of, {"sizes": [2]}) as runtime:
-        runner = runtime.runner
-        assert isinstance(runner, CudaRunner)
-        forward = runner._plain
-        halves = Halves(lambda parts: torch.cat([forward(*part) for part in parts]), fewest=4)
-        # seven sequences pad the second half, three run whole
-        runner.graphs = DecodeGraphs(forward, CapturableReference(runtime.pools), [3, 8], 21, halves=halves)
-        for count in (7, 3):
-            given = prompts(range(4, 4 + count))
-            assert [r.output for r in runtime.run([greedy(prompt, 6) for prompt in given])] == [
-                generated(of, prompt, 6) for prompt in given
-            ]
-        assert runner.graphs.kinds == {3: "reference", 8: "reference, in halves"}
 
 
 def test_logits_of_padded_steps_equal_those_of_the_plain_runner() -> None:
