@@ -77,6 +77,14 @@ def _one_width_of_terminal():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_machine():
+    # a tenth of a second for every case that is measured in this process, and most of one for every model
+    import quick_machine
+
+    quick_machine.pytest_configure()
+
+
 @pytest.fixture(autouse=True)
 def _shared_models_stay_as_they_are():
     yield

@@ -41,6 +41,9 @@ class CacheView:
     step
         Number of tokens seen so far: the seedable part of a random choice. Of several sequences int64, broadcastable to
         ``positions`` without the last dimension.
+    ordered
+        Whether the tokens are known to lie in the order of their positions, as those of a prompt that was just stored do:
+        nothing is sorted then.
     """
 
     positions: Tensor
@@ -49,6 +52,7 @@ class CacheView:
     layer: Tensor | int = 0
     heads: Tensor | int = 0
     step: Tensor | int = 0
+    ordered: bool = False
 
     @property
     def length(self) -> int:
@@ -263,9 +267,8 @@ def require_size(option: str, value: int, minimum: int = 1) -> int:
 
 def time_order(view: CacheView) -> Tensor:
     """Slots of the view from the oldest to the youngest token, int64, shaped like ``view.positions``."""
-    positions = view.positions
-    leading = zip(positions.shape[:-1], positions.stride()[:-1], strict=True)
-    if all(size == 1 or stride == 0 for size, stride in leading):
-        # a prompt's positions are one row, expanded over layers and heads: as many sorts of it took longer than all else
-        return positions[(0,) * (positions.dim() - 1)].argsort(stable=True).expand(positions.shape)
-    return positions.argsort(dim=-1, stable=True)
+    if view.ordered:
+        import torch
+
+        return torch.arange(view.length, device=view.positions.device).expand(view.positions.shape)
+    return view.positions.argsort(dim=-1, stable=True)

@@ -366,9 +366,11 @@ class CudaRunner(ModelRunner):
             # a kernel for so many rows at most, and for every number of cuts through the keys of single tokens
             for rows in _DIFFERENT_ROWS:
                 self._scratch_step([min(rows, longest)], pools, limits)
-            for singles in _DIFFERENT_SINGLES:
-                if singles < min(limits.max_num_seqs, limits.max_num_batched_tokens):
-                    self._scratch_step([1] * singles + [min(2, longest)], pools, limits)
+            most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+            # between two of these numbers keys are cut as at one of them
+            for singles in [*(count for count in _DIFFERENT_SINGLES if count < most), most - 1]:
+                self._scratch_step([1] * singles + [min(2, longest)], pools, limits)
+            self._scratch_step([1] * most, pools, limits)
             for prompts in _DIFFERENT_PROMPTS:
                 each = _WARM_UP_TOKENS // prompts
                 if (

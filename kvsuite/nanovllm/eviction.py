@@ -152,7 +152,7 @@ class Eviction:
             return self._merge(policy, row, size, images)
         if not (policy.needs.prompt or self._per_head):
             # positions alone decide, here and now
-            chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length))
+            chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length, ordered=True))
             return self._replace(row, size)(chosen)
         take = self._replace(row, size)
         observed = self._observations(row)
@@ -449,7 +449,7 @@ class Eviction:
         length = scores.shape[-1]
         positions = torch.arange(length, device=self._device).expand(scores.shape)
         return self.policy.keep(
-            CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length)
+            CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length, ordered=True)
         )
 
     def _scores(self, slots: Tensor) -> Tensor | None:

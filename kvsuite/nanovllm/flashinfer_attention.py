@@ -19,9 +19,9 @@ from torch import Tensor
 from . import cuda_driver
 from .batch import StepBatch
 from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
-from .flashinfer_libraries import FA2, Libraries, flashinfer_module, takes_flashinfer
+from .flashinfer_libraries import FA2, FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
-from .prompt_attention import FlashInferPrompts, PromptAttention, PromptRows, TorchPrompts
+from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
 
 _WORKSPACE_BYTES = 256 << 20
@@ -70,6 +70,8 @@ class FlashInferAttention(FlashInferLayers):
         library = self.libraries.prompts
         if library is None:
             return TorchPrompts(pool)
+        if library == FA3:
+            return HopperPrompts(self.flashinfer, pool, self.query_heads, self.workspace)
         return FlashInferPrompts(self.flashinfer, pool, self.query_heads, self.workspace, library)
 
     def _look_at_stream(self) -> None:

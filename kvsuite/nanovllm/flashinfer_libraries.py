@@ -123,7 +123,7 @@ def _specification(name: str, dtype: torch.dtype, head_dim: int) -> Any:
 
 
 def _build(specs: Sequence[Any]) -> None:
-    BUILDS.say(f"nvcc builds {len(specs)} libraries of FlashInfer, a minute or two, once on this machine ...")
+    BUILDS.say(f"nvcc builds {len(specs)} libraries of FlashInfer, some minutes, once on this machine ...")
 
     def one(spec: Any) -> None:
         began = time.perf_counter()

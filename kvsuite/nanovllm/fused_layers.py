@@ -166,35 +166,36 @@ class FusedDecoder:
 
     def logits(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """Logits ``[R, vocab]`` of ``batch.sample_rows``; the backend has begun the step."""
-        return self.head(self.hidden(batch, backend), pdl=self.pdl and batch.tokens <= _FEW_ROWS)
+        return self.head(self.hidden(batch, backend))
 
-    def head(self, hidden: Tensor, *, pdl: bool = False) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of rows of `hidden`."""
         if not hidden.shape[0]:
             return hidden.new_empty(0, self._final.shape[0])
         with torch.inference_mode():
-            found = self._product("final", hidden, self._final, pdl)
+            found = self._product("final", hidden, self._final)
             return found[0] if found.shape[0] == 1 else found.sum(0).to(hidden.dtype)
 
     def hidden(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """What the final layer reads, ``[R, hidden]`` of ``batch.sample_rows``; the backend has begun the step."""
-        from .fused_kernels import add_norm
-
-        rows = batch.tokens
-        # where launches are a part of the time
-        pdl = self.pdl and rows <= _FEW_ROWS
-        destination = getattr(backend, "destination", None) or self._apart(rows)
+        destination = getattr(backend, "destination", None) or self._apart(batch.tokens)
+        wanted = batch.sample_rows
         with torch.inference_mode():
             residual = functional.embedding(batch.ids, self._embedding)
             if batch.images is not None:
                 batch.images.into(residual)
             delta: Tensor | None = None
-            for index, layer in enumerate(self.layers):
-                delta = self._attend(index, delta, residual, batch, backend, destination, pdl)
-                delta = self._feed_forward(layer, delta, residual, pdl)
-            x = add_norm(delta, residual, self._final_norm, self._eps, pdl=pdl)
-            wanted = batch.sample_rows.shape[0]
-            return x if batch.decode_only and wanted == rows else x[batch.sample_rows]
+            for layer, weights in enumerate(self.layers):
+                mixed = self._attend(layer, delta, residual, batch, backend, destination)
+                if weights is self.layers[-1] and not (batch.decode_only and len(wanted) == batch.tokens):
+                    # behind the last attention no token looks at another
+                    mixed, residual = mixed[wanted], residual[wanted]
+                    if not len(wanted):
+                        return residual
+                delta = self._product("output", mixed, weights.output)
+                del mixed
+                delta = self._feed_forward(weights, delta, residual)
+            return self._norm(delta, residual, self._final_norm)
 
     # a method for each half of a layer: of a long prompt every tensor counts, and what a method made is gone when it ends
     def _attend(
@@ -205,34 +206,40 @@ class FusedDecoder:
         batch: StepBatch,
         backend: AttentionBackend,
         destination: Any,
-        pdl: bool,
     ) -> Tensor:
-        from .fused_kernels import add_norm, rotate_store
+        from .fused_kernels import rotate_store
 
         layer = self.layers[index]
-        x = add_norm(delta, residual, layer.input_norm, self._eps, pdl=pdl)
-        qkv = self._product("qkv", x, layer.qkv, pdl)
+        qkv = self._product("qkv", self._norm(delta, residual, layer.input_norm), layer.qkv)
         keys, values, slots = destination(index)
         query = rotate_store(
             qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,
-            query_heads=self._query_heads, pdl=pdl,
+            query_heads=self._query_heads, pdl=self._overlapped(qkv.shape[1]),
         )  # fmt: skip
         if not hasattr(backend, "destination"):
             backend.write(index, keys.codes[:, 0], values.codes[:, 0])
-        mixed = backend.attend(index, query, self._scale)
-        return self._product("output", mixed.reshape(batch.tokens, -1), layer.output, pdl)
+        return backend.attend(index, query, self._scale).reshape(batch.tokens, -1)
 
-    def _feed_forward(self, layer: FusedLayer, delta: Tensor, residual: Tensor, pdl: bool) -> Tensor:
-        from .fused_kernels import add_norm, silu_mul
+    def _feed_forward(self, layer: FusedLayer, delta: Tensor, residual: Tensor) -> Tensor:
+        from .fused_kernels import silu_mul
         from .row_linear import row_linear
 
-        x = add_norm(delta, residual, layer.post_norm, self._eps, pdl=pdl)
-        gated = self._tiling("gate_up", x.shape[0])
-        if gated is None:
-            active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=pdl)
+        x = self._norm(delta, residual, layer.post_norm)
+        rows, tiling = x.shape[0], self._tiling("gate_up", x.shape[0])
+        if tiling is None:
+            active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=self._overlapped(rows))
         else:
-            active = row_linear(x, layer.gate_up, gated, gated=True, pdl=pdl)[0]
-        return self._product("down", active, layer.down, pdl)
+            active = row_linear(x, layer.gate_up, tiling, gated=True, pdl=self._overlapped(rows))[0]
+        return self._product("down", active, layer.down)
+
+    def _norm(self, delta: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
+        from .fused_kernels import add_norm
+
+        return add_norm(delta, residual, weight, self._eps, pdl=self._overlapped(residual.shape[0]))
+
+    def _overlapped(self, rows: int) -> bool:
+        """Whether kernels over so many rows start before their predecessors end: where launches are a part of the time."""
+        return self.pdl and rows <= _FEW_ROWS
 
     def _apart(self, rows: int) -> Any:
         """Where keys and values go when the backend stores them itself."""
@@ -244,11 +251,13 @@ class FusedDecoder:
     def _tiling(self, product: str, rows: int) -> Tiling | None:
         return self.tilings.get((product, rows_bucket(rows)))
 
-    def _product(self, product: str, x: Tensor, weight: Tensor, pdl: bool) -> Tensor:
+    def _product(self, product: str, x: Tensor, weight: Tensor) -> Tensor:
         from .row_linear import row_linear
 
         tiling = self._tiling(product, x.shape[0])
-        return functional.linear(x, weight)[None] if tiling is None else row_linear(x, weight, tiling, pdl=pdl)
+        if tiling is None:
+            return functional.linear(x, weight)[None]
+        return row_linear(x, weight, tiling, pdl=self._overlapped(x.shape[0]))
 
 
 def rows_bucket(rows: int) -> int:

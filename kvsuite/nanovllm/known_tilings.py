@@ -37,6 +37,7 @@ _TABLE: dict[int, dict[str, Tiling]] = {
     },
     32: {"qkv": replace(_THREE, splits=4), "output": _DEEP, "gate_up": _THREE, "down": _DEEP, "final": _THREE},
     64: {
+        "qkv": replace(_DEEP, splits=1),
         "output": replace(_DEEP, splits=2),
         "gate_up": _THREE,
         "down": replace(_DEEP, splits=2),

@@ -1,7 +1,9 @@
 """Attention of a step's prompts over paged keys: FlashInfer's kernels, or torch's own, which need no compiler.
 
 FlashInfer reads pages; torch's flash attention (Dao, 2024) reads the keys of a step's prompts one behind the other, gathered
-layer by layer. Both see packed pages as they are unpacked.
+layer by layer. So does FlashInfer's ``fa3`` where a step brings a good part of the keys itself: Hopper's copy engine fetches
+tiles of keys that lie together, and a third of the time goes on those that lie in pages. All see packed pages as they are
+unpacked.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from torch import Tensor
 
 from .kv_pool import KVPool
 from .layer_pages import LayerPages
+
+# tokens in the cache for one of the step, up to which gathering them is a small part of attending to them
+_MOST_KEYS_A_QUERY = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,29 @@ class _Unpacked:
         return out
 
 
+class _Gathered:
+    """The keys and values of a step's prompts, one token behind the other."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self._read = _Unpacked(pool)
+        self._slots: Tensor
+
+    def plan(self, rows: PromptRows) -> None:
+        """Remember where the tokens of ``rows`` are."""
+        size = self.pool.block_size
+        blocks, tokens = self._read.plan(rows.blocks(size)), rows.tokens(size)
+        self._slots = torch.from_numpy(blocks[tokens // size].astype(np.int64) * size + tokens % size).to(
+            self.pool.device
+        )
+
+    def read(self, keys: LayerPages, values: LayerPages) -> tuple[Tensor, Tensor]:
+        """Of one layer, each ``[sum of lengths, kv_heads, head_dim]``."""
+        from .gather_tokens import gather_tokens
+
+        return gather_tokens(self._read.read(keys), self._read.read(values), self._slots)
+
+
 class FlashInferPrompts:
     """FlashInfer's ``fa2`` or ``fa3`` over the pages.
 
@@ -141,7 +169,59 @@ class FlashInferPrompts:
     def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
         factor = scale * self._read.pool.group.head_dim**0.5
         stored = (self._read.read(keys), self._read.read(values))
-        found: Tensor = self._wrapper.run(query, stored, q_scale=None if factor == 1 else factor)
+        # left to itself it fills the output with zeros first
+        out = torch.empty_like(query)
+        found: Tensor = self._wrapper.run(query, stored, q_scale=None if factor == 1 else factor, out=out)
+        return found
+
+
+class HopperPrompts:
+    """FlashInfer's ``fa3`` over gathered keys, or over the pages where a step brings few of many.
+
+    Parameters
+    ----------
+    flashinfer, pool, query_heads, workspace
+        As of `FlashInferPrompts`.
+    """
+
+    def __init__(self, flashinfer: Any, pool: KVPool, query_heads: int, workspace: Tensor) -> None:
+        self._paged = FlashInferPrompts(flashinfer, pool, query_heads, workspace, "fa3")
+        self.name = self._paged.name
+        self._heads = query_heads
+        self._keys = _Gathered(pool)
+        self._wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
+        self._gathers = False
+        self._starts: tuple[Tensor, Tensor]
+        self._planned_scale: float | None = None
+
+    def plan(self, rows: PromptRows) -> None:
+        self._gathers = int(rows.lengths.sum()) <= _MOST_KEYS_A_QUERY * int(rows.starts[-1])
+        if not self._gathers:
+            self._paged.plan(rows)
+            return
+        self._keys.plan(rows)
+        self._starts = (torch.from_numpy(rows.starts), torch.from_numpy(starts_of(rows.lengths)))
+        self._planned_scale = None
+
+    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+        if not self._gathers:
+            return self._paged.attend(query, keys, values, scale)
+        if self._planned_scale != scale:
+            # which only the layers know
+            group, dtype = self._keys.pool.group, self._keys.pool.dtype
+            self._wrapper.plan(
+                *self._starts,
+                self._heads,
+                group.kv_heads,
+                group.head_dim,
+                causal=True,
+                sm_scale=scale,
+                q_data_type=dtype,
+                kv_data_type=dtype,
+                non_blocking=False,
+            )
+            self._planned_scale = scale
+        found: Tensor = self._wrapper.run(query, *self._keys.read(keys, values))
         return found
 
 
@@ -157,16 +237,13 @@ class TorchPrompts:
     name = "torch flash"
 
     def __init__(self, pool: KVPool) -> None:
-        self._read = _Unpacked(pool)
-        self._slots: Tensor
+        self._keys = _Gathered(pool)
         self._starts: tuple[Tensor, Tensor]
         self._longest: tuple[int, int]
 
     def plan(self, rows: PromptRows) -> None:
-        size, device = self._read.pool.block_size, self._read.pool.device
-        blocks, tokens = self._read.plan(rows.blocks(size)), rows.tokens(size)
-        slots = blocks[tokens // size].astype(np.int64) * size + tokens % size
-        self._slots = torch.from_numpy(slots).to(device)
+        device = self._keys.pool.device
+        self._keys.plan(rows)
         self._starts = (
             torch.from_numpy(rows.starts).to(device),
             torch.from_numpy(starts_of(rows.lengths)).to(device),
@@ -174,10 +251,9 @@ class TorchPrompts:
         self._longest = int(np.diff(rows.starts).max()), int(rows.lengths.max())
 
     def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
-        gathered = [self._read.read(side).flatten(0, 1).index_select(0, self._slots) for side in (keys, values)]
         # what `torch.nn.attention.varlen` calls, whose own arguments differ between releases; a query sees its own and all
         # earlier tokens where the ends of queries and keys meet
         found: Tensor = torch.ops.aten._flash_attention_forward(
-            query, *gathered, *self._starts, *self._longest, 0.0, True, False, scale=scale
+            query, *self._keys.read(keys, values), *self._starts, *self._longest, 0.0, True, False, scale=scale
         )[0]
         return found

@@ -36,6 +36,7 @@ def _split_kernel(
     mixed,
     maxima,
     sums,
+    out,
     scale,
     table_stride,
     KV_HEADS: tl.constexpr,
@@ -50,8 +51,9 @@ def _split_kernel(
     HEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    # heads lie side by side in a page
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
     span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
@@ -91,10 +93,14 @@ def _split_kernel(
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         total = total * shrink + tl.sum(weights, axis=1)
         top = higher
-    place = heads * SPLITS + split
-    tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
-    tl.store(maxima + place, top, mask=members < GROUP)
-    tl.store(sums + place, total, mask=members < GROUP)
+    if SPLITS == 1:
+        found = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
+    else:
+        place = heads * SPLITS + split
+        tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
+        tl.store(maxima + place, top, mask=members < GROUP)
+        tl.store(sums + place, total, mask=members < GROUP)
 
 
 @triton.jit
@@ -205,11 +211,12 @@ def split_attention(
     sequences, heads, head_dim = query.shape
     block_size, kv_heads = keys.shape[1:3]
     group = heads // kv_heads
-    mixed = torch.empty(sequences * heads * splits, head_dim, dtype=torch.float32, device=query.device)
-    maxima = torch.empty(sequences * heads * splits, dtype=torch.float32, device=query.device)
-    sums = torch.empty_like(maxima)
     out = torch.empty_like(query)
-    _split_kernel[(sequences, kv_heads, splits)](
+    # one part is all there is
+    parts = sequences * heads * splits if splits > 1 else 0
+    mixed = torch.empty(parts, head_dim, dtype=torch.float32, device=query.device)
+    maxima, sums = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
+    _split_kernel[(kv_heads, sequences, splits)](
         query,
         keys,
         values,
@@ -219,6 +226,7 @@ def split_attention(
         mixed,
         maxima,
         sums,
+        out,
         scale * _LOG2_E,
         tables.stride(0),
         KV_HEADS=kv_heads,
@@ -236,5 +244,6 @@ def split_attention(
         num_stages=stages,
         **launch_options(pdl),
     )
-    merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
+    if splits > 1:
+        merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
     return out

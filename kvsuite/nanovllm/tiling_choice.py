@@ -19,6 +19,8 @@ from .row_linear import MOST_ROWS, Tiling, row_linear, seconds_per_product
 
 # what read and activation of an ungated product take more, and reading partial sums: bytes a second from the L2 cache
 _ACTIVATION_S = 2e-6
+# what a step loses where a product is torch's: it neither begins before its predecessor ends nor lets its successor
+_APART_S = 1.2e-6
 _L2_BYTES_S = 4e12
 
 # those that won a shape or a row count on an H200, among 21 that were tried
@@ -55,7 +57,7 @@ def choose_tilings(
             weights = decoder.weights(product)
             gated = product == "gate_up"
             times: dict[Tiling | None, float] = {None: seconds_per_product(weights, bucket, None)}
-            times[None] += _ACTIVATION_S if gated else 0.0
+            times[None] += (_APART_S if decoder.pdl else 0.0) + (_ACTIVATION_S if gated else 0.0)
             features = weights[0].shape[0]
             for tiling in fitting[product]:
                 read = 4 * bucket * features * tiling.splits / _L2_BYTES_S if tiling.splits > 1 else 0.0

@@ -16,27 +16,23 @@ from kvsuite.measure.source_hash import _package_hash, code_hashes, others_code,
 PACKAGE = Path(kvsuite.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("copy") / "kvsuite"
-    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
-def edited(copy: Path, name: str, old: str, new: str) -> str:
-    """The hash with one edit, which is taken back."""
-    path = copy / name
-    before = path.read_text(encoding="utf-8")
+def edited(folder: Path, name: str, old: str, new: str) -> tuple[str, str]:
+    """The hashes of a copy of the file and of one with an edit, each at its place in ``folder``."""
+    path = folder / name
+    path.parent.mkdir(parents=True)
+    before = (PACKAGE / name).read_text(encoding="utf-8")
     assert old in before
-    path.write_text(before.replace(old, new, 1), encoding="utf-8")
-    try:
-        return source_hash.__wrapped__(copy)
-    finally:
-        path.write_text(before, encoding="utf-8")
+    found = []
+    for text in (before, before.replace(old, new, 1)):
+        path.write_text(text, encoding="utf-8")
+        found.append(source_hash.__wrapped__(folder))
+    return found[0], found[1]
 
 
-def test_a_copy_has_the_same_hash(copy: Path) -> None:
-    assert source_hash.__wrapped__(copy) == source_hash()
+def test_a_copy_has_the_same_hash(tmp_path: Path) -> None:
+    folder = tmp_path / "kvsuite"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    assert source_hash.__wrapped__(folder) == source_hash()
 
 
 @pytest.mark.parametrize(
@@ -51,8 +47,9 @@ def test_a_copy_has_the_same_hash(copy: Path) -> None:
         ("meters/quality.py", "Pool the losses", "Put together the losses"),
     ],
 )
-def test_what_shows_or_explains_is_not_in_it(copy: Path, name: str, old: str, new: str) -> None:
-    assert edited(copy, name, old, new) == source_hash()
+def test_what_shows_or_explains_is_not_in_it(tmp_path: Path, name: str, old: str, new: str) -> None:
+    before, after = edited(tmp_path, name, old, new)
+    assert after == before
 
 
 @pytest.mark.parametrize(
@@ -64,8 +61,9 @@ def test_what_shows_or_explains_is_not_in_it(copy: Path, name: str, old: str, ne
         ("nanovllm/scheduler.py", "annotations\n", "annotations\nimport json\n"),
     ],
 )
-def test_what_measures_is_in_it(copy: Path, name: str, old: str, new: str) -> None:
-    assert edited(copy, name, old, new) != source_hash()
+def test_what_measures_is_in_it(tmp_path: Path, name: str, old: str, new: str) -> None:
+    before, after = edited(tmp_path, name, old, new)
+    assert after != before
 
 
 SITE = """

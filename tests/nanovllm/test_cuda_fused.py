@@ -62,8 +62,8 @@ def _pool(model, dtype):
     return KVPool(group, num_blocks=20, block_size=BLOCK, device=torch.device(DEVICE), dtype=dtype)
 
 
-def _batch(tokens, lengths, counts):
-    """The last ``counts`` of ``lengths`` tokens of each sequence."""
+def _batch(tokens, lengths, counts, drawn=(0, 1, 2)):
+    """The last ``counts`` of ``lengths`` tokens of each sequence; the last ones of ``drawn`` are wanted."""
     tables = np.array([[7, 2, 19], [4, 0, 0], [11, 3, 0]], dtype=np.int32)
     places = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts, strict=True)])
     rows = np.repeat(np.arange(len(lengths)), counts)
@@ -77,7 +77,7 @@ def _batch(tokens, lengths, counts):
         ids=np.array([tokens[row][place] for row, place in zip(rows, places, strict=True)]),
         positions=places.astype(np.int64),
         counts=np.array(counts),
-        sample_rows=np.cumsum(counts) - 1,
+        sample_rows=(np.cumsum(counts) - 1)[list(drawn)],
         groups=[group],
     )
 
@@ -133,6 +133,24 @@ def test_fused_float32_equals_transformers(name, tiling):
     assert _error(decoder.logits(second, attention), following) < 1e-5
     # the model shares the merged weights and still works
     assert torch.equal(_expected(model, tokens, 0), prompts)
+
+
+@pytest.mark.parametrize("tiling", TILINGS[:2], ids=str)
+def test_chunks_of_which_nothing_or_a_part_is_wanted(tiling):
+    model = _model("qwen3", torch.float32)
+    tokens = _tokens()
+    expected = _expected(model, tokens, 0)
+    decoder = FusedDecoder(model, model.config, 64)
+    if tiling is not None:
+        decoder.tilings = {(product, 16): tiling for product in ("output", "down")}
+    attention = ReferenceAttention([_pool(model, torch.float32)])
+    first = _batch(tokens, [n - 3 for n in LENGTHS], [n - 3 for n in LENGTHS], drawn=())
+    attention.begin(first)
+    assert decoder.hidden(first, attention).shape == (0, SHAPE["hidden_size"])
+    assert decoder.logits(first, attention).shape == (0, SHAPE["vocab_size"])
+    second = _batch(tokens, LENGTHS, [3, 3, 3], drawn=(2, 0))
+    attention.begin(second)
+    assert _error(decoder.logits(second, attention), expected[[2, 0]]) < 1e-5
 
 
 @pytest.mark.parametrize("name", list(MODELS))

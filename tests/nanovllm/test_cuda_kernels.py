@@ -14,7 +14,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from torch.nn import functional  # noqa: E402
 
-from kvsuite.nanovllm import fused_kernels, row_linear, split_attention  # noqa: E402
+from kvsuite.nanovllm import fused_kernels, gather_tokens, row_linear, split_attention  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.layer_pages import plain_pages  # noqa: E402
 from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
@@ -169,6 +169,14 @@ def test_split_attention(heads, kv_heads, head_dim, splits, pdl):
         own, its = (tensor[table].flatten(0, 1)[:length].transpose(0, 1)[None].float() for tensor in (keys, values))
         expected = functional.scaled_dot_product_attention(query[row, :, None][None].float(), own, its, enable_gqa=True)
         _close(found[row], expected[0, :, 0], dtype)
+
+
+@pytest.mark.parametrize(("count", "kv_heads", "head_dim"), [(1, 1, 32), (37, 3, 64)])
+def test_gathered_tokens_are_those_of_the_slots(count, kv_heads, head_dim):
+    keys, values = (_random(6, 16, kv_heads, head_dim, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    slots = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:count].to(DEVICE)
+    for found, side in zip(gather_tokens.gather_tokens(keys, values, slots), (keys, values), strict=True):
+        assert torch.equal(found, side.flatten(0, 1)[slots])
 
 
 @pytest.mark.parametrize("pdl", PDL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -70,7 +72,7 @@ def _model():
         vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, max_position_embeddings=512,
     )  # fmt: skip
-    return wrap(Qwen3ForCausalLM(config).to(DEVICE, torch.bfloat16))
+    return replace(wrap(Qwen3ForCausalLM(config).to(DEVICE, torch.bfloat16)), device=DEVICE)
 
 
 def _limits():

@@ -128,7 +128,15 @@ class LayerGroup:
         elif acts:
             wide = positions if scores is None else positions.expand(scores.shape)
             keep = policy.keep(
-                CacheView(wide, tokens - 1, scores, layer=self.layers[index], heads=self._head_index, step=tokens)
+                CacheView(
+                    wide,
+                    tokens - 1,
+                    scores,
+                    layer=self.layers[index],
+                    heads=self._head_index,
+                    step=tokens,
+                    ordered=True,
+                )
             )
         kept = tokens if keep is None else keep.shape[-1]
         self._grow(kept)

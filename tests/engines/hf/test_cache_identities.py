@@ -12,7 +12,7 @@ from tiny_decoders import LAYERS, Fed, chunks_of, feed, model, text
 
 from kvsuite.compression import FixSizeL2, L2Compress, RecentOnly, StreamingLLM
 
-TOKENS = 40
+TOKENS = 30
 KINDS = pytest.mark.parametrize("kind", ["llama", "neox"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["ring", "copy"])
 POSITIONS = pytest.mark.parametrize("positions", ["original", "cache"])
@@ -55,8 +55,8 @@ def test_the_full_cache_is_one_forward(kind: str, implementation: str) -> None:
         whole = model(kind)(input_ids=ids, use_cache=False).logits[0]
     stepwise = feed(kind, None, ids, chunks_of(1, TOKENS), implementation=implementation).logits[:, 0]
     torch.testing.assert_close(stepwise, whole, rtol=0, atol=1e-5)
-    chunked = feed(kind, None, ids, [16, 4, 1, 8, 11], implementation=implementation).logits[:, 0]
-    torch.testing.assert_close(chunked, whole[[15, 19, 20, 28, 39]], rtol=0, atol=1e-5)
+    chunked = feed(kind, None, ids, [16, 4, 1, 8, 1], implementation=implementation).logits[:, 0]
+    torch.testing.assert_close(chunked, whole[[15, 19, 20, 28, 29]], rtol=0, atol=1e-5)
 
 
 @KINDS

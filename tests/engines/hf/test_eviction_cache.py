@@ -12,7 +12,7 @@ from tiny_decoders import HEAD_DIM, LAYERS, Reference, chunks_of, decoder, feed,
 from kvsuite.compression import StreamingLLM
 from kvsuite.engines.cache_plan import plan
 
-TOKENS = 48
+TOKENS = 36
 ROTARY_DIM = {"llama": 16, "neox": 8}
 EVERY_LINE = [pytest.param(line, id=line.id) for line in MATRIX]
 

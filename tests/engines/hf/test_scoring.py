@@ -126,7 +126,7 @@ def test_the_first_continuation_token_comes_from_the_whole_prompt() -> None:
     assert not torch.allclose(logits[0][1], logits[1][1], atol=1e-4)
 
 
-def test_two_thousand_tokens_are_1999_predictions() -> None:
+def test_six_hundred_tokens_are_599_predictions() -> None:
     on = session()
     on.prepare(streaming(256, skip_layers=[0, 1]))
     lengths: list[list[int]] = []
@@ -139,11 +139,11 @@ def test_two_thousand_tokens_are_1999_predictions() -> None:
 
     on.decoder.forward = watched  # type: ignore[method-assign]
     try:
-        scores = on.score(random_tokens(2000, seed=4), "streaming-decode", 0)
+        scores = on.score(random_tokens(600, seed=4), "streaming-decode", 0)
     finally:
         del on.decoder.forward
-    assert len(scores.nll) == len(lengths) == 1999
-    assert lengths[-1] == [1999, 1999, 256, 256]
+    assert len(scores.nll) == len(lengths) == 599
+    assert lengths[-1] == [599, 599, 256, 256]
     assert lengths[99] == [100] * 4
 
 
