@@ -22,6 +22,8 @@ _OUT_OF_MEMORY = re.compile(
     r"Insufficient GPU memory|std::bad_alloc|out of memory|OUT_OF_(DEVICE|HOST)_MEMORY|Cannot allocate memory", re.I
 )
 _TAIL_LINES = 15
+# a native backtrace without symbols: twenty such lines push the cause out of a message
+_FRAME = re.compile(r'\s*File "<unknown>", line \d+, in ')
 _TAIL_CHARACTERS = 2000
 _POLL_S = 0.05
 _QUIET_S = 0.5
@@ -181,6 +183,6 @@ def failure(message: str, printed: str) -> Exception:
 
 
 def tail(printed: str) -> str:
-    """The last lines of an output, as many as a message can take."""
-    lines = [line for line in printed.splitlines() if line.strip()]
+    """The last lines of an output, as many as a message can take, without the frames of a native backtrace."""
+    lines = [line for line in printed.splitlines() if line.strip() and not _FRAME.match(line)]
     return "\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:] or "(nothing)"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from child_processes import child_process
 
-from kvsuite.engines.engine_process import EngineFailed, EngineProcess, engine_pids, run_step
+from kvsuite.engines.engine_process import EngineFailed, EngineProcess, engine_pids, run_step, tail
 
 # a child that starts another one and says its id: what mlc_llm's compiler does
 NESTED = (
@@ -29,6 +29,15 @@ process = EngineProcess([sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2
 print(process.pid, flush=True)
 time.sleep(600)
 """
+
+
+def test_frames_without_symbols_do_not_push_the_cause_out() -> None:
+    frames = [f'  File "<unknown>", line 0, in _PyObject_{index}' for index in range(40)]
+    own = '  File "compile.py", line 206, in _compile'
+    assert (
+        tail("\n".join([own, "!!!!!!! Segfault encountered !!!!!!!", *frames]))
+        == f"{own}\n!!!!!!! Segfault encountered !!!!!!!"
+    )
 
 
 def until(true: Callable[[], bool], what: str) -> None:
