@@ -236,10 +236,12 @@ def test_the_last_token_of_a_prompt_found_again_is_fed_and_not_the_one_under_way
         request = runtime.add(greedy(prompt, 6))
         for _ in range(3):
             runtime.step()
-        assert request.in_flight and runtime.scheduler.preempt_for(greedy([1], 1))
+        assert request.in_flight
+        assert runtime.scheduler.preempt_for(greedy([1], 1))
         runtime.step()
         # all of the prompt but its last token was found
-        assert runtime.counters.resumed_hit_tokens == len(prompt) - 1 and request.computed == len(prompt)
+        assert runtime.counters.resumed_hit_tokens == len(prompt) - 1
+        assert request.computed == len(prompt)
         runtime.run()
     assert request.output == _alone(of, prompt)
 
@@ -256,9 +258,11 @@ def test_a_request_that_another_ones_compression_preempted_comes_back_with_its_t
         requests = [runtime.add(greedy(prompt, 6)) for prompt in given]
         runtime.step()
         # five blocks for the first, whose own are four; compressing the second one makes room for the last again
-        assert [request.preemptions for request in requests] == [0, 0, 1] and requests[2].in_flight
+        assert [request.preemptions for request in requests] == [0, 0, 1]
+        assert requests[2].in_flight
         runtime.step()
-        assert runtime.counters.resumed_hit_tokens == len(shared) and requests[2].computed == len(given[2])
+        assert runtime.counters.resumed_hit_tokens == len(shared)
+        assert requests[2].computed == len(given[2])
         runtime.run()
     assert [request.output for request in requests] == [_alone(of, prompt) for prompt in given]
 
