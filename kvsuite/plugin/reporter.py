@@ -367,22 +367,23 @@ class Reporter:
             return None
         return str(self.rows[0]["reason"])
 
-    def tell(self, line: str) -> None:
-        """Print a line among those of the cases."""
-        self._write(line)
+    def tell(self, line: str) -> bool:
+        """Print a line among those of the cases; ``False`` where ``-q`` keeps it back."""
+        return self._write(line)
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str) -> bool:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or self._config.getoption("verbose") < 0:
-            return
+            return False
         capture = self._config.pluginmanager.get_plugin("capturemanager")
         if capture is None:
             terminal.ensure_newline()
             terminal.write_line(visible(line))
-            return
+            return True
         with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
             terminal.write_line(visible(line))
+        return True
 
 
 REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()
