@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +26,19 @@ def add_entries(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
     ------
     OSError
         If the folder cannot be written.
+    NotImplementedError
+        If its file system knows no locks.
     """
     from filelock import FileLock
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    # whoever may write the folder may wait there
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o666):
         found = read_entries(path) | dict(entries)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            try:
-                json.dump(found, file, indent=1, sort_keys=True)
-                file.flush()
-                # a temporary file is its owner's alone
-                os.chmod(file.name, 0o666 & ~_umask())
-                os.replace(file.name, path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(file.name)
-                raise
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            part.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     return found
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
