@@ -185,7 +185,7 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
-        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2]:
+        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:
             BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {PREPARE}")
         if captures and self._decode_step == "graph":
             facts = self.facts(runtime)
