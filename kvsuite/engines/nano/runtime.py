@@ -185,7 +185,7 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
-        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2]:
+        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:
             loaded = self._loaded
             dtype = str(loaded.dtype).removeprefix("torch.")
             mend = mend_line(missing, loaded.spec.request, str(loaded.device), dtype)
