@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# a busy machine is no defect
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 _HERE = Path(__file__).parent
 # helpers are imported by their bare names, whatever is collected and from where

@@ -16,7 +16,7 @@ from kvsuite.errors import CaseInvalid
 
 WIDTH, TOKENS = 16, 8
 _STEPS = {"int8": 127, "int4": 15}
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 
 def _row(kind: str, draw: np.random.Generator) -> np.ndarray:

@@ -117,7 +117,7 @@ def dispatched(cluster: Cluster, asked: list[Order], **more: Any) -> tuple[list[
     return list(dispatch.rows(lambda: None)), told
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10**6), count=st.integers(1, 40), slots=st.lists(st.integers(1, 3), min_size=2, max_size=4),
     models=st.integers(1, 3), share=st.floats(0, 0.3),

@@ -183,7 +183,7 @@ def places(document: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path] + [place for key, item in inner for place in places(item, (*path, key))]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(data=st.data())
 def test_any_damage_is_judged_or_told_and_never_a_traceback(
     run: Path, data: st.DataObject, capsys: pytest.CaptureFixture[str]
@@ -210,7 +210,7 @@ def test_any_damage_is_judged_or_told_and_never_a_traceback(
     assert bool(out) == (code != 2)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_any_tail_of_the_jsonl_is_left_out_or_told(run: Path, data: st.DataObject) -> None:
     whole = (run / "records.jsonl").read_bytes()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compressor_weights import one_by_one, random_weights, written
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -57,7 +57,6 @@ def test_an_image_is_counted_apart() -> None:
     assert get_policy("snapkv", factor=5).size_of_prompt(3968, ((0, 576),)) == 793
 
 
-@settings(deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), max_size=4),
     tail=st.integers(1, 30),

@@ -70,7 +70,7 @@ def kept_positions(policy: Policy, cache: CacheView) -> list[list[int]]:
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cache=caches())
 def test_what_stays(line: Line, cache: CacheView) -> None:
     policy = line.build()
@@ -95,7 +95,7 @@ def test_what_stays(line: Line, cache: CacheView) -> None:
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 40), norms=st.lists(st.integers(1, 12), min_size=40, max_size=40))
 def test_the_matrix_says_the_same(line: Line, n: int, norms: list[int]) -> None:
     if line.kept is None:
@@ -109,7 +109,7 @@ def test_the_matrix_says_the_same(line: Line, n: int, norms: list[int]) -> None:
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_victim_is_the_complement(line: Line, data: Any) -> None:
     # whether exactly one goes is the policy's answer; ratios remove one at a time only at some lengths
@@ -127,7 +127,7 @@ def test_the_victim_is_the_complement(line: Line, data: Any) -> None:
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cache=caches(), seed=st.integers(0, 1000))
 def test_slot_order_does_not_matter(line: Line, cache: CacheView, seed: int) -> None:
     policy = line.build()
@@ -146,7 +146,7 @@ def test_slot_order_does_not_matter(line: Line, cache: CacheView, seed: int) -> 
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(cache=caches(), order=st.permutations(range(HEADS)))
 def test_heads_are_independent(line: Line, cache: CacheView, order: list[int]) -> None:
     policy = line.build()
@@ -233,7 +233,7 @@ def simulate(policy: Policy, norms: list[float], *, every_token: bool) -> list[i
     return stored
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(norms=st.lists(st.integers(1, 10_000), min_size=1, max_size=40, unique=True))
 @pytest.mark.parametrize("line", [pytest.param(m, id=m.id) for m in MATRIX if m.policy != "l2_compress" and m.kept])
 def test_every_token_or_once_at_the_end(line: Line, norms: list[int]) -> None:
@@ -279,7 +279,7 @@ def test_protected_tokens_rank_first_in_time_order() -> None:
     assert ranked(torch.tensor([1e-9, 3e-9, 2e-9, 0.0])).tolist() == [1, 2, 0, 3]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), n=st.integers(1, 30))
 def test_the_highest_are_the_first_of_the_ranks(data: Any, n: int) -> None:
     """Ties, ties within rounding and infinities among them."""

@@ -90,7 +90,7 @@ def test_statistics_are_those_before_rotation() -> None:
     torch.testing.assert_close(covariance, centred.transpose(1, 2) @ centred / 11, atol=1e-6, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(data=st.data(), tokens=st.integers(6, 40))
 def test_chunks_change_nothing(data: st.DataObject, tokens: int) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, tokens - 1), max_size=5)))

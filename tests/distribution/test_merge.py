@@ -215,7 +215,7 @@ def test_bad_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be written" in capsys.readouterr().err
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(of=st.integers(1, 6), order=st.permutations(range(4)), doubled=st.lists(st.integers(0, 3), max_size=3))
 def test_however_cases_are_dealt_the_whole_is_the_same(of: int, order: list[int], doubled: list[int]) -> None:
     with tempfile.TemporaryDirectory() as base:
@@ -273,14 +273,14 @@ def merge_damaged(data: st.DataObject, *, write: bool) -> None:
         assert [one for _, one in merged.rows if one in first] == first
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_parts_are_refused_or_right(data: st.DataObject) -> None:
     merge_damaged(data, write=False)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_parts_that_join_can_be_drawn_or_are_refused(data: st.DataObject) -> None:
     merge_damaged(data, write=True)

@@ -124,7 +124,7 @@ class Sweep:
 SESSIONS = st.lists(st.sampled_from(["llama", "qwen", "q4", None]), min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(SESSIONS, st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.4]), st.integers(0, 2**32))
 def test_every_test_ends_once_whoever_dies(sessions: list[str | None], workers: int, deaths: float, seed: int) -> None:
     if all(session is None for session in sessions):

@@ -26,7 +26,7 @@ def times(costs: list[float], *, sessions: list[int] | None = None, load: float 
     return Times(sessions, [costs], [[load] * (max(sessions) + 1)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(COSTS, st.integers(1, 6), st.sampled_from([None, 1000.0, 30.0, 2.0]), st.integers(0, 2**32))
 def test_every_case_ends_once_whatever_is_lost(costs: list[float], workers: int, mean: float | None, seed: int) -> None:
     losses = None if mean is None else Losses(mean, away_s=5.0)
@@ -85,7 +85,7 @@ ENVIRONMENT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 2),
     st.integers(0, 99),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.doctor.noise import Noise, drift, self_test
@@ -20,7 +20,6 @@ def test_what_can_be_told_is_the_interval_of_a_difference():
     assert noise(0.04, -0.01).detectable(5) == pytest.approx(noise(0.04).detectable(5) + 0.01)
 
 
-@settings(deadline=None)
 @given(cv=st.floats(0, 0.5), moved=st.floats(-0.2, 0.2))
 def test_the_rounds_asked_for_are_the_fewest_that_do(cv, moved):
     found = noise(cv, moved)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from policy_matrix import MATRIX
 
@@ -76,7 +76,6 @@ def test_a_compressed_prompt_never_counts_whole() -> None:
     assert plan(None, 1000, 31) == CachePlan(capacity=1031, prefill=1000, final=1031)
 
 
-@settings(deadline=None)
 @given(line=st.sampled_from(MATRIX), prompt=st.integers(1, 40), steps=st.integers(0, 40))
 def test_a_plan_holds_together(line: Any, prompt: int, steps: int) -> None:
     policy = line.build()

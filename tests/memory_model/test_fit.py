@@ -133,7 +133,7 @@ def test_a_cache_in_fewer_bits_is_advice_where_it_is_enough_and_the_engine_store
     assert not any("kv_cache" in str(mend) for mend in mends(predictor("mlc"), point, card(room)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     engine=st.sampled_from(["mlc", "nano"]),
     name=st.sampled_from(["q0f16", "q0f32", "q4f16_1", "q4f32_1"]),

@@ -118,7 +118,7 @@ def test_the_bases_are_read(base: str, engine: str) -> None:
 
 
 @given(found=mutated(NONSENSE))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nonsense_in_a_field_is_one_line_that_names_it(found: tuple[str, str, dict[str, Any]]) -> None:
     _, field, content = found
     # another object is no nonsense there, only empty of what is needed
@@ -132,13 +132,13 @@ def test_nonsense_in_a_field_is_one_line_that_names_it(found: tuple[str, str, di
 
 
 @given(found=mutated(ANYTHING), engine=st.sampled_from(["nano", "mlc"]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_anything_in_a_field_is_a_table_or_one_line(found: tuple[str, str, dict[str, Any]], engine: str) -> None:
     assert is_clean(predicted(json.dumps(found[2]), engine))
 
 
 @given(base=st.sampled_from(sorted(BASES)), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_field_that_is_missing_is_a_table_or_one_line(base: str, data: st.DataObject) -> None:
     content = dict(BASES[base])
     for field in data.draw(st.sets(st.sampled_from(sorted(content)), min_size=1)):
@@ -154,7 +154,7 @@ INNER = LLAMA | {"prefill_chunk_size": 96, "tensor_parallel_shards": 1, "context
 
 
 @given(inner=st.booleans(), data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_anything_in_the_configuration_of_mlc_is_a_table_or_one_line(inner: bool, data: st.DataObject) -> None:
     part = dict(INNER if inner else CHAT)
     field = data.draw(st.sampled_from(sorted(part)))
@@ -182,7 +182,7 @@ JSON = st.recursive(
 @example("[]")
 @example("null")
 @example("\ufeff{}")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_file_is_one_line(content: str | bytes) -> None:
     found = predicted(content)
     assert found[0] == USAGE_ERROR

@@ -319,11 +319,11 @@ class FencedBlocks(Blocks):
 
 
 TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestBlocks.settings = settings(max_examples=50, stateful_step_count=40)
 TestWindowedBlocks = WindowedBlocks.TestCase
-TestWindowedBlocks.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestWindowedBlocks.settings = settings(max_examples=25, stateful_step_count=40)
 TestFencedBlocks = FencedBlocks.TestCase
-TestFencedBlocks.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestFencedBlocks.settings = settings(max_examples=40, stateful_step_count=40)
 
 
 def test_a_block_that_is_still_read_is_free_only_when_its_fence_has_passed() -> None:

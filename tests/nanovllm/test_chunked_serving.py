@@ -41,7 +41,7 @@ def alone(name: str, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     order=st.permutations((*LENGTHS, 16, 47)),
     gaps=st.lists(st.integers(0, 6), min_size=7, max_size=7),

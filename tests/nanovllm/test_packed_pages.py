@@ -207,7 +207,7 @@ class PackedPages(RuleBasedStateMachine):
 
 
 TestPackedPages = PackedPages.TestCase
-TestPackedPages.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)
+TestPackedPages.settings = settings(max_examples=20, stateful_step_count=15)
 
 
 @pytest.mark.parametrize("shape", [(0,), (LAYERS, HEADS, 0)], ids=["tokens", "by_head"])

@@ -62,7 +62,7 @@ def served(
 
 
 @pytest.mark.parametrize(("name", "parameters"), POLICIES)
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(
     positions=st.sampled_from(["original", "cache"]),
     lengths=st.lists(st.integers(1, 30), min_size=2, max_size=5),

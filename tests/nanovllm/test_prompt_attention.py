@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.cache_formats.cache_format import CacheFormat
@@ -32,7 +32,6 @@ def rows_of(lengths: list[int], counts: list[int], block_size: int, seed: int = 
     return PromptRows(starts, np.array(lengths), tables)
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), block_size=st.sampled_from([1, 4, 16]))
 def test_every_token_is_found_in_its_block(lengths: list[int], block_size: int) -> None:
     rows = rows_of(lengths, lengths, block_size)

@@ -42,7 +42,7 @@ def test_nano_keeps_what_hf_keeps_fed_whole_or_in_chunks(line: PromptLine, kind:
 
 
 @EVERY_LINE
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(tokens=st.integers(2, 40), chunk=st.integers(8, 41), ratio=st.sampled_from([0.1, 0.3, 0.5, 0.9]))
 # the model ends this text at once
 @example(tokens=40, chunk=9, ratio=0.5)

@@ -127,9 +127,7 @@ class OptimisticTwoLanes(TwoLanes):
 
 
 # to shrink a failure takes longer than to understand it
-_SETTINGS = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
-)
+_SETTINGS = settings(max_examples=40, stateful_step_count=25, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 TestServing = Serving.TestCase
 TestServing.settings = _SETTINGS
 TestWindowedServing = WindowedServing.TestCase

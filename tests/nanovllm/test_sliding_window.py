@@ -91,7 +91,7 @@ def test_two_windows_are_refused() -> None:
         pass
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     window=st.integers(1, 20),
     sinks=st.integers(0, 9),

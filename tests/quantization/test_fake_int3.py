@@ -10,7 +10,7 @@ from kvsuite.quantization.apply import apply_quantization
 from kvsuite.quantization.fake_int3 import fake_int3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 4), columns=st.integers(1, 130), seed=st.integers(0, 2**31), spread=st.floats(-6, 6))
 def test_what_rounding_to_seven_levels_promises(rows: int, columns: int, seed: int, spread: float) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10**spread

@@ -76,7 +76,7 @@ def test_reference_rounds_as_torch_does():
     assert [rounded(Fraction(v), "float16") for v in values.tolist()] == [Fraction(v) for v in values.half().tolist()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 3),
     columns=st.integers(1, 90),
@@ -89,7 +89,7 @@ def test_any_matrix_equals_the_definition(rows: int, columns: int, seed: int, sp
     check(weight, spec)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     levels=st.lists(st.integers(-7, 7), min_size=1, max_size=70),
     exponent=st.integers(-10, 3),

@@ -100,7 +100,7 @@ def test_hostile_texts_stay_texts(tmp_path, run, row):
     assert all(text.replace("\x00", "\ufffd") in found.text.replace("\x00", "\ufffd") for text in HOSTILE)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=40))
 def test_any_text_comes_back_as_it_was(tmp_path, run, row, text):
     found = parsed(tmp_path, run | {"model": text or "m"}, [hostile_row(text, 0, row)])

@@ -43,7 +43,6 @@ def test_folder_has_the_originals_name(tmp_path):
     assert folder.is_dir()
 
 
-@settings(deadline=None)
 @given(method=st.text(max_size=300), model=st.text(max_size=300), when=st.datetimes(min_value=datetime(1000, 1, 1)))
 def test_any_folder_name_matches_the_pattern(method, model, when):
     with tempfile.TemporaryDirectory() as base:
@@ -173,7 +172,6 @@ def test_cut_off_last_line_is_dropped_with_a_note(tmp_path, run, rows, cut):
         assert f"line {len(rows) + 1} is cut off" in notes[0]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_cut_loses_at_most_the_last_line(data):
     rows = [{"schema": RECORD_SCHEMA, "id": str(number), "text": "ä" * number} for number in range(3)]
@@ -299,7 +297,7 @@ RUN = {
 }  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(cut=st.integers(0, 10_000), junk=st.binary(max_size=20))
 def test_a_file_cut_anywhere_gives_its_whole_lines_or_says_why_not(cut, junk):
     with tempfile.TemporaryDirectory() as base:

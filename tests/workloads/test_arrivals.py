@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
@@ -14,7 +14,6 @@ SEEDS = st.integers(0, 2**32 - 1)
 RATES = st.floats(1e-3, 1e3)
 
 
-@settings(deadline=None)  # the first example imports numpy
 @given(count=st.integers(0, 60), more=st.integers(0, 20), rate=RATES, seed=SEEDS)
 def test_poisson_arrivals_are_in_order_and_begin_at_once(count: int, more: int, rate: float, seed: int) -> None:
     arrivals = poisson_arrivals(count, rate=rate, seed=seed)
@@ -24,7 +23,6 @@ def test_poisson_arrivals_are_in_order_and_begin_at_once(count: int, more: int, 
     assert poisson_arrivals(count + more, rate=rate, seed=seed)[:count] == arrivals
 
 
-@settings(deadline=None)  # the first example imports numpy
 @given(rate=RATES, faster=st.floats(1.0, 50.0), seed=SEEDS)
 def test_the_gaps_of_a_seed_only_change_their_scale_with_the_rate(rate: float, faster: float, seed: int) -> None:
     slow, fast = (poisson_arrivals(30, rate=each, seed=seed) for each in (rate, rate * faster))

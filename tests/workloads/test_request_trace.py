@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
@@ -43,7 +43,6 @@ def test_rows_of_the_filter_by_context(tmp_path: Path) -> None:
         heavy_rows(trace, 4)
 
 
-@settings(deadline=None)  # the first example imports pyarrow
 @given(names=st.permutations(["other", "Timestamp", "ContextTokens", "GeneratedTokens"]))
 def test_columns_are_found_by_name(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
     values = {"other": "x", "Timestamp": "7.5", "ContextTokens": "1500", "GeneratedTokens": "300"}

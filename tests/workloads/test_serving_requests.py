@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsuite.errors import CaseInvalid, UserError
@@ -43,7 +43,6 @@ def trace(tmp_path: Path) -> str:
     return str(path)
 
 
-@settings(deadline=None)  # the first example imports numpy
 @given(
     requests=st.integers(1, 12),
     context=st.integers(1, 70),

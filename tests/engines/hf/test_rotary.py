@@ -40,7 +40,7 @@ def models_own_keys(kind: str, keys: torch.Tensor, positions: torch.Tensor) -> t
 
 
 @KINDS
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(old=st.integers(0, 500), new=st.integers(0, 500), seed=st.integers(0, 99))
 def test_a_rerotated_key_is_a_freshly_rotated_one(kind: str, old: int, new: int, seed: int) -> None:
     turn, keys = rotary(kind), states(1, 2, 1, seed=seed)
@@ -52,7 +52,7 @@ def test_a_rerotated_key_is_a_freshly_rotated_one(kind: str, old: int, new: int,
 
 
 @KINDS
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(place=st.integers(0, 200), distance=st.integers(0, 200), shift=st.integers(0, 100))
 def test_attention_depends_on_the_distance_alone(kind: str, place: int, distance: int, shift: int) -> None:
     turn, key, query = rotary(kind), states(1, 1, 1), states(1, 1, 1, seed=1)

@@ -95,7 +95,7 @@ def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
     assert predicted.needed == predicted.total
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     window=st.none() | st.integers(1, 40),
     sinks=st.integers(0, 9),

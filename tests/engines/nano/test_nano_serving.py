@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, save_checkpoint
 
@@ -180,7 +180,6 @@ def test_an_engine_for_single_requests_says_so(sessions: SessionPool, checkpoint
 # limits
 
 
-@settings(deadline=None)
 @given(
     context=st.integers(2, 10_000), chunk=st.integers(1, 10_000), batch=st.integers(1, 64),
     window=st.one_of(st.just(-1), st.integers(1, 10_000)), sink=st.integers(0, 64),

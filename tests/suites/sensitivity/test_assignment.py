@@ -69,7 +69,7 @@ def test_a_budget_below_the_smallest_formats_has_no_assignment() -> None:
     assert mixed(BASE, prices, SIZE, least - 1) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(1e-6, 1), min_size=4 * COUNT, max_size=4 * COUNT), st.floats(0.7, 0.99))
 def test_within_the_budget_and_the_last_step_was_needed(prices: list[float], share: float) -> None:
     known = dict(zip(lowerings(layers(), [(INT4, INT4), (FINE, FINE)]), prices, strict=True))
