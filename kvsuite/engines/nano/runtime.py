@@ -22,7 +22,7 @@ from kvsuite.engines.nano.memory_model import (
 from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
-from kvsuite.kernel_builds import BUILDS, PREPARE
+from kvsuite.kernel_builds import BUILDS, mend_line
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
@@ -188,7 +188,10 @@ class RuntimeHolder:
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
         if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:
-            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {PREPARE}")
+            loaded = self._loaded
+            dtype = str(loaded.dtype).removeprefix("torch.")
+            mend = mend_line(missing, loaded.spec.request, str(loaded.device), dtype)
+            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {mend}")
         if captures and self._decode_step == "graph":
             facts = self.facts(runtime)
             if facts["decode_step"] != "cuda_graph":
