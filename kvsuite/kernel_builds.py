@@ -5,6 +5,8 @@ What a machine has built once it finds again, so this is about first uses. Impor
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,8 +14,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-#: builds them ahead
-PREPARE = "python -m kvsuite doctor --prepare"
+#: of FlashInfer, whose own requirements would replace torch
+FLASHINFER_INSTALL = (
+    "pip install --no-deps flashinfer-python==0.6.1 apache-tvm-ffi==0.1.13.post3 nvidia-cudnn-frontend, "
+    "and pip install einops tabulate ninja"
+)
+_PREPARE = "python -m kvsuite doctor --prepare"
+
+
+def prepare_line(model: str, device: str, dtype: str) -> str:
+    """The command that builds kernels ahead for runs of a model, given as for ``--kv-model`` and so on."""
+    return f"{_PREPARE} --kv-model={shlex.quote(model)} --kv-device={shlex.quote(device)} --kv-dtype={dtype}"
+
+
+def mend_line(missing: str, model: str, device: str, dtype: str) -> str:
+    """What has ``missing`` kernels, as ``effective.kernels`` lists them, on this machine: FlashInfer first where it is not."""
+    line = prepare_line(model, device, dtype)
+    if "flashinfer" in missing and importlib.util.find_spec("flashinfer") is None:
+        return f"{FLASHINFER_INSTALL}; then {line}"
+    return line
 
 
 @dataclass(frozen=True)
@@ -48,11 +67,11 @@ class KernelBuilds:
     done
         Every build, in the order in which they ended.
     say
-        Takes a line about what is waited for.
+        Takes a line about what is waited for; ``False`` says that nobody was shown it.
     """
 
     done: list[KernelBuild] = field(default_factory=list)
-    say: Callable[[str], None] = _to_stderr
+    say: Callable[[str], bool | None] = _to_stderr
     _watching: bool = False
     _said: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,8 +86,9 @@ class KernelBuilds:
         with self._lock:
             is_new = line not in self._said
             self._said.add(line)
-        if is_new:
-            self.say(line)
+        if is_new and self.say(line) is False:
+            with self._lock:
+                self._said.discard(line)
 
     def watch_triton(self) -> None:
         """From now on note what Triton compiles; nothing where it is not installed."""
@@ -91,7 +111,7 @@ class KernelBuilds:
         knobs.compilation.listener = compiled
 
     @contextmanager
-    def telling(self, say: Callable[[str], None]) -> Iterator[None]:
+    def telling(self, say: Callable[[str], bool | None]) -> Iterator[None]:
         """Let lines go elsewhere inside the block."""
         before, self.say = self.say, say
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvsuite.kernel_builds import KernelBuild, KernelBuilds
+from kvsuite.kernel_builds import FLASHINFER_INSTALL, KernelBuild, KernelBuilds, mend_line
 
 
 def test_a_line_is_said_once_and_where_it_is_wanted() -> None:
@@ -48,3 +48,23 @@ def test_without_triton_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> Non
     builds = KernelBuilds()
     builds.watch_triton()
     assert builds.done == []
+
+
+def test_a_line_that_nobody_was_shown_is_said_again() -> None:
+    builds, shown = KernelBuilds(), list[str]()
+    with builds.telling(lambda line: False):
+        builds.once("waits")
+    with builds.telling(shown.append):
+        builds.once("waits")
+        builds.once("waits")
+    assert shown == ["waits"]
+
+
+def test_the_line_that_mends_is_of_this_model_and_installs_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    prepare = "python -m kvsuite doctor --prepare --kv-model='my model' --kv-device=cuda:1 --kv-dtype=float16"
+    of = ("my model", "cuda:1", "float16")
+    assert mend_line("tilings of products of 16 rows", *of) == prepare
+    assert mend_line("flashinfer fa2", *of) == f"{FLASHINFER_INSTALL}; then {prepare}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(name=name))
+    assert mend_line("flashinfer fa2", *of) == prepare

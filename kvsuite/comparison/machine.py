@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvsuite.kernel_builds import PREPARE
+from kvsuite.kernel_builds import prepare_line
 
 from .records import Row
 from .sides import Side
@@ -24,6 +24,8 @@ _FACTS = {
 _SETTINGS = {"threads": "set --kv-threads", "concurrent_workers": "run both with the same -n"}
 # said by engines that build kernels, of runs that know it
 _KERNELS = "kernels"
+# said by older records of such engines too
+_ATTENTION = ("attention", "decode_attention")
 
 
 def machine_differences(base: Side, now: Side) -> list[str]:
@@ -56,10 +58,25 @@ def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
         other = next((found for row in (*base, *now) if (found := row.effective.get(name)) != first), first)
         if other != first:
             return f"{name} {first} -> {other}; {mend}"
-    kernels = list(dict.fromkeys(str(row.effective[_KERNELS]) for row in (*base, *now) if _KERNELS in row.effective))
-    if len(kernels) > 1:
-        return f"{_KERNELS} {' -> '.join(kernels)}; run {PREPARE} before both"
+    return _kernel_difference((*base, *now))
+
+
+def _kernel_difference(rows: Sequence[Row]) -> str | None:
+    """Kernels that some rows had and others had not; of records without the fact only what attended tells."""
+    knowing = [_KERNELS in row.effective for row in rows]
+    names: tuple[str, ...] = (_KERNELS,) if all(knowing) else (_KERNELS, *_ATTENTION)
+    for name in names if any(knowing) else ():
+        found = list(dict.fromkeys(_words(row.effective[name]) for row in rows if name in row.effective))
+        if len(found) > 1:
+            case = rows[0].case
+            line = prepare_line(*(str(case.get(key, "")) for key in ("model", "device", "dtype")))
+            return f"{name} {' -> '.join(found)}; run {line} before both"
     return None
+
+
+def _words(fact: Any) -> str:
+    """A fact, or those of several layer groups."""
+    return " and ".join(dict.fromkeys(map(str, fact.values()))) if isinstance(fact, Mapping) else str(fact)
 
 
 def _node(row: Row) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvsuite.entry_points import ENGINES, OURS, find, package
 from kvsuite.errors import CaseSkipped, UserError
-from kvsuite.kernel_builds import PREPARE
+from kvsuite.kernel_builds import prepare_line
 from kvsuite.options.devices import resolve_device
 
 from .findings import Finding
@@ -18,7 +17,6 @@ from .packages import import_error, installed
 if TYPE_CHECKING:
     from kvsuite.engines.engine import Engine
 
-_NOT_BUILT = "not built here: torch's kernels, which are slower, attend to prompts"
 _NO_MLC = "not installed, and not on PyPI (packages of that name there are by strangers)"
 
 
@@ -126,20 +124,36 @@ def _paged_attention(devices: list[str]) -> Finding:
     if not any(device.startswith("cuda") for device in devices):
         return Finding(part, "ok", "not needed: no CUDA device")
 
+    if importlib.util.find_spec("triton") is None:
+        return Finding(
+            part, "attention", "triton is not installed: the exact reference attends, slowly", "pip install triton"
+        )
+    from kvsuite.nanovllm.flashinfer_libraries import flashinfer_module
+
+    try:
+        module, built = flashinfer_module(), _built_widths()
+    except CaseSkipped as error:
+        found, mend = _split(str(error))
+        return Finding(part, "attention", f"by torch and Triton; faster with FlashInfer: {found}", mend)
+    except Exception as error:  # a broken optional package may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Finding(part, "attention", f"by torch and Triton; FlashInfer does not work: {reason}")
+    version = f"FlashInfer {getattr(module, '__version__', installed('flashinfer-python'))}"
+    if not built:
+        mend = prepare_line("MODEL", "auto", "bfloat16")
+        return Finding(
+            part, "attention", f"{version}, not built here: torch's kernels, which are slower, attend to prompts", mend
+        )
+    return Finding(part, "ok", f"{version}, built for bfloat16 heads of {', '.join(map(str, built))}")
+
+
+def _built_widths() -> list[int]:
+    """Widths of heads for which FlashInfer is built."""
     import torch
 
-    from kvsuite.nanovllm.flashinfer_libraries import built_widths, flashinfer_module
+    from kvsuite.nanovllm.flashinfer_libraries import built_widths
 
-    def load() -> str:
-        module = flashinfer_module()
-        built = built_widths(torch.cuda.get_device_capability())
-        widths = f"built for bfloat16 heads of {', '.join(map(str, built))}" if built else _NOT_BUILT
-        return f"FlashInfer {getattr(module, '__version__', installed('flashinfer-python'))}, {widths}"
-
-    found = _tried(part, load)
-    if found.state == "missing":
-        return replace(found, found=f"by torch and Triton; faster with FlashInfer: {found.found}")
-    return replace(found, state="attention", mend=PREPARE) if _NOT_BUILT in found.found else found
+    return built_widths(torch.cuda.get_device_capability())
 
 
 def _partitions(devices: list[str]) -> Iterator[Finding]:

@@ -230,7 +230,7 @@ class _Work:
             texts=runner.texts,
             planned=runner.planned,
             progress=progress,
-            rounds=without_builds(watched(self.energy.metered(run_rounds), self.found.put)),
+            rounds=without_builds(watched(self.energy.metered(run_rounds), self.found.put), self.case.device),
             clock=runner.clock,
             beside=runner.sessions.beside,
             begins=self.begins,

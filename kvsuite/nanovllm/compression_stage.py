@@ -74,8 +74,8 @@ class CompressionStage:
         self.layers_per_step: int | None = None
         #: whether work is done aside, where there is such a place
         self.works_aside = True
-        #: whether the policy leaves a request's prompt as it is
-        self.spares: Callable[[Request], bool] = lambda request: False
+        #: whether the policy leaves prompts that end now as they are
+        self.spares: Callable[[], bool] = lambda: False
         #: work that tells somebody how long it took
         self.timed: Callable[[Work], Work] = lambda work: work
         #: wraps the work for a request, to time it for whoever serves
@@ -89,7 +89,8 @@ class CompressionStage:
         # prompts that are merged layer by layer, and what still reads them aside: steps need not come behind that
         self._merging: dict[int, LayerByLayer] = {}
         self._reading: dict[int, Fence] = {}
-        self._decided: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        # whether a prompt is spared and how many tokens behind it it is merged, once it is complete: for good
+        self._decided: WeakKeyDictionary[Request, tuple[bool, int]] = WeakKeyDictionary()
         #: whether there is anything to do after a step: a policy, or requests that were compressed by hand
         self.active = bool(self._policies)
 
@@ -154,13 +155,18 @@ class CompressionStage:
         # work aside comes in order: what changes the sequence behind what reads it
         return self._under_way.get(row, self._reading.get(row))
 
+    def expects_spared(self, request: Request) -> bool:
+        """Whether the policy leaves a request's prompt as it is, as far as is known."""
+        decided = self._decided.get(request)
+        return self.spares() if decided is None else decided[0]
+
     def merged_after(self, request: Request) -> int:
         """Tokens fed behind a prompt until what is merged of it takes its place: 0 where that is at its end.
 
         Of a request whose prompt was complete before what was decided then.
         """
         if (decided := self._decided.get(request)) is not None:
-            return decided
+            return decided[1]
         images, length = request.image_spans, request.prompt_length
         policies = [eviction.policy for eviction in self._policies]
         if all(policy is None or policy.size_of_prompt(length, images) == length for policy in policies):
@@ -227,9 +233,11 @@ class CompressionStage:
     def _after_step_of(self, request: Request) -> None:
         """What concerns one request alone: the end of its prompt, and what was done by hand."""
         if self._policies and request.row >= 0 and request.computed == request.prompt_length:
-            spared = self.spares(request)
-            after = self._decided[request] = 0 if spared else self.merged_after(request)
+            spared = self.expects_spared(request)
+            after = 0 if spared else self.merged_after(request)
+            self._decided[request] = spared, after
             self._scheduler.settle(request, spared=spared, merged_after=after)
+            request.unmerged = bool(after)
             if after:
                 self._merging[request.row] = LayerByLayer(request, parts_of(self._policies, self._layers_of(after)))
             elif not request.spared:
@@ -264,6 +272,7 @@ class CompressionStage:
 
             if not self._work(request, replace):
                 return
+        request.unmerged = False
         del self._merging[request.row]
         self._reading.pop(request.row, None)
         self._scheduler.reserve_anew(request)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,19 +20,19 @@ from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
-from .batch import BatchBuilder, GroupInputs, StepBatch
+from .batch import StepBatch
 from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
+from .dry_steps import DrySteps
 from .flashinfer_attention import FlashInferAttention
 from .flashinfer_captured import FEW_PROGRAMS
-from .flashinfer_libraries import HEAD_DIMS, Libraries, libraries_for
+from .flashinfer_libraries import HEAD_DIMS, libraries_for, takes_flashinfer
 from .fused_layers import FusedDecoder, not_fusable
-from .kv_pool import SCRATCH_BLOCK, KVPool
+from .kv_pool import KVPool
 from .limits import Limits
 from .paged_attention import AttentionBackend, attending
 from .reference_attention import KeyRotation, ReferenceAttention
 from .runner import ModelRunner
-from .sampling import SamplingParameters, sample
 from .sequence_rotary import switch_length
 from .turns import Turns
 
@@ -41,13 +40,8 @@ from .turns import Turns
 _FLOAT8_CAPABILITY = (8, 9)
 # the captured reference gathers the longest possible sequence for every row of a batch
 _REFERENCE_BYTES = 1 << 30
-# more than `fused_layers` launches with overlap
-_WARM_UP_TOKENS = 2048
-# prompts for which `fused_layers` and its kernels take other variants
-_DIFFERENT_ROWS = (2, 20, 40, 100, 130, _WARM_UP_TOKENS)
-# prompts of one step, of more tokens together than are launched with overlap: the final layer has as many rows
-_DIFFERENT_PROMPTS = (20, 40, 100)
-_DIFFERENT_SINGLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# torch's flash attention
+_FLASH_CAPABILITY = (8, 0)
 
 
 class CapturableReference(ReferenceAttention):
@@ -104,6 +98,13 @@ def attention_for(
     if without := _without_kernel(pools):
         return CapturableReference(pools, rotation), without
     libraries = libraries_for(pools, build=build)
+    if libraries.prompts is None and any(takes_flashinfer(pool) for pool in pools):
+        capability = torch.cuda.get_device_capability(first.device)
+        if capability < _FLASH_CAPABILITY:
+            version = ".".join(map(str, capability))
+            return CapturableReference(pools, rotation), (
+                f"torch's flash attention needs compute capability 8.0, the device has {version}, and FlashInfer is not built"
+            )
     return FlashInferAttention(pools, query_heads=query_heads, libraries=libraries, rotation=rotation), ""
 
 
@@ -184,7 +185,9 @@ class CudaRunner(ModelRunner):
         self.attention = attention
         #: row counts whose products have no tilings tried on this machine
         self._untried: list[int] = []
+        self._tunes = tune
         self._why_not_fused = self._objection(loaded, pools, fuse)
+        self._dry = DrySteps(self._unobserved, pools, limits, self.device)
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
         self._why_not_captured = ""
@@ -209,9 +212,9 @@ class CudaRunner(ModelRunner):
                 if self.graphs is not None:
                     self._captured[""] = self.graphs
             if self.graphs is None:
-                self._compile_ahead(None, pools, limits)
-            if warm_up:
-                self._warm_up(pools, limits)
+                self._compile_ahead(None)
+            if warm_up and not any(pool.group.places for pool in pools):
+                self._dry.warm_up()
         except BaseException:
             self.close()
             raise
@@ -225,7 +228,7 @@ class CudaRunner(ModelRunner):
             attends = f"reference ({self._why_reference})"
         found: dict[str, Any] = {"attention": f"paged: {attends}"}
         if self.device.type == "cuda":
-            found["kernels"] = "prepared" if not self.not_prepared else f"not prepared: {', '.join(self.not_prepared)}"
+            found["kernels"] = self._kernels
         captured = self.graphs is not None and self.device.type == "cuda"
         found["decode_step"] = "cuda_graph" if captured else "eager"
         if not captured:
@@ -238,13 +241,15 @@ class CudaRunner(ModelRunner):
         return found | dict(self.decoder.effective)
 
     @property
-    def not_prepared(self) -> list[str]:
-        """What `build` would have added."""
-        libraries = self.attention.libraries if isinstance(self.attention, FlashInferAttention) else Libraries()
-        missing = [f"flashinfer {name}" for name in sorted(libraries.missing)]
+    def _kernels(self) -> str:
+        """Whether all kernels are there that `build` makes, which are not, and which are not used."""
+        if not isinstance(self.attention, FlashInferAttention):
+            return f"none: {self._why_reference}"
+        missing = [f"flashinfer {name}" for name in sorted(self.attention.libraries.missing)]
         if self._untried:
             missing.append(f"tilings of products of {', '.join(map(str, self._untried))} rows")
-        return missing
+        words = f"not prepared: {', '.join(missing)}" if missing else "prepared"
+        return words if self._tunes or self.decoder is None else f"{words}; tilings not used"
 
     def run(self, batch: StepBatch) -> Tensor:
         """Run one step and return logits ``[R, vocab]`` of ``batch.sample_rows``, in the model's dtype.
@@ -263,6 +268,14 @@ class CudaRunner(ModelRunner):
             return super().run(batch)
         self.attention.begin(batch)
         return self.decoder.logits(batch, self._observed(self.attention, batch))
+
+    def _unobserved(self, batch: StepBatch) -> Tensor:
+        """A step of no request: what was said of the last one's prompts is not of it."""
+        observer, self.observer = self.observer, None
+        try:
+            return self._eager(batch)
+        finally:
+            self.observer = observer
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``."""
@@ -320,34 +333,7 @@ class CudaRunner(ModelRunner):
             return "the kernels need CUDA"
         return not_fusable(loaded.model, loaded.text_config) or ""
 
-    def _warm_up(self, pools: Sequence[KVPool], limits: Limits) -> None:
-        """Compute prompts of zeros in the scratch block, and draw from what comes out."""
-        if any(pool.group.places for pool in pools):
-            return
-        total = min(_WARM_UP_TOKENS, limits.max_num_batched_tokens)
-        most = min(total, limits.max_model_len)
-        self._scratch_step([1, *[most] * (total // most)][: limits.max_num_seqs], pools, limits)
-
-    def _scratch_step(self, counts: Sequence[int], pools: Sequence[KVPool], limits: Limits) -> None:
-        """Sequences of so many new tokens each in the scratch block, and a draw from what comes out."""
-        tokens = np.array(counts)
-        ids = np.zeros(tokens.sum(), dtype=np.int64)
-        part = GroupInputs(
-            slots=ids,
-            kv_lengths=tokens,
-            block_tables=np.full((len(tokens), limits.blocks_per_sequence), SCRATCH_BLOCK, dtype=np.int32),
-            dropped=np.zeros_like(tokens),
-        )
-        batch = BatchBuilder(self.device).build(
-            ids=ids, positions=ids, counts=tokens, sample_rows=np.cumsum(tokens) - 1, groups=[part] * len(pools)
-        )
-        logits = self._eager(batch)
-        chosen = [SamplingParameters(temperature=1.0)] * len(tokens)
-        if len(chosen) > 1:
-            chosen[0] = SamplingParameters()
-        sample(logits, chosen, [0] * len(chosen))
-
-    def _compile_ahead(self, graphs: DecodeGraphs | None, pools: Sequence[KVPool], limits: Limits) -> None:
+    def _compile_ahead(self, graphs: DecodeGraphs | None) -> None:
         """Compile what steps of any make-up launch, and the captured ones of ``graphs``.
 
         Only where all of a layer is ours: what a step computes meanwhile means nothing, and must not be stored by others.
@@ -359,26 +345,10 @@ class CudaRunner(ModelRunner):
                 return
             if graphs is not None:
                 graphs.rehearse()
-            if self._captured:
-                # not the first ones; all others are there
-                return
-            longest = min(limits.max_model_len, limits.max_num_batched_tokens)
-            # a kernel for so many rows at most, and for every number of cuts through the keys of single tokens
-            for rows in _DIFFERENT_ROWS:
-                self._scratch_step([min(rows, longest)], pools, limits)
-            most = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-            # between two of these numbers keys are cut as at one of them
-            for singles in [*(count for count in _DIFFERENT_SINGLES if count < most), most - 1]:
-                self._scratch_step([1] * singles + [min(2, longest)], pools, limits)
-            self._scratch_step([1] * most, pools, limits)
-            for prompts in _DIFFERENT_PROMPTS:
-                each = _WARM_UP_TOKENS // prompts
-                if (
-                    prompts <= limits.max_num_seqs
-                    and each <= longest
-                    and limits.max_num_batched_tokens >= _WARM_UP_TOKENS
-                ):
-                    self._scratch_step([each] * prompts, pools, limits)
+            # cut for the SMs of the current stream
+            self._dry.singles()
+            if not self._captured:
+                self._dry.prompts()
 
     def _tune(self, decoder: FusedDecoder, sizes: Sequence[int], build: bool) -> None:
         if self.device.type == "cuda":
@@ -399,7 +369,7 @@ class CudaRunner(ModelRunner):
         before = _reserved_bytes(self.device)
         graphs = DecodeGraphs(forward, attention, sizes, limits.blocks_per_sequence)
         try:
-            self._compile_ahead(graphs, attention.pools, limits)
+            self._compile_ahead(graphs)
             graphs.capture()
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -1,10 +1,15 @@
 """FlashInfer's libraries of kernels: which ones the pools call for, which of them are built, and building them.
 
 A library is compiled by nvcc for minutes, once on a machine; packages with built ones exist too (``flashinfer-jit-cache``).
+FlashInfer lets ninja look at every other library before it loads it, and build it anew where a source, a header or a flag has
+changed, so a library counts as built only where ninja would do nothing.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +19,10 @@ from typing import Any
 import torch
 
 from kvsuite.errors import CaseSkipped
-from kvsuite.kernel_builds import BUILDS
+from kvsuite.kernel_builds import BUILDS, FLASHINFER_INSTALL
 
 from .kv_pool import KVPool
 
-INSTALL = (
-    "pip install --no-deps flashinfer-python==0.6.1 apache-tvm-ffi==0.1.13.post3 nvidia-cudnn-frontend, "
-    "and pip install einops tabulate ninja"
-)
 #: widths of heads that FlashInfer has kernels for
 HEAD_DIMS = (64, 128, 256)
 #: for decode steps of many sequences, and for prompts where there is no ``fa3``
@@ -41,7 +42,7 @@ def flashinfer_module() -> Any:
     try:
         import flashinfer  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
-        raise CaseSkipped(f"FlashInfer is not installed ({error}); {INSTALL}") from error
+        raise CaseSkipped(f"FlashInfer is not installed ({error}); {FLASHINFER_INSTALL}") from error
     return flashinfer
 
 
@@ -85,10 +86,13 @@ def libraries_for(pools: Sequence[KVPool], *, build: bool) -> Libraries:
     except CaseSkipped:
         return Libraries(missing=frozenset(names))
     specs = {name: [_specification(name, *shape) for shape in shapes] for name in names}
-    waiting = [spec for found in specs.values() for spec in found if not spec.is_compiled]
+    _watch(type(specs[FA2][0]))
+    usable = {spec.name for found in specs.values() for spec in found if is_usable(spec)}
+    waiting = [spec for found in specs.values() for spec in found if spec.name not in usable]
     if waiting and build:
         _build(waiting)
-    built = frozenset(name for name, found in specs.items() if all(spec.is_compiled for spec in found))
+        usable |= {spec.name for spec in waiting if is_usable(spec)}
+    built = frozenset(name for name, found in specs.items() if all(spec.name in usable for spec in found))
     return Libraries(built, frozenset(specs) - built)
 
 
@@ -98,11 +102,32 @@ def _names(capability: tuple[int, int]) -> tuple[str, ...]:
 
 
 def built_widths(capability: tuple[int, int]) -> list[int]:
-    """Widths of heads for which all libraries of a capability are built in bfloat16. FlashInfer is installed."""
-    names = _names(capability)
-    return [
-        width for width in HEAD_DIMS if all(_specification(name, torch.bfloat16, width).is_compiled for name in names)
-    ]
+    """Widths of heads for which all libraries of a capability are built in bfloat16. FlashInfer is installed.
+
+    Writes nothing: no source is generated.
+    """
+    from flashinfer.jit import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        JitSpec,
+        get_batch_prefill_uri,
+    )
+
+    def found(name: str, width: int) -> bool:
+        uri = get_batch_prefill_uri(*_parameters(name, torch.bfloat16, width))
+        return is_usable(JitSpec(uri, [], None, None, None, None))
+
+    return [width for width in HEAD_DIMS if all(found(name, width) for name in _names(capability))]
+
+
+def is_usable(spec: Any) -> bool:
+    """Whether FlashInfer would load a library as it is: one of a package, or one that ninja has nothing to do for."""
+    if spec.is_aot:
+        return True
+    if not spec.is_compiled or os.environ.get("FLASHINFER_DISABLE_JIT") or shutil.which("ninja") is None:
+        return False
+    folder = str(spec.ninja_path.parent)
+    command = ["ninja", "-n", "-C", folder, "-f", str(spec.ninja_path)]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    return asked.returncode == 0 and "no work to do" in asked.stdout
 
 
 def takes_flashinfer(pool: KVPool) -> bool:
@@ -116,24 +141,47 @@ def _specification(name: str, dtype: torch.dtype, head_dim: int) -> Any:
         gen_batch_prefill_module,
     )
 
+    return gen_batch_prefill_module(*_parameters(name, dtype, head_dim))
+
+
+def _parameters(name: str, dtype: torch.dtype, head_dim: int) -> tuple[Any, ...]:
     # dtypes of queries, keys and output; widths of keys and values; positions, window, cap of logits, sums in half precision
-    return gen_batch_prefill_module(
-        name, dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False
-    )  # fmt: skip
+    return name, dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, False, False, False
+
+
+def _watch(kind: Any) -> None:
+    """From now on note what libraries of this class build, whoever asked for it."""
+    build = kind.build
+    if build.__module__ == __name__:
+        return
+
+    def noted(spec: Any, *given: Any, **options: Any) -> None:
+        began, before = time.perf_counter(), _written(spec)
+        build(spec, *given, **options)
+        if _written(spec) != before:
+            BUILDS.add("flashinfer", spec.name, time.perf_counter() - began)
+
+    kind.build = noted
+
+
+def _written(spec: Any) -> int | None:
+    """When the library was linked, in ns, ``None`` without one."""
+    try:
+        written: int = spec.jit_library_path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    return written
 
 
 def _build(specs: Sequence[Any]) -> None:
     BUILDS.say(f"nvcc builds {len(specs)} libraries of FlashInfer, some minutes, once on this machine ...")
 
     def one(spec: Any) -> None:
-        began = time.perf_counter()
         try:
             spec.build(verbose=False)
         except (OSError, RuntimeError) as error:
             # no nvcc, no ninja, or an nvcc that does not know the device; torch's kernels do without
             BUILDS.say(f"FlashInfer could not be built: {' '.join(str(error).split())[:300]}")
-            return
-        BUILDS.add("flashinfer", spec.name, time.perf_counter() - began)
 
     with ThreadPoolExecutor(len(specs)) as threads:
         list(threads.map(one, specs))

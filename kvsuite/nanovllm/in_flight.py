@@ -57,19 +57,18 @@ class TokensInFlight:
                 last.append(request)
         return last
 
-    def fill(self, ids: Tensor, requests: Sequence[Request], single: bool) -> None:
+    def fill(self, ids: Tensor, ending: Sequence[Request]) -> None:
         """Replace the placeholders in the next step's token ids, int64 ``[T]``, on the device.
 
         Parameters
         ----------
         ids
             Changed in place.
-        requests
-            Of the next step.
-        single
-            Whether each of them is fed one token.
+        ending
+            Requests of the next step that are fed up to their last token, in its order.
         """
-        if single and self._plain and requests == self.requests:
+        # one that was preempted meanwhile may be fed a single token as well, and that one is an earlier token
+        if self._plain and len(ids) == len(ending) and ending == self.requests:
             ids.copy_(self._tokens)
         else:
             ids.copy_(torch.where(ids < 0, self._tokens[(-1 - ids).clamp_min(0)], ids))

@@ -6,20 +6,18 @@ Importing this module needs triton.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.smollm2 import cache_root
 
 from . import row_linear
 from .fused_layers import PRODUCTS, FusedDecoder, rows_bucket
+from .kept_entries import add_entries, read_entries
 from .row_linear import MOST_ROWS, Tiling
 from .tiling_choice import CANDIDATES, choose_tilings
 
@@ -63,7 +61,11 @@ def set_tilings(decoder: FusedDecoder, rows: Iterable[int], *, build: bool) -> l
     untried = [bucket for bucket in buckets if not kept.apply(decoder, bucket)]
     if untried and build:
         choose_tilings(decoder, untried)
-        kept.keep(decoder, untried)
+        try:
+            kept.keep(decoder, untried)
+        except (OSError, NotImplementedError) as error:
+            # they serve this process all the same
+            BUILDS.say(f"tried tilings are not kept: {kept.path.parent} cannot be written or locked ({error})")
         return []
     capability = torch.cuda.get_device_capability(decoder.device)
     for bucket in untried:
@@ -100,7 +102,7 @@ class KeptTilings:
         made_of = (Path(row_linear.__file__).read_text(), CANDIDATES, triton.__version__, torch.__version__, device)
         digest = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
         self.path = root / "tilings" / f"{device.replace(' ', '-').replace('/', '-')}-{digest}.json"
-        self._found = self._read()
+        self._found = read_entries(self.path)
 
     def apply(self, decoder: FusedDecoder, bucket: int) -> bool:
         """Set the tilings of all products at a row count; ``False``, and nothing done, where they are not all known."""
@@ -114,22 +116,13 @@ class KeptTilings:
 
     def keep(self, decoder: FusedDecoder, buckets: Iterable[int]) -> None:
         """Keep what the decoder has for some row counts. Another process may keep its own at the same time."""
-        for bucket in buckets:
-            for product in PRODUCTS:
-                chosen = decoder.tilings[product, bucket]
-                self._found[_name(decoder, product, bucket)] = None if chosen is None else asdict(chosen)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._found = self._read() | self._found
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            json.dump(self._found, file, indent=1, sort_keys=True)
-        os.replace(file.name, self.path)
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        chosen = {
+            _name(decoder, product, bucket): decoder.tilings[product, bucket]
+            for bucket in buckets
+            for product in PRODUCTS
+        }
+        tried = {name: None if tiling is None else asdict(tiling) for name, tiling in chosen.items()}
+        self._found = add_entries(self.path, tried)
 
 
 def _name(decoder: FusedDecoder, product: str, bucket: int) -> str:

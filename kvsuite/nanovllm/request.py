@@ -105,6 +105,8 @@ class Request:
     #: tokens fed behind the prompt until what was merged of it layer by layer takes its place, 0 where that is at its end:
     #: expected when it is admitted, known when its prompt is complete, and the same when it is computed again
     merged_after: int = field(default=0, init=False)
+    #: whether its prompt is complete and waits for its last layers to be merged; stays so where it is over before
+    unmerged: bool = field(default=False, init=False)
     #: row of the block tables while it runs
     row: int = field(default=-1, init=False)
     #: what `Runtime.compress` did: after how many computed tokens, and which stay, per layer group; replayed on resuming
@@ -155,7 +157,7 @@ class Request:
         child.tokens, child.times, child.digests = list(self.tokens), list(self.times), list(self.digests)
         child.computed, child.published = self.computed, self.published
         child.prefill, child.handed_over = self.prefill, self.handed_over
-        child.spared, child.merged_after = self.spared, self.merged_after
+        child.spared, child.merged_after, child.unmerged = self.spared, self.merged_after, self.unmerged
         child.compressed, child.compressions = self.compressed, list(self.compressions)
         return child
 

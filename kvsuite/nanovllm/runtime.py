@@ -195,6 +195,7 @@ class Runtime:
             for table in self.tables:
                 table.fence_of = self.compression.fence_of
         self.scheduler.on_release = self.compression.leave
+        self.scheduler.expects_spared = self.compression.expects_spared
         self.scheduler.expects_merged_after = self.compression.merged_after
         self._eos = frozenset(model_eos_token_ids(loaded) if eos_token_ids is None else eos_token_ids)
         self._ids = count()
@@ -467,7 +468,6 @@ class Runtime:
         facts: Any = {"lengths": self.tables[0].lengths, "device": self.device, "has_lanes": self.lanes == 2}
         self._steered = Steered(controller, self.compression, bind=self._partition.bind, **facts)
         self._launcher.watch = self._steered
-        self.scheduler.expects_spared = self._steered.expects_spared
         if self._prompts is not None:
             self._prompts.steer(self._steered)
 

@@ -191,7 +191,7 @@ class Scheduler:
             # what decodes, or waits for its hand-over, gives its blocks back one day; prompts that wait for each other do not
             if not self.running or any(request.computed >= request.prefill for request in self.running):
                 break
-            if not plan.requests and not self._make_progress(plan):
+            if not plan.requests and not self._wait_for_blocks() and not self._make_progress(plan):
                 break
         # a decode step that took somebody's blocks keeps him out of one step, not of all
         self._preempted = False

@@ -46,6 +46,9 @@ class StageTimes:
         self._found[request] = turn, seconds + (total if before == turn else 0.0)
 
     def seconds(self) -> dict[Request, float]:
-        """Of each request whose prompt was compressed, layer groups together; waits for what is still under way."""
+        """Of each request whose prompt was compressed, layer groups together; waits for what is still under way.
+
+        Not of one that was over before all of its layers were merged: its prompt stayed as it was.
+        """
         self._spans.finish()
-        return {request: total for request, (_, total) in self._found.items()}
+        return {request: total for request, (_, total) in self._found.items() if not request.unmerged}

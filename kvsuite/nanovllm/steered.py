@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -105,7 +104,6 @@ class Steered:
         self._spans = Spans(device, controller.now)
         self._pending = 0
         self._step = _Compressions()
-        self._choices: WeakKeyDictionary[Request, bool] = WeakKeyDictionary()
         stage.spares = self._spares
         stage.timed = self._timed
         if has_lanes:
@@ -144,7 +142,7 @@ class Steered:
         )
         if not is_new:
             return
-        self._stage.works_aside = decision.async_compress
+        self._stage.works_aside = decision.async_compress or self._has_lanes
         self._stage.layers_per_step = decision.decode_layers_per_step if decision.pipeline == "decode" else None
         self.controller.applied(
             {
@@ -166,14 +164,10 @@ class Steered:
             meter = self.controller.decode if decode_only else self.controller.prefill
             self._spans.add(begun, self._spans.mark(), meter.add)
 
-    def expects_spared(self, request: Request) -> bool:
-        """Whether the policy will leave a request's prompt alone, as far as is known."""
+    def _spares(self) -> bool:
+        """Whether the policy leaves prompts that end now alone."""
         decision = self.controller.decision
-        return self._choices.get(request, decision is not None and decision.pipeline == "none")
-
-    def _spares(self, request: Request) -> bool:
-        """Whether the policy leaves a request's prompt alone; decided when it ends first."""
-        return self._choices.setdefault(request, self.expects_spared(request))
+        return decision is not None and decision.pipeline == "none"
 
     def _timed(self, work: Work) -> Work:
         """Compression work that tells how long it took."""

@@ -16,7 +16,8 @@ _FEWEST_QUERIES = 16
 _TOKENS = 128
 
 
-@triton.jit
+# neither the length of a prompt nor the number of its last queries must cost a compilation
+@triton.jit(do_not_specialize=["window", "length"])
 def _mean_weights_kernel(
     query,
     keys,

@@ -107,7 +107,7 @@ def measurer(request: pytest.FixtureRequest, runner: Any) -> Callable[[Case], Re
         progress = None if reporter is None or is_worker(config) else reporter.phases(case)
         rounds = _Rounds(request)
         try:
-            with contextlib.nullcontext() if reporter is None else BUILDS.telling(reporter.tell):
+            with contextlib.nullcontext() if reporter is None else BUILDS.telling(reporter.shows):
                 measured = runner.run(
                     case,
                     request.node.nodeid,

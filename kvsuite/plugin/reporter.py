@@ -54,7 +54,7 @@ class Reporter:
         self._started = datetime.now(UTC)
         self._store: RecordStore | None = None
         self._cases: int | None = None
-        self._progress = Progress(self._write, 1)
+        self._progress = Progress(self.tell, 1)
         self._left: TimeLeft | None = None
         self._code: dict[str, str] = {}
         self._places: dict[str, int] = {}
@@ -127,7 +127,7 @@ class Reporter:
             return
         self._cases = len(cases)
         self._left = self._time_left(cases)
-        self._progress = Progress(self._write, len(cases), self._left)
+        self._progress = Progress(self.tell, len(cases), self._left)
         base = Path(self._common.report_dir)
         probe = base / ".kvsuite-probe"
         try:
@@ -371,18 +371,23 @@ class Reporter:
         """Print a line among those of the cases."""
         self._write(line)
 
-    def _write(self, line: str) -> None:
+    def shows(self, line: str) -> bool:
+        """As `tell`; ``False`` where ``-q`` keeps the line back."""
+        return self._write(line)
+
+    def _write(self, line: str) -> bool:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or self._config.getoption("verbose") < 0:
-            return
+            return False
         capture = self._config.pluginmanager.get_plugin("capturemanager")
         if capture is None:
             terminal.ensure_newline()
             terminal.write_line(visible(line))
-            return
+            return True
         with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
             terminal.write_line(visible(line))
+        return True
 
 
 REPORTER: pytest.StashKey[Reporter] = pytest.StashKey()

@@ -199,12 +199,31 @@ def test_times_with_other_kernels_are_information() -> None:
     row = verdict(compare(base, side([record("a", SLOW, effective=not_prepared)]), DEFAULT), "ttft_s")
     assert row.verdict == "information"
     assert row.note == (
-        "kernels prepared -> not prepared: flashinfer fa3; run python -m kvsuite doctor --prepare before both"
+        "kernels prepared -> not prepared: flashinfer fa3; run python -m kvsuite doctor --prepare --kv-model=m "
+        "--kv-device=cpu --kv-dtype=float32 before both"
     )
     # an engine that builds none, and a record that is older than the fact, are compared as ever
     for effective in (prepared, {}):
         other = verdict(compare(base, side([record("a", SLOW, effective=effective)]), DEFAULT), "ttft_s")
         assert other.verdict == "regression"
+
+
+def test_of_records_older_than_the_kernels_what_attended_tells() -> None:
+    old = {"attention": "paged: flashinfer fa3", "decode_attention": {"32": "split"}}
+    base = side([record("a", TIMES, effective=old)])
+
+    def found(**effective: Any) -> Any:
+        return verdict(compare(base, side([record("a", SLOW, effective=old | effective)]), DEFAULT), "ttft_s")
+
+    missing = {"kernels": "not prepared: flashinfer fa3"}
+    slower = found(attention="paged: torch flash", **missing)
+    assert slower.verdict == "information"
+    assert slower.note.startswith("attention paged: flashinfer fa3 -> paged: torch flash; run python -m kvsuite doctor")
+    assert found(decode_attention={"32": "flashinfer fa2"}, **missing).note.startswith(
+        "decode_attention split -> flashinfer fa2; "
+    )
+    # the same ones attended; and engines that build none may say what they like
+    assert {found(**missing).verdict, found(attention="sdpa").verdict} == {"regression"}
 
 
 def test_times_of_two_nodes_of_a_cluster_are_information_and_bytes_are_gated() -> None:

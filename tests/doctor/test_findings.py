@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -163,3 +164,23 @@ def test_a_real_gpu():
     assert "weight formats, cuda" in found
     assert found["SM partitions, cuda:0"].found.startswith("by ")
     assert Path("/dev/nvidiactl").exists()
+
+
+def test_kernels_that_only_make_it_faster_are_not_missing(monkeypatch):
+    here: dict[str, object] = {}
+    monkeypatch.setattr(parts.importlib.util, "find_spec", here.get)
+    found = parts._paged_attention(["cpu", "cuda:0"])
+    assert (found.state, found.mend) == ("attention", "pip install triton")
+    here["triton"] = "there"
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    found = parts._paged_attention(["cpu", "cuda:0"])
+    assert (found.state, "faster with FlashInfer" in found.found) == ("attention", True)
+    assert str(found.mend).startswith("pip install --no-deps flashinfer-python")
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setattr(parts, "_built_widths", list)
+    found = parts._paged_attention(["cpu", "cuda:0"])
+    assert (found.state, "not built here" in found.found) == ("attention", True)
+    assert str(found.mend).startswith("python -m kvsuite doctor --prepare --kv-model=MODEL")
+    monkeypatch.setattr(parts, "_built_widths", lambda: [64, 128])
+    found = parts._paged_attention(["cpu", "cuda:0"])
+    assert (found.state, found.found.endswith("built for bfloat16 heads of 64, 128")) == ("ok", True)

@@ -17,7 +17,8 @@ from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.cuda_runner import CapturableReference, CudaRunner, attention_for, cuda_runner
 from kvsuite.nanovllm.decode_graphs import default_sizes
-from kvsuite.nanovllm.flashinfer_libraries import flashinfer_module
+from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention
+from kvsuite.nanovllm.flashinfer_libraries import Libraries, flashinfer_module
 from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
@@ -195,3 +196,52 @@ def test_the_reference_attends_where_flashinfer_cannot() -> None:
     attention, why = attention_for([pool], query_heads=4)
     assert isinstance(attention, CapturableReference)
     assert "needs CUDA" in why
+
+
+@pytest.mark.parametrize("group", [LayerGroup((0,), 2, 64), LayerGroup((0,), 2, 64, window=8)])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_the_reference_attends_where_torchs_flash_attention_cannot(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], group: LayerGroup
+) -> None:
+    pool = KVPool(group, num_blocks=2, block_size=4, device=torch.device("cpu"), dtype=torch.float16)
+    monkeypatch.setattr(module, "_without_kernel", lambda pools: "")
+    monkeypatch.setattr(pool, "device", torch.device("cuda"))
+    monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module, "libraries_for", lambda pools, build: Libraries(missing=frozenset({"fa2"})))
+    made: list[Any] = []
+    # what it would allocate has no device here
+    monkeypatch.setattr(module, "FlashInferAttention", lambda pools, **options: made.append(pools))
+    attention, why = attention_for([pool], query_heads=4)
+    # single tokens with a window need none of torch's
+    if capability == (7, 5) and group.window is None:
+        assert isinstance(attention, CapturableReference)
+        assert why == (
+            "torch's flash attention needs compute capability 8.0, the device has 7.5, and FlashInfer is not built"
+        )
+    else:
+        assert made
+        assert why == ""
+
+
+def test_the_record_says_which_kernels_are_there() -> None:
+    with _running(loaded("llama"), {"tune": False}) as runtime:
+        runner = runtime.runner
+        assert isinstance(runner, CudaRunner)
+        # as the facts of a CUDA device are made
+        runner.device = torch.device("cuda")
+        try:
+            assert runner.facts["kernels"] == "none: FlashInfer needs CUDA, not cpu"
+            for missing, words in (
+                (set(), "prepared"),
+                ({"fa2", "fa3"}, "not prepared: flashinfer fa2, flashinfer fa3"),
+            ):
+                libraries = Libraries(missing=frozenset(missing))
+                runner.attention = FlashInferAttention(runtime.pools, query_heads=4, libraries=libraries)
+                assert runner.facts["kernels"] == words
+                # fused layers would have had tilings
+                decoder: Any = type("Decoder", (), {"effective": {"products": {}}})
+                runner.decoder = decoder
+                assert runner.facts["kernels"] == f"{words}; tilings not used"
+                runner.decoder = None
+        finally:
+            runner.device = torch.device("cpu")

@@ -27,6 +27,7 @@ from kvsuite.nanovllm.controller import ControllerSettings
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
+from kvsuite.nanovllm.stage_streams import Work
 from kvsuite.nanovllm.steering import Controller
 
 LENGTHS = (38, 12, 40, 37, 11, 2)
@@ -168,6 +169,23 @@ def test_blocks_that_are_still_read_are_nobody_elses(weights: str) -> None:
         runtime.close()
 
 
+def test_a_prompt_on_its_own_lane_waits_for_blocks_that_are_still_read(weights: str) -> None:
+    for lanes in (1, 2):
+        runtime = made(mlp(weights), stage="async", lanes=lanes, layers_per_step=1, num_blocks=14)
+        try:
+            runtime.compression._aside = HandAside()
+            first = runtime.add(greedy(TEXTS[0][:-OUTPUT], OUTPUT))
+            while first.output_length < 2:
+                runtime.step()
+            runtime.cancel(first)
+            assert runtime.tables[0].pool.held > 0
+            second = runtime.run([greedy(TEXTS[2][:-OUTPUT], OUTPUT)])[0]
+            assert (second.reason, second.output_length) == ("length", OUTPUT)
+        finally:
+            runtime.close()
+        assert_nothing_lost(runtime)
+
+
 def test_a_request_that_is_over_before_is_never_merged(weights: str) -> None:
     runtime = made(mlp(weights), layers_per_step=1)
     try:
@@ -289,6 +307,37 @@ def test_a_controller_chooses_the_decode_pipeline_for_an_mlp_and_its_run_can_be_
     assert log[-1]["inputs"]["compress_samples"] > 0
     again = Controller(asked(weights), replay=controller.log, now=clock(7.0))
     assert steered(weights, again, lanes=lanes)[0] == outputs
+
+
+def test_on_two_lanes_no_later_decision_takes_merging_to_the_stream_of_the_decode_steps(weights: str) -> None:
+    # four prompts in a step go layer by layer, the one behind them is alone
+    controller = Controller(replace(asked(weights), interval=1, layers_per_step=1), now=clock(0.1))
+    limits = Limits(max_model_len=128, max_num_seqs=8, max_num_batched_tokens=256, num_blocks=96, block_size=8)
+    how: dict[str, Any] = {"policy": mlp(weights), "stage": "async", "controller": controller, "lanes": 2}
+    runtime = Runtime(fresh("llama"), limits, **how, eos_token_ids=(), overlap=False)
+    runtime.compression._aside = aside = HandAside()
+    by_decoding: list[Request] = []
+
+    def note(request: Request, work: Work) -> Work:
+        by_decoding.extend([request] * request.handed_over)
+        return work
+
+    runtime.compression.measured = note
+    try:
+        for prompt in prompts((40, 40, 40, 40)):
+            runtime.add(greedy(prompt, 12))
+        for _ in range(2):
+            runtime.step()
+        # what was begun is measured, and nothing pending: by rule 5 one prompt is then compressed with the steps
+        aside.do_all()
+        runtime.run([greedy(prompt, 12) for prompt in prompts((40,))])
+    finally:
+        runtime.close()
+    log = [entry for entry in controller.log if "decision" in entry]
+    assert [entry["decision"]["pipeline"] for entry in log] == ["decode", "prefill"]
+    assert [entry["decision"]["async_compress"] for entry in log] == [True, False]
+    assert {entry["applied"]["async_compress"] for entry in log} == {True}
+    assert len(by_decoding) == len(aside.fences) == 4 * (LAYERS + 1)
 
 
 def test_layers_of_a_decision_are_those_that_a_runtime_without_a_controller_takes(weights: str) -> None:

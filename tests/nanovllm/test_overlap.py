@@ -11,6 +11,8 @@ import torch
 from decoders import KINDS, generated, greedy, loaded, prompts, text
 from serving import LogitsByRequest, assert_nothing_lost
 
+from kvsuite.compression import get_policy
+from kvsuite.compression.base import Policy
 from kvsuite.errors import UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.cuda_runner import cuda_runner
@@ -23,9 +25,11 @@ MIXED = (1, 40, 7, 16, 33, 3, 57, 15, 17, 21)
 
 
 @contextmanager
-def _overlapping(of: LoadedModel, overlap: bool = True, **limits: Any) -> Iterator[Runtime]:
+def _overlapping(
+    of: LoadedModel, overlap: bool = True, policy: Policy | None = None, **limits: Any
+) -> Iterator[Runtime]:
     small = {"max_model_len": 84, "max_num_seqs": 8, "max_num_batched_tokens": 24, "num_blocks": 32, "block_size": 4}
-    runtime = Runtime(of, Limits(**(small | limits), admission="optimistic"), overlap=overlap)
+    runtime = Runtime(of, Limits(**(small | limits), admission="optimistic"), policy=policy, overlap=overlap)
     try:
         yield runtime
     finally:
@@ -213,6 +217,54 @@ def test_a_prefix_computed_ahead_is_found_again() -> None:
         [second] = runtime.run([greedy(shared + whole[:10], 4)])
         assert second.prefix_hits == 24
         assert second.output == whole[10:]
+
+
+def _alone(of: LoadedModel, prompt: list[int]) -> list[int]:
+    """What a request gets under `mean_pool` with nobody beside it and no step ahead."""
+    with _overlapping(
+        of, overlap=False, policy=get_policy("mean_pool", factor=3), max_num_batched_tokens=64
+    ) as runtime:
+        return list(runtime.run([greedy(prompt, 6)])[0].output)
+
+
+def test_the_last_token_of_a_prompt_found_again_is_fed_and_not_the_one_under_way() -> None:
+    """A resumed request may be fed one token of its prompt while its next token is still under way."""
+    of = loaded("llama")
+    prompt = text(25)
+    policy = get_policy("mean_pool", factor=3)
+    with _overlapping(of, policy=policy, prefix_caching=True, max_num_batched_tokens=64) as runtime:
+        request = runtime.add(greedy(prompt, 6))
+        for _ in range(3):
+            runtime.step()
+        assert request.in_flight
+        assert runtime.scheduler.preempt_for(greedy([1], 1))
+        runtime.step()
+        # all of the prompt but its last token was found
+        assert runtime.counters.resumed_hit_tokens == len(prompt) - 1
+        assert request.computed == len(prompt)
+        runtime.run()
+    assert request.output == _alone(of, prompt)
+
+
+def test_a_request_that_another_ones_compression_preempted_comes_back_with_its_token_under_way() -> None:
+    of = loaded("llama")
+    shared = text(36)
+    # blocks: 9 shared; 4, 3 and 1 of their own
+    given = [shared + prompts((13,))[0], [token + 1 for token in text(9)], [*shared, 5]]
+    policy = get_policy("mean_pool", factor=3)
+    limits = {"num_blocks": 17, "prefix_caching": True, "max_num_batched_tokens": 64}
+    with _overlapping(of, policy=policy, **limits) as runtime:
+        runtime.run([greedy([*shared, 6], 1)])
+        requests = [runtime.add(greedy(prompt, 6)) for prompt in given]
+        runtime.step()
+        # five blocks for the first, whose own are four; compressing the second one makes room for the last again
+        assert [request.preemptions for request in requests] == [0, 0, 1]
+        assert requests[2].in_flight
+        runtime.step()
+        assert runtime.counters.resumed_hit_tokens == len(shared)
+        assert requests[2].computed == len(given[2])
+        runtime.run()
+    assert [request.output for request in requests] == [_alone(of, prompt) for prompt in given]
 
 
 def test_static_steps_and_overlap_together() -> None:

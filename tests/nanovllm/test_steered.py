@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoders import fresh, prompts
+from decoders import fresh, greedy, prompts
 from serving import assert_nothing_lost
 
 from kvsuite.compression import get_policy
@@ -112,16 +112,25 @@ def test_prompts_of_one_decision_are_compressed_and_those_of_another_are_not():
     assert evicted == sum(length - length // 2 for length in (60, 61, 62, 63))
 
 
-def test_what_was_decided_for_a_prompt_holds_when_it_is_computed_again():
+def test_what_was_decided_for_a_prompt_holds_when_it_is_computed_again_and_for_its_fork():
     controller = ticking(min_speedup=1e9)
     made = {"policy": get_policy("streaming_llm", factor=2), "stage": "async", "controller": controller}
-    runtime = Runtime(fresh("llama"), Limits(max_model_len=64, num_blocks=16), **made)
+    runtime = Runtime(fresh("llama"), Limits(max_model_len=64, num_blocks=16), **made, overlap=False, eos_token_ids=())
     try:
-        early, late = (Request(prompt) for prompt in prompts((40, 40)))
-        decision, _ = controller.prompts(batch=1, seq_len=40, expected_output=16, pending=0)
-        assert (decision.pipeline, runtime.compression.spares(early)) == ("none", True)
-        controller.decision = replace(decision, pipeline="prefill")
-        assert (runtime.compression.spares(early), runtime.compression.spares(late)) == (True, False)
+        early = runtime.add(greedy(prompts((40,))[0], NEW))
+        for _ in range(3):
+            runtime.step()
+        child = runtime.fork(early)
+        assert (controller.decision.pipeline, early.spared, child.spared) == ("none", True, True)
+        controller.decision = replace(controller.decision, pipeline="prefill")
+        late = runtime.add(greedy(prompts((40,))[0], NEW))
+        for _ in range(2):
+            runtime.scheduler.preempt_for(late)
+        while runtime.unfinished:
+            runtime.step()
+        assert (early.preemptions, child.preemptions) == (1, 1)
+        assert (early.stored, child.stored, late.stored) == ([40 + NEW - 1], [40 + NEW - 1], [20 + NEW - 1])
+        assert early.output == child.output != late.output
     finally:
         runtime.close()
 

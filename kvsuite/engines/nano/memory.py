@@ -12,7 +12,8 @@ from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
 
-from .runtime import has_flashinfer, pool_bytes, workspace_bytes
+from .memory_model import prompt_kernel
+from .runtime import pool_bytes, workspace_bytes
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def measure_memory(
         predicted={
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(
-                loaded, runtime.limits, runtime.groups, flashinfer=has_flashinfer(runtime)
+                loaded, runtime.limits, runtime.groups, prompt_kernel(str(runtime.runner.facts["attention"]))
             ),
         },
         reported={

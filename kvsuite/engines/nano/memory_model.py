@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from kvsuite.cache_formats.by_layer import OwnFormat, kv_bytes
 from kvsuite.cache_formats.cache_format import CacheFormat
@@ -21,6 +22,9 @@ BLOCK_TOKENS = 16
 ATTENTION_WORKSPACE = 256 << 20
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)
+#: what its ``fa3`` gathers at most, tokens for each of the step's (`kvsuite.nanovllm.prompt_attention`)
+MOST_KEYS_A_QUERY = 4
+PromptKernel = Literal["fa2", "fa3", "torch"]
 #: what cuBLAS keeps on Hopper: 32 MiB for each stream that multiplies, the default one and that of the captured steps
 LIBRARY_WORKSPACE = 64 << 20
 _LOGIT_BYTES = 4
@@ -112,6 +116,23 @@ def prompt_blocks(*, prompt: int, sequences: int, chunk: int, block_tokens: int 
     return (1 + whole) * _blocks(prompt, block_tokens) + _blocks(cut if cut > 1 else 0, block_tokens)
 
 
+def gathered_blocks(kernel: PromptKernel, blocks: int, chunk: int) -> int:
+    """Blocks of tokens that are copied out of their pages at most, of the ``blocks`` that the prompts of a step see.
+
+    Torch's flash attention reads no pages. ``fa3`` does only where a step of ``chunk`` tokens brings few of them itself.
+    """
+    if kernel == "fa3":
+        return min(blocks, _blocks(MOST_KEYS_A_QUERY * chunk, BLOCK_TOKENS))
+    return 0 if kernel == "fa2" else blocks
+
+
+def prompt_kernel(attention: str) -> PromptKernel:
+    """What attends to prompts, by ``effective.attention`` of a record. The reference gathers keys as torch's does."""
+    if "flashinfer fa3" in attention:
+        return "fa3"
+    return "fa2" if "flashinfer fa2" in attention else "torch"
+
+
 def unpacked_bytes(blocks: int, *, kv_heads: int, head_dim: int, element_bytes: int) -> int:
     """Bytes of the keys and values of packed ``blocks`` in one layer, as FlashInfer reads them."""
     return 2 * blocks * BLOCK_TOKENS * kv_heads * head_dim * element_bytes
@@ -140,8 +161,8 @@ class NanoMemory(PooledPredictor):
     #: how keys and values are stored, ``None`` for the model's own dtype
     cache_format: OwnFormat | None = None
     engine: str = "nano"
-    #: whether FlashInfer attends on CUDA, which it does where its kernels are built
-    flashinfer: bool = True
+    #: what attends to prompts on CUDA; FlashInfer's where they are built, ``fa3`` on Hopper
+    prompts: PromptKernel = "fa3"
     #: `kvsuite.nanovllm.limits.Limits.memory_share`
     share: float = 0.9
 
@@ -207,22 +228,18 @@ class NanoMemory(PooledPredictor):
         workspace = min(
             (attention_workspace(device=self.device, dtype=chosen.dtype, head_dim=width) for width in widths), default=0
         )
-        if workspace:
+        if workspace and self._without_window(point):
             sizes = ("context_window_size", "max_batch_size", "prefill_chunk_size")
-            if self.flashinfer:
+            if self.prompts != "torch":
                 terms.append(Term("temporary", "attention workspace", workspace, "exact", (), "256 MiB"))
-            elif gathered := self._seen(point, step, chosen.element_bytes, packed=False):
+            blocks = self._prompt_blocks(point, step)
+            if gathered := self._seen(point, gathered_blocks(self.prompts, blocks, step), chosen.element_bytes):
                 terms.append(
                     Term(
-                        "temporary",
-                        "gathered prompts",
-                        gathered,
-                        "rough",
-                        sizes,
-                        "tokens of a step's prompts 2 Hkv D e",
+                        "temporary", "gathered prompts", gathered, "rough", sizes, "tokens of a step's prompts 2 Hkv D e",
                     )
-                )
-            if unpacked := self._seen(point, step, chosen.element_bytes, packed=True):
+                )  # fmt: skip
+            if unpacked := self._seen(point, blocks, chosen.element_bytes, packed=True):
                 terms.append(
                     Term(
                         "temporary", "unpacked prompts", unpacked, "rough", sizes,
@@ -231,23 +248,31 @@ class NanoMemory(PooledPredictor):
                 )  # fmt: skip
         return Prediction(self.engine, point, tuple(terms), allocation, self._notes())
 
-    def _seen(self, point: DesignPoint, step: int, element_bytes: int, *, packed: bool) -> int:
-        """Bytes of what the prompts of a step see in one layer that has no window, or in one that is ``packed``."""
+    def _without_window(self, point: DesignPoint) -> list[int]:
+        """Layers whose tokens see everything before them."""
         cache = self.architecture.cache
-        if isinstance(cache, str) or self._unpaged() is not None or point.has_window:
-            return 0
-        formats = (
-            [None] * len(cache.layers) if self.cache_format is None else self.cache_format.of_layers(len(cache.layers))
-        )
-        blocks = prompt_blocks(
+        if isinstance(cache, str) or point.has_window:
+            return []
+        context = point.context_window_size
+        return [at for at, layer in enumerate(cache.layers) if layer.window is None or layer.window >= context]
+
+    def _prompt_blocks(self, point: DesignPoint, step: int) -> int:
+        return prompt_blocks(
             prompt=self.prompt_tokens or point.context_window_size, sequences=point.max_batch_size, chunk=step
         )
-        context = point.context_window_size
+
+    def _seen(self, point: DesignPoint, blocks: int, element_bytes: int, *, packed: bool = False) -> int:
+        """Bytes of so many blocks in one layer that has no window, or in one of these that is ``packed``."""
+        cache = self.architecture.cache
+        if isinstance(cache, str) or self._unpaged() is not None:
+            return 0
+        count = len(cache.layers)
+        formats = [None] * count if self.cache_format is None else self.cache_format.of_layers(count)
+        layers = [cache.layers[at] for at in self._without_window(point) if formats[at] is not None or not packed]
         return max(
             (
                 unpacked_bytes(blocks, kv_heads=layer.kv_heads, head_dim=layer.key_dim, element_bytes=element_bytes)
-                for layer, own in zip(cache.layers, formats, strict=True)
-                if (own is not None or not packed) and (layer.window is None or layer.window >= context)
+                for layer in layers
             ),
             default=0,
         )

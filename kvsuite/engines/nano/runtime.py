@@ -12,15 +12,17 @@ from kvsuite.cache_formats.by_layer import OwnFormat
 from kvsuite.compression.base import Policy
 from kvsuite.engines.nano.memory_model import (
     LIBRARY_WORKSPACE,
+    PromptKernel,
     activation_bytes,
     attention_workspace,
+    gathered_blocks,
     prompt_blocks,
     unpacked_bytes,
 )
 from kvsuite.engines.rotary import Rotary
 from kvsuite.engines.window_batches import feed_forward_width
 from kvsuite.errors import CaseInvalid
-from kvsuite.kernel_builds import BUILDS, PREPARE
+from kvsuite.kernel_builds import BUILDS, mend_line
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm.attention_layers import without_positions
 from kvsuite.nanovllm.green_contexts import SmPartition
@@ -185,8 +187,11 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
         runtime = Runtime(self._loaded, limits, **options)
-        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2]:
-            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {PREPARE}")
+        if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:
+            loaded = self._loaded
+            dtype = str(loaded.dtype).removeprefix("torch.")
+            mend = mend_line(missing, loaded.spec.request, str(loaded.device), dtype)
+            BUILDS.once(f"nano runs without kernels that would be faster ({missing}); to have them: {mend}")
         if captures and self._decode_step == "graph":
             facts = self.facts(runtime)
             if facts["decode_step"] != "cuda_graph":
@@ -196,15 +201,10 @@ class RuntimeHolder:
         return runtime
 
 
-def has_flashinfer(runtime: Runtime) -> bool:
-    """Whether FlashInfer attends to prompts."""
-    return "flashinfer" in str(runtime.runner.facts["attention"])
-
-
-def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup], *, flashinfer: bool) -> int:
+def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerGroup], prompts: PromptKernel) -> int:
     """Predicted bytes of a step's activations and logits; on CUDA of cuBLAS, FlashInfer and prompts unpacked for it.
 
-    Without ``flashinfer`` the keys and values that prompts see are gathered for torch's attention, layer by layer. As
+    Torch's attention and FlashInfer's ``fa3`` have keys and values that prompts see gathered, layer by layer. As
     `kvsuite.engines.nano.memory_model.NanoMemory` predicts them.
     """
     config = loaded.text_config
@@ -226,15 +226,20 @@ def workspace_bytes(loaded: LoadedModel, limits: Limits, groups: Sequence[LayerG
     blocks = prompt_blocks(
         prompt=limits.max_model_len, sequences=limits.max_num_seqs, chunk=limits.max_num_batched_tokens
     )
-    seen = [
-        (unpacked_bytes(blocks, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element), group.format)
-        for group in groups
-        if attention and group.window is None
-    ]
-    unpacked = max((size for size, form in seen if form is not None), default=0)
-    if not flashinfer:
-        attention = max((size for size, _ in seen), default=0)
-    return activations + logits + products + attention + unpacked
+    seen = [group for group in groups if group.window is None]
+    if not attention or not seen:
+        return activations + logits + products
+    gathered = gathered_blocks(prompts, blocks, limits.max_num_batched_tokens)
+
+    def most(count: int, chosen: Sequence[LayerGroup]) -> int:
+        sizes = [
+            unpacked_bytes(count, kv_heads=group.kv_heads, head_dim=group.head_dim, element_bytes=element)
+            for group in chosen
+        ]
+        return max(sizes, default=0)
+
+    unpacked = most(blocks, [group for group in seen if group.format is not None])
+    return activations + logits + products + attention * (prompts != "torch") + most(gathered, seen) + unpacked
 
 
 def pool_bytes(runtime: Runtime, element_bytes: int) -> int:

@@ -12,7 +12,7 @@ from kvsuite.engines.cache_compression import CacheCompression, compression_of
 from kvsuite.engines.cache_plan import plan
 from kvsuite.engines.engine import EngineSettings, Session
 from kvsuite.engines.loaded_session import LoadedSession
-from kvsuite.engines.nano.memory_model import NanoMemory, stored_tokens
+from kvsuite.engines.nano.memory_model import NanoMemory, prompt_kernel, stored_tokens
 from kvsuite.engines.questions import Answer, Asked
 from kvsuite.engines.results import (
     MemoryPass,
@@ -147,7 +147,7 @@ class NanoSession(LoadedSession):
             self.device.type,
             self._prompt_tokens,
             cache_format=self._format,
-            flashinfer="torch flash" not in str(self.effective.get("attention")),
+            prompts=prompt_kernel(str(self.effective["attention"])) if "attention" in self.effective else "fa3",
         )
 
     def reach(self, case: Case) -> Reach:

@@ -107,6 +107,7 @@ def pipeline_cases(options: Options) -> list[Case]:
     models = _models(options)
     arms = {methods: _arms(own, methods, common.compressor_path) for _, methods in models}
     _refuse_unused(options, own)
+    _refuse_unmerged(own, [arm.reduction for each in arms.values() for arm in each if arm.reduction is not None])
     image = _image_label(own)
     cases = [
         _case(options, device, model, chosen, workload, batch, arm, image=image, several_models=len(models) > 1)
@@ -144,7 +145,7 @@ def unread_options(options: Options) -> list[str]:
         and any(set(methods) >= set(own.pipeline_method) for _, methods in _models(options)),
         "factors": compresses,
         "compressor_path": compresses and any(_take_weights(methods) for _, methods in _models(options)),
-        "decode_layers_per_step": any(variant.compresses and variant.controller is None for variant in variants),
+        "decode_layers_per_step": any(map(_is_paced, variants)),
         "async_compression": any(variant.compresses and variant.lanes == 1 for variant in variants),
         "chunk_sizes": any(variant.chunked for variant in variants),
         "dataset_dir": LIGHT in own.workloads,
@@ -211,20 +212,31 @@ def _arms(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None
 
 def _paced(own: PipelineOptions, reductions: list[Reduction]) -> list[tuple[Reduction, int | None]]:
     """Reductions with the layers that are done after each token; what keeps tokens is done at the end of a prompt."""
-    asked = own.decode_layers_per_step
-    merging = [find_policy(one.policy).merges for one in reductions]
-    if asked != (None,) and reductions and not any(merging):
-        typed = ",".join("off" if one is None else str(one) for one in asked)
-        raise UserError(
-            f"--kv-decode-layers-per-step={typed}: only what is made of several tokens is made layer by layer, and "
-            f"--kv-pipeline-method={','.join(own.pipeline_method)} keeps tokens; name mlp, mlp_residual or mean_pool, or leave "
-            "the option out"
-        )
     return [
         (one, layers)
-        for one, merges in zip(reductions, merging, strict=True)
-        for layers in (asked if merges else (None,))
+        for one in reductions
+        for layers in (own.decode_layers_per_step if find_policy(one.policy).merges else (None,))
     ]
+
+
+def _is_paced(variant: Variant) -> bool:
+    """Whether it takes the layers after each token from the option."""
+    return variant.compresses and variant.controller is None
+
+
+def _refuse_unmerged(own: PipelineOptions, reductions: list[Reduction]) -> None:
+    """Refuse layers after each token where a variant reads them and no model's method merges."""
+    asked = own.decode_layers_per_step
+    if asked == (None,) or not any(_is_paced(VARIANTS[name]) for name in own.variants):
+        return
+    if any(find_policy(one.policy).merges for one in reductions):
+        return
+    typed = ",".join("off" if one is None else str(one) for one in asked)
+    raise UserError(
+        f"--kv-decode-layers-per-step={typed}: only what is made of several tokens is made layer by layer, and "
+        f"--kv-pipeline-method={','.join(own.pipeline_method)} keeps tokens; name mlp, mlp_residual or mean_pool, or leave "
+        "the option out"
+    )
 
 
 def _pace(layers: int | None) -> list[str]:

@@ -18,9 +18,12 @@ from kvsuite.engines.nano.memory_model import (
     ATTENTION_WORKSPACE,
     BLOCK_TOKENS,
     LIBRARY_WORKSPACE,
+    MOST_KEYS_A_QUERY,
     NanoMemory,
+    PromptKernel,
     pool_blocks,
     prompt_blocks,
+    prompt_kernel,
     unpacked_bytes,
 )
 from kvsuite.engines.nano.runtime import pool_bytes, workspace_bytes
@@ -33,6 +36,7 @@ from kvsuite.models.layers import layers_of
 from kvsuite.models.load import LoadedModel, load_model
 from kvsuite.models.resolve import resolve_model
 from kvsuite.nanovllm.batch import StepBatch
+from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.request import Request
 from kvsuite.nanovllm.runtime import Runtime
@@ -87,7 +91,7 @@ def test_a_real_runtime_agrees(where: DesignPoint, dtype: str) -> None:
     try:
         pool = predicted.part("kv_cache")
         assert pool == runtime.pool_bytes == pool_bytes(runtime, loaded.dtype.itemsize)
-        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups, flashinfer=True)
+        assert predicted.part("temporary") == workspace_bytes(loaded, runtime.limits, runtime.groups, "fa3")
     finally:
         runtime.close()
     rotation = sum(buffer.nbytes for buffer in loaded.model.buffers())
@@ -220,19 +224,81 @@ def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
         )
     )  # fmt: skip
     assert term(there, "attention workspace").bytes == ATTENTION_WORKSPACE
-    assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE
+    gathered = term(there, "gathered prompts").bytes
+    assert gathered is not None
+    assert there.total == (here.total or 0) + ATTENTION_WORKSPACE + LIBRARY_WORKSPACE + gathered
     for other in (here, exact, odd):
         assert all(found.name != "attention workspace" for found in other.terms)
 
 
 def test_without_flashinfer_the_keys_that_prompts_see_are_gathered() -> None:
     model, where = architecture_of("dummy:Llama-3-8B"), point(1024, 512, 4)
-    found = NanoMemory(model, "bfloat16", "cuda", 600, flashinfer=False).predict(where)
+    found = NanoMemory(model, "bfloat16", "cuda", 600, prompts="torch").predict(where)
     # as what is unpacked: the end of a prompt, and much of the next
     assert term(found, "gathered prompts").bytes == 2 * (38 + 32) * 16 * 8 * 128 * 2
     assert all(one.name not in ("attention workspace", "unpacked prompts") for one in found.terms)
-    packed = NanoMemory(model, "bfloat16", "cuda", 600, cache_format=CacheFormat.parse("int8"), flashinfer=False)
+    packed = NanoMemory(model, "bfloat16", "cuda", 600, cache_format=CacheFormat.parse("int8"), prompts="torch")
     assert term(packed.predict(where), "unpacked prompts").bytes == term(found, "gathered prompts").bytes
+
+
+def test_flashinfer_gathers_as_many_keys_as_are_worth_it() -> None:
+    from kvsuite.nanovllm import prompt_attention
+
+    assert prompt_attention._MOST_KEYS_A_QUERY == MOST_KEYS_A_QUERY
+    model = architecture_of("dummy:Llama-3-8B")
+    long, short = (NanoMemory(model, "bfloat16", "cuda").predict(point(size, 8192, 1)) for size in (65536, 8192))
+    # 32,768 of 65,536 tokens, and all that there are
+    assert term(long, "gathered prompts").bytes == 32768 * 8 * 128 * 2 * 2
+    assert term(short, "gathered prompts").bytes == 8192 * 8 * 128 * 2 * 2
+    paged = NanoMemory(model, "bfloat16", "cuda", prompts="fa2").predict(point(8192, 8192, 1))
+    assert all(found.name != "gathered prompts" for found in paged.terms)
+
+
+def test_layers_with_windows_take_nothing_of_flashinfer() -> None:
+    model = architecture_of("dummy:Llama-3-8B")
+    assert not isinstance(model.cache, str)
+    layers = [replace(layer, attention="sliding", window=256) for layer in model.cache.layers]
+    mixed = [*layers[1:], model.cache.layers[0]]
+    own, some = (
+        NanoMemory(replace(model, cache=replace(model.cache, layers=tuple(of))), "bfloat16", "cuda")
+        for of in (layers, mixed)
+    )
+    names = {"attention workspace", "gathered prompts"}
+    for memory_of, where, found in (
+        (own, point(1024, 512, 4), set()), (NanoMemory(model), point(1024, 512, 4, 256), set()),
+        # a window that shows everything is none
+        (own, point(256, 128, 4), names), (some, point(1024, 512, 4), names),
+    ):  # fmt: skip
+        assert {one.name for one in memory_of.predict(where).terms} & names == found
+
+
+@pytest.mark.parametrize("attention", ["fa2", "fa3", "torch"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_the_engine_counts_as_it_predicts(attention: PromptKernel, window: int | None) -> None:
+    """Of a runtime on CUDA, whose groups are known without one."""
+    made = tiny("bfloat16")
+    config = made.text_config.__class__(**made.text_config.to_dict() | {"head_dim": 64})
+    loaded = replace(made, device=torch.device("cuda"), text_config=config)
+    model = replace(architecture_of("dummy:tiny"), cache=layers_of(config.to_dict()))
+    where = point(512, 64, 4) if window is None else point(512, 64, 4, window)
+    predicted = NanoMemory(model, "bfloat16", "cuda", prompts=attention).predict(where)
+    groups = [LayerGroup(tuple(range(model.layers)), config.num_key_value_heads, 64, window=window)]
+    found = workspace_bytes(loaded, limits_of(where, predicted), groups, attention)
+    assert found == predicted.part("temporary")
+    assert (term(predicted, "matrix products").bytes or 0) == LIBRARY_WORKSPACE
+
+
+@pytest.mark.parametrize(
+    ("words", "kernel"),
+    [
+        ("paged: flashinfer fa3, single tokens split, reference, single tokens split", "fa3"),
+        ("paged: flashinfer fa2, single tokens split in int8", "fa2"),
+        ("paged: torch flash, single tokens split", "torch"),
+        ("paged: reference (single tokens need triton, which is not installed)", "torch"),
+    ],
+)
+def test_what_attends_to_prompts_is_read_from_the_record(words: str, kernel: PromptKernel) -> None:
+    assert prompt_kernel(words) == kernel
 
 
 @pytest.mark.parametrize(

@@ -410,5 +410,21 @@ def test_layers_after_each_token_are_asked_of_what_merges_where_no_controller_ch
         UserError, match=r"--kv-decode-layers-per-step=4: .* --kv-pipeline-method=streaming_llm keeps tokens"
     ):
         cases(decode_layers_per_step="4")
-    of_triad = default_options(pipeline_method="mean_pool", decode_layers_per_step="4", variants="triad")
-    assert unread_options(of_triad) == ["--kv-decode-layers-per-step"]
+
+
+@pytest.mark.parametrize("typed", [
+    {"pipeline_method": "mean_pool", "variants": "triad"}, {"variants": "triad"}, {"variants": "baseline"},
+])  # fmt: skip
+def test_layers_after_each_token_that_no_variant_reads_are_named_and_not_refused(typed: dict[str, str]) -> None:
+    found = cases(**typed, decode_layers_per_step="4")
+    assert {plan(case).layers_per_step for case in found} == {None}
+    assert unread_options(default_options(**typed, decode_layers_per_step="4")) == ["--kv-decode-layers-per-step"]
+
+
+def test_layers_after_each_token_are_those_of_the_model_whose_method_merges(tmp_path: Path) -> None:
+    typed = {"models": "qwen3-8b,llava-mlp", "compressor_path": written(tmp_path / "weights.pth")}
+    typed |= {"variants": "compression-only", "pipeline_batch_sizes": "1", "decode_layers_per_step": "4"}
+    found = [case for case in cases(**typed) if case.policy is not None]
+    assert [(case.policy, plan(case).layers_per_step) for case in found] == [("streaming_llm", None), ("mlp", 4)]
+    with pytest.raises(UserError, match=r"--kv-decode-layers-per-step=4: .* keeps tokens"):
+        cases(**typed | {"models": "qwen3-8b"})

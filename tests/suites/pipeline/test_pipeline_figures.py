@@ -73,6 +73,23 @@ def test_the_split_of_a_point_of_the_share_curve(drawn: dict[str, Figure | str])
     assert {"32/96", "64/64", "SMs of the decode lane"} <= set(texts(drawn["sm_share"]).split("\n"))
 
 
+def test_lines_join_factors_and_partitions_of_one_way_to_merge() -> None:
+    rows = []
+    for layers in (None, 4):
+        more: list[dict[str, Any]] = [{"variant": "compression-only", "factor": factor} for factor in (2.0, 5.0)]
+        more += [{"variant": "greenctx-only", "factor": 5.0, "partition": sms} for sms in ((32, 96), (64, 64))]
+        for at, one in enumerate(more):
+            rows.append(pipeline_row(f"{one['variant']}-{at}-{layers}", policy="mean_pool", kl=0.1 * (at + 1), **one))
+            rows[-1]["case"]["params"]["serving"]["layers_per_step"] = layers
+    groups = groups_of(rows)
+    for draw in (draw_quality, draw_front, draw_sm_share):
+        figure: Any = draw(groups, RUN)
+        for axes in (axes for part in figure.subfigs for axes in part.axes):
+            joined = [len(line.get_xdata()) for line in axes.lines if line.get_alpha() == 0.6]
+            assert set(joined) <= {1, 2}
+            assert joined.count(2) == 2
+
+
 def test_what_rows_do_not_have_is_not_drawn() -> None:
     rows = [
         pipeline_row("baseline", drop=("samples", "served_kld")),

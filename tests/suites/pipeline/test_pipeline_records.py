@@ -139,6 +139,18 @@ def test_what_compressing_a_prompt_took_is_told_of_each_prompt_and_null_where_no
         assert 0 < sum(one["compress_s"] for one in requests) < record.samples["rounds"][0]["wall_s"]
 
 
+def test_prompts_whose_requests_end_before_all_layers_are_merged_have_no_time_of_it(run: Run) -> None:
+    options = {"model": "dummy:tiny", "variants": "compression-only", "rounds": "1", "num_warmup": "0"}
+    merged = {"pipeline_method": "mean_pool", "decode_layers_per_step": "1", "synthetic_output": "2"}
+    record = run(**options, **merged)["compression-only-d1"]
+    assert record.status == "ok"
+    entry = record.metrics["compress_prompt_s"]
+    assert (entry["value"], entry["reason"].rpartition(", ")[2]) == (
+        None, "or outputs ended before all of its layers were merged",
+    )  # fmt: skip
+    assert {one["compress_s"] for one in record.samples["requests"]} == {None}
+
+
 def outputs(record: Record) -> list[str]:
     return [one["outputs_hash"] for one in record.samples["rounds"]]
 

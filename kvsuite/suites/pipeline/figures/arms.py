@@ -56,6 +56,12 @@ class Arm:
         """Whether its requests' caches are reduced."""
         return self.row["case"]["policy"] is not None
 
+    @property
+    def layers_per_step(self) -> int | None:
+        """Layers that are merged after each token behind a prompt; ``None`` where all are at its end."""
+        found: int | None = self.params.get("serving", {}).get("layers_per_step")
+        return found
+
     def value(self, metric: str, scale: float = 1.0) -> float | None:
         """Headline value in units of ``1 / scale``."""
         found = value(self.row, metric)

@@ -162,7 +162,7 @@ def _kind(arm: Arm) -> tuple[Any, ...] | None:
     """What arms share that differ in their chunk or partition alone; ``None`` for one that has neither."""
     if arm.params.get("chunk") is None and arm.decode_sms is None:
         return None
-    return arm.variant, arm.row["case"]["policy"], str(arm.row["case"]["policy_params"])
+    return arm.variant, arm.layers_per_step, arm.row["case"]["policy"], str(arm.row["case"]["policy_params"])
 
 
 def _method(arm: Arm) -> tuple[Any, ...] | None:
@@ -170,7 +170,8 @@ def _method(arm: Arm) -> tuple[Any, ...] | None:
     if not arm.compresses:
         return None
     params = {name: value for name, value in arm.row["case"]["policy_params"].items() if name != "factor"}
-    return arm.variant, arm.params.get("chunk"), arm.decode_sms, arm.row["case"]["policy"], str(params)
+    kind = arm.variant, arm.params.get("chunk"), arm.decode_sms, arm.layers_per_step
+    return *kind, arm.row["case"]["policy"], str(params)
 
 
 def _lines(
