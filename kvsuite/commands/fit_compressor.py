@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     from kvsuite.fitting.compressor_fit import FitSettings, fit
     from kvsuite.fitting.fit_model import load_for_fitting
+    from kvsuite.fitting.own_samples import OPENINGS
     from kvsuite.fitting.training_text import check_text, training_prompts
 
     check_text(arguments.text)
@@ -123,7 +124,8 @@ def _fit(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     try:
-        found = fit(loaded, prompts, held_out, settings, say, lambda weights: weights.write(arguments.output))
+        openings = [loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in OPENINGS]
+        found = fit(loaded, prompts, held_out, settings, say, lambda weights: weights.write(arguments.output), openings)
     except OSError as error:
         raise _unwritable(arguments.output, error) from error
     print(

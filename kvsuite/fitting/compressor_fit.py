@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,22 @@ from kvsuite.errors import UserError
 from kvsuite.models.load import LoadedModel
 
 from .lessons import Lessons, attention_error, divergence, serve
+from .own_samples import own_samples
 from .student import Student
 
 #: told how far it is, by a line
 Report = Callable[[str], None]
 #: shares of the time until prompts are served, and until every layer was fitted by itself; the rest is end to end
-_SERVED, _APART = 0.42, 0.6
+_SERVED, _APART = 0.42, 0.55
 #: highest learning rates, layer by layer and end to end; each grows at first, then falls to 0 along a cosine. Units of the
 #: specified form pass everything on at first, so that all of their weights turn the output at once
 _RATES: dict[Form, tuple[float, float]] = {"residual": (2e-3, 1e-3), "specified": (3e-4, 2e-4)}
 #: share of a phase in which the rate grows
 _GROWING = 0.05
-_TOGETHER = 8
+#: prompts that are answered together: of the text at first, so that some are there soon, then of the text, and the model's own
+_FIRST, _TOGETHER, _OWN = 8, 32, 48
+#: what one of the model's own prompts takes beside one of the text, before that is known
+_OWN_COST = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class FitSettings:
         Processor time for all of it: answers, steps and checks.
     answer_tokens
         Tokens of each answer.
-    batch
-        Prompts of a step.
+    batch, step_tokens
+        Prompts of a step, and on how many tokens behind each of them it looks at most.
     checks
         How often held-out prompts are looked at.
     seed
@@ -64,7 +68,8 @@ class FitSettings:
     factor: int = 5
     cpu_seconds: float = 600.0
     answer_tokens: int = 64
-    batch: int = 2
+    batch: int = 4
+    step_tokens: int = 32
     checks: int = 12
     seed: int = 0
     steps: int | None = None
@@ -105,11 +110,13 @@ def fit(
     settings: FitSettings,
     report: Report,
     better: Callable[[MlpWeights], None],
+    openings: Sequence[Sequence[int]] = (),
 ) -> FittedCompressor:
     """Fit a compressor for a model.
 
-    First every layer by itself, on what the answers attend to, which is quick and brings it near; then all of them together,
-    through the model, on the divergence of its predictions.
+    Prompts of the text and prompts that the model wrote itself are answered in turn. First every layer is fitted by itself, to
+    what the answers attend to, which is quick and brings it near; then all of them together, through the model, on the
+    divergence of its predictions.
 
     Parameters
     ----------
@@ -123,6 +130,8 @@ def fit(
         Gets a line now and then.
     better
         Gets the weights of every check that is the best so far.
+    openings
+        First tokens of the prompts that the model writes; without, it writes none.
 
     Raises
     ------
@@ -143,16 +152,7 @@ def fit(
         report(f"{doing}: {what}; {spent:.0f} s of processor time{left}")
 
     checked = Lessons.joined([serve(model, part, settings.answer_tokens) for part in torch.split(held_out, _TOGETHER)])
-    learnt: list[Lessons] = []
-    for part in torch.split(prompts, _TOGETHER):
-        learnt.append(serve(model, part, settings.answer_tokens))
-        full = sum(one.nbytes for one in learnt) >= settings.lesson_bytes
-        limit = f", and no more: they take {settings.lesson_bytes / 2**30:.3g} GiB" if full else ""
-        say("answering", f"{sum(map(len, learnt))} prompts{limit}")
-        if full or share() > _SERVED:
-            break
-    lessons = Lessons.joined(learnt)
-    learnt.clear()
+    lessons = _lessons(model, prompts, openings, settings, share, say)
     student = Student(factor=settings.factor, form=settings.form)
     student.begin(lessons.keys[..., : lessons.prompt, :], lessons.values[..., : lessons.prompt, :], settings.seed)
     mean = _check(model, checked, MeanPool(factor=settings.factor))
@@ -185,11 +185,12 @@ def fit(
             if len(queue) < settings.batch:
                 queue += order.sample(range(len(lessons)), len(lessons))
             batch = lessons.part([queue.pop() for _ in range(min(settings.batch, len(queue)))])
+            batch = batch.first(settings.step_tokens)
             for group in optimiser.param_groups:
                 group["lr"] = rate * min(1.0, done / _GROWING + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
             optimiser.zero_grad(set_to_none=True)
-            # every other step groups begin elsewhere, so that a prompt gives as many groupings as a group has tokens
-            loss = loss_of(model, batch, student, order.randrange(settings.factor) * (step % 2))
+            # groups begin elsewhere at every step, so that a prompt gives as many groupings as a group has tokens
+            loss = loss_of(model, batch, student, order.randrange(settings.factor))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(own, 1.0)
             optimiser.step()
@@ -198,21 +199,75 @@ def fit(
     return FittedCompressor(weights, mean, best, step, best_step, len(lessons), time.process_time() - started)
 
 
-def _merged(lessons: Lessons, policy: Merging, first: int) -> tuple[Tensor, Tensor]:
-    """The prompts' keys and values merged from token ``first`` on; those before stay."""
-    keys, values = (one[..., : lessons.prompt, :].float() for one in (lessons.keys, lessons.values))
-    merged = policy.merge(keys[..., first:, :], values[..., first:, :], range(len(keys)))
-    if not first:
+def _lessons(
+    model: Any,
+    prompts: Tensor,
+    openings: Sequence[Sequence[int]],
+    settings: FitSettings,
+    share: Callable[[], float],
+    say: Callable[[str, str], None],
+) -> Lessons:
+    """Answer prompts of the text and the model's own in turn, as many as there are and time and memory allow."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    learnt: list[Lessons] = []
+    # share of the time that a prompt takes, of the text and of the model's own
+    cost: dict[bool, float] = {}
+    taken = own = 0
+    while taken < len(prompts) or (openings and own < taken):
+        room = _SERVED - share()
+
+        def fitting(is_own: bool, most: int, room: float = room) -> int:
+            each = cost.get(is_own, cost.get(False, 0.0) * _OWN_COST)
+            return min(most, int(room / each)) if each else most
+
+        count = fitting(True, min(_OWN, taken - own)) if openings and taken > _FIRST and own < taken else 0
+        is_own = count >= _FIRST
+        if not is_own:
+            count = fitting(False, min(_TOGETHER if taken else _FIRST, len(prompts) - taken))
+        if count < 1:
+            break
+        before = share()
+        if is_own:
+            part = own_samples(model, openings, count, prompts.shape[1], generator)
+            own += count
+        else:
+            part = prompts[taken : taken + count]
+            taken += count
+        learnt += [serve(model, some, settings.answer_tokens) for some in torch.split(part, _TOGETHER)]
+        cost[is_own] = (share() - before) / count
+        full = sum(one.nbytes for one in learnt) >= settings.lesson_bytes
+        limit = f", and no more: they take {settings.lesson_bytes / 2**30:.3g} GiB" if full else ""
+        written = f", {own} of them the model's own" if own else ""
+        say("answering", f"{taken + own} prompts{written}{limit}")
+        if full:
+            break
+    return Lessons.joined(learnt)
+
+
+def _merged(lessons: Lessons, policy: Merging, shift: int) -> tuple[Tensor, Tensor]:
+    """The prompts' keys and values merged, all groups but the first ``shift`` tokens later; the tokens between stay.
+
+    The first group stays where it is, since the first token of a prompt is unlike all others, and nearly all heads look at it.
+    """
+    first, length = policy.group, lessons.prompt
+    keys, values = (one[..., :length, :].float() for one in (lessons.keys, lessons.values))
+    rest = torch.tensor([at for at in range(length) if not first <= at < first + shift])
+    merged = policy.merge(keys[..., rest, :], values[..., rest, :], range(len(keys)))
+    if not shift:
         return merged
-    return torch.cat([keys[..., :first, :], merged[0]], dim=-2), torch.cat([values[..., :first, :], merged[1]], dim=-2)
+    # attention does not ask in which order they lie
+    between = slice(first, first + shift)
+    return torch.cat([merged[0], keys[..., between, :]], dim=-2), torch.cat(
+        [merged[1], values[..., between, :]], dim=-2
+    )
 
 
-def _apart(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
-    return attention_error(lessons, *_merged(lessons, policy, first))
+def _apart(model: Any, lessons: Lessons, policy: Merging, shift: int) -> Tensor:
+    return attention_error(lessons, *_merged(lessons, policy, shift))
 
 
-def _together(model: Any, lessons: Lessons, policy: Merging, first: int) -> Tensor:
-    return divergence(model, lessons, *_merged(lessons, policy, first))
+def _together(model: Any, lessons: Lessons, policy: Merging, shift: int) -> Tensor:
+    return divergence(model, lessons, *_merged(lessons, policy, shift))
 
 
 @torch.no_grad()

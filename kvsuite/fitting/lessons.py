@@ -59,6 +59,14 @@ class Lessons:
             self.answers[own], self.logits[own],
         )  # fmt: skip
 
+    def first(self, tokens: int) -> Lessons:
+        """The same with the first ``tokens`` predictions behind each prompt alone, or all if there are fewer."""
+        stored = self.prompt + tokens
+        return Lessons(
+            self.prompt, self.keys[..., :stored, :], self.values[..., :stored, :], self.queries[..., :tokens, :],
+            self.attended[..., :tokens, :], self.answers[:, : tokens + 1], self.logits[:, :tokens],
+        )  # fmt: skip
+
     @staticmethod
     def joined(parts: Sequence[Lessons]) -> Lessons:
         """All of several."""

@@ -13,8 +13,9 @@ from kvsuite.compression.merging import CacheShape, Merging
 from kvsuite.compression.mlp import Mlp, MlpResidual
 from kvsuite.compression.mlp_weights import FORMS, Form, MlpWeights
 from kvsuite.errors import UserError
-from kvsuite.fitting.compressor_fit import FitSettings, fit
+from kvsuite.fitting.compressor_fit import FitSettings, _merged, fit
 from kvsuite.fitting.lessons import Lessons, attention_error, divergence, serve
+from kvsuite.fitting.own_samples import own_samples
 from kvsuite.fitting.student import Student
 
 LENGTH, ANSWER = 22, 8
@@ -111,3 +112,39 @@ def test_no_more_prompts_are_kept_than_memory_is_for(prompts: torch.Tensor) -> N
     found = fit(loaded("llama"), prompts, prompts[:4], settings, lines.append, lambda _: None)
     assert found.prompts == 8 < len(prompts)
     assert any(line.startswith("answering: 8 prompts, and no more: they take ") for line in lines)
+
+
+def test_the_first_group_is_merged_wherever_the_others_begin(lessons: Lessons) -> None:
+    (keys, values), policy = of_prompt(lessons), MeanPool(factor=3)
+    for shift in range(3):
+        own = _merged(lessons, policy, shift)
+        later = policy.merge(keys[..., 3 + shift :, :], values[..., 3 + shift :, :], range(3))
+        for found, of, rest in zip(own, (keys, values), later, strict=True):
+            parts = [of[..., :3, :].mean(dim=-2, keepdim=True), rest, of[..., 3 : 3 + shift, :]]
+            torch.testing.assert_close(found, torch.cat(parts, dim=-2), atol=1e-6, rtol=1e-6)
+
+
+def test_a_step_looks_at_the_first_tokens_behind_a_prompt(lessons: Lessons) -> None:
+    of, (keys, values) = loaded("llama"), of_prompt(lessons)
+    few = lessons.first(3)
+    assert (few.answers.shape, few.logits.shape[1], few.queries.shape[3]) == ((12, 4), 3, 3)
+    assert float(attention_error(few, keys, values)) < 1e-5
+    assert abs(float(divergence(of.model, few, keys, values))) < 1e-4
+    every = lessons.first(100)
+    assert torch.equal(every.keys, lessons.keys)
+    assert torch.equal(every.answers, lessons.answers)
+
+
+def test_a_model_writes_prompts_that_begin_as_they_are_told(prompts: torch.Tensor) -> None:
+    of, openings = loaded("llama"), [[7], [8, 9, 10]]
+    found = own_samples(of.model, openings, 3, 12, torch.Generator().manual_seed(1))
+    assert found.shape == (3, 12)
+    begun = [next(one for one in openings if row[: len(one)] == one) for row in found.tolist()]
+    assert {len(one) for one in begun} == {1, 3}
+    assert torch.equal(found, own_samples(of.model, openings, 3, 12, torch.Generator().manual_seed(1)))
+    assert not torch.equal(found, own_samples(of.model, openings, 3, 12, torch.Generator().manual_seed(2)))
+    # both are learnt from in turn: 8 of the text, the 4 others, and as many again
+    lines = list[str]()
+    settings = FitSettings(factor=3, steps=2, answer_tokens=ANSWER)
+    assert fit(of, prompts, prompts[:4], settings, lines.append, lambda _: None, openings).prompts == 24
+    assert any(line.startswith("answering: 24 prompts, 12 of them the model's own") for line in lines)
