@@ -41,7 +41,9 @@ def prepare(model: str, device: str, dtype: str, *, say: Callable[[str], None]) 
     """
     device = resolve_device(device)
     if not device.startswith("cuda"):
-        raise UserError(f"--prepare: builds kernels for CUDA, and --kv-device={device} needs none of them")
+        raise UserError(
+            f"--prepare: builds kernels for CUDA, and --kv-device={device} needs none of them; give --kv-device=cuda:0, say"
+        )
     from kvsuite.models.load import load_model
     from kvsuite.models.resolve import resolve_model
     from kvsuite.nanovllm.cuda_runner import cuda_runner

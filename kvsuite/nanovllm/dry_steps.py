@@ -49,9 +49,10 @@ class DrySteps:
 
     def warm_up(self) -> None:
         """A single token, and prompts as long as they come."""
-        total = min(_MOST_TOKENS, self._limits.max_num_batched_tokens)
-        most = min(total, self._limits.max_model_len)
-        self._step([1, *[most] * (total // most)][: self._limits.max_num_seqs])
+        # beside the single one
+        room = min(_MOST_TOKENS, self._limits.max_num_batched_tokens) - 1
+        most = max(1, min(room, self._limits.max_model_len))
+        self._step([1, *[most] * (room // most)][: self._limits.max_num_seqs])
 
     def singles(self) -> None:
         """Single tokens with a prompt and without, for every number of cuts through their keys on the current stream."""

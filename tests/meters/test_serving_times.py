@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -112,16 +114,21 @@ def test_a_mean_over_time_is_no_mean_over_steps() -> None:
     assert time_mean([]) is None
 
 
-def queue(rate: float, served_s: float, count: int, seed: int | None = None) -> list[LoadTimes]:
-    """One server, first come first served, ``served_s`` a request; arrivals are even, or Poisson by a seed."""
-    draw = random.Random(seed)
-    found, at, free = [], 0.0, 0.0
-    for _ in range(count):
+def one_server(arrivals: Iterable[float], served_s: float) -> list[LoadTimes]:
+    """First come first served, ``served_s`` a request."""
+    found, free = [], 0.0
+    for at in arrivals:
         begin = max(at, free)
         free = begin + served_s
         found.append(LoadTimes(at, begin, [begin + served_s / 2, free]))
-        at += 1 / rate if seed is None else draw.expovariate(rate)
     return found
+
+
+def queue(rate: float, served_s: float, count: int, seed: int | None = None) -> list[LoadTimes]:
+    """One server; arrivals are even, or Poisson by a seed."""
+    draw = random.Random(seed)
+    gaps = [1 / rate if seed is None else draw.expovariate(rate) for _ in range(count - 1)]
+    return one_server(itertools.accumulate([0.0, *gaps]), served_s)
 
 
 @pytest.mark.parametrize(("rate", "drains"), [(2.0, True), (9.0, True), (12.0, False), (40.0, False)])
@@ -139,19 +146,9 @@ def test_a_burst_at_the_end_is_no_queue_that_grows() -> None:
     """Bursts of 40 in a rate that is served easily, the last one at the end and a pause in the middle."""
     bursts = (0.0, 8.0, 16.0, 40.0, 48.0)
     arrivals = sorted(at for burst in bursts for at in (burst + 0.01 * one for one in range(40)))
-    found, free = [], 0.0
-    for at in arrivals:
-        begin = max(at, free)
-        free = begin + 0.1
-        found.append(LoadTimes(at, begin, [begin + 0.05, free]))
-    assert backlog(found).drains is True
+    assert backlog(one_server(arrivals, 0.1)).drains is True
     # the same requests where each burst meets what the last one left
-    late, free = [], 0.0
-    for at in arrivals:
-        begin = max(at, free)
-        free = begin + 0.4
-        late.append(LoadTimes(at, begin, [begin + 0.05, free]))
-    assert backlog(late).drains is False
+    assert backlog(one_server(arrivals, 0.4)).drains is False
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,16 @@ def prompts(lengths: Sequence[int]) -> list[list[int]]:
     return [text(length, seed=i) for i, length in enumerate(lengths)]
 
 
+def fed(of: LoadedModel, token: int, at: int, cache: Any) -> Tensor:
+    """Logits behind one more token at position ``at``, which sees all that is stored, in layers of different lengths too."""
+    found = of.model(
+        input_ids=torch.tensor([[token]]), past_key_values=cache, position_ids=torch.tensor([[at]]),
+        attention_mask=torch.zeros(1, 1, 1, 1),
+    )  # fmt: skip
+    logits: Tensor = found.logits[0, -1]
+    return logits
+
+
 def generated(of: LoadedModel, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
     """Greedy output of `transformers.generate` for one prompt alone; no end of text unless given."""
     ids = torch.tensor([list(prompt)])

@@ -36,12 +36,13 @@ def test_short_sequences_make_a_large_step_together() -> None:
     assert max(map(sum, steps)) > _FEW_ROWS
     # as many as there may be
     assert [384] * 3 in _counts("prompts", 384, 3, 8192)
+    assert [1, 39] in _counts("warm_up", 384, 3, 40)
     # one that is long enough is a step alone
     assert [2048] in _counts("prompts", 4096, 8, 8192)
 
 
-@pytest.mark.parametrize("part", ["singles", "prompts"])
-@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("part", ["singles", "prompts", "warm_up"])
+@settings(max_examples=10)
 @given(length=st.integers(2, 500), sequences=st.integers(1, 40), tokens=st.integers(40, 4096))
 def test_no_step_passes_the_limits(part: str, length: int, sequences: int, tokens: int) -> None:
     for counts in _counts(part, length, sequences, tokens):

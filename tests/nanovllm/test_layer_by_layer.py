@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compressor_weights import random_weights, written
-from decoders import fresh, greedy, loaded, prompts
+from decoders import fed, fresh, greedy, loaded, prompts
 from forced_output import forced_logits
 from hand_aside import HandAside
 from serving import assert_nothing_lost
@@ -64,11 +64,7 @@ def by_hand(policy: Policy, tokens: Sequence[int], after: int, images: ImageSpan
                     torch.cat([made[1][0], held.values[:, :, length:]], dim=2),
                     layer,
                 )
-        found = of.model(
-            input_ids=torch.tensor([[tokens[at]]]), past_key_values=cache, position_ids=torch.tensor([[at]]),
-            attention_mask=torch.zeros(1, 1, 1, 1),
-        )  # fmt: skip
-        logits.append(found.logits[0, -1])
+        logits.append(fed(of, tokens[at], at, cache))
     return torch.stack(logits)
 
 

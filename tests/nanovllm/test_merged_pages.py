@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compressor_weights import random_weights, written
-from decoders import greedy, loaded, prompts, text
+from decoders import fed, greedy, loaded, prompts, text
 from forced_output import forced_logits
 from hand_aside import HandAside
 from image_prompts import MIXED
@@ -69,12 +69,7 @@ def by_hand(policy: Policy, tokens: Sequence[int], images: ImageSpans = ()) -> T
     if not policy.skip_layers:
         assert cache.get_seq_length() == policy.size_of_prompt(length, images)
     for at in range(length, len(tokens) - 1):
-        # one token sees all that is stored, in layers of different lengths too
-        found = of.model(
-            input_ids=torch.tensor([[tokens[at]]]), past_key_values=cache, position_ids=torch.tensor([[at]]),
-            attention_mask=torch.zeros(1, 1, 1, 1),
-        )  # fmt: skip
-        logits.append(found.logits[0, -1])
+        logits.append(fed(of, tokens[at], at, cache))
     return torch.stack(logits)
 
 
