@@ -68,8 +68,7 @@ def by_hand(policy: Policy, tokens: Sequence[int], images: ImageSpans = ()) -> T
         cache.update(made[0][0], made[1][0], layer)
     if not policy.skip_layers:
         assert cache.get_seq_length() == policy.size_of_prompt(length, images)
-    for at in range(length, len(tokens) - 1):
-        logits.append(fed(of, tokens[at], at, cache))
+    logits += [fed(of, tokens[at], at, cache) for at in range(length, len(tokens) - 1)]
     return torch.stack(logits)
 
 
