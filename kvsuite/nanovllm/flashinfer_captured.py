@@ -8,7 +8,7 @@ host before every step (docs/measurements). Packed pages always go through `pack
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,15 @@ from .batch import GroupBatch, StepBatch
 from .kv_pool import KVPool
 from .layer_pages import LayerPages
 
+if TYPE_CHECKING:
+    from .step_attention import Heads
+
 #: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
 FEW_PROGRAMS = 512
+MERGED = True
+AHEAD = False
+STEP_OPTIONS: dict[str, Any] = {}
+STEP_SPLITS: int | None = None
 
 Attend = Callable[[Tensor, LayerPages, LayerPages, float], Tensor]
 
@@ -119,6 +126,7 @@ class CapturedAttention(PooledLayers):
     def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
+        self._processors = owner.processors
         self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
         self.kinds: list[str] = []
         self._plans: list[PlannedDecode | None] = []
@@ -143,6 +151,27 @@ class CapturedAttention(PooledLayers):
             return split(query, pool, keys, values, part, scale, processors, self._pdl)
 
         return attend
+
+    def attends_products(self, layer: int) -> bool:
+        """Whether `attend_product` can."""
+        number, _, pool = self._where[layer]
+        return self._plans[number] is None and not pool.is_packed
+
+    def attend_product(
+        self, layer: int, qkv: Tensor, heads: Heads, scale: float, arrivals: Tensor
+    ) -> Tensor:
+        """Store a step's tokens and attend, from the product on (`step_attention`)."""
+        from .split_attention import splits_for
+        from .step_attention import step_attention
+
+        number, index, pool = self._where[layer]
+        part, group = self._batch.groups[number], pool.group
+        keys, values = pool.layer(index)
+        return step_attention(
+            qkv, self._batch.positions, part.slots, heads, keys.codes, values.codes, part.block_tables, part.kv_lengths,
+            scale, arrivals, splits=STEP_SPLITS or splits_for(qkv.shape[1], group.kv_heads, self._processors),
+            dropped=part.dropped, window=group.window, sinks=group.sinks, merged=MERGED, ahead=AHEAD, **STEP_OPTIONS, pdl=self._pdl,
+        )  # fmt: skip
 
     def prepare(self, lengths: Sequence[Tensor]) -> None:
         """Plan a step: the group's KV lengths of all rows, padding included, int32 ``[B]`` on the host."""

@@ -34,7 +34,7 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 
 
 @triton.jit
-def _sum_of_parts(base, offsets, mask, part_stride, SPLITS: tl.constexpr, dtype: tl.constexpr):
+def sum_of_parts(base, offsets, mask, part_stride, SPLITS: tl.constexpr, dtype: tl.constexpr):
     total = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, SPLITS):
         total += tl.load(base + part * part_stride + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _add_norm_kernel(
     x = tl.load(residual + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if SPLITS > 0:
         part_stride = rows.to(tl.int64) * width
-        added = _sum_of_parts(delta + row * width, columns, inside, part_stride, SPLITS, dtype)
+        added = sum_of_parts(delta + row * width, columns, inside, part_stride, SPLITS, dtype)
         x = (x + added).to(dtype)
         tl.store(residual + row * width + columns, x, mask=inside)
         x = x.to(tl.float32)
@@ -108,6 +108,98 @@ def add_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float,
         **launch_options(pdl),
     )
     return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _open_residual_kernel(
+    ids,
+    embedding,
+    weight,
+    residual,
+    weighed,
+    squares,
+    arrivals,
+    rows,
+    width,
+    TILES: tl.constexpr,
+    TILES_ABOVE: tl.constexpr,
+    ARRIVALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(embedding + tl.load(ids + row) * width + columns, mask=inside, other=0.0)
+    tl.store(residual + row * width + columns, x, mask=inside)
+    wide = x.to(tl.float32)
+    tl.store(weighed + row * width + columns, (wide * scale).to(x.dtype), mask=inside)
+    tiles = tl.arange(0, TILES_ABOVE)
+    total = tl.sum(wide * wide, axis=0)
+    tl.store(squares + tiles * rows + row, tl.where(tiles == 0, total, 0.0), mask=tiles < TILES)
+    counters = tl.arange(0, ARRIVALS)
+    tl.store(arrivals + counters, tl.zeros((ARRIVALS,), tl.int32), mask=(counters >= 0) & (row == 0))
+
+
+def open_residual(
+    ids: Tensor, embedding: Tensor, norm: Tensor, tiles: int, arrivals: int, *, pdl: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Residuals of tokens at the first layer, in the form that `row_linear.add_linear` keeps up.
+
+    Parameters
+    ----------
+    ids
+        int64 ``[T]``.
+    embedding
+        ``[vocab, width]``.
+    norm
+        ``[width]``, weights of the first layer's norm.
+    tiles
+        Into how many sums the squares are cut, so that every layer reads as many.
+    arrivals
+        Counters, a power of two.
+    pdl
+        Whether neighbours in the stream may overlap.
+
+    Returns
+    -------
+    Tensor
+        ``[T, width]``: residuals.
+    Tensor
+        ``[T, width]``: residuals times ``norm``.
+    Tensor
+        float32 ``[tiles, T]``: sums of squares of residuals.
+    Tensor
+        int32 ``[arrivals]``: zeros.
+    """
+    rows, width = ids.shape[0], embedding.shape[1]
+    residual, weighed = (embedding.new_empty(rows, width) for _ in range(2))
+    squares = torch.empty(tiles, rows, dtype=torch.float32, device=ids.device)
+    counters = torch.empty(arrivals, dtype=torch.int32, device=ids.device)
+    block = triton.next_power_of_2(width)
+    _open_residual_kernel[(rows,)](
+        ids,
+        embedding,
+        norm,
+        residual,
+        weighed,
+        squares,
+        counters,
+        rows,
+        width,
+        TILES=tiles,
+        TILES_ABOVE=triton.next_power_of_2(tiles),
+        ARRIVALS=arrivals,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=8 if block >= 2048 else 4,
+        **launch_options(pdl),
+    )
+    return residual, weighed, squares, counters
 
 
 @triton.jit
@@ -188,8 +280,8 @@ def _rotate_store_kernel(
     part_stride = rows.to(tl.int64) * width
     offsets = (first + members[:, None]) * HEAD_DIM + lanes[None, :]
     base = qkv + row * width
-    low = _sum_of_parts(base, offsets, offsets >= 0, part_stride, SPLITS, dtype)
-    high = _sum_of_parts(base + half, offsets, offsets >= 0, part_stride, SPLITS, dtype)
+    low = sum_of_parts(base, offsets, offsets >= 0, part_stride, SPLITS, dtype)
+    high = sum_of_parts(base + half, offsets, offsets >= 0, part_stride, SPLITS, dtype)
     if first < QUERY_HEADS + KV_HEADS:
         if NORM:
             weight = key_weight
@@ -312,8 +404,8 @@ def _silu_mul_kernel(gate_up, out, rows, width, SPLITS: tl.constexpr, BLOCK: tl.
         gdc_wait()
     part_stride = rows.to(tl.int64) * width * 2
     base = gate_up + row * width * 2
-    gate = _sum_of_parts(base, columns, inside, part_stride, SPLITS, dtype)
-    up = _sum_of_parts(base + width, columns, inside, part_stride, SPLITS, dtype)
+    gate = sum_of_parts(base, columns, inside, part_stride, SPLITS, dtype)
+    up = sum_of_parts(base + width, columns, inside, part_stride, SPLITS, dtype)
     active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(out + row * width + columns, (active * up).to(dtype), mask=inside)
 

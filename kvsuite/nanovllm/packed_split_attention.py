@@ -32,9 +32,9 @@ from .packed_elements import load_numbers, scale_groups, unpack_words, words_of
 from .packed_vectors import hadamard_signs, side_options
 from .split_attention import merge_splits, splits_for
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 # the tensor cores' smallest side
-_FEWEST_QUERIES = 16
+FEWEST_QUERIES = 16
 # Keys of a step. With 4 warps and 4 stages fastest in whole steps on an H200; one warp and 32 keys are 3 % faster alone and
 # 13 % slower in a step of 64 sequences.
 _TOKENS = 128
@@ -308,12 +308,12 @@ def packed_split_attention(
         maxima,
         sums,
         out,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         tables.stride(0),
         splits,
         KV_HEADS=kv_heads,
         GROUP=group,
-        QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(group)),
+        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         TOKENS=tokens,

@@ -60,22 +60,37 @@ class Tiling:
         whole = width % (self.block_k * self.splits) == 0 and features >= self.block_n * self.parts
         return whole and not (gated and self.splits > 1) and width // self.splits >= 64 * self.prefetch
 
+    def tiles(self, features: int) -> int:
+        """Programs a part of the inner dimension, for a weight of so many rows."""
+        return -(-features // (self.block_n * self.parts))
+
 
 # a batch size must not cost a compilation
 @triton.jit(do_not_specialize=["rows"])
 def _row_linear_kernel(
     x,
+    squares,
     weight,
     out,
+    residual,
+    next_norm,
+    next_weighed,
+    next_squares,
+    arrivals,
     rows,
     features,
     width,
     span,
+    eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_ABOVE: tl.constexpr,
     GATED: tl.constexpr,
+    ADDED: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -129,6 +144,15 @@ def _row_linear_kernel(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     present = (m < rows)[None, :]
+    if TILES > 0:
+        # asked for here, needed behind the sum
+        tiles = tl.arange(0, TILES_ABOVE)
+        found = tl.load(squares + tiles[:, None] * rows + m[None, :], mask=present & (tiles < TILES)[:, None], other=0.0)
+    if ADDED:
+        places = m.to(tl.int64)[None, :] * features + n0[:, None]
+        owned = present & (n0 < features)[:, None]
+        before = tl.load(residual + places, mask=owned, other=0.0)
+        scale = tl.load(next_norm + n0, mask=n0 < features, other=0.0)
     columns = x + m[None, :] * width + split * span + k[:, None]
     acc0 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -140,11 +164,38 @@ def _row_linear_kernel(
             acc1 = tl.dot(tl.load(w1 + (at + k)[None, :]), inputs, acc1, input_precision="ieee")
         if PARTS > 2:
             acc2 = tl.dot(tl.load(w2 + (at + k)[None, :]), inputs, acc2, input_precision="ieee")
-    _store(acc0, out, start, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
-    if PARTS > 1:
-        _store(acc1, out, start + made, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
-    if PARTS > 2:
-        _store(acc2, out, start + 2 * made, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
+    if TILES > 0:
+        factor = tl.rsqrt(tl.sum(found, axis=0) / width + eps)[None, :]
+        acc0 *= factor
+        acc1 *= factor
+        acc2 *= factor
+    if ADDED:
+        last = True
+        if SPLITS > 1:
+            _store(acc0, out, start, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
+            # what all threads of this program stored comes before its arrival
+            tl.debug_barrier()
+            last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            if SPLITS > 1:
+                tl.store(arrivals + tile, 0)
+                # in the same order whoever is last
+                acc0 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+                for part in tl.static_range(SPLITS):
+                    acc0 += tl.load(
+                        out + part * rows.to(tl.int64) * features + places, mask=owned, other=0.0, cache_modifier=".cg"
+                    )
+            after = (before.to(tl.float32) + acc0.to(dtype).to(tl.float32)).to(dtype)
+            tl.store(residual + places, after, mask=owned)
+            wide = after.to(tl.float32)
+            tl.store(next_weighed + places, (wide * scale.to(tl.float32)[:, None]).to(dtype), mask=owned)
+            tl.store(next_squares + tile * rows + m, tl.sum(wide * wide, axis=0), mask=m < rows)
+    else:
+        _store(acc0, out, start, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
+        if PARTS > 1:
+            _store(acc1, out, start + made, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
+        if PARTS > 2:
+            _store(acc2, out, start + 2 * made, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
 
 
 @triton.jit
@@ -174,7 +225,16 @@ def _store(
     tl.store(target, result.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < features)[:, None])
 
 
-def row_linear(x: Tensor, weight: Tensor, tiling: Tiling, *, gated: bool = False, pdl: bool = False) -> Tensor:
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    tiling: Tiling,
+    *,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    pdl: bool = False,
+) -> Tensor:
     """Return ``x @ weight.T`` as partial sums ``[splits, T, features]``.
 
     Parameters
@@ -186,6 +246,11 @@ def row_linear(x: Tensor, weight: Tensor, tiling: Tiling, *, gated: bool = False
         is ``silu(gate) * other``.
     tiling
         One that fits.
+    squares
+        float32 ``[tiles, T]``, what `add_linear` returns beside ``x``: the result is that of ``x`` over the root of the mean
+        square of the residual, which makes it the product of the RMS norm.
+    eps
+        Added to the mean square.
     gated
         See ``weight``.
     pdl
@@ -196,31 +261,94 @@ def row_linear(x: Tensor, weight: Tensor, tiling: Tiling, *, gated: bool = False
     Tensor
         In float32 if there are several parts, in the dtype of ``x`` if there is one.
     """
-    rows, width = x.shape
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     dtype = torch.float32 if tiling.splits > 1 else x.dtype
-    out = torch.empty(tiling.splits, rows, features, dtype=dtype, device=x.device)
-    made = tiling.block_n * tiling.parts // (2 if gated else 1)
-    _row_linear_kernel[(triton.cdiv(features, made), tiling.splits)](
+    out = torch.empty(tiling.splits, x.shape[0], features, dtype=dtype, device=x.device)
+    _launch(x, squares, weight, out, None, tiling, features, eps, gated, pdl)
+    return out
+
+
+def add_linear(
+    x: Tensor,
+    weight: Tensor,
+    tiling: Tiling,
+    residual: Tensor,
+    norm: Tensor,
+    arrivals: Tensor,
+    *,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Add ``x @ weight.T`` to ``residual`` in place, and return what the product behind the next RMS norm reads.
+
+    Parameters
+    ----------
+    x, weight, tiling, pdl
+        See `row_linear`; the tiling has one part.
+    residual
+        ``[T, features]``, contiguous, overwritten.
+    norm
+        ``[features]``, weights of the norm.
+    arrivals
+        int32, one for each tile, all 0, and 0 again at the end: how many of the programs that share a sum are done. The
+        last one adds.
+
+    Returns
+    -------
+    Tensor
+        ``[T, features]``: the new residual times ``norm``.
+    Tensor
+        float32 ``[tiles, T]``: sums of squares of the new residual.
+    """
+    assert tiling.parts == 1
+    rows, features = residual.shape
+    parts = tiling.splits if tiling.splits > 1 else 0
+    out = torch.empty(parts, rows, features, dtype=torch.float32, device=x.device)
+    weighed = torch.empty_like(residual)
+    squares = torch.empty(tiling.tiles(features), rows, dtype=torch.float32, device=x.device)
+    _launch(x, None, weight, out, (residual, norm, weighed, squares, arrivals), tiling, features, 0.0, False, pdl)
+    return weighed, squares
+
+
+def _launch(
+    x: Tensor,
+    squares: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    added: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    tiling: Tiling,
+    features: int,
+    eps: float,
+    gated: bool,
+    pdl: bool,
+) -> None:
+    rows, width = x.shape
+    tiles = 0 if squares is None else squares.shape[0]
+    _row_linear_kernel[(tiling.tiles(2 * features if gated else features), tiling.splits)](
         x,
+        x if squares is None else squares,
         weight,
         out,
+        *(added or (x, x, x, x, x)),
         rows,
         features,
         width,
         width // tiling.splits,
+        eps,
         BLOCK_M=max(16, triton.next_power_of_2(rows)),
         BLOCK_N=tiling.block_n,
         PARTS=tiling.parts,
         BLOCK_K=tiling.block_k,
+        SPLITS=tiling.splits,
+        TILES=tiles,
+        TILES_ABOVE=triton.next_power_of_2(max(tiles, 1)),
         GATED=gated,
+        ADDED=added is not None,
         PREFETCH=tiling.prefetch,
         PDL=pdl,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
         **launch_options(pdl),
     )
-    return out
 
 
 def seconds_per_product(

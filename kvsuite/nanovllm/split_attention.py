@@ -19,9 +19,63 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 from .fused_kernels import launch_options
 from .packed_vectors import hadamard_signs
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 # the tensor cores' smallest side
-_FEWEST_QUERIES = 16
+FEWEST_QUERIES = 16
+
+
+@triton.jit
+def attend_part(
+    own,
+    top,
+    total,
+    acc,
+    start,
+    stop,
+    sequence,
+    head,
+    keys,
+    values,
+    tables,
+    lengths,
+    dropped,
+    scale,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """Let queries ``own`` see tokens ``start`` to ``stop``: maxima, sums of weights and weighed values, carried on."""
+    lanes = tl.arange(0, HEAD_DIM)
+    inside = tl.arange(0, TOKENS)
+    if WINDOW:
+        # tokens left the table behind the sinks' blocks; the query is the last one
+        gone = tl.load(dropped + sequence)
+        before = tl.load(lengths + sequence) + gone - WINDOW
+    for at in range(start, stop, TOKENS):
+        tokens = at + inside
+        valid = tokens < stop
+        if WINDOW:
+            valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
+        block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
+        key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
+        scores = tl.dot(own, key, input_precision="ieee") * scale
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        # where no token so far is seen, a difference of infinities is no number
+        level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
+        weights = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(top - level)
+        value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(weights, axis=1)
+        top = higher
+    return top, total, acc
 
 
 # tables of any width must not cost a compilation
@@ -61,7 +115,6 @@ def _split_kernel(
     stop = tl.minimum(start + span, length)
     members = tl.arange(0, QUERIES)
     lanes = tl.arange(0, HEAD_DIM)
-    inside = tl.arange(0, TOKENS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -70,29 +123,10 @@ def _split_kernel(
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
-    if WINDOW:
-        # tokens left the table behind the sinks' blocks; the query is the last one
-        gone = tl.load(dropped + sequence)
-        before = length + gone - WINDOW
-    for at in range(start, stop, TOKENS):
-        tokens = at + inside
-        valid = tokens < stop
-        if WINDOW:
-            valid = valid & ((tokens < SINKS) | (tokens + tl.where(tokens >= HEAD, gone, 0) >= before))
-        block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        row = (block * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head
-        key = tl.load(keys + row[None, :] * HEAD_DIM + lanes[:, None], mask=valid[None, :], other=0.0)
-        scores = tl.dot(own, key, input_precision="ieee") * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=1))
-        # where no token so far is seen, a difference of infinities is no number
-        level = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(top - level)
-        value = tl.load(values + row[:, None] * HEAD_DIM + lanes[None, :], mask=valid[:, None], other=0.0)
-        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        total = total * shrink + tl.sum(weights, axis=1)
-        top = higher
+    top, total, acc = attend_part(
+        own, top, total, acc, start, stop, sequence, head, keys, values, tables, lengths, dropped, scale, table_stride,
+        KV_HEADS, HEAD_DIM, BLOCK_SIZE, TOKENS, WINDOW, SINKS, HEAD,
+    )  # fmt: skip
     if SPLITS == 1:
         found = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
@@ -227,11 +261,11 @@ def split_attention(
         maxima,
         sums,
         out,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         tables.stride(0),
         KV_HEADS=kv_heads,
         GROUP=group,
-        QUERIES=max(_FEWEST_QUERIES, triton.next_power_of_2(group)),
+        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLITS=splits,

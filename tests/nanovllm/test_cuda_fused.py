@@ -105,6 +105,8 @@ TILINGS = [
     None,
     Tiling(block_n=32, block_k=32, splits=2, prefetch=1),
     Tiling(block_n=32, parts=2, block_k=64, prefetch=2),
+    # all products are our own: the residual is added to and normed inside them
+    Tiling(block_n=32, block_k=32, prefetch=1),
 ]
 
 

@@ -14,7 +14,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from torch.nn import functional  # noqa: E402
 
-from kvsuite.nanovllm import fused_kernels, gather_tokens, row_linear, split_attention  # noqa: E402
+from kvsuite.nanovllm import fused_kernels, gather_tokens, row_linear, split_attention, step_attention  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.layer_pages import plain_pages  # noqa: E402
 from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
@@ -142,6 +142,77 @@ def test_row_linear(tiling, rows, gated, pdl):
         gate, up = expected.chunk(2, dim=-1)
         expected = functional.silu(gate) * up
     _close(found.double().sum(0), expected, dtype)
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize(
+    "tiling",
+    [row_linear.Tiling(block_n=32, prefetch=1), row_linear.Tiling(splits=4, prefetch=2)],
+    ids=str,
+)
+def test_a_residual_that_products_norm_and_add_to(tiling, rows, pdl):
+    """A residual from its opening over a normed product, a sum and another normed product, all against torch."""
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    width, made = 208, 512
+    embedding, ids = _random(40, width, dtype=dtype), torch.arange(rows, device=DEVICE) * 7 % 40
+    first, second = (1 + 0.1 * _random(width, seed=seed, dtype=dtype) for seed in (1, 2))
+    residual, x, squares, arrivals = fused_kernels.open_residual(ids, embedding, first, tiling.tiles(width), 8, pdl=pdl)
+    assert torch.equal(residual, embedding[ids])
+    reader = _random(96, width, seed=3, dtype=dtype)
+    reading = row_linear.Tiling(block_n=32, block_k=16, prefetch=0)
+    found = row_linear.row_linear(x, reader, reading, squares=squares, eps=1e-5, pdl=pdl)[0]
+    _close(found, _norm(embedding[ids], first, 1e-5).double() @ reader.double().T, dtype)
+    # sums that are cut are there when the last program ends: the second time finds the counters as the first did
+    for turn in range(2):
+        delta, weight = _random(rows, made, seed=4 + turn, dtype=dtype), _random(width, made, seed=6, dtype=dtype)
+        expected = (residual.double() + (delta.double() @ weight.double().T).to(dtype).double()).to(dtype)
+        x, squares = row_linear.add_linear(delta, weight, tiling, residual, second, arrivals, pdl=pdl)
+        _close(residual, expected, dtype)
+        _close(x, residual * second, dtype)
+        _close(squares.sum(0), residual.float().pow(2).sum(1), torch.float32)
+        assert not arrivals.any()
+        found = row_linear.row_linear(x, reader, reading, squares=squares, eps=1e-5, pdl=pdl)[0]
+        _close(found, _norm(residual, second, 1e-5).double() @ reader.double().T, dtype)
+
+
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize(
+    ("parts", "splits", "heads", "kv_heads", "head_dim", "normed", "window", "sinks"),
+    [(4, 8, 9, 3, 64, True, None, 0), (1, 1, 4, 4, 32, False, None, 0), (2, 4, 32, 8, 128, True, 33, 4)],
+)
+def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim, normed, window, sinks, pdl):
+    """What one kernel makes is what rotation, storing and attention make one after the other."""
+    dtype, size = torch.float32 if INTERPRETED else torch.bfloat16, 16
+    lengths = torch.tensor([1, 65, 130, 200], dtype=torch.int32, device=DEVICE)
+    gone = torch.tensor([0, 0, 32, 4096] if window else [0] * 4, dtype=torch.int32, device=DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randperm(60, generator=generator)[: 4 * 13].view(4, 13).to(torch.int32).to(DEVICE)
+    last = lengths.long() - 1
+    slots = blocks[torch.arange(4, device=DEVICE), last // size].long() * size + last % size
+    qkv = _random(parts, 4, (heads + 2 * kv_heads) * head_dim, dtype=torch.float32 if parts > 1 else dtype)
+    angles = torch.arange(256, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, head_dim // 2, device=DEVICE)
+    table = (angles.cos().to(dtype), angles.sin().to(dtype))
+    norms = tuple(1 + 0.1 * _random(head_dim, seed=seed, dtype=dtype) for seed in (1, 2)) if normed else None
+    pages = [_random(60, size, kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (3, 4)]
+    own = [side.clone() for side in pages]
+    options = {"splits": splits, "dropped": gone, "window": window, "sinks": sinks, "pdl": pdl}
+    query = fused_kernels.rotate_store(
+        qkv, last, slots, table, norms, 1e-6, *map(plain_pages, pages), query_heads=heads, pdl=pdl
+    )
+    expected = split_attention.split_attention(query, *pages, blocks, lengths, head_dim**-0.5, **options)
+    arrivals = torch.zeros(4 * kv_heads, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        found = step_attention.step_attention(
+            qkv, last, slots, step_attention.Heads(heads, norms, 1e-6, table), *own, blocks, lengths, head_dim**-0.5,
+            arrivals, **options,
+        )  # fmt: skip
+        _close(found, expected, dtype)
+        assert not arrivals.any()
+    for mine, side in zip(own, pages, strict=True):
+        _close(mine.flatten(0, 1)[slots], side.flatten(0, 1)[slots], dtype)
+        others = sorted(set(range(60 * size)) - set(slots.tolist()))
+        assert torch.equal(mine.flatten(0, 1)[others], side.flatten(0, 1)[others])
 
 
 def test_a_tiling_that_leaves_a_rest_does_not_fit():

@@ -1,0 +1,308 @@
+"""Attention of a decode step from the product for queries, keys and values on, in one kernel. Importing needs triton.
+
+Norms of heads, rotation, storing the new token and merging the parts of cut keys are steps of the kernel that attends
+(`split_attention`), since a step of few tokens takes as long as it has kernels: every boundary costs some 3 us.
+
+No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
+
+from typing import NamedTuple
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+from triton.language.extra.cuda import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    gdc_launch_dependents,
+    gdc_wait,
+)
+
+from .fused_kernels import launch_options, sum_of_parts
+from .split_attention import FEWEST_QUERIES, LOG2_E, attend_part, merge_splits
+
+
+class Heads(NamedTuple):
+    """What becomes of the heads of a product before they attend.
+
+    Parameters
+    ----------
+    query_heads
+        Heads of the queries, which come first in the product.
+    norms
+        Weights ``[head_dim]`` of the RMS norms of a query's and a key's head; ``None`` for models without.
+    eps
+        Of these norms.
+    table
+        Cosines and sines of the rotation, each ``[positions, head_dim / 2]``.
+    """
+
+    query_heads: int
+    norms: tuple[Tensor, Tensor] | None
+    eps: float
+    table: tuple[Tensor, Tensor]
+
+
+@triton.jit
+def _turned(
+    vectors,
+    first,
+    present,
+    part_stride,
+    weight,
+    eps,
+    cosine,
+    sine,
+    HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Head vectors that begin at ``first`` ``[heads, 1]``, normed and rotated as transformers rounds them."""
+    lanes = tl.arange(0, HEAD_DIM)[None, :]
+    # the number that a lane is rotated with
+    partners = (lanes + HEAD_DIM // 2) % HEAD_DIM
+    own = sum_of_parts(vectors, first + lanes, present, part_stride, PARTS, dtype)
+    other = sum_of_parts(vectors, first + partners, present, part_stride, PARTS, dtype)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
+        own = ((own * factor).to(dtype).to(tl.float32) * tl.load(weight + lanes).to(tl.float32)).to(dtype).to(tl.float32)
+        other = (other * factor).to(dtype).to(tl.float32) * tl.load(weight + partners).to(tl.float32)
+        other = other.to(dtype).to(tl.float32)
+    return ((own * cosine).to(dtype).to(tl.float32) + (other * sine).to(dtype).to(tl.float32)).to(dtype)
+
+
+# neither a batch size nor tables of any width must cost a compilation
+@triton.jit(do_not_specialize=["rows", "table_stride"])
+def _step_kernel(
+    qkv,
+    positions,
+    slots,
+    cosines,
+    sines,
+    query_weight,
+    key_weight,
+    keys,
+    values,
+    tables,
+    lengths,
+    dropped,
+    mixed,
+    maxima,
+    sums,
+    arrivals,
+    out,
+    rows,
+    eps,
+    scale,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    HEAD: tl.constexpr,
+    MERGED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # heads lie side by side in a page
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    dtype = out.dtype.element_ty
+    half: tl.constexpr = HEAD_DIM // 2
+    width: tl.constexpr = (GROUP + 2) * KV_HEADS * HEAD_DIM
+    lanes = tl.arange(0, HEAD_DIM)[None, :]
+    members = tl.arange(0, QUERIES)
+    # the new token is none of those that are cut
+    older = tl.load(lengths + sequence) - 1
+    span = tl.cdiv(tl.cdiv(older, SPLITS), TOKENS) * TOKENS
+    start = split * span
+    stop = tl.minimum(start + span, older)
+    angles = tl.load(positions + sequence) * half + lanes % half
+    cosine = tl.load(cosines + angles).to(tl.float32)
+    sine = tl.load(sines + angles).to(tl.float32)
+    sine = tl.where(lanes < half, -sine, sine)
+    slot = tl.load(slots + sequence)
+    if PDL:
+        gdc_launch_dependents()
+        if AHEAD:
+            tokens = start + tl.arange(0, TOKENS)
+            block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=tokens < stop, other=0)
+            line = ((block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head)[:, None] * HEAD_DIM
+            line += tl.arange(0, HEAD_DIM // 64)[None, :] * 64
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [(keys + line).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [(values + line).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        gdc_wait()
+    vectors = qkv + sequence * width
+    part_stride = rows.to(tl.int64) * width
+    first = (head * GROUP + members)[:, None] * HEAD_DIM
+    here = (members < GROUP)[:, None]
+    own = _turned(
+        vectors, first, here, part_stride, query_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype
+    )  # fmt: skip
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
+    if split == SPLITS - 1:
+        # the new token: seen from here, and stored for later steps
+        fresh = (GROUP * KV_HEADS + head + tl.zeros((1, 1), tl.int32)) * HEAD_DIM
+        true = fresh >= 0
+        key = _turned(vectors, fresh, true, part_stride, key_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype)
+        value = sum_of_parts(vectors, fresh + KV_HEADS * HEAD_DIM + lanes, true, part_stride, PARTS, dtype)
+        place = (slot * KV_HEADS + head) * HEAD_DIM + lanes
+        tl.store(keys + place, key)
+        tl.store(values + place, value.to(dtype))
+        top = tl.sum(own.to(tl.float32) * key.to(tl.float32), axis=1) * scale
+        total += 1.0
+        acc += value
+    top, total, acc = attend_part(
+        own, top, total, acc, start, stop, sequence, head, keys, values, tables, lengths, dropped, scale, table_stride,
+        KV_HEADS, HEAD_DIM, BLOCK_SIZE, TOKENS, WINDOW, SINKS, HEAD,
+    )  # fmt: skip
+    heads = (sequence * KV_HEADS + head) * GROUP + members
+    if SPLITS == 1:
+        tl.store(out + heads[:, None] * HEAD_DIM + lanes, (acc / total[:, None]).to(dtype), mask=here)
+    else:
+        part = heads * SPLITS + split
+        tl.store(mixed + part[:, None] * HEAD_DIM + lanes, acc, mask=here)
+        tl.store(maxima + part, top, mask=members < GROUP)
+        tl.store(sums + part, total, mask=members < GROUP)
+        if MERGED:
+            # what all threads of this program stored comes before its arrival
+            tl.debug_barrier()
+            arrival = arrivals + sequence * KV_HEADS + head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
+                tl.store(arrival, 0)
+                for member in tl.static_range(GROUP):
+                    _merge(mixed, maxima, sums, out, (sequence * KV_HEADS + head) * GROUP + member, HEAD_DIM, SPLITS)
+
+
+@triton.jit
+def _merge(mixed, maxima, sums, out, head, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """Attention of a query's head from its parts, which other programs stored."""
+    parts = head * SPLITS + tl.arange(0, SPLITS)
+    lanes = tl.arange(0, HEAD_DIM)
+    tops = tl.load(maxima + parts, cache_modifier=".cg")
+    # a part that sees no token has -inf and weighs nothing; the query's own is always seen
+    weights = tl.exp2(tops - tl.max(tops, axis=0))
+    total = tl.sum(weights * tl.load(sums + parts, cache_modifier=".cg"), axis=0)
+    acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :], cache_modifier=".cg")
+    tl.store(out + head * HEAD_DIM + lanes, (tl.sum(acc * weights[:, None], axis=0) / total).to(out.dtype.element_ty))
+
+
+def step_attention(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    heads: Heads,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    arrivals: Tensor,
+    *,
+    splits: int,
+    dropped: Tensor | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    tokens: int = 64,
+    warps: int = 4,
+    stages: int = 3,
+    merged: bool = True,
+    ahead: bool = False,
+    pdl: bool = False,
+) -> Tensor:
+    """Store the new token of every sequence and return its attention, ``[S, heads, head_dim]``.
+
+    Parameters
+    ----------
+    qkv
+        Partial sums ``[parts, S, (heads + 2 kv_heads) * head_dim]``.
+    positions, slots
+        int64 ``[S]``: where the new tokens stand, and where they go.
+    heads
+        What becomes of their heads before.
+    keys, values
+        ``[num_blocks, block_size, kv_heads, head_dim]``, contiguous.
+    lengths
+        int32 ``[S]``, with the new token.
+    arrivals
+        int32, one for each sequence and key head at least, all 0, and 0 again at the end: how many parts are done. The
+        program of the last one merges.
+    tables, scale, splits, dropped, window, sinks, tokens, warps, stages, pdl
+        See `split_attention.split_attention`.
+    """
+    assert window is None or dropped is not None
+    parts, sequences, _ = qkv.shape
+    block_size, kv_heads, head_dim = keys.shape[1:]
+    group = heads.query_heads // kv_heads
+    out = torch.empty(sequences, heads.query_heads, head_dim, dtype=keys.dtype, device=qkv.device)
+    # one part is all there is
+    shares = sequences * heads.query_heads * splits if splits > 1 else 0
+    mixed = torch.empty(shares, head_dim, dtype=torch.float32, device=qkv.device)
+    maxima, sums = (torch.empty(shares, dtype=torch.float32, device=qkv.device) for _ in range(2))
+    _step_kernel[(kv_heads, sequences, splits)](
+        qkv,
+        positions,
+        slots,
+        *heads.table,
+        *(heads.norms or heads.table),
+        keys,
+        values,
+        tables,
+        lengths,
+        lengths if dropped is None else dropped,
+        mixed,
+        maxima,
+        sums,
+        arrivals,
+        out,
+        sequences,
+        heads.eps,
+        scale * LOG2_E,
+        tables.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        PARTS=parts,
+        NORM=heads.norms is not None,
+        SPLITS=splits,
+        TOKENS=tokens,
+        WINDOW=window or 0,
+        SINKS=sinks,
+        HEAD=-(-sinks // block_size) * block_size,
+        MERGED=merged,
+        AHEAD=ahead,
+        PDL=pdl,
+        num_warps=warps,
+        num_stages=stages,
+        **launch_options(pdl),
+    )
+    if splits > 1 and not merged:
+        merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
+    return out
