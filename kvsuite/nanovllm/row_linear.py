@@ -187,7 +187,8 @@ def _row_linear_kernel(
                     )
             after = (before.to(tl.float32) + acc0.to(dtype).to(tl.float32)).to(dtype)
             tl.store(residual + places, after, mask=owned)
-            wide = after.to(tl.float32)
+            # what lies behind the end was made of the first row of the weight
+            wide = tl.where(owned, after.to(tl.float32), 0.0)
             tl.store(next_weighed + places, (wide * scale.to(tl.float32)[:, None]).to(dtype), mask=owned)
             tl.store(next_squares + tile * rows + m, tl.sum(wide * wide, axis=0), mask=m < rows)
     else:
