@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -14,12 +13,14 @@ from torch import Tensor
 
 from kvsuite.compression.base import CacheView, ImageSpans, Policy
 from kvsuite.compression.merging import Merging
-from kvsuite.compression.prompt_view import MeanWeights, PromptObservation, PromptView
+from kvsuite.compression.prompt_view import PromptObservation
+from kvsuite.compression.ranked import RankedPolicy
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
+from .pooled_prompt import PooledPrompt, has_mean_weights, paged_norms
 from .prompt_observer import PromptObserver
 from .request import Request
 from .stage_streams import Work
@@ -51,21 +52,6 @@ class Decided(NamedTuple):
     rows: Ints
     chosen: Tensor
     single: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PooledPrompt(PromptView):
-    """A prompt whose values are copied from the pool when a policy asks for them."""
-
-    values: Tensor = field(init=False)
-    gather_values: Callable[[], Tensor]
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name != "values":
-            raise AttributeError(name)
-        values = self.gather_values()
-        object.__setattr__(self, "values", values)
-        return values
 
 
 class Eviction:
@@ -122,7 +108,6 @@ class Eviction:
                 scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
                 device=self._device,
             )
-        self._mean_weights = _mean_weights(pool)
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
@@ -418,26 +403,20 @@ class Eviction:
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
         for part in self._parts(
-            length, observed[0].numbers_of_token(weights=self._mean_weights is None), together=together
+            length, observed[0].numbers_of_token(weights=not has_mean_weights(self._pool)), together=together
         ):
-            own = self._pool.keys_of(slots, part).flatten(0, 1)
-            if self.group.places:
-                own = observer.rotate(own[None], positions)[0]
-
-            def values(part: slice = part) -> Tensor:
-                return self._pool.values_of(slots, part).flatten(0, 1)
-
-            view = _PooledPrompt(
-                positions.expand(own.shape[:2]), length - 1, keys=own, gather_values=values,
+            heads = len(layers[part]) * self.group.kv_heads
+            view = PooledPrompt(
+                positions.expand(heads, length), length - 1, pool=self._pool, slots=slots, part=part,
                 observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
-                rotate=observer.turn(layers[part.start]), mean_weights=self._mean_weights,
+                rotate=observer.turn(layers[part.start]), turn=observer.rotate if self.group.places else None,
             )  # fmt: skip
             score = policy.prompt_score(view)
             if score is not None:
                 scores.append(score)
                 continue
             found = policy.keep(view)
-            kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
+            kept.append(found.expand(heads, -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
         if kept:
             return torch.cat(kept)
         return self._keep_by_score(torch.cat(scores).view(len(layers), self.group.kv_heads, length))
@@ -455,6 +434,10 @@ class Eviction:
     def _scores(self, slots: Tensor) -> Tensor | None:
         """`Policy.token_score` of the tokens in ``slots``, ``[layers, kv_heads, n]``, from keys alone."""
         assert self.policy is not None
+        if type(self.policy).token_score is RankedPolicy.token_score:
+            norms = paged_norms(self._pool, slots, slice(None))
+            if norms is not None:
+                return norms
         found = []
         for part in self._parts(slots.shape[0], together=True):
             score = self.policy.token_score(self._pool.keys_of(slots, part))
@@ -572,14 +555,3 @@ class Eviction:
         packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
         parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
         return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
-
-
-def _mean_weights(pool: KVPool) -> MeanWeights | None:
-    """What computes the mean attention of a prompt's last queries over the pool's keys; ``None`` for the exact reference."""
-    width = pool.group.head_dim
-    halves = pool.dtype in (torch.bfloat16, torch.float16)
-    if pool.device.type != "cuda" or not halves or width not in (16, 32, 64, 128, 256):
-        return None
-    from .window_weights import mean_weights
-
-    return mean_weights

@@ -11,9 +11,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from kvsuite.nanovllm.gather_tokens import _gather_kernel
+from kvsuite.nanovllm.paged_norms import _key_norms_kernel
 from kvsuite.nanovllm.window_weights import _mean_weights_kernel
 
 
 def test_no_kernel_is_compiled_for_a_length_of_prompts() -> None:
-    for kernel, numbers in ((_gather_kernel, {"tokens"}), (_mean_weights_kernel, {"length", "window"})):
+    for kernel, numbers in (
+        (_gather_kernel, {"tokens"}),
+        (_mean_weights_kernel, {"length", "window", "layer_slots"}),
+        (_key_norms_kernel, {"tokens", "layer_slots"}),
+    ):
         assert {each.name for each in kernel.params if each.do_not_specialize} == numbers
