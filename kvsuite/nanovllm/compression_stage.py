@@ -334,7 +334,9 @@ class CompressionStage:
             return
         for eviction, decided in found:
             self._change(by_row, eviction, decided)
-        self._note_open(requests)
+        # all of them were open
+        if not all(eviction.follows(rows).all() for eviction in self._policies):
+            self._note_open(requests)
 
     def _change(self, by_row: Mapping[int, Request], eviction: Eviction, decided: Decided) -> bool:
         """Remove what was decided, where it can be; whether it all was. A request that it goes wrong for fails."""

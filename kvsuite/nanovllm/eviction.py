@@ -98,16 +98,22 @@ class Eviction:
         self._done = np.zeros(rows, dtype=np.bool_)
         self._unordered = np.zeros(rows, dtype=np.bool_)
         self._notes: TokenNotes | None = None
+        # where one decision serves every head the host has the positions, by row and in the order of its table
+        self._positions: Ints = np.zeros((0, 0), dtype=np.int64)
         if self.policy is not None and self.policy.acts == "decode":
-            wide = self._per_head
-            self._notes = pool.notes = TokenNotes(
-                layers=len(group.layers) if wide else 1,
-                heads=group.kv_heads if wide else 1,
-                blocks=pool.num_blocks + 1,
-                block_size=pool.block_size,
-                scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
-                device=self._device,
-            )
+            if self._per_head:
+                self._notes = pool.notes = TokenNotes(
+                    layers=len(group.layers),
+                    heads=group.kv_heads,
+                    blocks=pool.num_blocks + 1,
+                    block_size=pool.block_size,
+                    scored=self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
+                    device=self._device,
+                )
+            else:
+                self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
+        # `Policy.size_after` of lengths that were met
+        self._sizes: dict[int, int] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
@@ -221,17 +227,21 @@ class Eviction:
         Mostly one of each; several where known output was fed at once.
         """
         rows, seen = self._followed(rows, seen)
-        counts = self._tables.lengths[rows] - self._noted[rows]
+        lengths = self._tables.lengths[rows]
+        counts = lengths - self._noted[rows]
         if not counts.any():
             return
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        at = np.repeat(self._noted[rows], counts) + within
-        slots, positions = self._upload(
-            self._tables.slots_at(np.repeat(rows, counts), at), np.repeat(seen - counts, counts) + within
-        )
-        assert self._notes is not None
-        self._notes.write(slots, positions, self._scores(slots) if self._notes.scored else None)
-        self._noted[rows] += counts
+        owners, at, positions = rows, lengths - 1, seen - 1
+        if (counts != 1).any():
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            owners, at = np.repeat(rows, counts), np.repeat(lengths - counts, counts) + within
+            positions = np.repeat(seen - counts, counts) + within
+        if self._notes is None:
+            self._positions[owners, at] = positions
+        else:
+            slots, noted = self._upload(self._tables.slots_at(owners, at), positions)
+            self._notes.write(slots, noted, self._scores(slots) if self._notes.scored else None)
+        self._noted[rows] = lengths
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
         """What the policy decides now that the sequences, all different and noted, have seen so many tokens each."""
@@ -239,27 +249,29 @@ class Eviction:
         if policy is None:
             return []
         rows, seen = self._followed(rows, seen)
-        sizes: dict[int, int] = {}
-        alike: dict[int, list[int]] = {}
-        facts = zip(self._tables.lengths[rows].tolist(), seen.tolist(), self._done[rows].tolist(), strict=True)
-        for index, (length, step, done) in enumerate(facts):
-            if policy.due(step=step, done=done, prompt=prompt):
-                if length not in sizes:
-                    sizes[length] = policy.size_after(length)
-                if sizes[length] < length:
-                    alike.setdefault(length, []).append(index)
+        lengths = self._tables.lengths[rows]
+        facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
+        due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
+        if not all(due.values()):
+            now = np.array([due[fact] for fact in facts], dtype=np.bool_)
+            rows, seen, lengths = rows[now], seen[now], lengths[now]
         found = []
-        for length, all_of_them in alike.items():
-            for some in [all_of_them] if policy.sequences_apart else [[one] for one in all_of_them]:
-                own, single = rows[some], sizes[length] == length - 1 and not prompt
+        # those that store equally many tokens are decided for together
+        for length in dict.fromkeys(lengths.tolist()):
+            size = self._size_after(length)
+            if size == length:
+                continue
+            some, single = np.flatnonzero(lengths == length), size == length - 1 and not prompt
+            for part in [some] if policy.sequences_apart else np.split(some, len(some)):
+                own = rows[part]
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
                     observed = self._observer_of_prompts.observations(row, self.group.layers)
                     found.append(Decided(own, self._keep_of_prompt(self._slots(row), observed)[None], False))
                     continue
-                view = self._view(own, seen[some], length)
+                view = self._view(own, seen[part], length)
                 chosen = policy.victim(view) if single else policy.keep(view)
-                found.append(Decided(own, chosen if len(some) > 1 else chosen[None], single))
+                found.append(Decided(own, chosen if len(part) > 1 else chosen[None], single))
         return found
 
     def apply(self, decided: Decided) -> list[tuple[int, Callable[[], None]]]:
@@ -275,7 +287,7 @@ class Eviction:
         # making room in another group may have preempted some
         there = self._noted[rows] >= 0
         if not there.all():
-            rows, chosen = rows[there], chosen[self._upload(np.flatnonzero(there))[0]]
+            rows, chosen = rows[there], self._some(chosen, there)
         if not single:
             return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
         sole = self._tables.sole[rows]
@@ -283,8 +295,7 @@ class Eviction:
             self._evict_one(rows, chosen)
             return []
         if sole.any():
-            [index] = self._upload(np.flatnonzero(sole))
-            self._evict_one(rows[sole], chosen[index])
+            self._evict_one(rows[sole], self._some(chosen, sole))
         return [
             (int(rows[at]), partial(self._own_and_evict_one, rows[at : at + 1], chosen[at : at + 1]))
             for at in np.flatnonzero(~sole).tolist()
@@ -319,6 +330,8 @@ class Eviction:
         kept = int(keep.shape[-1])
         work = self._replace(row, kept)(keep)
         if self._noted[row] >= 0:
+            if self._notes is None:
+                self._positions[row, :kept] = self._positions[row, keep.cpu().numpy()]
             self._noted[row] = kept
         return work
 
@@ -332,17 +345,24 @@ class Eviction:
         for index in np.flatnonzero((self._noted[rows] >= 0) & self._done[rows]).tolist():
             alike.setdefault((int(self._noted[rows[index]]), coming[index]), []).append(index)
         for (length, count), some in alike.items():
-            [blocks] = self._upload(self._blocks(rows[some], length))
-            ranks = self._positions(blocks, length)[0].argsort(dim=-1).argsort(dim=-1)
+            own = rows[some]
+            if self._notes is None:
+                [positions] = self._upload(self._positions[own, :length])
+            else:
+                positions, _ = self._notes.read(*self._upload(self._blocks(own, length)), length)
+            ranks = positions.argsort(dim=-1).argsort(dim=-1)
             new = torch.arange(length, length + count, device=self._device)
-            for index, own in zip(some, torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1), strict=True):
-                found[index] = own
+            places = torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1)
+            for index, ranked in zip(some, places, strict=True):
+                found[index] = ranked
         return found
 
     def fork(self, row: int, target: int) -> None:
         """Begin the bookkeeping of a sequence that holds what another one does."""
         for book in (self._noted, self._done, self._unordered):
             book[target] = book[row]
+        if len(self._positions):
+            self._positions[target] = self._positions[row]
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
@@ -486,20 +506,25 @@ class Eviction:
         """Blocks ``[S, width]`` of the first ``length`` tokens."""
         return self._tables.rows(rows)[:, : -(-length // self._pool.block_size)].astype(np.int64)
 
-    def _positions(self, blocks: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """What is noted of the first ``length`` tokens in ``blocks`` ``[S, width]``, each ``[S, layers, kv_heads, length]``.
-
-        Where one decision serves every head, positions alone, ``[S, length]``.
-        """
-        assert self._notes is not None
-        positions, scores = self._notes.read(blocks, length)
-        return (positions, scores) if self._per_head else (positions[:, 0, 0], None)
+    def _size_after(self, length: int) -> int:
+        """`Policy.size_after` of a length."""
+        found = self._sizes.get(length)
+        if found is None:
+            assert self.policy is not None
+            found = self._sizes[length] = self.policy.size_after(length)
+        return found
 
     def _view(self, rows: Ints, seen: Ints, length: int) -> CacheView:
-        """What a policy sees of sequences that store ``length`` tokens each."""
-        blocks, steps = self._upload(self._blocks(rows, length), seen)
-        positions, scores = self._positions(blocks, length)
-        layers, heads = (self._layers, self._heads) if self._per_head else (0, 0)
+        """What a policy sees of sequences that store ``length`` tokens each: on the host where it has all that there is."""
+        layers: Tensor | int = 0
+        heads: Tensor | int = 0
+        scores = None
+        if self._notes is None:
+            positions, steps = torch.from_numpy(self._positions[rows, :length]), torch.from_numpy(seen)
+        else:
+            blocks, steps = self._upload(self._blocks(rows, length), seen)
+            positions, scores = self._notes.read(blocks, length)
+            layers, heads = self._layers, self._heads
         if len(rows) == 1:
             step = int(seen[0])
             own = None if scores is None else scores[0]
@@ -520,11 +545,17 @@ class Eviction:
         The victims lie in blocks that may be written.
         """
         lengths = self._tables.lengths[rows]
-        blocks, last = self._upload(self._blocks(rows, int(lengths[0])), self._tables.slots_at(rows, lengths - 1))
-        slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
-        self._pool.move(
-            slots.gather(1, victim.flatten(1) if victim.dim() > 1 else victim[:, None]).view_as(victim), last
-        )
+        last = self._tables.slots_at(rows, lengths - 1)
+        if self._notes is None:
+            gone = victim.numpy()
+            if ((gone < 0) | (gone >= lengths)).any():
+                raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
+            self._pool.move(*self._upload(self._tables.slots_at(rows, gone), last))
+            self._positions[rows, gone] = self._positions[rows, lengths - 1]
+        else:
+            blocks, at = self._upload(self._blocks(rows, int(lengths[0])), last)
+            slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
+            self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), at)
         self._tables.drop_last(rows)
         self._noted[rows] -= 1
         self.evicted += len(rows)
@@ -544,6 +575,11 @@ class Eviction:
         if self.policy.settled(done=True):
             over = ~self._unordered[rows] if self.group.places else np.ones(len(rows), dtype=np.bool_)
             self._noted[rows[over]] = -1
+
+    def _some(self, chosen: Tensor, which: Bools) -> Tensor:
+        """Of what was chosen for some sequences, what was for those marked."""
+        index = np.flatnonzero(which)
+        return chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else self._upload(index)[0]]
 
     def _slots(self, row: int) -> Tensor:
         return self._upload(self._tables.stored_slots(row))[0]

@@ -15,7 +15,7 @@ class TokenNotes:
     Parameters
     ----------
     layers, heads
-        Layers and key heads that keep different tokens; 1 and 1 where one decision serves all.
+        Layers and key heads, which keep different tokens.
     blocks, block_size
         Blocks of the pool, and tokens of a block.
     scored
@@ -68,17 +68,6 @@ class TokenNotes:
         self._slots.index_copy_(3, target, found)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the note of slot ``target[s]`` to slot ``source[s]``, or to those of every layer and head.
-
-        Parameters
-        ----------
-        source
-            ``[S]``, or ``[S, layers, heads]``.
-        target
-            ``[S]``.
-        """
+        """Copy the notes of slots ``target`` ``[S]`` to slots ``source`` ``[S, layers, heads]``."""
         last = self._slots.index_select(3, target)
-        if source.dim() == 1:
-            self._slots.index_copy_(3, source, last)
-        else:
-            self._slots.scatter_(3, source.movedim(0, -1).expand(len(self._slots), -1, -1, -1), last)
+        self._slots.scatter_(3, source.movedim(0, -1).expand(len(self._slots), -1, -1, -1), last)
