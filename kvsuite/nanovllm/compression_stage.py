@@ -321,8 +321,6 @@ class CompressionStage:
         by_row = {request.row: request for request in requests}
         rows, seen = np.array(list(by_row)), np.array([request.computed for request in requests])
         try:
-            for eviction in self._policies:
-                eviction.append(rows, seen)
             # all decisions before the first change, so that they may be made again
             found = [(eviction, decided) for eviction in self._policies for decided in eviction.decide(rows, seen)]
         except Exception as error:

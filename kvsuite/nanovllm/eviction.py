@@ -14,7 +14,7 @@ from torch import Tensor
 from kvsuite.compression.base import CacheView, ImageSpans, Policy
 from kvsuite.compression.merging import Merging
 from kvsuite.compression.prompt_view import PromptObservation
-from kvsuite.compression.ranked import RankedPolicy
+from kvsuite.compression.ranked import ROUNDING, NormRule, RankedPolicy
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
@@ -47,11 +47,22 @@ class Decided(NamedTuple):
         dimension.
     single
         Whether one token goes.
+    places
+        Blocks ``[S, width]`` of the sequences, and slots ``[S]`` of their last tokens, int64, where the device has them.
     """
 
     rows: Ints
     chosen: Tensor
     single: bool
+    places: tuple[Tensor, Tensor] | None = None
+
+
+class _Uploaded(NamedTuple):
+    """What the device has of some sequences: blocks ``[S, width]``, tokens seen ``[S]``, last slots ``[S]``."""
+
+    blocks: Tensor
+    seen: Tensor
+    last: Tensor
 
 
 class Eviction:
@@ -112,8 +123,12 @@ class Eviction:
                 )
             else:
                 self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
-        # `Policy.size_after` of lengths that were met
+        # whether kernels read and move what the notes are about, and find the token to evict
+        self._kernels = self._notes is not None and pool.device.type == "cuda" and not pool.is_packed
+        self._norms_noted = self._kernels and _scores_norms(policy)
+        # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
         self._sizes: dict[int, int] = {}
+        self._rules: dict[int, NormRule | None] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
@@ -218,38 +233,17 @@ class Eviction:
         if self.policy is None:
             return
         self._noted[row], self._done[row], self._unordered[row] = 0, False, False
-        one = np.array([row])
-        self.append(one, self._tables.lengths[one])
-
-    def append(self, rows: Ints, seen: Ints) -> None:
-        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
-
-        Mostly one of each; several where known output was fed at once.
-        """
-        rows, seen = self._followed(rows, seen)
-        lengths = self._tables.lengths[rows]
-        counts = lengths - self._noted[rows]
-        if not counts.any():
-            return
-        owners, at, positions = rows, lengths - 1, seen - 1
-        if (counts != 1).any():
-            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-            owners, at = np.repeat(rows, counts), np.repeat(lengths - counts, counts) + within
-            positions = np.repeat(seen - counts, counts) + within
-        if self._notes is None:
-            self._positions[owners, at] = positions
-        else:
-            slots, noted = self._upload(self._tables.slots_at(owners, at), positions)
-            self._notes.write(slots, noted, self._scores(slots) if self._notes.scored else None)
-        self._noted[rows] = lengths
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
-        """What the policy decides now that the sequences, all different and noted, have seen so many tokens each."""
+        """What the policy decides now that the sequences, all different, have seen so many tokens each."""
         policy = self.policy
         if policy is None:
             return []
         rows, seen = self._followed(rows, seen)
+        if not len(rows):
+            return []
         lengths = self._tables.lengths[rows]
+        uploaded = self._note(rows, seen, lengths)
         facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
         due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
         if not all(due.values()):
@@ -263,15 +257,23 @@ class Eviction:
                 continue
             some, single = np.flatnonzero(lengths == length), size == length - 1 and not prompt
             for part in [some] if policy.sequences_apart else np.split(some, len(some)):
-                own = rows[part]
+                own, steps = rows[part], seen[part]
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
                     observed = self._observer_of_prompts.observations(row, self.group.layers)
                     found.append(Decided(own, self._keep_of_prompt(self._slots(row), observed)[None], False))
                     continue
-                view = self._view(own, seen[part], length)
-                chosen = policy.victim(view) if single else policy.keep(view)
-                found.append(Decided(own, chosen if len(part) > 1 else chosen[None], single))
+                here = uploaded
+                if uploaded is not None and len(own) != len(uploaded.seen):
+                    here = _Uploaded(*self._upload(*self._facts(own, steps)))
+                rule = self._norm_rule(length) if single else None
+                if rule is not None and here is not None:
+                    chosen = self._least(rule, here, length)
+                else:
+                    view = self._view(own, steps, length, here)
+                    chosen = policy.victim(view) if single else policy.keep(view)
+                    chosen = chosen if len(part) > 1 else chosen[None]
+                found.append(Decided(own, chosen, single, None if here is None else (here.blocks, here.last)))
         return found
 
     def apply(self, decided: Decided) -> list[tuple[int, Callable[[], None]]]:
@@ -283,16 +285,16 @@ class Eviction:
             The other sequences, and for each what removes its tokens. That raises `PoolFullError` where blocks are lacking,
             and may be done again then.
         """
-        rows, chosen, single = decided
+        rows, chosen, single, places = decided
         # making room in another group may have preempted some
         there = self._noted[rows] >= 0
         if not there.all():
-            rows, chosen = rows[there], self._some(chosen, there)
+            rows, chosen, places = rows[there], self._some(chosen, there), None
         if not single:
             return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
         sole = self._tables.sole[rows]
         if sole.all():
-            self._evict_one(rows, chosen)
+            self._evict_one(rows, chosen, places)
             return []
         if sole.any():
             self._evict_one(rows[sole], self._some(chosen, sole))
@@ -349,7 +351,7 @@ class Eviction:
             if self._notes is None:
                 [positions] = self._upload(self._positions[own, :length])
             else:
-                positions, _ = self._notes.read(*self._upload(self._blocks(own, length)), length)
+                positions, _ = self._notes.read(self._upload(self._blocks(own, length))[0], length)
             ranks = positions.argsort(dim=-1).argsort(dim=-1)
             new = torch.arange(length, length + count, device=self._device)
             places = torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1)
@@ -454,7 +456,7 @@ class Eviction:
     def _scores(self, slots: Tensor) -> Tensor | None:
         """`Policy.token_score` of the tokens in ``slots``, ``[layers, kv_heads, n]``, from keys alone."""
         assert self.policy is not None
-        if type(self.policy).token_score is RankedPolicy.token_score:
+        if _scores_norms(self.policy):
             norms = paged_norms(self._pool, slots, slice(None))
             if norms is not None:
                 return norms
@@ -506,6 +508,42 @@ class Eviction:
         """Blocks ``[S, width]`` of the first ``length`` tokens."""
         return self._tables.rows(rows)[:, : -(-length // self._pool.block_size)].astype(np.int64)
 
+    def _note(self, rows: Ints, seen: Ints, lengths: Ints) -> _Uploaded | None:
+        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
+
+        Mostly one of each; several where known output was fed at once.
+
+        Returns
+        -------
+        _Uploaded or None
+            What the device has of the sequences; ``None`` where the host has all that there is.
+        """
+        counts = lengths - self._noted[rows]
+        owners, at, positions = rows, lengths - 1, seen - 1
+        if (counts != 1).any():
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            owners, at = np.repeat(rows, counts), np.repeat(lengths - counts, counts) + within
+            positions = np.repeat(seen - counts, counts) + within
+        found = None
+        if self._notes is None:
+            self._positions[owners, at] = positions
+        else:
+            slots, noted, *facts = self._upload(self._tables.slots_at(owners, at), positions, *self._facts(rows, seen))
+            if self._norms_noted:
+                from .note_kernels import note_norms
+
+                note_norms(self._pool.keys, slots, noted, self._notes.by_slot)
+            else:
+                self._notes.write(slots, noted, self._scores(slots) if self._notes.scored else None)
+            found = _Uploaded(*facts)
+        self._noted[rows] = lengths
+        return found
+
+    def _facts(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints, Ints]:
+        """What `_Uploaded` has of some sequences."""
+        lengths = self._tables.lengths[rows]
+        return self._blocks(rows, int(lengths.max())), seen, self._tables.slots_at(rows, lengths - 1)
+
     def _size_after(self, length: int) -> int:
         """`Policy.size_after` of a length."""
         found = self._sizes.get(length)
@@ -514,17 +552,35 @@ class Eviction:
             found = self._sizes[length] = self.policy.size_after(length)
         return found
 
-    def _view(self, rows: Ints, seen: Ints, length: int) -> CacheView:
+    def _norm_rule(self, length: int) -> NormRule | None:
+        """What a kernel finds the token to evict by; ``None`` where the policy does."""
+        if not self._norms_noted:
+            return None
+        if length not in self._rules:
+            self._rules[length] = norm_rule_of(self.policy, length)
+        return self._rules[length]
+
+    def _least(self, rule: NormRule, uploaded: _Uploaded, length: int) -> Tensor:
+        """What a norm rule evicts of sequences that store ``length`` tokens each, int64 ``[S, layers, kv_heads]``."""
+        from .note_kernels import least_norms
+
+        assert self._notes is not None
+        return least_norms(
+            self._notes.by_slot, uploaded.blocks, uploaded.seen, length, self._pool.block_size,
+            sign=rule.sign, protected=rule.protected, rounding=ROUNDING,
+        )  # fmt: skip
+
+    def _view(self, rows: Ints, seen: Ints, length: int, uploaded: _Uploaded | None) -> CacheView:
         """What a policy sees of sequences that store ``length`` tokens each: on the host where it has all that there is."""
         layers: Tensor | int = 0
         heads: Tensor | int = 0
         scores = None
-        if self._notes is None:
+        if self._notes is None or uploaded is None:
             positions, steps = torch.from_numpy(self._positions[rows, :length]), torch.from_numpy(seen)
         else:
-            blocks, steps = self._upload(self._blocks(rows, length), seen)
-            positions, scores = self._notes.read(blocks, length)
-            layers, heads = self._layers, self._heads
+            width = -(-length // self._pool.block_size)
+            positions, scores = self._notes.read(uploaded.blocks[:, :width], length)
+            layers, heads, steps = self._layers, self._heads, uploaded.seen
         if len(rows) == 1:
             step = int(seen[0])
             own = None if scores is None else scores[0]
@@ -539,23 +595,30 @@ class Eviction:
         self._tables.note_sole(int(row[0]))
         self._evict_one(row, victim)
 
-    def _evict_one(self, rows: Ints, victim: Tensor) -> None:
+    def _evict_one(self, rows: Ints, victim: Tensor, places: tuple[Tensor, Tensor] | None = None) -> None:
         """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot.
 
         The victims lie in blocks that may be written.
         """
         lengths = self._tables.lengths[rows]
-        last = self._tables.slots_at(rows, lengths - 1)
         if self._notes is None:
             gone = victim.numpy()
             if ((gone < 0) | (gone >= lengths)).any():
                 raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
-            self._pool.move(*self._upload(self._tables.slots_at(rows, gone), last))
+            self._pool.move(*self._upload(self._tables.slots_at(rows, gone), self._tables.slots_at(rows, lengths - 1)))
             self._positions[rows, gone] = self._positions[rows, lengths - 1]
         else:
-            blocks, at = self._upload(self._blocks(rows, int(lengths[0])), last)
-            slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
-            self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), at)
+            if places is None:
+                blocks, _, last = self._upload(*self._facts(rows, lengths))
+            else:
+                blocks, last = places
+            if self._kernels:
+                from .note_kernels import move_last
+
+                move_last(self._pool.keys, self._pool.values, self._notes.by_slot, blocks, last, victim.contiguous())
+            else:
+                slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
+                self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), last)
         self._tables.drop_last(rows)
         self._noted[rows] -= 1
         self.evicted += len(rows)
@@ -591,3 +654,15 @@ class Eviction:
         packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
         parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
         return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
+
+
+def _scores_norms(policy: Policy | None) -> bool:
+    return isinstance(policy, RankedPolicy) and type(policy).token_score is RankedPolicy.token_score
+
+
+def norm_rule_of(policy: Policy | None, length: int) -> NormRule | None:
+    """`RankedPolicy.norm_rule` of a policy whose priority and victim are what the rule says; ``None`` of any other."""
+    if not isinstance(policy, RankedPolicy) or type(policy).victim is not RankedPolicy.victim:
+        return None
+    ours = [next(each for each in type(policy).__mro__ if name in vars(each)) for name in ("priority", "norm_rule")]
+    return policy.norm_rule(length) if ours[0] is ours[1] else None

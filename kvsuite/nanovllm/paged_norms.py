@@ -49,7 +49,7 @@ def paged_key_norms(pages: Tensor, slots: Tensor) -> Tensor:
     pages
         Keys of some layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``, contiguous.
     slots
-        ``block * block_size + offset`` of the tokens, int64 ``[n]``.
+        ``block * block_size + offset`` of the tokens, int64 ``[n]``, contiguous.
     """
     layers, blocks, block_size, kv_heads, width = pages.shape
     count = slots.shape[0]

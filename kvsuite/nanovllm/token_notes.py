@@ -32,6 +32,11 @@ class TokenNotes:
         self._slots = self._numbers.flatten(3)
 
     @property
+    def by_slot(self) -> Tensor:
+        """Positions, and scores in the bits of int32 where there are any: ``[1 or 2, layers, heads, slots]``, for kernels."""
+        return self._slots
+
+    @property
     def scored(self) -> bool:
         """Whether there are scores."""
         return len(self._numbers) > 1

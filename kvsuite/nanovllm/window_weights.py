@@ -124,7 +124,7 @@ def mean_weights(query: Tensor, keys: Tensor, scale: float, slots: Tensor | None
     scale
         Factor of the products, positive.
     slots
-        ``block * block_size + offset`` of the tokens in the pages, int64 ``[n]``.
+        ``block * block_size + offset`` of the tokens in the pages, int64 ``[n]``, contiguous.
     """
     heads, window, width = query.shape
     if slots is None:
