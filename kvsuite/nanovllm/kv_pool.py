@@ -14,7 +14,7 @@ from kvsuite.errors import UserError
 from .groups import LayerGroup
 from .layer_pages import LayerPages
 from .limits import Limits
-from .pages import Pages, wide
+from .pages import Pages, take_rows, wide
 from .token_notes import TokenNotes
 
 _OWN = SideFormat(AUTO)
@@ -202,7 +202,7 @@ class KVPool:
             for vectors in rows:
                 count, width = given.shape[0], vectors.shape[1]
                 staged = self._staging[: count * width * vectors.element_size()].view(vectors.dtype).view(count, width)
-                torch.index_select(vectors, 0, taken, out=staged)
+                take_rows(vectors, taken, staged)
                 vectors.index_copy_(0, given, staged)
         if self.notes is not None:
             self.notes.keep(source, target)

@@ -10,13 +10,12 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-# queries of a head that a program looks at together; the tensor cores' smallest side
+# queries that a program looks at together; the tensor cores' smallest side
 _MOST_QUERIES = 64
 _FEWEST_QUERIES = 16
-# query heads of a key head that a program looks at together, at most: they read its keys once
-_MOST_HEADS = 2
-_TOKENS = 128
-_WARPS = 8
+# measured on an H200: two or four query heads a program that share their keys, or more tokens at a time, are slower
+_TOKENS = 64
+_WARPS = 4
 _STAGES = 3
 
 
@@ -47,18 +46,14 @@ def _mean_weights_kernel(
     token_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     PAGED: tl.constexpr,
 ):
-    # heads side by side, and in each the same queries
-    first = tl.program_id(0).to(tl.int64) * HEADS
+    head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    row = tl.arange(0, HEADS * QUERIES)
-    head = first + row // QUERIES
-    number = part * QUERIES + row % QUERIES
+    number = part * QUERIES + tl.arange(0, QUERIES)
     lanes = tl.arange(0, HEAD_DIM)
     inside = tl.arange(0, TOKENS)
     own = tl.load(
@@ -66,14 +61,14 @@ def _mean_weights_kernel(
         mask=(number < window)[:, None],
         other=0.0,
     )
-    kv_head = first // GROUP
+    kv_head = head // GROUP
     base = keys + (kv_head // KV_HEADS) * layer_slots * token_stride + (kv_head % KV_HEADS) * head_stride
     # the last token that a query sees; rows that are none see all
     last = tl.minimum(length - window + number, length - 1)
     # every query sees all tokens before this one
     whole = (length - window) // TOKENS * TOKENS
-    top = tl.full((HEADS * QUERIES,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((HEADS * QUERIES,), dtype=tl.float32)
+    top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
     for at in range(0, whole, TOKENS):
         key = _load_keys(base, slots, at + inside, length, token_stride, lanes, PAGED, False)
         scores = tl.dot(own, tl.trans(key), input_precision="ieee")
@@ -92,20 +87,19 @@ def _mean_weights_kernel(
     # what a weight is divided by, in the exponent
     shift = tl.where(number < window, top + tl.log2(total * window), float("inf"))
     asked = tl.trans(own)
-    place = out + ((first + tl.arange(0, HEADS)) * tl.num_programs(1) + part)[None, :] * length
+    place = out + (head * tl.num_programs(1) + part) * length
     # tokens lie in rows here: what is added up is what a thread has
     for at in range(0, whole, TOKENS):
         tokens = at + inside
         key = _load_keys(base, slots, tokens, length, token_stride, lanes, PAGED, False)
         weights = tl.exp2(tl.dot(key, asked, input_precision="ieee") * scale - shift[None, :])
-        tl.store(place + tokens[:, None], tl.sum(tl.reshape(weights, (TOKENS, HEADS, QUERIES)), axis=2))
+        tl.store(place + tokens, tl.sum(weights, axis=1))
     for at in range(whole, length, TOKENS):
         tokens = at + inside
         key = _load_keys(base, slots, tokens, length, token_stride, lanes, PAGED, True)
         scores = tl.dot(key, asked, input_precision="ieee") * scale
         weights = tl.exp2(tl.where(tokens[:, None] <= last[None, :], scores, float("-inf")) - shift[None, :])
-        found = tl.sum(tl.reshape(weights, (TOKENS, HEADS, QUERIES)), axis=2)
-        tl.store(place + tokens[:, None], found, mask=(tokens < length)[:, None])
+        tl.store(place + tokens, tl.sum(weights, axis=1), mask=tokens < length)
 
 
 def mean_weights(query: Tensor, keys: Tensor, scale: float, slots: Tensor | None = None) -> Tensor:
@@ -128,20 +122,20 @@ def mean_weights(query: Tensor, keys: Tensor, scale: float, slots: Tensor | None
     """
     heads, window, width = query.shape
     if slots is None:
+        # as of layers of one key head each, so that their number costs no compilation
         keys = keys.contiguous()
-        kv_heads, length, _ = keys.shape
-        layers, strides = 1, (length, length * width, width)
+        layers, length, _ = keys.shape
+        kv_heads, strides = 1, (length, width, width)
     else:
         layers, blocks, block_size, kv_heads, _ = keys.shape
         length, strides = slots.shape[0], (blocks * block_size, width, kv_heads * width)
     group = heads // (layers * kv_heads)
-    together = min(_MOST_HEADS, group & -group)
     queries = min(_MOST_QUERIES, max(_FEWEST_QUERIES, triton.next_power_of_2(window)))
     parts = triton.cdiv(window, queries)
     out = torch.empty((heads, parts, length), dtype=torch.float32, device=query.device)
-    _mean_weights_kernel[(heads // together, parts)](
+    _mean_weights_kernel[(heads, parts)](
         query.contiguous(), keys, slots, out, window, length, scale * _LOG2_E, *strides,
-        KV_HEADS=kv_heads, GROUP=group, HEADS=together, QUERIES=queries, HEAD_DIM=width, TOKENS=_TOKENS,
+        KV_HEADS=kv_heads, GROUP=group, QUERIES=queries, HEAD_DIM=width, TOKENS=_TOKENS,
         PAGED=slots is not None, num_warps=_WARPS, num_stages=_STAGES,
     )  # fmt: skip
     return out[:, 0] if parts == 1 else out.sum(dim=1)

@@ -15,6 +15,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 from kvsuite.compression import get_policy  # noqa: E402
 from kvsuite.compression.prompt_view import PromptObservation, PromptView, attention_weights  # noqa: E402
 from kvsuite.compression.ranked import key_norms  # noqa: E402
+from kvsuite.nanovllm.gather_tokens import gather_rows  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.paged_norms import paged_key_norms  # noqa: E402
@@ -50,6 +51,18 @@ def test_it_is_the_mean_of_the_weights(heads, kv_heads, window, length, head_dim
     assert found.shape == (heads, length)
     torch.testing.assert_close(found.cpu(), exact.float(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(heads, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8])
+@pytest.mark.parametrize(("rows", "width", "count"), [(9, 128, 33), (40, 80, 5), (3, 1, 7), (50, 2048, 2)])
+def test_rows_are_copied_by_their_numbers(rows, width, count, dtype):
+    generator = torch.Generator().manual_seed(width)
+    source = torch.randint(200, (rows, width), generator=generator).to(DEVICE, dtype)
+    index = torch.randint(rows, (count,), generator=generator).to(DEVICE)
+    out = torch.full((count + 1, width), 7, device=DEVICE).to(dtype)
+    gather_rows(source, index, out[:count])
+    assert torch.equal(out[:count], source[index])
+    assert (out[count] == 7).all()
 
 
 def _stored(layers, kv_heads, length, head_dim, dtype=DTYPE):
