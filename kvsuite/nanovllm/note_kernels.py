@@ -15,8 +15,8 @@ _ELEMENTS = 4096
 _TOKENS = 128
 
 
-# neither the number of tokens nor the size of a pool must cost a compilation
-@triton.jit(do_not_specialize=["tokens", "layer_slots"])
+# neither the number of tokens, nor the size of a pool, nor where in one upload a table begins must cost a compilation
+@triton.jit(do_not_specialize=["tokens", "layer_slots"], do_not_specialize_on_alignment=["slots", "positions"])
 def _note_kernel(
     keys,
     slots,
@@ -69,7 +69,10 @@ def note_norms(pages: Tensor, slots: Tensor, positions: Tensor, notes: Tensor) -
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["length", "layer_slots", "blocks_stride", "protected"])
+@triton.jit(
+    do_not_specialize=["length", "layer_slots", "blocks_stride", "protected"],
+    do_not_specialize_on_alignment=["blocks", "seen"],
+)
 def _least_kernel(
     notes,
     blocks,
@@ -155,7 +158,9 @@ def least_norms(
     return out
 
 
-@triton.jit(do_not_specialize=["layer_slots", "blocks_stride"])
+@triton.jit(
+    do_not_specialize=["layer_slots", "blocks_stride"], do_not_specialize_on_alignment=["blocks", "last", "chosen"]
+)
 def _move_kernel(
     keys,
     values,

@@ -27,3 +27,12 @@ def test_no_kernel_is_compiled_for_a_length_of_prompts() -> None:
         (_key_norms_kernel, {"tokens", "layer_slots"}),
     ):
         assert {each.name for each in kernel.params if each.do_not_specialize} == numbers
+
+
+def test_no_kernel_is_compiled_for_where_a_table_begins_in_an_upload() -> None:
+    for kernel, tables in (
+        (_note_kernel, {"slots", "positions"}),
+        (_least_kernel, {"blocks", "seen"}),
+        (_move_kernel, {"blocks", "last", "chosen"}),
+    ):
+        assert {each.name for each in kernel.params if each.do_not_specialize_on_alignment} == tables
