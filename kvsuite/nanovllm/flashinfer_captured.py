@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 #: programs of one sequence and key head each, up to which keys are cut and our own kernel attends
 FEW_PROGRAMS = 512
-MERGED = True
-AHEAD = False
-STEP_OPTIONS: dict[str, Any] = {}
-STEP_SPLITS: int | None = None
 
 Attend = Callable[[Tensor, LayerPages, LayerPages, float], Tensor]
 
@@ -152,15 +148,15 @@ class CapturedAttention(PooledLayers):
 
         return attend
 
-    def attends_products(self, layer: int) -> bool:
-        """Whether `attend_product` can."""
-        number, _, pool = self._where[layer]
-        return self._plans[number] is None and not pool.is_packed
+    @property
+    def takes_products(self) -> bool:
+        """Whether `attend_product` can attend, in every layer."""
+        return not any(self._plans) and not any(pool.is_packed for pool in self.pools)
 
     def attend_product(
-        self, layer: int, qkv: Tensor, heads: Heads, scale: float, arrivals: Tensor
+        self, layer: int, qkv: Tensor, squares: Tensor, heads: Heads, scale: float, arrivals: Tensor
     ) -> Tensor:
-        """Store a step's tokens and attend, from the product on (`step_attention`)."""
+        """Store the step's tokens and attend, from the product for queries, keys and values on; see `step_attention`."""
         from .split_attention import splits_for
         from .step_attention import step_attention
 
@@ -168,9 +164,10 @@ class CapturedAttention(PooledLayers):
         part, group = self._batch.groups[number], pool.group
         keys, values = pool.layer(index)
         return step_attention(
-            qkv, self._batch.positions, part.slots, heads, keys.codes, values.codes, part.block_tables, part.kv_lengths,
-            scale, arrivals, splits=STEP_SPLITS or splits_for(qkv.shape[1], group.kv_heads, self._processors),
-            dropped=part.dropped, window=group.window, sinks=group.sinks, merged=MERGED, ahead=AHEAD, **STEP_OPTIONS, pdl=self._pdl,
+            qkv, squares, self._batch.positions, part.slots, heads, keys.codes, values.codes,
+            part.block_tables, part.kv_lengths, scale, arrivals,
+            splits=splits_for(qkv.shape[1], group.kv_heads, self._processors),
+            dropped=part.dropped, window=group.window, sinks=group.sinks, pdl=self._pdl,
         )  # fmt: skip
 
     def prepare(self, lengths: Sequence[Tensor]) -> None:

@@ -34,11 +34,11 @@ def launch_options(pdl: bool) -> dict[str, Any]:
 
 
 @triton.jit
-def sum_of_parts(base, offsets, mask, part_stride, SPLITS: tl.constexpr, dtype: tl.constexpr):
+def sum_of_parts(base, offsets, mask, part_stride, SPLITS: tl.constexpr, dtype: tl.constexpr, factor=1.0):
     total = tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in tl.static_range(1, SPLITS):
         total += tl.load(base + part * part_stride + offsets, mask=mask, other=0.0).to(tl.float32)
-    return total.to(dtype).to(tl.float32)
+    return (total * factor).to(dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -110,7 +110,7 @@ def add_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float,
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "counters"])
 def _open_residual_kernel(
     ids,
     embedding,
@@ -121,9 +121,9 @@ def _open_residual_kernel(
     arrivals,
     rows,
     width,
+    counters,
     TILES: tl.constexpr,
     TILES_ABOVE: tl.constexpr,
-    ARRIVALS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -139,10 +139,10 @@ def _open_residual_kernel(
     wide = x.to(tl.float32)
     tl.store(weighed + row * width + columns, (wide * scale).to(x.dtype), mask=inside)
     tiles = tl.arange(0, TILES_ABOVE)
-    total = tl.sum(wide * wide, axis=0)
+    total = tl.sum(wide * wide, axis=0) / width
     tl.store(squares + tiles * rows + row, tl.where(tiles == 0, total, 0.0), mask=tiles < TILES)
-    counters = tl.arange(0, ARRIVALS)
-    tl.store(arrivals + counters, tl.zeros((ARRIVALS,), tl.int32), mask=(counters >= 0) & (row == 0))
+    for at in range(row * BLOCK, counters, tl.num_programs(0) * BLOCK):
+        tl.store(arrivals + at + columns, tl.zeros((BLOCK,), tl.int32), mask=at + columns < counters)
 
 
 def open_residual(
@@ -159,9 +159,9 @@ def open_residual(
     norm
         ``[width]``, weights of the first layer's norm.
     tiles
-        Into how many sums the squares are cut, so that every layer reads as many.
+        Into how many shares their mean squares are cut, so that every layer reads as many.
     arrivals
-        Counters, a power of two.
+        Counters.
     pdl
         Whether neighbours in the stream may overlap.
 
@@ -172,14 +172,14 @@ def open_residual(
     Tensor
         ``[T, width]``: residuals times ``norm``.
     Tensor
-        float32 ``[tiles, T]``: sums of squares of residuals.
+        float32 ``[tiles, T]``: shares of the mean squares of residuals.
     Tensor
         int32 ``[arrivals]``: zeros.
     """
     rows, width = ids.shape[0], embedding.shape[1]
     residual, weighed = (embedding.new_empty(rows, width) for _ in range(2))
     squares = torch.empty(tiles, rows, dtype=torch.float32, device=ids.device)
-    counters = torch.empty(arrivals, dtype=torch.int32, device=ids.device)
+    zeros = torch.empty(arrivals, dtype=torch.int32, device=ids.device)
     block = triton.next_power_of_2(width)
     _open_residual_kernel[(rows,)](
         ids,
@@ -188,18 +188,18 @@ def open_residual(
         residual,
         weighed,
         squares,
-        counters,
+        zeros,
         rows,
         width,
+        arrivals,
         TILES=tiles,
         TILES_ABOVE=triton.next_power_of_2(tiles),
-        ARRIVALS=arrivals,
         BLOCK=block,
         PDL=pdl,
         num_warps=8 if block >= 2048 else 4,
         **launch_options(pdl),
     )
-    return residual, weighed, squares, counters
+    return residual, weighed, squares, zeros
 
 
 @triton.jit

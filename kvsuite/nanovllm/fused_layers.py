@@ -124,8 +124,6 @@ class FusedDecoder:
         # overlapping launches need Hopper
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.tilings: dict[tuple[str, int], Tiling | None] = {}
-        self.chain = True
-        self.inside = True
 
     def _layer(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -182,9 +180,8 @@ class FusedDecoder:
         """What the final layer reads, ``[R, hidden]`` of ``batch.sample_rows``; the backend has begun the step."""
         destination = getattr(backend, "destination", None) or self._apart(batch.tokens)
         wanted = batch.sample_rows
-        tilings = self._chained(batch)
-        if tilings:
-            return self._chain(tilings, batch, backend, destination)
+        if batch.decode_only and len(wanted) == batch.tokens and (own := self._own_tilings(batch.tokens, backend)):
+            return self._short_step(own, batch, backend)
         with torch.inference_mode():
             residual = functional.embedding(batch.ids, self._embedding)
             if batch.images is not None:
@@ -202,46 +199,41 @@ class FusedDecoder:
                 delta = self._feed_forward(weights, delta, residual)
             return self._norm(delta, residual, self._final_norm)
 
-    def _chained(self, batch: StepBatch) -> dict[str, Tiling]:
-        """Tilings of a step whose norms are parts of its products; none where one is torch's or tokens are not all wanted."""
-        rows = batch.tokens
-        # a residual times a norm's weight may be more than float16 holds
-        if not (self.chain and batch.decode_only and len(batch.sample_rows) == rows and self.dtype != torch.float16):
+    def _own_tilings(self, rows: int, backend: AttentionBackend) -> dict[str, Tiling]:
+        """Tilings of a layer's products, if all are our own and attention takes what they make; none otherwise."""
+        # a residual times the weights of a norm may be more than float16 holds
+        if self.dtype == torch.float16 or not getattr(backend, "takes_products", False):
             return {}
         found = {product: self._tiling(product, rows) for product in PRODUCTS if product != "final"}
-        chosen = {product: tiling for product, tiling in found.items() if tiling}
-        whole = len(chosen) == len(found) and chosen["output"].parts == chosen["down"].parts == 1
-        return chosen if whole else {}
+        own = {product: tiling for product, tiling in found.items() if tiling is not None}
+        return own if len(own) == len(found) and own["output"].parts == own["down"].parts == 1 else {}
 
     @torch.inference_mode()
-    def _chain(
-        self, tilings: Mapping[str, Tiling], batch: StepBatch, backend: AttentionBackend, destination: Any
-    ) -> Tensor:
+    def _short_step(self, tilings: Mapping[str, Tiling], batch: StepBatch, backend: Any) -> Tensor:
+        """`hidden` of single tokens in five kernels a layer: norms and additions are parts of the products."""
         from .fused_kernels import open_residual
         from .row_linear import add_linear, row_linear
         from .step_attention import Heads
 
-        pdl, eps, layers = self._overlapped(batch.tokens), self._eps, self.layers
+        rows, eps, layers = batch.tokens, self._eps, self.layers
         width = self._embedding.shape[1]
         tiles = tilings["down"].tiles(width)
-        counters = max(tiles, tilings["output"].tiles(width), batch.tokens * self._kv_heads)
-        within = getattr(backend, "attends_products", None) if self.inside else None
+        counters = max(tiles, tilings["output"].tiles(width), rows * self._kv_heads)
+        pdl = self._overlapped(rows)
         residual, x, squares, arrivals = open_residual(
-            batch.ids, self._embedding, layers[0].input_norm, tiles, 1 << (counters - 1).bit_length(), pdl=pdl
+            batch.ids, self._embedding, layers[0].input_norm, tiles, counters, pdl=pdl
         )
-        for index, layer in enumerate(layers):
-            qkv = row_linear(x, layer.qkv, tilings["qkv"], squares=squares, eps=eps, pdl=pdl)
-            if within is not None and within(index):
-                heads = Heads(self._query_heads, layer.head_norms, eps, self._table)
-                mixed = backend.attend_product(index, qkv, heads, self._scale, arrivals).flatten(1)
-            else:
-                mixed = self._mix(index, qkv, batch, backend, destination)
+        following = [*(layer.input_norm for layer in layers[1:]), self._final_norm]
+        for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
+            heads = Heads(self._query_heads, layer.head_norms, eps, self._table)
+            # rounded when the norm's scale is known, as transformers rounds
+            qkv = row_linear(x, layer.qkv, tilings["qkv"], dtype=torch.float32, pdl=pdl)
+            mixed = backend.attend_product(index, qkv, squares, heads, self._scale, arrivals).flatten(1)
             x, squares = add_linear(
                 mixed, layer.output, tilings["output"], residual, layer.post_norm, arrivals, pdl=pdl
             )
             active = row_linear(x, layer.gate_up, tilings["gate_up"], squares=squares, eps=eps, gated=True, pdl=pdl)[0]
-            following = layers[index + 1].input_norm if index + 1 < len(layers) else self._final_norm
-            x, squares = add_linear(active, layer.down, tilings["down"], residual, following, arrivals, pdl=pdl)
+            x, squares = add_linear(active, layer.down, tilings["down"], residual, next_norm, arrivals, pdl=pdl)
         return self._norm(None, residual, self._final_norm)
 
     # a method for each half of a layer: of a long prompt every tensor counts, and what a method made is gone when it ends
@@ -254,17 +246,10 @@ class FusedDecoder:
         backend: AttentionBackend,
         destination: Any,
     ) -> Tensor:
-        layer = self.layers[index]
-        qkv = self._product("qkv", self._norm(delta, residual, layer.input_norm), layer.qkv)
-        return self._mix(index, qkv, batch, backend, destination)
-
-    def _mix(
-        self, index: int, qkv: Tensor, batch: StepBatch, backend: AttentionBackend, destination: Any
-    ) -> Tensor:
-        """What attention makes of the product for queries, keys and values, ``[T, heads * head_dim]``."""
         from .fused_kernels import rotate_store
 
         layer = self.layers[index]
+        qkv = self._product("qkv", self._norm(delta, residual, layer.input_norm), layer.qkv)
         keys, values, slots = destination(index)
         query = rotate_store(
             qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,

@@ -147,7 +147,9 @@ def _row_linear_kernel(
     if TILES > 0:
         # asked for here, needed behind the sum
         tiles = tl.arange(0, TILES_ABOVE)
-        found = tl.load(squares + tiles[:, None] * rows + m[None, :], mask=present & (tiles < TILES)[:, None], other=0.0)
+        found = tl.load(
+            squares + tiles[:, None] * rows + m[None, :], mask=present & (tiles < TILES)[:, None], other=0.0
+        )
     if ADDED:
         places = m.to(tl.int64)[None, :] * features + n0[:, None]
         owned = present & (n0 < features)[:, None]
@@ -165,7 +167,7 @@ def _row_linear_kernel(
         if PARTS > 2:
             acc2 = tl.dot(tl.load(w2 + (at + k)[None, :]), inputs, acc2, input_precision="ieee")
     if TILES > 0:
-        factor = tl.rsqrt(tl.sum(found, axis=0) / width + eps)[None, :]
+        factor = tl.rsqrt(tl.sum(found, axis=0) + eps)[None, :]
         acc0 *= factor
         acc1 *= factor
         acc2 *= factor
@@ -190,7 +192,7 @@ def _row_linear_kernel(
             # what lies behind the end was made of the first row of the weight
             wide = tl.where(owned, after.to(tl.float32), 0.0)
             tl.store(next_weighed + places, (wide * scale.to(tl.float32)[:, None]).to(dtype), mask=owned)
-            tl.store(next_squares + tile * rows + m, tl.sum(wide * wide, axis=0), mask=m < rows)
+            tl.store(next_squares + tile * rows + m, tl.sum(wide * wide, axis=0) / features, mask=m < rows)
     else:
         _store(acc0, out, start, split, rows, features, m, BLOCK_N, BLOCK_M, GATED, dtype)
         if PARTS > 1:
@@ -234,6 +236,7 @@ def row_linear(
     squares: Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    dtype: torch.dtype | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Return ``x @ weight.T`` as partial sums ``[splits, T, features]``.
@@ -248,23 +251,20 @@ def row_linear(
     tiling
         One that fits.
     squares
-        float32 ``[tiles, T]``, what `add_linear` returns beside ``x``: the result is that of ``x`` over the root of the mean
-        square of the residual, which makes it the product of the RMS norm.
+        float32 ``[tiles, T]``, what `add_linear` returns beside ``x``: the result is that of ``x`` over the root of their
+        sum, which makes it the product of the RMS norm.
     eps
         Added to the mean square.
     gated
         See ``weight``.
+    dtype
+        Of the result if it has one part; that of ``x`` by default. Several are in float32.
     pdl
         Whether neighbours in the stream may overlap.
-
-    Returns
-    -------
-    Tensor
-        In float32 if there are several parts, in the dtype of ``x`` if there is one.
     """
     features = weight.shape[0] // 2 if gated else weight.shape[0]
-    dtype = torch.float32 if tiling.splits > 1 else x.dtype
-    out = torch.empty(tiling.splits, x.shape[0], features, dtype=dtype, device=x.device)
+    made = torch.float32 if tiling.splits > 1 else dtype or x.dtype
+    out = torch.empty(tiling.splits, x.shape[0], features, dtype=made, device=x.device)
     _launch(x, squares, weight, out, None, tiling, features, eps, gated, pdl)
     return out
 
@@ -298,7 +298,7 @@ def add_linear(
     Tensor
         ``[T, features]``: the new residual times ``norm``.
     Tensor
-        float32 ``[tiles, T]``: sums of squares of the new residual.
+        float32 ``[tiles, T]``: what each tile adds to the mean square of the new residual.
     """
     assert tiling.parts == 1
     rows, features = residual.shape

@@ -21,6 +21,9 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 from .fused_kernels import launch_options, sum_of_parts
 from .split_attention import FEWEST_QUERIES, LOG2_E, attend_part, merge_splits
 
+#: parts up to which the last program that attends merges them; more are merged by as many programs as there are heads
+MOST_MERGED = 8
+
 
 class Heads(NamedTuple):
     """What becomes of the heads of a product before they attend.
@@ -48,6 +51,7 @@ def _turned(
     vectors,
     first,
     present,
+    factor,
     part_stride,
     weight,
     eps,
@@ -62,12 +66,12 @@ def _turned(
     lanes = tl.arange(0, HEAD_DIM)[None, :]
     # the number that a lane is rotated with
     partners = (lanes + HEAD_DIM // 2) % HEAD_DIM
-    own = sum_of_parts(vectors, first + lanes, present, part_stride, PARTS, dtype)
-    other = sum_of_parts(vectors, first + partners, present, part_stride, PARTS, dtype)
+    own = sum_of_parts(vectors, first + lanes, present, part_stride, PARTS, dtype, factor)
+    other = sum_of_parts(vectors, first + partners, present, part_stride, PARTS, dtype, factor)
     if NORM:
-        factor = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
-        own = ((own * factor).to(dtype).to(tl.float32) * tl.load(weight + lanes).to(tl.float32)).to(dtype).to(tl.float32)
-        other = (other * factor).to(dtype).to(tl.float32) * tl.load(weight + partners).to(tl.float32)
+        norm = tl.rsqrt(tl.sum(own * own, axis=1) / HEAD_DIM + eps)[:, None]
+        own = ((own * norm).to(dtype).to(tl.float32) * tl.load(weight + lanes).to(tl.float32)).to(dtype).to(tl.float32)
+        other = (other * norm).to(dtype).to(tl.float32) * tl.load(weight + partners).to(tl.float32)
         other = other.to(dtype).to(tl.float32)
     return ((own * cosine).to(dtype).to(tl.float32) + (other * sine).to(dtype).to(tl.float32)).to(dtype)
 
@@ -76,6 +80,7 @@ def _turned(
 @triton.jit(do_not_specialize=["rows", "table_stride"])
 def _step_kernel(
     qkv,
+    squares,
     positions,
     slots,
     cosines,
@@ -102,6 +107,8 @@ def _step_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILES_ABOVE: tl.constexpr,
     NORM: tl.constexpr,
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -109,7 +116,6 @@ def _step_kernel(
     SINKS: tl.constexpr,
     HEAD: tl.constexpr,
     MERGED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # heads lie side by side in a page
@@ -133,34 +139,15 @@ def _step_kernel(
     slot = tl.load(slots + sequence)
     if PDL:
         gdc_launch_dependents()
-        if AHEAD:
-            tokens = start + tl.arange(0, TOKENS)
-            block = tl.load(tables + sequence * table_stride + tokens // BLOCK_SIZE, mask=tokens < stop, other=0)
-            line = ((block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * KV_HEADS + head)[:, None] * HEAD_DIM
-            line += tl.arange(0, HEAD_DIM // 64)[None, :] * 64
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [(keys + line).to(tl.int64)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [(values + line).to(tl.int64)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
         gdc_wait()
+    tiles = tl.arange(0, TILES_ABOVE)
+    factor = tl.rsqrt(tl.sum(tl.load(squares + tiles * rows + sequence, mask=tiles < TILES, other=0.0), axis=0) + eps)
     vectors = qkv + sequence * width
     part_stride = rows.to(tl.int64) * width
     first = (head * GROUP + members)[:, None] * HEAD_DIM
     here = (members < GROUP)[:, None]
     own = _turned(
-        vectors, first, here, part_stride, query_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype
+        vectors, first, here, factor, part_stride, query_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype
     )  # fmt: skip
     top = tl.full((QUERIES,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
@@ -169,8 +156,10 @@ def _step_kernel(
         # the new token: seen from here, and stored for later steps
         fresh = (GROUP * KV_HEADS + head + tl.zeros((1, 1), tl.int32)) * HEAD_DIM
         true = fresh >= 0
-        key = _turned(vectors, fresh, true, part_stride, key_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype)
-        value = sum_of_parts(vectors, fresh + KV_HEADS * HEAD_DIM + lanes, true, part_stride, PARTS, dtype)
+        key = _turned(
+            vectors, fresh, true, factor, part_stride, key_weight, eps, cosine, sine, HEAD_DIM, PARTS, NORM, dtype
+        )  # fmt: skip
+        value = sum_of_parts(vectors, fresh + KV_HEADS * HEAD_DIM + lanes, true, part_stride, PARTS, dtype, factor)
         place = (slot * KV_HEADS + head) * HEAD_DIM + lanes
         tl.store(keys + place, key)
         tl.store(values + place, value.to(dtype))
@@ -195,25 +184,35 @@ def _step_kernel(
             arrival = arrivals + sequence * KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
                 tl.store(arrival, 0)
-                for member in tl.static_range(GROUP):
-                    _merge(mixed, maxima, sums, out, (sequence * KV_HEADS + head) * GROUP + member, HEAD_DIM, SPLITS)
+                _merge(mixed, maxima, sums, out, heads, members < GROUP, QUERIES, HEAD_DIM, SPLITS)
 
 
 @triton.jit
-def _merge(mixed, maxima, sums, out, head, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """Attention of a query's head from its parts, which other programs stored."""
-    parts = head * SPLITS + tl.arange(0, SPLITS)
-    lanes = tl.arange(0, HEAD_DIM)
-    tops = tl.load(maxima + parts, cache_modifier=".cg")
-    # a part that sees no token has -inf and weighs nothing; the query's own is always seen
-    weights = tl.exp2(tops - tl.max(tops, axis=0))
-    total = tl.sum(weights * tl.load(sums + parts, cache_modifier=".cg"), axis=0)
-    acc = tl.load(mixed + parts[:, None] * HEAD_DIM + lanes[None, :], cache_modifier=".cg")
-    tl.store(out + head * HEAD_DIM + lanes, (tl.sum(acc * weights[:, None], axis=0) / total).to(out.dtype.element_ty))
+def _merge(
+    mixed, maxima, sums, out, heads, present, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Attention of some heads from its parts, which other programs stored: not to be found in this one's L1 cache."""
+    lanes = tl.arange(0, HEAD_DIM)[None, :]
+    places = heads[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    top = tl.max(tl.load(maxima + places, mask=present[:, None], other=0.0, cache_modifier=".cg"), axis=1)
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = heads * SPLITS + split
+        # a part that sees no token has -inf and weighs nothing; the query's own is always seen
+        weights = tl.exp2(tl.load(maxima + part, mask=present, other=0.0, cache_modifier=".cg") - top)
+        total += weights * tl.load(sums + part, mask=present, other=1.0, cache_modifier=".cg")
+        share = tl.load(
+            mixed + part[:, None] * HEAD_DIM + lanes, mask=present[:, None], other=0.0, cache_modifier=".cg"
+        )
+        acc += weights[:, None] * share
+    target = out + heads[:, None] * HEAD_DIM + lanes
+    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=present[:, None])
 
 
 def step_attention(
     qkv: Tensor,
+    squares: Tensor,
     positions: Tensor,
     slots: Tensor,
     heads: Heads,
@@ -231,8 +230,6 @@ def step_attention(
     tokens: int = 64,
     warps: int = 4,
     stages: int = 3,
-    merged: bool = True,
-    ahead: bool = False,
     pdl: bool = False,
 ) -> Tensor:
     """Store the new token of every sequence and return its attention, ``[S, heads, head_dim]``.
@@ -241,6 +238,9 @@ def step_attention(
     ----------
     qkv
         Partial sums ``[parts, S, (heads + 2 kv_heads) * head_dim]``.
+    squares
+        float32 ``[tiles, S]``, what `row_linear.add_linear` returned beside the product's input: heads are those of the
+        product over the root of their sum.
     positions, slots
         int64 ``[S]``: where the new tokens stand, and where they go.
     heads
@@ -260,12 +260,14 @@ def step_attention(
     block_size, kv_heads, head_dim = keys.shape[1:]
     group = heads.query_heads // kv_heads
     out = torch.empty(sequences, heads.query_heads, head_dim, dtype=keys.dtype, device=qkv.device)
+    merged = splits <= MOST_MERGED
     # one part is all there is
     shares = sequences * heads.query_heads * splits if splits > 1 else 0
     mixed = torch.empty(shares, head_dim, dtype=torch.float32, device=qkv.device)
     maxima, sums = (torch.empty(shares, dtype=torch.float32, device=qkv.device) for _ in range(2))
     _step_kernel[(kv_heads, sequences, splits)](
         qkv,
+        squares,
         positions,
         slots,
         *heads.table,
@@ -290,6 +292,8 @@ def step_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         PARTS=parts,
+        TILES=squares.shape[0],
+        TILES_ABOVE=triton.next_power_of_2(squares.shape[0]),
         NORM=heads.norms is not None,
         SPLITS=splits,
         TOKENS=tokens,
@@ -297,7 +301,6 @@ def step_attention(
         SINKS=sinks,
         HEAD=-(-sinks // block_size) * block_size,
         MERGED=merged,
-        AHEAD=ahead,
         PDL=pdl,
         num_warps=warps,
         num_stages=stages,

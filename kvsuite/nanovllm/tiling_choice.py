@@ -81,4 +81,6 @@ def _fitting(decoder: FusedDecoder, product: str, candidates: Iterable[Tiling]) 
         if tiling.fits(features // 2 if gated else features, width, gated)
         # the final layer's sums have no kernel behind them that adds them
         and not (product == "final" and tiling.splits > 1)
+        # the sums that a residual is added to are of one part
+        and not (product in ("output", "down") and tiling.parts > 1)
     ]

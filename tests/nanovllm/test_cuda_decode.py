@@ -16,9 +16,10 @@ from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs, default_sizes  # noqa: E402
 from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention  # noqa: E402
 from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries  # noqa: E402
-from kvsuite.nanovllm.fused_layers import FusedDecoder  # noqa: E402
+from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
+from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
 from kvsuite.nanovllm.tiling_choice import choose_tilings  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -73,12 +74,20 @@ def _error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("tuned", [False, True])
+# the last ones are those of short steps: with attention by our own kernel, norms and sums are inside the products
+OWN = {
+    product: Tiling(block_k=64, splits=1 if product in ("gate_up", "final") else 2, prefetch=1) for product in PRODUCTS
+}
+
+
+@pytest.mark.parametrize("tuned", [False, True, OWN], ids=["torch", "tried", "own"])
 @pytest.mark.parametrize("few", [0, 1 << 20], ids=["flashinfer", "split"])
 def test_captured_steps_give_the_logits_of_transformers(few, tuned):
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    if tuned:
+    if tuned is OWN:
+        decoder.tilings = {(product, 16): tiling for product, tiling in OWN.items()}
+    elif tuned:
         choose_tilings(decoder, [4])
     attention = FlashInferAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
     prompt = sequences.batch(LENGTHS, LENGTHS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
+from kvsuite.nanovllm.flashinfer_captured import FEW_PROGRAMS, CapturedAttention  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
@@ -105,8 +108,6 @@ TILINGS = [
     None,
     Tiling(block_n=32, block_k=32, splits=2, prefetch=1),
     Tiling(block_n=32, parts=2, block_k=64, prefetch=2),
-    # all products are our own: the residual is added to and normed inside them
-    Tiling(block_n=32, block_k=32, prefetch=1),
 ]
 
 
@@ -135,6 +136,42 @@ def test_fused_float32_equals_transformers(name, tiling):
     assert _error(decoder.logits(second, attention), following) < 1e-5
     # the model shares the merged weights and still works
     assert torch.equal(_expected(model, tokens, 0), prompts)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_short_steps_equal_transformers(name, splits, monkeypatch):
+    """Steps whose attention takes products: residuals, norms, rotation and storing are inside the kernels around them."""
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
+    model = _model(name, torch.float32)
+    tokens = _tokens()
+    following = _expected(model, tokens, 1)
+    decoder = FusedDecoder(model, model.config, 64)
+    pool = _pool(model, torch.float32)
+    reference = ReferenceAttention([pool])
+    first = _batch(tokens, LENGTHS, LENGTHS)
+    reference.begin(first)
+    decoder.logits(first, reference)
+    whole = Tiling(block_n=32, block_k=32, prefetch=1)
+    decoder.tilings = {(product, 16): whole for product in PRODUCTS}
+    for product in ("qkv", "output", "down"):
+        decoder.tilings[product, 16] = replace(whole, splits=splits)
+    second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
+    # every processor of four is a reason to cut keys
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4 * splits)
+    captured = CapturedAttention(owner, second, FEW_PROGRAMS)
+    captured.begin(second)
+    ran = []
+    monkeypatch.setattr(decoder, "_short_step", lambda *given, run=decoder._short_step: ran.append(1) or run(*given))
+    # twice: what is stored is the same, and counters are where they were
+    for _ in range(2):
+        assert _error(decoder.logits(second, captured), following) < 1e-5
+    assert len(ran) == 2
+    # a product that is torch's has the other step
+    decoder.tilings["down", 16] = None
+    assert _error(decoder.logits(second, captured), following) < 1e-5
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("tiling", TILINGS[:2], ids=str)

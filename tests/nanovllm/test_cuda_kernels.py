@@ -170,7 +170,7 @@ def test_a_residual_that_products_norm_and_add_to(tiling, rows, pdl):
         x, squares = row_linear.add_linear(delta, weight, tiling, residual, second, arrivals, pdl=pdl)
         _close(residual, expected, dtype)
         _close(x, residual * second, dtype)
-        _close(squares.sum(0), residual.float().pow(2).sum(1), torch.float32)
+        _close(squares.sum(0), residual.float().pow(2).mean(1), torch.float32)
         assert not arrivals.any()
         found = row_linear.row_linear(x, reader, reading, squares=squares, eps=1e-5, pdl=pdl)[0]
         _close(found, _norm(residual, second, 1e-5).double() @ reader.double().T, dtype)
@@ -179,7 +179,7 @@ def test_a_residual_that_products_norm_and_add_to(tiling, rows, pdl):
 @pytest.mark.parametrize("pdl", PDL)
 @pytest.mark.parametrize(
     ("parts", "splits", "heads", "kv_heads", "head_dim", "normed", "window", "sinks"),
-    [(4, 8, 9, 3, 64, True, None, 0), (1, 1, 4, 4, 32, False, None, 0), (2, 4, 32, 8, 128, True, 33, 4)],
+    [(4, 16, 9, 3, 64, True, None, 0), (1, 1, 4, 4, 32, False, None, 0), (2, 4, 32, 8, 128, True, 33, 4)],
 )
 def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim, normed, window, sinks, pdl):
     """What one kernel makes is what rotation, storing and attention make one after the other."""
@@ -190,7 +190,9 @@ def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim,
     blocks = torch.randperm(60, generator=generator)[: 4 * 13].view(4, 13).to(torch.int32).to(DEVICE)
     last = lengths.long() - 1
     slots = blocks[torch.arange(4, device=DEVICE), last // size].long() * size + last % size
-    qkv = _random(parts, 4, (heads + 2 * kv_heads) * head_dim, dtype=torch.float32 if parts > 1 else dtype)
+    qkv = _random(parts, 4, (heads + 2 * kv_heads) * head_dim, dtype=torch.float32)
+    squares = _random(3, 4, seed=5).abs()
+    scaled = qkv * torch.rsqrt(squares.sum(0) + 1e-6)[:, None]
     angles = torch.arange(256, device=DEVICE)[:, None] / 10 ** torch.linspace(0, 2, head_dim // 2, device=DEVICE)
     table = (angles.cos().to(dtype), angles.sin().to(dtype))
     norms = tuple(1 + 0.1 * _random(head_dim, seed=seed, dtype=dtype) for seed in (1, 2)) if normed else None
@@ -198,13 +200,13 @@ def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim,
     own = [side.clone() for side in pages]
     options = {"splits": splits, "dropped": gone, "window": window, "sinks": sinks, "pdl": pdl}
     query = fused_kernels.rotate_store(
-        qkv, last, slots, table, norms, 1e-6, *map(plain_pages, pages), query_heads=heads, pdl=pdl
+        scaled, last, slots, table, norms, 1e-6, *map(plain_pages, pages), query_heads=heads, pdl=pdl
     )
     expected = split_attention.split_attention(query, *pages, blocks, lengths, head_dim**-0.5, **options)
     arrivals = torch.zeros(4 * kv_heads, dtype=torch.int32, device=DEVICE)
     for _ in range(2):
         found = step_attention.step_attention(
-            qkv, last, slots, step_attention.Heads(heads, norms, 1e-6, table), *own, blocks, lengths, head_dim**-0.5,
+            qkv, squares, last, slots, step_attention.Heads(heads, norms, 1e-6, table), *own, blocks, lengths, head_dim**-0.5,
             arrivals, **options,
         )  # fmt: skip
         _close(found, expected, dtype)

@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvsuite.kernel_builds import BUILDS  # noqa: E402
 from kvsuite.nanovllm import cuda_runner as module  # noqa: E402
-from kvsuite.nanovllm import fused_kernels, fused_sampling, row_linear, split_attention  # noqa: E402
+from kvsuite.nanovllm import fused_kernels, fused_sampling, row_linear, split_attention, step_attention  # noqa: E402
 from kvsuite.nanovllm.compile_ahead import compiling_ahead  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.flashinfer_libraries import Libraries  # noqa: E402
@@ -29,7 +29,7 @@ from kvsuite.nanovllm.sampling import SamplingParameters  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-KERNELS = (fused_kernels, fused_sampling, row_linear, split_attention)
+KERNELS = (fused_kernels, fused_sampling, row_linear, split_attention, step_attention)
 
 
 @triton.jit
