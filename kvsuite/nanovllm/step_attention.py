@@ -103,6 +103,7 @@ def _step_kernel(
     table_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    ABOVE: tl.constexpr,
     QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -184,30 +185,42 @@ def _step_kernel(
             arrival = arrivals + sequence * KV_HEADS + head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == SPLITS - 1:
                 tl.store(arrival, 0)
-                _merge(mixed, maxima, sums, out, heads, members < GROUP, QUERIES, HEAD_DIM, SPLITS)
+                _merge(mixed, maxima, sums, out, (sequence * KV_HEADS + head) * GROUP, GROUP, ABOVE, HEAD_DIM, SPLITS)
 
 
 @triton.jit
 def _merge(
-    mixed, maxima, sums, out, heads, present, QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr
+    mixed,
+    maxima,
+    sums,
+    out,
+    first,
+    GROUP: tl.constexpr,
+    ABOVE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Attention of some heads from its parts, which other programs stored: not to be found in this one's L1 cache."""
-    lanes = tl.arange(0, HEAD_DIM)[None, :]
-    places = heads[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-    top = tl.max(tl.load(maxima + places, mask=present[:, None], other=0.0, cache_modifier=".cg"), axis=1)
-    total = tl.zeros((QUERIES,), dtype=tl.float32)
-    acc = tl.zeros((QUERIES, HEAD_DIM), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = heads * SPLITS + split
+    """Attention of a group's heads from its parts, which other programs stored: not to be found in this one's L1 cache."""
+    some: tl.constexpr = SPLITS if SPLITS < 8 else 8
+    lanes = tl.arange(0, HEAD_DIM)
+    members = tl.arange(0, ABOVE)
+    own = (first + members).to(tl.int64)[:, None] * SPLITS
+    present = (members < GROUP)[:, None]
+    tops = tl.load(maxima + own + tl.arange(0, SPLITS)[None, :], mask=present, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, axis=1)[:, None]
+    total = tl.zeros((ABOVE,), dtype=tl.float32)
+    acc = tl.zeros((ABOVE, HEAD_DIM), dtype=tl.float32)
+    for at in tl.static_range(0, SPLITS, some):
+        parts = own + at + tl.arange(0, some)[None, :]
         # a part that sees no token has -inf and weighs nothing; the query's own is always seen
-        weights = tl.exp2(tl.load(maxima + part, mask=present, other=0.0, cache_modifier=".cg") - top)
-        total += weights * tl.load(sums + part, mask=present, other=1.0, cache_modifier=".cg")
-        share = tl.load(
-            mixed + part[:, None] * HEAD_DIM + lanes, mask=present[:, None], other=0.0, cache_modifier=".cg"
+        weights = tl.exp2(tl.load(maxima + parts, mask=present, other=0.0, cache_modifier=".cg") - top)
+        total += tl.sum(weights * tl.load(sums + parts, mask=present, other=1.0, cache_modifier=".cg"), axis=1)
+        shares = mixed + parts[:, :, None] * HEAD_DIM + lanes[None, None, :]
+        acc += tl.sum(
+            weights[:, :, None] * tl.load(shares, mask=present[:, :, None], other=0.0, cache_modifier=".cg"), axis=1
         )
-        acc += weights[:, None] * share
-    target = out + heads[:, None] * HEAD_DIM + lanes
-    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=present[:, None])
+    target = out + (first + members)[:, None] * HEAD_DIM + lanes[None, :]
+    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=present)
 
 
 def step_attention(
@@ -288,6 +301,7 @@ def step_attention(
         tables.stride(0),
         KV_HEADS=kv_heads,
         GROUP=group,
+        ABOVE=triton.next_power_of_2(group),
         QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
