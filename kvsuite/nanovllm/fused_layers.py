@@ -2,7 +2,9 @@
 
 A layer is nine kernels: norm with the addition before it, one product for queries, keys and values, norm + rotation + write
 into the cache, attention, output product, norm with addition, one product for gate and up, their activation, down product.
-The merged weights are the storage of the model's own parameters, so the model goes on working and nothing is held twice.
+Where all products of a captured step of single tokens are our own it is five: norms, additions and the activation are parts
+of the products, rotation, the write and merging of attention (`FusedDecoder._short_step`). The merged weights are the storage
+of the model's own parameters, so the model goes on working and nothing is held twice.
 """
 
 from __future__ import annotations

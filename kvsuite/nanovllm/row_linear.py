@@ -3,8 +3,9 @@
 A decode step multiplies at most some hundred rows with every weight of the model, so a product takes as long as reading the
 weight. The tensor cores want 64 rows on one side: that is the weight's side here, and the few rows are the other one. The
 inner dimension can be cut (``splits``) so that there are about as many programs as the device runs at once; the partial sums
-are added by whatever kernel reads the product next. Before a program waits for the kernel that makes its input it fetches
-the beginning of its weights into the L2 cache.
+are added by whatever kernel reads the product next (`row_linear`), or by the last of the programs that share them, which adds
+them to the residual and begins the next RMS norm (`add_linear`). Before a program waits for the kernel that makes its input
+it fetches the beginning of its weights into the L2 cache.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
