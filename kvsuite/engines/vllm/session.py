@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,23 +89,24 @@ class VllmSession(Session):
         super().__init__()
         if settings.decode_step == "graph" and case.device_kind != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
+        self._is_eager = settings.decode_step == "eager" or case.device_kind == "cpu"
+        if own.vllm_max_capture_size is not None and self._is_eager:
+            why = "with --kv-decode-step=eager" if settings.decode_step == "eager" else "on a CPU"
+            raise CaseInvalid(
+                f"--kv-vllm-max-capture-size={own.vllm_max_capture_size}: {why} no step is captured; leave it out"
+            )
         self._install, self._settings, self._own = install, settings, own
         self._device_name = case.device
         self._spec = resolve_model(case.model, cache_dir=settings.cache_dir)
         self._architecture = architecture_of(case.model, cache_dir=settings.cache_dir)
         if reason := pool_unknown(self._architecture):
             raise CaseInvalid(f"engine vllm: {reason}; its pool cannot be sized for a case. Use --kv-engine=hf")
-        self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
-        try:
-            self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
-            if is_quantised(Path(self._model)):
-                raise CaseInvalid(
-                    f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
-                    "the checkpoint that was not quantised"
-                )
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        self._model = model_folder(self._spec, settings.cache_dir)
+        if is_quantised(Path(self._model)):
+            raise CaseInvalid(
+                f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
+                "the checkpoint that was not quantised"
+            )
         self._dtype = checkpoint_dtype(Path(self._model)) if case.dtype == "checkpoint" else case.dtype
         self._tokenizer = load_tokenizer(self._spec, cache_dir=settings.cache_dir)
         self._worker: VllmWorker | None = None
@@ -283,7 +283,6 @@ class VllmSession(Session):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-        self._folder.cleanup()
 
     def _up(self, kind: EngineKind | None = None) -> VllmWorker:
         """The worker, with an engine of such a kind, by default the one that serves the case."""
@@ -348,7 +347,7 @@ class VllmSession(Session):
             # the pool is given: what else there is decides itself whether it fits
             "gpu_memory_utilization": 0.05,
             "tensor_parallel_size": own.vllm_tensor_parallel_size,
-            "enforce_eager": self._settings.decode_step == "eager" or case.device_kind == "cpu",
+            "enforce_eager": self._is_eager,
             # its own times
             "disable_log_stats": False,
             "seed": 0,
@@ -356,6 +355,8 @@ class VllmSession(Session):
         if kind.gives_rows:
             # log-probabilities of the whole vocabulary; and no capture of a step that nobody times
             given |= {"max_logprobs": -1, "enforce_eager": True}
+        elif own.vllm_max_capture_size is not None:
+            given["max_cudagraph_capture_size"] = own.vllm_max_capture_size
         if own.vllm_attention_backend is not None:
             given["attention_backend"] = own.vllm_attention_backend
         return given
