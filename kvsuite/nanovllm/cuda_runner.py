@@ -21,6 +21,7 @@ from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
 from .batch import StepBatch
+from .captured_layers import CapturedLayers, layer_sizes
 from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
 from .dry_steps import DrySteps
@@ -140,7 +141,9 @@ class CudaRunner(ModelRunner):
     rotation
         For groups that place their keys in the cache.
     graphs
-        Whether decode steps are captured.
+        Whether decode steps are captured, and layers of steps with prompts.
+    prompt_graphs
+        Whether layers of steps with prompts are captured (`captured_layers`); in vain where prompts have a lane of their own.
     fuse
         Whether layers are fused.
     tune
@@ -169,6 +172,7 @@ class CudaRunner(ModelRunner):
         *,
         rotation: KeyRotation | None = None,
         graphs: bool = True,
+        prompt_graphs: bool = True,
         fuse: bool = True,
         tune: bool = True,
         build: bool = False,
@@ -190,6 +194,7 @@ class CudaRunner(ModelRunner):
         self._dry = DrySteps(self._unobserved, pools, limits, self.device)
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
+        self.layers: CapturedLayers | None = None
         self._why_not_captured = ""
         # by the streams that they were captured on, whose SMs they keep
         self._captured: dict[str, DecodeGraphs] = {}
@@ -213,6 +218,8 @@ class CudaRunner(ModelRunner):
                     self._captured[""] = self.graphs
             if self.graphs is None:
                 self._compile_ahead(None)
+            if graphs and prompt_graphs and self.decoder is not None:
+                self.layers = self._capture_layers(self.decoder, attention, limits)
             if warm_up and not any(pool.group.places for pool in pools):
                 self._dry.warm_up()
         except BaseException:
@@ -236,6 +243,10 @@ class CudaRunner(ModelRunner):
         if self.graphs is not None:
             found["decode_sizes"] = self.graphs.sizes
             found["decode_attention"] = self.graphs.kinds
+        on_graphs = self.layers is not None and self.device.type == "cuda"
+        found["prompt_step"] = "layers captured" if on_graphs else "eager"
+        if self.layers is not None:
+            found["prompt_sizes"] = self.layers.sizes
         if self.decoder is None:
             return found | {"fused": [], "not_fused": self._why_not_fused}
         return found | dict(self.decoder.effective)
@@ -266,8 +277,18 @@ class CudaRunner(ModelRunner):
     def _eager(self, batch: StepBatch) -> Tensor:
         if self.decoder is None:
             return super().run(batch)
+        return self.decoder.head(self._fused(self.decoder, batch))
+
+    def _fused(self, decoder: FusedDecoder, batch: StepBatch) -> Tensor:
+        """`hidden` of fused layers, captured ones if there are some for the step."""
+        backend = self._observed(self.attention, batch)
+        # who looks at queries finds them by their place in the step
+        observed = backend is not self.attention
+        found = None if self.layers is None else self.layers.hidden(batch, backend, whole=observed)
+        if found is not None:
+            return found
         self.attention.begin(batch)
-        return self.decoder.logits(batch, self._observed(self.attention, batch))
+        return decoder.hidden(batch, backend)
 
     def _unobserved(self, batch: StepBatch) -> Tensor:
         """A step of no request: what was said of the last one's prompts is not of it."""
@@ -281,8 +302,7 @@ class CudaRunner(ModelRunner):
         """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``."""
         if self.decoder is None:
             return super().hidden(batch)
-        self.attention.begin(batch)
-        return self.decoder.hidden(batch, self._observed(self.attention, batch))
+        return self._fused(self.decoder, batch)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
@@ -313,13 +333,13 @@ class CudaRunner(ModelRunner):
         """Another runner for steps on another stream, the current one; it shares the fused layers and captures nothing."""
         other = super().beside(turns)
         assert isinstance(other.backend, FlashInferAttention | CapturableReference)
-        other.attention, other.graphs, other.captured_bytes = other.backend, None, 0
+        other.attention, other.graphs, other.layers, other.captured_bytes = other.backend, None, None, 0
         other._why_not_captured = "steps of prompts are not captured"
         return other
 
     def close(self) -> None:
         """Give the model its own attention back, and the memory of the graphs."""
-        self.graphs = None
+        self.graphs = self.layers = None
         self._captured.clear()
         super().close()
 
@@ -384,6 +404,29 @@ class CudaRunner(ModelRunner):
             return None
         self.captured_bytes += _reserved_bytes(self.device) - before
         return graphs
+
+    def _capture_layers(self, decoder: FusedDecoder, attention: CapturableAttention, limits: Limits) -> CapturedLayers:
+        """Layers of steps with prompts, captured on the current stream."""
+        before = _reserved_bytes(self.device)
+        layers = CapturedLayers(
+            decoder,
+            attention,
+            layer_sizes(limits.max_num_batched_tokens),
+            max_sequences=limits.max_num_seqs,
+            max_blocks=limits.blocks_per_sequence,
+            # the captured reference gathers the longest possible sequence
+            singles_apart=attention.capturable
+            and (self.device.type == "cpu" or isinstance(attention, FlashInferAttention)),
+        )
+        try:
+            layers.capture()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"max_num_batched_tokens={limits.max_num_batched_tokens}: {self.device} has no room to capture layers for "
+                f"{layers.sizes[-1]} tokens beside the pool; give a smaller memory_share or pool_bytes"
+            ) from error
+        self.captured_bytes += _reserved_bytes(self.device) - before
+        return layers
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""
