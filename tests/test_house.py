@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +106,39 @@ def test_suites_and_engines_are_known_by_name_in_their_own_folders_alone() -> No
 def test_the_folder_of_a_suite_or_an_engine_is_imported_by_nobody() -> None:
     own = {room for room in table() if room.partition("/")[2]}
     assert {room: imported & own for room, imported in table().items() if imported & own} == {}
+
+
+def definitions(
+    kind: type[ast.ClassDef] | type[ast.FunctionDef],
+) -> Iterator[tuple[ast.ClassDef | ast.FunctionDef, str]]:
+    """Classes or functions of the package, however deep, each with the place where it is defined."""
+    for path in sorted((ROOT / "kvsuite").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kind):
+                yield node, f"{path.relative_to(ROOT).as_posix()}:{node.lineno}"
+
+
+def of_one_name(found: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names that are given more than once, with their places."""
+    places: dict[str, list[str]] = {}
+    for name, place in found:
+        places.setdefault(name, []).append(place)
+    return {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    assert of_one_name((node.name, place) for node, place in definitions(ast.ClassDef)) == {}
+
+
+def test_no_two_kernels_have_one_name() -> None:
+    # a profile knows them by nothing else
+    kernels = [
+        (node.name, place)
+        for node, place in definitions(ast.FunctionDef)
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    assert len(kernels) > 10
+    assert of_one_name(kernels) == {}
 
 
 def test_a_circle_is_found_and_imports_inside_functions_count(house: ModuleType, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from .judge import Judge, Pair
 from .machine import machine_differences
 from .matching import Matcher, SideCase, cases_of_side
-from .records import Row
+from .records import RecordRow
 from .rules import Rules
 from .sides import Side
 from .verdicts import Verdict
@@ -113,7 +113,7 @@ def _fails(verdict: Verdict, rules: Rules) -> bool:
 class _Judged:
     """A case of now: its first row, what it is in the base, and the verdicts."""
 
-    row: Row
+    row: RecordRow
     base: SideCase | None
     verdicts: list[Verdict] = field(default_factory=list)
 
@@ -142,7 +142,7 @@ class ComparisonBuilder:
         self._notes: list[str] = []
 
     @property
-    def left(self) -> list[Row]:
+    def left(self) -> list[RecordRow]:
         """The first row of each case of the base that no case of now was."""
         return [case.first for case in self._matcher.left.values()]
 
@@ -196,7 +196,7 @@ class ComparisonBuilder:
             notes=self._notes + (self.rules.about_nothing(_names(new) for new, _ in compared) if compared else []),
         )
 
-    def _match(self, place: Hashable, row: Row) -> _Judged:
+    def _match(self, place: Hashable, row: RecordRow) -> _Judged:
         if place not in self._judged:
             self._judged[place] = _Judged(row, self._matcher.take(row))
         return self._judged[place]
@@ -207,7 +207,7 @@ class ComparisonBuilder:
             self._notes += [note for note in _notes(self.base, now) if note not in self._notes]
         return self._judge[1]
 
-    def _timed(self, rows: Iterable[Row]) -> int:
+    def _timed(self, rows: Iterable[RecordRow]) -> int:
         """How many timed comparisons a rule gates: all of them together may raise one false alarm in a hundred."""
         count = 0
         for row in rows:
@@ -235,6 +235,6 @@ def _notes(base: Side, now: Side) -> list[str]:
     return notes
 
 
-def _names(row: Row) -> tuple[str, tuple[str, str, str]]:
+def _names(row: RecordRow) -> tuple[str, tuple[str, str, str]]:
     """Suite and names of a case, as rules call it."""
     return row.suite, (row.name, row.bracket, row.id)

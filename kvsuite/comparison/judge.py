@@ -12,7 +12,7 @@ import msgspec
 from .machine import machine_differences, setting_difference
 from .matching import SideCase
 from .noise import MAX_CV, MIN_ROUNDS, Machine, timed_change
-from .records import Entry, Row
+from .records import MetricEntry, RecordRow
 from .rules import Rule, Rules
 from .sides import Side
 from .tokens import paired_difference
@@ -42,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class _Case:
+class _JudgedCase:
     """What the verdicts of a case share: other settings of its times, and what its machine was like."""
 
     pair: Pair
@@ -75,7 +75,7 @@ class Judge:
         if before.status != "ok" or after.status != "ok":
             return [_status(before, after)]
         rules = self._rules.of_case(after.suite, (after.name, after.bracket, after.id))
-        case = _Case(
+        case = _JudgedCase(
             pair,
             after.id,
             self._other_machine or setting_difference(pair.base.all, pair.now.all),
@@ -99,7 +99,9 @@ class Judge:
             verdicts.append(self._metric(case, name, old, new, rule))
         return verdicts
 
-    def _metric(self, case: _Case, name: str, old: Entry | None, new: Entry | None, rule: Rule | None) -> Verdict:
+    def _metric(
+        self, case: _JudgedCase, name: str, old: MetricEntry | None, new: MetricEntry | None, rule: Rule | None
+    ) -> Verdict:
         first = old if old is not None else new
         assert first is not None
         base = None if old is None else old.value
@@ -139,7 +141,7 @@ class Judge:
         return verdict(word, "" if noise is None else f"more than 2 standard errors, {noise.how}")
 
     def _timed(
-        self, case: _Case, name: str, old: Entry, new: Entry, rule: Rule | None
+        self, case: _JudgedCase, name: str, old: MetricEntry, new: MetricEntry, rule: Rule | None
     ) -> tuple[Word, str, float, float]:
         """Verdict and reason; what of its speed the machine lacked, and how it varied, where they made the noise wider."""
         found = timed_change(_entries(case.pair.base, name), _entries(case.pair.now, name), self._family, case.machine)
@@ -164,7 +166,7 @@ class Judge:
         return "same", band, *machine
 
 
-def _without_noise(base: float, now: float, old: Entry, fewest: int, rule: Rule | None) -> tuple[Word, str]:
+def _without_noise(base: float, now: float, old: MetricEntry, fewest: int, rule: Rule | None) -> tuple[Word, str]:
     """The verdict on times that have no logarithm or too few rounds."""
     if fewest < MIN_ROUNDS:
         return "unstable", f"{fewest} rounds, {MIN_ROUNDS} are needed"
@@ -213,12 +215,12 @@ def _without_failed(pair: Pair) -> tuple[Pair, str]:
     return Pair(SideCase(fine), pair.now), note
 
 
-def worst(case: SideCase) -> Row:
+def worst(case: SideCase) -> RecordRow:
     """The row that stands for a side: one that failed, where there is one."""
     return next((row for _, row in case.rows if row.status != "ok"), case.first)
 
 
-def _status(before: Row, after: Row) -> Verdict:
+def _status(before: RecordRow, after: RecordRow) -> Verdict:
     word: Word = "information"
     # what was ok and now is skipped has lost its numbers
     if before.status == "ok" or (after.status in _FAILED and before.status not in _FAILED):
@@ -229,12 +231,12 @@ def _status(before: Row, after: Row) -> Verdict:
     return Verdict(after.id, STATUS, "1", None, None, f"{before.status} -> {after.status}", word, "", note)
 
 
-def _entries(case: SideCase, name: str) -> list[Entry]:
+def _entries(case: SideCase, name: str) -> list[MetricEntry]:
     entries = [row.metrics.get(name) for _, row in case.rows]
     return [entry for entry in entries if entry is not None and entry.value is not None]
 
 
-def _stand_in(case: SideCase, name: str, *, may_lack: bool = False) -> Entry | None:
+def _stand_in(case: SideCase, name: str, *, may_lack: bool = False) -> MetricEntry | None:
     """One entry for all processes of a side: of times the geometric mean, which is what is judged, else the median.
 
     A metric that one of them lost is lost, unless they ``may_lack`` it: then those that have it are enough.
@@ -252,7 +254,7 @@ def _stand_in(case: SideCase, name: str, *, may_lack: bool = False) -> Entry | N
     return msgspec.structs.replace(held[0], value=geometric_mean(values) if timed else median(values), n=fewest)
 
 
-def _other_definition(base: Entry, now: Entry) -> str | None:
+def _other_definition(base: MetricEntry, now: MetricEntry) -> str | None:
     if (base.version, base.unit, base.better, base.kind, base.clock, base.protocol) == (
         now.version, now.unit, now.better, now.kind, now.clock, now.protocol,
     ):  # fmt: skip
@@ -290,7 +292,7 @@ def _noise(name: str, pair: Pair, base: Side, now: Side) -> _Noise | None:
     return _Noise(math.hypot(*known), f"not paired: a side has no {unit} losses") if len(known) == 2 else None
 
 
-def _own_error(name: str, row: Row) -> float | None:
+def _own_error(name: str, row: RecordRow) -> float | None:
     """Standard error of a mean over tokens from its own record."""
     value, error, count = _value(row, name), _value(row, "perplexity_se"), _value(row, "nll_tokens")
     if name in _OWN_ERRORS or value is None or not count:
@@ -301,6 +303,6 @@ def _own_error(name: str, row: Row) -> float | None:
     return count * error / perplexity if error is not None and perplexity else None
 
 
-def _value(row: Row, name: str) -> float | None:
+def _value(row: RecordRow, name: str) -> float | None:
     entry = row.metrics.get(name)
     return None if entry is None else entry.value

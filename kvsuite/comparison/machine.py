@@ -7,7 +7,7 @@ from typing import Any
 
 from kvsuite.kernel_builds import prepare_line
 
-from .records import Row
+from .records import RecordRow
 from .sides import Side
 
 # software is left out on purpose: a slower release of torch is what a comparison should find
@@ -48,7 +48,7 @@ def _fact(environment: Mapping[str, Any], part: str, key: str) -> Any:
     return "none" if found is None else found
 
 
-def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
+def setting_difference(base: Sequence[RecordRow], now: Sequence[RecordRow]) -> str | None:
     """What else makes the times of a case those of two machines; ``None`` if nothing does."""
     nodes = dict.fromkeys(_node(row) for row in (*base, *now))
     if len(nodes) > 1:
@@ -61,7 +61,7 @@ def setting_difference(base: Sequence[Row], now: Sequence[Row]) -> str | None:
     return _kernel_difference((*base, *now))
 
 
-def _kernel_difference(rows: Sequence[Row]) -> str | None:
+def _kernel_difference(rows: Sequence[RecordRow]) -> str | None:
     """Kernels that some rows had and others had not; of records without the fact only what attended tells."""
     knowing = [_KERNELS in row.effective for row in rows]
     names: tuple[str, ...] = (_KERNELS,) if all(knowing) else (_KERNELS, *_ATTENTION)
@@ -79,7 +79,7 @@ def _words(fact: Any) -> str:
     return " and ".join(dict.fromkeys(map(str, fact.values()))) if isinstance(fact, Mapping) else str(fact)
 
 
-def _node(row: Row) -> str:
+def _node(row: RecordRow) -> str:
     """The node of a cluster that measured a row."""
     node = row.effective.get("node")
     return f"node {node.get('name')} ({node.get('ip')})" if isinstance(node, Mapping) else "no node of a cluster"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .records import Row
+from .records import RecordRow
 from .sides import Side
 
 
@@ -13,22 +13,22 @@ from .sides import Side
 class SideCase:
     """One case on one side: its row in each run that has it, as (index of the run, row)."""
 
-    rows: tuple[tuple[int, Row], ...]
+    rows: tuple[tuple[int, RecordRow], ...]
 
     @property
-    def first(self) -> Row:
+    def first(self) -> RecordRow:
         """Its row in the first run that has it."""
         return self.rows[0][1]
 
     @property
-    def all(self) -> list[Row]:
+    def all(self) -> list[RecordRow]:
         """Its rows in all runs."""
         return [row for _, row in self.rows]
 
 
 def cases_of_side(side: Side) -> dict[tuple[str, str], SideCase]:
     """Cases by key and id, in the order of the side's records."""
-    found: dict[tuple[str, str], list[tuple[int, Row]]] = {}
+    found: dict[tuple[str, str], list[tuple[int, RecordRow]]] = {}
     for index, run in enumerate(side.runs):
         for row in run.rows:
             found.setdefault((row.case_key, row.id), []).append((index, row))
@@ -55,7 +55,7 @@ class Matcher:
             self._by_key.setdefault(place[0], []).append(place)
             self._by_id.setdefault(place[1], []).append(place)
 
-    def take(self, row: Row) -> SideCase | None:
+    def take(self, row: RecordRow) -> SideCase | None:
         """The base's case that ``row`` is, ``None`` for a new one."""
         place = (row.case_key, row.id)
         if place in self.left:
@@ -70,5 +70,5 @@ class Matcher:
         return None
 
     @staticmethod
-    def _same_without_revisions(base: Row, now: Row) -> bool:
+    def _same_without_revisions(base: RecordRow, now: RecordRow) -> bool:
         return "ok" in (base.status, now.status) and base.status != now.status and base.identity == now.identity

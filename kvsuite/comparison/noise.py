@@ -28,7 +28,7 @@ from typing import Literal
 
 import msgspec
 
-from .records import Entry
+from .records import MetricEntry
 
 #: share of comparisons of unchanged code that name a timed regression, at most
 FALSE_ALARMS = 0.01
@@ -101,7 +101,7 @@ _QUIET = Machine.of((0.0, 0.0), 0.0)
 
 
 def timed_change(
-    base: Sequence[Entry], now: Sequence[Entry], family: int, machine: Machine = _QUIET
+    base: Sequence[MetricEntry], now: Sequence[MetricEntry], family: int, machine: Machine = _QUIET
 ) -> TimedChange | None:
     """Judge the rounds of two sides, one entry a process.
 
@@ -161,7 +161,7 @@ def timed_change(
     )
 
 
-def _logarithms(side: Sequence[Entry]) -> tuple[list[float], float, float] | None:
+def _logarithms(side: Sequence[MetricEntry]) -> tuple[list[float], float, float] | None:
     """Logarithms of the processes' medians, the largest variation of their rounds, and the sum of its squares over rounds."""
     logarithms, largest, squares = [], 0.0, 0.0
     for entry in side:
@@ -184,7 +184,7 @@ def _quantile(family: int, freedom: int | None) -> float:
     return float(-stdtrit(freedom, FALSE_ALARMS / family))
 
 
-def _rounds_p(base: Sequence[Entry], now: Sequence[Entry]) -> float:
+def _rounds_p(base: Sequence[MetricEntry], now: Sequence[MetricEntry]) -> float:
     from scipy.stats import mannwhitneyu
 
     before, after = ([value for entry in side for value in entry.rounds()] for side in (base, now))

@@ -18,7 +18,7 @@ from kvsuite.record import Status
 from kvsuite.store.files import utf8
 
 
-class Entry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
+class MetricEntry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
     """One metric of one record; ``values`` stays JSON text until a test needs the rounds."""
 
     value: float | None
@@ -43,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False, rename={"kind": "class"}):
             return []
 
 
-class Row(msgspec.Struct, frozen=True):
+class RecordRow(msgspec.Struct, frozen=True):
     """One record."""
 
     schema: Literal["kvsuite.record/1"]
@@ -52,7 +52,7 @@ class Row(msgspec.Struct, frozen=True):
     suite: str
     status: Status
     case: dict[str, Any]
-    metrics: dict[str, Entry]
+    metrics: dict[str, MetricEntry]
     effective: dict[str, Any] = {}
     rounds: int = 0
     sidecar: str | None = None
@@ -102,7 +102,7 @@ class Section(msgspec.Struct, frozen=True):
 
     schema: str
     run: RunFacts
-    records: list[Row]
+    records: list[RecordRow]
     environment: dict[str, Any] | None = None
 
 
@@ -116,13 +116,13 @@ class Document(msgspec.Struct, frozen=True):
 
 Decoded = TypeVar("Decoded")
 
-_ROW = msgspec.json.Decoder(Row)
+_ROW = msgspec.json.Decoder(RecordRow)
 _RUN = msgspec.json.Decoder(RunFacts)
 _SECTION = msgspec.json.Decoder(Section)
 _DOCUMENT = msgspec.json.Decoder(Document)
 
 
-def decode_row(data: bytes, where: str) -> Row:
+def decode_row(data: bytes, where: str) -> RecordRow:
     """Decode a record; see `_decode` for errors."""
     return _decode(_ROW.decode, data, where)
 
@@ -142,7 +142,7 @@ def decode_document(data: bytes, where: str) -> Document:
     return _decode(_DOCUMENT.decode, data, where)
 
 
-def row_of(record: dict[str, Any]) -> Row:
+def row_of(record: dict[str, Any]) -> RecordRow:
     """The row of a record of this process."""
     return decode_row(_encoded(record), f"record {record.get('id')!r}")
 

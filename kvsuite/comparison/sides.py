@@ -16,7 +16,7 @@ from kvsuite.record import REPORT_SCHEMA, RUN_SCHEMA, check_schema
 from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, REPORT_FILE
 
-from .records import Row, RunFacts, Section, decode_document, decode_row, decode_run, decode_section
+from .records import RecordRow, RunFacts, Section, decode_document, decode_row, decode_run, decode_section
 from .tokens import Tokens, read_tokens
 
 LATEST = "latest"
@@ -41,11 +41,11 @@ class Run:
     """
 
     facts: RunFacts
-    rows: tuple[Row, ...]
+    rows: tuple[RecordRow, ...]
     folder: Path | None
     live: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
-    def tokens(self, row: Row) -> Tokens | None:
+    def tokens(self, row: RecordRow) -> Tokens | None:
         """Raw token losses of a case, ``None`` where they are not at hand."""
         if row.id in self.live:
             return Tokens.of(self.live[row.id])
@@ -96,7 +96,7 @@ def read_side(given: str, *, option: str, report_dir: Path = Path("reports")) ->
 def latest_run(
     report_dir: Path, *, option: str, brackets: frozenset[str] | None = None, but: Path | None = None
 ) -> Side:
-    """The newest run under ``report_dir``; of those with a case of these `Row.bracket`, where they are given.
+    """The newest run under ``report_dir``; of those with a case of these `RecordRow.bracket`, where they are given.
 
     ``but`` is no candidate: the folder of a run that goes on.
 
@@ -188,7 +188,7 @@ def _read_file(path: Path, label: str) -> Side:
 def _read_lines(path: Path, lines: Iterable[bytes], label: str) -> Side:
     facts: RunFacts | None = None
     notes: tuple[str, ...] = ()
-    rows: list[Row] = []
+    rows: list[RecordRow] = []
     sessions: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         where = f"{path}: line {number}"
@@ -214,6 +214,6 @@ def _read_lines(path: Path, lines: Iterable[bytes], label: str) -> Side:
     return Side(label, (Run(facts, _last_by_id(rows), path.parent),), notes)
 
 
-def _last_by_id(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _last_by_id(rows: Sequence[RecordRow]) -> tuple[RecordRow, ...]:
     """Of rows with one id the last counts, in the first one's place."""
     return tuple({row.id: row for row in rows}.values())

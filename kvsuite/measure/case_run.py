@@ -18,7 +18,7 @@ from .measurement import Measurement
 RunRounds = Callable[[Callable[[], None], int], None]
 
 
-class Progress(Protocol):
+class PhaseProgress(Protocol):
     """Is told how far a phase came."""
 
     def __call__(self, phase: str, done: int, of: int, note: str = "") -> None: ...
@@ -59,7 +59,7 @@ class CaseRun:
     found: Measurement
     texts: TextSource
     planned: Sequence[Case]
-    progress: Progress
+    progress: PhaseProgress
     rounds: RunRounds
     clock: Callable[[Any], Clock]
     beside: Callable[..., Session]

@@ -26,7 +26,7 @@ from kvsuite.options.sweep import SweepOptions
 from kvsuite.record import Record
 from kvsuite.workloads.texts import TextSource
 
-from .case_run import CaseRun, MeasuresCases, Progress, RunRounds
+from .case_run import CaseRun, MeasuresCases, PhaseProgress, RunRounds
 from .deadline import CaseTimeout, alarm, stopped
 from .energy import RoundEnergy
 from .measurement import Measurement
@@ -125,7 +125,7 @@ class CaseRunner:
         *,
         order_index: int = 0,
         run_rounds: RunRounds = plain_rounds,
-        progress: Progress | None = None,
+        progress: PhaseProgress | None = None,
     ) -> Measured:
         """Measure ``case``; every failure but bad input becomes the record's status.
 
@@ -216,7 +216,7 @@ class CaseRunner:
 class _Work:
     """One case on its way: the record, what was found so far, and the session."""
 
-    def __init__(self, runner: CaseRunner, record: Record, progress: Progress, run_rounds: RunRounds) -> None:
+    def __init__(self, runner: CaseRunner, record: Record, progress: PhaseProgress, run_rounds: RunRounds) -> None:
         self.runner, self.record, self.case = runner, record, record.case
         self.found = Measurement(runner.registry)
         self.session: Session | None = None

@@ -18,8 +18,8 @@ __all__ = [
     "Broken",
     "DesignPoint",
     "DesignSpace",
-    "Entry",
     "Scheme",
+    "SpacePoint",
     "broken_rules",
     "named_space",
     "union",
@@ -27,7 +27,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Entry:
+class SpacePoint:
     """A point of a space.
 
     Parameters
@@ -44,7 +44,7 @@ class Entry:
     broken: tuple[Broken, ...] = ()
     flags: tuple[str, ...] = ()
 
-    def judged(self, trained_length: int | None, *, is_dummy: bool) -> Entry:
+    def judged(self, trained_length: int | None, *, is_dummy: bool) -> SpacePoint:
         """The entry for a model: a point beyond its trained length is invalid, of random weights flagged only."""
         context = self.point.context_window_size
         if trained_length is None or context <= trained_length:
@@ -68,7 +68,7 @@ class DesignSpace:
     """
 
     name: str
-    entries: tuple[Entry, ...]
+    entries: tuple[SpacePoint, ...]
 
     @property
     def points(self) -> list[DesignPoint]:
@@ -76,12 +76,12 @@ class DesignSpace:
         return [entry.point for entry in self.entries if not entry.broken]
 
     @property
-    def invalid(self) -> list[Entry]:
+    def invalid(self) -> list[SpacePoint]:
         """The points that break a rule, in order: kept so that they can be named."""
         return [entry for entry in self.entries if entry.broken]
 
     def judged(self, trained_length: int | None, *, is_dummy: bool, own: Mapping[str, Check]) -> DesignSpace:
-        """The space for a model (`Entry.judged`) on an engine with rules of its ``own``."""
+        """The space for a model (`SpacePoint.judged`) on an engine with rules of its ``own``."""
         entries = (replace(entry, broken=broken_rules(entry.point, own)) for entry in self.entries)
         return replace(self, entries=tuple(one.judged(trained_length, is_dummy=is_dummy) for one in entries))
 
@@ -129,7 +129,7 @@ def union(products: Sequence[Mapping[str, Sequence[int]]], quantizations: Iterab
         setting for axes in products for setting in itertools.product(*(axes[axis.name] for axis in AXES))
     )
     points = (DesignPoint(chosen, *setting) for chosen in quantizations for setting in settings)
-    return DesignSpace(name, tuple(Entry(point, broken_rules(point)) for point in points))
+    return DesignSpace(name, tuple(SpacePoint(point, broken_rules(point)) for point in points))
 
 
 def named_space(name: str, quantizations: Iterable[str]) -> DesignSpace:
@@ -138,4 +138,4 @@ def named_space(name: str, quantizations: Iterable[str]) -> DesignSpace:
         return union([{axis.name: axis.values for axis in AXES}], quantizations, name=name)
     settings: list[tuple[int, ...]] = [scheme.settings for scheme in SCHEMES] if name == "schemes" else list(_SMALL)
     points = [DesignPoint(chosen, *setting) for chosen in quantizations for setting in settings]
-    return DesignSpace(name, tuple(Entry(point, broken_rules(point)) for point in points))
+    return DesignSpace(name, tuple(SpacePoint(point, broken_rules(point)) for point in points))

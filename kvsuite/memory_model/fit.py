@@ -83,7 +83,7 @@ class Mend:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _ChangedPoint:
     """A point and a predictor that differ from the asked ones in ``changes``."""
 
     changes: dict[str, Any]
@@ -106,7 +106,7 @@ def mends(predictor: Predictor, point: DesignPoint, card: Card) -> list[Mend]:
     if prediction.needed is None or fits(prediction, card):
         return []
     found: dict[str, Mend] = {}
-    start = _Step({}, point, predictor)
+    start = _ChangedPoint({}, point, predictor)
     for name, step in _all(start):
         needed = step.needed
         if name not in found and needed is not None and needed <= card.usable:
@@ -116,7 +116,7 @@ def mends(predictor: Predictor, point: DesignPoint, card: Card) -> list[Mend]:
     return [*alone, *(mend for mend in together if all(mend.changes != other.changes for other in alone))]
 
 
-def _together(start: _Step, card: Card) -> list[Mend]:
+def _together(start: _ChangedPoint, card: Card) -> list[Mend]:
     step, needed = start, start.needed
     while needed is not None and needed > card.usable:
         options = [(size, index, at) for index, at in enumerate(_next(step)) if (size := at.needed) is not None]
@@ -127,7 +127,7 @@ def _together(start: _Step, card: Card) -> list[Mend]:
     return [] if needed is None else [Mend(step.changes, needed)]
 
 
-def _all(start: _Step) -> Iterator[tuple[str, _Step]]:
+def _all(start: _ChangedPoint) -> Iterator[tuple[str, _ChangedPoint]]:
     """Every smaller value of every setting alone, the largest first."""
     yield from _settings(start)
     yield from _formats(start)
@@ -135,7 +135,7 @@ def _all(start: _Step) -> Iterator[tuple[str, _Step]]:
         yield name, replace(start, changes=start.changes | {name: value}, predictor=predictor)
 
 
-def _next(step: _Step) -> Iterator[_Step]:
+def _next(step: _ChangedPoint) -> Iterator[_ChangedPoint]:
     """The next smaller value of every setting."""
     seen = set()
     for name, smaller in _all(step):
@@ -144,7 +144,7 @@ def _next(step: _Step) -> Iterator[_Step]:
             yield smaller
 
 
-def _settings(start: _Step) -> Iterator[tuple[str, _Step]]:
+def _settings(start: _ChangedPoint) -> Iterator[tuple[str, _ChangedPoint]]:
     inert = start.predictor.inert()
     for name, smallest in _SMALLEST.items():
         value = getattr(start.point, name) // 2
@@ -160,7 +160,7 @@ def _settings(start: _Step) -> Iterator[tuple[str, _Step]]:
         window //= 2
 
 
-def _formats(start: _Step) -> Iterator[tuple[str, _Step]]:
+def _formats(start: _ChangedPoint) -> Iterator[tuple[str, _ChangedPoint]]:
     for name in _FLOAT32_FORMATS if "f32" in start.point.quantization else _FORMATS:
         if name != start.point.quantization:
             moved = _moved(start, {"quantization": name})
@@ -168,7 +168,7 @@ def _formats(start: _Step) -> Iterator[tuple[str, _Step]]:
                 yield "quantization", moved
 
 
-def _moved(start: _Step, changes: dict[str, Any]) -> _Step:
+def _moved(start: _ChangedPoint, changes: dict[str, Any]) -> _ChangedPoint:
     """With other values, and with what the rules then ask of the settings that depend on them."""
     point = replace(start.point, **changes)
     if point.prefill_chunk_size > point.context_window_size:
@@ -176,4 +176,4 @@ def _moved(start: _Step, changes: dict[str, Any]) -> _Step:
     if point.has_window and point.attention_sink_size > point.sliding_window_size // 8:
         changes = changes | {"attention_sink_size": point.sliding_window_size // 8}
     point = replace(start.point, **changes)
-    return _Step(start.changes | changes, point, start.predictor)
+    return _ChangedPoint(start.changes | changes, point, start.predictor)

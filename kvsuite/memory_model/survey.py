@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from kvsuite.errors import UserError
 
 from .design_point import Broken
-from .design_space import DesignSpace, Entry
+from .design_space import DesignSpace, SpacePoint
 from .fit import Card, Mend, fits, mends
 from .prediction import JSON_CHUNK, MIB, PARTS, Basis, Part, Prediction, Predictor
 
@@ -19,7 +19,7 @@ _ORDER: tuple[Basis, ...] = ("unknown", "rough", "extrapolated", "fitted", "exac
 
 
 @dataclass(frozen=True)
-class Row:
+class SurveyRow:
     """One point.
 
     Parameters
@@ -34,7 +34,7 @@ class Row:
         What makes it fit.
     """
 
-    entry: Entry
+    entry: SpacePoint
     prediction: Prediction
     fits: bool | None
     mends: tuple[Mend, ...]
@@ -64,7 +64,7 @@ class Survey:
     space: DesignSpace
     predictor: Predictor
     card: Card | None
-    rows: tuple[Row, ...]
+    rows: tuple[SurveyRow, ...]
 
 
 def survey(space: DesignSpace, predictor: Predictor, card: Card | None = None) -> Survey:
@@ -99,11 +99,11 @@ def _without_refused_formats(space: DesignSpace, predictor: Predictor) -> Design
     return replace(space, entries=tuple(entries))
 
 
-def _row(entry: Entry, predictor: Predictor, card: Card | None) -> Row:
+def _row(entry: SpacePoint, predictor: Predictor, card: Card | None) -> SurveyRow:
     prediction = predictor.predict(entry.point)
     verdict = None if card is None else fits(prediction, card)
     found = tuple(mends(predictor, entry.point, card)) if card is not None and verdict is False else ()
-    return Row(entry, prediction, verdict, found)
+    return SurveyRow(entry, prediction, verdict, found)
 
 
 def csv_header() -> list[str]:
@@ -120,7 +120,7 @@ def csv_rows(found: Survey) -> list[dict[str, object]]:
     ]
 
 
-def _cells(row: Row, found: Survey) -> dict[str, object]:
+def _cells(row: SurveyRow, found: Survey) -> dict[str, object]:
     prediction = row.prediction
     cells = _cells_of_broken(row.entry, found.predictor)
     for part in PARTS:
@@ -139,7 +139,7 @@ def _cells(row: Row, found: Survey) -> dict[str, object]:
     return cells
 
 
-def _cells_of_broken(entry: Entry | None, predictor: Predictor | None = None) -> dict[str, object]:
+def _cells_of_broken(entry: SpacePoint | None, predictor: Predictor | None = None) -> dict[str, object]:
     cells: dict[str, object] = dict.fromkeys(
         ["id", "engine", "model", "quantization", "context_window_size", "prefill_chunk_size", "max_batch_size",
          "sliding_window_size", "attention_sink_size", JSON_CHUNK,
@@ -167,7 +167,7 @@ def weakest(prediction: Prediction, *parts: Part) -> Basis:
     return next(basis for basis in _ORDER if basis in found)
 
 
-def largest(rows: Sequence[Row]) -> Row:
+def largest(rows: Sequence[SurveyRow]) -> SurveyRow:
     """The point that takes most, the first of several."""
     return max(rows, key=lambda row: row.prediction.needed_at_least)
 

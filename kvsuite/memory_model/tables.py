@@ -17,7 +17,7 @@ from .design_point import AXES, OFF, DesignPoint
 from .fit import Card
 from .formats import ELEMENT_BYTES
 from .prediction import MIB, PARTS, Part, Prediction, Predictor, Term
-from .survey import Row, Survey, largest, weakest
+from .survey import Survey, SurveyRow, largest, weakest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,7 +104,7 @@ def _rules(found: Survey) -> Iterator[str]:
         yield f"  {count} flagged: {flag}"
 
 
-def _format_table(name: str, rows: Sequence[Row], found: Survey) -> list[RenderableType]:
+def _format_table(name: str, rows: Sequence[SurveyRow], found: Survey) -> list[RenderableType]:
     first = rows[0].prediction
     parameters = first.part("parameters")
     shown: list[RenderableType] = [f"{name}: parameters {_mb(parameters)} MB" + _kv_line(first, found.predictor)]
@@ -133,9 +133,9 @@ def _kv_line(first: Prediction, predictor: Predictor) -> str:
     return stored + predictor.kv_notes(first.point)
 
 
-def _merged(rows: list[Row]) -> Iterator[list[Row]]:
+def _merged(rows: list[SurveyRow]) -> Iterator[list[SurveyRow]]:
     """Rows of one context, those together that differ in window and sinks only and say the same."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+    groups: dict[tuple[object, ...], list[SurveyRow]] = {}
     for row in rows:
         point, numbers = row.entry.point, row.prediction
         key = (
@@ -146,7 +146,7 @@ def _merged(rows: list[Row]) -> Iterator[list[Row]]:
     yield from groups.values()
 
 
-def _cells(same: list[Row], card: Card | None) -> list[str]:
+def _cells(same: list[SurveyRow], card: Card | None) -> list[str]:
     point, numbers = same[0].entry.point, same[0].prediction
     allocation = numbers.allocation
     cells = [
@@ -168,7 +168,7 @@ def _cells(same: list[Row], card: Card | None) -> list[str]:
     return [*cells, f"{verdict}{f'; {same[0].advice}' if same[0].advice else ''}"]
 
 
-def breakdown(row: Row, found: Survey, *, what: str = "") -> list[RenderableType]:
+def breakdown(row: SurveyRow, found: Survey, *, what: str = "") -> list[RenderableType]:
     """Where the memory of a point goes: each term, what moves it, and its formula."""
     prediction = row.prediction
     known = sum(term.bytes for term in prediction.terms if term.bytes is not None)
@@ -259,6 +259,6 @@ def cache_room_table(
     return stacked(shown)
 
 
-def find_row(rows: Sequence[Row], point: DesignPoint) -> Row | None:
+def find_row(rows: Sequence[SurveyRow], point: DesignPoint) -> SurveyRow | None:
     """The row of a point, ``None`` if the space does not have it."""
     return next((row for row in rows if row.entry.point == point), None)

@@ -59,7 +59,7 @@ def _query_part(
 
 # neither another batch size nor another pool may cost a compilation
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def _split_kernel(
+def _packed_split_kernel(
     query,
     keys,
     key_scales,
@@ -295,7 +295,7 @@ def packed_split_attention(
     maxima = torch.empty(count, dtype=torch.float32, device=query.device)
     sums = torch.empty_like(maxima)
     out = torch.empty_like(query)
-    _split_kernel[(kv_heads, sequences, splits)](
+    _packed_split_kernel[(kv_heads, sequences, splits)](
         query,
         words_of(keys),
         keys.scales,

@@ -148,7 +148,7 @@ class LaunchFence:
 
 
 @dataclass
-class _Step:
+class _PromptStep:
     """A step of the prompt lane from its launch to its delivery."""
 
     plan: StepPlan
@@ -207,7 +207,7 @@ class PromptLane:
         self._finish = finish
         self._on_step = on_step
         self._on_logits = on_logits
-        self._step: _Step | None = None
+        self._step: _PromptStep | None = None
         #: seconds that the host waited for prompts
         self.waited_s = 0.0
         #: sees a step before anything of it is launched
@@ -267,7 +267,7 @@ class PromptLane:
         if not plan.requests:
             return plan
         rows = [request.row for request in plan.requests]
-        step = self._step = _Step(plan, time.perf_counter(), rows, LaunchFence(self._turns.finish))
+        step = self._step = _PromptStep(plan, time.perf_counter(), rows, LaunchFence(self._turns.finish))
         try:
             self.before(plan)
             with self._streams.prompt():
@@ -282,7 +282,7 @@ class PromptLane:
         self._turns.start(lambda: self._compute(step, prepared))
         return plan
 
-    def _compute(self, step: _Step, prepared: Prepared) -> None:
+    def _compute(self, step: _PromptStep, prepared: Prepared) -> None:
         """On the thread."""
         with self._streams.prompt():
             try:
@@ -290,7 +290,7 @@ class PromptLane:
             finally:
                 step.fence.reach(self._streams.device)
 
-    def _end_launch(self, step: _Step) -> None:
+    def _end_launch(self, step: _PromptStep) -> None:
         """The forward pass is launched: books, compression, tokens."""
         error = self._turns.error()
         if error is not None:
@@ -318,7 +318,7 @@ class PromptLane:
                 raise
             step.fence.reach(self._streams.device)
 
-    def _renew(self, step: _Step) -> None:
+    def _renew(self, step: _PromptStep) -> None:
         """A fence for what comes next; who waits for it before its end waits for what was given until then."""
 
         def complete() -> None:
@@ -342,7 +342,7 @@ class PromptLane:
         fed = sum(step.plan.counts)
         self._on_step(LaneStep("prompt", step.began, time.perf_counter(), fed, 0))
 
-    def _fail(self, step: _Step, error: BaseException) -> None:
+    def _fail(self, step: _PromptStep, error: BaseException) -> None:
         # who was preempted meanwhile is computed again
         lost = [request for request in step.plan.requests if request.row >= 0]
         self._delivery.fail(lost, error if isinstance(error, Exception) else RuntimeError(str(error)))

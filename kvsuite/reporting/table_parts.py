@@ -18,7 +18,7 @@ _LABEL_WIDTH = 25
 
 
 @dataclass(frozen=True)
-class Column:
+class MetricColumn:
     """A column of a suite's table.
 
     Parameters
@@ -54,20 +54,20 @@ class Column:
         return MISSING if found is None else metric_of(self.metric, entry(row, self.metric)).text(found, self.spec)
 
 
-def own_columns(rows: Sequence[Row]) -> list[Column]:
+def own_columns(rows: Sequence[Row]) -> list[MetricColumn]:
     """A column for each metric that is not kvsuite's and of which any of the rows has a number."""
     found = {name: one for row in rows for name, one in row["metrics"].items() if not is_builtin(name)}
     return [
-        Column(name, title=metric_of(name, one).column)
+        MetricColumn(name, title=metric_of(name, one).column)
         for name, one in found.items()
         if any(value(row, name) is not None for row in rows)
     ]
 
 
-def case_table(head: str, labelled: Mapping[str, Row], columns: Sequence[Column]) -> console.Sheet:
+def case_table(head: str, labelled: Mapping[str, Row], columns: Sequence[MetricColumn]) -> console.Sheet:
     """A line a case: its numbers, or how it ended without; and the machine that its times are of, where there are several."""
     if has_several_machines(labelled.values()):
-        columns = [*columns, Column("", 20, title="Machine", cell=machine_of)]
+        columns = [*columns, MetricColumn("", 20, title="Machine", cell=machine_of)]
     return console.Sheet(
         head,
         [console.Column(column.heading, column.width) for column in columns],
@@ -95,7 +95,7 @@ def tpot_spread(row: Row) -> str:
     return MISSING if half is None or not mean else f"{half / mean:.1%}"
 
 
-def footnotes(labelled: Mapping[str, Row], columns: Sequence[Column]) -> list[str]:
+def footnotes(labelled: Mapping[str, Row], columns: Sequence[MetricColumn]) -> list[str]:
     """Why cells are empty, each reason once, and the rows' warnings."""
     finished = {name: row for name, row in labelled.items() if row["status"] == "ok"}
     titles: dict[tuple[str, tuple[str, ...]], list[str]] = {}

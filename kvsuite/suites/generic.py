@@ -13,7 +13,7 @@ from kvsuite.foreign_text import csv_cell
 from kvsuite.metrics.registry import Metric, metric_of
 from kvsuite.record import metric_value
 from kvsuite.reporting.aggregate import Row, by_name, failure
-from kvsuite.reporting.table_parts import Column, case_table, footnotes, own_columns
+from kvsuite.reporting.table_parts import MetricColumn, case_table, footnotes, own_columns
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,7 @@ def generic_table(suite: str, rows: Sequence[Row], headline: Sequence[str] = ())
     """A line a case: its headline metrics, or the first ones that any case has, each as it says that it is shown."""
     labelled = by_name(rows)
     metrics = list(headline) or _metrics(rows)[:_MOST_COLUMNS]
-    shown = [Column(name, title=_metric(rows, name).column) for name in metrics]
+    shown = [MetricColumn(name, title=_metric(rows, name).column) for name in metrics]
     columns = [*shown, *(column for column in own_columns(rows) if column.metric not in metrics)]
     return stacked([case_table(suite, labelled, columns)], footnotes(labelled, columns))
 

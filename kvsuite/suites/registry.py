@@ -35,7 +35,7 @@ class UnusableSuite(UserError):
     """A suite that is installed and cannot be used: the message names package, object and mend. Others go on working."""
 
 
-class _Rows(Suite):
+class _AbsentSuite(Suite):
     """Stands for a suite that is not installed here: its rows can be shown all the same."""
 
     def __init__(self, name: str) -> None:
@@ -84,7 +84,7 @@ def suite_of_rows(name: str) -> Suite:
     try:
         return suite_named(name)
     except UserError:
-        return _Rows(name)
+        return _AbsentSuite(name)
 
 
 def measuring_suite(name: str) -> Suite:
@@ -95,7 +95,7 @@ def measuring_suite(name: str) -> Suite:
     UnusableSuite
         If the suite is installed and cannot be used.
     """
-    return suite_named(name) if name in suite_names() else _Rows(name)
+    return suite_named(name) if name in suite_names() else _AbsentSuite(name)
 
 
 def usable_suites() -> list[Suite]:

@@ -60,7 +60,7 @@ class SeesQueries(Protocol):
     layers: Any
 
 
-class _Current:
+class _CurrentCache:
     """The cache of the forward pass under way; the attention function has no other way to learn it."""
 
     cache: SeesQueries | None = None
@@ -69,11 +69,11 @@ class _Current:
 @contextmanager
 def showing(cache: SeesQueries | None) -> Iterator[None]:
     """Let the observed attention show ``cache`` the queries of forward passes inside the block."""
-    before, _Current.cache = _Current.cache, cache
+    before, _CurrentCache.cache = _CurrentCache.cache, cache
     try:
         yield
     finally:
-        _Current.cache = before
+        _CurrentCache.cache = before
 
 
 def register_observed_attention(base: str) -> str:
@@ -96,7 +96,7 @@ def register_observed_attention(base: str) -> str:
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        cache = _Current.cache
+        cache = _CurrentCache.cache
         if cache is not None:
             scaling = kwargs.get("scaling")
             see = getattr(cache.layers[module.layer_idx], "see", None)

@@ -15,7 +15,7 @@ from kvsuite.engines.rotary import Rotary
 from .cache_store import CopyStore, RingStore, Store
 from .eviction_layer import EvictionLayer
 from .grouped_store import GroupedStore
-from .layer_group import LayerGroup
+from .layer_group import LayerPositions
 from .own_layers import held_by, state_bytes
 from .packed_form import PackedForm
 
@@ -93,18 +93,18 @@ class EvictionCache(Cache):  # type: ignore[misc]
         self._ours: list[EvictionLayer] = [members[i] for i in ours]
         for i in ours:
             members[i].rotates = i not in unrotated
-        self.groups: list[LayerGroup] = []
+        self.groups: list[LayerPositions] = []
         shape: Any = {"batch": batch, "kv_heads": kv_heads, "device": device}
         for group_policy, indices in ((policy, treated), (None, kept)):
             if indices:
                 stores = [members[i].store for i in indices]
                 room = 0 if group_policy is None else capacity[0]
-                self._join(LayerGroup(group_policy, indices, stores, **shape, capacity=room), members)
+                self._join(LayerPositions(group_policy, indices, stores, **shape, capacity=room), members)
         super().__init__(layers=members)
         if rotary is not None:
             rotary.table(max(capacity) + 1)
 
-    def _join(self, group: LayerGroup, members: list[Any]) -> None:
+    def _join(self, group: LayerPositions, members: list[Any]) -> None:
         self.groups.append(group)
         for index, layer in enumerate(group.layers):
             members[layer].group, members[layer].index = group, index
@@ -193,7 +193,7 @@ class EvictionCache(Cache):  # type: ignore[misc]
         for index, (layer, source) in enumerate(zip(self.layers, compressed, strict=True)):
             keys, values = source.keys, source.values
             layer.store.load(keys, values)
-            group = LayerGroup(
+            group = LayerPositions(
                 None, [index], [layer.store], batch=keys.shape[0], kv_heads=keys.shape[1], device=self._device
             )
             group.slots = keys.shape[2]

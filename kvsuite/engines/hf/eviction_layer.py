@@ -15,7 +15,7 @@ from kvsuite.engines.rotary import Rotary
 
 from .cache_store import Store, gather
 from .grouped_store import GroupedStore
-from .layer_group import LayerGroup
+from .layer_group import LayerPositions
 from .packed_form import PackedForm
 from .residual_window import ResidualWindow
 
@@ -50,7 +50,7 @@ class EvictionLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = store
         #: how keys and values are packed, ``None`` for the model's own numbers
         self.form = form
-        self.group: LayerGroup
+        self.group: LayerPositions
         self.index = 0
         #: whether the model rotates keys in this layer
         self.rotates = True

@@ -13,7 +13,7 @@ from kvsuite.engines.decoder import refuse_while_capturing
 from .cache_store import Hole, Store
 
 
-class LayerGroup:
+class LayerPositions:
     """Bookkeeping of layers of equal policy and length. Their stores hold the tensors, this holds the positions.
 
     Parameters

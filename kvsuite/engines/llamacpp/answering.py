@@ -14,7 +14,7 @@ from kvsuite.engines.questions import Answer, Asked, Question
 from kvsuite.engines.results import TokenProgress
 from kvsuite.models.language_head import token_losses
 
-from .context import Context, Row
+from .context import BatchToken, Context
 from .stream import Stream
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def _answer(context: Context, stream: Stream, question: Question, kept: float, *
     right = stream.copy(_RIGHT) if waiting else stream
     while (goes_on := _goes_on(question, output)) or waiting:
         # one step for both: they do not see each other
-        rows = [Row(output[-1], stream.position, stream.sequence, True)] if goes_on else []
+        rows = [BatchToken(output[-1], stream.position, stream.sequence, True)] if goes_on else []
         if waiting:
-            rows.append(Row(int(waiting[0][0]), right.position, _RIGHT, True))
+            rows.append(BatchToken(int(waiting[0][0]), right.position, _RIGHT, True))
         context.decode(rows)
         if waiting:
             losses.append(_loss(context.logits(len(rows) - 1), waiting.pop(0)[1]))

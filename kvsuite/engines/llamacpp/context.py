@@ -78,7 +78,7 @@ class ContextSettings:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchToken:
     """One token of a step: its sequence and position, and whether its logits are wanted."""
 
     token: int
@@ -171,7 +171,7 @@ class Context:
             "threads": taken["threads"][1],
         }
 
-    def decode(self, rows: Sequence[Row]) -> None:
+    def decode(self, rows: Sequence[BatchToken]) -> None:
         """Feed tokens, no more than a step takes.
 
         Raises
@@ -255,7 +255,7 @@ class _Rows:
             for name in ("token", "pos", "own", "logits")
         }
 
-    def filled(self, rows: Sequence[Row]) -> Any:
+    def filled(self, rows: Sequence[BatchToken]) -> Any:
         count = len(rows)
         self._batch.n_tokens = count
         for name, values in (

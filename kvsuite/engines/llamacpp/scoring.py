@@ -17,7 +17,7 @@ from kvsuite.models.language_head import token_losses
 from kvsuite.workloads.token_rows import require_rows
 from kvsuite.workloads.windows import Window, merge_windows, target_positions, window_inputs
 
-from .context import Context, Row
+from .context import BatchToken, Context
 from .stream import Stream
 
 # rows whose logits are copied at a time
@@ -43,7 +43,7 @@ def score_steps(
         stream.evict(prompt=True)
     nll, correct = [], []
     for at in range(start, len(tokens) - 1):
-        context.decode([Row(int(tokens[at]), stream.position, wanted=True)])
+        context.decode([BatchToken(int(tokens[at]), stream.position, wanted=True)])
         stream.fed(1)
         logits = torch.from_numpy(context.logits(0).copy())[None]
         target = int(tokens[at + 1])
@@ -77,7 +77,7 @@ def logits_of(context: Context, inputs: Sequence[int], wanted: int) -> Iterator[
     size = context.settings.step_tokens
     for at in range(0, len(inputs), size):
         part = inputs[at : at + size]
-        rows = [Row(int(token), at + place, wanted=at + place >= first) for place, token in enumerate(part)]
+        rows = [BatchToken(int(token), at + place, wanted=at + place >= first) for place, token in enumerate(part)]
         context.decode(rows)
         stream.fed(len(rows))
         places = [place for place, row in enumerate(rows) if row.wanted]
@@ -87,7 +87,7 @@ def logits_of(context: Context, inputs: Sequence[int], wanted: int) -> Iterator[
 
 
 @dataclass(frozen=True)
-class WindowText:
+class WindowSequences:
     """Windows of a text as sequences of their own.
 
     Parameters
@@ -124,7 +124,7 @@ class WindowText:
         return max(len(self.inputs(window)) for window in self.passes)
 
 
-def score_windows(context: Context, text: WindowText, progress: WindowProgress | None) -> WindowScores:
+def score_windows(context: Context, text: WindowSequences, progress: WindowProgress | None) -> WindowScores:
     """Score the targets of windows, one window after the other."""
     nll: list[float] = []
     correct: list[bool] = []
@@ -148,7 +148,7 @@ def score_windows(context: Context, text: WindowText, progress: WindowProgress |
 
 
 def compare_windows(
-    arms: tuple[Context, Context], text: WindowText, progress: WindowProgress | None
+    arms: tuple[Context, Context], text: WindowSequences, progress: WindowProgress | None
 ) -> TokenDivergence:
     """Losses through a cache and through its reference on the same windows, and their divergence, by position."""
     found = TokenDivergence(nll=[], nll_reference=[], kld=[], same_top1=[])

@@ -11,7 +11,7 @@ from kvsuite.engines.results import Served, ServeRequest
 from kvsuite.meters.clock import Clock
 from kvsuite.meters.timing import RequestTimes
 
-from .context import Context, Row
+from .context import BatchToken, Context
 from .stream import Stream
 
 
@@ -78,7 +78,7 @@ def serve_requests(
         look(streams)
     decode_steps = largest = 0
     while waiting := [index for index, one in enumerate(requests) if len(outputs[index]) < one.new_tokens]:
-        context.decode([Row(outputs[index][-1], streams[index].position, index, True) for index in waiting])
+        context.decode([BatchToken(outputs[index][-1], streams[index].position, index, True) for index in waiting])
         for index in waiting:
             streams[index].fed(1)
         decode_steps, largest = decode_steps + 1, max(largest, len(waiting))
@@ -107,10 +107,10 @@ def serve_requests(
     return Served(times, outputs, counts)
 
 
-def _chunks(requests: Sequence[ServeRequest], size: int) -> list[list[Row]]:
+def _chunks(requests: Sequence[ServeRequest], size: int) -> list[list[BatchToken]]:
     """The prompts behind each other, in steps of ``size`` tokens; logits of the last token of each are wanted."""
     rows = [
-        Row(int(token), position, index, position == len(one.prompt) - 1)
+        BatchToken(int(token), position, index, position == len(one.prompt) - 1)
         for index, one in enumerate(requests)
         for position, token in enumerate(one.prompt)
     ]

@@ -40,12 +40,12 @@ from kvsuite.meters.quality import TokenScores
 from kvsuite.workloads.windows import Window
 
 from .answering import SEQUENCES, answer_questions
-from .context import Context, ContextSettings, Row
+from .context import BatchToken, Context, ContextSettings
 from .library import library
 from .memory_model import FULL, LlamacppMemory, cache_bytes, cells_of
 from .model import Model
 from .options import LlamacppOptions
-from .scoring import WindowText, compare_windows, score_steps, score_together, score_windows
+from .scoring import WindowSequences, compare_windows, score_steps, score_together, score_windows
 from .serving import serve_requests
 from .source import gguf_source
 from .stream import Stream
@@ -328,8 +328,8 @@ class LlamacppSession(Session):
 
     def _text(
         self, tokens: Sequence[int], windows: Sequence[Window], prefix: str, prefix_token: int | None
-    ) -> WindowText:
-        text = WindowText(tokens, windows, prefix, prefix_token)
+    ) -> WindowSequences:
+        text = WindowSequences(tokens, windows, prefix, prefix_token)
         text.require_rows(self.vocab_size)
         return text
 
@@ -397,7 +397,7 @@ class LlamacppSession(Session):
         def step() -> None:
             context.clear()
             for at in range(8):
-                context.decode([Row(0, at, wanted=True)])
+                context.decode([BatchToken(0, at, wanted=True)])
 
         found = choose_threads(step, use=context.set_threads)
         self._close_contexts()

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvsuite.compression.base import Policy
 
-from .context import Context, Row
+from .context import BatchToken, Context
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class Stream:
             part = tokens[first : first + size]
             self._context.decode(
                 [
-                    Row(int(token), self.position + at, self.sequence, first + at == last)
+                    BatchToken(int(token), self.position + at, self.sequence, first + at == last)
                     for at, token in enumerate(part)
                 ]
             )

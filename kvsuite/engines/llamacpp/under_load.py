@@ -13,7 +13,7 @@ from kvsuite.engines.results import RequestServed, Served, ServeRequest, StepSer
 from kvsuite.engines.serving_plan import BLOCK_TOKENS, ServingPlan
 from kvsuite.errors import CaseInvalid
 
-from .context import Context, Row
+from .context import BatchToken, Context
 from .memory_model import cells_of
 from .stream import Stream
 
@@ -173,7 +173,7 @@ def _step(running: Sequence[_Run], plan: ServingPlan) -> list[tuple[_Run, int]]:
 
 def _feed(context: Context, parts: Sequence[tuple[_Run, int]], now: Callable[[], float]) -> None:
     """One step, and the tokens that it gives."""
-    rows: list[Row] = []
+    rows: list[BatchToken] = []
     ends: list[tuple[_Run, int]] = []
     for run, count in parts:
         assert run.stream is not None
@@ -182,7 +182,7 @@ def _feed(context: Context, parts: Sequence[tuple[_Run, int]], now: Callable[[],
         gives = not is_prompt or count == run.prompt_left
         at = run.stream.position
         rows += [
-            Row(int(token), at + place, run.stream.sequence, gives and place == len(tokens) - 1)
+            BatchToken(int(token), at + place, run.stream.sequence, gives and place == len(tokens) - 1)
             for place, token in enumerate(tokens)
         ]
         run.stream.fed(len(tokens))

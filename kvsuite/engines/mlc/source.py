@@ -25,7 +25,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "merges.txt")
 _READ_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.tiktoken", "*.txt", "*.gguf")
 MANIFEST = "kvsuite.json"
 #: raised when folders are made in another way
-BUILDER = 2
+BUILDER = 3
 _BYTES = 256
 
 
@@ -158,16 +158,23 @@ def _save(spec: ModelSpec, seed: int, cache_dir: Path | None, folder: Path) -> N
     loaded = load_model(spec, device="cpu", dtype="float16", seed=seed, cache_dir=cache_dir)
     loaded.model.save_pretrained(folder)
     # MLC wants a tokenizer, and random weights have none
-    (loaded.tokenizer or _byte_tokenizer()).save_pretrained(folder)
+    (loaded.tokenizer or tokenizer_of_random_weights(loaded.model.config.vocab_size)).save_pretrained(folder)
 
 
-def _byte_tokenizer() -> Any:
+def tokenizer_of_random_weights(vocabulary: int) -> Any:
+    """A tokenizer whose first tokens are the bytes, and every other one a word of its own.
+
+    MLC samples among the tokens that the tokenizer has, and sends a token when its text is whole UTF-8: so a model with random
+    weights samples from its whole vocabulary, and nearly all of its tokens are chunks of their own.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == _BYTES
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    # the alphabet of bytes writes a space so
+    words = [f"\u0120{index}" for index in range(_BYTES, vocabulary)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate([*alphabet, *words])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -12,10 +12,12 @@ from kvsuite.errors import CaseInvalid
 from kvsuite.meters.timing import RequestTimes
 
 from .dialect import TOKEN_IDS, Dialect
-from .streams import Reply
+from .streams import ServerReply
 
 
-def request_times(reply: Reply, request: ServeRequest, seconds: Sequence[float], dialect: Dialect) -> RequestTimes:
+def request_times(
+    reply: ServerReply, request: ServeRequest, seconds: Sequence[float], dialect: Dialect
+) -> RequestTimes:
     """Times of a reply that was asked for at once.
 
     Raises
@@ -27,7 +29,9 @@ def request_times(reply: Reply, request: ServeRequest, seconds: Sequence[float],
     return RequestTimes(prompt, prompt - (cached_tokens(reply) or 0), _chunks(reply, seconds))
 
 
-def request_served(reply: Reply, request: ServeRequest, seconds: Sequence[float], dialect: Dialect) -> RequestServed:
+def request_served(
+    reply: ServerReply, request: ServeRequest, seconds: Sequence[float], dialect: Dialect
+) -> RequestServed:
     """Times of a reply under load: a client knows when it was due and when its tokens came.
 
     Raises
@@ -49,7 +53,7 @@ def request_served(reply: Reply, request: ServeRequest, seconds: Sequence[float]
     )
 
 
-def counts_of(replies: Sequence[Reply], prompt_tokens: int) -> dict[str, int]:
+def counts_of(replies: Sequence[ServerReply], prompt_tokens: int) -> dict[str, int]:
     """What the server counted of requests together; what it does not tell is not there."""
     found = {"logical_prompt_tokens": prompt_tokens, "chunks": sum(len(reply.events) for reply in replies)}
     cached = [cached_tokens(reply) for reply in replies]
@@ -59,7 +63,7 @@ def counts_of(replies: Sequence[Reply], prompt_tokens: int) -> dict[str, int]:
     return found
 
 
-def output_ids(replies: Sequence[Reply]) -> list[list[int]]:
+def output_ids(replies: Sequence[ServerReply]) -> list[list[int]]:
     """Token ids of every reply, nothing at all where one does not tell them."""
     found = [[ids for _, ids in reply.events] for reply in replies]
     if any(ids is None for each in found for ids in each):
@@ -67,7 +71,7 @@ def output_ids(replies: Sequence[Reply]) -> list[list[int]]:
     return [[token for ids in each for token in ids or ()] for each in found]
 
 
-def own_times(replies: Sequence[Reply]) -> dict[str, float]:
+def own_times(replies: Sequence[ServerReply]) -> dict[str, float]:
     """Means of the times that a server sends with its answers (llama.cpp's ``timings``), by its own names."""
     names = [name for name, value in replies[0].timings.items() if isinstance(value, int | float)]
     return {
@@ -77,14 +81,14 @@ def own_times(replies: Sequence[Reply]) -> dict[str, float]:
     }
 
 
-def cached_tokens(reply: Reply) -> int | None:
+def cached_tokens(reply: ServerReply) -> int | None:
     """Tokens of the prompt that the server found in its cache, ``None`` where it does not tell."""
     details = reply.usage.get("prompt_tokens_details") or {}
     found = details.get("cached_tokens")
     return None if found is None else int(found)
 
 
-def _prompt_tokens(reply: Reply, request: ServeRequest, dialect: Dialect) -> int:
+def _prompt_tokens(reply: ServerReply, request: ServeRequest, dialect: Dialect) -> int:
     told = reply.usage.get("prompt_tokens")
     if told is None:
         return len(request.prompt)
@@ -93,7 +97,7 @@ def _prompt_tokens(reply: Reply, request: ServeRequest, dialect: Dialect) -> int
     return int(told)
 
 
-def _chunks(reply: Reply, seconds: Sequence[float]) -> list[tuple[float, int]]:
+def _chunks(reply: ServerReply, seconds: Sequence[float]) -> list[tuple[float, int]]:
     told: Any = reply.usage.get("completion_tokens")
     marks = [mark for mark, _ in reply.events]
     if marks and all(ids is not None for _, ids in reply.events):

@@ -31,7 +31,7 @@ from .endpoint import Endpoint
 from .failure import Refused, ServerFailed
 from .served_model import ServedModel, find_model, software
 from .serving import counts_of, output_ids, own_times, request_served, request_times
-from .streams import Reply, Streams
+from .streams import ServerReply, Streams
 
 _UNSEEN = "a client sees nothing of a server's memory"
 _STARTED = "the server has its own, from the command that started it"
@@ -199,7 +199,7 @@ class ServerSession(Session):
 
     def _complete(
         self, requests: Sequence[ServeRequest], clock: Clock, concurrency: int | None
-    ) -> tuple[dict[str, float], list[Reply], dict[str, float]]:
+    ) -> tuple[dict[str, float], list[ServerReply], dict[str, float]]:
         """Counters before, replies, counters after."""
         refuse_images(requests, "server")
         bodies = [
@@ -225,7 +225,7 @@ class ServerSession(Session):
 
     def _result(
         self,
-        replies: Sequence[Reply],
+        replies: Sequence[ServerReply],
         counts: dict[str, int],
         before: Mapping[str, float],
         after: Mapping[str, float],

@@ -20,7 +20,7 @@ _SPARE_EVENTS = 64
 
 
 @dataclass
-class Reply:
+class ServerReply:
     """One streamed completion.
 
     Parameters
@@ -68,7 +68,7 @@ class Streams:
         bodies: Sequence[Mapping[str, Any]],
         arrivals_s: Sequence[float] | None = None,
         concurrency: int | None = None,
-    ) -> list[Reply]:
+    ) -> list[ServerReply]:
         """All replies, in the order of the requests.
 
         Parameters
@@ -89,14 +89,14 @@ class Streams:
 
     async def _all(
         self, bodies: Sequence[Mapping[str, Any]], arrivals_s: Sequence[float], concurrency: int | None
-    ) -> list[Reply]:
-        replies = [Reply() for _ in bodies]
+    ) -> list[ServerReply]:
+        replies = [ServerReply() for _ in bodies]
         places = None if concurrency is None else asyncio.Semaphore(concurrency)
         loop = asyncio.get_running_loop()
         self._clock.start()
         begin, self._marks = loop.time(), 0
 
-        async def one(body: Mapping[str, Any], arrival: float, reply: Reply) -> None:
+        async def one(body: Mapping[str, Any], arrival: float, reply: ServerReply) -> None:
             if places is None:
                 await asyncio.sleep(begin + arrival - loop.time())
                 await self._stream(body, reply)
@@ -119,7 +119,7 @@ class Streams:
         self._marks += 1
         return self._marks - 1
 
-    async def _stream(self, body: Mapping[str, Any], reply: Reply) -> None:
+    async def _stream(self, body: Mapping[str, Any], reply: ServerReply) -> None:
         endpoint, loop = self._endpoint, asyncio.get_running_loop()
         most = _MOST_EVENTS * int(body["max_tokens"]) + _SPARE_EVENTS
         try:
@@ -144,7 +144,7 @@ class Streams:
             raise endpoint.hangs(COMPLETIONS) from None
         raise ServerFailed(f"{endpoint.url}{COMPLETIONS}: the stream ended before its end ([DONE])")
 
-    def _take(self, data: str, reply: Reply) -> None:
+    def _take(self, data: str, reply: ServerReply) -> None:
         """Keep what an event says."""
         endpoint = self._endpoint
         # stamped before anything is parsed: what came, came now

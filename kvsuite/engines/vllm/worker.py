@@ -212,7 +212,7 @@ def card_memory(worker: Any, fresh: bool = False) -> dict[str, int]:
     return found
 
 
-class Engine:
+class StepwiseEngine:
     """One `LLM`, driven step by step.
 
     Parameters
@@ -463,7 +463,7 @@ def own_times(metrics: Any) -> dict[str, float]:
 def run_engine(channel: Channel, settings: dict[str, Any]) -> None:
     """Start an engine and answer for it until it is to stop."""
     try:
-        engine = Engine(settings)
+        engine = StepwiseEngine(settings)
         channel.send(engine.facts())
     except BaseException as error:
         channel.send(told(error))

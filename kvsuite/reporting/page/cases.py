@@ -12,7 +12,7 @@ from kvsuite.reporting.aggregate import NOT_IN_RECORD, Row, by_name, ci_half_wid
 from kvsuite.reporting.machines import machine_of
 from kvsuite.store.inside import inside
 
-from .columns import MACHINE, Column, identity_columns
+from .columns import MACHINE, PageColumn, identity_columns
 
 _DETAILS = (
     "case_key",
@@ -45,7 +45,7 @@ class Pool:
         return self._places[key]
 
 
-def case_data(folder: Path, rows: Sequence[Row], metrics: Sequence[Column]) -> dict[str, Any]:
+def case_data(folder: Path, rows: Sequence[Row], metrics: Sequence[PageColumn]) -> dict[str, Any]:
     """The case table as JSON types.
 
     Parameters
@@ -93,7 +93,7 @@ def case_data(folder: Path, rows: Sequence[Row], metrics: Sequence[Column]) -> d
     }
 
 
-def unmeasured(rows: Sequence[Row], columns: Iterable[Column]) -> list[tuple[str, list[str]]]:
+def unmeasured(rows: Sequence[Row], columns: Iterable[PageColumn]) -> list[tuple[str, list[str]]]:
     """Metrics without a single number, by the reasons of the finished cases."""
     found: dict[tuple[str, ...], list[str]] = {}
     finished = [row for row in rows if row["status"] == "ok"]
@@ -159,7 +159,7 @@ def _sidecar(folder: Path, row: Row) -> dict[str, str] | None:
     return {"name": name, "href": f"./{quote(path.relative_to(folder).as_posix())}"} if path.is_file() else None
 
 
-def _plot(rows: Sequence[Row], metrics: Sequence[Column]) -> dict[str, Any]:
+def _plot(rows: Sequence[Row], metrics: Sequence[PageColumn]) -> dict[str, Any]:
     """Cases whose numbers may stand in one plot: one suite, model, kind of device, machine, protocol and data set."""
     groups = Pool()
     places = [groups.add(_group(row)) if row["status"] == "ok" else None for row in rows]

@@ -32,7 +32,7 @@ _DIGITS, _MOST_DECIMALS, _MOST_PLACES = 4, 5, 9
 
 
 @dataclass(frozen=True)
-class Column:
+class PageColumn:
     """One column.
 
     Parameters
@@ -68,16 +68,16 @@ class Column:
         return asdict(self)
 
 
-def identity_columns(rows: Sequence[Row]) -> list[Column]:
+def identity_columns(rows: Sequence[Row]) -> list[PageColumn]:
     """Columns of what a case is, then of the axes of its space; most is in its name, so that few are shown at first."""
     fields = {key: {str(row["case"].get(key) or "") for row in rows} for key in _IDENTITY}
     columns = [
-        Column(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1)
+        PageColumn(key, _IDENTITY[key], "text", shown=key in _SHOWN and len(found) > 1)
         for key, found in fields.items()
         if any(found)
     ]
     if has_several_machines(rows):
-        columns.append(Column(MACHINE, "Machine", "text", shown=True))
+        columns.append(PageColumn(MACHINE, "Machine", "text", shown=True))
     axes: dict[str, list[Any]] = {}
     for row in rows:
         for axis, setting in row["case"]["params"].items():
@@ -85,11 +85,11 @@ def identity_columns(rows: Sequence[Row]) -> list[Column]:
     for axis, settings in axes.items():
         if len({str(setting) for setting in settings}) > 1:
             numbers = all(_is_number(setting) or setting is None for setting in settings)
-            columns.append(Column(f"params.{axis}", axis.replace("_", " "), "number" if numbers else "text"))
+            columns.append(PageColumn(f"params.{axis}", axis.replace("_", " "), "number" if numbers else "text"))
     return columns
 
 
-def metric_columns(rows: Sequence[Row]) -> list[Column]:
+def metric_columns(rows: Sequence[Row]) -> list[PageColumn]:
     """Columns of every metric that a record of these has, headlines first."""
     entries: dict[str, Mapping[str, Any]] = {}
     values: dict[str, list[float]] = {}
@@ -107,9 +107,9 @@ def metric_columns(rows: Sequence[Row]) -> list[Column]:
     return [_metric_column(metrics[name], values.get(name, []), name in first) for name in order]
 
 
-def _metric_column(metric: Metric, values: Sequence[float], headline: bool) -> Column:
+def _metric_column(metric: Metric, values: Sequence[float], headline: bool) -> PageColumn:
     scale, label = _scale(metric, values)
-    return Column(
+    return PageColumn(
         key=metric.name,
         title=metric.heading,
         kind="metric",

@@ -22,7 +22,7 @@ from kvsuite.store.files import utf8, write_atomic
 from kvsuite.store.records_file import RECORDS_FILE
 
 from .cases import case_data, unmeasured
-from .columns import Column, metric_columns
+from .columns import PageColumn, metric_columns
 from .facts import machine_line, run_facts, text_of
 from .verdicts import COMPARISON_FILE, comparison_data, lines, read_comparison, side, verdict_counts
 
@@ -210,7 +210,7 @@ def _which(names: Sequence[str], labelled: Mapping[str, Row]) -> str:
     return which(names, labelled) if len(names) <= _MOST_WARNINGS else f" ({len(names):,} cases)"
 
 
-def _definitions(columns: Sequence[Column]) -> list[dict[str, Any]]:
+def _definitions(columns: Sequence[PageColumn]) -> list[dict[str, Any]]:
     known = {metric.name: metric for metric in BUILTIN}
     return [
         {

@@ -43,7 +43,7 @@ _READERS = {
 
 
 @dataclass(frozen=True)
-class Group:
+class CompressionVariant:
     """One variant: its name in tables and figures, and the policy behind it."""
 
     name: str
@@ -109,7 +109,7 @@ def compression_cases(options: Options) -> list[Case]:
     ]
 
 
-def _in_weights(group: Group, quantization: str | None) -> str:
+def _in_weights(group: CompressionVariant, quantization: str | None) -> str:
     return group.name if quantization is None else f"{group.name}_{quantization}"
 
 
@@ -123,7 +123,7 @@ def scores_reference(case: Case, options: Options) -> bool:
     return case.name == stores[0].named(_in_weights(first, case.quantization))
 
 
-def protocol_of(own: CompressionOptions, groups: Iterable[Group]) -> str:
+def protocol_of(own: CompressionOptions, groups: Iterable[CompressionVariant]) -> str:
     """One quality protocol for all groups of a run: perplexities of different protocols do not compare."""
     pressed = [group.name for group in groups if group.acts == "prompt"]
     if own.protocol == "auto":
@@ -167,9 +167,9 @@ def _reads(method: MethodText, option: str) -> bool:
     return not method.name.startswith(PRESS_PREFIX) and option in find_policy(method.name).swept(method.values).values()
 
 
-def _groups(own: CompressionOptions, common: CommonOptions) -> Iterator[Group]:
+def _groups(own: CompressionOptions, common: CommonOptions) -> Iterator[CompressionVariant]:
     if not own.no_baseline:
-        yield Group("baseline", "baseline")
+        yield CompressionVariant("baseline", "baseline")
     handlings = ("original", "cache") if own.positions == "both" else (own.positions,)
     for positions in handlings:
         groups = list(_policy_groups(own, positions, common))
@@ -181,13 +181,13 @@ def _groups(own: CompressionOptions, common: CommonOptions) -> Iterator[Group]:
             yield from _presses(own, method)
 
 
-def _policy_groups(own: CompressionOptions, positions: str, options: CommonOptions) -> Iterator[Group]:
+def _policy_groups(own: CompressionOptions, positions: str, options: CommonOptions) -> Iterator[CompressionVariant]:
     common = {"positions": positions, "skip_layers": list(own.skip_layers)}
     mark = "_poscache" if positions == "cache" else ""
 
     def group(
         kind: str, policy: str, budget: int | None = None, chosen: Mapping[str, Any] | None = None, **parameters: Any
-    ) -> Group:
+    ) -> CompressionVariant:
         try:
             built = get_policy(policy, **parameters, **common)
             name = built.label(chosen) + mark
@@ -199,7 +199,7 @@ def _policy_groups(own: CompressionOptions, positions: str, options: CommonOptio
                 f"--kv-method={policy}: {made.__module__}:{made.__qualname__} cannot be made of {parameters} "
                 f"({in_a_line(error)}); correct it, or give other parameters"
             ) from error
-        return Group(name, kind, policy, built.to_dict(), budget, built.acts)
+        return CompressionVariant(name, kind, policy, built.to_dict(), budget, built.acts)
 
     asked = _methods(own)
     # those with parameters of their own are swept by these alone
@@ -256,7 +256,7 @@ def _variants(own: CompressionOptions, method: MethodText) -> Iterator[dict[str,
             yield given | dict(zip(lists, chosen, strict=True))
 
 
-def _presses(own: CompressionOptions, method: MethodText) -> Iterator[Group]:
+def _presses(own: CompressionOptions, method: MethodText) -> Iterator[CompressionVariant]:
     info = find_press(method.name)
     if own.positions == "cache":
         raise UserError(
@@ -269,7 +269,9 @@ def _presses(own: CompressionOptions, method: MethodText) -> Iterator[Group]:
         marks = [f"{name}={value}" for name, value in given.items() if name != "keep_ratio"]
         for ratio in [given.pop("keep_ratio")] if "keep_ratio" in given else ratios:
             name = "_".join([info.name, *marks, *([f"kr={ratio}"] if info.takes_ratio else [])])
-            yield Group(name, "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio, **given}, acts="prompt")
+            yield CompressionVariant(
+                name, "press", PRESS_PREFIX + info.name, {"keep_ratio": ratio, **given}, acts="prompt"
+            )
 
 
 def _below_one(ratios: list[float], own: CompressionOptions) -> list[float]:

@@ -38,7 +38,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Panel:
+class MetricPanel:
     """One panel: which metric, how it is labelled, and what its whisker is (distances below and above the bar)."""
 
     metric: str
@@ -71,7 +71,7 @@ def _layers(row: Row) -> Interval | None:
 
 
 PANELS = (
-    Panel(
+    MetricPanel(
         "output_tok_s",
         "Throughput (higher is better)",
         "generated tokens / wall time, first token included",
@@ -80,7 +80,7 @@ PANELS = (
         lambda v: fixed(v, 1),
         _ci("output_tok_s"),
     ),
-    Panel(
+    MetricPanel(
         "tpot_s",
         "TPOT / Latency (lower is better)",
         "(last token - first token) / (n - 1), eviction included",
@@ -89,7 +89,7 @@ PANELS = (
         lambda v: fixed(v, 1),
         _ci("tpot_s"),
     ),
-    Panel(
+    MetricPanel(
         "ttft_s",
         "TTFT / Prefill (lower is better)",
         "prefill + compression + first token",
@@ -98,7 +98,7 @@ PANELS = (
         lambda v: fixed(v, 4),
         _ci("ttft_s"),
     ),
-    Panel(
+    MetricPanel(
         "perplexity",
         "Perplexity / Quality (lower is better)",
         "exp(loss pooled over texts); axis does not start at 0",
@@ -107,7 +107,7 @@ PANELS = (
         lambda v: fixed(v, 2),
         _standard_error,
     ),
-    Panel(
+    MetricPanel(
         "mem_measured_peak_bytes",
         "Peak VRAM Usage (lower is better)",
         "peak allocated, weights included; 1 GB = 1024³ bytes",
@@ -116,7 +116,7 @@ PANELS = (
         lambda v: fixed(v, 2) + " GB",
         lambda row: None,
     ),
-    Panel(
+    MetricPanel(
         "cache_tokens_mean",
         "KV Cache Size",
         "at the end of decode, mean over layers",
@@ -127,7 +127,7 @@ PANELS = (
     ),
 )
 # where formats differ the tokens of a cache do not tell its size
-_BYTES = Panel(
+_BYTES = MetricPanel(
     "kv_bytes_exact",
     "KV Cache Size (lower is better)",
     "keys and values as they are stored, scales included",
@@ -223,7 +223,7 @@ def _colours(finished: Mapping[str, Row]) -> list[Patch]:
     return found
 
 
-def _draw(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
+def _draw(axes: Axes, panel: MetricPanel, finished: Mapping[str, Row]) -> None:
     axes.set_title(f"{panel.title}\n{panel.measured}")
     axes.set_ylabel(panel.y_label)
     places = {name: place for place, name in enumerate(finished)}
@@ -309,7 +309,7 @@ def _present(found: Mapping[str, Interval | None]) -> list[tuple[str, Interval]]
     return [(name, whisker) for name, whisker in found.items() if whisker is not None]
 
 
-def _say_why_empty(axes: Axes, panel: Panel, finished: Mapping[str, Row]) -> None:
+def _say_why_empty(axes: Axes, panel: MetricPanel, finished: Mapping[str, Row]) -> None:
     reasons = dict.fromkeys(missing_reason(row, panel.metric) for row in finished.values())
     text = "; ".join(reasons) or "no case finished"
     text = text if text.startswith("not measured") else f"not measured: {text}"
@@ -363,7 +363,7 @@ def _draw_floors(axes: Axes, finished: Mapping[str, Row], places: Mapping[str, i
 
 
 def _limits(
-    axes: Axes, panel: Panel, heights: Mapping[str, float], whiskers: Mapping[str, Interval], *, room: float
+    axes: Axes, panel: MetricPanel, heights: Mapping[str, float], whiskers: Mapping[str, Interval], *, room: float
 ) -> None:
     """Set the y range; ``room`` is added on top, as a share of the range."""
     lows = [heights[name] - below for name, (below, _) in whiskers.items()]

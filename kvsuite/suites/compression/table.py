@@ -19,7 +19,7 @@ from kvsuite.reporting.noise import MARK, MEANING, inside_noise
 from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
-    Column,
+    MetricColumn,
     case_table,
     footnotes,
     number_in,
@@ -44,20 +44,20 @@ def _ratio(row: Row) -> str:
 
 # the original's columns and widths; with single spaces between them they are its 100 characters
 _COLUMNS = (
-    Column("ttft"),
-    Column("tpot"),
-    Column("throughput"),
-    Column("perplexity"),
-    Column("accuracy"),
-    Column("peak_vram", title="VRAM(GB)", cell=lambda row: number_in(row, "peak_vram", GIB, ".2f")),
-    Column("cache_tokens_mean", 8),
-    Column("tpot", 7, title="TPOT±", cell=tpot_spread),
-    Column("perplexity_se", 8, spec=".2f"),
-    Column("ppl_ratio", 15, cell=_ratio),
-    Column("kv_bytes_exact"),
+    MetricColumn("ttft"),
+    MetricColumn("tpot"),
+    MetricColumn("throughput"),
+    MetricColumn("perplexity"),
+    MetricColumn("accuracy"),
+    MetricColumn("peak_vram", title="VRAM(GB)", cell=lambda row: number_in(row, "peak_vram", GIB, ".2f")),
+    MetricColumn("cache_tokens_mean", 8),
+    MetricColumn("tpot", 7, title="TPOT±", cell=tpot_spread),
+    MetricColumn("perplexity_se", 8, spec=".2f"),
+    MetricColumn("ppl_ratio", 15, cell=_ratio),
+    MetricColumn("kv_bytes_exact"),
 )
 # to the full cache, token by token; not in runs without
-_DISTANCE = (Column("kld", 9), Column("same_top1", 8))
+_DISTANCE = (MetricColumn("kld", 9), MetricColumn("same_top1", 8))
 _CHANGES = ("Thruput", "TPOT", "PPL", "Acc", "KV bytes")
 
 

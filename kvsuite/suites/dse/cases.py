@@ -10,7 +10,7 @@ from kvsuite.case import Case
 from kvsuite.engines.registry import get_engine
 from kvsuite.errors import UserError
 from kvsuite.memory_model.design_point import AXES, DesignPoint
-from kvsuite.memory_model.design_space import DesignSpace, Entry, broken_rules
+from kvsuite.memory_model.design_space import DesignSpace, SpacePoint, broken_rules
 from kvsuite.memory_model.space_text import parse_space
 from kvsuite.options.common import CommonOptions
 from kvsuite.options.devices import resolve_device
@@ -100,17 +100,17 @@ def point_of(case: Case) -> DesignPoint:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CaseVerdict:
     """Whether a case may run: the rules that it breaks, in words, and what its record must say although it may."""
 
     broken: tuple[str, ...]
     flags: tuple[str, ...]
 
 
-def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = False) -> Verdict:
+def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = False) -> CaseVerdict:
     """Judge a case by the rules of the space; before its model is loaded without the trained length."""
     point = point_of(case)
-    entry = Entry(point, broken_rules(point, get_engine(case.engine).point_rules)).judged(
+    entry = SpacePoint(point, broken_rules(point, get_engine(case.engine).point_rules)).judged(
         trained_length, is_dummy=is_dummy
     )
     broken = [str(one) for one in entry.broken]
@@ -121,7 +121,7 @@ def judge(case: Case, trained_length: int | None = None, *, is_dummy: bool = Fal
             f"breaks {ROOM}: a prompt of {prompt} tokens and {new_tokens} new ones do not fit "
             f"context_window_size={point.context_window_size}; change --kv-prompt-share or lower --kv-max-new-tokens"
         )
-    return Verdict(tuple(broken), entry.flags)
+    return CaseVerdict(tuple(broken), entry.flags)
 
 
 def _case(options: Options, device: str, point: DesignPoint, stored: ChosenFormat) -> Case:

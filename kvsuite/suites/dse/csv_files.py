@@ -23,13 +23,13 @@ from .columns import (
 )
 
 __all__ = [
-    "METRICS", "RESULTS", "Sheet", "Table", "append_rows", "check_appendable", "csv_text", "file_name",
+    "METRICS", "RESULTS", "CsvSheet", "Table", "append_rows", "check_appendable", "csv_text", "file_name",
     "read_sheet", "series_tag", "tag_of",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Sheet:
+class CsvSheet:
     """A file that was read.
 
     Parameters
@@ -66,7 +66,7 @@ def tag_of(path: Path) -> str:
     return path.stem
 
 
-def read_sheet(path: Path) -> Sheet:
+def read_sheet(path: Path) -> CsvSheet:
     """Read the original program's CSV or ours, columns in any order, columns of others ignored with a note.
 
     Raises
@@ -128,7 +128,7 @@ def append_rows(folder: Path, table: Table, rows: Sequence[CsvRow]) -> list[Path
     return _FILES[table].append(folder, added)
 
 
-def _parse(text: str, where: str, tag: str) -> Sheet:
+def _parse(text: str, where: str, tag: str) -> CsvSheet:
     lines = lines_of(text, where)
     header = lines[0][1]
     table = table_of(header)
@@ -152,7 +152,7 @@ def _parse(text: str, where: str, tag: str) -> Sheet:
     if without_number:
         s = "" if without_number == 1 else "s"
         notes.append(f"{where}: {without_number} metric value{s} without a finite number left out")
-    return Sheet(table, tag, where, rows, tuple(notes))
+    return CsvSheet(table, tag, where, rows, tuple(notes))
 
 
 def _rows(text: str, where: str) -> list[dict[str, Any]]:

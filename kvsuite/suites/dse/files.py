@@ -8,14 +8,14 @@ from typing import Any
 
 from kvsuite.reporting.aggregate import Row
 
-from .csv_files import METRICS, RESULTS, Sheet, Table, append_rows, check_appendable, csv_text, file_name, series_tag
+from .csv_files import METRICS, RESULTS, CsvSheet, Table, append_rows, check_appendable, csv_text, file_name, series_tag
 from .rows import csv_rows, metric_rows
 
 
-def dse_sheets(run: Mapping[str, Any], rows: Sequence[Row]) -> list[Sheet]:
+def dse_sheets(run: Mapping[str, Any], rows: Sequence[Row]) -> list[CsvSheet]:
     """The results and the metrics of a run as they stand in its CSVs, those of each model and weight format apart."""
     return [
-        Sheet(table, tag, file_name(table, tag), found)
+        CsvSheet(table, tag, file_name(table, tag), found)
         for table, of_table in _tables(run, rows)
         for tag, found in _by_tag(of_table).items()
     ]

@@ -18,7 +18,7 @@ from kvsuite.meters.timing import RoundTimes
 from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 
-from .cases import DSE, Verdict, judge, point_of
+from .cases import DSE, CaseVerdict, judge, point_of
 from .quality import score_streams
 
 
@@ -73,7 +73,7 @@ def _require(broken: Sequence[str]) -> None:
         raise CaseInvalid("; ".join(broken))
 
 
-def _skip_a_second_run(run: CaseRun, session: Session, reach: Reach, judged: Callable[[Case], Verdict]) -> None:
+def _skip_a_second_run(run: CaseRun, session: Session, reach: Reach, judged: Callable[[Case], CaseVerdict]) -> None:
     """Of points that reach the runtime as the same settings the first of the space is measured, in whatever order they run."""
     for other in run.planned:
         if other == run.case:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite import console
 from kvsuite.reporting.aggregate import MIB, Row, by_name, entry, suite_rows, value
-from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, format_number, own_columns
+from kvsuite.reporting.table_parts import MISSING, MetricColumn, case_table, footnotes, format_number, own_columns
 
 from .rows import DSE
 
@@ -35,20 +35,20 @@ def _predicted(row: Row) -> str:
 
 
 _COLUMNS = (
-    Column("ttft", 9),
-    Column("prefill_steps", 6),
-    Column("decode_step_s", 8),
-    Column("decode_step_s", 6, title="Step±", cell=_spread),
-    Column("tpot_floor_s", 6, title="Floor", cell=_floor_share),
-    Column("decode_tok_s_batch", 9),
-    Column("perplexity", 8, spec=".3f"),
-    Column("perplexity_se", 6),
-    Column("kv_bytes_exact", 8),
-    Column("", 8, title="Pool MiB", cell=_pool),
-    Column("", 9, title="Pred MiB", cell=_predicted),
-    Column("mem_measured_peak_bytes", 9),
+    MetricColumn("ttft", 9),
+    MetricColumn("prefill_steps", 6),
+    MetricColumn("decode_step_s", 8),
+    MetricColumn("decode_step_s", 6, title="Step±", cell=_spread),
+    MetricColumn("tpot_floor_s", 6, title="Floor", cell=_floor_share),
+    MetricColumn("decode_tok_s_batch", 9),
+    MetricColumn("perplexity", 8, spec=".3f"),
+    MetricColumn("perplexity_se", 6),
+    MetricColumn("kv_bytes_exact", 8),
+    MetricColumn("", 8, title="Pool MiB", cell=_pool),
+    MetricColumn("", 9, title="Pred MiB", cell=_predicted),
+    MetricColumn("mem_measured_peak_bytes", 9),
 )
-_CACHED = Column("ttft_cached_s", 9)
+_CACHED = MetricColumn("ttft_cached_s", 9)
 
 
 def dse_table(rows: Sequence[Row]) -> RenderableType:

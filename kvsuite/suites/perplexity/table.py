@@ -10,7 +10,7 @@ from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
 from kvsuite.reporting.table_parts import (
     MISSING,
     SPREAD,
-    Column,
+    MetricColumn,
     case_table,
     footnotes,
     own_columns,
@@ -29,16 +29,16 @@ def _ratio(row: Row) -> str:
     return f"{ratio:.4f}" if se is None else f"{ratio:.4f}±{2 * se:.4f}"
 
 
-_QUALITY = (Column("perplexity", spec=".3f"), Column("perplexity_se", 8), Column("accuracy", 8))
-_DISTANCE = (Column("ppl_ratio_reference", 15, cell=_ratio), Column("kld", 9), Column("same_top1", 8))
-_WORDS = (Column("word_perplexity"), Column("bits_per_byte", 9))
+_QUALITY = (MetricColumn("perplexity", spec=".3f"), MetricColumn("perplexity_se", 8), MetricColumn("accuracy", 8))
+_DISTANCE = (MetricColumn("ppl_ratio_reference", 15, cell=_ratio), MetricColumn("kld", 9), MetricColumn("same_top1", 8))
+_WORDS = (MetricColumn("word_perplexity"), MetricColumn("bits_per_byte", 9))
 _REST = (
-    Column("mem_weights_bytes", 9),
-    Column("bits_per_weight", 7),
-    Column("ttft", 9),
-    Column("tpot", 9),
-    Column("tpot", 7, title="TPOT±", cell=tpot_spread),
-    Column("score_tok_s", 9),
+    MetricColumn("mem_weights_bytes", 9),
+    MetricColumn("bits_per_weight", 7),
+    MetricColumn("ttft", 9),
+    MetricColumn("tpot", 9),
+    MetricColumn("tpot", 7, title="TPOT±", cell=tpot_spread),
+    MetricColumn("score_tok_s", 9),
 )
 
 
@@ -67,7 +67,7 @@ def perplexity_legend(rows: Sequence[Row]) -> str:
     return f"W: weights in memory. Bits/w: per weight, embeddings in. {SPREAD}{shown} Scored/s: scored tokens a second."
 
 
-def _has(rows: Iterable[Row], group: Sequence[Column]) -> bool:
+def _has(rows: Iterable[Row], group: Sequence[MetricColumn]) -> bool:
     return any(group[0].metric in row["metrics"] for row in rows)
 
 

@@ -76,7 +76,7 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Arm:
+class VariantSetting:
     """One variant with what it varies."""
 
     variant: Variant
@@ -181,23 +181,23 @@ def _batch_sizes(own: PipelineOptions, model: str, workload: str) -> tuple[int, 
     return asked or next((sizes for part, sizes in _BATCH_SIZES.items() if part in name), _OTHER_BATCH_SIZES)
 
 
-def _arms(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None) -> list[Arm]:
+def _arms(own: PipelineOptions, methods: tuple[str, ...], compressor: str | None) -> list[VariantSetting]:
     reductions = _reductions(own, methods, compressor)
     several = len(reductions) > 1
     paced = _paced(own, reductions)
-    found = [Arm(VARIANTS[BASELINE])]
+    found = [VariantSetting(VARIANTS[BASELINE])]
     for name in own.variants:
         variant = VARIANTS[name]
         if variant.chunked:
             for chunk in own.chunk_sizes:
-                found.append(Arm(variant, chunk=chunk, marks=(f"c{chunk}",)))
+                found.append(VariantSetting(variant, chunk=chunk, marks=(f"c{chunk}",)))
                 found += [
-                    Arm(variant, one, chunk, layers=layers, marks=(f"c{chunk}", one.id, *_pace(layers)))
+                    VariantSetting(variant, one, chunk, layers=layers, marks=(f"c{chunk}", one.id, *_pace(layers)))
                     for one, layers in paced
                 ]
         elif name != BASELINE:
             found += [
-                Arm(
+                VariantSetting(
                     variant,
                     one,
                     partition=sms,
@@ -382,7 +382,7 @@ def _case(
     chosen: str,
     workload: str,
     batch: int,
-    arm: Arm,
+    arm: VariantSetting,
     *,
     image: str | None,
     several_models: bool,
@@ -426,7 +426,7 @@ def _case(
     )
 
 
-def _plan(own: PipelineOptions, arm: Arm, load: ServingWorkload, longest: int) -> ServingPlan:
+def _plan(own: PipelineOptions, arm: VariantSetting, load: ServingWorkload, longest: int) -> ServingPlan:
     running, chunks = own.max_running, own.chunk_sizes if "chunked" in own.variants else ()
     least_step = min([own.step_tokens, *chunks])
     if running is None:

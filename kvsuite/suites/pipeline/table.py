@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite import console
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
-from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
+from kvsuite.reporting.table_parts import MISSING, MetricColumn, case_table, footnotes, own_columns
 
 from .rows import arrivals_of, setting_of, speedup, workload_name
 
@@ -27,18 +27,18 @@ def pipeline_table(rows: Sequence[Row]) -> RenderableType:
     rows = suite_rows(rows, "pipeline")
     labelled = by_name(rows)
     columns = [
-        Column("output_tok_s", 8, title="Output/s", spec=".1f"),
-        Column("", 7, title="vs base", cell=partial(_speedup, rows=rows)),
-        Column("goodput_req_s", 8),
-        Column("slo_share", 6),
-        *([Column("capacity_req_s", 8)] if any("capacity_req_s" in row["metrics"] for row in rows) else []),
-        Column("ttft_p50_s", 9),
-        Column("tpot_p50_s", 9),
-        Column("itl_p99_s", 9),
-        Column("running_mean", 7),
-        Column("preemptions", 7, title="Preempt"),
-        Column("served_kld", 8, spec=".4f"),
-        Column("served_same_top1", 7),
+        MetricColumn("output_tok_s", 8, title="Output/s", spec=".1f"),
+        MetricColumn("", 7, title="vs base", cell=partial(_speedup, rows=rows)),
+        MetricColumn("goodput_req_s", 8),
+        MetricColumn("slo_share", 6),
+        *([MetricColumn("capacity_req_s", 8)] if any("capacity_req_s" in row["metrics"] for row in rows) else []),
+        MetricColumn("ttft_p50_s", 9),
+        MetricColumn("tpot_p50_s", 9),
+        MetricColumn("itl_p99_s", 9),
+        MetricColumn("running_mean", 7),
+        MetricColumn("preemptions", 7, title="Preempt"),
+        MetricColumn("served_kld", 8, spec=".4f"),
+        MetricColumn("served_same_top1", 7),
         *own_columns(rows),
     ]
     return console.stacked(

@@ -22,9 +22,9 @@ from kvsuite.workloads.prompts import make_prompts
 from .cases import SEEN
 from .memory import FED_TOKENS, measure_context_memory, put_weights
 from .options import RetrievalOptions
-from .samples import Sample
+from .samples import ContextSample
 from .sampling import require_room, retrieval_samples
-from .scores import Mean, Scored, by_sample, cells, score_answers, with_question
+from .scores import Mean, ScoredAnswer, by_sample, cells, score_answers, with_question
 
 _exact, _logprob = attrgetter("exact"), attrgetter("logprob")
 METRICS = (
@@ -103,7 +103,7 @@ def _score(case: Case, session: Session, run: CaseRun) -> list[int]:
 
 
 def _full(
-    session: AnswersQuestions, run: CaseRun, samples: Sequence[Sample], asked: Sequence[Asked]
+    session: AnswersQuestions, run: CaseRun, samples: Sequence[ContextSample], asked: Sequence[Asked]
 ) -> list[list[Answer]]:
     """Answers of the full cache in the model's dtype, computed once for all methods of a session."""
     assert isinstance(session, Session)
@@ -122,7 +122,9 @@ def _asked_inside(session: AnswersQuestions, run: CaseRun, asked: Sequence[Asked
     return [[next(answers)[0] for _ in group] for group in apart]
 
 
-def _put(run: CaseRun, session: Session, scored: Sequence[Scored], full: Sequence[Scored], *, is_full: bool) -> None:
+def _put(
+    run: CaseRun, session: Session, scored: Sequence[ScoredAnswer], full: Sequence[ScoredAnswer], *, is_full: bool
+) -> None:
     found, bound = run.found, run.options.of(RetrievalOptions).task_bound
     exact, logprob = ([by_sample(side, of) for side in (scored, full)] for of in (_exact, _logprob))
     ceiling = Mean.of(exact[1]).value
@@ -157,7 +159,7 @@ def _put(run: CaseRun, session: Session, scored: Sequence[Scored], full: Sequenc
         )
 
 
-def _put_sidecar(run: CaseRun, samples: Sequence[Sample], scored: Sequence[Scored]) -> None:
+def _put_sidecar(run: CaseRun, samples: Sequence[ContextSample], scored: Sequence[ScoredAnswer]) -> None:
     """A row a sample, by which a comparison pairs two runs: ``nll`` and ``correct`` are means of its questions."""
     run.found.sidecar = {
         "text": list(range(len(samples))),

@@ -13,7 +13,7 @@ from kvsuite.case import digest
 from kvsuite.engines.questions import Asked, Question
 from kvsuite.errors import CaseInvalid
 
-from .tasks import MAKERS, Draw, Plan
+from .tasks import MAKERS, ContextPlan, Draw
 from .words import KEYS, VALUES
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
@@ -40,7 +40,7 @@ class SampleQuestion:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ContextSample:
     """One draw: a context that is asked at several depths, or a context for each depth.
 
     Parameters
@@ -101,7 +101,7 @@ class SampleMaker:
         self._counts: dict[str, int] = {}
         self._keys, self._values = self._alike(KEYS), self._alike(VALUES)
 
-    def samples(self, count: int) -> list[Sample]:
+    def samples(self, count: int) -> list[ContextSample]:
         """The first ``count`` samples: those of a longer run are the same.
 
         Raises
@@ -111,7 +111,7 @@ class SampleMaker:
         """
         return [self._sample(index) for index in range(count)]
 
-    def _sample(self, index: int) -> Sample:
+    def _sample(self, index: int) -> ContextSample:
         random = Random(f"{self._seed}|{self._task}|{index}")
         start = random.randrange(len(self._sentences))
         prose = self._prose(start)
@@ -125,7 +125,7 @@ class SampleMaker:
                 "does not say are too few; use a shorter --kv-task-lengths, or another --kv-task"
             ) from None
         made = [self._made(plan, prose, random) for plan in plans]
-        return Sample(tuple(asked for asked, _ in made), tuple(known for _, known in made))
+        return ContextSample(tuple(asked for asked, _ in made), tuple(known for _, known in made))
 
     def _prose(self, start: int) -> list[str]:
         """Sentences in their order that fill a context."""
@@ -136,7 +136,9 @@ class SampleMaker:
             tokens += self._count(found[-1])
         return found
 
-    def _made(self, plan: Plan, prose: Sequence[str], random: Random) -> tuple[Asked, tuple[SampleQuestion, ...]]:
+    def _made(
+        self, plan: ContextPlan, prose: Sequence[str], random: Random
+    ) -> tuple[Asked, tuple[SampleQuestion, ...]]:
         head = self._ids(plan.head) if plan.head else []
         room = self._length - len(self._first) - len(head)
         body, ends = self._body(plan, prose, room, random)
@@ -159,7 +161,7 @@ class SampleMaker:
             )
         return Asked(context, tuple(questions), plan.in_turn), tuple(known)
 
-    def _body(self, plan: Plan, prose: Sequence[str], room: int, random: Random) -> tuple[str, list[int]]:
+    def _body(self, plan: ContextPlan, prose: Sequence[str], room: int, random: Random) -> tuple[str, list[int]]:
         """Text of at least ``room`` tokens, whose first sentence alone is too long, and where each piece ends in it."""
         if plan.filler is not None:
             words: list[str] = []
@@ -187,7 +189,7 @@ class SampleMaker:
             text, ends = self._joined(plan, filler)
         return text, ends
 
-    def _joined(self, plan: Plan, filler: Sequence[str]) -> tuple[str, list[int]]:
+    def _joined(self, plan: ContextPlan, filler: Sequence[str]) -> tuple[str, list[int]]:
         """Text of a plan's pieces between sentences, and where each piece ends in it."""
         sizes = [self._count(sentence) for sentence in filler]
         gaps: list[list[int]] = [[] for _ in range(len(filler) + 1)]

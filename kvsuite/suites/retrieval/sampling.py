@@ -9,7 +9,7 @@ from kvsuite.measure.case_run import CaseRun
 from kvsuite.workloads.corpus import load_corpus
 from kvsuite.workloads.token_rows import require_rows
 
-from .samples import Sample, SampleMaker
+from .samples import ContextSample, SampleMaker
 
 
 def require_room(session: Session, length: int, steps: int) -> None:
@@ -28,7 +28,7 @@ def require_room(session: Session, length: int, steps: int) -> None:
         )
 
 
-def retrieval_samples(case: Case, session: Session, run: CaseRun) -> list[Sample]:
+def retrieval_samples(case: Case, session: Session, run: CaseRun) -> list[ContextSample]:
     """The samples of a case, whose facts become those of its record's data set.
 
     Raises

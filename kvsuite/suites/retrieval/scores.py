@@ -10,7 +10,7 @@ from typing import Any
 
 from kvsuite.engines.questions import Answer, Asked
 
-from .samples import Sample, SampleQuestion
+from .samples import ContextSample, SampleQuestion
 
 #: half a 95 % interval in standard errors
 _Z = 1.96
@@ -42,7 +42,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredAnswer:
     """One question of a sample, its answer's score, and what was said."""
 
     sample: int
@@ -64,18 +64,18 @@ class Mean:
         return cls(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
 
 
-def score_answers(samples: Sequence[Sample], answers: Sequence[Sequence[Answer]]) -> list[Scored]:
+def score_answers(samples: Sequence[ContextSample], answers: Sequence[Sequence[Answer]]) -> list[ScoredAnswer]:
     """Scores of all questions, in order; ``answers`` are those of all contexts of all samples."""
     waiting = iter(answers)
     found = []
     for index, sample in enumerate(samples):
         for asked, known in zip(sample.asked, sample.known, strict=True):
             for question, what, answer in zip(asked.questions, known, next(waiting), strict=True):
-                found.append(Scored(index, what, Score.of(answer, question.answer), answer.output))
+                found.append(ScoredAnswer(index, what, Score.of(answer, question.answer), answer.output))
     return found
 
 
-def by_sample(scored: Sequence[Scored], of: Callable[[Score], float]) -> list[float]:
+def by_sample(scored: Sequence[ScoredAnswer], of: Callable[[Score], float]) -> list[float]:
     """Mean of each sample's questions: these hang together, samples do not."""
     groups: dict[int, list[float]] = {}
     for one in scored:
@@ -83,7 +83,7 @@ def by_sample(scored: Sequence[Scored], of: Callable[[Score], float]) -> list[fl
     return [fmean(group) for group in groups.values()]
 
 
-def cells(scored: Sequence[Scored], full: Sequence[Scored], bound: float) -> list[dict[str, Any]]:
+def cells(scored: Sequence[ScoredAnswer], full: Sequence[ScoredAnswer], bound: float) -> list[dict[str, Any]]:
     """Scores by depth beside the full cache's of the same questions, in JSON types.
 
     ``discriminative`` is whether the full cache answers at least ``bound`` of them exactly.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite import console
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
-from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
+from kvsuite.reporting.table_parts import MISSING, MetricColumn, case_table, footnotes, own_columns
 
 from .rows import MARK, MARK_MEANING, cells_of, is_discriminative, is_published, is_reuse
 
@@ -37,30 +37,30 @@ def _marked(metric: str) -> Callable[[Row], str]:
 _exact, _score = _marked("retrieval_exact"), _marked("task_score")
 
 
-_COLUMNS: tuple[Column, ...] = (
-    Column("retrieval_exact", 11, title="Exact", cell=_exact),
-    Column("retrieval_exact_full", 6, title="Full", spec=".2f"),
-    Column("retrieval_share", 7, spec=".2f"),
-    Column("retrieval_logprob", 13, title="LogProb", cell=_with_error("retrieval_logprob", ".2f")),
-    Column("retrieval_logprob_diff", 14, title="LogP-Full", cell=_with_error("retrieval_logprob_diff", "+.2f")),
-    Column("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
-    Column("", 12, title="LogP by depth", cell=lambda row: _by_depth(row)),
+_COLUMNS: tuple[MetricColumn, ...] = (
+    MetricColumn("retrieval_exact", 11, title="Exact", cell=_exact),
+    MetricColumn("retrieval_exact_full", 6, title="Full", spec=".2f"),
+    MetricColumn("retrieval_share", 7, spec=".2f"),
+    MetricColumn("retrieval_logprob", 13, title="LogProb", cell=_with_error("retrieval_logprob", ".2f")),
+    MetricColumn("retrieval_logprob_diff", 14, title="LogP-Full", cell=_with_error("retrieval_logprob_diff", "+.2f")),
+    MetricColumn("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
+    MetricColumn("", 12, title="LogP by depth", cell=lambda row: _by_depth(row)),
 )
-_TIMES = (Column("ttft_s"), Column("compress_s", title="Compress(s)", spec=".4f"))
-_PUBLISHED_COLUMNS: tuple[Column, ...] = (
-    Column("task_score", 11, title="Score", cell=_score),
-    Column("task_score_full", 6, title="Full", spec=".2f"),
-    Column("task_score_diff", 12, title="Score-Full", cell=_with_error("task_score_diff", "+.2f")),
-    Column("task_context_tokens", 8, title="Context", spec=".0f"),
-    Column("task_kept_tokens", 8, title="Kept", spec=".0f"),
-    Column("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
+_TIMES = (MetricColumn("ttft_s"), MetricColumn("compress_s", title="Compress(s)", spec=".4f"))
+_PUBLISHED_COLUMNS: tuple[MetricColumn, ...] = (
+    MetricColumn("task_score", 11, title="Score", cell=_score),
+    MetricColumn("task_score_full", 6, title="Full", spec=".2f"),
+    MetricColumn("task_score_diff", 12, title="Score-Full", cell=_with_error("task_score_diff", "+.2f")),
+    MetricColumn("task_context_tokens", 8, title="Context", spec=".0f"),
+    MetricColumn("task_kept_tokens", 8, title="Kept", spec=".0f"),
+    MetricColumn("kv_bytes_exact_prefill", 10, title="KV(KiB)", cell=lambda row: _kib(row)),
 )
-_REUSE_COLUMNS: tuple[Column, ...] = (
-    Column("retrieval_exact", 11, title="Exact", cell=_exact),
-    Column("reuse_differing", 7),
-    Column("reuse_hit_tokens", 7),
-    Column("ttft_s", 10, title="TTFT cold", spec=".4f"),
-    Column("ttft_cached_s", 10, title="TTFT warm", spec=".4f"),
+_REUSE_COLUMNS: tuple[MetricColumn, ...] = (
+    MetricColumn("retrieval_exact", 11, title="Exact", cell=_exact),
+    MetricColumn("reuse_differing", 7),
+    MetricColumn("reuse_hit_tokens", 7),
+    MetricColumn("ttft_s", 10, title="TTFT cold", spec=".4f"),
+    MetricColumn("ttft_cached_s", 10, title="TTFT warm", spec=".4f"),
 )
 
 

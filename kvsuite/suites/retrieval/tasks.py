@@ -40,7 +40,7 @@ class TextQuestion:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ContextPlan:
     """One context as text.
 
     Parameters
@@ -85,11 +85,11 @@ class Draw:
 
 
 #: makes the contexts of one sample: one that is asked at every depth, or one for each depth
-Maker = Callable[[Draw], list[Plan]]
+Maker = Callable[[Draw], list[ContextPlan]]
 
 
 def _facts(count: int, *, in_turn: bool = False, asked_first: bool = False) -> Maker:
-    def make(draw: Draw) -> list[Plan]:
+    def make(draw: Draw) -> list[ContextPlan]:
         random, depths = draw.random, draw.depths
         groups = [list(depths)] if len(depths) <= count and not asked_first else [[depth] for depth in depths]
         keys, words = random.sample(draw.keys, count), random.sample(draw.values, count)
@@ -107,16 +107,16 @@ def _facts(count: int, *, in_turn: bool = False, asked_first: bool = False) -> M
                 random.shuffle(order)
             questions = [TextQuestion(_ASK.format(key=keys[at]), f" {words[at]}", at) for at in order]
             head = f"In the following text, find the password of the {keys[0]}. " if asked_first else ""
-            plans.append(Plan(tuple(pieces), tuple(questions), in_turn, head))
+            plans.append(ContextPlan(tuple(pieces), tuple(questions), in_turn, head))
         return plans
 
     return make
 
 
-def _passkey(draw: Draw) -> list[Plan]:
+def _passkey(draw: Draw) -> list[ContextPlan]:
     number = draw.random.randrange(10_000, 100_000)
     return [
-        Plan(
+        ContextPlan(
             (Piece(f"The pass key is {number}. Remember it. {number} is the pass key.", depth),),
             (TextQuestion("\n\nQuestion: What is the pass key?\nAnswer: The pass key is", f" {number}", 0),),
         )
@@ -124,10 +124,10 @@ def _passkey(draw: Draw) -> list[Plan]:
     ]
 
 
-def _copy(draw: Draw) -> list[Plan]:
+def _copy(draw: Draw) -> list[ContextPlan]:
     items = ", ".join(draw.random.sample(draw.values, _LIST_ITEMS))
     return [
-        Plan(
+        ContextPlan(
             (Piece(f"The list of words: {items}.", depth),),
             (TextQuestion("\n\nThe list of words, again:", f" {items}", 0),),
         )
@@ -135,7 +135,7 @@ def _copy(draw: Draw) -> list[Plan]:
     ]
 
 
-def _variables(draw: Draw) -> list[Plan]:
+def _variables(draw: Draw) -> list[ContextPlan]:
     names = draw.random.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 3)
     number = draw.random.randrange(10_000, 100_000)
     said = [f"VAR {names[0]} = {number}.", f"VAR {names[1]} = {names[0]}.", f"VAR {names[2]} = {names[1]}."]
@@ -143,16 +143,16 @@ def _variables(draw: Draw) -> list[Plan]:
     for depth in draw.depths:
         links = tuple(Piece(text, depth + (1 - depth) * at / 3) for at, text in enumerate(said))
         question = f"\n\nQuestion: What is VAR {names[2]}?\nAnswer: VAR {names[2]} ="
-        plans.append(Plan(links, (TextQuestion(question, f" {number}", 0),)))
+        plans.append(ContextPlan(links, (TextQuestion(question, f" {number}", 0),)))
     return plans
 
 
-def _common_words(draw: Draw) -> list[Plan]:
+def _common_words(draw: Draw) -> list[ContextPlan]:
     words = draw.random.sample(draw.values, 12)
     # the first one three times as often as any other
     filler = (*[words[0]] * _OFTEN, *[word for word in words[1:] for _ in range(_SELDOM)])
     question = TextQuestion("\n\nThe word that appears most often in the list above is", f" {words[0]}", None)
-    return [Plan((), (question,), head="List of words:", filler=filler)]
+    return [ContextPlan((), (question,), head="List of words:", filler=filler)]
 
 
 MAKERS: dict[str, Maker] = {

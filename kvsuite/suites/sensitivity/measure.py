@@ -30,7 +30,7 @@ _REFERENCE = "full cache in the model's dtype, one forward pass"
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredCache:
     """What a cache predicts of all texts.
 
     Parameters
@@ -49,7 +49,7 @@ class Scored:
 
 
 #: what was scored on a loaded model, by the format and the texts: a mixed assignment builds on the layers' cases
-_scored: WeakKeyDictionary[Session, dict[tuple[str, str], Scored]] = WeakKeyDictionary()
+_scored: WeakKeyDictionary[Session, dict[tuple[str, str], ScoredCache]] = WeakKeyDictionary()
 
 
 class CacheScorer:
@@ -80,7 +80,7 @@ class CacheScorer:
         run.found.dataset = self.texts.facts
         self._known = _scored.setdefault(session, {})
 
-    def scored(self, case: Case) -> Scored:
+    def scored(self, case: Case) -> ScoredCache:
         """What the cache of ``case`` predicts; the session is prepared for it."""
         self.session.prepare(case)
         key = str(case.params.get(PARAMETER)), self.texts.revision
@@ -88,11 +88,11 @@ class CacheScorer:
             self._known[key] = self._score(is_full=PARAMETER not in case.params)
         return self._known[key]
 
-    def in_format(self, chosen: OwnFormat | None) -> Scored:
+    def in_format(self, chosen: OwnFormat | None) -> ScoredCache:
         """What the cache of the case in another format predicts."""
         return self.scored(_in_format(self._run.case, chosen))
 
-    def _score(self, *, is_full: bool) -> Scored:
+    def _score(self, *, is_full: bool) -> ScoredCache:
         scores, compared, sizes = [], [], []
         for tokens in self.texts.tokens:
             rows = self._run.texts.whole_rows(self.session, tokens)
@@ -108,7 +108,7 @@ class CacheScorer:
             scores.append(found.tokens)
             compared.append(arm.found(found.tokens))
             sizes.append(found.kv_bytes)
-        return Scored(scores, joined_divergence(compared) if compared else None, sum(sizes) / len(sizes))
+        return ScoredCache(scores, joined_divergence(compared) if compared else None, sum(sizes) / len(sizes))
 
 
 def measure_sensitivity(case: Case, session: Session, run: CaseRun) -> None:
@@ -174,7 +174,7 @@ def _assignment(scorer: CacheScorer, case: Case, run: CaseRun, of: ModelLayers, 
     return assignment
 
 
-def _put(run: CaseRun, session: Session, scored: Scored, size: TextBytes) -> None:
+def _put(run: CaseRun, session: Session, scored: ScoredCache, size: TextBytes) -> None:
     nll = [x for one in scored.scores for x in one.nll]
     hits = [hit for one in scored.scores for hit in one.correct]
     tokens = int(run.case.workload["max_tokens"])
@@ -193,7 +193,7 @@ def _put(run: CaseRun, session: Session, scored: Scored, size: TextBytes) -> Non
     }
 
 
-def _put_beside_base(run: CaseRun, scored: Scored, base: Scored, name: str) -> None:
+def _put_beside_base(run: CaseRun, scored: ScoredCache, base: ScoredCache, name: str) -> None:
     """The divergence less that of the base on the same tokens, paired."""
     if scored.tokens is None or base.tokens is None or scored is base:
         for metric in ("kld_difference", "kld_difference_se"):

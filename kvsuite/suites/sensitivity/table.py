@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kvsuite import console
 from kvsuite.meters.divergence import is_trap
 from kvsuite.reporting.aggregate import Row, by_name, suite_rows, value
-from kvsuite.reporting.table_parts import MISSING, Column, case_table, footnotes, own_columns
+from kvsuite.reporting.table_parts import MISSING, MetricColumn, case_table, footnotes, own_columns
 
 from .cases import LAYER
 
@@ -37,16 +37,16 @@ def sensitivity_table(rows: Sequence[Row]) -> RenderableType:
     whole = dict(sorted(whole.items(), key=lambda one: -(value(one[1], "kv_bits") or 0.0)))
     layers = dict(sorted(layers.items(), key=lambda one: -(value(one[1], "kld") or 0.0)))
     distance = [
-        Column("kld", 17, cell=lambda row: _with_error(row, "kld", 1, ".5f")),
-        Column("kld_p99", 8, title="p99", spec=".4f"),
-        Column("same_top1", 8),
-        Column("nll_difference", 17, cell=_loss),
+        MetricColumn("kld", 17, cell=lambda row: _with_error(row, "kld", 1, ".5f")),
+        MetricColumn("kld_p99", 8, title="p99", spec=".4f"),
+        MetricColumn("same_top1", 8),
+        MetricColumn("nll_difference", 17, cell=_loss),
     ]
     of_format = [
-        Column("kv_bits", 7),
-        Column("kv_bytes_exact", 8),
+        MetricColumn("kv_bits", 7),
+        MetricColumn("kv_bytes_exact", 8),
         *distance,
-        Column("kld_difference", 19, cell=lambda row: _with_error(row, "kld_difference", 2, "+.5f")),
+        MetricColumn("kld_difference", 19, cell=lambda row: _with_error(row, "kld_difference", 2, "+.5f")),
         *own_columns(rows),
     ]
     tables: list[RenderableType] = []

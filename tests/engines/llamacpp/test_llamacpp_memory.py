@@ -10,7 +10,7 @@ from test_write_gguf import made
 
 from kvsuite.cache_formats.ggml_format import GgmlFormat
 from kvsuite.case import Case
-from kvsuite.engines.llamacpp.context import Context, ContextSettings, Row
+from kvsuite.engines.llamacpp.context import BatchToken, Context, ContextSettings
 from kvsuite.engines.llamacpp.engine import LlamacppEngine
 from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import architecture_of
@@ -47,9 +47,9 @@ def test_predicted_bytes_are_what_full_cells_hold(checkpoint: Path, name: str, c
     real = Context(session._model, session._of, settings)
     # llama.cpp refuses the first token for which nothing is allocated, and tells the bytes of all before it
     for sequence in range(batch):
-        real.decode([Row(7, at, sequence) for at in range(settings.cells)])
+        real.decode([BatchToken(7, at, sequence) for at in range(settings.cells)])
     with pytest.raises(CaseInvalid, match="has no room"):
-        real.decode([Row(7, settings.cells, 0)])
+        real.decode([BatchToken(7, settings.cells, 0)])
     assert found.allocation is not None
     assert found.allocation.bytes == sum(real.stored_bytes(one, settings.cells) for one in range(batch))
     rounding = 0.0051 * 2**20

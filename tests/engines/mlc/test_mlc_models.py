@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from mlc_doubles import commands, mistral, mlc_double
 from tiny_checkpoint import save_checkpoint
+from transformers import AutoTokenizer
 
 from kvsuite.engines.engine_process import EngineFailed
 from kvsuite.engines.mlc.install import MlcInstall, find_install
 from kvsuite.engines.mlc.models import LIBRARY, MlcModels, Overrides
-from kvsuite.engines.mlc.source import rope_fields
+from kvsuite.engines.mlc.source import rope_fields, tokenizer_of_random_weights
 from kvsuite.errors import CaseInvalid
 from kvsuite.models.resolve import resolve_model
 
@@ -212,8 +213,22 @@ def test_a_failure_leaves_nothing_and_says_what_was_printed(fault: str, workshop
 
 def test_random_weights_get_a_folder_and_a_tokenizer(workshop: Workshop) -> None:
     workshop.models("dummy:tiny").compiled(POINT)
-    for source in workshop.root.glob("source-*"):
-        assert (source / "tokenizer.json").is_file()
+    sources = list(workshop.root.glob("source-*"))
+    assert sources
+    for source in sources:
         assert (source / "model.safetensors").is_file()
+        # MLC samples among the tokens that the tokenizer has
+        vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        assert len(tokenizer) == max(256, vocabulary)
     workshop.models("dummy:tiny")
     assert workshop.ran() == ["convert_weight", "gen_config", "compile"]
+
+
+def test_all_but_the_bytes_of_random_weights_are_whole_texts_of_their_own() -> None:
+    tokenizer = tokenizer_of_random_weights(300)
+    assert tokenizer.decode(tokenizer.encode("grüße")) == "grüße"
+    texts = [tokenizer.decode([token]) for token in range(256, 300)]
+    assert len(set(texts)) == 44
+    assert all(text.isascii() and text for text in texts)
+    assert tokenizer.decode([256, 299, 256]) == "".join(texts[index] for index in (0, 43, 0))

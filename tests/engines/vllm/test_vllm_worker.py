@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvsuite.engines.vllm.worker import Engine
+from kvsuite.engines.vllm.worker import StepwiseEngine
 
 #: behind every token: token 2 and token 3 are equally probable, and an argmax is the first of them
 ROW = {0: 0.1, 1: 0.1, 2: 0.4, 3: 0.4}
@@ -55,7 +55,7 @@ def test_one_of_two_tokens_that_are_equally_probable_is_the_most_probable_one(mo
     parameters.RequestOutputKind = SimpleNamespace(FINAL_ONLY=None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
-    worker = object.__new__(Engine)
+    worker = object.__new__(StepwiseEngine)
     worker.engine, worker._rows, worker._inside = TiedEngine(), None, {}
     (found,) = worker.score([{"tokens": [0, 1, MOST, 3, MOST], "first": 1}])["scores"]
     # as an argmax has it; a rank of the token alone would be 2 for both

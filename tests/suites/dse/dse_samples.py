@@ -10,7 +10,7 @@ from kvsuite.case import Case
 from kvsuite.metrics.registry import MetricRegistry
 from kvsuite.record import Record
 from kvsuite.suites.dse.columns import METRICS, RESULTS, series_tag
-from kvsuite.suites.dse.csv_files import Sheet, read_sheet
+from kvsuite.suites.dse.csv_files import CsvSheet, read_sheet
 from kvsuite.suites.dse.rows import csv_rows, metric_rows
 
 DATA = Path(__file__).parents[2] / "data" / "dse"
@@ -30,14 +30,14 @@ RUN = {
 MIB = 2**20
 
 
-def sheet(kind: str, tag: str = Q4) -> Sheet:
+def sheet(kind: str, tag: str = Q4) -> CsvSheet:
     """A part of a published file."""
     return read_sheet(DATA / f"kv_cache_dse_{kind}_{tag}.csv")
 
 
-def changed(found: Sheet, **columns: Any) -> Sheet:
+def changed(found: CsvSheet, **columns: Any) -> CsvSheet:
     """The sheet with some columns set in all rows."""
-    return Sheet(found.table, found.tag, found.source, [row | columns for row in found.rows], found.notes)
+    return CsvSheet(found.table, found.tag, found.source, [row | columns for row in found.rows], found.notes)
 
 
 def record(
@@ -100,7 +100,7 @@ def records() -> list[dict[str, Any]]:
     return [record(context, chunk, batch, *window, form) for form, context, chunk, batch, window in space]
 
 
-def own_sheets(rows: list[dict[str, Any]] | None = None) -> list[Sheet]:
+def own_sheets(rows: list[dict[str, Any]] | None = None) -> list[CsvSheet]:
     """The sheets of those records, as if written and read again."""
     found = records() if rows is None else rows
     sheets = []
@@ -108,5 +108,5 @@ def own_sheets(rows: list[dict[str, Any]] | None = None) -> list[Sheet]:
         by_tag: dict[str, list[dict[str, Any]]] = {}
         for row in make(RUN, found):
             by_tag.setdefault(series_tag(row["model"], row["quantization"]), []).append(row)
-        sheets += [Sheet(table, tag, f"kv_cache_dse_{table.kind}_{tag}.csv", own) for tag, own in by_tag.items()]
+        sheets += [CsvSheet(table, tag, f"kv_cache_dse_{table.kind}_{tag}.csv", own) for tag, own in by_tag.items()]
     return sheets

@@ -12,24 +12,24 @@ from matplotlib.figure import Figure
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.figure_style import figure_bytes
-from kvsuite.suites.dse.csv_files import Sheet, read_sheet
+from kvsuite.suites.dse.csv_files import CsvSheet, read_sheet
 from kvsuite.suites.dse.figures import draw as dse
 from kvsuite.suites.dse.figures.draw import render_dse
 from kvsuite.suites.dse.figures.panels import draw
 from kvsuite.suites.dse.figures.points import samples_of
-from kvsuite.suites.dse.figures.series import Layout, Plan, arrange, short_tags
+from kvsuite.suites.dse.figures.series import FigurePlan, Layout, arrange, short_tags
 
 A = {plan.name: plan for plan in dse.MEMORY_PLANS}
 EVERY = {plan.name: plan for plan in (*dse.MEMORY_PLANS, *dse.COMPARISON_PLANS, *dse.SPEED_PLANS, *dse.CHARS_PLANS)}
 
 
-def sorted_out(name: str, *sheets: Sheet) -> Layout:
+def sorted_out(name: str, *sheets: CsvSheet) -> Layout:
     layout = arrange(EVERY[name], [sample for each in sheets for sample in samples_of(each)])
     assert layout is not None
     return layout
 
 
-def drawn(name: str, *sheets: Sheet) -> Figure:
+def drawn(name: str, *sheets: CsvSheet) -> Figure:
     return draw(sorted_out(name, *sheets), name, [])
 
 
@@ -244,7 +244,7 @@ def test_no_mark_stands_for_settings_that_act(name: str) -> None:
 def test_an_empty_selection_is_said_and_the_rest_drawn() -> None:
     rows = [row for row in sheet("results").rows if row["sliding_window_size"] <= 0]
     notes: list[str] = []
-    figures = dict(dse._figures([Sheet(sheet("results").table, Q4, "x.csv", rows)], notes))
+    figures = dict(dse._figures([CsvSheet(sheet("results").table, Q4, "x.csv", rows)], notes))
     assert "chars_throughput_vs_sliding: not drawn, no row has window on" in notes
     assert "chars_throughput_vs_sink: not drawn, no row has window on" in notes
     assert "dse_pareto" in figures  # of characters a second, which results CSVs have
@@ -256,11 +256,11 @@ def test_a_figure_of_one_point_is_not_drawn() -> None:
     first = next(row for row in found.rows if row["max_batch_size"] == 1 and row["sliding_window_size"] < 0)
     others = [row for row in found.rows if row["max_batch_size"] > 1 and row["sliding_window_size"] < 0]
     notes: list[str] = []
-    figures = dict(dse._figures([Sheet(found.table, Q4, "x.csv", [first, *others])], notes))
+    figures = dict(dse._figures([CsvSheet(found.table, Q4, "x.csv", [first, *others])], notes))
     assert "chars_throughput_vs_context: not drawn, it would show one point alone" in notes
     assert "chars_throughput_vs_batch" in figures
     # the same point of two weight formats is a comparison
-    beside = dict(dse._figures([Sheet(found.table, tag, "x.csv", [first]) for tag in (Q4, Q0)], []))
+    beside = dict(dse._figures([CsvSheet(found.table, tag, "x.csv", [first]) for tag in (Q4, Q0)], []))
     assert "chars_throughput_vs_context" in beside
 
 
@@ -284,17 +284,17 @@ def test_what_is_odd_about_a_file_is_said() -> None:
     assert "rows of num_runs 1 and 3; never pooled where a time is drawn" in notes
     assert "have no row" not in notes
     fewer = [row for row in found.rows if (row["max_batch_size"], row["attention_sink_size"]) != (8, 32)]
-    (note,) = [n for n in sheet_notes(Sheet(found.table, Q4, "x.csv", fewer)) if "no row" in n]
+    (note,) = [n for n in sheet_notes(CsvSheet(found.table, Q4, "x.csv", fewer)) if "no row" in n]
     assert note.startswith("x.csv: 4 of 24 points have no row: context_window_size 4 096, ")
     assert note.endswith("attention_sink_size 32 and 1 more")
     failed = own_sheets([record(), record(batch=4, status="oom", metrics={}, error={"type": "E", "message": "big"})])
     assert "1 row without a result: oom: E: big" in " ".join(sheet_notes(failed[0]))
-    assert list(sheet_notes(Sheet(found.table, Q4, "x.csv", []))) == ["x.csv: only a header, nothing to draw"]
+    assert list(sheet_notes(CsvSheet(found.table, Q4, "x.csv", []))) == ["x.csv: only a header, nothing to draw"]
 
 
 def test_nothing_to_draw_is_an_error() -> None:
     with pytest.raises(UserError, match=r"no row to draw in x\.csv"):
-        render_dse([Sheet(sheet("results").table, Q4, "x.csv", [])])
+        render_dse([CsvSheet(sheet("results").table, Q4, "x.csv", [])])
 
 
 def test_files_of_one_tag_are_one_series() -> None:
@@ -307,7 +307,7 @@ def test_files_of_one_tag_are_one_series() -> None:
 
 
 def test_the_same_bytes_again() -> None:
-    plan = Plan("x", "total_mb", "context_window_size", where=("batch 1", "window off", "sink 0"))
+    plan = FigurePlan("x", "total_mb", "context_window_size", where=("batch 1", "window off", "sink 0"))
     samples = samples_of(sheet("results"))
 
     def made(kind: str) -> bytes:
@@ -321,7 +321,7 @@ def test_the_same_bytes_again() -> None:
 
 def test_rendering_gives_files_by_name() -> None:
     rows = [row for row in sheet("results").rows if row["max_batch_size"] == 1 and row["sliding_window_size"] < 0]
-    found = Sheet(sheet("results").table, Q4, "x.csv", [row | {"time_s": None} for row in rows])
+    found = CsvSheet(sheet("results").table, Q4, "x.csv", [row | {"time_s": None} for row in rows])
     rendered = render_dse([found])
     stems = [f"{Q4}_mem_kvcache_vs_context", f"{Q4}_mem_total_vs_context", f"{Q4}_mem_kvcache_vs_sliding",
              "kv_cache_quant_compare", "kv_cache_quant_compare_total", "dse_knobs"]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 from dse_samples import Q0, Q4, changed, own_sheets, record, records, sheet
 
 from kvsuite.suites.dse.columns import AXES
-from kvsuite.suites.dse.csv_files import Sheet
+from kvsuite.suites.dse.csv_files import CsvSheet
 from kvsuite.suites.dse.figures.inert import verdicts
 from kvsuite.suites.dse.figures.points import Sample, samples_of
 
@@ -17,13 +17,13 @@ def states(samples: list[Sample], name: str) -> dict[str, str]:
     return {axis: verdict.state for axis, verdict in verdicts(samples, name).items()}
 
 
-def scaled(found: Sheet, metric: str, factor: Any) -> Sheet:
+def scaled(found: CsvSheet, metric: str, factor: Any) -> CsvSheet:
     """The sheet with a metric multiplied by a function of the row."""
     rows = [
         row | {"metric_value": row["metric_value"] * factor(row)} if row["metric_name"] == metric else row
         for row in found.rows
     ]
-    return Sheet(found.table, found.tag, found.source, rows)
+    return CsvSheet(found.table, found.tag, found.source, rows)
 
 
 @pytest.mark.parametrize("name", SPEED)
@@ -54,7 +54,7 @@ def test_an_estimate_that_moves_along_the_window_is_believed() -> None:
     found = sheet("results")
     rows = [row | {"gpu_mem_kvcache_mb": row["gpu_mem_kvcache_mb"] / (1 + (row["sliding_window_size"] > 0))}
             for row in found.rows]  # fmt: skip
-    samples = samples_of(Sheet(found.table, found.tag, found.source, rows))
+    samples = samples_of(CsvSheet(found.table, found.tag, found.source, rows))
     assert states(samples, "kvcache_mb")["sliding_window_size"] == "live"
 
 
@@ -67,7 +67,7 @@ def test_another_workload_is_not_taken_for_the_originals() -> None:
     long = scaled(slow, "last_finished_request_prompt_tokens", lambda row: 100)
     assert states(samples_of(long), "decode_tok_s")["max_batch_size"] == "live"
     batched = [row | {"metric_name": row["metric_name"].replace("batch_size=1", "batch_size=4")} for row in slow.rows]
-    found = Sheet(slow.table, slow.tag, slow.source, batched)
+    found = CsvSheet(slow.table, slow.tag, slow.source, batched)
     assert states(samples_of(found), "decode_tok_s")["max_batch_size"] == "live"
 
 
@@ -79,7 +79,7 @@ def test_a_change_within_the_repeats_is_none() -> None:
 
 def test_the_window_of_another_family_is_judged_by_its_numbers() -> None:
     found = scaled(sheet("metrics"), "decode_tokens_per_s", lambda row: 2 if row["sliding_window_size"] > 0 else 1)
-    other = Sheet(found.table, "gemma-q4f16_1-MLC", found.source, found.rows)
+    other = CsvSheet(found.table, "gemma-q4f16_1-MLC", found.source, found.rows)
     assert states(samples_of(found), "decode_tok_s")["sliding_window_size"] == "inert"
     assert states(samples_of(other), "decode_tok_s")["sliding_window_size"] == "live"
 
@@ -100,7 +100,7 @@ def test_prefix_cache_hits_are_another_condition() -> None:
     samples = samples_of(sheet("metrics"))
     assert {(s.condition.num_runs, s.condition.cached) for s in samples} == {(1, False), (3, True)}
     unknown = [row for row in sheet("metrics").rows if "prompt" not in row["metric_name"]]
-    found = samples_of(Sheet(sheet("metrics").table, Q4, "x", unknown))
+    found = samples_of(CsvSheet(sheet("metrics").table, Q4, "x", unknown))
     assert {sample.condition.cached for sample in found} == {None}
 
 

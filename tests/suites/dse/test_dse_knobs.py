@@ -9,12 +9,12 @@ import pytest
 from dse_samples import Q0, Q4, own_sheets, record, sheet
 from matplotlib.figure import Figure
 
-from kvsuite.suites.dse.csv_files import Sheet
+from kvsuite.suites.dse.csv_files import CsvSheet
 from kvsuite.suites.dse.figures.knobs import _pairs, draw_knobs, elasticities, format_ratios, signed
 from kvsuite.suites.dse.figures.points import Sample, samples_of
 
 
-def read(*sheets: Sheet) -> list[Sample]:
+def read(*sheets: CsvSheet) -> list[Sample]:
     return [sample for each in sheets for sample in samples_of(each)]
 
 

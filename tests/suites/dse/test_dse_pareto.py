@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from kvsuite.suites.dse.csv_files import Sheet
+from kvsuite.suites.dse.csv_files import CsvSheet
 from kvsuite.suites.dse.figures.pareto import Point, _panel, draw_pareto, front, pareto_points
 from kvsuite.suites.dse.figures.points import Sample, Spread, samples_of
 
 
-def read(*sheets: Sheet) -> list[Sample]:
+def read(*sheets: CsvSheet) -> list[Sample]:
     return [sample for each in sheets for sample in samples_of(each)]
 
 
@@ -121,7 +121,7 @@ def test_weight_formats_of_one_model_are() -> None:
 
 def test_what_it_needs() -> None:
     assert "it needs memory and speed" in str(draw_pareto([], read(sheet("metrics")), []))
-    other = Sheet(sheet("metrics").table, "other", "x", sheet("metrics").rows)
+    other = CsvSheet(sheet("metrics").table, "other", "x", sheet("metrics").rows)
     no_text = changed(sheet("results"), time_s=None)
     assert "no point has both" in str(draw_pareto(read(no_text), read(other), []))
     assert Q4 in no_text.tag

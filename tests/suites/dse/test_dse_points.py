@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from dse_samples import Q4, changed, own_sheets, record, sheet
 
-from kvsuite.suites.dse.csv_files import Sheet
+from kvsuite.suites.dse.csv_files import CsvSheet
 from kvsuite.suites.dse.figures.points import (
-    Reading,
+    QuantityReading,
     Spread,
     blocks,
     memory_column,
@@ -21,7 +21,7 @@ def test_a_second_block_of_a_point_is_another_sample() -> None:
     (first, *_) = blocks(sheet("metrics").rows)
     assert len(first) == 22
     again = [row | {"metric_value": 1.0} for row in first]
-    found = samples_of(Sheet(sheet("metrics").table, Q4, "x", [*first, *again]))
+    found = samples_of(CsvSheet(sheet("metrics").table, Q4, "x", [*first, *again]))
     assert [sample.readings["decode_tok_s"].values[0] == 1.0 for sample in found] == [False, True]
     (spread,) = spreads(found, "decode_tok_s").values()
     assert (spread.low, spread.count) == (1.0, 2)
@@ -31,8 +31,8 @@ def test_a_row_is_a_sample() -> None:
     (sample, *_) = samples_of(sheet("results"))
     assert sample.settings == (4096, 1024, 1, -1, 0)
     assert not sample.own
-    assert sample.readings["kvcache_mb"] == Reading((722.068,), 1)
-    assert sample.readings["total_mb"] == Reading((5472.212,), 1)
+    assert sample.readings["kvcache_mb"] == QuantityReading((722.068,), 1)
+    assert sample.readings["total_mb"] == QuantityReading((5472.212,), 1)
     assert "e2e_s" not in sample.readings
     row = sheet("results").rows[0]
     assert sample.readings["chars_s"].values == (row["approx_chars"] / row["time_s"],)

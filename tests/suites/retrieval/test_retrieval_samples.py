@@ -9,7 +9,7 @@ import pytest
 
 from kvsuite.errors import CaseInvalid
 from kvsuite.suites.retrieval.options import TASKS
-from kvsuite.suites.retrieval.samples import Sample, SampleMaker
+from kvsuite.suites.retrieval.samples import ContextSample, SampleMaker
 from kvsuite.suites.retrieval.tasks import MAKERS
 from kvsuite.workloads.corpus import load_corpus
 
@@ -67,7 +67,7 @@ def maker(task: str, tokenizer: Any = None, length: int = LENGTH, seed: int = 0)
     return SampleMaker(tokenizer or WordTokenizer(), PROSE, task=task, length=length, depths=DEPTHS, seed=seed)
 
 
-def tokens_of(samples: list[Sample]) -> list[list[int]]:
+def tokens_of(samples: list[ContextSample]) -> list[list[int]]:
     return [list(one.context) for sample in samples for one in sample.asked]
 
 

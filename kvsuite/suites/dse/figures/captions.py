@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from kvsuite.suites.dse.columns import AXES, KEY
-from kvsuite.suites.dse.csv_files import METRICS, RESULTS, Sheet
+from kvsuite.suites.dse.csv_files import METRICS, RESULTS, CsvSheet
 
 from .points import MEMORY_COLUMNS, QUANTITIES, Sample, blocks, memory_column, spreads, written
 from .series import short_tags
@@ -18,7 +18,7 @@ _ONE_MACHINE = 1.1
 _NAMED = 3
 
 
-def source_caption(sheets: Sequence[Sheet]) -> str:
+def source_caption(sheets: Sequence[CsvSheet]) -> str:
     """The files that a figure is drawn from."""
     if len(sheets) < _NAMED:
         names = ", ".join(f"{Path(sheet.source).name} ({len(sheet.rows)} rows)" for sheet in sheets)
@@ -33,7 +33,7 @@ def source_caption(sheets: Sequence[Sheet]) -> str:
     return f"Source: {'; '.join(parts)}."
 
 
-def memory_caption(sheets: Sequence[Sheet], quantity: str) -> str | None:
+def memory_caption(sheets: Sequence[CsvSheet], quantity: str) -> str | None:
     """What the drawn memory column is, tag by tag where the files differ; ``None`` if no file has one."""
     sources: dict[str, list[str]] = {}
     for sheet in sheets:
@@ -120,7 +120,7 @@ def chars_caption(samples: Sequence[Sample]) -> str:
     return text
 
 
-def sheet_notes(sheet: Sheet) -> Iterable[str]:
+def sheet_notes(sheet: CsvSheet) -> Iterable[str]:
     """What is odd about a file: repeated and missing points, failed ones, runs of two kinds."""
     yield from sheet.notes
     if not sheet.rows:
@@ -149,7 +149,7 @@ def sheet_notes(sheet: Sheet) -> Iterable[str]:
     yield from _missing(sheet, repeats)
 
 
-def _missing(sheet: Sheet, rows: Sequence[object]) -> Iterable[str]:
+def _missing(sheet: CsvSheet, rows: Sequence[object]) -> Iterable[str]:
     present = {tuple(row[axis] for axis in AXES) for row in rows}  # type: ignore[index]
     values = [sorted({settings[place] for settings in present}) for place in range(len(AXES))]
     wanted = [point for point in _product(values) if _possible(point)]

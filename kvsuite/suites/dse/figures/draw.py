@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvsuite.errors import UserError
 from kvsuite.reporting.figure_style import figure_bytes
-from kvsuite.suites.dse.csv_files import METRICS, RESULTS, Sheet
+from kvsuite.suites.dse.csv_files import METRICS, RESULTS, CsvSheet
 
 from .captions import (
     cache_caption,
@@ -23,7 +23,7 @@ from .knobs import draw_knobs
 from .panels import draw
 from .pareto import draw_pareto
 from .points import MEMORY_COLUMNS, QUANTITIES, Sample, samples_of
-from .series import Plan, arrange
+from .series import FigurePlan, arrange
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,23 +35,23 @@ _WINDOW, _SINK = "sliding_window_size", "attention_sink_size"
 _ALONE = ("batch 1", "window off", "sink 0")
 #: a results CSV each; the tag goes in front of the name
 MEMORY_PLANS = (
-    Plan("mem_kvcache_vs_context", "kvcache_mb", _CONTEXT, hue=_WINDOW, style=_SINK, col=_BATCH),
-    Plan("mem_total_vs_context", "total_mb", _CONTEXT, hue=_WINDOW, style=_SINK, col=_BATCH),
-    Plan("mem_kvcache_vs_sliding", "kvcache_mb", _WINDOW, hue=_SINK, style=_BATCH, col=_CONTEXT),
+    FigurePlan("mem_kvcache_vs_context", "kvcache_mb", _CONTEXT, hue=_WINDOW, style=_SINK, col=_BATCH),
+    FigurePlan("mem_total_vs_context", "total_mb", _CONTEXT, hue=_WINDOW, style=_SINK, col=_BATCH),
+    FigurePlan("mem_kvcache_vs_sliding", "kvcache_mb", _WINDOW, hue=_SINK, style=_BATCH, col=_CONTEXT),
 )
 #: of all results CSVs
 COMPARISON_PLANS = (
-    Plan("kv_cache_quant_compare", "kvcache_mb", _CONTEXT, where=_ALONE),
-    Plan("kv_cache_quant_compare_total", "total_mb", _CONTEXT, where=_ALONE),
+    FigurePlan("kv_cache_quant_compare", "kvcache_mb", _CONTEXT, where=_ALONE),
+    FigurePlan("kv_cache_quant_compare_total", "total_mb", _CONTEXT, where=_ALONE),
 )
 
 
-def _four(stem: str, quantity: str) -> tuple[Plan, ...]:
+def _four(stem: str, quantity: str) -> tuple[FigurePlan, ...]:
     return (
-        Plan(f"{stem}_vs_context", quantity, _CONTEXT, where=_ALONE),
-        Plan(f"{stem}_vs_batch", quantity, _BATCH, col=_CONTEXT, where=("window off",)),
-        Plan(f"{stem}_vs_sliding", quantity, _WINDOW, style=_SINK, col=_CONTEXT, where=("window on",)),
-        Plan(f"{stem}_vs_sink", quantity, _SINK, style=_WINDOW, col=_CONTEXT, where=("window on",)),
+        FigurePlan(f"{stem}_vs_context", quantity, _CONTEXT, where=_ALONE),
+        FigurePlan(f"{stem}_vs_batch", quantity, _BATCH, col=_CONTEXT, where=("window off",)),
+        FigurePlan(f"{stem}_vs_sliding", quantity, _WINDOW, style=_SINK, col=_CONTEXT, where=("window on",)),
+        FigurePlan(f"{stem}_vs_sink", quantity, _SINK, style=_WINDOW, col=_CONTEXT, where=("window on",)),
     )
 
 
@@ -75,7 +75,7 @@ class Rendered:
     notes: list[str] = field(default_factory=list)
 
 
-def render_dse(sheets: Sequence[Sheet], kinds: Sequence[str] = ("png",)) -> Rendered:
+def render_dse(sheets: Sequence[CsvSheet], kinds: Sequence[str] = ("png",)) -> Rendered:
     """Draw everything that the files allow; what cannot be drawn is a note.
 
     Parameters
@@ -99,7 +99,7 @@ def render_dse(sheets: Sequence[Sheet], kinds: Sequence[str] = ("png",)) -> Rend
     return rendered
 
 
-def _shared_tags(sheets: Sequence[Sheet]) -> list[str]:
+def _shared_tags(sheets: Sequence[CsvSheet]) -> list[str]:
     keys = [(sheet.table.kind, sheet.tag) for sheet in sheets]
     return [
         f"{tag}: {keys.count((kind, tag))} {kind} files are drawn as one, their equal points as repeats"
@@ -108,7 +108,7 @@ def _shared_tags(sheets: Sequence[Sheet]) -> list[str]:
     ]
 
 
-def _figures(sheets: Sequence[Sheet], notes: list[str]) -> Iterator[tuple[str, Figure]]:
+def _figures(sheets: Sequence[CsvSheet], notes: list[str]) -> Iterator[tuple[str, Figure]]:
     results = [sheet for sheet in sheets if sheet.table is RESULTS and sheet.rows]
     metrics = [sheet for sheet in sheets if sheet.table is METRICS and sheet.rows]
     by_results = [sample for sheet in results for sample in samples_of(sheet)]
@@ -133,13 +133,13 @@ def _figures(sheets: Sequence[Sheet], notes: list[str]) -> Iterator[tuple[str, F
             yield name, figure
 
 
-_Words = Callable[[Plan, Sequence[Sample], Sequence[Sheet]], list[str | None]]
+_Words = Callable[[FigurePlan, Sequence[Sample], Sequence[CsvSheet]], list[str | None]]
 
 
 def _drawn(
-    plans: Sequence[Plan],
+    plans: Sequence[FigurePlan],
     samples: Sequence[Sample],
-    sheets: Sequence[Sheet],
+    sheets: Sequence[CsvSheet],
     notes: list[str],
     words: _Words,
     prefix: str = "",
@@ -161,16 +161,16 @@ def _drawn(
         yield name, draw(layout, title, captions)
 
 
-def _memory_words(plan: Plan, samples: Sequence[Sample], sheets: Sequence[Sheet]) -> list[str | None]:
+def _memory_words(plan: FigurePlan, samples: Sequence[Sample], sheets: Sequence[CsvSheet]) -> list[str | None]:
     return [memory_caption(sheets, plan.quantity), slope_caption(samples) if plan.quantity == "kvcache_mb" else None]
 
 
-def _speed_words(plan: Plan, samples: Sequence[Sample], sheets: Sequence[Sheet]) -> list[str | None]:
+def _speed_words(plan: FigurePlan, samples: Sequence[Sample], sheets: Sequence[CsvSheet]) -> list[str | None]:
     return [
         cache_caption(samples) if plan.quantity != "decode_tok_s" else None,
         repeats_caption(samples, plan.quantity),
     ]
 
 
-def _chars_words(plan: Plan, samples: Sequence[Sample], sheets: Sequence[Sheet]) -> list[str | None]:
+def _chars_words(plan: FigurePlan, samples: Sequence[Sample], sheets: Sequence[CsvSheet]) -> list[str | None]:
     return [chars_caption(samples), repeats_caption(samples, plan.quantity)]

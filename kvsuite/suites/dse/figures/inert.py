@@ -43,7 +43,7 @@ _FAMILIES = ("llama", "mistral")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AxisVerdict:
     """Whether a quantity answers to an axis.
 
     Parameters
@@ -58,7 +58,7 @@ class Verdict:
     reason: str = ""
 
 
-def verdicts(samples: Sequence[Sample], name: str) -> dict[str, Verdict]:
+def verdicts(samples: Sequence[Sample], name: str) -> dict[str, AxisVerdict]:
     """Judge every axis for one quantity.
 
     Parameters
@@ -72,9 +72,9 @@ def verdicts(samples: Sequence[Sample], name: str) -> dict[str, Verdict]:
     return {axis: _verdict(used, name, axis) for axis in AXES}
 
 
-def _verdict(samples: Sequence[Sample], name: str, axis: str) -> Verdict:
+def _verdict(samples: Sequence[Sample], name: str, axis: str) -> AxisVerdict:
     if len({sample.value(axis) for sample in samples}) < 2:
-        return Verdict("fixed")
+        return AxisVerdict("fixed")
     by_settings = spreads(samples, name)
     if all(sample.own for sample in samples):
         return _said(samples, by_settings, axis)
@@ -82,19 +82,19 @@ def _verdict(samples: Sequence[Sample], name: str, axis: str) -> Verdict:
     cannot = _cannot(samples, name, axis)
     # an estimate that moves is no other machine's
     if cannot and (QUANTITIES[name].timed or verdict.state == "inert"):
-        return Verdict("inert", f"{cannot} in the original program{MEASURED}{verdict.reason}")
+        return AxisVerdict("inert", f"{cannot} in the original program{MEASURED}{verdict.reason}")
     if verdict.state == "inert":
-        return Verdict("inert", f"no change beyond repeats and rounding{MEASURED}{verdict.reason}")
-    return Verdict("live")
+        return AxisVerdict("inert", f"no change beyond repeats and rounding{MEASURED}{verdict.reason}")
+    return AxisVerdict("live")
 
 
-def _said(samples: Sequence[Sample], points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> Verdict:
+def _said(samples: Sequence[Sample], points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> AxisVerdict:
     """The engine's own answer, of the points that differ in the axis alone: a sink is inert without a window only."""
     place = AXES.index(axis)
     compared = {shared for shared, _ in pairs_along(points, axis)}
     asked = [s for s in samples if s.settings[:place] + s.settings[place + 1 :] in compared] or samples
     reasons = [sample.inert.get(axis) for sample in asked]
-    return Verdict("inert", reasons[0] or "") if all(reasons) else Verdict("live")
+    return AxisVerdict("inert", reasons[0] or "") if all(reasons) else AxisVerdict("live")
 
 
 def _cannot(samples: Sequence[Sample], name: str, axis: str) -> str | None:
@@ -115,25 +115,25 @@ def pairs_along(
     return {key: group for key, group in groups.items() if len(group) > 1}
 
 
-def _bytes(points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> Verdict:
+def _bytes(points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> AxisVerdict:
     groups = pairs_along(points, axis).values()
     moved = max(
         (max(s.high for s in group.values()) - min(s.low for s in group.values()) for group in groups), default=0
     )
     if moved > ROUNDING_MB:
-        return Verdict("live", f"up to {moved:.3f} MB")
-    return Verdict("inert", f"{moved:.3f} MB" if moved else "0")
+        return AxisVerdict("live", f"up to {moved:.3f} MB")
+    return AxisVerdict("inert", f"{moved:.3f} MB" if moved else "0")
 
 
-def _times(points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> Verdict:
+def _times(points: Mapping[tuple[Settings, Condition], Spread], axis: str) -> AxisVerdict:
     ratios = [ratio for group in pairs_along(points, axis).values() if (ratio := _ends(group)) is not None]
     if not ratios:
-        return Verdict("live", "an unknown amount, no two points differ in it alone")
+        return AxisVerdict("live", "an unknown amount, no two points differ in it alone")
     middle = median(ratios)
     scatter = median(abs(ratio - middle) for ratio in ratios)
     repeats = [math.log(s.high / s.low) for s in points.values() if s.count > 1 and s.low > 0]
     noise = max(scatter, median(repeats) if repeats else 0.0, LEAST_CHANGE)
-    return Verdict("inert" if abs(middle) <= noise else "live", percent(middle))
+    return AxisVerdict("inert" if abs(middle) <= noise else "live", percent(middle))
 
 
 def _ends(group: Mapping[int, Spread]) -> float | None:

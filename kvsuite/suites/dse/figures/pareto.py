@@ -12,7 +12,7 @@ from kvsuite.suites.dse.columns import AXES
 
 from .inert import verdicts
 from .panels import COLOURS
-from .points import QUANTITIES, Reading, Sample, Spread, source_of
+from .points import QUANTITIES, QuantityReading, Sample, Spread, source_of
 from .series import condition_labels, shown_setting
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def pareto_points(results: Sequence[Sample], metrics: Sequence[Sample], speed: s
 
 
 def _pooled(samples: Sequence[Sample], name: str, axes: Sequence[str]) -> dict[tuple[int, ...], Spread]:
-    found: dict[tuple[int, ...], list[Reading]] = {}
+    found: dict[tuple[int, ...], list[QuantityReading]] = {}
     for sample in samples:
         if name in sample.readings:
             found.setdefault(tuple(sample.value(axis) for axis in axes), []).append(sample.readings[name])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from kvsuite.case import model_tag
 from kvsuite.reporting.gathered_csv import CsvRow
 from kvsuite.suites.dse.columns import AXES, KEY
-from kvsuite.suites.dse.csv_files import METRICS, Sheet
+from kvsuite.suites.dse.csv_files import METRICS, CsvSheet
 
 Settings = tuple[int, ...]
 OFF = "off"
@@ -89,7 +89,7 @@ class Condition(NamedTuple):
     cached: bool | None
 
 
-class Reading(NamedTuple):
+class QuantityReading(NamedTuple):
     """A quantity of one sample: its values, and how many measurements they stand for."""
 
     values: tuple[float, ...]
@@ -125,7 +125,7 @@ class Sample:
     own: bool
     inert: Mapping[str, str]
     alone: bool
-    readings: Mapping[str, Reading]
+    readings: Mapping[str, QuantityReading]
 
     def value(self, axis: str) -> int:
         """Setting of an axis."""
@@ -142,7 +142,7 @@ class Spread:
     count: int
 
     @staticmethod
-    def of(readings: Sequence[Reading]) -> Spread:
+    def of(readings: Sequence[QuantityReading]) -> Spread:
         """Median, smallest and largest of all values."""
         values = [value for reading in readings for value in reading.values]
         return Spread(median(values), min(values), max(values), sum(reading.measurements for reading in readings))
@@ -153,7 +153,7 @@ def written(axis: str, value: int) -> str:
     return OFF if axis == "sliding_window_size" and value <= 0 else f"{value:,}".replace(",", " ")
 
 
-def samples_of(sheet: Sheet) -> list[Sample]:
+def samples_of(sheet: CsvSheet) -> list[Sample]:
     """The samples of a file: a row of a results CSV each, a block of a metrics CSV each. Failed points have none."""
     rows = [row for row in sheet.rows if row["status"] in (None, "ok")]
     if sheet.table is METRICS:
@@ -192,7 +192,7 @@ def _of_row(tag: str, row: CsvRow, columns: Mapping[str, str | None]) -> Sample:
     found["e2e_s"] = row["time_s"] if row["engine"] else None
     if row["time_s"] and row["approx_chars"] is not None:
         found["chars_s"] = row["approx_chars"] / row["time_s"]
-    readings = {name: Reading((value,), 1) for name, value in found.items() if value is not None}
+    readings = {name: QuantityReading((value,), 1) for name, value in found.items() if value is not None}
     return _sample(tag, row, {}, readings)
 
 
@@ -205,7 +205,7 @@ def _of_block(tag: str, block: Sequence[CsvRow]) -> Sample:
                 row = by_name[metric]
                 ends = [row["smallest"], row["metric_value"], row["largest"]]
                 values = tuple(float(value) for value in ends if value is not None)
-                readings[name] = Reading(values, row["samples"] or 1)
+                readings[name] = QuantityReading(values, row["samples"] or 1)
                 break
     return _sample(tag, block[0], by_name, readings)
 
@@ -234,7 +234,7 @@ def model_of(row: CsvRow) -> str:
     return re.sub(rf"-?{re.escape(row['quantization'])}(?=-|$)", "", tag) if row["quantization"] else tag
 
 
-def _sample(tag: str, row: CsvRow, by_name: Mapping[str, CsvRow], readings: Mapping[str, Reading]) -> Sample:
+def _sample(tag: str, row: CsvRow, by_name: Mapping[str, CsvRow], readings: Mapping[str, QuantityReading]) -> Sample:
     machine = " ".join(str(row[name]) for name in ("host", "device_name") if row[name]) or None
     return Sample(
         tag=tag,
@@ -251,7 +251,7 @@ def _sample(tag: str, row: CsvRow, by_name: Mapping[str, CsvRow], readings: Mapp
 
 def spreads(samples: Iterable[Sample], name: str) -> dict[tuple[Settings, Condition], Spread]:
     """Repeats of each point taken together, where the quantity was read; runs and caches do not change a sum of bytes."""
-    found: dict[tuple[Settings, Condition], list[Reading]] = {}
+    found: dict[tuple[Settings, Condition], list[QuantityReading]] = {}
     for sample in samples:
         if name in sample.readings:
             condition = sample.condition

@@ -8,8 +8,8 @@ from typing import Any
 
 from kvsuite.suites.dse.columns import AXES
 
-from .inert import Verdict, verdicts
-from .points import QUANTITIES, Condition, Reading, Sample, Spread, written
+from .inert import AxisVerdict, verdicts
+from .points import QUANTITIES, Condition, QuantityReading, Sample, Spread, written
 
 TAG = "tag"
 CHUNK = "prefill_chunk_size"
@@ -30,7 +30,7 @@ CONDITIONS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class FigurePlan:
     """What one figure shows.
 
     Parameters
@@ -89,7 +89,7 @@ class Series:
     style: int | None
     split: tuple[int, ...]
     joined: bool
-    points: dict[int, list[Reading]] = field(default_factory=dict)
+    points: dict[int, list[QuantityReading]] = field(default_factory=dict)
 
     def spread(self, x: int) -> Spread:
         """Repeats at one setting of the x axis."""
@@ -125,7 +125,7 @@ class Layout:
         Axes that vary and are not told apart, all of them inert.
     """
 
-    plan: Plan
+    plan: FigurePlan
     row_axis: str | None
     col_axis: str | None
     rows: list[int | None]
@@ -152,7 +152,7 @@ class Layout:
         return axis in self.inert and axis not in self.answered
 
 
-def arrange(plan: Plan, samples: Sequence[Sample]) -> Layout | None:
+def arrange(plan: FigurePlan, samples: Sequence[Sample]) -> Layout | None:
     """Sort samples into panels and series; ``None`` if none is left to draw.
 
     Axes are judged on all samples of a tag, before the plan's conditions leave some out.
@@ -194,7 +194,7 @@ def arrange(plan: Plan, samples: Sequence[Sample]) -> Layout | None:
     return layout
 
 
-def _reasons(judged: Mapping[str, Mapping[str, Verdict]], axis: str) -> dict[str, str]:
+def _reasons(judged: Mapping[str, Mapping[str, AxisVerdict]], axis: str) -> dict[str, str]:
     return {tag: found[axis].reason for tag, found in judged.items() if found[axis].state == "inert"}
 
 
@@ -202,7 +202,7 @@ def _settings(samples: Sequence[Sample], axis: str | None) -> list[int | None]:
     return [None] if axis is None else [*sorted({sample.value(axis) for sample in samples})]
 
 
-def _fill(layout: Layout, judged: Mapping[str, Mapping[str, Verdict]]) -> None:
+def _fill(layout: Layout, judged: Mapping[str, Mapping[str, AxisVerdict]]) -> None:
     plan = layout.plan
     labels = condition_labels(layout.samples, plan.quantity)
     found: dict[tuple[Any, ...], Series] = {}

@@ -25,17 +25,17 @@ _LANES = {"both": "one stream", "prompt": "prompt lane", "decode": "decode lane"
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmCourse:
     """An arm and the course of its first timed round."""
 
     arm: Arm
     course: Course
 
 
-def courses_of(group: Group) -> list[Run]:
+def courses_of(group: Group) -> list[ArmCourse]:
     """Arms of a group whose records tell their course."""
     found = [(arm, Course.of(arm.row["samples"])) for arm in group.arms]
-    return [Run(arm, course) for arm, course in found if course is not None]
+    return [ArmCourse(arm, course) for arm, course in found if course is not None]
 
 
 def draw_timeline(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | str:
@@ -67,7 +67,7 @@ def draw_timeline(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | s
     return figure
 
 
-def chosen(runs: Sequence[Run]) -> list[Run]:
+def chosen(runs: Sequence[ArmCourse]) -> list[ArmCourse]:
     """Runs that are worth a look, at most `MOST_RUNS`, in their order."""
     by_speed = sorted(runs, key=lambda one: -(one.arm.value("output_tok_s") or 0.0))
     wanted = [
@@ -95,7 +95,7 @@ def _heights(course: Course) -> list[float]:
     return [0.3 + 0.15 * len(_shown(course)), 0.25 + 0.3 * len(_lanes(course)), 1.2]
 
 
-def _draw(panels: Sequence[Axes], one: Run, end: float) -> None:
+def _draw(panels: Sequence[Axes], one: ArmCourse, end: float) -> None:
     requests, lanes, state = panels
     course, shown = one.course, one.course.decisions[:MOST_DECISIONS]
     _draw_requests(requests, course)
@@ -114,7 +114,7 @@ def _draw(panels: Sequence[Axes], one: Run, end: float) -> None:
     state.set_xlabel("seconds from the start")
 
 
-def _headline(one: Run) -> str:
+def _headline(one: ArmCourse) -> str:
     speed = one.arm.value("output_tok_s")
     done = f"the last token after {three_digits(one.course.end_s)} s"
     return f"{one.arm.label}: {done}" + (
@@ -151,7 +151,7 @@ def _draw_lanes(axes: Axes, course: Course) -> None:
     axes.set_yticks(range(len(lanes)), [_LANES[lane] for lane in lanes])
 
 
-def _draw_state(axes: Axes, one: Run) -> None:
+def _draw_state(axes: Axes, one: ArmCourse) -> None:
     from matplotlib.ticker import MaxNLocator
 
     state = one.course.state
@@ -190,7 +190,7 @@ def _legend() -> list[Any]:
     ]
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def _notes(runs: Sequence[ArmCourse]) -> list[str]:
     lines = [
         "The first timed round. All runs have one axis of time, which ends with the slowest. Running, waiting and blocks are "
         "those of each step, from its start to its end."

@@ -1,0 +1,121 @@
+"""Draw the same design points on several engines from their run folders: decode step, first token and memory against batch.
+
+    python docs/measurements/engines_figure.py docs/figures/h200_engines.png RUN RUN ...
+    python docs/measurements/engines_figure.py docs/figures/h200_engines.png reports/*/records.jsonl
+
+A line for every engine, KV format and context; dotted is the floor of a decode step, weights and live keys and values at the
+copy bandwidth that the runs of that format and context measured. Of a point that was measured more than once the last counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import ScalarFormatter
+
+Row = dict[str, Any]
+PANELS = (
+    ("decode_step_s", 1e3, "decode step, ms"),
+    ("ttft_s", 1.0, "time to the first token, mean, s"),
+    ("mem_measured_peak_bytes", 2**-30, "peak of the allocator, GiB"),
+)
+MARKS = {"nano": "o", "vllm": "s", "mlc": "^", "hf": "D", "llamacpp": "v"}
+
+
+def rows_of(paths: list[Path]) -> list[Row]:
+    """The measured design points, each engine's last record of a point."""
+    found: dict[tuple[str, str], Row] = {}
+    for path in paths:
+        for line in (path / "records.jsonl" if path.is_dir() else path).read_text().splitlines():
+            row = json.loads(line)
+            if row.get("suite") == "dse" and row.get("status") == "ok":
+                found[row["case"]["engine"], row["case"]["name"]] = row
+    return list(found.values())
+
+
+def value(row: Row, name: str) -> float | None:
+    """A metric's value, None where the record has none."""
+    number = (row["metrics"].get(name) or {}).get("value")
+    return None if number is None else float(number)
+
+
+def stored_as(row: Row) -> str:
+    """The cache's format."""
+    return str(row["case"]["params"].get("kv_cache_dtype") or "16 bit")
+
+
+def draw(rows: list[Row]) -> Any:
+    """One panel a metric, batches from left to right."""
+    lines: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: int(row["case"]["params"]["batch"])):
+        lines[row["case"]["engine"], stored_as(row), int(row["case"]["params"]["context"])].append(row)
+    stored = sorted({(format_name, context) for _, format_name, context in lines})
+    batches = sorted({int(row["case"]["params"]["batch"]) for row in rows})
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(5.0 * len(PANELS), 4.4), layout="constrained")
+    for axis, (metric, scale, label) in zip(axes, PANELS, strict=True):
+        for (engine, format_name, context), own in sorted(lines.items()):
+            colour = f"C{stored.index((format_name, context))}"
+            points = [(row["case"]["params"]["batch"], value(row, metric)) for row in own]
+            points = [(batch, number * scale) for batch, number in points if number is not None]
+            if points:
+                name = f"{engine}, {format_name}" + (f", {context:,}" if len({c for _, c in stored}) > 1 else "")
+                style = "-" if engine == "nano" else "--"
+                axis.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    marker=MARKS.get(engine, "x"),
+                    ms=5,
+                    lw=1.3,
+                    color=colour,
+                    label=name,
+                )
+        if metric == "decode_step_s":
+            for number, kind in enumerate(stored):
+                floor: dict[int, list[float]] = defaultdict(list)
+                for row in rows:
+                    least = value(row, "tpot_floor_s")
+                    if (stored_as(row), row["case"]["params"]["context"]) == kind and least is not None:
+                        floor[row["case"]["params"]["batch"]].append(least * scale)
+                if floor:
+                    axis.plot(
+                        sorted(floor), [min(floor[batch]) for batch in sorted(floor)], ":", lw=1, color=f"C{number}"
+                    )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.set_xlabel("sequences")
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.grid(visible=True, alpha=0.25)
+    axes[0].legend(fontsize=8, title="dotted: floor", title_fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders or their records.jsonl")
+    parser.add_argument("--title")
+    asked = parser.parse_args()
+    rows = rows_of(asked.runs)
+    if not rows:
+        parser.error("no design point that was measured in these runs")
+    models = sorted({str(row["case"]["model"]) for row in rows})
+    if len(models) > 1:
+        parser.error(f"runs of several models: {', '.join(models)}; name those of one")
+    figure = draw(rows)
+    first = rows[0]
+    figure.suptitle(asked.title or str(first["case"]["model"]).removeprefix("dummy:"), x=0.01, ha="left", fontsize=11)
+    figure.savefig(asked.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
