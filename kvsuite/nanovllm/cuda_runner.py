@@ -195,7 +195,7 @@ class CudaRunner(ModelRunner):
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
         self.layers: CapturedLayers | None = None
-        self._why_not_captured = ""
+        self._why_not_captured = self._why_eager_prompts = ""
         # by the streams that they were captured on, whose SMs they keep
         self._captured: dict[str, DecodeGraphs] = {}
         self._again: Callable[[], DecodeGraphs | None] = lambda: None
@@ -218,7 +218,11 @@ class CudaRunner(ModelRunner):
                     self._captured[""] = self.graphs
             if self.graphs is None:
                 self._compile_ahead(None)
-            if graphs and prompt_graphs and self.decoder is not None:
+            if not (graphs and prompt_graphs):
+                self._why_eager_prompts = "switched off"
+            elif self.decoder is None:
+                self._why_eager_prompts = "layers are not fused"
+            else:
                 self.layers = self._capture_layers(self.decoder, attention, limits)
             if warm_up and not any(pool.group.places for pool in pools):
                 self._dry.warm_up()
@@ -243,10 +247,12 @@ class CudaRunner(ModelRunner):
         if self.graphs is not None:
             found["decode_sizes"] = self.graphs.sizes
             found["decode_attention"] = self.graphs.kinds
-        on_graphs = self.layers is not None and self.device.type == "cuda"
-        found["prompt_step"] = "layers captured" if on_graphs else "eager"
         if self.layers is not None:
             found["prompt_sizes"] = self.layers.sizes
+        captured = self.layers is not None and self.device.type == "cuda"
+        found["prompt_step"] = "captured_layers" if captured else "eager"
+        if not captured:
+            found["prompt_step_reason"] = self._why_eager_prompts or f"{self.device.type} captures nothing"
         if self.decoder is None:
             return found | {"fused": [], "not_fused": self._why_not_fused}
         return found | dict(self.decoder.effective)
@@ -335,6 +341,7 @@ class CudaRunner(ModelRunner):
         assert isinstance(other.backend, FlashInferAttention | CapturableReference)
         other.attention, other.graphs, other.layers, other.captured_bytes = other.backend, None, None, 0
         other._why_not_captured = "steps of prompts are not captured"
+        other._why_eager_prompts = "prompts have a lane of their own"
         return other
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def test_logits_are_those_of_steps_launched_as_they_come(
         runner = cuda_runner(sizes=[2, 6], tune=False, prompt_graphs=prompt_graphs)
         runtime = Runtime(of, limits, runner=runner, overlap=overlap, **options)
         facts = runtime.runner.facts
-        assert facts["prompt_step"] == ("layers captured" if prompt_graphs else "eager"), facts
+        assert facts["prompt_step"] == ("captured_layers" if prompt_graphs else "eager"), facts
         ran: list[int] = []
         if prompt_graphs:
             assert isinstance(runtime.runner, CudaRunner)
