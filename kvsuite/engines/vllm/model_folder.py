@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from kvsuite.errors import UserError
 from kvsuite.models.hub import require_hub
 from kvsuite.models.presets import PRESETS
 from kvsuite.models.resolve import ModelSpec
-from kvsuite.models.smollm2 import smollm2_folder
+from kvsuite.models.smollm2 import cache_root, smollm2_folder
 
 # what transformers calls the classes of the presets' families
 _CLASSES = {
@@ -21,17 +23,17 @@ _CLASSES = {
 }
 
 
-def model_folder(spec: ModelSpec, folder: Path, cache_dir: Path | None) -> str:
+def model_folder(spec: ModelSpec, cache_dir: Path | None) -> str:
     """What vLLM is given as its model.
+
+    The path counts in what vLLM calls the same program: a preset's folder keeps its name, or every case would compile anew.
 
     Parameters
     ----------
     spec
         The model.
-    folder
-        Takes the configuration of a preset.
     cache_dir
-        Where converted models lie.
+        Where converted models and the configurations of presets lie.
 
     Raises
     ------
@@ -56,8 +58,26 @@ def model_folder(spec: ModelSpec, folder: Path, cache_dir: Path | None) -> str:
             f"--kv-model={spec.request}: engine vllm takes no {what.removeprefix('a ')}; give a folder or a hub id with "
             "safetensors, smollm2, or another --kv-engine"
         )
-    (folder / "config.json").write_text(json.dumps(_preset_config(spec)), encoding="utf-8")
-    return str(folder)
+    return str(_preset_folder(spec, cache_root(cache_dir)))
+
+
+def _preset_folder(spec: ModelSpec, root: Path) -> Path:
+    written = json.dumps(_preset_config(spec))
+    folder = root / "vllm" / f"{spec.source}-{hashlib.sha256(written.encode()).hexdigest()[:12]}"
+    config = folder / "config.json"
+    try:
+        if not config.is_file() or config.read_text(encoding="utf-8") != written:
+            folder.mkdir(parents=True, exist_ok=True)
+            # whole for whoever reads it at the same time
+            part = folder / f".config.json.{os.getpid()}"
+            part.write_text(written, encoding="utf-8")
+            os.replace(part, config)
+    except OSError as error:
+        raise UserError(
+            f"--kv-model={spec.request}: its configuration for vLLM cannot be written to {folder} ({error}); "
+            "give another folder with --kv-cache-dir or $KVSUITE_CACHE"
+        ) from error
+    return folder
 
 
 def _preset_config(spec: ModelSpec) -> dict[str, Any]:

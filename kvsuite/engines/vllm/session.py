@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,17 +95,12 @@ class VllmSession(Session):
         self._architecture = architecture_of(case.model, cache_dir=settings.cache_dir)
         if reason := pool_unknown(self._architecture):
             raise CaseInvalid(f"engine vllm: {reason}; its pool cannot be sized for a case. Use --kv-engine=hf")
-        self._folder = tempfile.TemporaryDirectory(prefix="kvsuite-vllm-model-")
-        try:
-            self._model = model_folder(self._spec, Path(self._folder.name), settings.cache_dir)
-            if is_quantised(Path(self._model)):
-                raise CaseInvalid(
-                    f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
-                    "the checkpoint that was not quantised"
-                )
-        except BaseException:
-            self._folder.cleanup()
-            raise
+        self._model = model_folder(self._spec, settings.cache_dir)
+        if is_quantised(Path(self._model)):
+            raise CaseInvalid(
+                f"--kv-model={case.model}: its weights are quantised, and engine vllm counts those of one dtype; give "
+                "the checkpoint that was not quantised"
+            )
         self._dtype = checkpoint_dtype(Path(self._model)) if case.dtype == "checkpoint" else case.dtype
         self._tokenizer = load_tokenizer(self._spec, cache_dir=settings.cache_dir)
         self._worker: VllmWorker | None = None
@@ -283,7 +277,6 @@ class VllmSession(Session):
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-        self._folder.cleanup()
 
     def _up(self, kind: EngineKind | None = None) -> VllmWorker:
         """The worker, with an engine of such a kind, by default the one that serves the case."""

@@ -6,14 +6,17 @@ What this cannot prove: that vLLM still answers so. docs/vllm.md says what was s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from vllm_sessions import BATCH, NEW, POOL, PROMPT, TOKEN_BYTES, case, engine, load, requests
 
+from kvsuite.engines.vllm.model_folder import model_folder
 from kvsuite.engines.vllm.session import VllmSession
-from kvsuite.errors import CaseInvalid
+from kvsuite.errors import CaseInvalid, UserError
 from kvsuite.memory_model.config import architecture_of
 from kvsuite.memory_model.design_point import DesignPoint
+from kvsuite.models.resolve import resolve_model
 from kvsuite.workloads.windows import plan_windows
 
 BLOCKS = BATCH * 2 + 1
@@ -152,3 +155,22 @@ def test_axes_that_do_not_reach_vllm_are_named(session: VllmSession) -> None:
     assert set(reach.inert) == {"window", "sink"}
     assert reach.settings == session.reach(case()).settings
     assert session.reach(case(params={"prefill_chunk": 64})).settings != reach.settings
+
+
+def test_a_preset_has_one_folder_for_all_its_cases(tmp_path: Path) -> None:
+    # vLLM counts the path to what it compiles for: with another one for each case nothing compiled was ever found again
+    spec = resolve_model("dummy:Qwen3-0.6B")
+    first = Path(model_folder(spec, tmp_path))
+    written = (first / "config.json").read_text()
+    assert Path(model_folder(spec, tmp_path)) == first
+    assert Path(model_folder(resolve_model("dummy:Qwen3-8B"), tmp_path)) != first
+    # one that was cut short is written again
+    (first / "config.json").write_text(written[:20])
+    assert (Path(model_folder(spec, tmp_path)) / "config.json").read_text() == written
+    assert [one.name for one in first.iterdir()] == ["config.json"]
+
+
+def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "vllm").write_text("a file")
+    with pytest.raises(UserError, match=r"--kv-model=dummy:Qwen3-0\.6B: .*--kv-cache-dir"):
+        model_folder(resolve_model("dummy:Qwen3-0.6B"), tmp_path)
