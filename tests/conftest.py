@@ -90,6 +90,14 @@ def _quick_machine():
     quick_machine.pytest_configure()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _coarse_figures():
+    # as in the runs that tests start, whose files are compared with what is drawn here
+    import coarse_figures
+
+    coarse_figures.draw_coarsely()
+
+
 @pytest.fixture(autouse=True)
 def _shared_models_stay_as_they_are():
     yield

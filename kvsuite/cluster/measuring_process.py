@@ -110,6 +110,8 @@ class _Measuring:
             refusal = "; ".join(dict.fromkeys(unusable.values())) if len(unusable) == len(self._uses) else ""
         except UserError as error:
             refusal = str(error)
+        for name in sorted({name for name, device in self._uses if (name, device) not in unusable}):
+            self._sessions.engine(name).import_libraries()
         code = {"kvsuite": source_hash()} | others_code(self._setup.planned)
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         return Ready(environment, code, memory, gpu, refusal or None, frozenset(unusable))

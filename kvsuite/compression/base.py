@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from kvsuite.errors import UserError
@@ -76,8 +77,12 @@ class Schedule:
         """Whether the policy acts after ``step`` tokens were seen; ``done`` says that it already removed something."""
         if self.once:
             return not done
+        return step % self._interval == 0
+
+    @cached_property
+    def _interval(self) -> int:
         interval = _INTERVAL.fullmatch(self.name)
-        return interval is None or step % int(interval[1]) == 0
+        return 1 if interval is None else int(interval[1])
 
     @property
     def once(self) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvsuite.errors import UserError
 
 from .base import CacheView, require_size
-from .ranked import RankedPolicy
+from .ranked import NormRule, RankedPolicy
 from .ratio import protected_count
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class FixSizeL2(RankedPolicy):
 
     def own_size_after(self, length: int) -> int:
         return min(length, self.size)
+
+    def norm_rule(self, length: int) -> NormRule | None:
+        if self.strategy == "random":
+            return None
+        return NormRule(sign=-1 if self.strategy == "keep_low" else 1, protected=self.protected_of(length))
 
     def priority(self, view: CacheView) -> Tensor:
         assert view.scores is not None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .prompt_ranked import PromptRanked
 from .prompt_view import PromptView
-from .ranked import key_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,4 +23,4 @@ class KNorm(PromptRanked):
     heads_apart: ClassVar[bool] = True
 
     def importance(self, view: PromptView) -> Tensor:
-        return -key_norms(view.keys)
+        return -view.key_norms()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .base import CacheView, Schedule, require_size
-from .ranked import RankedPolicy
+from .ranked import NormRule, RankedPolicy
 from .ratio import keep_count, removed_from_keep
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class L2Compress(RankedPolicy):
 
     def own_size_after(self, length: int) -> int:
         return length if length <= self.prune_after else keep_count(length, self.keep_ratio)
+
+    def norm_rule(self, length: int) -> NormRule:
+        return NormRule(sign=-1, protected=0)
 
     def priority(self, view: CacheView) -> Tensor:
         assert view.scores is not None

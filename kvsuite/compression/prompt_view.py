@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .base import CacheView, Needs
+from .ranked import key_norms
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: mean over queries ``[heads, w, head_dim]`` of causal weights over keys ``[kv_heads, n, head_dim]``: ``[heads, n]``
-MeanWeights = Callable[["Tensor", "Tensor", float], "Tensor"]
 #: rotates ``[1, heads, n, head_dim]`` to positions ``[n]``, or back
 Turn = Callable[["Tensor", "Tensor"], "Tensor"]
 # float32 attention weights that are alive at once, in bytes
@@ -142,8 +141,6 @@ class PromptView(CacheView):
         Layers of the model.
     rotate
         Rotates to any positions; for policies that ask for `Needs.query_statistics`.
-    mean_weights
-        Computes `mean_attention` where the engine has something better than the weights themselves.
     """
 
     keys: Tensor
@@ -151,7 +148,11 @@ class PromptView(CacheView):
     observed: PromptObservation
     layers: int = 1
     rotate: Turn | None = None
-    mean_weights: MeanWeights | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads."""
+        return int(self.keys.shape[0])
 
     @property
     def head_dim(self) -> int:
@@ -171,9 +172,11 @@ class PromptView(CacheView):
 
     def mean_attention(self, last: int) -> Tensor:
         """Mean of `attention` over the last queries, float32 ``[heads, n]``."""
-        if self.mean_weights is None:
-            return self.attention(last).mean(dim=1)
-        return self.mean_weights(self.queries(last), self.keys, self.observed.scale)
+        return self.attention(last).mean(dim=1)
+
+    def key_norms(self) -> Tensor:
+        """L2 norm of every key, float32 ``[kv_heads, n]``."""
+        return key_norms(self.keys)
 
     def attention_sums(self) -> Tensor:
         """Attention that every token got from all queries of the prompt, float32 ``[heads, n]``.
@@ -203,7 +206,7 @@ class PromptView(CacheView):
 
     def per_kv_head(self, values: Tensor) -> Tensor:
         """Mean over the query heads that share a key head: ``[heads, ...]`` to ``[kv_heads, ...]``."""
-        kv_heads = self.keys.shape[0]
+        kv_heads = self.kv_heads
         return values.reshape(kv_heads, values.shape[0] // kv_heads, *values.shape[1:]).mean(dim=1)
 
 

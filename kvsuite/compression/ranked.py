@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from .base import CacheView, time_order
 from .by_factor import ByFactor
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# float32 sums in another order, or keys at another rotation, differ by less; scores that differ otherwise by more
-_ROUNDING = 1e-6
+#: float32 sums in another order, or keys at another rotation, differ by less; scores that differ otherwise by more
+ROUNDING = 1e-6
 
 
 def ranked(priority: Tensor) -> Tensor:
@@ -79,9 +79,16 @@ def _ranks(priority: Tensor) -> tuple[Tensor, Tensor]:
     value, order = priority.sort(dim=-1, descending=True, stable=True)
     higher, lower = value[..., :-1], value[..., 1:]
     # two infinities differ by NaN, which is no step
-    steps = (higher - lower > lower.abs() * _ROUNDING).long().cumsum(dim=-1)
+    steps = (higher - lower > lower.abs() * ROUNDING).long().cumsum(dim=-1)
     steps = torch.nn.functional.pad(steps, (1, 0))
     return torch.zeros_like(order).scatter(-1, order, steps), steps
+
+
+class NormRule(NamedTuple):
+    """A priority that is ``sign`` times the norm of a key, and infinite for the ``protected`` youngest positions."""
+
+    sign: int
+    protected: int
 
 
 class RankedPolicy(ByFactor):
@@ -92,6 +99,13 @@ class RankedPolicy(ByFactor):
     @abstractmethod
     def priority(self, view: CacheView) -> Tensor:
         """Priority of every stored token, float32 ``[..., heads, n]``; infinity protects it."""
+
+    def norm_rule(self, length: int) -> NormRule | None:
+        """What `priority` of ``length`` stored tokens is, if norms and positions are all that it looks at.
+
+        An engine may then find the token to evict without it. Whoever overrides `priority` overrides this as well.
+        """
+        return None
 
     def token_score(self, keys: Tensor) -> Tensor:
         """L2 norm of each key in float32; a rotation leaves it unchanged, so it may be taken before or after RoPE."""
@@ -107,5 +121,5 @@ class RankedPolicy(ByFactor):
         # the general answer sorts twice; one token to evict needs only the minimum, and of equal ones the youngest goes
         priority = self.priority(view)
         least = priority.amin(dim=-1, keepdim=True)
-        lowest = priority - least <= least.abs() * _ROUNDING
+        lowest = priority - least <= least.abs() * ROUNDING
         return torch.where(lowest, view.positions, -1).argmax(dim=-1)

@@ -283,6 +283,9 @@ class Engine(ABC):
         Asked for every case; the runtime need not be loaded for it.
         """
 
+    def import_libraries(self) -> None:  # noqa: B027
+        """Import what loading a model would, where that takes seconds: a worker does so before its first case."""
+
     def refuse(self, case: Case) -> None:
         """Refuse a case that no session of this engine can run, before anything is loaded.
 

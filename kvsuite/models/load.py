@@ -72,6 +72,11 @@ class LoadedModel:
     attention: str = "sdpa"
 
 
+def import_libraries() -> None:
+    """Import what `load_model` needs: it takes seconds, which are no model's and no case's."""
+    import transformers.modeling_utils  # noqa: F401
+
+
 def load_model(
     spec: ModelSpec,
     *,
@@ -121,6 +126,7 @@ def load_model(
         wanted = "float32"
     notes = list(spec.notes)
     choose = _AttentionChoice(spec, attention, sdpa, notes)
+    import_libraries()
     started = time.perf_counter()
     with _no_progress_bars():
         if spec.kind == "dummy":

@@ -251,7 +251,7 @@ class BlockTables:
         blocks = self.table[rows, ends].tolist()
         self.table[rows, ends] = 0
         self.blocks[rows] = ends
-        fences = [self.fence_of(row) for row in rows.tolist()]
+        fences = [] if self.fence_of is _no_fence else [self.fence_of(row) for row in rows.tolist()]
         if any(fence is not None for fence in fences):
             for block, fence in zip(blocks, fences, strict=True):
                 self.pool.release([block], fence)

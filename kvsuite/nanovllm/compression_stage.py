@@ -321,8 +321,6 @@ class CompressionStage:
         by_row = {request.row: request for request in requests}
         rows, seen = np.array(list(by_row)), np.array([request.computed for request in requests])
         try:
-            for eviction in self._policies:
-                eviction.append(rows, seen)
             # all decisions before the first change, so that they may be made again
             found = [(eviction, decided) for eviction in self._policies for decided in eviction.decide(rows, seen)]
         except Exception as error:
@@ -334,7 +332,9 @@ class CompressionStage:
             return
         for eviction, decided in found:
             self._change(by_row, eviction, decided)
-        self._note_open(requests)
+        # all of them were open
+        if not all(eviction.follows(rows).all() for eviction in self._policies):
+            self._note_open(requests)
 
     def _change(self, by_row: Mapping[int, Request], eviction: Eviction, decided: Decided) -> bool:
         """Remove what was decided, where it can be; whether it all was. A request that it goes wrong for fails."""

@@ -8,6 +8,7 @@ attends, what is fused and captured, and why not.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -452,6 +453,8 @@ def _reserved_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
+    # as a capture does when it begins: what an earlier runtime held must not count as given back by this one
+    gc.collect()
     torch.cuda.empty_cache()
     return int(torch.cuda.memory_reserved(device))
 

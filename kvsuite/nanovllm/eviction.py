@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -14,12 +13,14 @@ from torch import Tensor
 
 from kvsuite.compression.base import CacheView, ImageSpans, Policy
 from kvsuite.compression.merging import Merging
-from kvsuite.compression.prompt_view import MeanWeights, PromptObservation, PromptView
+from kvsuite.compression.prompt_view import PromptObservation
+from kvsuite.compression.ranked import ROUNDING, NormRule, RankedPolicy
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
+from .pooled_prompt import PooledPrompt, has_mean_weights, paged_norms
 from .prompt_observer import PromptObserver
 from .request import Request
 from .stage_streams import Work
@@ -46,26 +47,22 @@ class Decided(NamedTuple):
         dimension.
     single
         Whether one token goes.
+    places
+        Blocks ``[S, width]`` of the sequences, and slots ``[S]`` of their last tokens, int64, where the device has them.
     """
 
     rows: Ints
     chosen: Tensor
     single: bool
+    places: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PooledPrompt(PromptView):
-    """A prompt whose values are copied from the pool when a policy asks for them."""
+class _Uploaded(NamedTuple):
+    """What the device has of some sequences: blocks ``[S, width]``, tokens seen ``[S]``, last slots ``[S]``."""
 
-    values: Tensor = field(init=False)
-    gather_values: Callable[[], Tensor]
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name != "values":
-            raise AttributeError(name)
-        values = self.gather_values()
-        object.__setattr__(self, "values", values)
-        return values
+    blocks: Tensor
+    seen: Tensor
+    last: Tensor
 
 
 class Eviction:
@@ -112,17 +109,26 @@ class Eviction:
         self._done = np.zeros(rows, dtype=np.bool_)
         self._unordered = np.zeros(rows, dtype=np.bool_)
         self._notes: TokenNotes | None = None
+        # where one decision serves every head the host has the positions, by row and in the order of its table
+        self._positions: Ints = np.zeros((0, 0), dtype=np.int64)
         if self.policy is not None and self.policy.acts == "decode":
-            wide = self._per_head
-            self._notes = pool.notes = TokenNotes(
-                layers=len(group.layers) if wide else 1,
-                heads=group.kv_heads if wide else 1,
-                blocks=pool.num_blocks + 1,
-                block_size=pool.block_size,
-                scored=wide and self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
-                device=self._device,
-            )
-        self._mean_weights = _mean_weights(pool)
+            if self._per_head:
+                self._notes = pool.notes = TokenNotes(
+                    layers=len(group.layers),
+                    heads=group.kv_heads,
+                    blocks=pool.num_blocks + 1,
+                    block_size=pool.block_size,
+                    scored=self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
+                    device=self._device,
+                )
+            else:
+                self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
+        # whether kernels read and move what the notes are about, and find the token to evict
+        self._kernels = self._notes is not None and pool.device.type == "cuda" and not pool.is_packed
+        self._norms_noted = self._kernels and _scores_norms(policy)
+        # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
+        self._sizes: dict[int, int] = {}
+        self._rules: dict[int, NormRule | None] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self.evicted = 0
 
@@ -227,54 +233,47 @@ class Eviction:
         if self.policy is None:
             return
         self._noted[row], self._done[row], self._unordered[row] = 0, False, False
-        one = np.array([row])
-        self.append(one, self._tables.lengths[one])
-
-    def append(self, rows: Ints, seen: Ints) -> None:
-        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
-
-        Mostly one of each; several where known output was fed at once.
-        """
-        rows, seen = self._followed(rows, seen)
-        counts = self._tables.lengths[rows] - self._noted[rows]
-        if not counts.any():
-            return
-        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        at = np.repeat(self._noted[rows], counts) + within
-        slots, positions = self._upload(
-            self._tables.slots_at(np.repeat(rows, counts), at), np.repeat(seen - counts, counts) + within
-        )
-        assert self._notes is not None
-        self._notes.write(slots, positions, self._scores(slots) if self._notes.scored else None)
-        self._noted[rows] += counts
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
-        """What the policy decides now that the sequences, all different and noted, have seen so many tokens each."""
+        """What the policy decides now that the sequences, all different, have seen so many tokens each."""
         policy = self.policy
         if policy is None:
             return []
         rows, seen = self._followed(rows, seen)
-        sizes: dict[int, int] = {}
-        alike: dict[int, list[int]] = {}
-        facts = zip(self._tables.lengths[rows].tolist(), seen.tolist(), self._done[rows].tolist(), strict=True)
-        for index, (length, step, done) in enumerate(facts):
-            if policy.due(step=step, done=done, prompt=prompt):
-                if length not in sizes:
-                    sizes[length] = policy.size_after(length)
-                if sizes[length] < length:
-                    alike.setdefault(length, []).append(index)
+        if not len(rows):
+            return []
+        lengths = self._tables.lengths[rows]
+        uploaded = self._note(rows, seen, lengths)
+        facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
+        due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
+        if not all(due.values()):
+            now = np.array([due[fact] for fact in facts], dtype=np.bool_)
+            rows, seen, lengths = rows[now], seen[now], lengths[now]
         found = []
-        for length, all_of_them in alike.items():
-            for some in [all_of_them] if policy.sequences_apart else [[one] for one in all_of_them]:
-                own, single = rows[some], sizes[length] == length - 1 and not prompt
+        # those that store equally many tokens are decided for together
+        for length in dict.fromkeys(lengths.tolist()):
+            size = self._size_after(length)
+            if size == length:
+                continue
+            some, single = np.flatnonzero(lengths == length), size == length - 1 and not prompt
+            for part in [some] if policy.sequences_apart else np.split(some, len(some)):
+                own, steps = rows[part], seen[part]
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
                     observed = self._observer_of_prompts.observations(row, self.group.layers)
                     found.append(Decided(own, self._keep_of_prompt(self._slots(row), observed)[None], False))
                     continue
-                view = self._view(own, seen[some], length)
-                chosen = policy.victim(view) if single else policy.keep(view)
-                found.append(Decided(own, chosen if len(some) > 1 else chosen[None], single))
+                here = uploaded
+                if uploaded is not None and len(own) != len(uploaded.seen):
+                    here = _Uploaded(*self._upload(*self._facts(own, steps)))
+                rule = self._norm_rule(length) if single else None
+                if rule is not None and here is not None:
+                    chosen = self._least(rule, here, length)
+                else:
+                    view = self._view(own, steps, length, here)
+                    chosen = policy.victim(view) if single else policy.keep(view)
+                    chosen = chosen if len(part) > 1 else chosen[None]
+                found.append(Decided(own, chosen, single, None if here is None else (here.blocks, here.last)))
         return found
 
     def apply(self, decided: Decided) -> list[tuple[int, Callable[[], None]]]:
@@ -286,20 +285,19 @@ class Eviction:
             The other sequences, and for each what removes its tokens. That raises `PoolFullError` where blocks are lacking,
             and may be done again then.
         """
-        rows, chosen, single = decided
+        rows, chosen, single, places = decided
         # making room in another group may have preempted some
         there = self._noted[rows] >= 0
         if not there.all():
-            rows, chosen = rows[there], chosen[self._upload(np.flatnonzero(there))[0]]
+            rows, chosen, places = rows[there], self._some(chosen, there), None
         if not single:
             return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
         sole = self._tables.sole[rows]
         if sole.all():
-            self._evict_one(rows, chosen)
+            self._evict_one(rows, chosen, places)
             return []
         if sole.any():
-            [index] = self._upload(np.flatnonzero(sole))
-            self._evict_one(rows[sole], chosen[index])
+            self._evict_one(rows[sole], self._some(chosen, sole))
         return [
             (int(rows[at]), partial(self._own_and_evict_one, rows[at : at + 1], chosen[at : at + 1]))
             for at in np.flatnonzero(~sole).tolist()
@@ -334,6 +332,8 @@ class Eviction:
         kept = int(keep.shape[-1])
         work = self._replace(row, kept)(keep)
         if self._noted[row] >= 0:
+            if self._notes is None:
+                self._positions[row, :kept] = self._positions[row, keep.cpu().numpy()]
             self._noted[row] = kept
         return work
 
@@ -347,17 +347,24 @@ class Eviction:
         for index in np.flatnonzero((self._noted[rows] >= 0) & self._done[rows]).tolist():
             alike.setdefault((int(self._noted[rows[index]]), coming[index]), []).append(index)
         for (length, count), some in alike.items():
-            [blocks] = self._upload(self._blocks(rows[some], length))
-            ranks = self._positions(blocks, length)[0].argsort(dim=-1).argsort(dim=-1)
+            own = rows[some]
+            if self._notes is None:
+                [positions] = self._upload(self._positions[own, :length])
+            else:
+                positions, _ = self._notes.read(self._upload(self._blocks(own, length))[0], length)
+            ranks = positions.argsort(dim=-1).argsort(dim=-1)
             new = torch.arange(length, length + count, device=self._device)
-            for index, own in zip(some, torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1), strict=True):
-                found[index] = own
+            places = torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1)
+            for index, ranked in zip(some, places, strict=True):
+                found[index] = ranked
         return found
 
     def fork(self, row: int, target: int) -> None:
         """Begin the bookkeeping of a sequence that holds what another one does."""
         for book in (self._noted, self._done, self._unordered):
             book[target] = book[row]
+        if len(self._positions):
+            self._positions[target] = self._positions[row]
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
@@ -418,26 +425,20 @@ class Eviction:
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
         for part in self._parts(
-            length, observed[0].numbers_of_token(weights=self._mean_weights is None), together=together
+            length, observed[0].numbers_of_token(weights=not has_mean_weights(self._pool)), together=together
         ):
-            own = self._pool.keys_of(slots, part).flatten(0, 1)
-            if self.group.places:
-                own = observer.rotate(own[None], positions)[0]
-
-            def values(part: slice = part) -> Tensor:
-                return self._pool.values_of(slots, part).flatten(0, 1)
-
-            view = _PooledPrompt(
-                positions.expand(own.shape[:2]), length - 1, keys=own, gather_values=values,
+            heads = len(layers[part]) * self.group.kv_heads
+            view = PooledPrompt(
+                positions.expand(heads, length), length - 1, pool=self._pool, slots=slots, part=part,
                 observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
-                rotate=observer.turn(layers[part.start]), mean_weights=self._mean_weights,
+                rotate=observer.turn(layers[part.start]), turn=observer.rotate if self.group.places else None,
             )  # fmt: skip
             score = policy.prompt_score(view)
             if score is not None:
                 scores.append(score)
                 continue
             found = policy.keep(view)
-            kept.append(found.expand(own.shape[0], -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
+            kept.append(found.expand(heads, -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
         if kept:
             return torch.cat(kept)
         return self._keep_by_score(torch.cat(scores).view(len(layers), self.group.kv_heads, length))
@@ -455,6 +456,10 @@ class Eviction:
     def _scores(self, slots: Tensor) -> Tensor | None:
         """`Policy.token_score` of the tokens in ``slots``, ``[layers, kv_heads, n]``, from keys alone."""
         assert self.policy is not None
+        if _scores_norms(self.policy):
+            norms = paged_norms(self._pool, slots, slice(None))
+            if norms is not None:
+                return norms
         found = []
         for part in self._parts(slots.shape[0], together=True):
             score = self.policy.token_score(self._pool.keys_of(slots, part))
@@ -503,20 +508,79 @@ class Eviction:
         """Blocks ``[S, width]`` of the first ``length`` tokens."""
         return self._tables.rows(rows)[:, : -(-length // self._pool.block_size)].astype(np.int64)
 
-    def _positions(self, blocks: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """What is noted of the first ``length`` tokens in ``blocks`` ``[S, width]``, each ``[S, layers, kv_heads, length]``.
+    def _note(self, rows: Ints, seen: Ints, lengths: Ints) -> _Uploaded | None:
+        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
 
-        Where one decision serves every head, positions alone, ``[S, length]``.
+        Mostly one of each; several where known output was fed at once.
+
+        Returns
+        -------
+        _Uploaded or None
+            What the device has of the sequences; ``None`` where the host has all that there is.
         """
-        assert self._notes is not None
-        positions, scores = self._notes.read(blocks, length)
-        return (positions, scores) if self._per_head else (positions[:, 0, 0], None)
+        counts = lengths - self._noted[rows]
+        owners, at, positions = rows, lengths - 1, seen - 1
+        if (counts != 1).any():
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            owners, at = np.repeat(rows, counts), np.repeat(lengths - counts, counts) + within
+            positions = np.repeat(seen - counts, counts) + within
+        found = None
+        if self._notes is None:
+            self._positions[owners, at] = positions
+        else:
+            slots, noted, *facts = self._upload(self._tables.slots_at(owners, at), positions, *self._facts(rows, seen))
+            if self._norms_noted:
+                from .note_kernels import note_norms
 
-    def _view(self, rows: Ints, seen: Ints, length: int) -> CacheView:
-        """What a policy sees of sequences that store ``length`` tokens each."""
-        blocks, steps = self._upload(self._blocks(rows, length), seen)
-        positions, scores = self._positions(blocks, length)
-        layers, heads = (self._layers, self._heads) if self._per_head else (0, 0)
+                note_norms(self._pool.keys, slots, noted, self._notes.by_slot)
+            else:
+                self._notes.write(slots, noted, self._scores(slots) if self._notes.scored else None)
+            found = _Uploaded(*facts)
+        self._noted[rows] = lengths
+        return found
+
+    def _facts(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints, Ints]:
+        """What `_Uploaded` has of some sequences."""
+        lengths = self._tables.lengths[rows]
+        return self._blocks(rows, int(lengths.max())), seen, self._tables.slots_at(rows, lengths - 1)
+
+    def _size_after(self, length: int) -> int:
+        """`Policy.size_after` of a length."""
+        found = self._sizes.get(length)
+        if found is None:
+            assert self.policy is not None
+            found = self._sizes[length] = self.policy.size_after(length)
+        return found
+
+    def _norm_rule(self, length: int) -> NormRule | None:
+        """What a kernel finds the token to evict by; ``None`` where the policy does."""
+        if not self._norms_noted:
+            return None
+        if length not in self._rules:
+            self._rules[length] = norm_rule_of(self.policy, length)
+        return self._rules[length]
+
+    def _least(self, rule: NormRule, uploaded: _Uploaded, length: int) -> Tensor:
+        """What a norm rule evicts of sequences that store ``length`` tokens each, int64 ``[S, layers, kv_heads]``."""
+        from .note_kernels import least_norms
+
+        assert self._notes is not None
+        return least_norms(
+            self._notes.by_slot, uploaded.blocks, uploaded.seen, length, self._pool.block_size,
+            sign=rule.sign, protected=rule.protected, rounding=ROUNDING,
+        )  # fmt: skip
+
+    def _view(self, rows: Ints, seen: Ints, length: int, uploaded: _Uploaded | None) -> CacheView:
+        """What a policy sees of sequences that store ``length`` tokens each: on the host where it has all that there is."""
+        layers: Tensor | int = 0
+        heads: Tensor | int = 0
+        scores = None
+        if self._notes is None or uploaded is None:
+            positions, steps = torch.from_numpy(self._positions[rows, :length]), torch.from_numpy(seen)
+        else:
+            width = -(-length // self._pool.block_size)
+            positions, scores = self._notes.read(uploaded.blocks[:, :width], length)
+            layers, heads, steps = self._layers, self._heads, uploaded.seen
         if len(rows) == 1:
             step = int(seen[0])
             own = None if scores is None else scores[0]
@@ -531,17 +595,30 @@ class Eviction:
         self._tables.note_sole(int(row[0]))
         self._evict_one(row, victim)
 
-    def _evict_one(self, rows: Ints, victim: Tensor) -> None:
+    def _evict_one(self, rows: Ints, victim: Tensor, places: tuple[Tensor, Tensor] | None = None) -> None:
         """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot.
 
         The victims lie in blocks that may be written.
         """
         lengths = self._tables.lengths[rows]
-        blocks, last = self._upload(self._blocks(rows, int(lengths[0])), self._tables.slots_at(rows, lengths - 1))
-        slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
-        self._pool.move(
-            slots.gather(1, victim.flatten(1) if victim.dim() > 1 else victim[:, None]).view_as(victim), last
-        )
+        if self._notes is None:
+            gone = victim.numpy()
+            if ((gone < 0) | (gone >= lengths)).any():
+                raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
+            self._pool.move(*self._upload(self._tables.slots_at(rows, gone), self._tables.slots_at(rows, lengths - 1)))
+            self._positions[rows, gone] = self._positions[rows, lengths - 1]
+        else:
+            if places is None:
+                blocks, _, last = self._upload(*self._facts(rows, lengths))
+            else:
+                blocks, last = places
+            if self._kernels:
+                from .note_kernels import move_last
+
+                move_last(self._pool.keys, self._pool.values, self._notes.by_slot, blocks, last, victim.contiguous())
+            else:
+                slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
+                self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), last)
         self._tables.drop_last(rows)
         self._noted[rows] -= 1
         self.evicted += len(rows)
@@ -562,6 +639,11 @@ class Eviction:
             over = ~self._unordered[rows] if self.group.places else np.ones(len(rows), dtype=np.bool_)
             self._noted[rows[over]] = -1
 
+    def _some(self, chosen: Tensor, which: Bools) -> Tensor:
+        """Of what was chosen for some sequences, what was for those marked."""
+        index = np.flatnonzero(which)
+        return chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else self._upload(index)[0]]
+
     def _slots(self, row: int) -> Tensor:
         return self._upload(self._tables.stored_slots(row))[0]
 
@@ -574,12 +656,13 @@ class Eviction:
         return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
 
 
-def _mean_weights(pool: KVPool) -> MeanWeights | None:
-    """What computes the mean attention of a prompt's last queries over the pool's keys; ``None`` for the exact reference."""
-    width = pool.group.head_dim
-    halves = pool.dtype in (torch.bfloat16, torch.float16)
-    if pool.device.type != "cuda" or not halves or width not in (16, 32, 64, 128, 256):
-        return None
-    from .window_weights import mean_weights
+def _scores_norms(policy: Policy | None) -> bool:
+    return isinstance(policy, RankedPolicy) and type(policy).token_score is RankedPolicy.token_score
 
-    return mean_weights
+
+def norm_rule_of(policy: Policy | None, length: int) -> NormRule | None:
+    """`RankedPolicy.norm_rule` of a policy whose priority and victim are what the rule says; ``None`` of any other."""
+    if not isinstance(policy, RankedPolicy) or type(policy).victim is not RankedPolicy.victim:
+        return None
+    ours = [next(each for each in type(policy).__mro__ if name in vars(each)) for name in ("priority", "norm_rule")]
+    return policy.norm_rule(length) if ours[0] is ours[1] else None

@@ -1,4 +1,4 @@
-"""Keys and values of some tokens, copied out of their pages. Importing this module needs triton.
+"""Keys and values of some tokens, or of some of their heads, copied out of their pages. Importing this module needs triton.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
@@ -11,6 +11,8 @@ from torch import Tensor
 
 # elements that a program copies at a time
 _ELEMENTS = 4096
+# bytes that a program copies at a time
+_ROW_BYTES = 8192
 
 
 # the number of tokens must not cost a compilation
@@ -47,3 +49,27 @@ def gather_tokens(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, 
         keys, values, slots, out, count, width, TOKENS=tokens, LANES=lanes, num_warps=4
     )
     return out[0], out[1]
+
+
+# the number of rows must not cost a compilation
+@triton.jit(do_not_specialize=["rows"])
+def _gather_rows_kernel(source, index, out, rows, width, ROWS: tl.constexpr, LANES: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, LANES)
+    present = (row < rows)[:, None] & (lane < width)[None, :]
+    place = tl.load(index + row, mask=row < rows, other=0)
+    found = tl.load(source + place[:, None] * width + lane[None, :], mask=present)
+    tl.store(out + row.to(tl.int64)[:, None] * width + lane[None, :], found, mask=present)
+
+
+def gather_rows(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy rows ``index`` ``[n]``, int64, of ``source`` ``[rows, width]`` to ``out`` ``[n, width]``; all contiguous.
+
+    For rows of a head, 256 bytes: `torch.index_select` copies those at 0.4 to 0.7 TB/s on an H200.
+    """
+    count, width = out.shape
+    lanes = triton.next_power_of_2(width)
+    rows = max(1, _ROW_BYTES // (lanes * source.element_size()))
+    _gather_rows_kernel[(triton.cdiv(count, rows),)](
+        source, index, out, count, width, ROWS=rows, LANES=lanes, num_warps=4
+    )

@@ -14,7 +14,7 @@ from kvsuite.errors import UserError
 from .groups import LayerGroup
 from .layer_pages import LayerPages
 from .limits import Limits
-from .pages import Pages, wide
+from .pages import Pages, take_rows, wide
 from .token_notes import TokenNotes
 
 _OWN = SideFormat(AUTO)
@@ -73,6 +73,8 @@ class KVPool:
                 f"num_blocks={num_blocks}: the pool needs {needed / 2**30:.2f} GiB, which {device} does not have free; "
                 "give fewer num_blocks, pool_bytes or memory_share"
             ) from error
+        # ``[layers, slots, kv_heads, width]``, in numbers that are moved fast
+        self._by_slot = [wide(each.flatten(1, 2)) for each in self._tensors]
         # made by the first that keeps anything, on the stream that does so
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -200,7 +202,7 @@ class KVPool:
             for vectors in rows:
                 count, width = given.shape[0], vectors.shape[1]
                 staged = self._staging[: count * width * vectors.element_size()].view(vectors.dtype).view(count, width)
-                torch.index_select(vectors, 0, taken, out=staged)
+                take_rows(vectors, taken, staged)
                 vectors.index_copy_(0, given, staged)
         if self.notes is not None:
             self.notes.keep(source, target)
@@ -215,7 +217,7 @@ class KVPool:
         target
             Slots of the last tokens, int64 ``[S]``.
         """
-        for tensor in (wide(each.flatten(1, 2)) for each in self._tensors):
+        for tensor in self._by_slot:
             last = tensor.index_select(1, target)
             if source.dim() == 1:
                 tensor.index_copy_(1, source, last)

@@ -102,7 +102,9 @@ class Pages:
         found = []
         for tensor in self.tensors:
             rows = wide(tensor.view(-1, tensor.shape[-1]))
-            found.append(rows.index_select(0, index.flatten()).view(tensor.dtype).view(*index.shape, tensor.shape[-1]))
+            taken = rows.new_empty(index.numel(), rows.shape[1])
+            take_rows(rows, index.flatten(), taken)
+            found.append(taken.view(tensor.dtype).view(*index.shape, tensor.shape[-1]))
         return self._whole(*found)
 
     def _whole(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -111,6 +113,16 @@ class Pages:
         if scales is None:
             scales = codes.new_empty((*codes.shape[:-1], 0), dtype=torch.float16)
         return unpack(self.side, Packed(codes, scales), self.dtype)
+
+
+def take_rows(rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy rows ``index`` ``[n]``, int64, of ``rows`` ``[m, width]`` to ``out`` ``[n, width]``; all contiguous."""
+    if rows.device.type != "cuda":
+        torch.index_select(rows, 0, index, out=out)
+    elif len(index):
+        from .gather_tokens import gather_rows
+
+        gather_rows(rows, index, out)
 
 
 def wide(rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class TokenNotes:
     Parameters
     ----------
     layers, heads
-        Layers and key heads that keep different tokens; 1 and 1 where one decision serves all.
+        Layers and key heads, which keep different tokens.
     blocks, block_size
         Blocks of the pool, and tokens of a block.
     scored
@@ -30,6 +30,11 @@ class TokenNotes:
         # scores are float32 in the bits of int32, so that both move at once
         self._numbers = torch.zeros((1 + scored, layers, heads, blocks, block_size), dtype=torch.int32, device=device)
         self._slots = self._numbers.flatten(3)
+
+    @property
+    def by_slot(self) -> Tensor:
+        """Positions, and scores in the bits of int32 where there are any: ``[1 or 2, layers, heads, slots]``, for kernels."""
+        return self._slots
 
     @property
     def scored(self) -> bool:
@@ -68,17 +73,6 @@ class TokenNotes:
         self._slots.index_copy_(3, target, found)
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy the note of slot ``target[s]`` to slot ``source[s]``, or to those of every layer and head.
-
-        Parameters
-        ----------
-        source
-            ``[S]``, or ``[S, layers, heads]``.
-        target
-            ``[S]``.
-        """
+        """Copy the notes of slots ``target`` ``[S]`` to slots ``source`` ``[S, layers, heads]``."""
         last = self._slots.index_select(3, target)
-        if source.dim() == 1:
-            self._slots.index_copy_(3, source, last)
-        else:
-            self._slots.scatter_(3, source.movedim(0, -1).expand(len(self._slots), -1, -1, -1), last)
+        self._slots.scatter_(3, source.movedim(0, -1).expand(len(self._slots), -1, -1, -1), last)

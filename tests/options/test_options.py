@@ -85,6 +85,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "vllm-pool-bytes": ("1073741824", 1073741824),
     "vllm-tensor-parallel-size": ("2", 2),
     "vllm-attention-backend": ("FLASH_ATTN", "FLASH_ATTN"),
+    "vllm-max-capture-size": ("128", 128),
     "models": ("smollm2,dummy:tiny", ("smollm2", "dummy:tiny")),
     "workloads": ("heavy-trace, synthetic-identical", ("heavy-trace", "synthetic-identical")),
     "variants": ("baseline,auto-tune+greenctx", ("baseline", "auto-tune+greenctx")),

@@ -146,6 +146,8 @@ def preload() -> None:
     with contextlib.suppress(ImportError):
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     importlib.import_module("kvsuite.measure.source_hash").source_hash()
+    # this file's folder is where it is started from
+    importlib.import_module("coarse_figures").draw_coarsely()
     importlib.import_module("kvsuite.reporting.page.render").page_template()
     # a measurement collects garbage, and need not look at what was loaded here
     gc.collect()

@@ -105,7 +105,16 @@ def struck(folder: Path, where: str, number: int, *arguments: str, conftest: str
 @pytest.mark.parametrize(
     ("where", "number", "finished"),
     [
-        *((where, number, finished) for where, finished in PHASES.items() for number in NUMBERS),
+        *((where, signal.SIGTERM, finished) for where, finished in PHASES.items()),
+        ("decode", signal.SIGINT, 1),
+        ("decode", signal.SIGHUP, 1),
+        # which signal it is, and where it comes, have nothing to do with each other
+        *(
+            pytest.param(where, number, finished, marks=pytest.mark.slow)
+            for where, finished in PHASES.items()
+            for number in (signal.SIGINT, signal.SIGHUP)
+            if where != "decode"
+        ),
         ("hook", signal.SIGTERM, 2),
         ("report", signal.SIGTERM, 3),
     ],

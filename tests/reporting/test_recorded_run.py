@@ -19,6 +19,7 @@ from typing import Any
 
 import matplotlib
 import pytest
+from coarse_figures import as_fine_as_asked
 
 from kvsuite.__main__ import main
 from kvsuite.case import Case
@@ -53,7 +54,8 @@ def run_main(*arguments: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def redrawn(tmp_path_factory: pytest.TempPathFactory) -> Redrawn:
     folder = tmp_path_factory.mktemp("redrawn")
-    code, said = run_main("report", RECORDED, "--out", folder)
+    with as_fine_as_asked():
+        code, said = run_main("report", RECORDED, "--out", folder)
     assert code == 0
     return Redrawn(folder, said)
 

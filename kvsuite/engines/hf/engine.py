@@ -33,6 +33,11 @@ class HfEngine(Engine):
     def version(self) -> dict[str, str]:
         return installed_versions(*_COMPUTING)
 
+    def import_libraries(self) -> None:
+        from kvsuite.models.load import import_libraries
+
+        import_libraries()
+
     def load(self, case: Case, settings: EngineSettings) -> HfSession:
         from .session import HfSession
 

@@ -41,6 +41,11 @@ class NanoEngine(Engine):
     def version(self) -> dict[str, str]:
         return installed_versions(*_COMPUTING)
 
+    def import_libraries(self) -> None:
+        from kvsuite.models.load import import_libraries
+
+        import_libraries()
+
     def refuse(self, case: Case) -> None:
         # what no model has on pages comes before what this one lacks
         paged_format(case)

@@ -78,6 +78,7 @@ class VllmEngine(Engine):
             "block_size": own.vllm_block_size,
             "vllm_pool_bytes": own.vllm_pool_bytes,
             "attention_backend": own.vllm_attention_backend,
+            "max_capture_size": own.vllm_max_capture_size,
             "tensor_parallel_size": None if own.vllm_tensor_parallel_size == 1 else own.vllm_tensor_parallel_size,
         }
         return {name: value for name, value in chosen.items() if value is not None}

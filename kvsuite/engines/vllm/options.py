@@ -42,4 +42,11 @@ class VllmOptions(OptionGroup, frozen=True, kw_only=True):
         "which it was.",
         example="FLASH_ATTN",
     )]
+    vllm_max_capture_size: Annotated[int | None, Option(
+        auto_or(whole_number(1, 8192)), "auto",
+        "Largest batch whose steps vLLM captures; auto leaves it to vLLM, which takes twice the case's batch, up to 512. "
+        "What it compiles counts the captured sizes, so with one value, of at least the largest batch, all batches of a "
+        "sweep share one compilation; each then captures all sizes up to it.",
+        example="128",
+    )]
     # fmt: on

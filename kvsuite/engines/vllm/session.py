@@ -89,6 +89,12 @@ class VllmSession(Session):
         super().__init__()
         if settings.decode_step == "graph" and case.device_kind != "cuda":
             raise CaseInvalid("--kv-decode-step=graph: CUDA graphs need a CUDA device; use auto or eager")
+        self._is_eager = settings.decode_step == "eager" or case.device_kind == "cpu"
+        if own.vllm_max_capture_size is not None and self._is_eager:
+            why = "with --kv-decode-step=eager" if settings.decode_step == "eager" else "on a CPU"
+            raise CaseInvalid(
+                f"--kv-vllm-max-capture-size={own.vllm_max_capture_size}: {why} no step is captured; leave it out"
+            )
         self._install, self._settings, self._own = install, settings, own
         self._device_name = case.device
         self._spec = resolve_model(case.model, cache_dir=settings.cache_dir)
@@ -341,7 +347,7 @@ class VllmSession(Session):
             # the pool is given: what else there is decides itself whether it fits
             "gpu_memory_utilization": 0.05,
             "tensor_parallel_size": own.vllm_tensor_parallel_size,
-            "enforce_eager": self._settings.decode_step == "eager" or case.device_kind == "cpu",
+            "enforce_eager": self._is_eager,
             # its own times
             "disable_log_stats": False,
             "seed": 0,
@@ -349,6 +355,8 @@ class VllmSession(Session):
         if kind.gives_rows:
             # log-probabilities of the whole vocabulary; and no capture of a step that nobody times
             given |= {"max_logprobs": -1, "enforce_eager": True}
+        elif own.vllm_max_capture_size is not None:
+            given["max_cudagraph_capture_size"] = own.vllm_max_capture_size
         if own.vllm_attention_backend is not None:
             given["attention_backend"] = own.vllm_attention_backend
         return given

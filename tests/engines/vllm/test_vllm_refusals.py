@@ -17,6 +17,7 @@ import pytest
 from tiny_checkpoint import save_checkpoint
 from vllm_sessions import DOUBLE, POOL, TIMEOUT, case, engine, load, requests
 
+from kvsuite.engines.engine import EngineSettings
 from kvsuite.engines.engine_process import EngineFailed
 from kvsuite.engines.vllm import worker_process
 from kvsuite.engines.vllm.install import find_install
@@ -240,6 +241,25 @@ def test_an_attention_backend_that_it_does_not_have_is_refused_with_those_it_has
             session.serve(requests())
     finally:
         session.close()
+
+
+def test_a_largest_capture_where_nothing_is_captured_is_refused() -> None:
+    with pytest.raises(CaseInvalid, match="--kv-vllm-max-capture-size=128: on a CPU no step is captured; leave it out"):
+        load(vllm_max_capture_size="128")
+    eager = EngineSettings(decode_step="eager")
+    with pytest.raises(
+        CaseInvalid, match="--kv-vllm-max-capture-size=128: with --kv-decode-step=eager no step is captured"
+    ):
+        load(case(device="cuda:0"), eager, vllm_max_capture_size="128")
+
+
+def test_a_largest_capture_is_what_vllm_is_told() -> None:
+    session = engine(vllm_max_capture_size="128").load(case(device="cuda:0"), EngineSettings())
+    try:
+        assert session._arguments(session._serving)["max_cudagraph_capture_size"] == 128
+    finally:
+        session.close()
+    assert engine(vllm_max_capture_size="128").case_params()["max_capture_size"] == 128
 
 
 def test_the_stand_in_is_executable() -> None:
