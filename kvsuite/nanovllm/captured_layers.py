@@ -98,17 +98,28 @@ class CapturedLayers:
         self._singles: StepBatch | None = None
         if self._single_sizes:
             self._singles = static_batch(self._single_sizes[-1], len(self._pools), max_blocks, device)
-        # launches of each layer, by tokens and by single tokens
-        self._pieces: dict[int, list[Launch]] = {}
-        self._single_pieces: dict[int, list[Launch]] = {}
-        self._memory: Any = None
+        # launches of each layer, by tokens and by single tokens; the largest come first, and others use their memory
+        self._pieces = {size: self._layers(size) for size in reversed(self.sizes)}
+        self._single_pieces = {size: self._single_layers(size) for size in reversed(self._single_sizes)}
+
+    def rehearse(self) -> None:
+        """Launch all of it once, uncaptured, where what that computes means nothing."""
+        with torch.inference_mode():
+            for pieces in (self._pieces, self._single_pieces):
+                for launches in pieces.values():
+                    for launch in launches:
+                        launch()
+            for static in (self._residual, self._query, self._mixed):
+                static.zero_()
 
     def capture(self) -> None:
-        """Capture all sizes; the largest comes first, the others use its memory."""
-        for size in reversed(self.sizes):
-            self._pieces[size] = self._layers(size)
-        for size in reversed(self._single_sizes):
-            self._single_pieces[size] = self._single_layers(size)
+        """Replace launches by graphs that do the same, on CUDA."""
+        if self._decoder.device.type != "cuda":
+            return
+        memory = torch.cuda.graph_pool_handle()
+        for pieces in (self._pieces, self._single_pieces):
+            for size, launches in pieces.items():
+                pieces[size] = _captured(launches, memory)
 
     def size_for(self, batch: StepBatch) -> int | None:
         """Tokens of the layers that can run this batch, ``None`` if there are none."""
@@ -182,7 +193,7 @@ class CapturedLayers:
 
     def _layers(self, size: int) -> list[Launch]:
         destination = self._destination(size)
-        return self._captured([partial(self._piece, index, size, destination) for index in self._indices])
+        return [partial(self._piece, index, size, destination) for index in self._indices]
 
     def _piece(self, index: int, size: int, destination: Destination) -> None:
         """From the attention of the layer before to that of this one."""
@@ -210,29 +221,26 @@ class CapturedLayers:
         def attend(index: int) -> None:
             self._mixed[:size].copy_(attention.attend(index, self._query[:size], self._decoder.scale))
 
-        return self._captured([partial(attend, index) for index in self._indices])
+        return [partial(attend, index) for index in self._indices]
 
-    def _captured(self, launches: list[Launch]) -> list[Launch]:
-        """Replays of launches that read and write static tensors alone; on a CPU the launches themselves."""
-        if self._decoder.device.type != "cuda":
-            return launches
-        current, side = torch.cuda.current_stream(), capture_stream(torch.cuda.current_device())
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        replays: list[Launch] = []
-        side.wait_stream(current)
-        with torch.inference_mode(), torch.cuda.stream(side):
-            # what is compiled or allocated at first use must not be captured
-            for launch in launches:
+
+def _captured(launches: list[Launch], memory: Any) -> list[Launch]:
+    """Replays of launches that read and write static tensors alone, one graph each."""
+    current, side = torch.cuda.current_stream(), capture_stream(torch.cuda.current_device())
+    replays: list[Launch] = []
+    side.wait_stream(current)
+    with torch.inference_mode(), torch.cuda.stream(side):
+        # what is compiled or allocated at first use must not be captured
+        for launch in launches:
+            launch()
+        side.synchronize()
+        for launch in launches:
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=memory)
+            try:
                 launch()
-            side.synchronize()
-            for launch in launches:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool=self._memory)
-                try:
-                    launch()
-                finally:
-                    graph.capture_end()
-                replays.append(graph.replay)
-        current.wait_stream(side)
-        return replays
+            finally:
+                graph.capture_end()
+            replays.append(graph.replay)
+    current.wait_stream(side)
+    return replays

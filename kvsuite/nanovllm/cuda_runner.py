@@ -361,12 +361,19 @@ class CudaRunner(ModelRunner):
             return "the kernels need CUDA"
         return not_fusable(loaded.model, loaded.text_config) or ""
 
+    @property
+    def _all_ours(self) -> bool:
+        """Whether no part of a layer is anybody else's."""
+        return (
+            self.device.type == "cuda" and self.decoder is not None and isinstance(self.attention, FlashInferAttention)
+        )
+
     def _compile_ahead(self, graphs: DecodeGraphs | None) -> None:
         """Compile what steps of any make-up launch, and the captured ones of ``graphs``.
 
         Only where all of a layer is ours: what a step computes meanwhile means nothing, and must not be stored by others.
         """
-        if self.device.type != "cuda" or self.decoder is None or not isinstance(self.attention, FlashInferAttention):
+        if not self._all_ours:
             return
         with compiling_ahead() as compiles:
             if not compiles:
@@ -427,6 +434,10 @@ class CudaRunner(ModelRunner):
             and (self.device.type == "cpu" or isinstance(attention, FlashInferAttention)),
         )
         try:
+            if self._all_ours:
+                with compiling_ahead() as compiles:
+                    if compiles:
+                        layers.rehearse()
             layers.capture()
         except torch.OutOfMemoryError as error:
             raise UserError(
