@@ -20,7 +20,7 @@ from kvsuite.errors import UserError
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
-from .pooled_prompt import PooledPrompt, has_mean_weights, paged_norms
+from .pooled_prompt import PooledPrompt, has_weight_kernels, paged_norms
 from .prompt_observer import PromptObserver
 from .request import Request
 from .stage_streams import Work
@@ -425,7 +425,7 @@ class Eviction:
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
         for part in self._parts(
-            length, observed[0].numbers_of_token(weights=not has_mean_weights(self._pool)), together=together
+            length, observed[0].numbers_of_token(weights=not has_weight_kernels(self._pool)), together=together
         ):
             heads = len(layers[part]) * self.group.kv_heads
             view = PooledPrompt(
