@@ -31,13 +31,11 @@ _QUIET_AT_MOST_S = 10.0
 
 
 def engine_pids() -> set[int]:
-    """Ids of all processes that engines have started here and that are alive."""
-    found = set()
-    for process in list(_running):
-        with suppress(psutil.NoSuchProcess):
-            guard = psutil.Process(process.pid)
-            found |= {guard.pid, *(child.pid for child in guard.children(recursive=True))}
-    return found
+    """Ids of all processes that engines have started here, those that were ended included.
+
+    A case ends its engine's processes, and a driver lists them for a moment longer.
+    """
+    return _ended.union(*(process.group() for process in list(_running)))
 
 
 class EngineFailed(RuntimeError):
@@ -117,8 +115,17 @@ class EngineProcess:
         while before != (before := self.text()) and time.monotonic() < ends:
             time.sleep(_QUIET_S)
 
+    def group(self) -> set[int]:
+        """Ids of the guard and of all that it has started; empty where it has ended."""
+        # the id of one that ended may be another's by now
+        if self.exit_code is None:
+            with suppress(psutil.NoSuchProcess):
+                return {self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))}
+        return set()
+
     def kill(self) -> None:
         """End it and everything it has started."""
+        _ended.update(self.group())
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -134,6 +141,7 @@ class EngineProcess:
 
 
 _running: set[EngineProcess] = set()
+_ended: set[int] = set()
 
 
 def run_step(

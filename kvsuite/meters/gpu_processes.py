@@ -67,14 +67,12 @@ class GpuProcesses:
     device
         Name of the device.
     engine_pids
-        Ids of the processes that engines have started for us and that are alive.
+        Ids of the processes that engines have started for us, those that were ended included.
     """
 
     def __init__(self, device: str, engine_pids: Callable[[], Collection[int]] = tuple) -> None:
         self._device = device
         self._engine_pids = engine_pids
-        # one that ended with the case was ours too
-        self._engine = set(engine_pids()) if device.startswith("cuda") else set()
         self._before = self._look()
         self._found: Strangers | None = None
 
@@ -106,8 +104,8 @@ class GpuProcesses:
                 reason = self._before if isinstance(self._before, str) else str(after)
                 self._found = Strangers(None, {}, reason)
             else:
-                self._engine |= set(self._engine_pids())
-                self._found = strangers(self._before, after, os.getpid(), self._engine)
+                # asked now: what was ended since the begin is still among them
+                self._found = strangers(self._before, after, os.getpid(), self._engine_pids())
         return self._found
 
     def _look(self) -> dict[int, int | None] | str | None:
