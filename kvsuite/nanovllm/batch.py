@@ -69,6 +69,19 @@ class GroupBatch:
         """``block_tables`` on the host, before anything is planned that comes after this step."""
         return torch.from_numpy(self.read_tables())
 
+    def part(self, sequences: slice, tokens: slice) -> GroupBatch:
+        """Some sequences, whose tokens are these."""
+        return GroupBatch(
+            slots=self.slots[tokens],
+            kv_lengths=self.kv_lengths[sequences],
+            block_tables=self.block_tables[sequences],
+            dropped=self.dropped[sequences],
+            kv_lengths_host=self.kv_lengths_host[sequences],
+            dropped_host=self.dropped_host[sequences],
+            read_tables=lambda: self.read_tables()[sequences],
+            places=self.places[sequences],
+        )
+
 
 @dataclass(frozen=True)
 class ImageRows:
@@ -135,6 +148,20 @@ class StepBatch:
     def sequences(self) -> int:
         """Sequences of the step, ``S``."""
         return int(self.query_start_host.shape[0]) - 1
+
+    def part(self, first: int, last: int) -> StepBatch:
+        """The sequences from ``first`` to before ``last`` as a step of their own, for attention: nobody's logits are wanted."""
+        at, end = (int(self.query_start_host[place]) for place in (first, last))
+        return StepBatch(
+            ids=self.ids[at:end],
+            positions=self.positions[at:end],
+            query_start=self.query_start[first : last + 1] - at,
+            sample_rows=self.sample_rows[:0],
+            groups=tuple(group.part(slice(first, last), slice(at, end)) for group in self.groups),
+            decode_only=end - at == last - first,
+            query_start_host=self.query_start_host[first : last + 1] - at,
+            spans=None if self.spans is None else self.spans[at:end],
+        )
 
     # the common case of one group, under short names
     @property

@@ -22,6 +22,7 @@ from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
 from .batch import StepBatch
+from .captured_layers import CapturedLayers, layer_sizes
 from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
 from .dry_steps import DrySteps
@@ -141,7 +142,9 @@ class CudaRunner(ModelRunner):
     rotation
         For groups that place their keys in the cache.
     graphs
-        Whether decode steps are captured.
+        Whether decode steps are captured, and layers of steps with prompts.
+    prompt_graphs
+        Whether layers of steps with prompts are captured (`captured_layers`); in vain where prompts have a lane of their own.
     fuse
         Whether layers are fused.
     tune
@@ -170,6 +173,7 @@ class CudaRunner(ModelRunner):
         *,
         rotation: KeyRotation | None = None,
         graphs: bool = True,
+        prompt_graphs: bool = True,
         fuse: bool = True,
         tune: bool = True,
         build: bool = False,
@@ -191,7 +195,8 @@ class CudaRunner(ModelRunner):
         self._dry = DrySteps(self._unobserved, pools, limits, self.device)
         self.decoder: FusedDecoder | None = None
         self.graphs: DecodeGraphs | None = None
-        self._why_not_captured = ""
+        self.layers: CapturedLayers | None = None
+        self._why_not_captured = self._why_eager_prompts = ""
         # by the streams that they were captured on, whose SMs they keep
         self._captured: dict[str, DecodeGraphs] = {}
         self._again: Callable[[], DecodeGraphs | None] = lambda: None
@@ -214,6 +219,12 @@ class CudaRunner(ModelRunner):
                     self._captured[""] = self.graphs
             if self.graphs is None:
                 self._compile_ahead(None)
+            if not (graphs and prompt_graphs):
+                self._why_eager_prompts = "switched off"
+            elif self.decoder is None:
+                self._why_eager_prompts = "layers are not fused"
+            else:
+                self.layers = self._capture_layers(self.decoder, attention, limits)
             if warm_up and not any(pool.group.places for pool in pools):
                 self._dry.warm_up()
         except BaseException:
@@ -237,6 +248,12 @@ class CudaRunner(ModelRunner):
         if self.graphs is not None:
             found["decode_sizes"] = self.graphs.sizes
             found["decode_attention"] = self.graphs.kinds
+        if self.layers is not None:
+            found["prompt_sizes"] = self.layers.sizes
+        captured = self.layers is not None and self.device.type == "cuda"
+        found["prompt_step"] = "captured_layers" if captured else "eager"
+        if not captured:
+            found["prompt_step_reason"] = self._why_eager_prompts or f"{self.device.type} captures nothing"
         if self.decoder is None:
             return found | {"fused": [], "not_fused": self._why_not_fused}
         return found | dict(self.decoder.effective)
@@ -267,8 +284,18 @@ class CudaRunner(ModelRunner):
     def _eager(self, batch: StepBatch) -> Tensor:
         if self.decoder is None:
             return super().run(batch)
+        return self.decoder.head(self._fused(self.decoder, batch))
+
+    def _fused(self, decoder: FusedDecoder, batch: StepBatch) -> Tensor:
+        """`hidden` of fused layers, captured ones if there are some for the step."""
+        backend = self._observed(self.attention, batch)
+        # who looks at queries finds them by their place in the step
+        observed = backend is not self.attention
+        found = None if self.layers is None else self.layers.hidden(batch, backend, whole=observed)
+        if found is not None:
+            return found
         self.attention.begin(batch)
-        return self.decoder.logits(batch, self._observed(self.attention, batch))
+        return decoder.hidden(batch, backend)
 
     def _unobserved(self, batch: StepBatch) -> Tensor:
         """A step of no request: what was said of the last one's prompts is not of it."""
@@ -282,8 +309,7 @@ class CudaRunner(ModelRunner):
         """Run one step and return the last hidden states ``[R, hidden]`` of ``batch.sample_rows``."""
         if self.decoder is None:
             return super().hidden(batch)
-        self.attention.begin(batch)
-        return self.decoder.hidden(batch, self._observed(self.attention, batch))
+        return self._fused(self.decoder, batch)
 
     def logits(self, rows: Tensor) -> Tensor:
         """Logits ``[n, vocab]`` of some rows of what `hidden` returned."""
@@ -314,13 +340,14 @@ class CudaRunner(ModelRunner):
         """Another runner for steps on another stream, the current one; it shares the fused layers and captures nothing."""
         other = super().beside(turns)
         assert isinstance(other.backend, FlashInferAttention | CapturableReference)
-        other.attention, other.graphs, other.captured_bytes = other.backend, None, 0
+        other.attention, other.graphs, other.layers, other.captured_bytes = other.backend, None, None, 0
         other._why_not_captured = "steps of prompts are not captured"
+        other._why_eager_prompts = "prompts have a lane of their own"
         return other
 
     def close(self) -> None:
         """Give the model its own attention back, and the memory of the graphs."""
-        self.graphs = None
+        self.graphs = self.layers = None
         self._captured.clear()
         super().close()
 
@@ -334,12 +361,19 @@ class CudaRunner(ModelRunner):
             return "the kernels need CUDA"
         return not_fusable(loaded.model, loaded.text_config) or ""
 
+    @property
+    def _all_ours(self) -> bool:
+        """Whether no part of a layer is anybody else's."""
+        return (
+            self.device.type == "cuda" and self.decoder is not None and isinstance(self.attention, FlashInferAttention)
+        )
+
     def _compile_ahead(self, graphs: DecodeGraphs | None) -> None:
         """Compile what steps of any make-up launch, and the captured ones of ``graphs``.
 
         Only where all of a layer is ours: what a step computes meanwhile means nothing, and must not be stored by others.
         """
-        if self.device.type != "cuda" or self.decoder is None or not isinstance(self.attention, FlashInferAttention):
+        if not self._all_ours:
             return
         with compiling_ahead() as compiles:
             if not compiles:
@@ -385,6 +419,33 @@ class CudaRunner(ModelRunner):
             return None
         self.captured_bytes += _reserved_bytes(self.device) - before
         return graphs
+
+    def _capture_layers(self, decoder: FusedDecoder, attention: CapturableAttention, limits: Limits) -> CapturedLayers:
+        """Layers of steps with prompts, captured on the current stream."""
+        before = _reserved_bytes(self.device)
+        layers = CapturedLayers(
+            decoder,
+            attention,
+            layer_sizes(limits.max_num_batched_tokens),
+            max_sequences=limits.max_num_seqs,
+            max_blocks=limits.blocks_per_sequence,
+            # the captured reference gathers the longest possible sequence
+            singles_apart=attention.capturable
+            and (self.device.type == "cpu" or isinstance(attention, FlashInferAttention)),
+        )
+        try:
+            if self._all_ours:
+                with compiling_ahead() as compiles:
+                    if compiles:
+                        layers.rehearse()
+            layers.capture()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"max_num_batched_tokens={limits.max_num_batched_tokens}: {self.device} has no room to capture layers for "
+                f"{layers.sizes[-1]} tokens beside the pool; give a smaller memory_share or pool_bytes"
+            ) from error
+        self.captured_bytes += _reserved_bytes(self.device) - before
+        return layers
 
     def _plain(self, batch: StepBatch, backend: AttentionBackend) -> Tensor:
         """`FusedDecoder.logits` of a model that is not fused."""

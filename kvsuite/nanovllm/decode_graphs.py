@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import GroupBatch, StepBatch
+from .batch import StepBatch
 from .flashinfer_captured import FEW_PROGRAMS
-from .kv_pool import SCRATCH_BLOCK, KVPool
+from .kv_pool import KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
+from .static_batch import fill, narrowed, pad, static_batch
 
 Forward = Callable[[StepBatch, AttentionBackend], Tensor]
 
@@ -88,7 +87,7 @@ class DecodeGraphs:
         self._attention = attention
         self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
-        self._static = _static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
+        self._static = static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
         self._attentions: dict[int, tuple[StepBatch, StaticAttention]] = {}
         self._steps: dict[int, _Step] = {}
         self._memory: Any = None
@@ -102,7 +101,7 @@ class DecodeGraphs:
         """Run every size once, uncaptured."""
         for size in self.sizes:
             batch, attention = self._static_attention(size)
-            _pad(batch, 0)
+            pad(batch, 0)
             attention.begin(batch)
             with torch.inference_mode():
                 self._forward(batch, attention)
@@ -110,7 +109,7 @@ class DecodeGraphs:
     def _static_attention(self, size: int) -> tuple[StepBatch, StaticAttention]:
         """The batch of a size, and the attention over it, which is made once."""
         if size not in self._attentions:
-            batch = _narrowed(self._static, size)
+            batch = narrowed(self._static, size)
             self._attentions[size] = (batch, self._attention.captured(batch, self._few_programs))
         return self._attentions[size]
 
@@ -144,7 +143,7 @@ class DecodeGraphs:
         if size is None:
             return None
         step = self.step(size)
-        _fill(step.batch, batch)
+        fill(step.batch, batch)
         step.prepare([part.kv_lengths_host for part in batch.groups])
         step.replay()
         return step.logits[: batch.sequences]
@@ -159,7 +158,7 @@ class _Step:
         self.memory: Any = None
         self._forward = forward
         self._graph: Any = None
-        _pad(batch, 0)
+        pad(batch, 0)
         self.prepare([])
         with torch.inference_mode():
             if batch.ids.device.type == "cuda":
@@ -173,7 +172,7 @@ class _Step:
 
     def _capture(self, memory: Any) -> None:
         # what is compiled or allocated at first use must not be captured
-        side = _capture_stream(torch.cuda.current_device())
+        side = capture_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._once()
@@ -203,87 +202,7 @@ class _Step:
             self.logits = self._once()
 
 
-def _capture_stream(device: int) -> Any:
+def capture_stream(device: int) -> Any:
     """The current stream where that is a lane's: a graph keeps the SMs of the stream that it was captured on."""
     current = torch.cuda.current_stream(device)
     return side_stream("captures", device) if current == torch.cuda.default_stream(device) else current
-
-
-def _static_batch(size: int, groups: int, max_blocks: int, device: torch.device) -> StepBatch:
-    def zeros(*shape: int, dtype: torch.dtype = torch.int32, on: torch.device | str = device) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=on)
-
-    return StepBatch(
-        ids=zeros(size, dtype=torch.int64),
-        positions=zeros(size, dtype=torch.int64),
-        query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-        sample_rows=torch.arange(size, device=device),
-        groups=tuple(
-            GroupBatch(
-                slots=zeros(size, dtype=torch.int64),
-                kv_lengths=torch.ones(size, dtype=torch.int32, device=device),
-                block_tables=zeros(size, max_blocks),
-                dropped=zeros(size),
-                # the graph reads device tensors alone
-                kv_lengths_host=zeros(0, on="cpu"),
-                dropped_host=zeros(0, on="cpu"),
-                read_tables=_nothing,
-            )
-            for _ in range(groups)
-        ),
-        decode_only=True,
-        query_start_host=torch.arange(size + 1, dtype=torch.int32),
-    )
-
-
-def _nothing() -> NDArray[np.int32]:
-    return np.zeros((0, 0), dtype=np.int32)
-
-
-def _narrowed(batch: StepBatch, size: int) -> StepBatch:
-    """The first ``size`` rows of a static batch."""
-    return StepBatch(
-        ids=batch.ids[:size],
-        positions=batch.positions[:size],
-        query_start=batch.query_start[: size + 1],
-        sample_rows=batch.sample_rows[:size],
-        groups=tuple(
-            GroupBatch(
-                slots=part.slots[:size],
-                kv_lengths=part.kv_lengths[:size],
-                block_tables=part.block_tables[:size],
-                dropped=part.dropped[:size],
-                kv_lengths_host=part.kv_lengths_host,
-                dropped_host=part.dropped_host,
-                read_tables=part.read_tables,
-            )
-            for part in batch.groups
-        ),
-        decode_only=True,
-        query_start_host=batch.query_start_host[: size + 1],
-    )
-
-
-def _fill(static: StepBatch, batch: StepBatch) -> None:
-    count = batch.sequences
-    static.ids[:count].copy_(batch.ids)
-    static.positions[:count].copy_(batch.positions)
-    for own, given in zip(static.groups, batch.groups, strict=True):
-        own.slots[:count].copy_(given.slots)
-        own.kv_lengths[:count].copy_(given.kv_lengths)
-        own.dropped[:count].copy_(given.dropped)
-        own.block_tables[:count, : given.block_tables.shape[1]].copy_(given.block_tables)
-    _pad(static, count)
-
-
-def _pad(static: StepBatch, count: int) -> None:
-    """Turn rows from ``count`` on into padding: what an earlier step left there would be written once more."""
-    if count == static.sequences:
-        return
-    static.ids[count:].zero_()
-    static.positions[count:].zero_()
-    for part in static.groups:
-        part.slots[count:].fill_(SCRATCH_BLOCK)
-        part.kv_lengths[count:].fill_(1)
-        part.dropped[count:].zero_()
-        part.block_tables[count:, :1].fill_(SCRATCH_BLOCK)

@@ -7,7 +7,7 @@ The merged weights are the storage of the model's own parameters, so the model g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .batch import StepBatch
-from .layer_pages import plain_pages
+from .layer_pages import LayerPages, plain_pages
 from .paged_attention import AttentionBackend
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen3Model"}
 # rotary embeddings whose angles depend on the position alone, so that a table can hold them
 _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
 _FEW_ROWS = 1024
+#: where keys and values of a layer go: its pages, and the tokens' slots in them
+Destination = Callable[[int], tuple[LayerPages, LayerPages, Tensor]]
 #: products of a layer, and of the final layer
 PRODUCTS = ("qkv", "output", "gate_up", "down", "final")
 
@@ -112,10 +114,11 @@ class FusedDecoder:
         self._final_norm: Tensor = decoder.norm.weight
         self._final: Tensor = model.get_output_embeddings().weight
         self._eps = float(decoder.norm.variance_epsilon)
-        self._scale = float(first.scaling)
-        self._head_dim = int(first.head_dim)
-        self._query_heads = first.q_proj.weight.shape[0] // self._head_dim
-        self._kv_heads = first.k_proj.weight.shape[0] // self._head_dim
+        self.scale = float(first.scaling)
+        self.head_dim = int(first.head_dim)
+        self.query_heads = first.q_proj.weight.shape[0] // self.head_dim
+        self._kv_heads = first.k_proj.weight.shape[0] // self.head_dim
+        self.width = self._embedding.shape[1]
         self.dtype = self._embedding.dtype
         self.device = self._embedding.device
         with torch.inference_mode():
@@ -181,9 +184,7 @@ class FusedDecoder:
         destination = getattr(backend, "destination", None) or self._apart(batch.tokens)
         wanted = batch.sample_rows
         with torch.inference_mode():
-            residual = functional.embedding(batch.ids, self._embedding)
-            if batch.images is not None:
-                batch.images.into(residual)
+            residual = self.embedded(batch)
             delta: Tensor | None = None
             for layer, weights in enumerate(self.layers):
                 mixed = self._attend(layer, delta, residual, batch, backend, destination)
@@ -197,6 +198,11 @@ class FusedDecoder:
                 delta = self._feed_forward(weights, delta, residual)
             return self._norm(delta, residual, self._final_norm)
 
+    def embedded(self, batch: StepBatch) -> Tensor:
+        """What the first layer reads, ``[T, hidden]``."""
+        found = functional.embedding(batch.ids, self._embedding)
+        return found if batch.images is None else batch.images.into(found)
+
     # a method for each half of a layer: of a long prompt every tensor counts, and what a method made is gone when it ends
     def _attend(
         self,
@@ -205,20 +211,52 @@ class FusedDecoder:
         residual: Tensor,
         batch: StepBatch,
         backend: AttentionBackend,
-        destination: Any,
+        destination: Destination,
     ) -> Tensor:
+        query = self.queries(index, delta, residual, batch.positions, destination)
+        if not hasattr(backend, "destination"):
+            keys, values, _ = destination(index)
+            backend.write(index, keys.codes[:, 0], values.codes[:, 0])
+        return backend.attend(index, query, self.scale).reshape(batch.tokens, -1)
+
+    def queries(
+        self, index: int, delta: Tensor | None, residual: Tensor, positions: Tensor, destination: Destination
+    ) -> Tensor:
+        """The first half of a layer: queries ``[T, heads, head_dim]``, and keys and values to where they go.
+
+        Parameters
+        ----------
+        index
+            Of the layer.
+        delta
+            What the layer before adds to ``residual``, partial sums ``[parts, T, hidden]``; ``None`` before the first.
+        residual
+            ``[T, hidden]``, overwritten.
+        positions
+            int64 ``[T]``.
+        destination
+            Pages of a layer, and the slots of the tokens in them.
+        """
         from .fused_kernels import rotate_store
 
         layer = self.layers[index]
         qkv = self._product("qkv", self._norm(delta, residual, layer.input_norm), layer.qkv)
         keys, values, slots = destination(index)
-        query = rotate_store(
-            qkv, batch.positions, slots, self._table, layer.head_norms, self._eps, keys, values,
-            query_heads=self._query_heads, pdl=self._overlapped(qkv.shape[1]),
+        return rotate_store(
+            qkv, positions, slots, self._table, layer.head_norms, self._eps, keys, values,
+            query_heads=self.query_heads, pdl=self._overlapped(qkv.shape[1]),
         )  # fmt: skip
-        if not hasattr(backend, "destination"):
-            backend.write(index, keys.codes[:, 0], values.codes[:, 0])
-        return backend.attend(index, query, self._scale).reshape(batch.tokens, -1)
+
+    def feed_forward(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor:
+        """The second half of a layer, from its attention ``[T, heads * head_dim]``: partial sums ``[parts, T, hidden]``."""
+        layer = self.layers[index]
+        return self._feed_forward(layer, self._product("output", mixed, layer.output), residual)
+
+    def last(self, mixed: Tensor, residual: Tensor) -> Tensor:
+        """What the final layer reads ``[R, hidden]``, from the last layer's attention of these rows."""
+        if not len(residual):
+            return residual
+        return self._norm(self.feed_forward(len(self.layers) - 1, mixed, residual), residual, self._final_norm)
 
     def _feed_forward(self, layer: FusedLayer, delta: Tensor, residual: Tensor) -> Tensor:
         from .fused_kernels import silu_mul
@@ -241,9 +279,9 @@ class FusedDecoder:
         """Whether kernels over so many rows start before their predecessors end: where launches are a part of the time."""
         return self.pdl and rows <= _FEW_ROWS
 
-    def _apart(self, rows: int) -> Any:
+    def _apart(self, rows: int) -> Destination:
         """Where keys and values go when the backend stores them itself."""
-        shape = (rows, 1, self._kv_heads, self._head_dim)
+        shape = (rows, 1, self._kv_heads, self.head_dim)
         keys, values = (plain_pages(torch.empty(shape, dtype=self.dtype, device=self.device)) for _ in range(2))
         slots = torch.arange(rows, device=self.device)
         return lambda layer: (keys, values, slots)

@@ -63,6 +63,26 @@ def starts_of(counts: NDArray[Any]) -> NDArray[np.int32]:
     return starts
 
 
+def _sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on a device, which nobody waits for: the step before is still under way."""
+    found = torch.from_numpy(array)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
+class _Plans:
+    """Plans of a FlashInfer wrapper, which it stages in one pinned buffer: it is free when the last ones were copied."""
+
+    def __init__(self) -> None:
+        event: Any = torch.cuda.Event
+        self._copied = event()
+
+    def __enter__(self) -> None:
+        self._copied.synchronize()
+
+    def __exit__(self, *error: object) -> None:
+        self._copied.record()
+
+
 class PromptAttention(Protocol):
     """Attention of the prompts of one layer group."""
 
@@ -87,7 +107,7 @@ class _Unpacked:
         """Remember ``blocks``; return where they will be in what `read` gives."""
         if not self.pool.is_packed:
             return blocks
-        self._blocks = torch.from_numpy(blocks).to(self.pool.device)
+        self._blocks = _sent(blocks, self.pool.device)
         return np.arange(len(blocks), dtype=np.int32)
 
     def read(self, pages: LayerPages) -> Tensor:
@@ -114,9 +134,7 @@ class _Gathered:
         """Remember where the tokens of ``rows`` are."""
         size = self.pool.block_size
         blocks, tokens = self._read.plan(rows.blocks(size)), rows.tokens(size)
-        self._slots = torch.from_numpy(blocks[tokens // size].astype(np.int64) * size + tokens % size).to(
-            self.pool.device
-        )
+        self._slots = _sent(blocks[tokens // size].astype(np.int64) * size + tokens % size, self.pool.device)
 
     def read(self, keys: LayerPages, values: LayerPages) -> tuple[Tensor, Tensor]:
         """Of one layer, each ``[sum of lengths, kv_heads, head_dim]``."""
@@ -147,24 +165,26 @@ class FlashInferPrompts:
         self._read = _Unpacked(pool)
         self._heads = query_heads
         self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=library)
+        self._plans = _Plans()
 
     def plan(self, rows: PromptRows) -> None:
         pool = self._read.pool
         size, used = pool.block_size, rows.used(pool.block_size)
-        self._wrapper.plan(
-            torch.from_numpy(rows.starts),
-            torch.from_numpy(starts_of(used)),
-            torch.from_numpy(self._read.plan(rows.blocks(size))),
-            torch.from_numpy((rows.lengths - (used - 1) * size).astype(np.int32)),
-            self._heads,
-            pool.group.kv_heads,
-            pool.group.head_dim,
-            size,
-            causal=True,
-            q_data_type=pool.dtype,
-            kv_data_type=pool.dtype,
-            non_blocking=False,
-        )
+        with self._plans:
+            self._wrapper.plan(
+                torch.from_numpy(rows.starts),
+                torch.from_numpy(starts_of(used)),
+                _sent(self._read.plan(rows.blocks(size)), pool.device),
+                torch.from_numpy((rows.lengths - (used - 1) * size).astype(np.int32)),
+                self._heads,
+                pool.group.kv_heads,
+                pool.group.head_dim,
+                size,
+                causal=True,
+                q_data_type=pool.dtype,
+                kv_data_type=pool.dtype,
+                non_blocking=True,
+            )
 
     def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
         factor = scale * self._read.pool.group.head_dim**0.5
@@ -190,6 +210,7 @@ class HopperPrompts:
         self._heads = query_heads
         self._keys = _Gathered(pool)
         self._wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
+        self._plans = _Plans()
         self._gathers = False
         self._starts: tuple[Tensor, Tensor]
         self._planned_scale: float | None = None
@@ -209,17 +230,18 @@ class HopperPrompts:
         if self._planned_scale != scale:
             # which only the layers know
             group, dtype = self._keys.pool.group, self._keys.pool.dtype
-            self._wrapper.plan(
-                *self._starts,
-                self._heads,
-                group.kv_heads,
-                group.head_dim,
-                causal=True,
-                sm_scale=scale,
-                q_data_type=dtype,
-                kv_data_type=dtype,
-                non_blocking=False,
-            )
+            with self._plans:
+                self._wrapper.plan(
+                    *self._starts,
+                    self._heads,
+                    group.kv_heads,
+                    group.head_dim,
+                    causal=True,
+                    sm_scale=scale,
+                    q_data_type=dtype,
+                    kv_data_type=dtype,
+                    non_blocking=True,
+                )
             self._planned_scale = scale
         found: Tensor = self._wrapper.run(query, *self._keys.read(keys, values))
         return found
@@ -244,10 +266,7 @@ class TorchPrompts:
     def plan(self, rows: PromptRows) -> None:
         device = self._keys.pool.device
         self._keys.plan(rows)
-        self._starts = (
-            torch.from_numpy(rows.starts).to(device),
-            torch.from_numpy(starts_of(rows.lengths)).to(device),
-        )
+        self._starts = (_sent(rows.starts, device), _sent(starts_of(rows.lengths), device))
         self._longest = int(np.diff(rows.starts).max()), int(rows.lengths.max())
 
     def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:

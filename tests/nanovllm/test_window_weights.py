@@ -14,7 +14,9 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from kvsuite.compression import get_policy  # noqa: E402
 from kvsuite.compression.prompt_view import PromptObservation, PromptView, attention_weights  # noqa: E402
+from kvsuite.compression.prompt_view import attention_sums as exact_sums  # noqa: E402
 from kvsuite.compression.ranked import key_norms  # noqa: E402
+from kvsuite.nanovllm.attention_sums import attention_sums  # noqa: E402
 from kvsuite.nanovllm.gather_tokens import gather_rows  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
@@ -51,6 +53,20 @@ def test_it_is_the_mean_of_the_weights(heads, kv_heads, window, length, head_dim
     assert found.shape == (heads, length)
     torch.testing.assert_close(found.cpu(), exact.float(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.sum(dim=-1), torch.ones(heads, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "queries", "length", "head_dim"),
+    [(4, 1, 300, 300, 64), (2, 2, 65, 290, 32), (6, 2, 1, 131, 16), (3, 1, 100, 101, 64), (2, 1, 1, 1, 16)],
+)
+def test_attention_sums_of_a_chunk(heads, kv_heads, queries, length, head_dim):
+    query, keys = _made(heads, kv_heads, queries, length, head_dim)
+    found = attention_sums(query, keys, head_dim**-0.5)
+    exact = exact_sums(query.double().cpu(), keys.double().cpu(), head_dim**-0.5)
+    torch.testing.assert_close(found.cpu(), exact.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.sum(dim=-1), torch.full((heads,), float(queries), device=DEVICE), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8])

@@ -132,6 +132,8 @@ class RuntimeHolder:
         """Write a runtime's facts over those of another one, which may have had a reason that this one has not."""
         for name in (
             "decode_step_reason",
+            "prompt_sizes",
+            "prompt_step_reason",
             "stage",
             "stepwise",
             "lanes",
@@ -185,7 +187,10 @@ class RuntimeHolder:
             from kvsuite.nanovllm.cuda_runner import cuda_runner
 
             graphs = captures and self._decode_step != "eager"
-            options["runner"] = cuda_runner(rotation=rotation, graphs=graphs, tune=graphs)
+            # a lane of prompts has a stream of its own, and launches them as they come
+            options["runner"] = cuda_runner(
+                rotation=rotation, graphs=graphs, prompt_graphs=streams["lanes"] == 1, tune=graphs
+            )
         runtime = Runtime(self._loaded, limits, **options)
         if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:
             loaded = self._loaded

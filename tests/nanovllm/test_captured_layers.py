@@ -1,0 +1,153 @@
+"""Steps with prompts over static tensors, layer by layer: the tokens are those of steps launched as they come.
+
+On a CPU nothing is captured, and kernels are plain torch; all else is as on CUDA (`test_cuda_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import fresh, generated, greedy, prompts, text
+from serving import assert_nothing_lost
+from torch_kernels import use_torch_kernels
+
+from kvsuite.compression import get_policy
+from kvsuite.models.load import LoadedModel
+from kvsuite.nanovllm import cuda_runner as module
+from kvsuite.nanovllm.captured_layers import MOST_TOKENS, CapturedLayers, layer_sizes
+from kvsuite.nanovllm.cuda_runner import CudaRunner, cuda_runner
+from kvsuite.nanovllm.limits import Limits
+from kvsuite.nanovllm.runtime import Runtime
+
+MIXED = (1, 40, 7, 16, 33, 3, 57, 15)
+NEW = 10
+
+
+@pytest.fixture(autouse=True)
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torch_kernels(monkeypatch)
+
+
+@contextmanager
+def _running(of: LoadedModel, monkeypatch: pytest.MonkeyPatch, sizes: list[int], **options: Any) -> Iterator[Runtime]:
+    """A runtime of steps of up to 40 tokens, whose layers are captured for some numbers of tokens."""
+    monkeypatch.setattr(module, "layer_sizes", lambda most: sizes)
+    limits = Limits(
+        max_model_len=84, max_num_seqs=8, max_num_batched_tokens=40, num_blocks=32, block_size=4,
+        admission="optimistic", prefix_caching="policy" not in options,
+    )  # fmt: skip
+    runtime = Runtime(of, limits, runner=cuda_runner(sizes=[2, 8]), **options)
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+        assert_nothing_lost(runtime)
+
+
+def _taken(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Tokens of every step that is not a captured decode step, and whether its layers were captured; fills as steps come."""
+    assert isinstance(runtime.runner, CudaRunner)
+    layers, seen = runtime.runner.layers, list[tuple[int, bool]]()
+    assert isinstance(layers, CapturedLayers)
+    whole = layers.hidden
+
+    def hidden(batch: Any, *given: Any, **named: Any) -> Any:
+        found = whole(batch, *given, **named)
+        seen.append((batch.tokens, found is not None))
+        return found
+
+    monkeypatch.setattr(layers, "hidden", hidden)
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "overlap"), [("llama", False), ("qwen3", True), ("mistral-window", True)])
+def test_output_equals_generate(kind: str, overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = fresh(kind)
+    given = prompts(MIXED)
+    expected = [generated(of, prompt, NEW) for prompt in given]
+    with _running(of, monkeypatch, [10, 24], overlap=overlap) as runtime:
+        seen = _taken(runtime, monkeypatch)
+        requests = runtime.run([greedy(prompt, NEW) for prompt in given])
+        facts = runtime.runner.facts
+    assert [request.output for request in requests] == expected
+    # smaller and larger ones than there are layers for, and padded ones of every size
+    assert all(captured == (tokens <= 24) for tokens, captured in seen)
+    assert {tokens > 24 for tokens, _ in seen} == {True, False}
+    assert facts["prompt_sizes"] == [10, 24]
+    assert (facts["prompt_step"], facts["prompt_step_reason"]) == ("eager", "cpu captures nothing")
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "knorm"])
+def test_a_policy_sees_the_queries_that_it_would_see(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = prompts(MIXED[:6])
+    found = []
+    for sizes in ([10, 40], [1]):
+        runtime: Runtime
+        with _running(fresh("llama"), monkeypatch, sizes, policy=get_policy(policy, factor=2)) as runtime:
+            seen = _taken(runtime, monkeypatch)
+            found.append([request.output for request in runtime.run([greedy(prompt, NEW) for prompt in given])])
+            assert any(captured and tokens > 1 for tokens, captured in seen) == (sizes != [1])
+    assert found[0] == found[1]
+
+
+def test_single_tokens_in_front_attend_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of three single tokens and a chunk: the attention of steps as they come is begun for the chunk alone."""
+    of = fresh("llama")
+    with _running(of, monkeypatch, [40]) as runtime:
+        assert isinstance(runtime.runner, CudaRunner)
+        first = [runtime.add(greedy(text(5, seed), NEW)) for seed in range(3)]
+        while any(request.output_length < 2 for request in first):
+            runtime.step()
+        begun: list[list[int]] = []
+        attention = runtime.runner.attention
+        begin = attention.begin
+
+        def note(batch: Any) -> None:
+            begun.append(batch.query_start_host.tolist())
+            begin(batch)
+
+        monkeypatch.setattr(attention, "begin", note)
+        late = runtime.add(greedy(text(50, 9), 3))
+        runtime.run()
+    assert begun[:2] == [[0, 37], [0, 13]]
+    for request in (*first, late):
+        assert request.output == generated(of, request.tokens[: request.prompt_length], request.output_length)
+
+
+def test_padding_writes_the_scratch_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _running(fresh("llama"), monkeypatch, [40]) as runtime:
+        runtime.run([greedy(text(38), 1)])
+        before = [pool.keys.clone() for pool in runtime.pools]
+        request = runtime.add(greedy(text(6, seed=1), 2))
+        runtime.step()
+        for pool, earlier in zip(runtime.pools, before, strict=True):
+            changed = (pool.keys != earlier).flatten(3).any(-1).any(0)
+            blocks = set(changed.any(-1).nonzero().flatten().tolist()) - {0}
+            own = runtime.tables[0].rows(np.array([request.row]))[0, :2]
+            assert blocks == set(own.tolist())
+            assert torch.isfinite(pool.keys[:, 0]).all()
+
+
+def test_lanes_leave_the_layers_of_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = fresh("llama")
+    with _running(of, monkeypatch, [40], lanes=2) as runtime:
+        seen = _taken(runtime, monkeypatch)
+        [request] = runtime.run([greedy(text(30), 4)])
+    assert request.output == generated(of, text(30), 4)
+    assert not seen
+
+
+@pytest.mark.parametrize("most", [1, 64, 65, 200, 256, 700, 1024, 8192])
+def test_sizes_reach_what_a_step_can_have(most: int) -> None:
+    sizes = layer_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] >= min(most, MOST_TOKENS)
+    # none is larger than is needed
+    assert len(sizes) == 1 or sizes[-2] < most
+    for tokens in range(1, sizes[-1] + 1):
+        assert next(size for size in sizes if size >= tokens) - tokens < 128
