@@ -28,6 +28,8 @@ _ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen3Model"}
 # rotary embeddings whose angles depend on the position alone, so that a table can hold them
 _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
 _FEW_ROWS = 1024
+#: sequences up to which a short step is faster; one of 64 is 3 % slower on an H200 (docs/measurements.md)
+MOST_SHORT = 16
 #: where keys and values of a layer go: its pages, and the tokens' slots in them
 Destination = Callable[[int], tuple[LayerPages, LayerPages, Tensor]]
 #: products of a layer, and of the final layer
@@ -129,6 +131,7 @@ class FusedDecoder:
         # overlapping launches need Hopper
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.tilings: dict[tuple[str, int], Tiling | None] = {}
+        self._short: set[int] = set()
 
     def _layer(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -147,13 +150,14 @@ class FusedDecoder:
 
     @property
     def effective(self) -> dict[str, Any]:
-        """What was fused, and which of torch's product and our own runs, by number of rows."""
+        """What was fused, sequences of steps that were short, and which of torch's product and our own runs, by rows."""
         own: Mapping[str, str] = {
             f"{name} <= {rows} rows": "torch" if tiling is None else str(tiling)
             for (name, rows), tiling in sorted(self.tilings.items())
         }
         return {
             "fused": ["qkv", "gate_up", "add_norm", "head_norm_rotary_write", "silu_mul"],
+            "short_steps": sorted(self._short),
             "overlapped_launches": self.pdl,
             "products": dict(own) or "torch",
         }
@@ -210,7 +214,7 @@ class FusedDecoder:
     def _own_tilings(self, rows: int, backend: AttentionBackend) -> dict[str, Tiling]:
         """Tilings of a layer's products, if all are our own and attention takes what they make; none otherwise."""
         # a residual times the weights of a norm may be more than float16 holds
-        if self.dtype == torch.float16 or not getattr(backend, "takes_products", False):
+        if rows > MOST_SHORT or self.dtype == torch.float16 or not getattr(backend, "takes_products", False):
             return {}
         found = {product: self._tiling(product, rows) for product in PRODUCTS if product != "final"}
         own = {product: tiling for product, tiling in found.items() if tiling is not None}
@@ -224,6 +228,7 @@ class FusedDecoder:
         from .step_attention import Heads
 
         rows, eps, layers = batch.tokens, self._eps, self.layers
+        self._short.add(rows)
         tiles = tilings["down"].tiles(self.width)
         counters = max(tiles, tilings["output"].tiles(self.width), rows * self._kv_heads)
         pdl = self._overlapped(rows)

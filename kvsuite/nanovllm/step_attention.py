@@ -21,8 +21,8 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 from .fused_kernels import launch_options, sum_of_parts
 from .split_attention import FEWEST_QUERIES, LOG2_E, attend_part, merge_splits
 
-#: parts up to which the last program that attends merges them; more are merged by as many programs as there are heads
-MOST_MERGED = 8
+#: parts up to which the program that ends last merges them; more are merged by a program for each head
+MOST_MERGED = 32
 
 
 class Heads(NamedTuple):

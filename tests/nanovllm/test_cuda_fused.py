@@ -168,6 +168,7 @@ def test_short_steps_equal_transformers(name, splits, monkeypatch):
     for _ in range(2):
         assert _error(decoder.logits(second, captured), following) < 1e-5
     assert len(ran) == 2
+    assert decoder.effective["short_steps"] == [3]
     # a product that is torch's has the other step
     decoder.tilings["down", 16] = None
     assert _error(decoder.logits(second, captured), following) < 1e-5
