@@ -319,6 +319,7 @@ def test_the_examples_of_a_users_repository_run(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(hooks)
     (tmp_path / "pytest.ini").write_text(
         "[pytest]\nkv_model = dummy:tiny\nkv_device = cpu\nkv_threads = 1\nkv_rounds = 2\n"
+        "kv_prompt_tokens = 48\nkv_max_new_tokens = 4\n"
     )
     done = run_pytest(tmp_path, "-q", "--strict-markers", "-k", "baseline or streaming_32 or hand")
     assert done.code == 0, done.out + done.err
@@ -329,7 +330,10 @@ def test_the_examples_of_a_users_repository_run(tmp_path: Path) -> None:
 
 
 def test_the_example_without_pytest_runs(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(blocks(text("plugin.md"), "python")[3])
+    example, whole = blocks(text("plugin.md"), "python")[3], 'rounds="2"'
+    assert whole in example
+    short = example.replace(whole, f'{whole}, prompt_tokens="48", max_new_tokens="4"')
+    (tmp_path / "example.py").write_text(short)
     done = run_python(tmp_path, "example.py")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]

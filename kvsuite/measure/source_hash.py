@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import EntryPoint
@@ -32,11 +35,40 @@ def source_hash(folder: Path = Path(__file__).parents[1]) -> str:
     """Hash of the code of kvsuite that measures, without comments, docstrings and layout.
 
     What draws, reports, compares or talks to pytest is not in it, so that a run can be gone on with after an edit there.
+    Compiling all files takes most of a second: for the same bytes it is read from where Python keeps what it compiled.
     """
+    files = {path.relative_to(folder).as_posix(): path for path in _measuring(folder)}
+    written = hashlib.sha256(sys.version.encode())
+    for name, path in files.items():
+        written.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    known = Path(importlib.util.cache_from_source(str(folder / "measuring.py"))).with_suffix(".sha256")
+    if (found := _known(known, written.hexdigest())) is not None:
+        return found
     total = hashlib.sha256()
-    for path in _measuring(folder):
-        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + _content(path))
-    return "sha256:" + total.hexdigest()
+    for name, path in files.items():
+        total.update(name.encode() + b"\0" + _content(path))
+    found = "sha256:" + total.hexdigest()
+    if not sys.dont_write_bytecode:
+        _keep(known, f"{written.hexdigest()} {found}\n")
+    return found
+
+
+def _known(path: Path, written: str) -> str | None:
+    """The hash that was found for these bytes, ``None`` where the last ones were others."""
+    try:
+        last, found = path.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return found if last == written else None
+
+
+def _keep(path: Path, line: str) -> None:
+    """Write a file that no reader sees in parts; a folder that cannot be written costs time alone."""
+    beside = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(line, encoding="ascii")
+        beside.replace(path)
 
 
 def others_code(cases: Iterable[Case]) -> dict[str, str]:

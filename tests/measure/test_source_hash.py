@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,35 @@ def test_what_shows_or_explains_is_not_in_it(tmp_path: Path, name: str, old: str
 def test_what_measures_is_in_it(tmp_path: Path, name: str, old: str, new: str) -> None:
     before, after = edited(tmp_path, name, old, new)
     assert after != before
+
+
+def test_what_was_found_is_kept_with_what_python_compiled_and_holds_for_the_same_bytes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "meters").mkdir()
+    file = tmp_path / "meters" / "one.py"
+
+    def found(text: str) -> str:
+        file.write_text(text, encoding="utf-8")
+        return source_hash.__wrapped__(tmp_path)
+
+    first = found("X = 1\n")
+    (kept,) = (tmp_path / "__pycache__").iterdir()
+    assert kept.read_text().split()[1] == first
+    # what is kept is what is told
+    kept.write_text(kept.read_text().replace(first, "sha256:kept"))
+    assert found("X = 1\n") == "sha256:kept"
+    assert found("X = 2\n") not in (first, "sha256:kept")
+    assert found("X = 1  # one\n") == found("X = 1\n") == first
+    for spoiled in (b"", b"\xff\xfe", b"one word"):
+        kept.write_bytes(spoiled)
+        assert found("X = 1\n") == first
+    # nothing is kept where Python may keep nothing
+    kept.unlink()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert found("X = 1\n") == first
+    assert not kept.exists()
 
 
 SITE = """

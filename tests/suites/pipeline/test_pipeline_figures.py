@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from kvsuite.reporting.figure_style import figure_bytes, house_style
-from kvsuite.suites.pipeline.figures.arms import groups_of
+from kvsuite.suites.pipeline.figures.arms import groups_of, marks_of
 from kvsuite.suites.pipeline.figures.draw import MOST_ARMS, MOST_GROUPS, POINT_LABEL, spread_labels
 from kvsuite.suites.pipeline.figures.latency import draw_latency
 from kvsuite.suites.pipeline.figures.render import pipeline_figures
@@ -39,6 +39,30 @@ def drawn() -> dict[str, Figure | str]:
 @pytest.mark.parametrize("name", ["throughput", "latency", "front", "quality"])
 def test_every_arm_is_named(drawn: dict[str, Figure | str], name: str) -> None:
     assert {row["case"]["name"].partition("-bs12-")[2] for row in a_run()[:-1]} <= set(texts(drawn[name]).split("\n"))
+
+
+def test_marks_in_the_names_are_explained_where_they_are(drawn: dict[str, Figure | str]) -> None:
+    chunk, factor, sms = (
+        "c: prompt tokens a step", "f: one of so many prompt tokens stays",
+        "sm: SMs, or shares of them, of the decode and of the prompt lane",
+    )  # fmt: skip
+    assert f"In the names: {chunk}; {factor}; {sms}." in texts(drawn["throughput"])
+    # the arms that the timeline shows
+    assert "In the names: " in texts(drawn["timeline"])
+    row = a_run()[0]
+
+    def said(*names: str) -> list[str]:
+        rows = [row | {"case": row["case"] | {"name": f"synthetic-long-bs12-{name}"}} for name in names]
+        (group,) = groups_of(rows)
+        return marks_of(group.arms)
+
+    assert said("baseline", "compression-only") == []
+    assert said("compression-only-mlp-f5-d4") == [
+        f"In the names: {factor}; d: layers merged after each token behind a prompt."
+    ]
+    assert said("greenctx-only-sm0.75_0.25_free") == [
+        f"In the names: {sms}; free: decode steps are not bound to theirs."
+    ]
 
 
 def test_the_case_that_failed_is_named_with_its_reason(drawn: dict[str, Figure | str]) -> None:

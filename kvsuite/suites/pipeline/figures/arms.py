@@ -122,6 +122,23 @@ def _label(row: Row) -> str:
     return visible(re.split(r"-bs\d+-", name, maxsplit=1)[-1])
 
 
+#: pieces of an arm's name, and what one says of the arm
+_MARKS = {
+    r"c\d+": "c: prompt tokens a step",
+    r"f[\d.]+": "f: one of so many prompt tokens stays",
+    r"d\d+": "d: layers merged after each token behind a prompt",
+    r"sm[\d.]+_[\d.]+(_free)?": "sm: SMs, or shares of them, of the decode and of the prompt lane",
+    r"sm[\d.]+_[\d.]+_free": "free: decode steps are not bound to theirs",
+}
+
+
+def marks_of(arms: Sequence[Arm]) -> list[str]:
+    """A line that explains the marks in the names of arms, none where they have none."""
+    pieces = {piece for arm in arms for piece in arm.label.split("-")}
+    said = [meaning for mark, meaning in _MARKS.items() if any(re.fullmatch(mark, piece) for piece in pieces)]
+    return [f"In the names: {'; '.join(said)}."] if said else []
+
+
 def _title(row: Row) -> str:
     case = row["case"]
     workload, plan = case["workload"], case["params"].get("serving") or {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvsuite.reporting.figure_style import house_style
 
-from .arms import COLOURS, Arm, Group
+from .arms import COLOURS, Arm, Group, marks_of
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -57,9 +57,10 @@ def panels_by_group(
     shown = groups[:MOST_GROUPS]
     inches = [heights(group) if heights else 1.2 + 0.34 * len(group.arms) for group in shown]
     width = 9.0 if columns == 1 else 6.6 * columns
-    lines = [*notes, *_unfinished(groups), *_left_out(groups), which_run(run)]
+    arms = [arm for group in shown for arm in group.arms]
+    lines = [*notes, *marks_of(arms), *_unfinished(groups), *_left_out(groups), which_run(run)]
     with house_style():
-        footer = Footer(legend_of([arm for group in shown for arm in group.arms]), lines, width)
+        footer = Footer(legend_of(arms), lines, width)
         figure = Figure(figsize=(width, sum(inches) + 0.7 * len(shown) + footer.height + 0.4), layout="constrained")
         figure.suptitle(title, fontsize=14, fontweight="bold")
         ratios = [*(height + 0.7 for height in inches), footer.height]

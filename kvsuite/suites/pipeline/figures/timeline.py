@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsuite.reporting.figure_style import BLUE, GREEN, RED, house_style, three_digits
 
-from .arms import Arm, Group
+from .arms import Arm, Group, marks_of
 from .course import Course, decided
 from .draw import Footer, settle, which_run
 
@@ -52,7 +52,7 @@ def draw_timeline(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | s
     runs = chosen(found[group.title])
     end = max(one.course.end_s for one in runs)
     heights = [height for one in runs for height in _heights(one.course)]
-    lines = [group.title, *_notes(runs), which_run(run)]
+    lines = [group.title, *marks_of([one.arm for one in runs]), *_notes(runs), which_run(run)]
     with house_style():
         footer = Footer(_legend(), lines, _WIDTH)
         figure = Figure(figsize=(_WIDTH, sum(heights) + 0.55 * len(runs) + footer.height + 0.4), layout="constrained")
