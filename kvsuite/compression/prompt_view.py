@@ -12,6 +12,8 @@ from .ranked import key_norms
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: sums over the last queries ``[heads, q, head_dim]`` of causal weights over keys ``[kv_heads, n, head_dim]``: ``[heads, n]``
+SumsOf = Callable[["Tensor", "Tensor", float], "Tensor"]
 #: rotates ``[1, heads, n, head_dim]`` to positions ``[n]``, or back
 Turn = Callable[["Tensor", "Tensor"], "Tensor"]
 # float32 attention weights that are alive at once, in bytes
@@ -27,14 +29,17 @@ class PromptObservation:
         What the policy asks for.
     unrotate
         Takes the model's rotation off; needed for `Needs.query_statistics`.
+    sums_of
+        Computes `attention_sums` where the engine has something better than the weights themselves.
     """
 
-    def __init__(self, needs: Needs, unrotate: Turn | None = None) -> None:
+    def __init__(self, needs: Needs, unrotate: Turn | None = None, sums_of: SumsOf | None = None) -> None:
         self.needs = needs
         self.scale = 1.0
         self.last: Tensor | None = None
         self.sums: Tensor | None = None
         self._unrotate = unrotate
+        self._sums_of = sums_of or attention_sums
         self._seen = 0
         self._count = 0
         self._mean: Tensor | None = None
@@ -61,14 +66,7 @@ class PromptObservation:
             recent = query[:, -self.needs.queries :].clone()
             self.last = recent if self.last is None else torch.cat([self.last, recent], dim=1)[:, -self.needs.queries :]
         if self.needs.attention_sums:
-            own = keys()
-            found = query.new_zeros(query.shape[0], own.shape[1], dtype=torch.float32)
-            rows = max(1, _BLOCK_BYTES // (4 * query.shape[0] * own.shape[1]))
-            for at in range(0, tokens, rows):
-                # none of these sees a later key
-                end = first + min(at + rows, tokens)
-                weights = attention_weights(query[:, at : at + rows], own[:, :end], scale, first + at)
-                found[:, :end] += weights.sum(dim=1)
+            found = self._sums_of(query, keys(), scale)
             if self.sums is not None:
                 found[:, : self.sums.shape[1]] += self.sums
             self.sums = found
@@ -239,3 +237,19 @@ def attention_weights(query: Tensor, keys: Tensor, scale: float, first: int) -> 
     at = torch.arange(keys.shape[1] - first, device=query.device)
     products[..., first:].masked_fill_(at > at[:tokens, None], float("-inf"))
     return products.softmax(dim=-1)
+
+
+def attention_sums(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Sums over the queries of `attention_weights`, float32 ``[heads, n]``, for the last queries of ``n`` tokens."""
+    import torch
+
+    heads, tokens, _ = query.shape
+    length = keys.shape[1]
+    found = query.new_zeros(heads, length, dtype=torch.float32)
+    rows = max(1, _BLOCK_BYTES // (4 * heads * length))
+    for at in range(0, tokens, rows):
+        # none of these sees a later key
+        end = length - tokens + min(at + rows, tokens)
+        weights = attention_weights(query[:, at : at + rows], keys[:, :end], scale, length - tokens + at)
+        found[:, :end] += weights.sum(dim=1)
+    return found

@@ -20,7 +20,8 @@ from kvsuite.errors import UserError
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
-from .pooled_prompt import PooledPrompt, has_mean_weights, paged_norms
+from .pages import has_kernels
+from .pooled_prompt import PooledPrompt, has_weight_kernels, paged_norms
 from .prompt_observer import PromptObserver
 from .request import Request
 from .stage_streams import Work
@@ -124,7 +125,7 @@ class Eviction:
             else:
                 self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
         # whether kernels read and move what the notes are about, and find the token to evict
-        self._kernels = self._notes is not None and pool.device.type == "cuda" and not pool.is_packed
+        self._kernels = self._notes is not None and has_kernels(pool.device) and not pool.is_packed
         self._norms_noted = self._kernels and _scores_norms(policy)
         # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
         self._sizes: dict[int, int] = {}
@@ -255,9 +256,12 @@ class Eviction:
             size = self._size_after(length)
             if size == length:
                 continue
-            some, single = np.flatnonzero(lengths == length), size == length - 1 and not prompt
-            for part in [some] if policy.sequences_apart else np.split(some, len(some)):
-                own, steps = rows[part], seen[part]
+            alike, single = lengths == length, size == length - 1 and not prompt
+            some, saw = (rows, seen) if alike.all() else (rows[alike], seen[alike])
+            # all of them, or each alone
+            parts = [slice(None)] if policy.sequences_apart else [slice(at, at + 1) for at in range(len(some))]
+            for part in parts:
+                own, steps = some[part], saw[part]
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
                     observed = self._observer_of_prompts.observations(row, self.group.layers)
@@ -272,7 +276,7 @@ class Eviction:
                 else:
                     view = self._view(own, steps, length, here)
                     chosen = policy.victim(view) if single else policy.keep(view)
-                    chosen = chosen if len(part) > 1 else chosen[None]
+                    chosen = chosen if len(own) > 1 else chosen[None]
                 found.append(Decided(own, chosen, single, None if here is None else (here.blocks, here.last)))
         return found
 
@@ -425,7 +429,7 @@ class Eviction:
         together = policy.heads_apart and len({one.scale for one in observed}) == 1
         scores, kept = [], []
         for part in self._parts(
-            length, observed[0].numbers_of_token(weights=not has_mean_weights(self._pool)), together=together
+            length, observed[0].numbers_of_token(weights=not has_weight_kernels(self._pool)), together=together
         ):
             heads = len(layers[part]) * self.group.kv_heads
             view = PooledPrompt(
@@ -502,7 +506,7 @@ class Eviction:
     def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
         """Those of the sequences that have a book, and what they have seen."""
         followed = self.follows(rows)
-        return rows[followed], seen[followed]
+        return (rows, seen) if followed.all() else (rows[followed], seen[followed])
 
     def _blocks(self, rows: Ints, length: int) -> Ints:
         """Blocks ``[S, width]`` of the first ``length`` tokens."""
@@ -529,7 +533,9 @@ class Eviction:
             self._positions[owners, at] = positions
         else:
             slots, noted, *facts = self._upload(self._tables.slots_at(owners, at), positions, *self._facts(rows, seen))
-            if self._norms_noted:
+            if not len(owners):
+                pass
+            elif self._norms_noted:
                 from .note_kernels import note_norms
 
                 note_norms(self._pool.keys, slots, noted, self._notes.by_slot)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvsuite.compression.prompt_view import PromptView
+from kvsuite.compression.prompt_view import PromptView, SumsOf
 
 from .kv_pool import KVPool
+from .pages import has_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class PooledPrompt(PromptView):
         return int(self.positions.shape[0])
 
     def mean_attention(self, last: int) -> Tensor:
-        if not has_mean_weights(self.pool):
+        if not has_weight_kernels(self.pool):
             return super().mean_attention(last)
         from .window_weights import mean_weights
 
@@ -70,15 +71,24 @@ class PooledPrompt(PromptView):
         return super().key_norms() if found is None else found.flatten(0, 1)
 
 
-def has_mean_weights(pool: KVPool) -> bool:
-    """Whether a kernel computes the mean attention of a prompt's last queries; elsewhere it is the exact reference."""
+def attention_sums_of(pool: KVPool) -> SumsOf | None:
+    """The kernel that adds up the attention of a prompt's queries; ``None`` where the exact reference does."""
+    if not has_weight_kernels(pool):
+        return None
+    from .attention_sums import attention_sums
+
+    return attention_sums
+
+
+def has_weight_kernels(pool: KVPool) -> bool:
+    """Whether kernels compute what a prompt's queries attend to; elsewhere it is the exact reference."""
     halves = pool.dtype in (torch.bfloat16, torch.float16)
-    return pool.device.type == "cuda" and halves and pool.group.head_dim in (16, 32, 64, 128, 256)
+    return has_kernels(pool.device) and halves and pool.group.head_dim in (16, 32, 64, 128, 256)
 
 
 def paged_norms(pool: KVPool, slots: Tensor, part: slice) -> Tensor | None:
     """L2 norm of the keys in some slots, float32 ``[layers, kv_heads, n]``; ``None`` where no kernel reads them there."""
-    if pool.device.type != "cuda" or pool.is_packed:
+    if not has_kernels(pool.device) or pool.is_packed:
         return None
     from .paged_norms import paged_key_norms
 

@@ -14,6 +14,7 @@ from kvsuite.compression.prompt_view import PromptObservation, Turn
 from .batch import StepBatch
 from .kv_pool import KVPool
 from .paged_attention import AttentionBackend
+from .pooled_prompt import attention_sums_of
 from .reference_attention import KeyRotation, slots_of
 from .request import Request
 
@@ -104,7 +105,10 @@ class PromptObserver:
         starts = batch.query_start_host.tolist()
         for at, row in self._prompts:
             seen = self._gathered.setdefault(row, {}).setdefault(
-                layer, PromptObservation(self._needs, self._unrotate if pool.group.rotary else _unturned)
+                layer,
+                PromptObservation(
+                    self._needs, self._unrotate if pool.group.rotary else _unturned, attention_sums_of(pool)
+                ),
             )
 
             def keys(at: int = at) -> Tensor:

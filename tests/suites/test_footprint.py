@@ -18,6 +18,8 @@ from kvsuite.options.resolve import Options, default_options
 from kvsuite.suites import registry
 from kvsuite.suites.dse.cases import dse_cases, point_of
 from kvsuite.suites.footprint import Footprint
+from kvsuite.suites.pipeline.cases import pipeline_cases
+from kvsuite.suites.pipeline.footprint import pool_footprint
 from kvsuite.suites.registry import suite_named
 
 LLAMA = "dummy:Llama-3-8B"
@@ -130,3 +132,22 @@ def test_a_plan_asks_the_suite_of_a_case_for_its_memory(monkeypatch: pytest.Monk
     architecture = architecture_of("dummy:tiny")
     tokens = int(ours.workload["max_tokens"])
     assert known.bytes == known.weight_bytes + tokens * architecture.kv_bytes_per_token(4)
+
+
+def test_what_waits_beside_the_pool_layer_by_layer_is_in_a_pipelines_lower_bound() -> None:
+    def bytes_of(**options: str) -> list[float | None]:
+        given = {
+            "model": "dummy:Qwen3-8B", "device": "cuda:0", "dtype": "bfloat16", "pipeline_method": "mean_pool",
+            "variants": "compression-only", "workloads": "synthetic-long", "synthetic_context": "1000", "factors": "5",
+            "pipeline_batch_sizes": "4",
+        }  # fmt: skip
+        resolved = default_options(**(given | options))
+        return [pool_footprint(case, resolved).bytes for case in pipeline_cases(resolved) if case.policy is not None]
+
+    [at_the_end, paced] = bytes_of(decode_layers_per_step="off,4", synthetic_output="64")
+    assert at_the_end is not None
+    assert paced is not None
+    assert paced - at_the_end == 200 * 36 * 2 * 8 * 128 * 2
+    # a request of so few tokens is over before all layers are merged
+    [at_the_end, paced] = bytes_of(decode_layers_per_step="off,4", synthetic_output="8")
+    assert paced == at_the_end

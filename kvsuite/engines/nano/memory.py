@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kvsuite.compression.merging import Merging
 from kvsuite.engines.results import MemoryPass
 from kvsuite.meters.clock import IntervalClock, clock_for
 from kvsuite.meters.memory import AllocatorMeter, DriverMeter, resident_set_peak
@@ -90,7 +91,8 @@ def measure_memory(
             "pool_bytes": pool_bytes(runtime, element),
             "workspace_bytes": workspace_bytes(
                 loaded, runtime.limits, runtime.groups, prompt_kernel(str(runtime.runner.facts["attention"]))
-            ),
+            )
+            + waiting_bytes(runtime, requests, element),
         },
         reported={
             "pool_bytes": runtime.pool_bytes,
@@ -126,6 +128,19 @@ def stored_bytes(runtime: Runtime, lengths: Sequence[int], element_bytes: int) -
         for group in runtime.groups
         for layer in group.layers
     )
+
+
+def waiting_bytes(runtime: Runtime, requests: Sequence[Request], element_bytes: int) -> int:
+    """Predicted bytes of what is made of prompts some layers after each token, and waits beside the pool for the others.
+
+    Of all requests at a time, with their last layers; 0 where prompts are compressed at their end, or a controller chooses.
+    """
+    policy = runtime.policy
+    if runtime.compression.layers_per_step is None or not isinstance(policy, Merging):
+        return 0
+    made = [(one.prompt_length, policy.size_of_prompt(one.prompt_length, one.image_spans)) for one in requests]
+    tokens = sum(size for length, size in made if size < length)
+    return tokens * sum(group.token_bytes(element_bytes) for group in runtime.groups if group.compressed)
 
 
 def _serve(

@@ -15,6 +15,8 @@ from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
 from kvsuite.errors import CaseInvalid, CaseSkipped
+from kvsuite.nanovllm.request import Request
+from kvsuite.nanovllm.sampling import SamplingParameters
 
 PLAN: dict[str, Any] = {"pool_blocks": 8, "max_model_len": 64, "max_num_seqs": 4, "step_tokens": 32}
 
@@ -202,3 +204,21 @@ def test_layers_after_each_token_are_what_the_session_says_and_does() -> None:
     assert [one[: layers + 1] for one in later.outputs] == [one[: layers + 1] for one in dense.outputs]
     with pytest.raises(CaseInvalid, match="layers_per_step=1: policy recent_only keeps tokens"):
         session().prepare(planned("recent_only", {"window": 8}, stage="sync", layers_per_step=1))
+
+
+def test_what_waits_beside_the_pool_layer_by_layer_is_predicted() -> None:
+    merged = {"policy": "mean_pool", "params": {"factor": 4}, "stage": "sync", "pool_blocks": 16}
+    predicted = []
+    for more in ({}, {"layers_per_step": 1}):
+        session().prepare(planned(**merged, **more))
+        predicted.append(session().memory(requests(2)).predicted["workspace_bytes"])
+    runtime = session()._runtime(requests(2))
+    for one in requests(2):
+        runtime.add(Request(list(one.prompt), SamplingParameters(max_new_tokens=20, ignore_eos=True)))
+    merging = {}
+    while runtime.unfinished:
+        runtime.step()
+        merging |= {id(one): one for one in runtime.compression._merging.values()}
+    assert len(merging) == 2
+    made = [tensor for one in merging.values() for [pair] in one.begun for tensor in pair]
+    assert predicted[1] - predicted[0] == sum(tensor.nbytes for tensor in made) > 0
