@@ -20,6 +20,7 @@ from kvsuite.errors import UserError
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
+from .pages import has_kernels
 from .pooled_prompt import PooledPrompt, has_weight_kernels, paged_norms
 from .prompt_observer import PromptObserver
 from .request import Request
@@ -124,7 +125,7 @@ class Eviction:
             else:
                 self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
         # whether kernels read and move what the notes are about, and find the token to evict
-        self._kernels = self._notes is not None and pool.device.type == "cuda" and not pool.is_packed
+        self._kernels = self._notes is not None and has_kernels(pool.device) and not pool.is_packed
         self._norms_noted = self._kernels and _scores_norms(policy)
         # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
         self._sizes: dict[int, int] = {}

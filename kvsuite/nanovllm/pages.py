@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -117,12 +120,22 @@ class Pages:
 
 def take_rows(rows: Tensor, index: Tensor, out: Tensor) -> None:
     """Copy rows ``index`` ``[n]``, int64, of ``rows`` ``[m, width]`` to ``out`` ``[n, width]``; all contiguous."""
-    if rows.device.type != "cuda":
+    if not has_kernels(rows.device):
         torch.index_select(rows, 0, index, out=out)
     elif len(index):
         from .gather_tokens import gather_rows
 
         gather_rows(rows, index, out)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels of ours may read pages there: on CUDA, where triton is installed."""
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def wide(rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvsuite.compression.prompt_view import PromptView, SumsOf
 
 from .kv_pool import KVPool
+from .pages import has_kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,12 @@ def attention_sums_of(pool: KVPool) -> SumsOf | None:
 def has_weight_kernels(pool: KVPool) -> bool:
     """Whether kernels compute what a prompt's queries attend to; elsewhere it is the exact reference."""
     halves = pool.dtype in (torch.bfloat16, torch.float16)
-    return pool.device.type == "cuda" and halves and pool.group.head_dim in (16, 32, 64, 128, 256)
+    return has_kernels(pool.device) and halves and pool.group.head_dim in (16, 32, 64, 128, 256)
 
 
 def paged_norms(pool: KVPool, slots: Tensor, part: slice) -> Tensor | None:
     """L2 norm of the keys in some slots, float32 ``[layers, kv_heads, n]``; ``None`` where no kernel reads them there."""
-    if pool.device.type != "cuda" or pool.is_packed:
+    if not has_kernels(pool.device) or pool.is_packed:
         return None
     from .paged_norms import paged_key_norms
 

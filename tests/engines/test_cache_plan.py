@@ -49,7 +49,8 @@ def test_the_same_bytes_a_token_everywhere() -> None:
 def test_defect_04_l2_after_every_token_saws(ratio: float, final: int, low: int) -> None:
     policy = L2Compress(keep_ratio=ratio, prune_after=100, mode="every_token")
     assert plan(policy, 1, FED - 1).final == final
-    held = [plan(policy, 1, steps).final for steps in range(100, FED)]
+    # from full to full it takes at most 70 steps
+    held = [plan(policy, 1, steps).final for steps in range(100, 260)]
     assert (min(held), max(held)) == (low, 100)
     assert plan(policy, 1, FED - 1).capacity == 101
 

@@ -360,7 +360,7 @@ def article(smollm2: Any) -> list[int]:
     from kvsuite.workloads.corpus import load_corpus
 
     tokens = smollm2.tokenizer(load_corpus("default", num_texts=1).texts[0], verbose=False)["input_ids"]
-    return list(tokens[:512])
+    return list(tokens[:384])
 
 
 @pytest.mark.parametrize(
@@ -374,8 +374,8 @@ def article(smollm2: Any) -> list[int]:
     ids=lambda case: case[0],
 )
 def test_smollm2_is_the_plain_loop(smollm2: Any, article: list[int], case: tuple) -> None:
-    """512 tokens at a context of 256: float32 logits of plain forwards, float64 from there on, token by token."""
-    assert len(article) == 512
+    """384 tokens at a context of 256: float32 logits of plain forwards, float64 from there on, token by token."""
+    assert len(article) == 384
     expected = {}
     sequences: dict[tuple[int, ...], list[int]] = defaultdict(list)
     seen = contexts(case[0], article, 256, case[1], case[2])

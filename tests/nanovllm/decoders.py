@@ -106,11 +106,17 @@ def wrap(model: Any) -> LoadedModel:
     )
 
 
+#: what `loaded` gave, and what `transformers.generate` said of it
+_SHARED: list[LoadedModel] = []
+_GENERATED: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
+
+
 @functools.cache
 def loaded(kind: str) -> LoadedModel:
     """`fresh`, shared by all tests that give it back as it was."""
     made = fresh(kind)
     share(f"decoders.loaded({kind!r})", made.model)
+    _SHARED.append(made)
     return made
 
 
@@ -136,7 +142,20 @@ def fed(of: LoadedModel, token: int, at: int, cache: Any) -> Tensor:
 
 
 def generated(of: LoadedModel, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
-    """Greedy output of `transformers.generate` for one prompt alone; no end of text unless given."""
+    """Greedy output of `transformers.generate` for one prompt alone; no end of text unless given.
+
+    Of a shared model, which no test may change, it is computed once: many tests serve the same prompts.
+    """
+    place = next((at for at, shared in enumerate(_SHARED) if shared is of), None)
+    if place is None or options:
+        return _generated(of, prompt, new_tokens, **options)
+    key = place, tuple(prompt), new_tokens
+    if key not in _GENERATED:
+        _GENERATED[key] = _generated(of, prompt, new_tokens)
+    return list(_GENERATED[key])
+
+
+def _generated(of: LoadedModel, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
     ids = torch.tensor([list(prompt)])
     options = {"eos_token_id": None} | options
     out = of.model.generate(

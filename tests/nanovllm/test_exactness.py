@@ -142,7 +142,8 @@ def generated_together(of: LoadedModel, given: Sequence[Sequence[int]], new_toke
 
 @pytest.mark.parametrize(
     ("count", "new_tokens", "blocks", "preemptions", "prefix_hits"),
-    [(12, 12, 24, 3, 0), pytest.param(32, 64, 80, 10, 1, marks=pytest.mark.slow)],
+    # at each commit SmolLM2's tokens are compared with hf's, and preempted small models with `generate`
+    [pytest.param(12, 12, 24, 3, 0, marks=pytest.mark.slow), pytest.param(32, 64, 80, 10, 1, marks=pytest.mark.slow)],
 )
 def test_smollm2_equals_generate(count: int, new_tokens: int, blocks: int, preemptions: int, prefix_hits: int) -> None:
     of = load_model(resolve_model("smollm2"), device="cpu", dtype="float32")

@@ -104,7 +104,9 @@ def test_keys_are_read_where_they_lie(layers, heads, kv_heads, window, length, h
     part = slice(layers - 2, layers) if layers > 2 else slice(None)
     query = query.view(layers, heads, window, head_dim)[part].flatten(0, 1)
     found = mean_weights(query, pool.keys[part], 0.3, slots)
-    assert torch.equal(found, mean_weights(query, pool.keys_of(slots, part).flatten(0, 1), 0.3))
+    beside = mean_weights(query, pool.keys_of(slots, part).flatten(0, 1), 0.3)
+    # two compilations, which may contract products and sums in other ways
+    torch.testing.assert_close(found, beside, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

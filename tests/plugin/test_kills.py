@@ -43,7 +43,7 @@ def measured(folder: Path) -> int:
     return sum(file.read_text().count('"status": "ok"') for file in folder.glob("reports/*/records.jsonl"))
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_process_is_killed_again_and_again(tmp_path: Path, kills: int, undisturbed: dict[str, Any]) -> None:
     folder, dice = project(tmp_path), random.Random(kills)
     killed, code, said = 0, None, ""

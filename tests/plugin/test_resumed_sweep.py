@@ -169,7 +169,7 @@ def test_an_import_that_was_stopped_ends_the_process(tmp_path: Path) -> None:
     (folder / "half.py").write_text(HALF)
     (folder / "half_done.py").touch()
     command = (*COMMON, "--kv-method=importing(window=[3,4])", "-k", "importing")
-    stopped = run_pytest(folder, *command, "--kv-timeout=10")
+    stopped = run_pytest(folder, *command, "--kv-timeout=6")
     assert stopped.code == pytest.ExitCode.INTERRUPTED
     (row,) = read_records(stopped.report)[1]
     assert (row["status"], row["error"]["type"]) == ("crashed", "Timeout")

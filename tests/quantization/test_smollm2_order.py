@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,14 +19,15 @@ from kvsuite.meters.divergence import Divergence, TokenDivergence, summarise_div
 from kvsuite.meters.quality import PairedRatio, paired_ratio
 from kvsuite.models import resolve_model
 from kvsuite.models.load import LoadedModel, load_model
-from kvsuite.quantization.apply import apply_quantization
+from kvsuite.quantization.apply import QuantizedFacts, apply_quantization
 from kvsuite.workloads.corpus import load_corpus
 from kvsuite.workloads.windows import plan_windows
 
 TOKENS = 256
-ARMS = ("8bit", "4bit", "fake_q3")
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+ARMS = (*(("8bit", "4bit") if HAS_BITSANDBYTES else ()), "q4f16_1", "fake_q3")
 needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
+    not HAS_BITSANDBYTES,
     reason='bitsandbytes is not installed: pip install "kvsuite[quantization]"',
 )
 
@@ -36,8 +38,16 @@ def load() -> LoadedModel:
     return load_model(resolve_model("smollm2"), device="cpu", dtype="float32")
 
 
+class Arm(NamedTuple):
+    """A format: what was said of it, what the model takes in it, and every token beside float32."""
+
+    facts: QuantizedFacts
+    weights_bytes: int
+    found: TokenDivergence
+
+
 @pytest.fixture(scope="module")
-def compared() -> dict[str, TokenDivergence]:
+def arms() -> dict[str, Arm]:
     """Every format against float32 on the same 255 targets."""
     reference = load()
     article = load_corpus("default", num_texts=1).texts[0]
@@ -45,15 +55,20 @@ def compared() -> dict[str, TokenDivergence]:
     windows = plan_windows("disjoint", TOKENS, TOKENS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {}
+    made = {}
     for name in ARMS:
         arm = load()
         facts = apply_quantization(arm, name)
         assert facts.weight_bytes == facts.predicted_weight_bytes
         assert "were Q4_1, a 4-bit grid" in facts.notes[0]
-        found[name] = compare_windows(arm.model, reference.model, tokens, windows)
+        made[name] = Arm(facts, arm.weights_bytes, compare_windows(arm.model, reference.model, tokens, windows))
     torch.set_num_threads(threads)
-    return found
+    return made
+
+
+@pytest.fixture(scope="module")
+def compared(arms: dict[str, Arm]) -> dict[str, TokenDivergence]:
+    return {name: arm.found for name, arm in arms.items()}
 
 
 @needs_bitsandbytes
@@ -79,13 +94,22 @@ def test_divergence_agrees(compared: dict[str, TokenDivergence]) -> None:
     assert found["8bit"].same_top1 > found["4bit"].same_top1 > found["fake_q3"].same_top1
 
 
-def test_q4f16_1_takes_the_bytes_of_the_formula():
+def test_four_bits_keep_the_models_sense_and_three_do_not(compared: dict[str, TokenDivergence]) -> None:
+    q4, q3 = compared["q4f16_1"], compared["fake_q3"]
+    four, three = paired_ratio(q4.nll, q4.nll_reference), paired_ratio(q3.nll, q4.nll)
+    assert four.difference_se is not None
+    assert three.difference_se is not None
+    assert -2 * four.difference_se < four.mean_difference < three.mean_difference / 3
+    assert three.mean_difference > 10 * three.difference_se
+
+
+def test_q4f16_1_takes_the_bytes_of_the_formula(arms: dict[str, Arm]) -> None:
     """Written from the architecture: 4 bits a value and a float16 for 32 of them, the tied table once, float16 norms."""
     loaded = load()
     dense = loaded.weights_bytes
     # the frequencies of the rotary embedding are buffers, no parameters
     assert dense == 4 * loaded.parameters + sum(buffer.nbytes for buffer in loaded.model.buffers())
-    facts = apply_quantization(loaded, "q4f16_1")
+    facts, packed, _ = arms["q4f16_1"]
     documented = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
     for name, found in (("fp32", dense), ("q4f16_1", facts.weight_bytes)):
         assert re.search(rf"^\| `{name}` \| .* \| {found:,} \|", documented, re.MULTILINE), name
@@ -93,4 +117,5 @@ def test_q4f16_1_takes_the_bytes_of_the_formula():
     matrices = vocabulary * hidden + layers * (2 * hidden * hidden + 2 * keys * hidden + 3 * inner * hidden)
     expected = matrices * 4.5 / 8 + (2 * layers + 1) * hidden * 2
     assert facts.weight_bytes == pytest.approx(expected, rel=0.01)
-    assert facts.weight_bytes == loaded.weights_bytes < 0.145 * 4 * loaded.parameters
+    assert facts.weight_bytes == packed < 0.145 * 4 * loaded.parameters
+    assert facts.bits_per_weight == pytest.approx(4.5, rel=0.01)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -297,14 +298,24 @@ RUN = {
 }  # fmt: skip
 
 
+CUT_ROWS = [{"schema": RECORD_SCHEMA, "id": f"é{n}", "status": "ok"} for n in range(4)]
+
+
+@functools.cache
+def file_to_cut() -> tuple[str, bytes]:
+    """Name and bytes of a whole file: every row of it waits for the disk, so it is written once."""
+    with tempfile.TemporaryDirectory() as base:
+        path = store_rows(Path(base) / "run", RUN, CUT_ROWS)
+        return path.name, path.read_bytes()
+
+
 @settings(max_examples=200)
 @given(cut=st.integers(0, 10_000), junk=st.binary(max_size=20))
 def test_a_file_cut_anywhere_gives_its_whole_lines_or_says_why_not(cut, junk):
     with tempfile.TemporaryDirectory() as base:
-        folder = Path(base) / "run"
-        rows = [{"schema": RECORD_SCHEMA, "id": f"é{n}", "status": "ok"} for n in range(4)]
-        path = store_rows(folder, RUN, rows)
-        whole = path.read_bytes()
+        folder, rows = Path(base), CUT_ROWS
+        name, whole = file_to_cut()
+        path = folder / name
         kept = whole[: cut % (len(whole) + 1)]
         # a whole object would be a line of its own
         tail = junk.replace(b"\n", b"").replace(b"{", b"")

@@ -24,8 +24,16 @@ def full_cache(kind: str, implementation: str, prompt: int) -> Fed:
     return feed(kind, None, text(TOKENS), chunks_of(prompt, TOKENS), implementation=implementation)
 
 
-@KINDS
-@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [
+        ("llama", "ring"),
+        ("llama", "copy"),
+        ("neox", "ring"),
+        # what keeps the tensors knows no family of models
+        pytest.param("neox", "copy", marks=pytest.mark.slow),
+    ],
+)
 @PROMPTS
 @pytest.mark.parametrize("line", [pytest.param(line, id=line.id) for line in MATRIX])
 def test_nothing_to_evict_is_the_full_cache(kind: str, implementation: str, prompt: int, line: Line) -> None:

@@ -17,17 +17,20 @@ ROTARY_DIM = {"llama": 16, "neox": 8}
 EVERY_LINE = [pytest.param(line, id=line.id) for line in MATRIX]
 
 
-@pytest.mark.parametrize("prompt", [1, 20])
 @pytest.mark.parametrize("positions", ["original", "cache"])
 @pytest.mark.parametrize("line", EVERY_LINE)
 @pytest.mark.parametrize(
-    ("kind", "skip"),
+    ("kind", "skip", "prompt"),
     [
-        pytest.param("llama", (), id="llama-all"),
-        pytest.param("llama", (0, 1), id="llama-skip01"),
-        pytest.param("neox", (), id="neox-all"),
-        # layers are skipped before a model's family matters
-        pytest.param("neox", (0, 1), id="neox-skip01", marks=pytest.mark.slow),
+        pytest.param("llama", (), 1, id="llama-all-1"),
+        pytest.param("llama", (), 20, id="llama-all-20"),
+        pytest.param("llama", (0, 1), 20, id="llama-skip01-20"),
+        pytest.param("neox", (), 20, id="neox-all-20"),
+        # how long the prompt is, which layers are skipped and the model's family have nothing to do with each other
+        pytest.param("llama", (0, 1), 1, id="llama-skip01-1", marks=pytest.mark.slow),
+        pytest.param("neox", (), 1, id="neox-all-1", marks=pytest.mark.slow),
+        pytest.param("neox", (0, 1), 1, id="neox-skip01-1", marks=pytest.mark.slow),
+        pytest.param("neox", (0, 1), 20, id="neox-skip01-20", marks=pytest.mark.slow),
     ],
 )
 def test_policy_through_the_cache(kind: str, line: Line, positions: Any, skip: tuple[int, ...], prompt: int) -> None:

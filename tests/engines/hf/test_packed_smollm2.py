@@ -1,4 +1,4 @@
-"""Cache formats on a real model: SmolLM2-135M in float32, 512 tokens of prose, against the full-precision cache."""
+"""Cache formats on a real model: SmolLM2-135M in float32, 256 tokens of prose, against the full-precision cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvsuite.meters.divergence import TokenDivergence
 from kvsuite.workloads.corpus import load_corpus
 from kvsuite.workloads.windows import plan_windows
 
-TOKENS = 512
+TOKENS = 256
 
 
 @functools.cache

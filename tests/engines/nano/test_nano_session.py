@@ -87,8 +87,15 @@ def test_the_full_cache_gives_the_tokens_of_hf() -> None:
         assert tokens_of(on, prompt, 16) == tokens_of(hf, prompt, 16)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@PLACED
+@pytest.mark.parametrize(
+    ("protocol", "positions"),
+    [
+        *((protocol, "original") for protocol in PROTOCOLS),
+        (PROTOCOLS[0], "cache"),
+        # where keys are turned to has nothing to do with how a text is fed
+        *(pytest.param(protocol, "cache", marks=pytest.mark.slow) for protocol in PROTOCOLS[1:]),
+    ],
+)
 @EVERY_LINE
 def test_policies_give_the_losses_of_hf(line: Line, positions: str, protocol: str) -> None:
     hf, on = both(lines(line, positions=positions))
