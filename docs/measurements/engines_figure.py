@@ -25,7 +25,7 @@ from matplotlib.ticker import ScalarFormatter
 
 Row = dict[str, Any]
 PANELS = (
-    ("decode_step_s", 1e3, "decode step, ms"),
+    ("decode_step_s", 1e3, "decode step, ms (dotted: floor)"),
     ("ttft_s", 1.0, "time to the first token, mean, s"),
     ("memory", 2**-30, "measured memory, GiB"),
 )
@@ -110,7 +110,7 @@ def draw(rows: list[Row]) -> Any:
         axis.set_xlabel("sequences")
         axis.set_title(label, loc="left", fontsize=10)
         axis.grid(visible=True, alpha=0.25)
-    axes[0].legend(fontsize=8, title="dotted: floor", title_fontsize=8)
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="lower right")
     return figure
 
 

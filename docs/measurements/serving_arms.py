@@ -107,7 +107,7 @@ def opened(
         if on_cuda:
             from kvsuite.nanovllm.cuda_runner import cuda_runner
 
-            options["runner"] = cuda_runner(build=True, sizes=sizes, prompt_graphs=arm.lanes == 1)
+            options["runner"] = cuda_runner(build=True, sizes=sizes, prompts_apart=arm.lanes == 2)
         runtime = Runtime(
             loaded,
             Limits(

@@ -28,14 +28,19 @@ _TAIL_CHARACTERS = 2000
 _POLL_S = 0.05
 _QUIET_S = 0.5
 _QUIET_AT_MOST_S = 10.0
+# a driver lists a process no longer than so after its end
+_LISTED_S = 30.0
 
 
 def engine_pids() -> set[int]:
-    """Ids of all processes that engines have started here, those that were ended included.
+    """Ids of all processes that engines have started here, those that were ended just now included.
 
     A case ends its engine's processes, and a driver lists them for a moment longer.
     """
-    return _ended.union(*(process.group() for process in list(_running)))
+    since = time.monotonic() - _LISTED_S
+    # an id is given again to a stranger some day
+    ended = {pid for pid, at in _ended.items() if at > since}
+    return ended.union(*(process.group() for process in list(_running)))
 
 
 class EngineFailed(RuntimeError):
@@ -125,7 +130,7 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End it and everything it has started."""
-        _ended.update(self.group())
+        _ended.update(dict.fromkeys(self.group(), time.monotonic()))
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -141,7 +146,8 @@ class EngineProcess:
 
 
 _running: set[EngineProcess] = set()
-_ended: set[int] = set()
+#: when each was ended
+_ended: dict[int, float] = {}
 
 
 def run_step(

@@ -3,8 +3,9 @@
 What attends depends on how many tokens each sequence brings and holds; everything else of a layer depends on the number of
 tokens alone. So that is captured, from one attention to the next, for some numbers of tokens, and a step is padded to the next
 of them: 37 launches for 36 layers, where there are nine a layer otherwise, each of which costs the host more than the device.
-Prompts attend in between as they do elsewhere; single tokens, which stand in front, have their attention captured as well, by
-their number. Steps of many tokens keep the device busy for longer than the host takes to launch them, and are left as they are.
+Prompts attend in between as they do elsewhere. Single tokens, which stand in front, have their attention captured as well, by
+their number, and attend beside the prompts on a stream of their own. Steps of many tokens keep the device busy for longer than
+the host takes to launch them, and are left as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .decode_graphs import CapturableAttention, capture_stream
 from .fused_layers import Destination, FusedDecoder
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .paged_attention import AttentionBackend
+from .side_streams import side_stream
 from .static_batch import fill, narrowed, static_batch
 
 #: tokens of a step whose layers are captured at most
@@ -96,6 +98,7 @@ class CapturedLayers:
         self._slots = [torch.full((rows,), SCRATCH_BLOCK, dtype=torch.int64, device=device) for _ in self._pools]
         self._max_blocks = max_blocks
         self._singles: StepBatch | None = None
+        self._beside = _Beside(device)
         if self._single_sizes:
             self._singles = static_batch(self._single_sizes[-1], len(self._pools), max_blocks, device)
         # launches of each layer, by tokens and by single tokens; the largest come first, and others use their memory
@@ -153,11 +156,16 @@ class CapturedLayers:
             query, mixed = self._query[singles:tokens], self._mixed[singles:tokens]
             for index, launch in enumerate(self._pieces[size]):
                 launch()
-                if singles:
-                    # padding rows come where the others' are written behind it
+                if not others.sequences:
                     attend[index]()
-                if others.sequences:
-                    mixed.copy_(backend.attend(index, query, self._decoder.scale))
+                    continue
+                if singles:
+                    self._beside.launch(attend[index])
+                found = backend.attend(index, query, self._decoder.scale)
+                if singles:
+                    self._beside.join()
+                # over the padding of the single tokens
+                mixed.copy_(found)
             rows = batch.sample_rows
             return self._decoder.last(self._mixed.flatten(1)[rows], self._residual[rows])
 
@@ -222,6 +230,32 @@ class CapturedLayers:
             self._mixed[:size].copy_(attention.attend(index, self._query[:size], self._decoder.scale))
 
         return [partial(attend, index) for index in self._indices]
+
+
+class _Beside:
+    """A stream beside the current one: a few prompts' attention leaves a good part of the SMs to that of single tokens."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: Any = None
+        if device.type == "cuda":
+            event: Any = torch.cuda.Event
+            self._stream, self._begun, self._ended = side_stream("single tokens", device), event(), event()
+
+    def launch(self, launch: Launch) -> None:
+        """Launch something behind all that the current stream was given, and beside what it is given until `join`."""
+        if self._stream is None:
+            launch()
+            return
+        self._begun.record()
+        self._stream.wait_event(self._begun)
+        with torch.cuda.stream(self._stream):
+            launch()
+            self._ended.record()
+
+    def join(self) -> None:
+        """Let what the current stream is given from now on come behind it."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._ended)
 
 
 def _captured(launches: list[Launch], memory: Any) -> list[Launch]:

@@ -42,6 +42,7 @@ from .turns import Turns
 _FLOAT8_CAPABILITY = (8, 9)
 # the captured reference gathers the longest possible sequence for every row of a batch
 _REFERENCE_BYTES = 1 << 30
+_APART = "prompts have a lane of their own"
 # torch's flash attention
 _FLASH_CAPABILITY = (8, 0)
 
@@ -143,8 +144,9 @@ class CudaRunner(ModelRunner):
         For groups that place their keys in the cache.
     graphs
         Whether decode steps are captured, and layers of steps with prompts.
-    prompt_graphs
-        Whether layers of steps with prompts are captured (`captured_layers`); in vain where prompts have a lane of their own.
+    prompts_apart
+        Whether prompts have a lane of their own, whose steps another runner launches: no layers are captured for them here
+        (`captured_layers`).
     fuse
         Whether layers are fused.
     tune
@@ -173,7 +175,7 @@ class CudaRunner(ModelRunner):
         *,
         rotation: KeyRotation | None = None,
         graphs: bool = True,
-        prompt_graphs: bool = True,
+        prompts_apart: bool = False,
         fuse: bool = True,
         tune: bool = True,
         build: bool = False,
@@ -219,10 +221,14 @@ class CudaRunner(ModelRunner):
                     self._captured[""] = self.graphs
             if self.graphs is None:
                 self._compile_ahead(None)
-            if not (graphs and prompt_graphs):
+            if prompts_apart:
+                self._why_eager_prompts = _APART
+            elif not graphs:
                 self._why_eager_prompts = "switched off"
             elif self.decoder is None:
                 self._why_eager_prompts = "layers are not fused"
+            elif self.device.type == "cuda" and not self._all_ours:
+                self._why_eager_prompts = f"attention is the reference: {self._why_reference}"
             else:
                 self.layers = self._capture_layers(self.decoder, attention, limits)
             if warm_up and not any(pool.group.places for pool in pools):
@@ -250,9 +256,11 @@ class CudaRunner(ModelRunner):
             found["decode_attention"] = self.graphs.kinds
         if self.layers is not None:
             found["prompt_sizes"] = self.layers.sizes
-        captured = self.layers is not None and self.device.type == "cuda"
-        found["prompt_step"] = "captured_layers" if captured else "eager"
-        if not captured:
+        if self.layers is not None and self.device.type == "cuda":
+            # larger ones of the same run are eager
+            found["prompt_step"] = f"layers captured up to {self.layers.sizes[-1]} tokens"
+        else:
+            found["prompt_step"] = "eager"
             found["prompt_step_reason"] = self._why_eager_prompts or f"{self.device.type} captures nothing"
         if self.decoder is None:
             return found | {"fused": [], "not_fused": self._why_not_fused}
@@ -342,7 +350,7 @@ class CudaRunner(ModelRunner):
         assert isinstance(other.backend, FlashInferAttention | CapturableReference)
         other.attention, other.graphs, other.layers, other.captured_bytes = other.backend, None, None, 0
         other._why_not_captured = "steps of prompts are not captured"
-        other._why_eager_prompts = "prompts have a lane of their own"
+        other._why_eager_prompts = _APART
         return other
 
     def close(self) -> None:
@@ -423,17 +431,16 @@ class CudaRunner(ModelRunner):
     def _capture_layers(self, decoder: FusedDecoder, attention: CapturableAttention, limits: Limits) -> CapturedLayers:
         """Layers of steps with prompts, captured on the current stream."""
         before = _reserved_bytes(self.device)
-        layers = CapturedLayers(
-            decoder,
-            attention,
-            layer_sizes(limits.max_num_batched_tokens),
-            max_sequences=limits.max_num_seqs,
-            max_blocks=limits.blocks_per_sequence,
-            # the captured reference gathers the longest possible sequence
-            singles_apart=attention.capturable
-            and (self.device.type == "cpu" or isinstance(attention, FlashInferAttention)),
-        )
+        sizes = layer_sizes(limits.max_num_batched_tokens)
         try:
+            layers = CapturedLayers(
+                decoder,
+                attention,
+                sizes,
+                max_sequences=limits.max_num_seqs,
+                max_blocks=limits.blocks_per_sequence,
+                singles_apart=attention.capturable,
+            )
             if self._all_ours:
                 with compiling_ahead() as compiles:
                     if compiles:
@@ -442,7 +449,7 @@ class CudaRunner(ModelRunner):
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"max_num_batched_tokens={limits.max_num_batched_tokens}: {self.device} has no room to capture layers for "
-                f"{layers.sizes[-1]} tokens beside the pool; give a smaller memory_share or pool_bytes"
+                f"{sizes[-1]} tokens beside the pool; give a smaller memory_share or pool_bytes"
             ) from error
         self.captured_bytes += _reserved_bytes(self.device) - before
         return layers

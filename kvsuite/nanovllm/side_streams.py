@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-Purpose = Literal["captures", "compressing", "prompts", "unbound decoding"]
+Purpose = Literal["captures", "compressing", "prompts", "single tokens", "unbound decoding"]
 
 
 def side_stream(purpose: Purpose, device: torch.device | int) -> Any:

@@ -17,6 +17,7 @@ from serving import assert_nothing_lost
 from torch_kernels import use_torch_kernels
 
 from kvsuite.compression import get_policy
+from kvsuite.errors import UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.captured_layers import MOST_TOKENS, CapturedLayers, layer_sizes
@@ -133,13 +134,38 @@ def test_padding_writes_the_scratch_block_alone(monkeypatch: pytest.MonkeyPatch)
             assert torch.isfinite(pool.keys[:, 0]).all()
 
 
-def test_lanes_leave_the_layers_of_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_with_a_lane_of_their_own_get_no_layers() -> None:
     of = fresh("llama")
-    with _running(of, monkeypatch, [40], lanes=2) as runtime:
-        seen = _taken(runtime, monkeypatch)
-        [request] = runtime.run([greedy(text(30), 4)])
+    limits = Limits(max_model_len=84, max_num_seqs=8, max_num_batched_tokens=40, num_blocks=32, block_size=4)
+    runtime = Runtime(of, limits, runner=cuda_runner(sizes=[2, 8], prompts_apart=True), lanes=2)
+    facts = runtime.runner.facts
+    assert (facts["prompt_step"], facts["prompt_step_reason"]) == ("eager", "prompts have a lane of their own")
+    assert "prompt_sizes" not in facts
+    [request] = runtime.run([greedy(text(30), 4)])
+    runtime.close()
     assert request.output == generated(of, text(30), 4)
-    assert not seen
+
+
+def test_switched_off_and_not_fused_have_their_reasons() -> None:
+    limits = Limits(max_model_len=84, max_num_seqs=2, num_blocks=32)
+    for options, reason in (({"graphs": False}, "switched off"), ({"fuse": False}, "layers are not fused")):
+        runtime = Runtime(fresh("llama"), limits, runner=cuda_runner(**options))
+        facts = runtime.runner.facts
+        runtime.close()
+        assert (facts["prompt_step"], facts["prompt_step_reason"]) == ("eager", reason)
+
+
+def test_layers_that_do_not_fit_say_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(module, "CapturedLayers", fails)
+    with pytest.raises(UserError, match=r"max_num_batched_tokens=40: .* layers for 64 tokens .* smaller memory_share"):
+        Runtime(
+            fresh("llama"),
+            Limits(max_model_len=32, max_num_seqs=8, max_num_batched_tokens=40, num_blocks=8),
+            runner=cuda_runner(),
+        )
 
 
 @pytest.mark.parametrize("most", [1, 64, 65, 200, 256, 700, 1024, 8192])

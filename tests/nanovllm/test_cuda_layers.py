@@ -57,14 +57,14 @@ def test_logits_are_those_of_steps_launched_as_they_come(
         cache_format=None if cache is None else CacheFormat.parse(cache),
     )  # fmt: skip
     found = []
-    for prompt_graphs in (False, True):
+    for captured in (False, True):
         options: dict[str, Any] = {} if policy is None else {"policy": get_policy(policy, factor=2)}
-        runner = cuda_runner(sizes=[2, 6], tune=False, prompt_graphs=prompt_graphs)
+        runner = cuda_runner(sizes=[2, 6], tune=False, prompts_apart=not captured)
         runtime = Runtime(of, limits, runner=runner, overlap=overlap, **options)
         facts = runtime.runner.facts
-        assert facts["prompt_step"] == ("captured_layers" if prompt_graphs else "eager"), facts
+        assert facts["prompt_step"] == ("layers captured up to 128 tokens" if captured else "eager"), facts
         ran: list[int] = []
-        if prompt_graphs:
+        if captured:
             assert isinstance(runtime.runner, CudaRunner)
             assert facts["prompt_sizes"] == [64, 128]
             layers: Any = runtime.runner.layers
@@ -76,7 +76,7 @@ def test_logits_are_those_of_steps_launched_as_they_come(
         runtime.close()
         assert_nothing_lost(runtime)
         # padded ones of both sizes, and full ones
-        assert bool(ran) == prompt_graphs
+        assert bool(ran) == captured
         assert not ran or (100 in ran and min(ran) < 64)
         found.append([seen.of(request).double() for request in requests])
     for mine, expected in zip(*reversed(found), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvsuite.compression import get_policy
 from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.fix_size_l2 import FixSizeL2
 from kvsuite.compression.streaming_llm import StreamingLLM
 from kvsuite.errors import UserError
 from kvsuite.nanovllm.request import Request, Status
@@ -153,6 +154,26 @@ def test_a_choice_that_cannot_be_carried_out_costs_the_one_sequence(caching: boo
     assert [request.status for request in requests] == [Status.FINISHED, Status.FAILED, Status.FINISHED]
     assert "compressing it failed: " in str(requests[1].reason)
     assert requests[0].output == alone.output
+
+
+class _AloneOnly(FixSizeL2):
+    """Decides for one sequence and not for several."""
+
+    def victim(self, view: CacheView) -> Tensor:
+        if view.scores is not None and view.scores.dim() > 3:
+            raise RuntimeError("several at once")
+        return super().victim(view)
+
+
+def test_what_cannot_be_decided_together_is_decided_one_by_one() -> None:
+    sampling = SamplingParameters(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    tokens = []
+    for policy in (_AloneOnly(size=8), FixSizeL2(size=8)):
+        with serving(loaded("llama"), policy=policy, prefix_caching=False, block_size=4) as runtime:
+            requests = runtime.run([Request(text(12, seed=seed), sampling) for seed in range(3)])
+        assert [request.status for request in requests] == [Status.FINISHED] * 3, [one.reason for one in requests]
+        tokens.append([request.output for request in requests])
+    assert tokens[0] == tokens[1]
 
 
 def test_a_choice_by_head_is_refused_where_one_decision_serves_every_head() -> None:

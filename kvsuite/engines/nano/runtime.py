@@ -189,7 +189,7 @@ class RuntimeHolder:
             graphs = captures and self._decode_step != "eager"
             # a lane of prompts has a stream of its own, and launches them as they come
             options["runner"] = cuda_runner(
-                rotation=rotation, graphs=graphs, prompt_graphs=streams["lanes"] == 1, tune=graphs
+                rotation=rotation, graphs=graphs, prompts_apart=streams["lanes"] == 2, tune=graphs
             )
         runtime = Runtime(self._loaded, limits, **options)
         if missing := runtime.runner.facts.get("kernels", "").partition("not prepared: ")[2].partition(";")[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _preset_folder(spec: ModelSpec, root: Path) -> Path:
         if not config.is_file() or config.read_text(encoding="utf-8") != written:
             folder.mkdir(parents=True, exist_ok=True)
             # whole for whoever reads it at the same time
-            part = folder / f".config.json.{os.getpid()}"
+            part = folder / f".config.json.{uuid.uuid4().hex}"
             part.write_text(written, encoding="utf-8")
             os.replace(part, config)
     except OSError as error:

@@ -46,7 +46,8 @@ class VllmOptions(OptionGroup, frozen=True, kw_only=True):
         auto_or(whole_number(1, 8192)), "auto",
         "Largest batch whose steps vLLM captures; auto leaves it to vLLM, which takes twice the case's batch, up to 512. "
         "What it compiles counts the captured sizes, so with one value, of at least the largest batch, all batches of a "
-        "sweep share one compilation; each then captures all sizes up to it.",
+        "sweep share one compilation; each then captures all sizes up to it: 1, 2, 4, multiples of 8, from 256 on of 16. "
+        "A case whose batch is none of them is invalid.",
         example="128",
     )]
     # fmt: on

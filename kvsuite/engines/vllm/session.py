@@ -423,6 +423,14 @@ class VllmSession(Session):
         asked = kind.stored
         if formats - {asked} and asked != AUTO:
             raise CaseInvalid(f"--kv-cache-dtype={asked}: vLLM stored {', '.join(sorted(formats))} instead")
+        largest = self._own.vllm_max_capture_size
+        if largest is not None and kind == self._serving and facts["max_num_seqs"] not in facts["capture_sizes"]:
+            # padded to a captured size beyond its own batch vLLM replays a step in pieces, and beyond the largest not at all
+            raise CaseInvalid(
+                f"--kv-vllm-max-capture-size={largest}: vLLM captured {facts['capture_sizes'][-1]} sequences at most and no "
+                f"step of {facts['max_num_seqs']}; leave it out, or give a batch of 1, 2, 4 or a multiple of 8 (from 256 on "
+                "of 16) and a size that is no smaller"
+            )
         backend = self._own.vllm_attention_backend
         if backend is not None and backends != {backend}:
             raise CaseInvalid(

@@ -262,6 +262,28 @@ def test_a_largest_capture_is_what_vllm_is_told() -> None:
     assert engine(vllm_max_capture_size="128").case_params()["max_capture_size"] == 128
 
 
+@pytest.mark.parametrize(
+    ("batch", "largest", "captured"), [(12, 12, [1, 2, 4, 8]), (12, 128, [1, 2, 4, 8, 16]), (3, 2, [1, 2])]
+)
+def test_a_batch_whose_steps_are_not_captured_whole_makes_the_case_invalid(
+    batch: int, largest: int, captured: list[int]
+) -> None:
+    session = engine(vllm_max_capture_size=str(largest)).load(case(device="cuda:0"), EngineSettings())
+    try:
+        card = {"kv_formats": ["auto"], "backends": ["FLASH_ATTN"], "kv_tensors": ["bfloat16"]}
+        session._facts = {
+            "cards": [card], "eager": False, "captured": "FULL_AND_PIECEWISE", "capture_sizes": captured, "max_num_seqs": batch,
+        }  # fmt: skip
+        with pytest.raises(
+            CaseInvalid, match=rf"--kv-vllm-max-capture-size={largest}: .* and no step of {batch}; leave it"
+        ):
+            session._state(session._serving)
+        session._facts["max_num_seqs"] = captured[-1]
+        session._state(session._serving)
+    finally:
+        session.close()
+
+
 def test_the_stand_in_is_executable() -> None:
     assert os.access(DOUBLE, os.X_OK)
 
