@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsuite.errors import UserError
@@ -16,6 +16,8 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False,
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 
 
+# drawing nested values takes most of the time
+@settings(max_examples=40)
 @given(st.dictionaries(st.text(), VALUES))
 def test_the_text_is_that_of_the_standard_library(document: dict[str, object]) -> None:
     assert json_bytes(document, "here").decode() == json.dumps(document, indent=2, ensure_ascii=False) + "\n"
