@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvsuite.nanovllm import side_streams
-from kvsuite.nanovllm.decode_graphs import _capture_stream
+from kvsuite.nanovllm.decode_graphs import capture_stream
 from kvsuite.nanovllm.prompt_lane import LaneStreams
 from kvsuite.nanovllm.stage_streams import SideStream
 
@@ -30,7 +30,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("handles")
 def test_no_runtime_gets_the_stream_of_the_captures() -> None:
-    captures = _capture_stream(0)
+    captures = capture_stream(0)
     for _ in range(40):
         compression, lanes = SideStream(DEVICE).stream, LaneStreams(DEVICE)
         assert len({captures, compression, lanes._decode, lanes._prompt}) == 4
