@@ -3,7 +3,7 @@
 #   make bench                                   SmolLM2-135M: compression, perplexity, a small design space; figures under reports/
 #   make bench ARGS="--kv-method=kvpress:SnapKV --kv-keep-ratios=0.5"
 #   make bench TORCH_INDEX=URL                   take torch from this wheel index (a CUDA, ROCm or CPU build)
-#   make test                                    lint, types, tests (12 to 14 minutes on 2 cores)
+#   make test                                    lint, types, tests (11 to 14 minutes on 2 cores)
 #   make test-all                                the slow tests too, and a second environment with kvpress' own pins
 #   make engines                                 the engines that this machine can have beside transformers: llama.cpp, servers
 #   make engines VLLM=1                          vLLM for a CPU too, in an environment of its own
