@@ -12,7 +12,6 @@ context included.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
+from kvsuite.errors import UserError
+from kvsuite.store.records_file import read_records
+
 Row = dict[str, Any]
 PANELS = (
     ("decode_step_s", 1e3, "decode step, ms (dotted: floor)"),
     ("ttft_s", 1.0, "time to the first token, mean, s"),
-    ("memory", 2**-30, "measured memory, GiB"),
+    ("memory", 2**-30, "peak of torch's allocator, GiB"),
 )
 MARKS = {"nano": "o", "vllm": "s", "mlc": "^", "hf": "D", "llamacpp": "v"}
 
@@ -36,9 +38,8 @@ def rows_of(paths: list[Path]) -> list[Row]:
     """The measured design points, each engine's last record of a point."""
     found: dict[tuple[str, str], Row] = {}
     for path in paths:
-        for line in (path / "records.jsonl" if path.is_dir() else path).read_text().splitlines():
-            row = json.loads(line)
-            if row.get("suite") == "dse" and row.get("status") == "ok":
+        for row in read_records(path)[1]:
+            if row["suite"] == "dse" and row["status"] == "ok":
                 found[row["case"]["engine"], row["case"]["name"]] = row
     return list(found.values())
 
@@ -60,8 +61,8 @@ def memory(row: Row) -> float | None:
 
 
 def stored_as(row: Row) -> str:
-    """The cache's format."""
-    return str(row["case"]["params"].get("kv_cache_dtype") or "16 bit")
+    """The cache's format: the one asked for, else the dtype that the model is computed in."""
+    return str(row["case"]["params"].get("kv_cache_dtype") or row["effective"]["dtype"])
 
 
 def draw(rows: list[Row]) -> Any:
@@ -78,7 +79,9 @@ def draw(rows: list[Row]) -> Any:
             points = [(row["case"]["params"]["batch"], value(row, metric)) for row in own]
             points = [(batch, number * scale) for batch, number in points if number is not None]
             if points:
-                name = f"{engine}, {format_name}" + (f", {context:,}" if len({c for _, c in stored}) > 1 else "")
+                name = f"{engine}, {format_name}" + (
+                    f", context {context:,}" if len({c for _, c in stored}) > 1 else ""
+                )
                 style = "-" if engine == "nano" else "--"
                 axis.plot(
                     *zip(*points, strict=True),
@@ -108,6 +111,8 @@ def draw(rows: list[Row]) -> Any:
             axis.set_yscale("log", base=2)
             axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.set_xlabel("sequences")
+        if metric == "memory" and any(row["case"]["engine"] == "mlc" for row in rows):
+            label += "; mlc: what the driver saw come"
         axis.set_title(label, loc="left", fontsize=10)
         axis.grid(visible=True, alpha=0.25)
     axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="lower right")
@@ -120,7 +125,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders or their records.jsonl")
     parser.add_argument("--title")
     asked = parser.parse_args()
-    rows = rows_of(asked.runs)
+    try:
+        rows = rows_of(asked.runs)
+    except UserError as error:
+        parser.error(str(error))
     if not rows:
         parser.error("no design point that was measured in these runs")
     models = sorted({str(row["case"]["model"]) for row in rows})

@@ -69,7 +69,7 @@ def draw(rows: Sequence[Row]) -> Any:
         for ticks, values in ((axis.set_xticks, _GAPS), (axis.set_yticks, _FIRSTS)):
             ticks(values, [f"{value:,}" for value in values])
             ticks([], minor=True)
-        axis.margins(0.14)
+        axis.margins(0.18)
         axis.set_xlabel("gap between tokens, p99 (ms)")
         axis.grid(visible=True, which="both", alpha=0.2)
     axes[0].set_ylabel("time to the first token, p99 (ms)")

@@ -9,6 +9,8 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from .paged_norms import norms_in_pages
+
 # elements that a program moves or reads at a time
 _ELEMENTS = 4096
 # tokens of a head that a program looks at together
@@ -31,16 +33,9 @@ def _note_kernel(
     LANES: tl.constexpr,
 ):
     layer = tl.program_id(1).to(tl.int64)
-    # the heads of a token lie side by side
-    row = tl.arange(0, TOKENS * HEADS)
-    token = tl.program_id(0) * TOKENS + row // HEADS
-    head = row % HEADS
-    lane = tl.arange(0, LANES)
-    present = (token < tokens) & (head < kv_heads)
-    slot = tl.load(slots + token, mask=present, other=0)
-    source = keys + ((layer * layer_slots + slot) * kv_heads + head)[:, None] * width + lane[None, :]
-    key = tl.load(source, mask=present[:, None] & (lane < width)[None, :], other=0.0).to(tl.float32)
-    norm = tl.sqrt_rn(tl.sum(key * key, axis=1))
+    token, head, slot, present, norm = norms_in_pages(
+        keys, slots, layer, tokens, layer_slots, kv_heads, width, TOKENS, HEADS, LANES
+    )
     place = notes + (layer * kv_heads + head) * layer_slots + slot
     tl.store(place, tl.load(positions + token, mask=present, other=0).to(tl.int32), mask=present)
     scores = place + tl.num_programs(1).to(tl.int64) * kv_heads * layer_slots

@@ -13,6 +13,24 @@ from torch import Tensor
 _ELEMENTS = 8192
 
 
+@triton.jit
+def norms_in_pages(
+    keys, slots, layer, tokens, layer_slots, kv_heads, width,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Of a program's tokens in a layer: which of all they are, their heads and slots, whether there is one, and its norm."""
+    # the heads of a token lie side by side
+    row = tl.arange(0, TOKENS * HEADS)
+    token = tl.program_id(0) * TOKENS + row // HEADS
+    head = row % HEADS
+    lane = tl.arange(0, LANES)
+    present = (token < tokens) & (head < kv_heads)
+    slot = tl.load(slots + token, mask=present, other=0)
+    source = keys + ((layer * layer_slots + slot) * kv_heads + head)[:, None] * width + lane[None, :]
+    key = tl.load(source, mask=present[:, None] & (lane < width)[None, :], other=0.0).to(tl.float32)
+    return token, head, slot, present, tl.sqrt_rn(tl.sum(key * key, axis=1))
+
+
 # neither the number of tokens nor the size of a pool must cost a compilation
 @triton.jit(do_not_specialize=["tokens", "layer_slots"])
 def _key_norms_kernel(
@@ -28,16 +46,9 @@ def _key_norms_kernel(
     LANES: tl.constexpr,
 ):
     layer = tl.program_id(1).to(tl.int64)
-    # the heads of a token lie side by side
-    row = tl.arange(0, TOKENS * HEADS)
-    token = tl.program_id(0) * TOKENS + row // HEADS
-    head = row % HEADS
-    lane = tl.arange(0, LANES)
-    present = (token < tokens) & (head < kv_heads)
-    slot = tl.load(slots + token, mask=present, other=0)
-    source = keys + ((layer * layer_slots + slot) * kv_heads + head)[:, None] * width + lane[None, :]
-    key = tl.load(source, mask=present[:, None] & (lane < width)[None, :], other=0.0).to(tl.float32)
-    norm = tl.sqrt_rn(tl.sum(key * key, axis=1))
+    token, head, _, present, norm = norms_in_pages(
+        keys, slots, layer, tokens, layer_slots, kv_heads, width, TOKENS, HEADS, LANES
+    )
     tl.store(out + (layer * kv_heads + head) * tokens + token, norm, mask=present)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from child_processes import child_process
 
+from kvsuite.engines import engine_process
 from kvsuite.engines.engine_process import EngineFailed, EngineProcess, engine_pids, run_step, tail
 
 # a child that starts another one and says its id: what mlc_llm's compiler does
@@ -119,7 +120,9 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     until(lambda: gone(nested_pid(log)), "its child lives")
 
 
-def test_all_that_an_engine_has_started_is_known_and_stays_so_when_it_is_ended(tmp_path: Path) -> None:
+def test_all_that_an_engine_has_started_is_known_and_stays_so_for_a_while_when_it_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
     with EngineProcess(["sh", "-c", "sleep 60 & echo $!; wait"], log=log) as process:
         while not (printed := log.read_text().strip()):
@@ -128,6 +131,9 @@ def test_all_that_an_engine_has_started_is_known_and_stays_so_when_it_is_ended(t
     # a driver lists them for a moment longer, when the case asks who else was there
     assert {process.pid, int(printed)} <= engine_pids()
     assert os.getpid() not in engine_pids()
+    # and an id is given to a stranger some day
+    monkeypatch.setattr(engine_process, "_LISTED_S", 0.0)
+    assert not {process.pid, int(printed)} & engine_pids()
 
 
 def test_an_interrupt_here_ends_it(tmp_path: Path) -> None:
