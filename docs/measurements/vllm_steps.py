@@ -10,12 +10,9 @@ nano_load.py. Every point is a process of its own, the median is that of steps i
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
@@ -94,22 +91,19 @@ def main() -> None:
     from kvsuite.engines.vllm.model_folder import model_folder
     from kvsuite.models.resolve import resolve_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        model_folder(resolve_model(f"dummy:{asked.preset}"), Path(folder), None)
-        assert json.loads((Path(folder) / "config.json").read_text())["architectures"]
-        import vllm  # noqa: F401
+    folder = model_folder(resolve_model(f"dummy:{asked.preset}"), None)
+    import vllm  # noqa: F401
 
-        fork = multiprocessing.get_context("fork")
-        for point in asked.points.split(","):
-            if point == "mixed":
-                process = fork.Process(target=measure_mixed, args=(folder, asked.kv_cache_dtype, asked.chunk))
-            else:
-                batch, prompt = map(int, point.split("x"))
-                process = fork.Process(
-                    target=measure, args=(batch, prompt, asked.new, folder, asked.kv_cache_dtype, asked.chunk)
-                )
-            process.start()
-            process.join()
+    fork = multiprocessing.get_context("fork")
+    for point in asked.points.split(","):
+        given: tuple[object, ...] = (folder, asked.kv_cache_dtype, asked.chunk)
+        if point == "mixed":
+            process = fork.Process(target=measure_mixed, args=given)
+        else:
+            batch, prompt = map(int, point.split("x"))
+            process = fork.Process(target=measure, args=(batch, prompt, asked.new, *given))
+        process.start()
+        process.join()
 
 
 if __name__ == "__main__":
