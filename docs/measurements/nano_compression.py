@@ -40,7 +40,7 @@ from kvsuite.compression import get_policy
 from kvsuite.compression.base import Policy
 from kvsuite.compression.prompt_view import PromptObservation
 from kvsuite.nanovllm.block_table import tables_for
-from kvsuite.nanovllm.eviction import Eviction
+from kvsuite.nanovllm.decode_eviction import DecodeEviction
 from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
@@ -256,12 +256,12 @@ def launches(session: Session) -> None:
         pool = KVPool(group, num_blocks=blocks, block_size=size, device=torch.device("cpu"), dtype=torch.bfloat16)
         tables = tables_for(group, limits, blocks)
         seen: Any = Seen(policy, heads, length, width) if policy.needs.prompt else None
-        eviction = Eviction(policy, group, tables, pool, seen)
+        eviction = DecodeEviction(policy, group, tables, pool, seen)
         tables.reserve(0, length)
         tables.commit(0, length)
         counting = Launches()
         with counting:
-            work = eviction.complete(0)
+            work = eviction.prompt.complete(0)
             assert work is not None
             work()
         session.say("prompt", policy=name, length=length, layers=36, launches=counting.count)

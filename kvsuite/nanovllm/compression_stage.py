@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -12,7 +13,7 @@ from kvsuite.compression.base import Policy
 from kvsuite.errors import CaseInvalid, UserError
 
 from .block_pool import PoolFullError
-from .eviction import Decided, Eviction
+from .decode_eviction import Decided, DecodeEviction
 from .fences import Fence
 from .layer_by_layer import LayerByLayer, parts_of
 from .request import Request, Status
@@ -58,7 +59,7 @@ class CompressionStage:
 
     def __init__(
         self,
-        evictions: Sequence[Eviction],
+        evictions: Sequence[DecodeEviction],
         scheduler: Scheduler,
         end: Callable[[Request, Status, str, Exception], None],
         aside: Aside | None = None,
@@ -83,6 +84,7 @@ class CompressionStage:
         #: called with true and false around everything that the policy does to a sequence
         self.on_interval: Callable[[bool], None] | None = None
         self._policies = [eviction for eviction in evictions if eviction.policy is not None]
+        self._prompts = [eviction.prompt for eviction in self._policies]
         # rows for which more may be decided, and what is under way aside
         self._open: set[int] = set()
         self._under_way: dict[int, Fence] = {}
@@ -176,7 +178,7 @@ class CompressionStage:
     @property
     def steps_of_all_layers(self) -> int:
         """Tokens behind a prompt after which all of its layers are merged, 0 where that is at its end."""
-        return 0 if self.layers_per_step is None else len(parts_of(self._policies, self.layers_per_step))
+        return 0 if self.layers_per_step is None else len(parts_of(self._prompts, self.layers_per_step))
 
     def by_hand(self, request: Request, keep_indices: Sequence[Tensor | None] | Tensor) -> None:
         """See `kvsuite.nanovllm.runtime.Runtime.compress`."""
@@ -239,7 +241,7 @@ class CompressionStage:
             self._scheduler.settle(request, spared=spared, merged_after=after)
             request.unmerged = bool(after)
             if after:
-                self._merging[request.row] = LayerByLayer(request, parts_of(self._policies, self._layers_of(after)))
+                self._merging[request.row] = LayerByLayer(request, parts_of(self._prompts, self._layers_of(after)))
             elif not request.spared:
                 self._noted(True)
                 self._apply_to_prompt(request)
@@ -267,8 +269,8 @@ class CompressionStage:
             return
         for eviction in self._policies:
 
-            def replace(eviction: Eviction = eviction) -> Work:
-                return eviction.replace_prompt(request, merging.of_group(eviction))
+            def replace(eviction: DecodeEviction = eviction) -> Work:
+                return eviction.prompt.replace_prompt(request, merging.of_group(eviction.prompt))
 
             if not self._work(request, replace):
                 return
@@ -307,7 +309,7 @@ class CompressionStage:
         for eviction in self._policies:
             assert eviction.policy is not None
             if eviction.policy.acts == "prompt":
-                if not self._work(request, lambda eviction=eviction: eviction.complete(row, request.image_spans)):  # type: ignore[misc]
+                if not self._work(request, partial(eviction.prompt.complete, row, request.image_spans)):
                     return
                 continue
             eviction.enter(row)
@@ -336,7 +338,7 @@ class CompressionStage:
         if not all(eviction.follows(rows).all() for eviction in self._policies):
             self._note_open(requests)
 
-    def _change(self, by_row: Mapping[int, Request], eviction: Eviction, decided: Decided) -> bool:
+    def _change(self, by_row: Mapping[int, Request], eviction: DecodeEviction, decided: Decided) -> bool:
         """Remove what was decided, where it can be; whether it all was. A request that it goes wrong for fails."""
         fits = True
         try:
@@ -385,7 +387,7 @@ class CompressionStage:
             if own is None:
                 continue
 
-            def select(eviction: Eviction = eviction, own: Tensor = own) -> Work:
+            def select(eviction: DecodeEviction = eviction, own: Tensor = own) -> Work:
                 return eviction.select(request.row, own)
 
             if not self._work(request, select):

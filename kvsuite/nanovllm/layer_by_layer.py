@@ -9,7 +9,7 @@ from kvsuite.compression.base import Policy
 from kvsuite.compression.merging import Merging
 from kvsuite.errors import CaseInvalid, UserError
 
-from .eviction import Eviction, Made
+from .prompt_eviction import Made, PromptEviction
 from .request import Request
 from .stage_streams import Work
 
@@ -60,7 +60,7 @@ class LayerByLayer:
     """
 
     request: Request
-    parts: Sequence[tuple[Eviction, slice]]
+    parts: Sequence[tuple[PromptEviction, slice]]
     begun: list[Made] = field(default_factory=list)
 
     def due(self, tokens: int) -> Iterator[Work]:
@@ -75,7 +75,7 @@ class LayerByLayer:
         """Whether all layers were begun."""
         return len(self.begun) == len(self.parts)
 
-    def of_group(self, eviction: Eviction) -> list[tuple[slice, Made]]:
+    def of_group(self, eviction: PromptEviction) -> list[tuple[slice, Made]]:
         """A layer group's parts, all begun, with what their work gives."""
         own = zip(self.parts, self.begun, strict=True)
         return [(part, made) for (other, part), made in own if other is eviction]
@@ -85,7 +85,7 @@ class LayerByLayer:
         return replace(self, request=request, begun=list(self.begun))
 
 
-def parts_of(evictions: Sequence[Eviction], layers: int) -> list[tuple[Eviction, slice]]:
+def parts_of(evictions: Sequence[PromptEviction], layers: int) -> list[tuple[PromptEviction, slice]]:
     """The layers of groups, so many at a time; the last ones of a group may be fewer."""
     return [
         (one, slice(first, min(first + layers, len(one.group.layers))))

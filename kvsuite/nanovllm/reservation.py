@@ -184,7 +184,7 @@ def largest_after_prompt(policy: Policy, prompt_length: int, tokens: int, images
 def size_after_action(
     policy: Policy, stored: int, seen: int, *, done: bool, prompt: bool, images: ImageSpans = ()
 ) -> int:
-    """Tokens that stay of ``stored`` ones after ``seen`` were seen, as `kvsuite.nanovllm.eviction.Eviction.act` has it."""
+    """Tokens that stay of ``stored`` ones after ``seen`` were seen, as `kvsuite.nanovllm.compression_stage` has it."""
     if not policy.due(step=seen, done=done, prompt=prompt):
         return stored
     return policy.size_of_prompt(stored, images) if prompt else policy.size_after(stored)

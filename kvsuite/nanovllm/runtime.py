@@ -23,8 +23,8 @@ from .block_table import tables_for
 from .bound_partition import BoundPartition
 from .compression_stage import CompressionStage, require_prompt_only
 from .counters import Counters
+from .decode_eviction import DecodeEviction
 from .delivery import Delivery
-from .eviction import Eviction
 from .green_contexts import SmPartition
 from .groups import LayerGroup
 from .kv_pool import KVPool, blocks_that_fit
@@ -182,7 +182,7 @@ class Runtime:
                 )
             observer = PromptObserver(policy.needs, self.pools, rotation, limits.max_model_len)
         evictions = [
-            Eviction(policy, *parts, observer=observer)
+            DecodeEviction(policy, *parts, observer=observer)
             for parts in zip(self.groups, self.tables, self.pools, strict=True)
         ]
         self._launcher = self._launcher_of(self.runner, evictions)
@@ -414,7 +414,7 @@ class Runtime:
             self._lane_step(LaneStep("decode", began, time.perf_counter(), 0, sum(plan.counts)))
 
     def _prompt_lane(
-        self, streams: LaneStreams, turns: Turns, evictions: Sequence[Eviction], observer: PromptObserver | None
+        self, streams: LaneStreams, turns: Turns, evictions: Sequence[DecodeEviction], observer: PromptObserver | None
     ) -> PromptLane:
         try:
             with streams.prompt():
@@ -440,7 +440,9 @@ class Runtime:
         streams.join()
         return lane
 
-    def _launcher_of(self, runner: Runner, evictions: Sequence[Eviction], *, keeps_tables: bool = True) -> StepLauncher:
+    def _launcher_of(
+        self, runner: Runner, evictions: Sequence[DecodeEviction], *, keeps_tables: bool = True
+    ) -> StepLauncher:
         given: Any = {"spans": self.rotary is not None, "keeps_tables": keeps_tables, "images": self._images}
         inputs = StepInputs(self.groups, self.tables, evictions, self.device, **given)
         return StepLauncher(runner, inputs, self.pools, self.tables, self.counters)

@@ -13,8 +13,8 @@ from kvsuite.models.image_reader import ImageReader
 
 from .batch import BatchBuilder, GroupInputs, ImageRows, Ints, StepBatch
 from .block_table import BlockTables
+from .decode_eviction import DecodeEviction
 from .device_tables import DeviceTables, TableRows
-from .eviction import Eviction
 from .groups import LayerGroup
 from .request import Request
 from .scheduler import StepPlan
@@ -50,7 +50,7 @@ class StepInputs:
         self,
         groups: Sequence[LayerGroup],
         tables: Sequence[BlockTables],
-        evictions: Sequence[Eviction],
+        evictions: Sequence[DecodeEviction],
         device: torch.device,
         *,
         spans: bool = False,

@@ -15,7 +15,7 @@ from kvsuite.cache_formats.pack import pack, unpack
 from kvsuite.errors import CaseInvalid
 from kvsuite.nanovllm.block_pool import PoolFullError
 from kvsuite.nanovllm.block_table import BlockTables, tables_for
-from kvsuite.nanovllm.eviction import Eviction
+from kvsuite.nanovllm.decode_eviction import DecodeEviction
 from kvsuite.nanovllm.groups import LayerGroup, unpaged
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
@@ -89,7 +89,7 @@ class PackedPages(RuleBasedStateMachine):
         group = self.pool.group
         limits = Limits(max_model_len=SIZE * BLOCKS, max_num_seqs=ROWS, max_num_batched_tokens=64, block_size=SIZE)
         self.tables: BlockTables = tables_for(group, limits, BLOCKS)
-        self.eviction = Eviction(None, group, self.tables, self.pool)
+        self.eviction = DecodeEviction(None, group, self.tables, self.pool)
         #: tokens by row, layer and head
         self.held: dict[int, np.ndarray] = {}
         self.made: list[tuple[Tensor, Tensor]] = []

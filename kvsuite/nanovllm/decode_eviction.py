@@ -1,4 +1,4 @@
-"""Applies a policy to the blocks of sequences: at the end of the prompt, and after every further token if it acts then."""
+"""What a policy does to sequences after every token, and the books that it keeps for that."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsuite.compression.base import CacheView, ImageSpans, Policy
-from kvsuite.compression.merging import Merging
-from kvsuite.compression.prompt_view import PromptObservation
+from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.ranked import ROUNDING, NormRule, RankedPolicy
 from kvsuite.errors import UserError
 
@@ -21,19 +19,13 @@ from .block_table import BlockTables, Ints
 from .groups import LayerGroup
 from .kv_pool import KVPool
 from .pages import has_kernels
-from .pooled_prompt import PooledPrompt, has_weight_kernels, paged_norms
+from .prompt_eviction import PromptEviction, scores_norms
 from .prompt_observer import PromptObserver
-from .request import Request
 from .stage_streams import Work
 from .token_notes import TokenNotes
+from .uploads import upload
 
 Bools = NDArray[np.bool_]
-
-#: keys and values that were made of tokens of some layers, once they are
-Made = list[tuple[Tensor, Tensor]]
-
-# what a policy looks at of several layers at once, in bytes
-_LOOK_BYTES = 1 << 29
 
 
 class Decided(NamedTuple):
@@ -66,16 +58,13 @@ class _Uploaded(NamedTuple):
     last: Tensor
 
 
-class Eviction:
-    """One layer group's tokens under a policy.
+class DecodeEviction:
+    """One layer group's sequences under a policy that goes on deciding behind the prompt.
 
     A sequence has a book as long as something may be decided for it: from `enter` on, until the policy acts the last time or
     the sequence goes (`leave`). What a policy knows of stored tokens lies beside them, by slot (`TokenNotes`), so that all
     sequences that a step decoded are looked at together (`decide`, `apply`). A policy that acts at the end of the prompt
-    alone needs none of it (`complete`).
-
-    Work on keys and values is separate from the tables: what changes them gives the `Work` to be done then, on whatever
-    stream, before anybody reads the sequence. On CUDA it does not wait for the device.
+    alone needs none of it (`prompt`).
 
     Parameters
     ----------
@@ -99,7 +88,8 @@ class Eviction:
         self.group = group
         self._tables = tables
         self._pool = pool
-        self._observer = observer
+        #: what the policy does at the end of a prompt
+        self.prompt = PromptEviction(policy, group, tables, pool, observer)
         self._device = pool.device
         self._per_head = self.policy is not None and not self.policy.shared_across_heads
         self._layers = torch.tensor(group.layers, device=self._device)[:, None]
@@ -119,115 +109,29 @@ class Eviction:
                     heads=group.kv_heads,
                     blocks=pool.num_blocks + 1,
                     block_size=pool.block_size,
-                    scored=self._scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
+                    scored=self.prompt.scores(torch.zeros(1, dtype=torch.int64, device=self._device)) is not None,
                     device=self._device,
                 )
             else:
                 self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
         # whether kernels read and move what the notes are about, and find the token to evict
         self._kernels = self._notes is not None and has_kernels(pool.device) and not pool.is_packed
-        self._norms_noted = self._kernels and _scores_norms(policy)
+        self._norms_noted = self._kernels and scores_norms(policy)
         # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
         self._sizes: dict[int, int] = {}
         self._rules: dict[int, NormRule | None] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
-        self.evicted = 0
+        self._evicted = 0
+
+    @property
+    def evicted(self) -> int:
+        """Tokens removed so far, at the end of prompts and behind."""
+        return self.prompt.evicted + self._evicted
 
     def follows(self, rows: Ints) -> Bools:
         """Whether more may be decided for each of some sequences."""
         following: Bools = self._noted[rows] >= 0
         return following
-
-    def complete(self, row: int, images: ImageSpans = ()) -> Work | None:
-        """Let a policy that acts at the end of the prompt alone act on a complete one; ``None`` if everything stays.
-
-        ``images`` says where its image tokens stand.
-
-        Raises
-        ------
-        PoolFullError
-            If the kept tokens have no room; nothing has changed then.
-        """
-        assert self.policy is not None
-        policy, length = self.policy, int(self._tables.lengths[row])
-        due = policy.due(step=length, done=False, prompt=True)
-        size = policy.size_of_prompt(length, images) if due else length
-        if size == length:
-            self._observations(row)
-            return None
-        if isinstance(policy, Merging):
-            return self._merge(policy, row, size, images)
-        if not (policy.needs.prompt or self._per_head):
-            # positions alone decide, here and now
-            chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length, ordered=True))
-            return self._replace(row, size)(chosen)
-        take = self._replace(row, size)
-        observed = self._observations(row)
-
-        def keep(slots: Tensor) -> Tensor:
-            return (
-                self._keep_of_prompt(slots, observed)
-                if policy.needs.prompt
-                else self._keep_by_score(self._scores(slots))
-            )
-
-        return take(keep)
-
-    def made_of_prompt(self, request: Request, part: slice, made: Made) -> Work:
-        """Work that makes what a policy makes of a complete prompt in some of the group's layers; the sequence stays as it is.
-
-        Parameters
-        ----------
-        request
-            Whose prompt it is.
-        part
-            The layers.
-        made
-            Gets keys and values, each ``[layers, kv_heads, n, head_dim]``, when the work is done.
-        """
-        policy, slots = self._merging, self._tables.stored_slots(request.row)[: request.prompt_length]
-        images = request.image_spans
-
-        def work() -> None:
-            [source] = self._upload(slots)
-            own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
-            made.append(policy.merge(*own, self.group.layers[part], images))
-
-        return work
-
-    def replace_prompt(self, request: Request, parts: Sequence[tuple[slice, Made]]) -> Work:
-        """Give a sequence blocks for what was made of its prompt and for the tokens behind it; the work puts both there.
-
-        Parameters
-        ----------
-        request
-            Whose prompt it was.
-        parts
-            All layers of the group, and what the work of `made_of_prompt` gives until this one is done.
-
-        Raises
-        ------
-        PoolFullError
-            If there are no such blocks; nothing has changed then.
-        """
-        row, prompt = request.row, request.prompt_length
-        before = self._tables.stored_slots(row)
-        behind = before[prompt:]
-        self._tables.replace(row, self._merging.size_of_prompt(prompt, request.image_spans) + len(behind))
-        after = self._tables.stored_slots(row)
-        self.evicted += len(before) - len(after)
-
-        def work() -> None:
-            source, target = self._upload(behind, after)
-            for part, [(keys, values)] in parts:
-                for one in (keys, values) if self._device.type == "cuda" else ():
-                    # they may have been made on another stream, whose allocator is to wait for this one
-                    one.record_stream(torch.cuda.current_stream(self._device))
-                # read before anything of these layers is written: blocks may be the same
-                own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
-                self._pool.put(target, part, torch.cat([keys, own[0]], dim=-2), torch.cat([values, own[1]], dim=-2))
-
-        return work
 
     def enter(self, row: int) -> None:
         """Begin the book of a sequence whose first tokens are stored and complete."""
@@ -264,12 +168,11 @@ class Eviction:
                 own, steps = some[part], saw[part]
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
-                    observed = self._observer_of_prompts.observations(row, self.group.layers)
-                    found.append(Decided(own, self._keep_of_prompt(self._slots(row), observed)[None], False))
+                    found.append(Decided(own, self.prompt.keep_observed(row)[None], False))
                     continue
                 here = uploaded
                 if uploaded is not None and len(own) != len(uploaded.seen):
-                    here = _Uploaded(*self._upload(*self._facts(own, steps)))
+                    here = _Uploaded(*upload(self._device, *self._facts(own, steps)))
                 rule = self._norm_rule(length) if single else None
                 if rule is not None and here is not None:
                     chosen = self._least(rule, here, length)
@@ -334,7 +237,7 @@ class Eviction:
             If there are no such blocks; nothing has changed then.
         """
         kept = int(keep.shape[-1])
-        work = self._replace(row, kept)(keep)
+        work = self.prompt.replace(row, kept)(keep)
         if self._noted[row] >= 0:
             if self._notes is None:
                 self._positions[row, :kept] = self._positions[row, keep.cpu().numpy()]
@@ -353,9 +256,9 @@ class Eviction:
         for (length, count), some in alike.items():
             own = rows[some]
             if self._notes is None:
-                [positions] = self._upload(self._positions[own, :length])
+                [positions] = upload(self._device, self._positions[own, :length])
             else:
-                positions, _ = self._notes.read(self._upload(self._blocks(own, length))[0], length)
+                positions, _ = self._notes.read(upload(self._device, self._blocks(own, length))[0], length)
             ranks = positions.argsort(dim=-1).argsort(dim=-1)
             new = torch.arange(length, length + count, device=self._device)
             places = torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1)
@@ -373,135 +276,7 @@ class Eviction:
     def leave(self, row: int) -> None:
         """Forget a sequence."""
         self._noted[row] = -1
-        if self._observer is not None:
-            self._observer.leave(row)
-
-    def _replace(self, row: int, size: int) -> Callable[[Tensor | Callable[[Tensor], Tensor]], Work]:
-        """Give a sequence blocks for ``size`` of its tokens; what comes back turns a choice into the work of moving them.
-
-        The choice is an index, or gives one from the slots ``[n]`` of all tokens once it is asked: then, not before.
-        """
-        before = self._tables.stored_slots(row)
-        self._tables.replace(row, size)
-        after = self._tables.stored_slots(row)
-        self.evicted += len(before) - size
-
-        def take(choice: Tensor | Callable[[Tensor], Tensor]) -> Work:
-            def work() -> None:
-                if isinstance(choice, Tensor) and choice.dim() == 1 and choice.device.type == "cpu":
-                    source = self._upload(before[choice.numpy()])[0]
-                else:
-                    [slots] = self._upload(before)
-                    keep = choice.to(self._device) if isinstance(choice, Tensor) else choice(slots)
-                    source = slots[keep]
-                self._pool.keep(source, *self._upload(after))
-
-            return work
-
-        return take
-
-    def _merge(self, policy: Merging, row: int, size: int, images: ImageSpans) -> Work:
-        """Give a sequence blocks for what a policy makes of its prompt; the work makes it."""
-        before = self._tables.stored_slots(row)
-        self._tables.replace(row, size)
-        after = self._tables.stored_slots(row)
-        self.evicted += len(before) - size
-
-        def work() -> None:
-            source, target = self._upload(before, after)
-            # a layer's vectors are all read before any is written: blocks may be the same
-            # keys and values of each token
-            for part in self._parts(2 * len(before), together=True):
-                own = self._pool.keys_of(source, part), self._pool.values_of(source, part)
-                self._pool.put(target, part, *policy.merge(*own, self.group.layers[part], images))
-
-        return work
-
-    def _keep_of_prompt(self, slots: Tensor, observed: Sequence[PromptObservation]) -> Tensor:
-        """What a policy that looks at a prompt keeps of one in ``slots``, ``[layers, kv_heads, k]``.
-
-        As many layers as have room are looked at together; where scores are all that decides, all of them are ranked at once.
-        """
-        policy = self.policy
-        assert policy is not None
-        observer, layers, length = self._observer_of_prompts, self.group.layers, slots.shape[0]
-        positions = torch.arange(length, device=self._device)
-        together = policy.heads_apart and len({one.scale for one in observed}) == 1
-        scores, kept = [], []
-        for part in self._parts(
-            length, observed[0].numbers_of_token(weights=not has_weight_kernels(self._pool)), together=together
-        ):
-            heads = len(layers[part]) * self.group.kv_heads
-            view = PooledPrompt(
-                positions.expand(heads, length), length - 1, pool=self._pool, slots=slots, part=part,
-                observed=PromptObservation.side_by_side(observed[part]), layer=layers[part.start], layers=observer.layers,
-                rotate=observer.turn(layers[part.start]), turn=observer.rotate if self.group.places else None,
-            )  # fmt: skip
-            score = policy.prompt_score(view)
-            if score is not None:
-                scores.append(score)
-                continue
-            found = policy.keep(view)
-            kept.append(found.expand(heads, -1).reshape(-1, self.group.kv_heads, found.shape[-1]))
-        if kept:
-            return torch.cat(kept)
-        return self._keep_by_score(torch.cat(scores).view(len(layers), self.group.kv_heads, length))
-
-    def _keep_by_score(self, scores: Tensor | None) -> Tensor:
-        """What the policy keeps of a complete prompt by the scores ``[layers, kv_heads, n]`` of its tokens."""
-        assert self.policy is not None
-        assert scores is not None
-        length = scores.shape[-1]
-        positions = torch.arange(length, device=self._device).expand(scores.shape)
-        return self.policy.keep(
-            CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length, ordered=True)
-        )
-
-    def _scores(self, slots: Tensor) -> Tensor | None:
-        """`Policy.token_score` of the tokens in ``slots``, ``[layers, kv_heads, n]``, from keys alone."""
-        assert self.policy is not None
-        if _scores_norms(self.policy):
-            norms = paged_norms(self._pool, slots, slice(None))
-            if norms is not None:
-                return norms
-        found = []
-        for part in self._parts(slots.shape[0], together=True):
-            score = self.policy.token_score(self._pool.keys_of(slots, part))
-            if score is None:
-                return None
-            found.append(score)
-        return torch.cat(found)
-
-    def _parts(self, tokens: int, asked: int = 0, *, together: bool) -> list[slice]:
-        """The group's layers: as many at once as `_LOOK_BYTES` allow, or one by one.
-
-        Parameters
-        ----------
-        tokens
-            Of a sequence.
-        asked
-            Float32 numbers that are computed for each of them in a layer beside its keys.
-        together
-            Whether several layers may be looked at together.
-        """
-        layers = len(self.group.layers)
-        each = tokens * (self.group.kv_heads * self.group.head_dim * self._pool.dtype.itemsize + 4 * asked)
-        step = max(1, _LOOK_BYTES // each) if together else 1
-        return [slice(first, min(first + step, layers)) for first in range(0, layers, step)]
-
-    @property
-    def _merging(self) -> Merging:
-        assert isinstance(self.policy, Merging)
-        return self.policy
-
-    @property
-    def _observer_of_prompts(self) -> PromptObserver:
-        assert self._observer is not None
-        return self._observer
-
-    def _observations(self, row: int) -> list[PromptObservation]:
-        """What was gathered of a sequence's prompt in the layers of the group, which nobody asks for again."""
-        return [] if self._observer is None else self._observer.take(row, self.group.layers)
+        self.prompt.leave(row)
 
     def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
         """Those of the sequences that have a book, and what they have seen."""
@@ -532,7 +307,9 @@ class Eviction:
         if self._notes is None:
             self._positions[owners, at] = positions
         else:
-            slots, noted, *facts = self._upload(self._tables.slots_at(owners, at), positions, *self._facts(rows, seen))
+            slots, noted, *facts = upload(
+                self._device, self._tables.slots_at(owners, at), positions, *self._facts(rows, seen)
+            )
             if not len(owners):
                 pass
             elif self._norms_noted:
@@ -540,7 +317,7 @@ class Eviction:
 
                 note_norms(self._pool.keys, slots, noted, self._notes.by_slot)
             else:
-                self._notes.write(slots, noted, self._scores(slots) if self._notes.scored else None)
+                self._notes.write(slots, noted, self.prompt.scores(slots) if self._notes.scored else None)
             found = _Uploaded(*facts)
         self._noted[rows] = lengths
         return found
@@ -611,11 +388,13 @@ class Eviction:
             gone = victim.numpy()
             if ((gone < 0) | (gone >= lengths)).any():
                 raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
-            self._pool.move(*self._upload(self._tables.slots_at(rows, gone), self._tables.slots_at(rows, lengths - 1)))
+            self._pool.move(
+                *upload(self._device, self._tables.slots_at(rows, gone), self._tables.slots_at(rows, lengths - 1))
+            )
             self._positions[rows, gone] = self._positions[rows, lengths - 1]
         else:
             if places is None:
-                blocks, _, last = self._upload(*self._facts(rows, lengths))
+                blocks, _, last = upload(self._device, *self._facts(rows, lengths))
             else:
                 blocks, last = places
             if self._kernels:
@@ -627,7 +406,7 @@ class Eviction:
                 self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), last)
         self._tables.drop_last(rows)
         self._noted[rows] -= 1
-        self.evicted += len(rows)
+        self._evicted += len(rows)
         self._unordered[rows] = True
         self._settle(rows)
 
@@ -648,22 +427,7 @@ class Eviction:
     def _some(self, chosen: Tensor, which: Bools) -> Tensor:
         """Of what was chosen for some sequences, what was for those marked."""
         index = np.flatnonzero(which)
-        return chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else self._upload(index)[0]]
-
-    def _slots(self, row: int) -> Tensor:
-        return self._upload(self._tables.stored_slots(row))[0]
-
-    def _upload(self, *numbers: Ints) -> list[Tensor]:
-        """Numbers on the device, in one transfer. From pinned memory, which the host need not wait for."""
-        if self._device.type != "cuda":
-            return [torch.from_numpy(each) for each in numbers]
-        packed = torch.from_numpy(np.concatenate([each.ravel() for each in numbers])).pin_memory()
-        parts = torch.split(packed.to(self._device, non_blocking=True), [each.size for each in numbers])
-        return [part.view(each.shape) for part, each in zip(parts, numbers, strict=True)]
-
-
-def _scores_norms(policy: Policy | None) -> bool:
-    return isinstance(policy, RankedPolicy) and type(policy).token_score is RankedPolicy.token_score
+        return chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else upload(self._device, index)[0]]
 
 
 def norm_rule_of(policy: Policy | None, length: int) -> NormRule | None:
