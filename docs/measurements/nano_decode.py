@@ -30,12 +30,12 @@ from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.models import resolve_model
 from kvsuite.models.load import load_model
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs, StepBatch
+from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs
-from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention
-from kvsuite.nanovllm.flashinfer_captured import FEW_PROGRAMS
 from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries, libraries_for
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable, rows_bucket
 from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kernel_attention import KernelAttention
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.row_linear import MOST_ROWS
 from kvsuite.nanovllm.runner import ModelRunner
@@ -119,7 +119,7 @@ def check(bench: Bench) -> None:
     attention = (
         ReferenceAttention([pool])
         if exact
-        else FlashInferAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
+        else KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     )
     last = torch.stack([rows[-1] for rows in whole])
     if not exact:
@@ -244,7 +244,7 @@ def attention(bench: Bench) -> None:
     from kvsuite.nanovllm.split_attention import split_attention
 
     pool = bench.pool(max(b * (n + MARGIN) for b, n in bench.cases))
-    owner = FlashInferAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
+    owner = KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     builder = BatchBuilder(bench.device)
     scale = bench.group.head_dim**-0.5
     for size, length in bench.cases:
@@ -302,7 +302,7 @@ def ragged(bench: Bench) -> None:
     from kvsuite.nanovllm.split_attention import split_attention
 
     pool = bench.pool(256 * 1100)
-    owner = FlashInferAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
+    owner = KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     scale = bench.group.head_dim**-0.5
     for size in (8, 32, 64, 128, 256):
         lengths = bench.rng.integers(100, 2049, size)
@@ -370,7 +370,7 @@ def steps(bench: Bench) -> None:
     bandwidth = copy_bandwidth(bench.device)
     decoder = FusedDecoder(bench.loaded.model, bench.config, 8192)
     pool = bench.pool(max(b * (n + MARGIN + BLOCK) for b, n in bench.cases))
-    owner = FlashInferAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
+    owner = KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     buckets = {rows_bucket(b) for b, _ in bench.cases if b <= MOST_ROWS}
     _warm_kernels([(t, r, g) for t in CANDIDATES for r in buckets for g in (False, True) if not g or t.splits == 1])
     started = time.perf_counter()
@@ -432,7 +432,7 @@ def prefill(bench: Bench) -> None:
     decoder = FusedDecoder(bench.loaded.model, bench.config, 8192)
     pool = bench.pool(1 << 15)
     owners = {
-        name: FlashInferAttention([pool], query_heads=bench.heads, libraries=Libraries(frozenset({FA2, name})))
+        name: KernelAttention([pool], query_heads=bench.heads, libraries=Libraries(frozenset({FA2, name})))
         for name in ("fa2", "fa3")
     }
     for (size, length), (name, owner) in itertools.product(((1, 3968), (4, 3968), (16, 960)), owners.items()):

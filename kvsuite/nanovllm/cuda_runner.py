@@ -1,4 +1,4 @@
-"""The runner of a runtime on CUDA: captured decode steps, fused layers, FlashInfer; and what was chosen, and why.
+"""The runner of a runtime on CUDA: captured decode steps, fused layers, attention kernels; and what was chosen, and why.
 
 Which kernels run is settled at the start, by what is there: FlashInfer's libraries, tilings that were tried on this machine.
 What takes a compiler minutes is built where that is asked for (``build``), which ``doctor --prepare`` does ahead; what Triton
@@ -22,14 +22,14 @@ from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
 from .batch import StepBatch
+from .captured_attention import FEW_PROGRAMS
 from .captured_layers import CapturedLayers, layer_sizes
 from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
 from .dry_steps import DrySteps
-from .flashinfer_attention import FlashInferAttention
-from .flashinfer_captured import FEW_PROGRAMS
 from .flashinfer_libraries import HEAD_DIMS, libraries_for, takes_flashinfer
 from .fused_layers import FusedDecoder, not_fusable
+from .kernel_attention import KernelAttention
 from .kv_pool import KVPool
 from .limits import Limits
 from .paged_attention import AttentionBackend, attending
@@ -76,7 +76,7 @@ class CapturableReference(ReferenceAttention):
 
 def attention_for(
     pools: Sequence[KVPool], *, query_heads: int, rotation: KeyRotation | None = None, build: bool = False
-) -> tuple[FlashInferAttention | CapturableReference, str]:
+) -> tuple[KernelAttention | CapturableReference, str]:
     """The attention for these pools, and why it is the reference.
 
     Parameters
@@ -92,12 +92,12 @@ def attention_for(
     """
     first = pools[0]
     if first.device.type != "cuda":
-        return CapturableReference(pools, rotation), f"FlashInfer needs CUDA, not {first.device.type}"
+        return CapturableReference(pools, rotation), f"the kernels need CUDA, not {first.device.type}"
     if first.dtype not in (torch.bfloat16, torch.float16):
-        return CapturableReference(pools, rotation), f"FlashInfer does not compute in {first.dtype}"
+        return CapturableReference(pools, rotation), f"the kernels do not compute in {first.dtype}"
     odd = {pool.group.head_dim for pool in pools} - set(HEAD_DIMS)
     if odd:
-        return CapturableReference(pools, rotation), f"FlashInfer has no kernel for head_dim {min(odd)}"
+        return CapturableReference(pools, rotation), f"no kernel for head_dim {min(odd)}"
     if without := _without_kernel(pools):
         return CapturableReference(pools, rotation), without
     libraries = libraries_for(pools, build=build)
@@ -108,7 +108,7 @@ def attention_for(
             return CapturableReference(pools, rotation), (
                 f"torch's flash attention needs compute capability 8.0, the device has {version}, and FlashInfer is not built"
             )
-    return FlashInferAttention(pools, query_heads=query_heads, libraries=libraries, rotation=rotation), ""
+    return KernelAttention(pools, query_heads=query_heads, libraries=libraries, rotation=rotation), ""
 
 
 def _without_kernel(pools: Sequence[KVPool]) -> str:
@@ -240,7 +240,7 @@ class CudaRunner(ModelRunner):
     @property
     def facts(self) -> Mapping[str, Any]:
         attention = self.attention
-        if isinstance(attention, FlashInferAttention):
+        if isinstance(attention, KernelAttention):
             attends = ", ".join(dict.fromkeys(attention.effective["attention"]))
         else:
             attends = f"reference ({self._why_reference})"
@@ -269,7 +269,7 @@ class CudaRunner(ModelRunner):
     @property
     def _kernels(self) -> str:
         """Whether all kernels are there that `build` makes, which are not, and which are not used."""
-        if not isinstance(self.attention, FlashInferAttention):
+        if not isinstance(self.attention, KernelAttention):
             return f"none: {self._why_reference}"
         missing = [f"flashinfer {name}" for name in sorted(self.attention.libraries.missing)]
         if self._untried:
@@ -347,7 +347,7 @@ class CudaRunner(ModelRunner):
     def beside(self, turns: Turns) -> Self:
         """Another runner for steps on another stream, the current one; it shares the fused layers and captures nothing."""
         other = super().beside(turns)
-        assert isinstance(other.backend, FlashInferAttention | CapturableReference)
+        assert isinstance(other.backend, KernelAttention | CapturableReference)
         other.attention, other.graphs, other.layers, other.captured_bytes = other.backend, None, None, 0
         other._why_not_captured = "steps of prompts are not captured"
         other._why_eager_prompts = _APART
@@ -372,9 +372,7 @@ class CudaRunner(ModelRunner):
     @property
     def _all_ours(self) -> bool:
         """Whether no part of a layer is anybody else's."""
-        return (
-            self.device.type == "cuda" and self.decoder is not None and isinstance(self.attention, FlashInferAttention)
-        )
+        return self.device.type == "cuda" and self.decoder is not None and isinstance(self.attention, KernelAttention)
 
     def _compile_ahead(self, graphs: DecodeGraphs | None) -> None:
         """Compile what steps of any make-up launch, and the captured ones of ``graphs``.

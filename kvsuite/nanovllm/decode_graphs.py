@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import StepBatch
-from .flashinfer_captured import FEW_PROGRAMS
+from .captured_attention import FEW_PROGRAMS
 from .kv_pool import KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
@@ -71,7 +71,7 @@ class DecodeGraphs:
     max_blocks
         Blocks of the longest sequence.
     few_programs
-        See `FlashInferAttention.captured`.
+        See `KernelAttention.captured`.
     """
 
     def __init__(

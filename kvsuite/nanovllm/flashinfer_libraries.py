@@ -136,7 +136,7 @@ def takes_flashinfer(pool: KVPool) -> bool:
 
 
 def _specification(name: str, dtype: torch.dtype, head_dim: int) -> Any:
-    """What FlashInfer calls for when `FlashInferAttention` plans a step: prompts and, with ``fa2``, decode steps."""
+    """What FlashInfer calls for when `KernelAttention` plans a step: prompts and, with ``fa2``, decode steps."""
     from flashinfer.jit import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
         gen_batch_prefill_module,
     )

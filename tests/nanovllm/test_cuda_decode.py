@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs, default_sizes  # noqa: E402
-from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention  # noqa: E402
 from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
+from kvsuite.nanovllm.kernel_attention import KernelAttention  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
 from kvsuite.nanovllm.tiling_choice import choose_tilings  # noqa: E402
@@ -89,7 +89,7 @@ def test_captured_steps_give_the_logits_of_transformers(few, tuned):
         decoder.tilings = {(product, 16): tiling for product, tiling in OWN.items()}
     elif tuned:
         choose_tilings(decoder, [4])
-    attention = FlashInferAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
     prompt = sequences.batch(LENGTHS, LENGTHS)
     attention.begin(prompt)
     found = decoder.logits(prompt, attention)
@@ -108,7 +108,7 @@ def test_captured_steps_give_the_logits_of_transformers(few, tuned):
 def test_single_tokens_and_prompts_in_one_step():
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    attention = FlashInferAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
     # two sequences decode while the third one's prompt comes in two chunks; one of a single token stands behind
     for lengths, counts in (([40, 3, 9], [40, 3, 9]), ([41, 4, 16], [1, 1, 7]), ([42, 6, 17], [1, 2, 1])):
         batch = sequences.batch(lengths, counts)
@@ -121,7 +121,7 @@ def test_single_tokens_and_prompts_in_one_step():
 def test_padding_rows_write_to_the_scratch_block_alone():
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    attention = FlashInferAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
     prompt = sequences.batch(LENGTHS, LENGTHS)
     attention.begin(prompt)
     decoder.logits(prompt, attention)
@@ -142,7 +142,7 @@ def test_a_batch_that_no_graph_can_run_is_left_to_the_caller():
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
     graphs = DecodeGraphs(
         decoder.logits,
-        FlashInferAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2}))),
+        KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2}))),
         [2],
         4,
     )

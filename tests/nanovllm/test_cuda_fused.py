@@ -18,7 +18,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
-from kvsuite.nanovllm.flashinfer_captured import FEW_PROGRAMS, CapturedAttention  # noqa: E402
+from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS, CapturedAttention  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402

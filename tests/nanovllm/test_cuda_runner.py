@@ -17,9 +17,9 @@ from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.cuda_runner import CapturableReference, CudaRunner, attention_for, cuda_runner
 from kvsuite.nanovllm.decode_graphs import default_sizes
-from kvsuite.nanovllm.flashinfer_attention import FlashInferAttention
 from kvsuite.nanovllm.flashinfer_libraries import Libraries, flashinfer_module
 from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kernel_attention import KernelAttention
 from kvsuite.nanovllm.kv_pool import KVPool
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
@@ -53,7 +53,7 @@ def test_output_through_static_steps_equals_generate(kind: str) -> None:
     else:
         assert facts["decode_sizes"] == [2, 5, 8]
     assert facts["decode_step"] == "eager"
-    assert "FlashInfer needs CUDA" in facts["attention"]
+    assert "the kernels need CUDA" in facts["attention"]
 
 
 def test_decode_steps_go_over_the_static_tensors() -> None:
@@ -190,12 +190,12 @@ def test_flashinfer_that_is_not_installed_says_how(monkeypatch: pytest.MonkeyPat
         flashinfer_module()
 
 
-def test_the_reference_attends_where_flashinfer_cannot() -> None:
+def test_the_reference_attends_where_kernels_cannot() -> None:
     group = LayerGroup((0,), 2, 80)
     pool = KVPool(group, num_blocks=2, block_size=4, device=torch.device("cpu"), dtype=torch.bfloat16)
     attention, why = attention_for([pool], query_heads=4)
     assert isinstance(attention, CapturableReference)
-    assert "needs CUDA" in why
+    assert why == "the kernels need CUDA, not cpu"
 
 
 @pytest.mark.parametrize("group", [LayerGroup((0,), 2, 64), LayerGroup((0,), 2, 64, window=8)])
@@ -210,7 +210,7 @@ def test_the_reference_attends_where_torchs_flash_attention_cannot(
     monkeypatch.setattr(module, "libraries_for", lambda pools, build: Libraries(missing=frozenset({"fa2"})))
     made: list[Any] = []
     # what it would allocate has no device here
-    monkeypatch.setattr(module, "FlashInferAttention", lambda pools, **options: made.append(pools))
+    monkeypatch.setattr(module, "KernelAttention", lambda pools, **options: made.append(pools))
     attention, why = attention_for([pool], query_heads=4)
     # single tokens with a window need none of torch's
     if capability == (7, 5) and group.window is None:
@@ -230,13 +230,13 @@ def test_the_record_says_which_kernels_are_there() -> None:
         # as the facts of a CUDA device are made
         runner.device = torch.device("cuda")
         try:
-            assert runner.facts["kernels"] == "none: FlashInfer needs CUDA, not cpu"
+            assert runner.facts["kernels"] == "none: the kernels need CUDA, not cpu"
             for missing, words in (
                 (set(), "prepared"),
                 ({"fa2", "fa3"}, "not prepared: flashinfer fa2, flashinfer fa3"),
             ):
                 libraries = Libraries(missing=frozenset(missing))
-                runner.attention = FlashInferAttention(runtime.pools, query_heads=4, libraries=libraries)
+                runner.attention = KernelAttention(runtime.pools, query_heads=4, libraries=libraries)
                 assert runner.facts["kernels"] == words
                 # fused layers would have had tilings
                 decoder: Any = type("Decoder", (), {"effective": {"products": {}}})

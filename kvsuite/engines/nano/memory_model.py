@@ -18,7 +18,7 @@ from kvsuite.quantization.formats import DENSE_TILE
 from .formats import refused_format
 
 BLOCK_TOKENS = 16
-#: what FlashInfer gets on CUDA (`kvsuite.nanovllm.flashinfer_attention`), and for what it has kernels
+#: what FlashInfer gets on CUDA (`kvsuite.nanovllm.kernel_attention`), and for what it has kernels
 ATTENTION_WORKSPACE = 256 << 20
 _FLASHINFER_DTYPES = ("bfloat16", "float16")
 _FLASHINFER_HEAD_DIMS = (64, 128, 256)

@@ -212,9 +212,9 @@ def test_a_step_feeds_no_more_than_the_prompts_have() -> None:
 
 
 def test_flashinfers_workspace_is_counted_where_it_attends() -> None:
-    from kvsuite.nanovllm import flashinfer_attention, flashinfer_libraries
+    from kvsuite.nanovllm import flashinfer_libraries, kernel_attention
 
-    assert flashinfer_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
+    assert kernel_attention._WORKSPACE_BYTES == ATTENTION_WORKSPACE
     assert flashinfer_libraries.HEAD_DIMS == _FLASHINFER_HEAD_DIMS
     wide, narrow = architecture_of("dummy:Llama-3-8B"), architecture_of("dummy:tiny")
     there, here, exact, odd = (

@@ -1,7 +1,7 @@
 """Paged attention on CUDA: prompts through `prompt_attention`, single tokens through `split_attention`, which needs no plan.
 
 Through the reference go layers with keys that are placed in the cache, and prompts of layers with a window. Captured steps:
-`flashinfer_captured`. Where FlashInfer's libraries are not built, torch's kernels and our own do all of it.
+`captured_attention`. Where FlashInfer's libraries are not built, torch's kernels and our own do all of it.
 
 Of packed pages, single tokens read the codes (`packed_split_attention`); for prompts, the blocks of their sequences are
 unpacked one behind the other, layer by layer, so that they too see what is stored, their own chunk included.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cuda_driver
 from .batch import StepBatch
-from .flashinfer_captured import FEW_PROGRAMS, CapturedAttention, FlashInferLayers, split
+from .captured_attention import FEW_PROGRAMS, CapturedAttention, KernelLayers, split
 from .flashinfer_libraries import FA2, FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
@@ -27,7 +27,7 @@ from .reference_attention import KeyRotation, ReferenceAttention
 _WORKSPACE_BYTES = 256 << 20
 
 
-class FlashInferAttention(FlashInferLayers):
+class KernelAttention(KernelLayers):
     """Attention of steps of any make-up; `captured` makes one for a graph.
 
     Parameters
@@ -78,9 +78,9 @@ class FlashInferAttention(FlashInferLayers):
         """Keys are cut for as many SMs as the current stream has: lanes move between partitions."""
         self.processors = _processors(self.device)
 
-    def beside(self) -> FlashInferAttention:
+    def beside(self) -> KernelAttention:
         """The same for steps of another lane, whose stream is the current one, with a workspace of its own."""
-        return FlashInferAttention(self.pools, **self._given)
+        return KernelAttention(self.pools, **self._given)
 
     @property
     def capturable(self) -> bool:

@@ -60,8 +60,8 @@ class PooledLayers:
         return self._attend[number](query.contiguous(), *pool.layer(index), scale)
 
 
-class FlashInferLayers(PooledLayers):
-    """What eager attention by FlashInfer holds and captured attention uses: sizes, the workspace, the module itself."""
+class KernelLayers(PooledLayers):
+    """What eager attention by kernels holds and captured attention uses: sizes, the workspace, the module itself."""
 
     flashinfer: Any
     query_heads: int
@@ -119,7 +119,7 @@ class CapturedAttention(PooledLayers):
         ``sequences * kv_heads`` up to which keys are cut for our own kernel.
     """
 
-    def __init__(self, owner: FlashInferLayers, batch: StepBatch, few_programs: int) -> None:
+    def __init__(self, owner: KernelLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
         self._processors = owner.processors
@@ -188,7 +188,7 @@ class CapturedAttention(PooledLayers):
 class PlannedDecode:
     """FlashInfer's decode of one group and batch size over fixed buffers."""
 
-    def __init__(self, owner: FlashInferLayers, pool: KVPool, table_shape: Sequence[int]) -> None:
+    def __init__(self, owner: KernelLayers, pool: KVPool, table_shape: Sequence[int]) -> None:
         size, most = table_shape
         device = owner.device
         self._shape = (owner.query_heads, pool.group.kv_heads, pool.group.head_dim, pool.block_size)
