@@ -17,6 +17,7 @@ from torch import Tensor
 from .batch import GroupBatch, StepBatch
 from .kv_pool import KVPool
 from .layer_pages import LayerPages
+from .paged_attention import written_to
 
 if TYPE_CHECKING:
     from .step_attention import Heads
@@ -55,9 +56,9 @@ class PooledLayers:
             else:
                 side.codes.flatten(0, 1).index_copy_(0, slots, vectors.to(side.codes.dtype))
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         number, index, pool = self._where[layer]
-        return self._attend[number](query.contiguous(), *pool.layer(index), scale)
+        return written_to(out, self._attend[number](query.contiguous(), *pool.layer(index), scale))
 
 
 class KernelLayers(PooledLayers):

@@ -93,7 +93,8 @@ class CapturedLayers:
         heads, head_dim = decoder.query_heads, decoder.head_dim
         vectors: Any = {"dtype": decoder.dtype, "device": device}
         self._residual = torch.zeros(rows, decoder.width, **vectors)
-        self._query, self._mixed = (torch.zeros(rows, heads, head_dim, **vectors) for _ in range(2))
+        # a row more than there are tokens takes what padding of the single tokens attends to
+        self._query, self._mixed = (torch.zeros(rows + 1, heads, head_dim, **vectors) for _ in range(2))
         self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self._slots = [torch.full((rows,), SCRATCH_BLOCK, dtype=torch.int64, device=device) for _ in self._pools]
         self._max_blocks = max_blocks
@@ -101,6 +102,8 @@ class CapturedLayers:
         self._beside = _Beside(device)
         if self._single_sizes:
             self._singles = static_batch(self._single_sizes[-1], len(self._pools), max_blocks, device)
+            self._rows = torch.arange(self._single_sizes[-1], device=device)
+            self._places = self._rows.clone()
         # launches of each layer, by tokens and by single tokens; the largest come first, and others use their memory
         self._pieces = {size: self._layers(size) for size in reversed(self.sizes)}
         self._single_pieces = {size: self._single_layers(size) for size in reversed(self._single_sizes)}
@@ -161,11 +164,9 @@ class CapturedLayers:
                     continue
                 if singles:
                     self._beside.launch(attend[index])
-                found = backend.attend(index, query, self._decoder.scale)
+                backend.attend(index, query, self._decoder.scale, mixed)
                 if singles:
                     self._beside.join()
-                # over the padding of the single tokens
-                mixed.copy_(found)
             rows = batch.sample_rows
             return self._decoder.last(self._mixed.flatten(1)[rows], self._residual[rows])
 
@@ -197,6 +198,9 @@ class CapturedLayers:
         assert self._singles is not None
         size = next(size for size in self._single_sizes if size >= singles)
         fill(narrowed(self._singles, size), batch.part(0, singles))
+        # behind the single tokens stand prompts, which attend at the same time
+        self._places.copy_(self._rows)
+        self._places[singles:size].fill_(len(self._mixed) - 1)
         return self._single_pieces[size]
 
     def _layers(self, size: int) -> list[Launch]:
@@ -208,8 +212,7 @@ class CapturedLayers:
         residual, delta = self._residual[:size], None
         if index:
             delta = self._decoder.feed_forward(index - 1, self._mixed[:size].flatten(1), residual)
-        query = self._decoder.queries(index, delta, residual, self._positions[:size], destination)
-        self._query[:size].copy_(query)
+        self._decoder.queries(index, delta, residual, self._positions[:size], destination, self._query[:size])
 
     def _destination(self, size: int) -> Destination:
         slots = [own[:size] for own in self._slots]
@@ -227,7 +230,8 @@ class CapturedLayers:
         attention.begin(batch)
 
         def attend(index: int) -> None:
-            self._mixed[:size].copy_(attention.attend(index, self._query[:size], self._decoder.scale))
+            found = attention.attend(index, self._query[:size], self._decoder.scale)
+            self._mixed.index_copy_(0, self._places[:size], found)
 
         return [partial(attend, index) for index in self._indices]
 

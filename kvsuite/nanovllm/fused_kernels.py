@@ -326,6 +326,7 @@ def rotate_store(
     values: LayerPages,
     *,
     query_heads: int,
+    out: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Norm and rotate queries and keys; write keys and values to their slots; return queries ``[T, heads, head_dim]``.
@@ -348,13 +349,16 @@ def rotate_store(
         The layer's pages.
     query_heads
         Heads of the queries.
+    out
+        Where they are written, contiguous, if given.
     pdl
         Whether neighbours in the stream may overlap.
     """
     parts, rows, _ = qkv.shape
     kv_heads, head_dim = keys.codes.shape[-2], 2 * table[0].shape[-1]
     packed = keys.side.is_packed or values.side.is_packed
-    out = torch.empty(rows, query_heads, head_dim, dtype=table[0].dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty(rows, query_heads, head_dim, dtype=table[0].dtype, device=qkv.device)
     # a program's heads are all of one kind
     heads = 1
     while heads < 8 and query_heads % (2 * heads) == 0 and kv_heads % (2 * heads) == 0:

@@ -265,7 +265,13 @@ class FusedDecoder:
         return backend.attend(index, query, self.scale).reshape(batch.tokens, -1)
 
     def queries(
-        self, index: int, delta: Tensor | None, residual: Tensor, positions: Tensor, destination: Destination
+        self,
+        index: int,
+        delta: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        destination: Destination,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The first half of a layer: queries ``[T, heads, head_dim]``, and keys and values to where they go.
 
@@ -281,6 +287,8 @@ class FusedDecoder:
             int64 ``[T]``.
         destination
             Pages of a layer, and the slots of the tokens in them.
+        out
+            Where the queries are written, if given.
         """
         from .fused_kernels import rotate_store
 
@@ -289,7 +297,7 @@ class FusedDecoder:
         keys, values, slots = destination(index)
         return rotate_store(
             qkv, positions, slots, self._table, layer.head_norms, self._eps, keys, values,
-            query_heads=self.query_heads, pdl=self._overlapped(qkv.shape[1]),
+            query_heads=self.query_heads, out=out, pdl=self._overlapped(qkv.shape[1]),
         )  # fmt: skip
 
     def feed_forward(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .batch import StepBatch
 from .captured_attention import FEW_PROGRAMS, CapturedAttention, KernelLayers, split
 from .flashinfer_libraries import FA2, FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
+from .paged_attention import written_to
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
 
@@ -127,20 +128,22 @@ class KernelAttention(KernelLayers):
         else:
             super().write(layer, key, value)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         number, index, pool = self._where[layer]
         prompts, singles = self._prompts[number], self._singles
         with_prompts = singles < self._batch.sequences
         if self._by_reference[number] or (prompts is None and with_prompts):
-            return self._exact.attend(layer, query, scale)
+            return self._exact.attend(layer, query, scale, out)
         keys, values = pool.layer(index)
         query = query.contiguous()
+        if prompts is not None and with_prompts and not singles:
+            return prompts.attend(query, keys, values, scale, out)
         mixed = []
         if singles:
             mixed.append(split(query[:singles], pool, keys, values, self._batch.groups[number], scale, self.processors))
         if prompts is not None and with_prompts:
             mixed.append(prompts.attend(query[singles:], keys, values, scale))
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+        return written_to(out, mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
     def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""

@@ -23,8 +23,16 @@ class AttentionBackend(Protocol):
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store the step's keys and values ``[T, kv_heads, head_dim]`` in their slots."""
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        """Attention of the step's queries ``[T, heads, head_dim]`` over what their sequences hold, shaped like them."""
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        """Attention of the step's queries ``[T, heads, head_dim]`` over what their sequences hold, shaped like them.
+
+        It is written to ``out`` where that is given.
+        """
+
+
+def written_to(out: Tensor | None, found: Tensor) -> Tensor:
+    """What was found, in ``out`` where that is given."""
+    return found if out is None else out.copy_(found)
 
 
 class _Current(threading.local):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .kv_pool import KVPool
 from .layer_pages import LayerPages
+from .paged_attention import written_to
 
 # tokens in the cache for one of the step, up to which gathering them is a small part of attending to them
 _MOST_KEYS_A_QUERY = 4
@@ -92,8 +93,10 @@ class PromptAttention(Protocol):
     def plan(self, rows: PromptRows) -> None:
         """Plan a step."""
 
-    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
-        """Attention of queries ``[T, heads, head_dim]`` over a layer's pages, shaped like them."""
+    def attend(
+        self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float, out: Tensor | None = None
+    ) -> Tensor:
+        """Attention of queries ``[T, heads, head_dim]`` over a layer's pages, shaped like them; in ``out`` if given."""
 
 
 class _Unpacked:
@@ -186,11 +189,13 @@ class FlashInferPrompts:
                 non_blocking=True,
             )
 
-    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         factor = scale * self._read.pool.group.head_dim**0.5
         stored = (self._read.read(keys), self._read.read(values))
         # left to itself it fills the output with zeros first
-        out = torch.empty_like(query)
+        out = torch.empty_like(query) if out is None else out
         found: Tensor = self._wrapper.run(query, stored, q_scale=None if factor == 1 else factor, out=out)
         return found
 
@@ -224,9 +229,11 @@ class HopperPrompts:
         self._starts = (torch.from_numpy(rows.starts), torch.from_numpy(starts_of(rows.lengths)))
         self._planned_scale = None
 
-    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         if not self._gathers:
-            return self._paged.attend(query, keys, values, scale)
+            return self._paged.attend(query, keys, values, scale, out)
         if self._planned_scale != scale:
             # which only the layers know
             group, dtype = self._keys.pool.group, self._keys.pool.dtype
@@ -243,7 +250,7 @@ class HopperPrompts:
                     non_blocking=True,
                 )
             self._planned_scale = scale
-        found: Tensor = self._wrapper.run(query, *self._keys.read(keys, values))
+        found: Tensor = self._wrapper.run(query, *self._keys.read(keys, values), out=out)
         return found
 
 
@@ -269,10 +276,12 @@ class TorchPrompts:
         self._starts = (_sent(rows.starts, device), _sent(starts_of(rows.lengths), device))
         self._longest = int(np.diff(rows.starts).max()), int(rows.lengths.max())
 
-    def attend(self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, keys: LayerPages, values: LayerPages, scale: float, out: Tensor | None = None
+    ) -> Tensor:
         # what `torch.nn.attention.varlen` calls, whose own arguments differ between releases; a query sees its own and all
         # earlier tokens where the ends of queries and keys meet
         found: Tensor = torch.ops.aten._flash_attention_forward(
             query, *self._keys.read(keys, values), *self._starts, *self._longest, 0.0, True, False, scale=scale
         )[0]
-        return found
+        return written_to(out, found)

@@ -135,9 +135,9 @@ class _Observed:
     def __init__(self, observer: PromptObserver, backend: AttentionBackend, batch: StepBatch) -> None:
         self._observer, self._backend, self._batch = observer, backend, batch
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         self._observer.see(layer, query, scale, self._batch)
-        return self._backend.attend(layer, query, scale)
+        return self._backend.attend(layer, query, scale, out)
 
     def begin(self, batch: StepBatch) -> None:
         self._backend.begin(batch)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from .batch import GroupBatch, StepBatch
 from .groups import LayerGroup
 from .kv_pool import KVPool
+from .paged_attention import written_to
 
 
 class KeyRotation(Protocol):
@@ -65,15 +66,15 @@ class ReferenceAttention:
             key = self._rotation.unrotate(key.transpose(0, 1)[None], self._batch.positions)[0].transpose(0, 1)
         pool.store(index, slots, key, value)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         number, index, pool = self._where[layer]
         part = self._batch.groups[number]
         if self._batch.decode_only and pool.group.window is None and not pool.group.places:
-            return self._decode(part, *pool.read_blocks(index, part.block_tables), query, scale)
+            return written_to(out, self._decode(part, *pool.read_blocks(index, part.block_tables), query, scale))
         masks = self._masks.get(number)
         if masks is None:
             masks = self._masks[number] = self._make_masks(part, pool)
-        out = torch.empty_like(query)
+        out = torch.empty_like(query) if out is None else out
         starts = self._batch.query_start_host.tolist()
         for sequence, mask in enumerate(masks):
             rows = slice(starts[sequence], starts[sequence + 1])

@@ -121,8 +121,8 @@ class _Paused:
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         self._backend.write(layer, key, value)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
-        found = self._backend.attend(layer, query, scale)
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        found = self._backend.attend(layer, query, scale, out)
         self._turns.layer_done()
         return found
 

@@ -48,7 +48,7 @@ class _StoredAttention:
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.written[layer] = key.transpose(0, 1), value.transpose(0, 1)
 
-    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
         keys, values = (side[layer] for side in self._stored)
         mixed = functional.scaled_dot_product_attention(
             query.transpose(0, 1), keys, values, attn_mask=self._mask, scale=scale, enable_gqa=True,

@@ -5,7 +5,7 @@ On a CPU nothing is captured, and kernels are plain torch; all else is as on CUD
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +116,28 @@ def test_single_tokens_in_front_attend_apart(monkeypatch: pytest.MonkeyPatch) ->
         late = runtime.add(greedy(text(50, 9), 3))
         runtime.run()
     assert begun[:2] == [[0, 37], [0, 13]]
+    for request in (*first, late):
+        assert request.output == generated(of, request.tokens[: request.prompt_length], request.output_length)
+
+
+class _Late:
+    """The stream beside: what is launched there comes last."""
+
+    def launch(self, launch: Callable[[], None]) -> None:
+        self.join = launch
+
+
+def test_padding_of_single_tokens_leaves_prompts_alone_whoever_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three single tokens are padded to four, beside a chunk whose attention is there already."""
+    of = fresh("llama")
+    with _running(of, monkeypatch, [40]) as runtime:
+        assert isinstance(runtime.runner, CudaRunner)
+        monkeypatch.setattr(runtime.runner.layers, "_beside", _Late())
+        first = [runtime.add(greedy(text(5, seed), NEW)) for seed in range(3)]
+        while any(request.output_length < 2 for request in first):
+            runtime.step()
+        late = runtime.add(greedy(text(36, 9), 3))
+        runtime.run()
     for request in (*first, late):
         assert request.output == generated(of, request.tokens[: request.prompt_length], request.output_length)
 

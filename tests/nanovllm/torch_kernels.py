@@ -40,7 +40,8 @@ def _silu_mul(gate_up: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> Tens
 
 def _rotate_store(
     qkv: Tensor, positions: Tensor, slots: Tensor, table: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor] | None,
-    eps: float, keys: Any, values: Any, *, query_heads: int, pdl: bool = False,
+    eps: float, keys: Any, values: Any, *, query_heads: int, out: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     kv_heads, head_dim = keys.codes.shape[-2], 2 * table[0].shape[-1]
     vectors = qkv.sum(0).unflatten(-1, (-1, head_dim))
@@ -55,4 +56,4 @@ def _rotate_store(
 
     for pages, stored in ((keys, turned(key)), (values, value)):
         pages.codes.flatten(0, 1)[slots] = stored
-    return turned(query)
+    return turned(query) if out is None else out.copy_(turned(query))
