@@ -1,7 +1,8 @@
 """Decoders of the Llama kind in fewer, larger steps than transformers takes, on the same weights.
 
-A layer is nine kernels: norm with the addition before it, one product for queries, keys and values, norm + rotation + write
-into the cache, attention, output product, norm with addition, one product for gate and up, their activation, down product.
+A layer is nine kernels: norm, one product for queries, keys and values, norm + rotation + write into the cache, attention,
+output product, norm, one product for gate and up, their activation, down product. Torch's products of output and down add to
+the residual themselves; the norms behind our own, whose sums come in parts, do that.
 Where all products of a captured step of single tokens are our own it is five: norms, additions and the activation are parts
 of the products, rotation, the write and merging of attention (`FusedDecoder._short_step`). The merged weights are the storage
 of the model's own parameters, so the model goes on working and nothing is held twice.
@@ -201,7 +202,7 @@ class FusedDecoder:
                     mixed, residual = mixed[wanted], residual[wanted]
                     if not len(wanted):
                         return residual
-                delta = self._product("output", mixed, weights.output)
+                delta = self._added("output", mixed, weights.output, residual)
                 del mixed
                 delta = self._feed_forward(weights, delta, residual)
             return self._norm(delta, residual, self._final_norm)
@@ -280,7 +281,7 @@ class FusedDecoder:
         index
             Of the layer.
         delta
-            What the layer before adds to ``residual``, partial sums ``[parts, T, hidden]``; ``None`` before the first.
+            What the layer before has still to add to ``residual``, partial sums ``[parts, T, hidden]``; ``None`` for nothing.
         residual
             ``[T, hidden]``, overwritten.
         positions
@@ -300,10 +301,10 @@ class FusedDecoder:
             query_heads=self.query_heads, out=out, pdl=self._overlapped(qkv.shape[1]),
         )  # fmt: skip
 
-    def feed_forward(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor:
-        """The second half of a layer, from its attention ``[T, heads * head_dim]``: partial sums ``[parts, T, hidden]``."""
+    def feed_forward(self, index: int, mixed: Tensor, residual: Tensor) -> Tensor | None:
+        """The second half of a layer, from its attention ``[T, heads * head_dim]``: the ``delta`` of `queries`."""
         layer = self.layers[index]
-        return self._feed_forward(layer, self._product("output", mixed, layer.output), residual)
+        return self._feed_forward(layer, self._added("output", mixed, layer.output, residual), residual)
 
     def last(self, mixed: Tensor, residual: Tensor) -> Tensor:
         """What the final layer reads ``[R, hidden]``, from the last layer's attention of these rows."""
@@ -311,7 +312,7 @@ class FusedDecoder:
             return residual
         return self._norm(self.feed_forward(len(self.layers) - 1, mixed, residual), residual, self._final_norm)
 
-    def _feed_forward(self, layer: FusedLayer, delta: Tensor, residual: Tensor) -> Tensor:
+    def _feed_forward(self, layer: FusedLayer, delta: Tensor | None, residual: Tensor) -> Tensor | None:
         from .fused_kernels import silu_mul
         from .row_linear import row_linear
 
@@ -321,7 +322,7 @@ class FusedDecoder:
             active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=self._overlapped(rows))
         else:
             active = row_linear(x, layer.gate_up, tiling, gated=True, pdl=self._overlapped(rows))[0]
-        return self._product("down", active, layer.down)
+        return self._added("down", active, layer.down, residual)
 
     def _norm(self, delta: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
         from .fused_kernels import add_norm
@@ -349,6 +350,14 @@ class FusedDecoder:
         if tiling is None:
             return functional.linear(x, weight)[None]
         return row_linear(x, weight, tiling, pdl=self._overlapped(x.shape[0]))
+
+    def _added(self, product: str, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor | None:
+        """Add a product to ``residual``, or return what the next norm has to add, partial sums ``[parts, T, hidden]``."""
+        if self._tiling(product, x.shape[0]) is not None:
+            return self._product(product, x, weight)
+        # in the product's own sums, in place: the norm behind has half as much to read and to write
+        residual.addmm_(x, weight.t())
+        return None
 
 
 def rows_bucket(rows: int) -> int:

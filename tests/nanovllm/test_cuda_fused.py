@@ -193,6 +193,26 @@ def test_chunks_of_which_nothing_or_a_part_is_wanted(tiling):
     assert _error(decoder.logits(second, attention), expected[[2, 0]]) < 1e-5
 
 
+@pytest.mark.parametrize("tiling", TILINGS[:2], ids=str)
+def test_torchs_products_add_to_the_residual_themselves(tiling):
+    model = _model("qwen3", torch.float32)
+    decoder = FusedDecoder(model, model.config, 64)
+    if tiling is not None:
+        decoder.tilings = {(product, 16): tiling for product in ("output", "down")}
+    layer = model.model.layers[1]
+    generator = torch.Generator().manual_seed(0)
+    width = layer.self_attn.o_proj.in_features
+    mixed, residual = (torch.randn(5, n, generator=generator).to(DEVICE) for n in (width, SHAPE["hidden_size"]))
+    with torch.inference_mode():
+        between = residual + layer.self_attn.o_proj(mixed)
+        expected = between + layer.mlp(layer.post_attention_layernorm(between))
+        delta = decoder.feed_forward(1, mixed, residual)
+    # with our own products the next norm adds
+    assert (delta is None) == (tiling is None)
+    found = residual if delta is None else residual + delta.sum(0)
+    assert _error(found, expected) < 1e-5
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_merging_holds_no_weight_twice(name):
     model = _model(name, torch.float32)
