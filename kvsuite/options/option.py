@@ -19,6 +19,8 @@ from .paths import NO_HOME, expanded
 
 _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|vulkan|metal|rocm|opencl)(:[0-9]{1,7})?")
 T = TypeVar("T")
+# defaults that do not say what else an option takes
+_SHOW_NO_FORM = ("", "auto", "none", "off", "all", "true", "false")
 DEVICES = "cpu, cuda[:N], mps, xpu[:N], vulkan[:N], metal[:N], rocm[:N], opencl[:N], auto"
 
 
@@ -39,7 +41,7 @@ class Option:
     aliases
         Other names.
     example
-        Value that error messages show, where the default says too little.
+        Value that error messages show, where neither the default nor the help has one that says enough.
     is_flag
         Whether it takes no value on the command line.
     name
@@ -72,10 +74,16 @@ class Option:
 
     def refused(self, text: str, detail: str) -> UserError:
         """The error for a value that cannot be: option, value, what is wrong, and an example."""
-        example = self.example or self.default or "PATH"
+        example = self.example or self._example_of_help or self.default or "PATH"
         return UserError(
             f"--kv-{self.name}={visible(text, VALUE_LIMIT)}: {detail}; for example --kv-{self.name}={example}"
         )
+
+    @property
+    def _example_of_help(self) -> str:
+        """What the help types behind the option's name, where the default is a word that shows no form."""
+        found = re.search(rf"--kv-{self.name}=(\S+?)[,;:.]?(?:\s|$)", self.help)
+        return found[1] if found and self.default in _SHOW_NO_FORM else ""
 
 
 def spellings(*names: str) -> list[str]:

@@ -318,6 +318,15 @@ def test_the_example_in_a_message_is_one_that_works(option: Option) -> None:
         resolve(cli={option.dest: example[2]})
 
 
+@pytest.mark.parametrize(
+    ("typed", "example"),
+    [("pool_bytes", "8589934592"), ("skip_layers", "0,1"), ("rounds", "5"), ("impl", "ring")],
+)
+def test_the_example_shows_what_else_than_the_default_is_taken(typed: str, example: str) -> None:
+    with pytest.raises(UserError, match=f"; for example --kv-{typed.replace('_', '-')}={re.escape(example)}$"):
+        resolve(cli={f"kv_{typed}": "2XB"})
+
+
 def test_an_empty_value_on_the_command_line_is_a_mistake() -> None:
     with pytest.raises(UserError, match=r"^--kv-cache-dir=: is empty; for example --kv-cache-dir=PATH$"):
         resolve(cli={"kv_cache_dir": ""})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from kvsuite.cache_formats.chosen_format import refuse_long_residual, selected_cache_formats
@@ -26,6 +28,8 @@ from kvsuite.quantization.registry import NONE, dtype_of, selected_formats
 from .options import CompressionOptions
 
 PRESS_PREFIX = "kvpress:"
+# how like a method has to be to be proposed
+_NEAR = 0.75
 # the policies whose sizes and ratios have options of their own
 _SWEPT = ("streaming_llm", "recent_only", "fix_size_l2", "l2_compress")
 # order of the original's compare_all
@@ -292,8 +296,18 @@ def _methods(own: CompressionOptions) -> list[MethodText]:
             except UserError as error:
                 raise UserError(f"--kv-method={method}: {error}") from error
         elif method not in list_policies():
-            press = {name.lower(): f"; did you mean {PRESS_PREFIX}{name}?" for name in PRESSES}.get(method.lower(), "")
             raise UserError(
-                f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{press}"
+                f"--kv-method={method}: unknown method; known: {', '.join(list_policies())}, kvpress:<Name>{_meant(method)}"
             )
     return asked
+
+
+def _meant(method: str) -> str:
+    """A question whether a policy or a press that is called nearly so was meant; empty where none is."""
+    if method in PRESSES:
+        return f"; did you mean {PRESS_PREFIX}{method}?"
+    presses = {name.lower(): f"{PRESS_PREFIX}{name}" for name in PRESSES}
+    # of equal names the policy, which was written as policies are
+    known = presses | {name.replace("_", ""): name for name in list_policies()}
+    near = get_close_matches(re.sub("[-_ ]", "", method).lower(), known, 1, _NEAR)
+    return f"; did you mean {known[near[0]]}?" if near else ""

@@ -218,6 +218,9 @@ def test_workload_is_what_the_options_say() -> None:
     [
         ({"method": "nope"}, "--kv-method=nope: unknown method; known: .*recent_only, .*streaming_llm, .*kvpress:<Name>$"),
         ({"method": "SnapKV"}, r"did you mean kvpress:SnapKV\?$"),
+        ({"method": "streamingllm"}, r"did you mean streaming_llm\?$"),
+        ({"method": "snap-kv"}, r"did you mean snapkv\?$"),
+        ({"method": "H2O"}, r"did you mean h2o\?$"),
         ({"method": "kvpress:nope"}, "--kv-method=kvpress:nope: unknown press"),
         ({"method": "head_aware"}, "--kv-method=head_aware: not part of kvsuite; use kvpress:AdaKV"),
         ({"method": "h2o_l2"}, "--kv-method=h2o_l2: not part of kvsuite; use fix_size_l2"),
