@@ -92,15 +92,15 @@ class Reporter:
         self.run, self.rows = dict(earlier.run), list(earlier.rows)
         self._places = {row["id"]: place for place, row in enumerate(self.rows)}
 
-    def expect(self, cases: Sequence[Case], ids: Sequence[str]) -> None:
-        """``cases`` were collected: find out before anything is measured whether the report folder can take their files.
+    def expect(self, selected: Sequence[tuple[str, Case]], ids: Sequence[str]) -> None:
+        """``selected`` were collected: find out before anything is measured whether the report folder can take their files.
 
         Parameters
         ----------
-        cases
-            What is to be measured.
+        selected
+            Node ids and cases of what is to be measured.
         ids
-            Their node ids, and those of other tests.
+            Node ids of the cases and of other tests.
 
         Raises
         ------
@@ -111,6 +111,7 @@ class Reporter:
         from kvsuite.measure.source_hash import code_hashes
         from kvsuite.store.records_file import code_of
 
+        cases = [case for _, case in selected]
         then = {} if self._earlier is None else code_of(self._earlier.run) or {}
         self._code = code_hashes(self._config.rootpath, ids, then, cases=cases)
         if self._earlier is not None:
@@ -123,6 +124,7 @@ class Reporter:
                 {"options": self._options.to_dict(), "code": self._code} | here,
                 {metric.name: metric.version for metrics in known for metric in metrics},
             )
+            self._earlier.require_same_plans(selected)
         if not cases:
             return
         self._cases = len(cases)

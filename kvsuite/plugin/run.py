@@ -287,7 +287,7 @@ def _expect(config: pytest.Config, cases: list[tuple[str, Case]], ids: list[str]
         require_measurable([case for _, case in cases])
         require_runnable(config, [case for _, case in cases])
     if cases or left_out:
-        reporter.expect([case for _, case in cases], ids)
+        reporter.expect(cases, ids)
     # not of a run that was refused
     reporter.left_out = reporter.left_out or left_out
     if cases:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,14 @@ from kvsuite.store.inside import inside
 from kvsuite.store.records_file import RECORDS_FILE, read_records
 from kvsuite.store.validate import validate
 
-from .settings import differences, known_machine, machine_differences, metric_differences, software_differences
+from .settings import (
+    case_differences,
+    differences,
+    known_machine,
+    machine_differences,
+    metric_differences,
+    software_differences,
+)
 
 LATEST = "latest"
 _UNREADABLE = "unreadable"
@@ -82,6 +89,24 @@ class EarlierRun:
             Naming everything that differs.
         """
         _refuse(self.folder, differences(self.run, now, shards=True) + metric_differences(self.kept, metrics))
+
+    def require_same_plans(self, cases: Iterable[tuple[str, Case]]) -> None:
+        """Refuse cases to be measured that ask for something else than the kept row of their test id does.
+
+        Parameters
+        ----------
+        cases
+            Node ids and cases that are not finished.
+
+        Raises
+        ------
+        UserError
+            Naming the case and everything that differs.
+        """
+        kept = {row["id"]: row["case"] for row in self.kept}
+        for node_id, case in cases:
+            if node_id in kept:
+                _refuse(self.folder, [f"{case.name}: {one}" for one in case_differences(kept[node_id], case.to_dict())])
 
     def require_same_case(self, row: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Refuse a new row that does not belong to the kept ones: another machine, model or text, found out by loading it.

@@ -16,6 +16,8 @@ _OTHER_PURPOSES = frozenset(
         "node_hours", "compare", "fail", "mlc_timeout", "mlc_compile_timeout",
     }
 )  # fmt: skip
+#: options that choose cases, as ``-k`` does: what they mean for a case is in the case
+_CHOOSING = frozenset({"variants"})
 _PACKAGES = ("transformers", "kvpress", "bitsandbytes", "triton")
 _NOTHING = "none"
 
@@ -80,6 +82,20 @@ def metric_differences(rows: Iterable[Mapping[str, Any]], now: Mapping[str, Any]
     ]
 
 
+def case_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two cases of one test id differ: ``params.serving.max_num_seqs: then 4, now 2``."""
+    return list(_fields("", then, now))
+
+
+def _fields(inside: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys([*then, *now]):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _fields(f"{inside}{name}.", old, new)
+        elif old != new:
+            yield _line(inside + name, old, new)
+
+
 def known_machine(run: Mapping[str, Any]) -> Mapping[str, Any]:
     """The environment of a run's first process that looked for its GPU; one that died before that did not."""
     environments = [run["environment"], *(session["environment"] for session in run.get("sessions", ()))]
@@ -110,7 +126,7 @@ def _engine_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 
 def _pairs(prefix: str, then: Any, now: Any, more: set[str]) -> Iterator[str]:
     then, now = _mapping(then), _mapping(now)
-    ignored = _OTHER_PURPOSES - {"shard"} | more
+    ignored = _OTHER_PURPOSES - {"shard"} | _CHOOSING | more
     # nodes and addresses may change; whether there is a cluster decides what is beside a case
     then, now = ({**one, "cluster": "a cluster"} if one.get("cluster") else one for one in (then, now))
     for name in dict.fromkeys([*then, *now]):

@@ -255,6 +255,12 @@ def test_the_list_is_written_after_each_case_and_a_failed_baseline_is_measured_a
     found = listed(folder / "matrix.json")
     assert list(found) == [f"{LONG}-baseline", f"{LONG}-compression-only"]
     assert found[f"{LONG}-compression-only"]["speedup_vs_baseline"] > 0
+    # a variant more: it alone is measured
+    third = run_pytest(folder, *arguments, "--kv-variants=chunked", "--kv-resume=latest")
+    assert third.code == 0, third.out + third.err
+    assert third.said("2 passed")
+    assert set(records(third)) == {*found, f"{LONG}-chunked-c16", f"{LONG}-chunked-c16-f5"}
+    assert sorted(listed(folder / "matrix.json")) == sorted(records(third))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,21 @@ def test_another_case_of_the_same_id_is_not_finished(tmp_path: Path) -> None:
     assert is_finished(node_id(other), other, on_gpu)
 
 
+def test_a_case_that_asks_for_something_else_than_its_kept_row_is_named(tmp_path: Path) -> None:
+    plan = {"group": "policy", "serving": {"max_num_seqs": 4}}
+    found = earlier(tmp_path, row("a", case=case("a", params=plan)), row("b", "error"))
+    other = case("a", params={"group": "policy", "serving": {"max_num_seqs": 2}})
+    found.require_same_plans((node_id(one), one) for one in (case("new"), case("b", dtype="bfloat16")))
+    with pytest.raises(
+        UserError, match=r"mix two measurements: a: params.serving.max_num_seqs: then 4, now 2; measure again"
+    ):
+        found.require_same_plans([(node_id(other), other)])
+
+
+def test_options_that_choose_cases_may_differ(tmp_path: Path) -> None:
+    earlier(tmp_path, row("a")).require_same(facts(options={"variants": "triad"}))
+
+
 def test_the_same_is_the_same(tmp_path: Path) -> None:
     found = earlier(tmp_path, row("a"))
     found.require_same(facts(options={"report_dir": "elsewhere", "timeout": "5", "resume": "latest", "plan": "true"}))
