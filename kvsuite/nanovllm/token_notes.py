@@ -37,6 +37,11 @@ class TokenNotes:
         return self._slots
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the notes of all slots."""
+        return self._numbers.nbytes
+
+    @property
     def scored(self) -> bool:
         """Whether there are scores."""
         return len(self._numbers) > 1

@@ -53,5 +53,9 @@ def test_planned_predicted_and_stored_are_one_number(engine: str, architecture: 
         if engine == "hf":
             fields = json.loads((folder / "config.json").read_text())
             assert read_fields(fields, label="x", origin="x").kv_bytes(held, 4) == found.kv_bytes_decode
+            # what layers without keys and values carry is told beside them
+            states = {"Qwen3-Next", "LFM2", "Jamba", "MiniMax"}
+            assert (found.reported.get("state_bytes", 0) > 0) == (architecture.name in states)
+            assert bool([warning for warning in found.warnings if "carry states" in warning]) == bool(found.reported)
     finally:
         session.close()

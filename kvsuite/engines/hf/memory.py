@@ -78,6 +78,7 @@ def measure_memory(generation: Generation, ids: Tensor, new_tokens: int, pixels:
     )
     result.warnings += method.caveats(ids.shape[1])
     if states:
+        result.reported["state_bytes"] = states
         result.warnings.append(
             f"recurrent layers carry states of {states} bytes, which the bytes of the cache leave out"
         )

@@ -100,6 +100,8 @@ def measure_memory(
             "kv_blocks": sum(blocks),
         },
     )
+    if noted := [pool.notes.nbytes for pool in runtime.pools if pool.notes is not None]:
+        result.reported["notes_bytes"] = sum(noted)
     if loaded.device.type == "cuda":
         result.reported["captured_bytes"] = runtime.runner.captured_bytes
     if runtime.pool_bytes != result.predicted["pool_bytes"]:
@@ -133,13 +135,12 @@ def stored_bytes(runtime: Runtime, lengths: Sequence[int], element_bytes: int) -
 def waiting_bytes(runtime: Runtime, requests: Sequence[Request], element_bytes: int) -> int:
     """Predicted bytes of what is made of prompts some layers after each token, and waits beside the pool for the others.
 
-    Of all requests at a time, with their last layers; 0 where prompts are compressed at their end, or a controller chooses.
+    Of all requests that were served so at a time, with their last layers: a controller decides it anew for later prompts.
     """
     policy = runtime.policy
-    if runtime.compression.layers_per_step is None or not isinstance(policy, Merging):
+    if not isinstance(policy, Merging):
         return 0
-    made = [(one.prompt_length, policy.size_of_prompt(one.prompt_length, one.image_spans)) for one in requests]
-    tokens = sum(size for length, size in made if size < length)
+    tokens = sum(policy.size_of_prompt(one.prompt_length, one.image_spans) for one in requests if one.merged_after)
     return tokens * sum(group.token_bytes(element_bytes) for group in runtime.groups if group.compressed)
 
 

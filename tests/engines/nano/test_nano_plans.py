@@ -11,6 +11,7 @@ from hf_sessions import VOCAB, case, random_tokens
 from kvsuite.case import Case
 from kvsuite.compression import get_policy
 from kvsuite.engines.engine import EngineSettings
+from kvsuite.engines.nano.memory import waiting_bytes
 from kvsuite.engines.nano.session import NanoSession
 from kvsuite.engines.results import ServeRequest
 from kvsuite.engines.serving_plan import SERVING_PARAM, ServingPlan
@@ -221,4 +222,16 @@ def test_what_waits_beside_the_pool_layer_by_layer_is_predicted() -> None:
         merging |= {id(one): one for one in runtime.compression._merging.values()}
     assert len(merging) == 2
     made = [tensor for one in merging.values() for [pair] in one.begun for tensor in pair]
-    assert predicted[1] - predicted[0] == sum(tensor.nbytes for tensor in made) > 0
+    waiting = predicted[1] - predicted[0]
+    assert waiting == sum(tensor.nbytes for tensor in made) > 0
+    # a controller decides anew for each prompt: what was decided of the one that was served counts, not the last word
+    paced, served = (one.request for one in merging.values())
+    runtime.compression.layers_per_step = None
+    assert waiting_bytes(runtime, [paced, served], 4) == waiting
+    at_its_end = runtime.add(
+        Request(list(requests(1)[0].prompt), SamplingParameters(max_new_tokens=20, ignore_eos=True))
+    )
+    runtime.step()
+    runtime.compression.layers_per_step = 1
+    assert waiting_bytes(runtime, [paced, at_its_end], 4) == waiting / 2
+    runtime.cancel(at_its_end)
