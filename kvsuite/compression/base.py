@@ -198,6 +198,13 @@ class Policy(ABC):
         mask = torch.ones_like(view.positions if view.scores is None else view.scores, dtype=torch.int8)
         return mask.scatter(-1, self.keep(view), 0).argmax(-1)
 
+    def oldest_rule(self, length: int) -> int | None:
+        """How many of the oldest of ``length`` stored tokens stay, if `victim` is always the next one; else ``None``.
+
+        An engine may then find the token to evict without asking. Whoever overrides `victim` overrides this as well.
+        """
+        return None
+
     def token_score(self, keys: Tensor) -> Tensor | None:
         """Score of new tokens from their keys ``[batch, heads, q, head_dim]``: float32 ``[batch, heads, q]``, or ``None``."""
         return None

@@ -42,5 +42,8 @@ class RecentOnly(ByFactor):
     def keep(self, view: CacheView) -> Tensor:
         return time_order(view)[..., view.length - self.size_after(view.length) :]
 
+    def oldest_rule(self, length: int) -> int:
+        return 0
+
     def victim(self, view: CacheView) -> Tensor:
         return view.positions.argmin(dim=-1)

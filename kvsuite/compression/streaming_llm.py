@@ -69,7 +69,10 @@ class StreamingLLM(ByFactor):
         sinks = min(self.start_size, size - 1)
         return torch.cat([order[..., :sinks], order[..., view.length - size + sinks :]], dim=-1)
 
+    def oldest_rule(self, length: int) -> int:
+        return min(self.start_size, length - 2)
+
     def victim(self, view: CacheView) -> Tensor:
         # the oldest behind the sinks, without sorting all
-        sinks = min(self.start_size, view.length - 2)
+        sinks = self.oldest_rule(view.length)
         return view.positions.topk(sinks + 1, dim=-1, largest=False).indices[..., -1]

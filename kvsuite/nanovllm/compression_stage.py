@@ -349,8 +349,7 @@ class CompressionStage:
                 self._fail(by_row[int(decided.rows[0])], error)
                 return False
             for at in range(len(decided.rows)):
-                own = slice(at, at + 1)
-                fits &= self._change(by_row, eviction, Decided(decided.rows[own], decided.chosen[own], decided.single))
+                fits &= self._change(by_row, eviction, decided.one(at))
             return fits
         lacking = {row for row, _ in left}
         for row in decided.rows.tolist():

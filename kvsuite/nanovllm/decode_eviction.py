@@ -12,18 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
-from kvsuite.compression.ranked import ROUNDING, NormRule, RankedPolicy
+from kvsuite.compression.ranked import NormRule, RankedPolicy
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
 from .groups import LayerGroup
+from .known_positions import KnownPositions
 from .kv_pool import KVPool
 from .pages import has_kernels
 from .prompt_eviction import PromptEviction, scores_norms
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
 from .token_notes import TokenNotes
-from .uploads import upload
+from .uploads import staging, upload
 
 Bools = NDArray[np.bool_]
 
@@ -37,34 +38,32 @@ class Decided(NamedTuple):
         The sequences.
     chosen
         Index of the one token that goes, int64 ``[S]`` or ``[S, layers, kv_heads]``; or of those that stay, with one more
-        dimension.
+        dimension. ``None`` where the kernel that evicts finds the one by the policy's rule.
     single
         Whether one token goes.
-    places
-        Blocks ``[S, width]`` of the sequences, and slots ``[S]`` of their last tokens, int64, where the device has them.
     """
 
     rows: Ints
-    chosen: Tensor
+    chosen: Tensor | None
     single: bool
-    places: tuple[Tensor, Tensor] | None = None
 
-
-class _Uploaded(NamedTuple):
-    """What the device has of some sequences: blocks ``[S, width]``, tokens seen ``[S]``, last slots ``[S]``."""
-
-    blocks: Tensor
-    seen: Tensor
-    last: Tensor
+    def one(self, at: int) -> Decided:
+        """What was decided for the ``at``-th sequence."""
+        own = slice(at, at + 1)
+        return self._replace(rows=self.rows[own], chosen=None if self.chosen is None else self.chosen[own])
 
 
 class DecodeEviction:
     """One layer group's sequences under a policy that goes on deciding behind the prompt.
 
     A sequence has a book as long as something may be decided for it: from `enter` on, until the policy acts the last time or
-    the sequence goes (`leave`). What a policy knows of stored tokens lies beside them, by slot (`TokenNotes`), so that all
-    sequences that a step decoded are looked at together (`decide`, `apply`). A policy that acts at the end of the prompt
-    alone needs none of it (`prompt`).
+    the sequence goes (`leave`). What a policy knows of stored tokens lies beside them, by slot (`TokenNotes`), or on the host
+    where one decision serves every head (`KnownPositions`), so that all sequences that a step decoded are looked at together
+    (`decide`, `apply`). It is written down when somebody asks. A policy that acts at the end of the prompt alone needs none
+    of it (`prompt`).
+
+    Mostly one token goes of each sequence, by a rule of the policy (`Policy.oldest_rule`, `RankedPolicy.norm_rule`). On CUDA
+    that is one transfer of the sequences' lengths and blocks, and one kernel.
 
     Parameters
     ----------
@@ -95,13 +94,14 @@ class DecodeEviction:
         self._layers = torch.tensor(group.layers, device=self._device)[:, None]
         self._heads = torch.arange(group.kv_heads, device=self._device)
         rows = len(tables.lengths)
-        # tokens that are noted of a sequence, -1 where nothing is decided; whether any was removed, and out of time's order
+        # tokens that are noted of a sequence, -1 where nothing is decided; tokens that it has seen; whether any was removed,
+        # and out of time's order
         self._noted: Ints = np.full(rows, -1, dtype=np.int64)
+        self._seen: Ints = np.zeros(rows, dtype=np.int64)
         self._done = np.zeros(rows, dtype=np.bool_)
         self._unordered = np.zeros(rows, dtype=np.bool_)
         self._notes: TokenNotes | None = None
-        # where one decision serves every head the host has the positions, by row and in the order of its table
-        self._positions: Ints = np.zeros((0, 0), dtype=np.int64)
+        self._known: KnownPositions | None = None
         if self.policy is not None and self.policy.acts == "decode":
             if self._per_head:
                 self._notes = pool.notes = TokenNotes(
@@ -113,13 +113,14 @@ class DecodeEviction:
                     device=self._device,
                 )
             else:
-                self._positions = np.zeros((rows, tables.table.shape[1] * pool.block_size), dtype=np.int64)
-        # whether kernels read and move what the notes are about, and find the token to evict
-        self._kernels = self._notes is not None and has_kernels(pool.device) and not pool.is_packed
-        self._norms_noted = self._kernels and scores_norms(policy)
-        # `Policy.size_after` and `RankedPolicy.norm_rule` of lengths that were met
+                self._known = KnownPositions(rows, tables.table.shape[1] * pool.block_size)
+        # whether a kernel evicts, and finds the token by its norm
+        self._kernels = has_kernels(pool.device) and not pool.is_packed
+        self._norms_noted = self._kernels and self._notes is not None and scores_norms(policy)
+        self._always_due = self.policy is not None and acts_on_every_token(self.policy)
+        # `Policy.size_after` and its rules of lengths that were met
         self._sizes: dict[int, int] = {}
-        self._rules: dict[int, NormRule | None] = {}
+        self._rules: dict[int, NormRule | int | None] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self._evicted = 0
 
@@ -138,49 +139,42 @@ class DecodeEviction:
         if self.policy is None:
             return
         self._noted[row], self._done[row], self._unordered[row] = 0, False, False
+        if self._known is not None:
+            self._known.begin(row)
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
         """What the policy decides now that the sequences, all different, have seen so many tokens each."""
         policy = self.policy
         if policy is None:
             return []
-        rows, seen = self._followed(rows, seen)
-        if not len(rows):
-            return []
-        lengths = self._tables.lengths[rows]
-        uploaded = self._note(rows, seen, lengths)
-        facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
-        due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
-        if not all(due.values()):
-            now = np.array([due[fact] for fact in facts], dtype=np.bool_)
-            rows, seen, lengths = rows[now], seen[now], lengths[now]
-        found = []
+        followed = self.follows(rows)
+        if not followed.all():
+            rows, seen = rows[followed], seen[followed]
+        self._seen[rows] = seen
+        if not self._always_due:
+            facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
+            due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
+            rows = rows[np.array([due[fact] for fact in facts], dtype=np.bool_)]
+        lengths, found = self._tables.lengths[rows], []
         # those that store equally many tokens are decided for together
         for length in dict.fromkeys(lengths.tolist()):
             size = self._size_after(length)
             if size == length:
                 continue
             alike, single = lengths == length, size == length - 1 and not prompt
-            some, saw = (rows, seen) if alike.all() else (rows[alike], seen[alike])
+            some = rows if alike.all() else rows[alike]
+            if single and policy.sequences_apart and (rule := self._rule(length)) is not None:
+                found.append(Decided(some, self._oldest(rule, some, length), True))
+                continue
             # all of them, or each alone
-            parts = [slice(None)] if policy.sequences_apart else [slice(at, at + 1) for at in range(len(some))]
-            for part in parts:
-                own, steps = some[part], saw[part]
+            for own in [some] if policy.sequences_apart else np.split(some, len(some)):
                 if policy.needs.prompt and prompt:
                     [row] = own.tolist()
                     found.append(Decided(own, self.prompt.keep_observed(row)[None], False))
                     continue
-                here = uploaded
-                if uploaded is not None and len(own) != len(uploaded.seen):
-                    here = _Uploaded(*upload(self._device, *self._facts(own, steps)))
-                rule = self._norm_rule(length) if single else None
-                if rule is not None and here is not None:
-                    chosen = self._least(rule, here, length)
-                else:
-                    view = self._view(own, steps, length, here)
-                    chosen = policy.victim(view) if single else policy.keep(view)
-                    chosen = chosen if len(own) > 1 else chosen[None]
-                found.append(Decided(own, chosen, single, None if here is None else (here.blocks, here.last)))
+                view = self._view(own, length)
+                chosen = policy.victim(view) if single else policy.keep(view)
+                found.append(Decided(own, chosen if len(own) > 1 else chosen[None], single))
         return found
 
     def apply(self, decided: Decided) -> list[tuple[int, Callable[[], None]]]:
@@ -192,21 +186,20 @@ class DecodeEviction:
             The other sequences, and for each what removes its tokens. That raises `PoolFullError` where blocks are lacking,
             and may be done again then.
         """
-        rows, chosen, single, places = decided
         # making room in another group may have preempted some
-        there = self._noted[rows] >= 0
-        if not there.all():
-            rows, chosen, places = rows[there], self._some(chosen, there), None
+        there = self._noted[decided.rows] >= 0
+        rows, chosen, single = decided if there.all() else self._some(decided, there)
         if not single:
+            assert chosen is not None
             return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
         sole = self._tables.sole[rows]
         if sole.all():
-            self._evict_one(rows, chosen, places)
+            self._evict_one(rows, chosen)
             return []
         if sole.any():
-            self._evict_one(rows[sole], self._some(chosen, sole))
+            self._evict_one(*self._some(decided._replace(rows=rows, chosen=chosen), sole)[:2])
         return [
-            (int(rows[at]), partial(self._own_and_evict_one, rows[at : at + 1], chosen[at : at + 1]))
+            (int(rows[at]), partial(self._own_and_evict_one, *decided._replace(rows=rows, chosen=chosen).one(at)[:2]))
             for at in np.flatnonzero(~sole).tolist()
         ]
 
@@ -237,10 +230,12 @@ class DecodeEviction:
             If there are no such blocks; nothing has changed then.
         """
         kept = int(keep.shape[-1])
+        if self._noted[row] >= 0:
+            self._catch_up(np.array([row]))
         work = self.prompt.replace(row, kept)(keep)
         if self._noted[row] >= 0:
-            if self._notes is None:
-                self._positions[row, :kept] = self._positions[row, keep.cpu().numpy()]
+            if self._known is not None:
+                self._known.keep(row, keep.cpu().numpy())
             self._noted[row] = kept
         return work
 
@@ -250,15 +245,13 @@ class DecodeEviction:
         ``None`` where they lie in that order.
         """
         found: list[Tensor | None] = [None] * len(rows)
+        self._catch_up(rows[self.follows(rows)])
         alike: dict[tuple[int, int], list[int]] = {}
         for index in np.flatnonzero((self._noted[rows] >= 0) & self._done[rows]).tolist():
             alike.setdefault((int(self._noted[rows[index]]), coming[index]), []).append(index)
         for (length, count), some in alike.items():
             own = rows[some]
-            if self._notes is None:
-                [positions] = upload(self._device, self._positions[own, :length])
-            else:
-                positions, _ = self._notes.read(upload(self._device, self._blocks(own, length))[0], length)
+            positions, *_ = self._read(own, length)
             ranks = positions.argsort(dim=-1).argsort(dim=-1)
             new = torch.arange(length, length + count, device=self._device)
             places = torch.cat([ranks, new.expand(*ranks.shape[:-1], count)], dim=-1)
@@ -268,64 +261,42 @@ class DecodeEviction:
 
     def fork(self, row: int, target: int) -> None:
         """Begin the bookkeeping of a sequence that holds what another one does."""
-        for book in (self._noted, self._done, self._unordered):
+        for book in (self._noted, self._seen, self._done, self._unordered):
             book[target] = book[row]
-        if len(self._positions):
-            self._positions[target] = self._positions[row]
+        if self._known is not None:
+            self._known.fork(row, target)
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
         self._noted[row] = -1
         self.prompt.leave(row)
 
-    def _followed(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints]:
-        """Those of the sequences that have a book, and what they have seen."""
-        followed = self.follows(rows)
-        return (rows, seen) if followed.all() else (rows[followed], seen[followed])
-
-    def _blocks(self, rows: Ints, length: int) -> Ints:
-        """Blocks ``[S, width]`` of the first ``length`` tokens."""
-        return self._tables.rows(rows)[:, : -(-length // self._pool.block_size)].astype(np.int64)
-
-    def _note(self, rows: Ints, seen: Ints, lengths: Ints) -> _Uploaded | None:
-        """Note the stored tokens that are not, the last of which was the ``seen``-th that a sequence saw.
-
-        Mostly one of each; several where known output was fed at once.
-
-        Returns
-        -------
-        _Uploaded or None
-            What the device has of the sequences; ``None`` where the host has all that there is.
-        """
+    def _catch_up(self, rows: Ints) -> None:
+        """Note the stored tokens of sequences that are not, the last of which was the last that a sequence saw."""
+        lengths = self._tables.lengths[rows]
         counts = lengths - self._noted[rows]
-        owners, at, positions = rows, lengths - 1, seen - 1
+        owners, at, positions = rows, lengths - 1, self._seen[rows] - 1
         if (counts != 1).any():
             within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
             owners, at = np.repeat(rows, counts), np.repeat(lengths - counts, counts) + within
-            positions = np.repeat(seen - counts, counts) + within
-        found = None
-        if self._notes is None:
-            self._positions[owners, at] = positions
-        else:
-            slots, noted, *facts = upload(
-                self._device, self._tables.slots_at(owners, at), positions, *self._facts(rows, seen)
-            )
-            if not len(owners):
-                pass
-            elif self._norms_noted:
-                from .note_kernels import note_norms
-
-                note_norms(self._pool.keys, slots, noted, self._notes.by_slot)
-            else:
-                self._notes.write(slots, noted, self.prompt.scores(slots) if self._notes.scored else None)
-            found = _Uploaded(*facts)
+            positions = np.repeat(self._seen[rows] - counts, counts) + within
+        if self._known is not None:
+            self._known.write(owners, at, positions)
+        elif self._notes is not None and len(owners):
+            slots, noted = upload(self._device, self._tables.slots_at(owners, at), positions)
+            self._notes.write(slots, noted, self.prompt.scores(slots) if self._notes.scored else None)
         self._noted[rows] = lengths
-        return found
 
-    def _facts(self, rows: Ints, seen: Ints) -> tuple[Ints, Ints, Ints]:
-        """What `_Uploaded` has of some sequences."""
-        lengths = self._tables.lengths[rows]
-        return self._blocks(rows, int(lengths.max())), seen, self._tables.slots_at(rows, lengths - 1)
+    def _read(self, rows: Ints, length: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Positions, scores, and tokens seen ``[S]`` of sequences that store ``length`` tokens, all noted, on the device."""
+        seen = self._seen[rows]
+        if self._known is not None:
+            positions, steps = upload(self._device, self._known.read(rows, length), seen)
+            return positions, None, steps
+        assert self._notes is not None
+        width = -(-length // self._pool.block_size)
+        blocks, steps = upload(self._device, self._tables.rows(rows)[:, :width].astype(np.int64), seen)
+        return *self._notes.read(blocks, length), steps
 
     def _size_after(self, length: int) -> int:
         """`Policy.size_after` of a length."""
@@ -335,80 +306,111 @@ class DecodeEviction:
             found = self._sizes[length] = self.policy.size_after(length)
         return found
 
-    def _norm_rule(self, length: int) -> NormRule | None:
-        """What a kernel finds the token to evict by; ``None`` where the policy does."""
-        if not self._norms_noted:
-            return None
+    def _rule(self, length: int) -> NormRule | int | None:
+        """The rule by which one of ``length`` tokens goes, if it is to be found by that; ``None`` where the policy is asked."""
         if length not in self._rules:
-            self._rules[length] = norm_rule_of(self.policy, length)
+            assert self.policy is not None
+            found: NormRule | int | None = None
+            if self._known is not None:
+                found = oldest_rule_of(self.policy, length)
+            elif self._norms_noted:
+                found = norm_rule_of(self.policy, length)
+            self._rules[length] = found
         return self._rules[length]
 
-    def _least(self, rule: NormRule, uploaded: _Uploaded, length: int) -> Tensor:
-        """What a norm rule evicts of sequences that store ``length`` tokens each, int64 ``[S, layers, kv_heads]``."""
-        from .note_kernels import least_norms
+    def _oldest(self, rule: NormRule | int, rows: Ints, length: int) -> Tensor | None:
+        """What a rule of age evicts, which the host knows; ``None`` for one of norms, which the device finds out."""
+        if self._known is None or isinstance(rule, NormRule):
+            return None
+        self._catch_up(rows)
+        return torch.from_numpy(self._known.behind(rule, rows, length))
 
-        assert self._notes is not None
-        return least_norms(
-            self._notes.by_slot, uploaded.blocks, uploaded.seen, length, self._pool.block_size,
-            sign=rule.sign, protected=rule.protected, rounding=ROUNDING,
-        )  # fmt: skip
-
-    def _view(self, rows: Ints, seen: Ints, length: int, uploaded: _Uploaded | None) -> CacheView:
+    def _view(self, rows: Ints, length: int) -> CacheView:
         """What a policy sees of sequences that store ``length`` tokens each: on the host where it has all that there is."""
+        self._catch_up(rows)
         layers: Tensor | int = 0
         heads: Tensor | int = 0
         scores = None
-        if self._notes is None or uploaded is None:
-            positions, steps = torch.from_numpy(self._positions[rows, :length]), torch.from_numpy(seen)
+        if self._known is not None:
+            positions, steps = torch.from_numpy(self._known.read(rows, length)), torch.from_numpy(self._seen[rows])
         else:
-            width = -(-length // self._pool.block_size)
-            positions, scores = self._notes.read(uploaded.blocks[:, :width], length)
-            layers, heads, steps = self._layers, self._heads, uploaded.seen
+            positions, scores, steps = self._read(rows, length)
+            layers, heads = self._layers, self._heads
         if len(rows) == 1:
-            step = int(seen[0])
+            step = int(self._seen[rows[0]])
             own = None if scores is None else scores[0]
             return CacheView(positions[0], step - 1, own, layer=layers, heads=heads, step=step)
         steps = steps.view(-1, *[1] * (positions.dim() - 2))
         return CacheView(positions, steps[..., None] - 1, scores, layer=layers, heads=heads, step=steps)
 
-    def _own_and_evict_one(self, row: Ints, victim: Tensor) -> None:
+    def _own_and_evict_one(self, row: Ints, victim: Tensor | None) -> None:
         """`_evict_one` of a sequence whose blocks others may hold or find."""
+        if victim is None:
+            assert self.policy is not None
+            victim = self.policy.victim(self._view(row, int(self._tables.lengths[row[0]])))[None]
         for index in np.unique(victim.cpu().numpy() // self._pool.block_size).tolist():
             self._pool.copy_blocks(self._tables.own(int(row[0]), index))
         self._tables.note_sole(int(row[0]))
         self._evict_one(row, victim)
 
-    def _evict_one(self, rows: Ints, victim: Tensor, places: tuple[Tensor, Tensor] | None = None) -> None:
+    def _evict_one(self, rows: Ints, victim: Tensor | None) -> None:
         """Put the last token in the place of the victim, which may be another one for every head, and drop the last slot.
 
-        The victims lie in blocks that may be written.
+        The sequences store equally many tokens. The victims lie in blocks that may be written.
         """
         lengths = self._tables.lengths[rows]
-        if self._notes is None:
+        last = lengths - 1
+        if self._known is not None:
+            assert victim is not None
             gone = victim.numpy()
-            if ((gone < 0) | (gone >= lengths)).any():
+            if ((gone < 0) | (gone > last)).any():
                 raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
-            self._pool.move(
-                *upload(self._device, self._tables.slots_at(rows, gone), self._tables.slots_at(rows, lengths - 1))
-            )
-            self._positions[rows, gone] = self._positions[rows, lengths - 1]
-        else:
-            if places is None:
-                blocks, _, last = upload(self._device, *self._facts(rows, lengths))
-            else:
-                blocks, last = places
             if self._kernels:
-                from .note_kernels import move_last
-
-                move_last(self._pool.keys, self._pool.values, self._notes.by_slot, blocks, last, victim.contiguous())
+                self._launch(rows, lengths, gone)
             else:
-                slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
-                self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), last)
+                self._pool.move(
+                    *upload(self._device, self._tables.slots_at(rows, gone), self._tables.slots_at(rows, last))
+                )
+            older = self._rule(int(lengths[0]))
+            self._known.drop(rows, gone, last, older if isinstance(older, int) else None)
+        elif self._kernels:
+            self._launch(rows, lengths, victim)
+        else:
+            assert victim is not None
+            held = self._tables.rows(rows).astype(np.int64)
+            blocks, ends = upload(self._device, held, self._tables.slots_at(rows, last))
+            slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
+            self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), ends)
         self._tables.drop_last(rows)
-        self._noted[rows] -= 1
+        self._noted[rows] = last
         self._evicted += len(rows)
         self._unordered[rows] = True
         self._settle(rows)
+
+    def _launch(self, rows: Ints, lengths: Ints, victim: Tensor | Ints | None) -> None:
+        """Put the last token in the place of the victim on CUDA: of all heads, of each head, or the one that the rule says."""
+        from .eviction_kernel import BLOCKS, LENGTH, SEEN, VICTIM, evict
+
+        rule = None
+        if victim is None:
+            rule = self._rule(int(lengths[0]))
+            # the kernel notes the last
+            if (self._noted[rows] < lengths - 1).any():
+                self._catch_up(rows)
+        blocks = self._tables.rows(rows)
+        sent = staging(self._device, (len(rows), BLOCKS + blocks.shape[1]), torch.int32)
+        facts = sent.numpy()
+        facts[:, LENGTH], facts[:, SEEN], facts[:, BLOCKS:] = lengths, self._seen[rows], blocks
+        if isinstance(victim, np.ndarray):
+            facts[:, VICTIM] = victim
+        evict(
+            self._pool.keys,
+            self._pool.values,
+            sent.to(self._device, non_blocking=True),
+            notes=None if self._notes is None else self._notes.by_slot,
+            chosen=victim.contiguous() if isinstance(victim, Tensor) else None,
+            rule=rule if isinstance(rule, NormRule) else None,
+        )
 
     def _cut(self, row: int, keep: Tensor) -> None:
         """Keep some of a sequence's tokens, in time order."""
@@ -424,15 +426,32 @@ class DecodeEviction:
             over = ~self._unordered[rows] if self.group.places else np.ones(len(rows), dtype=np.bool_)
             self._noted[rows[over]] = -1
 
-    def _some(self, chosen: Tensor, which: Bools) -> Tensor:
-        """Of what was chosen for some sequences, what was for those marked."""
-        index = np.flatnonzero(which)
-        return chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else upload(self._device, index)[0]]
+    def _some(self, decided: Decided, which: Bools) -> Decided:
+        """Of what was decided for some sequences, what was for those marked."""
+        rows, chosen, single = decided
+        if chosen is not None:
+            index = np.flatnonzero(which)
+            chosen = chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else upload(self._device, index)[0]]
+        return Decided(rows[which], chosen, single)
 
 
-def norm_rule_of(policy: Policy | None, length: int) -> NormRule | None:
+def acts_on_every_token(policy: Policy) -> bool:
+    """Whether a policy that acts while decoding is due after every token, whatever was seen and done."""
+    return policy.acts == "decode" and type(policy).due is Policy.due and policy.schedule.name == "every_token"
+
+
+def norm_rule_of(policy: Policy, length: int) -> NormRule | None:
     """`RankedPolicy.norm_rule` of a policy whose priority and victim are what the rule says; ``None`` of any other."""
     if not isinstance(policy, RankedPolicy) or type(policy).victim is not RankedPolicy.victim:
         return None
-    ours = [next(each for each in type(policy).__mro__ if name in vars(each)) for name in ("priority", "norm_rule")]
-    return policy.norm_rule(length) if ours[0] is ours[1] else None
+    return policy.norm_rule(length) if _of_one_class(policy, "priority", "norm_rule") else None
+
+
+def oldest_rule_of(policy: Policy, length: int) -> int | None:
+    """`Policy.oldest_rule` of a policy whose victim is what the rule says; ``None`` of any other."""
+    return policy.oldest_rule(length) if _of_one_class(policy, "victim", "oldest_rule") else None
+
+
+def _of_one_class(policy: Policy, *names: str) -> bool:
+    """Whether a policy has these methods from one and the same class."""
+    return len({next(each for each in type(policy).__mro__ if name in vars(each)) for name in names}) == 1
