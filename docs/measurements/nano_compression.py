@@ -287,16 +287,10 @@ def host(session: Session, counted: bool = False) -> None:
         )  # fmt: skip
         runtime = made(session, "dummy:tiny", policy, limits)
         stage = runtime.compression
-        due, after_step = stage.due, stage.after_step
+        after_step = stage.after_step
         spent = [0.0]
 
         counting = Launches()
-
-        def timed_due(requests: Any, due: Any = due, spent: list[float] = spent) -> list[Request]:
-            started = time.perf_counter()
-            found: list[Request] = due(requests)
-            spent[-1] += time.perf_counter() - started
-            return found
 
         def timed(*given: Any, after_step: Any = after_step, spent: list[float] = spent) -> None:
             started = time.perf_counter()
@@ -314,7 +308,7 @@ def host(session: Session, counted: bool = False) -> None:
         if counted:
             stage.after_step = counting_after_step  # type: ignore[method-assign]
         else:
-            stage.due, stage.after_step = timed_due, timed  # type: ignore[method-assign]
+            stage.after_step = timed  # type: ignore[method-assign]
         for seed in range(sequences):
             runtime.add(request(length, runtime, seed, steps))
         while runtime.unfinished:

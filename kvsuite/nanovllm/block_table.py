@@ -237,16 +237,18 @@ class BlockTables:
         """Drop the last token of each of ``rows``, all different: `shrink` by one."""
         lengths = self.lengths[rows] - 1
         spare = self.blocks[rows] + lengths // -self.pool.block_size
-        self._drop_last_blocks(rows[spare == 1])
-        for row, length in zip(rows[spare > 1].tolist(), lengths[spare > 1].tolist(), strict=True):
-            self.shrink(row, length)
+        if spare.any():
+            self._drop_last_blocks(rows[spare == 1])
+            for row, length in zip(rows[spare > 1].tolist(), lengths[spare > 1].tolist(), strict=True):
+                self.shrink(row, length)
         self.lengths[rows] = lengths
-        self._tail_suspect[rows] = (lengths % self.pool.block_size != 0) & ~self.sole[rows]
+        sole = self.sole[rows]
+        # of blocks that are its own none is suspect
+        if not sole.all():
+            self._tail_suspect[rows] = (lengths % self.pool.block_size != 0) & ~sole
 
     def _drop_last_blocks(self, rows: Ints) -> None:
         """Give back the last block of each of ``rows``, all different."""
-        if not len(rows):
-            return
         ends = self.blocks[rows] - 1
         blocks = self.table[rows, ends].tolist()
         self.table[rows, ends] = 0

@@ -85,6 +85,9 @@ class CompressionStage:
         self.on_interval: Callable[[bool], None] | None = None
         self._policies = [eviction for eviction in evictions if eviction.policy is not None]
         self._prompts = [eviction.prompt for eviction in self._policies]
+        self._can_be_steady = bool(self._policies) and all(eviction.can_be_steady for eviction in self._policies)
+        # whether anything was ever chosen by hand: it is done again at its time, whatever the policy does
+        self._by_hand = False
         # rows for which more may be decided, and what is under way aside
         self._open: set[int] = set()
         self._under_way: dict[int, Fence] = {}
@@ -115,11 +118,12 @@ class CompressionStage:
         ]
 
     def after_step(self, requests: Sequence[Request]) -> None:
-        """Do what is due of some requests, now that ``request.computed`` tokens of each are stored.
+        """Do what is due of a step's requests, now that ``request.computed`` tokens of each are stored.
 
         The policy acts first, on all that decode together, then what was once done by hand. What goes wrong costs the request
         that it is about.
         """
+        requests = self.due(self._go_on(requests))
         # one walk, since for most of many there is nothing but the policy's part
         decoding, alone = [], []
         for request in requests:
@@ -136,6 +140,28 @@ class CompressionStage:
                 self._after_step_of(request)
             except Exception as error:
                 self._fail(request, error)
+
+    def _go_on(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Let the policy act on those of whom one token goes, as after the step before; the others."""
+        if not self._can_be_steady or self._by_hand:
+            return requests
+        rows = np.array([request.row for request in requests], dtype=np.int64)
+        steady = self._policies[0].steady(rows)
+        for eviction in self._policies[1:]:
+            steady &= eviction.steady(rows)
+        rest: Sequence[Request] = ()
+        if not steady.all():
+            if not steady.any():
+                return requests
+            rest = [request for request, goes_on in zip(requests, steady.tolist(), strict=True) if not goes_on]
+            requests = [request for request, goes_on in zip(requests, steady.tolist(), strict=True) if goes_on]
+            rows = rows[steady]
+        seen = np.array([request.computed for request in requests], dtype=np.int64)
+        self._noted(True)
+        for eviction in self._policies:
+            eviction.go_on(rows, seen)
+        self._noted(False)
+        return rest
 
     def follow(self, requests: Iterable[Request]) -> None:
         """Let the step that is launched next, with these requests, come behind what is under way for them."""
@@ -205,7 +231,7 @@ class CompressionStage:
         self._select(request, keep)
         if request.row >= 0:
             request.compressions.append((request.computed, keep))
-            self.active = True
+            self.active = self._by_hand = True
 
     def fork(self, request: Request, child: Request) -> None:
         """Let a new request have the bookkeeping of another one."""

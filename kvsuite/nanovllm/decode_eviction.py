@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from .prompt_eviction import PromptEviction, scores_norms
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
 from .token_notes import TokenNotes
-from .uploads import staging, upload
+from .uploads import upload
+
+if TYPE_CHECKING:
+    from .eviction_kernel import EvictionKernel
 
 Bools = NDArray[np.bool_]
 
@@ -62,8 +65,9 @@ class DecodeEviction:
     (`decide`, `apply`). It is written down when somebody asks. A policy that acts at the end of the prompt alone needs none
     of it (`prompt`).
 
-    Mostly one token goes of each sequence, by a rule of the policy (`Policy.oldest_rule`, `RankedPolicy.norm_rule`). On CUDA
-    that is one transfer of the sequences' lengths and blocks, and one kernel.
+    Mostly one token goes of each sequence after every step, by a rule of the policy (`Policy.oldest_rule`,
+    `RankedPolicy.norm_rule`), and lengths come back to what they were. A sequence for which that is so is `steady`: nothing
+    is asked, and `go_on` does it for all of them. On CUDA that is one transfer of lengths and blocks, and one kernel.
 
     Parameters
     ----------
@@ -114,10 +118,20 @@ class DecodeEviction:
                 )
             else:
                 self._known = KnownPositions(rows, tables.table.shape[1] * pool.block_size)
-        # whether a kernel evicts, and finds the token by its norm
-        self._kernels = has_kernels(pool.device) and not pool.is_packed
-        self._norms_noted = self._kernels and self._notes is not None and scores_norms(policy)
+        # what evicts in the place of torch
+        self._kernel: EvictionKernel | None = None
+        if self.policy is not None and self.policy.acts == "decode" and has_kernels(pool.device) and not pool.is_packed:
+            from .eviction_kernel import EvictionKernel
+
+            by_slot = None if self._notes is None else self._notes.by_slot
+            self._kernel = EvictionKernel(pool.keys, pool.values, by_slot, rows=rows, blocks=tables.table.shape[1])
         self._always_due = self.policy is not None and acts_on_every_token(self.policy)
+        #: whether sequences may be `steady`
+        self.can_be_steady = self.policy is not None and self._always_due and self.policy.sequences_apart
+        # tokens that a sequence stores when the next goes, the same for all that are steady, -1 for others; one row more, which
+        # is that of requests without one
+        self._length = 0
+        self._full: Ints = np.full(rows + 1, -1, dtype=np.int64)
         # `Policy.size_after` and its rules of lengths that were met
         self._sizes: dict[int, int] = {}
         self._rules: dict[int, NormRule | int | None] = {}
@@ -138,9 +152,23 @@ class DecodeEviction:
         """Begin the book of a sequence whose first tokens are stored and complete."""
         if self.policy is None:
             return
-        self._noted[row], self._done[row], self._unordered[row] = 0, False, False
-        if self._known is not None:
-            self._known.begin(row)
+        self._noted[row], self._done[row], self._unordered[row], self._full[row] = 0, False, False, -1
+
+    def steady(self, rows: Ints) -> Bools:
+        """Of which sequences one token goes now, as after the step before; a row of -1 is none."""
+        found: Bools = self._full[rows] == self._tables.lengths[rows]
+        return found
+
+    def go_on(self, rows: Ints, seen: Ints) -> None:
+        """Evict a token of each of some `steady` sequences, which have seen so many tokens each."""
+        length = self._length
+        rule = self._rule(length)
+        if self._known is not None and isinstance(rule, int):
+            self._move(rows, length, self._known.turn(rule, rows, length - 1, seen - 1))
+        elif self._kernel is not None and isinstance(rule, NormRule):
+            self._kernel.evict_by_norm(length, self._blocks(rows, length), seen, rule)
+        self._tables.drop_last(rows)
+        self._evicted += len(rows)
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
         """What the policy decides now that the sequences, all different, have seen so many tokens each."""
@@ -194,7 +222,8 @@ class DecodeEviction:
             return [(row, partial(self._cut, row, keep)) for row, keep in zip(rows.tolist(), chosen, strict=True)]
         sole = self._tables.sole[rows]
         if sole.all():
-            self._evict_one(rows, chosen)
+            if len(rows):
+                self._evict_one(rows, chosen)
             return []
         if sole.any():
             self._evict_one(*self._some(decided._replace(rows=rows, chosen=chosen), sole)[:2])
@@ -236,7 +265,7 @@ class DecodeEviction:
         if self._noted[row] >= 0:
             if self._known is not None:
                 self._known.keep(row, keep.cpu().numpy())
-            self._noted[row] = kept
+            self._noted[row], self._full[row] = kept, -1
         return work
 
     def places(self, rows: Ints, coming: Sequence[int]) -> list[Tensor | None]:
@@ -265,16 +294,19 @@ class DecodeEviction:
             book[target] = book[row]
         if self._known is not None:
             self._known.fork(row, target)
+        self._full[row] = self._full[target] = -1
 
     def leave(self, row: int) -> None:
         """Forget a sequence."""
-        self._noted[row] = -1
+        self._noted[row] = self._full[row] = -1
         self.prompt.leave(row)
 
     def _catch_up(self, rows: Ints) -> None:
         """Note the stored tokens of sequences that are not, the last of which was the last that a sequence saw."""
         lengths = self._tables.lengths[rows]
         counts = lengths - self._noted[rows]
+        if not counts.any():
+            return
         owners, at, positions = rows, lengths - 1, self._seen[rows] - 1
         if (counts != 1).any():
             within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
@@ -282,7 +314,7 @@ class DecodeEviction:
             positions = np.repeat(self._seen[rows] - counts, counts) + within
         if self._known is not None:
             self._known.write(owners, at, positions)
-        elif self._notes is not None and len(owners):
+        elif self._notes is not None:
             slots, noted = upload(self._device, self._tables.slots_at(owners, at), positions)
             self._notes.write(slots, noted, self.prompt.scores(slots) if self._notes.scored else None)
         self._noted[rows] = lengths
@@ -294,8 +326,7 @@ class DecodeEviction:
             positions, steps = upload(self._device, self._known.read(rows, length), seen)
             return positions, None, steps
         assert self._notes is not None
-        width = -(-length // self._pool.block_size)
-        blocks, steps = upload(self._device, self._tables.rows(rows)[:, :width].astype(np.int64), seen)
+        blocks, steps = upload(self._device, self._blocks(rows, length).astype(np.int64), seen)
         return *self._notes.read(blocks, length), steps
 
     def _size_after(self, length: int) -> int:
@@ -313,7 +344,7 @@ class DecodeEviction:
             found: NormRule | int | None = None
             if self._known is not None:
                 found = oldest_rule_of(self.policy, length)
-            elif self._norms_noted:
+            elif self._kernel is not None and scores_norms(self.policy):
                 found = norm_rule_of(self.policy, length)
             self._rules[length] = found
         return self._rules[length]
@@ -358,59 +389,65 @@ class DecodeEviction:
 
         The sequences store equally many tokens. The victims lie in blocks that may be written.
         """
-        lengths = self._tables.lengths[rows]
-        last = lengths - 1
+        length = int(self._tables.lengths[rows[0]])
         if self._known is not None:
             assert victim is not None
             gone = victim.numpy()
-            if ((gone < 0) | (gone > last)).any():
-                raise IndexError(f"tokens {gone} of sequences of {lengths} tokens")
-            if self._kernels:
-                self._launch(rows, lengths, gone)
+            if ((gone < 0) | (gone >= length)).any():
+                raise IndexError(f"tokens {gone} of sequences of {length} tokens")
+            self._move(rows, length, gone)
+            self._known.move(rows, np.full(len(rows), length - 1), gone)
+        elif self._kernel is not None:
+            if victim is None:
+                rule = self._rule(length)
+                assert isinstance(rule, NormRule)
+                # the kernel notes the last
+                if (self._noted[rows] < length - 1).any():
+                    self._catch_up(rows)
+                self._kernel.evict_by_norm(length, self._blocks(rows, length), self._seen[rows], rule)
             else:
-                self._pool.move(
-                    *upload(self._device, self._tables.slots_at(rows, gone), self._tables.slots_at(rows, last))
-                )
-            older = self._rule(int(lengths[0]))
-            self._known.drop(rows, gone, last, older if isinstance(older, int) else None)
-        elif self._kernels:
-            self._launch(rows, lengths, victim)
+                self._kernel.evict(length, self._blocks(rows, length), victim)
         else:
             assert victim is not None
-            held = self._tables.rows(rows).astype(np.int64)
-            blocks, ends = upload(self._device, held, self._tables.slots_at(rows, last))
+            blocks, last = upload(
+                self._device,
+                self._blocks(rows, length).astype(np.int64),
+                self._tables.slots_at(rows, np.full(len(rows), length - 1)),
+            )
             slots = (blocks[..., None] * self._pool.block_size + self._offsets).flatten(1)
-            self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), ends)
+            self._pool.move(slots.gather(1, victim.flatten(1)).view_as(victim), last)
         self._tables.drop_last(rows)
-        self._noted[rows] = last
+        self._noted[rows] = length - 1
         self._evicted += len(rows)
         self._unordered[rows] = True
         self._settle(rows)
+        if self.can_be_steady:
+            self._note_steady(rows, length)
 
-    def _launch(self, rows: Ints, lengths: Ints, victim: Tensor | Ints | None) -> None:
-        """Put the last token in the place of the victim on CUDA: of all heads, of each head, or the one that the rule says."""
-        from .eviction_kernel import BLOCKS, LENGTH, SEEN, VICTIM, evict
+    def _note_steady(self, rows: Ints, length: int) -> None:
+        """One of ``length`` tokens has gone of each of some sequences: whether it will be so after every step."""
+        rule = self._rule(length)
+        self._full[rows] = -1
+        if rule is None or (length != self._length and (self._full >= 0).any()):
+            return
+        steady = self._tables.sole[rows] & self.follows(rows)
+        if self._known is not None and isinstance(rule, int):
+            steady &= self._known.in_ring(rule, rows, length - 1)
+        self._length = length
+        self._full[rows[steady]] = length
 
-        rule = None
-        if victim is None:
-            rule = self._rule(int(lengths[0]))
-            # the kernel notes the last
-            if (self._noted[rows] < lengths - 1).any():
-                self._catch_up(rows)
-        blocks = self._tables.rows(rows)
-        sent = staging(self._device, (len(rows), BLOCKS + blocks.shape[1]), torch.int32)
-        facts = sent.numpy()
-        facts[:, LENGTH], facts[:, SEEN], facts[:, BLOCKS:] = lengths, self._seen[rows], blocks
-        if isinstance(victim, np.ndarray):
-            facts[:, VICTIM] = victim
-        evict(
-            self._pool.keys,
-            self._pool.values,
-            sent.to(self._device, non_blocking=True),
-            notes=None if self._notes is None else self._notes.by_slot,
-            chosen=victim.contiguous() if isinstance(victim, Tensor) else None,
-            rule=rule if isinstance(rule, NormRule) else None,
-        )
+    def _move(self, rows: Ints, length: int, gone: Ints) -> None:
+        """Put the last of ``length`` tokens in the place of one that goes of all heads."""
+        if self._kernel is not None:
+            self._kernel.evict(length, self._blocks(rows, length), gone)
+            return
+        last = self._tables.slots_at(rows, np.full(len(rows), length - 1))
+        self._pool.move(*upload(self._device, self._tables.slots_at(rows, gone), last))
+
+    def _blocks(self, rows: Ints, length: int) -> NDArray[np.int32]:
+        """Blocks ``[S, width]`` of the first ``length`` tokens."""
+        found: NDArray[np.int32] = self._tables.table[:, : -(-length // self._pool.block_size)][rows]
+        return found
 
     def _cut(self, row: int, keep: Tensor) -> None:
         """Keep some of a sequence's tokens, in time order."""

@@ -4,18 +4,21 @@ No postponed annotations here: triton reads ``tl.constexpr`` from the signatures
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
 
+from typing import Any
+
+import numpy as np
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsuite.compression.ranked import ROUNDING, NormRule
 
+from .block_table import Ints
+from .uploads import StepTable
+
 # notes that a program looks at together
 _NOTES = 1024
-
-#: columns of the facts in front of a sequence's blocks: tokens that it stores, that it has seen, the one that goes. The kernel
-#: has them as numbers, since triton compares every constant outside of a kernel at every launch
-LENGTH, SEEN, VICTIM, BLOCKS = range(4)
 
 
 @triton.jit
@@ -59,10 +62,10 @@ def _lowest_norms(
 
 
 # neither how many tokens are stored, nor the size of a pool must cost a compilation
-@triton.jit(do_not_specialize=["layer_slots", "stride", "sign", "protected"])
+@triton.jit(do_not_specialize=["length", "layer_slots", "stride", "sign", "protected"])
 def _evict_kernel(
-    keys, values, notes, facts, chosen, layer_slots, stride, kv_heads, width, sign, protected, rounding,
-    BLOCK_SIZE: tl.constexpr, BY_NORM: tl.constexpr, BY_HEAD: tl.constexpr, NOTES: tl.constexpr,
+    keys, values, notes, facts, chosen, length, layer_slots, stride, kv_heads, width, sign, protected, rounding,
+    BY_NORM: tl.constexpr, BY_HEAD: tl.constexpr, NOTES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
@@ -72,10 +75,8 @@ def _evict_kernel(
     lane = tl.arange(0, LANES)
     there = head < kv_heads
     present = there[:, None] & (lane < width)[None, :]
-    own = facts + sequence * stride
-    table = own + 3
-    length = tl.load(own)
-    seen = tl.load(own + 1)
+    fact = tl.load(facts + sequence * stride)
+    table = facts + sequence * stride + 1
     source = tl.load(table + (length - 1) // BLOCK_SIZE) * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
     vector = ((layer * layer_slots + source) * kv_heads + head)[:, None] * width + lane[None, :]
     key = tl.load(keys + vector, mask=present, other=0.0)
@@ -88,7 +89,7 @@ def _evict_kernel(
             table,
             norm,
             length,
-            seen,
+            fact,
             layer_slots,
             kv_heads,
             sign,
@@ -101,14 +102,14 @@ def _evict_kernel(
     elif BY_HEAD:
         victim = tl.load(chosen + (sequence * layers + layer) * kv_heads + head, mask=there, other=0).to(tl.int32)
     else:
-        victim = tl.load(own + 2) + tl.zeros_like(head)
+        victim = fact + tl.zeros_like(head)
     target = tl.load(table + victim // BLOCK_SIZE, mask=there, other=0) * BLOCK_SIZE + victim % BLOCK_SIZE
     vector = ((layer * layer_slots + target) * kv_heads + head)[:, None] * width + lane[None, :]
     tl.store(keys + vector, key, mask=present)
     tl.store(values + vector, value, mask=present)
     note = notes + (layer * kv_heads + head) * layer_slots
     if BY_NORM:
-        tl.store(note + target, seen - 1, mask=there)
+        tl.store(note + target, fact - 1, mask=there)
         note += layers.to(tl.int64) * kv_heads * layer_slots
         tl.store(note + target, norm.to(tl.int32, bitcast=True), mask=there)
     else:
@@ -117,39 +118,81 @@ def _evict_kernel(
             note += layers.to(tl.int64) * kv_heads * layer_slots
 
 
-def evict(
-    keys: Tensor,
-    values: Tensor,
-    facts: Tensor,
-    *,
-    notes: Tensor | None = None,
-    chosen: Tensor | None = None,
-    rule: NormRule | None = None,
-) -> None:
-    """Put the last token of each of some sequences in the place of another one.
+class EvictionKernel:
+    """Puts the last token of each of some sequences in the place of another one.
 
     Parameters
     ----------
     keys, values
         Pages, ``[layers, num_blocks, block_size, kv_heads, head_dim]``, contiguous.
-    facts
-        Of each sequence how many tokens it stores and has seen, the index of the one that goes, where that is the same for all
-        heads, and its blocks: int32 ``[S, BLOCKS + width]``, contiguous.
     notes
         What moves with the tokens, 32 bits each, ``[kinds, layers, kv_heads, num_blocks * block_size]``, contiguous: positions,
-        and where a ``rule`` decides norms.
-    chosen
-        Index of the token that goes, int64 ``[S, layers, kv_heads]``, contiguous.
-    rule
-        Finds it by norm: lowest priority goes, of equal ones the youngest. The last token has no notes yet, and gets them where
-        it is put.
+        and where a rule decides norms.
+    rows, blocks
+        Sequences, and blocks of one, at most.
     """
-    layers, blocks, block_size, kv_heads, width = keys.shape
-    heads, lanes = triton.next_power_of_2(kv_heads), triton.next_power_of_2(width)
-    sign, protected = (0, 0) if rule is None else rule
-    _evict_kernel[(len(facts), layers)](
-        keys, values, facts if notes is None else notes, facts, facts if chosen is None else chosen,
-        blocks * block_size, facts.shape[1], kv_heads, width, sign, protected, ROUNDING,
-        BLOCK_SIZE=block_size, BY_NORM=rule is not None, BY_HEAD=chosen is not None, NOTES=0 if notes is None else len(notes),
-        HEADS=heads, LANES=lanes, TOKENS=max(16, _NOTES // heads), num_warps=4,
-    )  # fmt: skip
+
+    def __init__(self, keys: Tensor, values: Tensor, notes: Tensor | None, *, rows: int, blocks: int) -> None:
+        layers, all_blocks, block_size, kv_heads, width = keys.shape
+        heads, lanes = triton.next_power_of_2(kv_heads), triton.next_power_of_2(width)
+        self._layers = layers
+        self._pages = keys, values, keys if notes is None else notes
+        self._slots = all_blocks * block_size
+        self._sizes = kv_heads, width
+        self._shapes = 0 if notes is None else len(notes), block_size, heads, lanes, max(16, _NOTES // heads)
+        # by sequence what is to be known, and its blocks
+        self._facts = StepTable(keys.device, rows * (1 + blocks))
+        # what triton compiled where nothing but numbers changes from launch to launch: it need not look at the arguments again
+        self._compiled: dict[bool, Any] = {}
+
+    def evict(self, length: int, blocks: NDArray[np.int32], victim: Ints | Tensor) -> None:
+        """Evict the token of each sequence that somebody has chosen.
+
+        Parameters
+        ----------
+        length
+            Tokens that each of the sequences stores.
+        blocks
+            Their blocks, ``[S, width]``.
+        victim
+            Index of the token that goes, ``[S]``, or on the device where heads differ, int64 ``[S, layers, kv_heads]``.
+        """
+        if isinstance(victim, Tensor):
+            self._launch(length, 0, blocks, chosen=victim.contiguous())
+        else:
+            self._launch(length, victim, blocks)
+
+    def evict_by_norm(self, length: int, blocks: NDArray[np.int32], seen: Ints, rule: NormRule) -> None:
+        """Evict the token of lowest priority of every head, of equal ones the youngest; ``seen`` ``[S]`` tokens were seen.
+
+        The last token has no notes yet, and gets them where it is put.
+        """
+        self._launch(length, seen, blocks, rule=rule)
+
+    def _launch(
+        self,
+        length: int,
+        fact: Ints | int,
+        blocks: NDArray[np.int32],
+        *,
+        chosen: Tensor | None = None,
+        rule: NormRule | None = None,
+    ) -> None:
+        count, width = blocks.shape
+        table = self._facts.table(count, 1 + width)
+        table[:, 0], table[:, 1:] = fact, blocks
+        facts = self._facts.send()
+        by_norm, by_head = rule is not None, chosen is not None
+        sign, protected = (0, 0) if rule is None else rule
+        grid = count, self._layers, 1
+        arguments = (
+            *self._pages, facts, facts if chosen is None else chosen, length, self._slots, 1 + width, *self._sizes,
+            sign, protected, ROUNDING, by_norm, by_head, *self._shapes,
+        )  # fmt: skip
+        if by_norm in self._compiled and not by_head:
+            self._compiled[by_norm][grid](*arguments)
+            return
+        compiled = _evict_kernel[grid](*arguments, num_warps=4)
+        # the interpreter compiles nothing
+        if compiled is not None and not by_head:
+            self._compiled[by_norm] = compiled

@@ -1,14 +1,18 @@
-"""Positions of stored tokens where one decision serves every head: the host has them, and finds the oldest without looking."""
+"""Positions of stored tokens where one decision serves every head: the host has them."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .block_table import Ints
 
 
 class KnownPositions:
     """Logical positions of sequences' stored tokens, by row and in the order of their tables.
+
+    Where the same number of oldest tokens always stays, every new token takes the place of the next oldest one: the others
+    stand in a *ring*, in which a position tells the place.
 
     Parameters
     ----------
@@ -18,13 +22,11 @@ class KnownPositions:
 
     def __init__(self, rows: int, tokens: int) -> None:
         self._positions: Ints = np.zeros((rows, tokens), dtype=np.int64)
-        # of the token that went last by age: how many older ones stayed, the next position, and where that is thought to be
-        self._older: Ints = np.full(rows, -1, dtype=np.int64)
-        self._next: Ints = np.zeros(rows, dtype=np.int64)
-        self._place: Ints = np.zeros(rows, dtype=np.int64)
+        # what a position and the place in its ring differ by
+        self._turns: Ints = np.zeros(rows, dtype=np.int64)
 
     def write(self, rows: Ints, at: Ints, positions: Ints) -> None:
-        """Tokens were appended: the ``at``-th of each of ``rows``."""
+        """Note the ``at``-th token of each of ``rows``."""
         self._positions[rows, at] = positions
 
     def read(self, rows: Ints, length: int) -> Ints:
@@ -33,38 +35,36 @@ class KnownPositions:
         return found
 
     def behind(self, older: int, rows: Ints, length: int) -> Ints:
-        """Of ``length`` tokens of each sequence the one that exactly ``older`` ones are older than, ``[S]``.
-
-        Where `drop` took the one before it and nothing else went since, the token of the next position is the one, and lies
-        behind the place of the one before: so it is found without looking at the others.
-        """
-        found: Ints = self._place[rows]
-        sure = (self._older[rows] == older) & (found < length) & (self._positions[rows, found] == self._next[rows])
-        if not sure.all():
-            asked = rows[~sure]
-            found[~sure] = np.argpartition(self.read(asked, length), older, axis=-1)[:, older]
+        """Of ``length`` tokens of each sequence the one that exactly ``older`` ones are older than, ``[S]``."""
+        found: Ints = np.argpartition(self.read(rows, length), older, axis=-1)[:, older]
         return found
 
-    def drop(self, rows: Ints, gone: Ints, last: Ints, older: int | None = None) -> None:
-        """The ``last`` token of each of ``rows``, the youngest, takes the place of another one, which is `behind` ``older``."""
-        if older is None:
-            self._older[rows] = -1
-        else:
-            self._older[rows] = older
-            self._next[rows] = self._positions[rows, gone] + 1
-            self._place[rows] = np.where(gone + 1 < last, gone + 1, older)
-        self._positions[rows, gone] = self._positions[rows, last]
+    def move(self, rows: Ints, source: Ints, target: Ints) -> None:
+        """A token of each sequence takes the place of another one."""
+        self._positions[rows, target] = self._positions[rows, source]
 
     def keep(self, row: int, index: Ints) -> None:
         """Only some of a sequence's tokens stay, in this order."""
         self._positions[row, : len(index)] = self._positions[row, index]
-        self._older[row] = -1
-
-    def begin(self, row: int) -> None:
-        """A new sequence."""
-        self._older[row] = -1
 
     def fork(self, row: int, target: int) -> None:
         """``target`` stores what ``row`` does."""
-        for book in (self._positions, self._older, self._next, self._place):
-            book[target] = book[row]
+        self._positions[target] = self._positions[row]
+
+    def in_ring(self, older: int, rows: Ints, length: int) -> NDArray[np.bool_]:
+        """Which of ``rows`` store ``length`` tokens, the ``older`` oldest in front and the others in a ring behind them."""
+        positions, size = self.read(rows, length), length - older
+        front, ring = positions[:, :older], positions[:, older:]
+        least = ring.min(axis=-1)
+        self._turns[rows] = -ring[:, 0]
+        found: NDArray[np.bool_] = ((ring - ring[:, :1]) % size == np.arange(size)).all(axis=-1)
+        found &= ring.max(axis=-1) - least == size - 1
+        if older:
+            found &= front.max(axis=-1) < least
+        return found
+
+    def turn(self, older: int, rows: Ints, length: int, newest: Ints) -> Ints:
+        """Let a new token of each of ``rows``, all `in_ring`, take the place of the oldest in the ring; the places ``[S]``."""
+        places: Ints = (newest + self._turns[rows]) % (length - older) + older
+        self._positions[rows, places] = newest
+        return places

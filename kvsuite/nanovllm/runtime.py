@@ -500,7 +500,7 @@ class Runtime:
             if request.scored and request.computed == request.prompt_length:
                 self._end(request, Status.FINISHED, "scored")
         if self.compression.active:
-            self.compression.after_step(self.compression.due(plan.requests))
+            self.compression.after_step(plan.requests)
 
     def _end(self, request: Request, status: Status, reason: str, error: Exception | None = None) -> None:
         if request.status.over:

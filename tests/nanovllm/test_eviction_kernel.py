@@ -14,7 +14,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from kvsuite.compression import get_policy  # noqa: E402
 from kvsuite.compression.base import CacheView  # noqa: E402
-from kvsuite.nanovllm.eviction_kernel import BLOCKS, LENGTH, SEEN, VICTIM, evict  # noqa: E402
+from kvsuite.nanovllm.eviction_kernel import EvictionKernel  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.token_notes import TokenNotes  # noqa: E402
@@ -43,11 +43,12 @@ def _slots(blocks, length):
     return (blocks[..., None] * SIZE + torch.arange(SIZE, device=DEVICE)).flatten(1)[:, :length].contiguous()
 
 
-def _facts(blocks, length, seen=0, victim=0):
-    # wider than the tables are
-    facts = torch.zeros((len(blocks), BLOCKS + blocks.shape[1] + 2), dtype=torch.int32, device=DEVICE)
-    facts[:, LENGTH], facts[:, SEEN], facts[:, VICTIM], facts[:, BLOCKS:-2] = length, seen, victim, blocks
-    return facts
+def _kernel(pool, notes=None):
+    return EvictionKernel(pool.keys, pool.values, notes, rows=SEQUENCES + 1, blocks=pool.num_blocks)
+
+
+def _on_host(blocks):
+    return blocks.cpu().numpy().astype("int32")
 
 
 def _all(pool):
@@ -90,7 +91,7 @@ def test_the_lowest_norm_goes_as_the_policy_has_it(name, own, ties, kv_heads, he
     # what is noted of the last is no matter
     notes.by_slot[..., last] = torch.randint(1000, (1, len(last)), dtype=torch.int32).to(DEVICE)
     before = [each.clone() for each in _all(pool)]
-    evict(pool.keys, pool.values, _facts(blocks, length, seen), notes=notes.by_slot, rule=policy.norm_rule(length))
+    _kernel(pool, notes.by_slot).evict_by_norm(length, _on_host(blocks), seen.cpu().numpy(), policy.norm_rule(length))
     found = _restored(pool, before)
 
     notes.write(slots.flatten(), positions.flatten(), norms)
@@ -115,23 +116,29 @@ def test_the_last_token_goes_where_each_head_wants_it(kv_heads, head_dim, length
     # one is the last itself
     chosen[0, 0, 0] = length - 1
     slots, before = _slots(blocks, length), [each.clone() for each in _all(pool)]
-    evict(pool.keys, pool.values, _facts(blocks, length), notes=notes.by_slot, chosen=chosen)
+    _kernel(pool, notes.by_slot).evict(length, _on_host(blocks), chosen)
     found = _restored(pool, before)
     pool.move(slots.gather(1, chosen.flatten(1)).view_as(chosen), slots[:, -1])
     assert all(map(torch.equal, found, _all(pool)))
     assert not torch.equal(found[0], before[0])
 
 
-@pytest.mark.parametrize(("kv_heads", "head_dim", "lengths"), [(8, 64, (5, 5, 5)), (1, 80, (33, 32, 30))])
-def test_the_last_token_goes_where_all_heads_want_it(kv_heads, head_dim, lengths):
-    pool, _, blocks, generator = _made(kv_heads, head_dim, max(lengths))
-    length = torch.tensor(lengths, device=DEVICE)
-    victim = torch.stack([torch.randint(each, (), generator=generator) for each in lengths]).to(DEVICE)
-    slots, before = _slots(blocks, max(lengths)), [each.clone() for each in _all(pool)]
-    evict(pool.keys, pool.values, _facts(blocks, length, victim=victim))
-    found = _restored(pool, before)
+@pytest.mark.parametrize(("kv_heads", "head_dim", "length"), [(8, 64, 5), (1, 80, 33)])
+def test_the_last_token_goes_where_all_heads_want_it_launch_after_launch(kv_heads, head_dim, length):
+    pool, notes, blocks, generator = _made(kv_heads, head_dim, length)
+    kernel, slots = _kernel(pool), _slots(blocks, length)
     pool.notes = None
-    pool.move(slots.gather(1, victim[:, None])[:, 0], slots.gather(1, length[:, None] - 1)[:, 0])
-    assert all(map(torch.equal, found[:2], [pool.keys, pool.values]))
-    assert torch.equal(found[2], before[2])
-    assert not torch.equal(found[0], before[0])
+    noted = notes.by_slot.clone()
+    # buffers are filled again, sequences become fewer, and tables narrower
+    for count, stored in ((3, length), (3, length), (2, length), (2, length), (2, length - 2), (3, length)):
+        before = [each.clone() for each in (pool.keys, pool.values)]
+        victim = torch.randint(stored - 1, (count,), generator=generator)
+        kernel.evict(stored, _on_host(blocks[:count, : -(-stored // SIZE)]), victim.numpy())
+        found = [each.clone() for each in (pool.keys, pool.values)]
+        pool.keys.copy_(before[0])
+        pool.values.copy_(before[1])
+        pool.move(slots[:count].gather(1, victim[:, None].to(DEVICE))[:, 0], slots[:count, stored - 1])
+        assert all(map(torch.equal, found, [pool.keys, pool.values]))
+        assert not torch.equal(found[0], before[0])
+        pool.keys.copy_(torch.randn(pool.keys.shape, generator=generator))
+    assert torch.equal(notes.by_slot, noted)
