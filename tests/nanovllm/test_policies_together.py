@@ -19,6 +19,7 @@ from kvsuite.compression.base import CacheView, Policy
 from kvsuite.compression.fix_size_l2 import FixSizeL2
 from kvsuite.compression.streaming_llm import StreamingLLM
 from kvsuite.errors import UserError
+from kvsuite.nanovllm.decode_eviction import DecodeEviction
 from kvsuite.nanovllm.request import Request, Status
 from kvsuite.nanovllm.runtime import Runtime
 from kvsuite.nanovllm.sampling import SamplingParameters
@@ -118,6 +119,49 @@ def test_more_sequences_are_not_more_launches(
             counts.append(launches.count)
             runtime.run()
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["own blocks", "findable blocks"])
+@pytest.mark.parametrize(("name", "parameters"), POLICIES[:2])
+def test_nothing_is_asked_while_one_token_goes_after_every_step(
+    name: str, parameters: dict[str, Any], caching: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # prompts of other lengths, one that comes later, a fork, a choice by hand: whoever is not steady is asked for alone
+    decided: list[int] = []
+    decide = DecodeEviction.decide
+
+    def spied(self: DecodeEviction, rows: Any, seen: Any, **given: Any) -> Any:
+        decided.extend(rows.tolist())
+        return decide(self, rows, seen, **given)
+
+    monkeypatch.setattr(DecodeEviction, "decide", spied)
+    with serving(
+        loaded("llama"), policy=get_policy(name, **parameters), prefix_caching=caching, block_size=4
+    ) as runtime:
+        sampling = SamplingParameters(max_new_tokens=60, temperature=0.0, ignore_eos=True)
+        requests = [runtime.add(Request(text(length, seed=length), sampling)) for length in (20, 9, 12)]
+        for _ in range(16):
+            runtime.step()
+        decided.clear()
+        runtime.step()
+        assert decided == []
+        late = runtime.add(Request(text(30), sampling))
+        runtime.step()
+        assert decided == [late.row]
+        for _ in range(12):
+            runtime.step()
+        decided.clear()
+        child = runtime.fork(requests[0])
+        runtime.step()
+        assert sorted(decided) == sorted([requests[0].row, child.row])
+        for _ in range(12):
+            runtime.step()
+        decided.clear()
+        runtime.step()
+        assert decided == []
+        runtime.compress(requests[1], torch.arange(1, 9))
+        runtime.step()
+        assert sorted(decided) == sorted(request.row for request in [*requests, late, child])
 
 
 def test_a_policy_that_raises_for_one_sequence_of_many_costs_that_one() -> None:
