@@ -386,6 +386,8 @@ class CudaRunner(ModelRunner):
                 return
             if graphs is not None:
                 graphs.rehearse()
+            if self.decoder is not None:
+                self.decoder.rehearse()
             # cut for the SMs of the current stream
             self._dry.singles()
             if not self._captured:

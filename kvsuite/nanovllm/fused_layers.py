@@ -21,6 +21,7 @@ from torch.nn import functional
 from .batch import StepBatch
 from .layer_pages import LayerPages, plain_pages
 from .paged_attention import AttentionBackend
+from .side_streams import processors
 
 if TYPE_CHECKING:
     from .row_linear import Tiling
@@ -130,9 +131,20 @@ class FusedDecoder:
             self._table = _rotary_table(decoder.rotary_emb, max_positions, self._embedding)
             self.layers = [self._layer(layer) for layer in decoder.layers]
         # overlapping launches need Hopper
-        self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
+        major = torch.cuda.get_device_capability(self.device)[0] if self.device.type == "cuda" else 0
+        self.pdl = major >= 9
+        self.gates = major == 9 and self._takes_gated_linear()
         self.tilings: dict[tuple[str, int], Tiling | None] = {}
         self._short: set[int] = set()
+
+    def _takes_gated_linear(self) -> bool:
+        """Whether the kernel for gate and up with their activation is there, and multiplies with these weights."""
+        try:
+            from .gated_linear import takes
+        except ImportError:
+            # a release of triton from before tensor descriptors
+            return False
+        return all(takes(weight) for weight in self.weights("gate_up"))
 
     def _layer(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -152,10 +164,12 @@ class FusedDecoder:
     @property
     def effective(self) -> dict[str, Any]:
         """What was fused, sequences of steps that were short, and which of torch's product and our own runs, by rows."""
-        own: Mapping[str, str] = {
+        own = {
             f"{name} <= {rows} rows": "torch" if tiling is None else str(tiling)
             for (name, rows), tiling in sorted(self.tilings.items())
         }
+        if self.gates:
+            own |= {"gate_up, many rows": "with its activation"}
         return {
             "fused": ["qkv", "gate_up", "add_norm", "head_norm_rotary_write", "silu_mul"],
             "short_steps": sorted(self._short),
@@ -206,6 +220,14 @@ class FusedDecoder:
                 del mixed
                 delta = self._feed_forward(weights, delta, residual)
             return self._norm(delta, residual, self._final_norm)
+
+    def rehearse(self) -> None:
+        """Launch once what only steps of some numbers of rows launch, where what that computes means nothing."""
+        if self.gates:
+            from .gated_linear import gated_linear
+
+            weight = self.layers[0].gate_up
+            gated_linear(weight.new_empty(1, weight.shape[1]), weight, 1)
 
     def embedded(self, batch: StepBatch) -> Tensor:
         """What the first layer reads, ``[T, hidden]``."""
@@ -313,16 +335,24 @@ class FusedDecoder:
         return self._norm(self.feed_forward(len(self.layers) - 1, mixed, residual), residual, self._final_norm)
 
     def _feed_forward(self, layer: FusedLayer, delta: Tensor | None, residual: Tensor) -> Tensor | None:
+        x = self._norm(delta, residual, layer.post_norm)
+        return self._added("down", self._active(x, layer.gate_up), layer.down, residual)
+
+    def _active(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product of gate and up with its activation, ``[T, features]``."""
         from .fused_kernels import silu_mul
         from .row_linear import row_linear
 
-        x = self._norm(delta, residual, layer.post_norm)
         rows, tiling = x.shape[0], self._tiling("gate_up", x.shape[0])
-        if tiling is None:
-            active = silu_mul(functional.linear(x, layer.gate_up)[None], x.dtype, pdl=self._overlapped(rows))
-        else:
-            active = row_linear(x, layer.gate_up, tiling, gated=True, pdl=self._overlapped(rows))[0]
-        return self._added("down", active, layer.down, residual)
+        if tiling is not None:
+            return row_linear(x, weight, tiling, gated=True, pdl=self._overlapped(rows))[0]
+        if self.gates:
+            from .gated_linear import gated_linear, is_faster
+
+            own = processors(self.device)
+            if is_faster(rows, weight.shape[0] // 2, own):
+                return gated_linear(x, weight, own)
+        return silu_mul(functional.linear(x, weight)[None], x.dtype, pdl=self._overlapped(rows))
 
     def _norm(self, delta: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
         from .fused_kernels import add_norm

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cuda_driver
 from .batch import StepBatch
 from .captured_attention import FEW_PROGRAMS, CapturedAttention, KernelLayers, split
 from .flashinfer_libraries import FA2, FA3, Libraries, flashinfer_module, takes_flashinfer
@@ -24,6 +23,7 @@ from .kv_pool import KVPool
 from .paged_attention import written_to
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
+from .side_streams import processors
 
 _WORKSPACE_BYTES = 256 << 20
 
@@ -77,7 +77,7 @@ class KernelAttention(KernelLayers):
 
     def _look_at_stream(self) -> None:
         """Keys are cut for as many SMs as the current stream has: lanes move between partitions."""
-        self.processors = _processors(self.device)
+        self.processors = processors(self.device)
 
     def beside(self) -> KernelAttention:
         """The same for steps of another lane, whose stream is the current one, with a workspace of its own."""
@@ -149,17 +149,3 @@ class KernelAttention(KernelLayers):
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
         self._look_at_stream()
         return CapturedAttention(self, batch, few_programs)
-
-
-def _processors(device: torch.device) -> int:
-    """SMs that the current stream may use: all of the device, or those of its green context."""
-    every = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    stream = torch.cuda.current_stream(device)
-    if stream == torch.cuda.default_stream(device):
-        return every
-    try:
-        own = cuda_driver.sms_of(stream.cuda_stream)
-    except cuda_driver.DriverError:
-        # a driver that knows no green contexts has none
-        return every
-    return every if own is None else own

@@ -1,4 +1,4 @@
-"""Streams beside the current one of a CUDA device: one for each purpose, made once."""
+"""Streams beside the current one of a CUDA device, one for each purpose, made once; and what the current one may use."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from typing import Any, Literal
 
 import torch
+
+from . import cuda_driver
 
 Purpose = Literal["captures", "compressing", "prompts", "single tokens", "unbound decoding"]
 
@@ -25,3 +27,18 @@ def side_stream(purpose: Purpose, device: torch.device | int) -> Any:
 def _made(purpose: Purpose, index: int) -> Any:
     stream: Any = torch.cuda.Stream
     return stream(index)
+
+
+def processors(device: torch.device) -> int:
+    """SMs that the current stream may use: all of the device, or those of its green context (not while it is captured)."""
+    every = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    stream = torch.cuda.current_stream(device)
+    # a capture ends at the first call that it does not allow
+    if stream == torch.cuda.default_stream(device) or torch.cuda.is_current_stream_capturing():
+        return every
+    try:
+        own = cuda_driver.sms_of(stream.cuda_stream)
+    except cuda_driver.DriverError:
+        # a driver that knows no green contexts has none
+        return every
+    return every if own is None else own

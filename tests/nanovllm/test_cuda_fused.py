@@ -17,6 +17,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
+from kvsuite.nanovllm import fused_layers, gated_linear  # noqa: E402
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
 from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS, CapturedAttention  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
@@ -211,6 +212,35 @@ def test_torchs_products_add_to_the_residual_themselves(tiling):
     assert (delta is None) == (tiling is None)
     found = residual if delta is None else residual + delta.sum(0)
     assert _error(found, expected) < 1e-5
+
+
+def test_gate_and_up_have_their_activation_inside_where_that_is_faster(monkeypatch):
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    model = _model("llama3", dtype)
+    decoder = FusedDecoder(model, model.config, 64)
+    layer, rows = model.model.layers[0], []
+    monkeypatch.setattr(fused_layers, "processors", lambda device: 3)
+    monkeypatch.setattr(gated_linear, "is_faster", lambda rows, features, processors: rows > 4)
+
+    def counted(x, weight, processors, run=gated_linear.gated_linear):
+        rows.append(x.shape[0])
+        return run(x, weight, processors)
+
+    monkeypatch.setattr(gated_linear, "gated_linear", counted)
+    decoder.gates = True
+    assert "with its activation" in decoder.effective["products"].values()
+    generator = torch.Generator().manual_seed(0)
+    width = layer.self_attn.o_proj.in_features
+    for count in (4, 5):
+        mixed, residual = (
+            torch.randn(count, n, generator=generator).to(DEVICE, dtype) for n in (width, SHAPE["hidden_size"])
+        )
+        with torch.inference_mode():
+            between = residual + layer.self_attn.o_proj(mixed)
+            expected = between + layer.mlp(layer.post_attention_layernorm(between))
+            assert decoder.feed_forward(0, mixed, residual) is None
+        assert _error(residual, expected) < (1e-5 if INTERPRETED else 1e-2)
+    assert rows == [5]
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -18,7 +18,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from kvsuite.kernel_builds import BUILDS  # noqa: E402
 from kvsuite.nanovllm import cuda_runner as module  # noqa: E402
-from kvsuite.nanovllm import fused_kernels, fused_sampling, row_linear, split_attention, step_attention  # noqa: E402
+from kvsuite.nanovllm import (  # noqa: E402
+    fused_kernels,
+    fused_sampling,
+    gated_linear,
+    row_linear,
+    split_attention,
+    step_attention,
+)
 from kvsuite.nanovllm.compile_ahead import compiling_ahead  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
 from kvsuite.nanovllm.flashinfer_libraries import Libraries  # noqa: E402
@@ -29,7 +36,7 @@ from kvsuite.nanovllm.sampling import SamplingParameters  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-KERNELS = (fused_kernels, fused_sampling, row_linear, split_attention, step_attention)
+KERNELS = (fused_kernels, fused_sampling, gated_linear, row_linear, split_attention, step_attention)
 
 
 @triton.jit
@@ -108,6 +115,11 @@ def test_nothing_is_built_once_a_runtime_is_there(empty, monkeypatch):
     assert facts["kernels"] == "not prepared: flashinfer fa2, tilings of products of 16 rows"
     assert set(facts["decode_attention"].values()) == {"split"}
     _serve(runtime)
+    decoder = runtime.runner.decoder
+    if decoder.gates:
+        # as steps of more tokens than these limits allow
+        weight = decoder.weights("gate_up")[1]
+        gated_linear.gated_linear(weight.new_zeros(700, weight.shape[1]), weight, 16)
     assert [build.name for build in BUILDS.done[started:]] == []
     runtime.close()
     assert_nothing_lost(runtime)
