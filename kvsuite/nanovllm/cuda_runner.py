@@ -431,7 +431,7 @@ class CudaRunner(ModelRunner):
     def _capture_layers(self, decoder: FusedDecoder, attention: CapturableAttention, limits: Limits) -> CapturedLayers:
         """Layers of steps with prompts, captured on the current stream."""
         before = _reserved_bytes(self.device)
-        sizes = layer_sizes(limits.max_num_batched_tokens)
+        sizes = layer_sizes(limits.most_step_tokens)
         try:
             layers = CapturedLayers(
                 decoder,
@@ -439,7 +439,8 @@ class CudaRunner(ModelRunner):
                 sizes,
                 max_sequences=limits.max_num_seqs,
                 max_blocks=limits.blocks_per_sequence,
-                singles_apart=attention.capturable,
+                # only where others may decode while a prompt is fed
+                singles_apart=attention.capturable and limits.max_num_seqs > 1 and not limits.prefill_first,
             )
             if self._all_ours:
                 with compiling_ahead() as compiles:

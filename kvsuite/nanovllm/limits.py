@@ -98,6 +98,14 @@ class Limits:
         """Blocks of the longest sequence."""
         return -(-self.max_model_len // self.block_size)
 
+    @property
+    def most_step_tokens(self) -> int:
+        """Tokens of the largest step that there can be: each needs a place in the pool, too."""
+        places = self.max_num_seqs * self.max_model_len
+        if self.num_blocks is not None:
+            places = min(places, self.num_blocks * self.block_size)
+        return min(self.max_num_batched_tokens, places)
+
 
 def _whole(name: str, value: int, minimum: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

@@ -30,11 +30,8 @@ from .fused_kernels import launch_options
 from .layer_pages import LayerPages
 from .packed_elements import load_numbers, scale_groups, unpack_words, words_of
 from .packed_vectors import hadamard_signs, side_options
-from .split_attention import merge_splits, splits_for
+from .split_attention import LOG2_E, key_options, merge_splits, part_of, room_for_parts, splits_for, store_part
 
-LOG2_E = 1.4426950408889634
-# the tensor cores' smallest side
-FEWEST_QUERIES = 16
 # Keys of a step. With 4 warps and 4 stages fastest in whole steps on an H200; one warp and 32 keys are 3 % faster alone and
 # 13 % slower in a step of 64 sequences.
 _TOKENS = 128
@@ -101,9 +98,7 @@ def _packed_split_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
-    span = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
-    start = split * span
-    stop = tl.minimum(start + span, length)
+    start, stop = part_of(length, split, splits, TOKENS)
     members = tl.arange(0, QUERIES)
     inside = tl.arange(0, TOKENS)
     dtype: tl.constexpr = query.dtype.element_ty
@@ -235,14 +230,11 @@ def _packed_split_kernel(
         acc = tl.reshape(tl.join(tl.join(acc_0, acc_2), tl.join(acc_1, acc_3)), (QUERIES, HEAD_DIM))
     if VALUE_NUMBERS == 2 and value_whole:
         acc += lowest[:, None]
-    lanes = tl.arange(0, HEAD_DIM)
     if MERGED or VALUE_ROTATED:
-        place = heads * splits + split
-        tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=real[:, None])
-        tl.store(maxima + place, top, mask=real)
-        tl.store(sums + place, total, mask=real)
+        store_part(mixed, maxima, sums, heads * splits + split, acc, top, total, real, HEAD_DIM)
     else:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
+        lanes = tl.arange(0, HEAD_DIM)
         tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], result, mask=real[:, None])
 
 
@@ -287,15 +279,10 @@ def packed_split_attention(
     """
     assert window is None or dropped is not None
     sequences, heads, head_dim = query.shape
-    block_size, kv_heads = keys.codes.shape[1:3]
-    group = heads // kv_heads
     merged = splits > 1 or values.side.hadamard
-    count = sequences * heads * splits if merged else 0
-    mixed = torch.empty(count, head_dim, dtype=torch.float32, device=query.device)
-    maxima = torch.empty(count, dtype=torch.float32, device=query.device)
-    sums = torch.empty_like(maxima)
     out = torch.empty_like(query)
-    _packed_split_kernel[(kv_heads, sequences, splits)](
+    parts = room_for_parts(out, splits if merged else 0)
+    _packed_split_kernel[(keys.codes.shape[2], sequences, splits)](
         query,
         words_of(keys),
         keys.scales,
@@ -304,22 +291,13 @@ def packed_split_attention(
         tables,
         lengths,
         lengths if dropped is None else dropped,
-        mixed,
-        maxima,
-        sums,
+        *parts,
         out,
         scale * LOG2_E,
         tables.stride(0),
         splits,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        TOKENS=tokens,
-        WINDOW=window or 0,
-        SINKS=sinks,
-        HEAD=-(-sinks // block_size) * block_size,
+        **key_options(heads, keys.codes, tokens, window, sinks),
         MERGED=splits > 1,
         ASSEMBLY=assembly,
         PDL=pdl,
@@ -330,5 +308,5 @@ def packed_split_attention(
         **launch_options(pdl),
     )
     if merged:
-        merge_splits(mixed, maxima, sums, out, splits, rotated=values.side.hadamard, pdl=pdl)
+        merge_splits(parts, out, splits, rotated=values.side.hadamard, pdl=pdl)
     return out

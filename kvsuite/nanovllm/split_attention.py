@@ -7,6 +7,8 @@ No postponed annotations here: triton reads ``tl.constexpr`` from the signatures
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
 
+from typing import Any, NamedTuple
+
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -22,6 +24,23 @@ from .packed_vectors import hadamard_signs
 LOG2_E = 1.4426950408889634
 # the tensor cores' smallest side
 FEWEST_QUERIES = 16
+
+
+@triton.jit
+def part_of(length, split, splits, TOKENS: tl.constexpr):
+    """First token of one of ``splits`` parts of the keys, and the one behind its last."""
+    span = tl.cdiv(tl.cdiv(length, splits), TOKENS) * TOKENS
+    start = split * span
+    return start, tl.minimum(start + span, length)
+
+
+@triton.jit
+def store_part(mixed, maxima, sums, parts, acc, top, total, present, HEAD_DIM: tl.constexpr):
+    """Leave what queries saw of a part of the keys to whoever merges."""
+    lanes = tl.arange(0, HEAD_DIM)
+    tl.store(mixed + parts[:, None] * HEAD_DIM + lanes[None, :], acc, mask=present[:, None])
+    tl.store(maxima + parts, top, mask=present)
+    tl.store(sums + parts, total, mask=present)
 
 
 @triton.jit
@@ -110,9 +129,7 @@ def _split_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
-    span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
-    start = split * span
-    stop = tl.minimum(start + span, length)
+    start, stop = part_of(length, split, SPLITS, TOKENS)
     members = tl.arange(0, QUERIES)
     lanes = tl.arange(0, HEAD_DIM)
     if PDL:
@@ -131,10 +148,7 @@ def _split_kernel(
         found = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + heads[:, None] * HEAD_DIM + lanes[None, :], found, mask=(members < GROUP)[:, None])
     else:
-        place = heads * SPLITS + split
-        tl.store(mixed + place[:, None] * HEAD_DIM + lanes[None, :], acc, mask=(members < GROUP)[:, None])
-        tl.store(maxima + place, top, mask=members < GROUP)
-        tl.store(sums + place, total, mask=members < GROUP)
+        store_part(mixed, maxima, sums, heads * SPLITS + split, acc, top, total, members < GROUP, HEAD_DIM)
 
 
 @triton.jit
@@ -163,10 +177,8 @@ def _merge_kernel(
     tl.store(out + head * HEAD_DIM + lanes, result.to(out.dtype.element_ty))
 
 
-def merge_splits(
-    mixed: Tensor, maxima: Tensor, sums: Tensor, out: Tensor, splits: int, *, rotated: bool = False, pdl: bool = False
-) -> None:
-    """Attention from its parts over cuts of the keys.
+class Parts(NamedTuple):
+    """What queries see of parts of the keys, one entry a sequence, head and part.
 
     Parameters
     ----------
@@ -174,6 +186,45 @@ def merge_splits(
         float32 ``[S * heads * splits, head_dim]``: sums of values by weights ``2 ** (score - maximum)``.
     maxima, sums
         float32 ``[S * heads * splits]``: the reference of a part's weights, -inf where it sees no token, and their sum.
+    """
+
+    mixed: Tensor
+    maxima: Tensor
+    sums: Tensor
+
+
+def room_for_parts(out: Tensor, splits: int) -> Parts:
+    """Room for the parts of ``out`` ``[S, heads, head_dim]``."""
+    sequences, heads, head_dim = out.shape
+    count = sequences * heads * splits
+    mixed = torch.empty(count, head_dim, dtype=torch.float32, device=out.device)
+    maxima, sums = (torch.empty(count, dtype=torch.float32, device=out.device) for _ in range(2))
+    return Parts(mixed, maxima, sums)
+
+
+def key_options(query_heads: int, keys: Tensor, tokens: int, window: int | None, sinks: int) -> dict[str, Any]:
+    """Options of a kernel that reads pages ``[num_blocks, block_size, kv_heads, ..]``, ``tokens`` keys a step."""
+    block_size, kv_heads = keys.shape[1:3]
+    group = query_heads // kv_heads
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "QUERIES": max(FEWEST_QUERIES, triton.next_power_of_2(group)),
+        "BLOCK_SIZE": block_size,
+        "TOKENS": tokens,
+        "WINDOW": window or 0,
+        "SINKS": sinks,
+        "HEAD": -(-sinks // block_size) * block_size,
+    }
+
+
+def merge_splits(parts: Parts, out: Tensor, splits: int, *, rotated: bool = False, pdl: bool = False) -> None:
+    """Attention from its parts over cuts of the keys.
+
+    Parameters
+    ----------
+    parts
+        Of all heads.
     out
         ``[S, heads, head_dim]``, contiguous, overwritten.
     splits
@@ -185,7 +236,7 @@ def merge_splits(
     """
     sequences, heads, head_dim = out.shape
     _merge_kernel[(sequences * heads,)](
-        mixed, maxima, sums, out, HEAD_DIM=head_dim, SPLITS=splits, ROTATED=rotated, PDL=pdl, num_warps=4,
+        *parts, out, HEAD_DIM=head_dim, SPLITS=splits, ROTATED=rotated, PDL=pdl, num_warps=4,
         **launch_options(pdl),
     )  # fmt: skip
 
@@ -243,41 +294,28 @@ def split_attention(
     """
     assert window is None or dropped is not None
     sequences, heads, head_dim = query.shape
-    block_size, kv_heads = keys.shape[1:3]
-    group = heads // kv_heads
     out = torch.empty_like(query)
     # one part is all there is
-    parts = sequences * heads * splits if splits > 1 else 0
-    mixed = torch.empty(parts, head_dim, dtype=torch.float32, device=query.device)
-    maxima, sums = (torch.empty(parts, dtype=torch.float32, device=query.device) for _ in range(2))
-    _split_kernel[(kv_heads, sequences, splits)](
+    parts = room_for_parts(out, splits if splits > 1 else 0)
+    _split_kernel[(keys.shape[2], sequences, splits)](
         query,
         keys,
         values,
         tables,
         lengths,
         lengths if dropped is None else dropped,
-        mixed,
-        maxima,
-        sums,
+        *parts,
         out,
         scale * LOG2_E,
         tables.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
         SPLITS=splits,
-        TOKENS=tokens,
-        WINDOW=window or 0,
-        SINKS=sinks,
-        HEAD=-(-sinks // block_size) * block_size,
+        **key_options(heads, keys, tokens, window, sinks),
         PDL=pdl,
         num_warps=warps,
         num_stages=stages,
         **launch_options(pdl),
     )
     if splits > 1:
-        merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
+        merge_splits(parts, out, splits, pdl=pdl)
     return out

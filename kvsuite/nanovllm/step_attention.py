@@ -19,7 +19,7 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 )
 
 from .fused_kernels import launch_options, sum_of_parts
-from .split_attention import FEWEST_QUERIES, LOG2_E, attend_part, merge_splits
+from .split_attention import LOG2_E, attend_part, key_options, merge_splits, part_of, room_for_parts, store_part
 
 #: parts up to which the program that ends last merges them; more are merged by a program for each head
 MOST_MERGED = 32
@@ -130,9 +130,7 @@ def _step_kernel(
     members = tl.arange(0, QUERIES)
     # the new token is none of those that are cut
     older = tl.load(lengths + sequence) - 1
-    span = tl.cdiv(tl.cdiv(older, SPLITS), TOKENS) * TOKENS
-    start = split * span
-    stop = tl.minimum(start + span, older)
+    start, stop = part_of(older, split, SPLITS, TOKENS)
     angles = tl.load(positions + sequence) * half + lanes % half
     cosine = tl.load(cosines + angles).to(tl.float32)
     sine = tl.load(sines + angles).to(tl.float32)
@@ -175,10 +173,7 @@ def _step_kernel(
     if SPLITS == 1:
         tl.store(out + heads[:, None] * HEAD_DIM + lanes, (acc / total[:, None]).to(dtype), mask=here)
     else:
-        part = heads * SPLITS + split
-        tl.store(mixed + part[:, None] * HEAD_DIM + lanes, acc, mask=here)
-        tl.store(maxima + part, top, mask=members < GROUP)
-        tl.store(sums + part, total, mask=members < GROUP)
+        store_part(mixed, maxima, sums, heads * SPLITS + split, acc, top, total, members < GROUP, HEAD_DIM)
         if MERGED:
             # what all threads of this program stored comes before its arrival
             tl.debug_barrier()
@@ -270,14 +265,11 @@ def step_attention(
     """
     assert window is None or dropped is not None
     parts, sequences, _ = qkv.shape
-    block_size, kv_heads, head_dim = keys.shape[1:]
-    group = heads.query_heads // kv_heads
+    kv_heads, head_dim = keys.shape[2:]
     out = torch.empty(sequences, heads.query_heads, head_dim, dtype=keys.dtype, device=qkv.device)
     merged = splits <= MOST_MERGED
     # one part is all there is
-    shares = sequences * heads.query_heads * splits if splits > 1 else 0
-    mixed = torch.empty(shares, head_dim, dtype=torch.float32, device=qkv.device)
-    maxima, sums = (torch.empty(shares, dtype=torch.float32, device=qkv.device) for _ in range(2))
+    shares = room_for_parts(out, splits if splits > 1 else 0)
     _step_kernel[(kv_heads, sequences, splits)](
         qkv,
         squares,
@@ -290,30 +282,21 @@ def step_attention(
         tables,
         lengths,
         lengths if dropped is None else dropped,
-        mixed,
-        maxima,
-        sums,
+        *shares,
         arrivals,
         out,
         sequences,
         heads.eps,
         scale * LOG2_E,
         tables.stride(0),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        ABOVE=triton.next_power_of_2(group),
-        QUERIES=max(FEWEST_QUERIES, triton.next_power_of_2(group)),
+        ABOVE=triton.next_power_of_2(heads.query_heads // kv_heads),
         HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
         PARTS=parts,
         TILES=squares.shape[0],
         TILES_ABOVE=triton.next_power_of_2(squares.shape[0]),
         NORM=heads.norms is not None,
         SPLITS=splits,
-        TOKENS=tokens,
-        WINDOW=window or 0,
-        SINKS=sinks,
-        HEAD=-(-sinks // block_size) * block_size,
+        **key_options(heads.query_heads, keys, tokens, window, sinks),
         MERGED=merged,
         PDL=pdl,
         num_warps=warps,
@@ -321,5 +304,5 @@ def step_attention(
         **launch_options(pdl),
     )
     if splits > 1 and not merged:
-        merge_splits(mixed, maxima, sums, out, splits, pdl=pdl)
+        merge_splits(shares, out, splits, pdl=pdl)
     return out

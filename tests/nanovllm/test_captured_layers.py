@@ -190,6 +190,38 @@ def test_layers_that_do_not_fit_say_what_to_give(monkeypatch: pytest.MonkeyPatch
         )
 
 
+@pytest.mark.parametrize(
+    ("limits", "sizes", "apart"),
+    [
+        ({"max_num_seqs": 2}, [64, 128, 192], True),
+        # one sequence is short, and nothing decodes beside its prompt
+        ({"max_num_seqs": 1}, [64, 128], False),
+        ({"max_num_seqs": 2, "prefill_first": True}, [64, 128, 192], False),
+        # the pool holds no more
+        ({"max_num_seqs": 8, "num_blocks": 30}, [64, 128], True),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 60}, [64], True),
+    ],
+)
+def test_nothing_is_captured_that_limits_leave_no_step_for(
+    limits: dict[str, Any], sizes: list[int], apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    class Noted(CapturedLayers):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            seen.append(named["singles_apart"])
+            super().__init__(*given, **named)
+
+    monkeypatch.setattr(module, "CapturedLayers", Noted)
+    given = {"max_model_len": 84, "max_num_batched_tokens": 8192, "num_blocks": 200, "block_size": 4} | limits
+    runtime = Runtime(fresh("llama"), Limits(**given), runner=cuda_runner(sizes=[1]))
+    [request] = runtime.run([greedy(text(70), 4)])
+    facts = runtime.runner.facts
+    runtime.close()
+    assert (facts["prompt_sizes"], seen) == (sizes, [apart])
+    assert request.output == generated(fresh("llama"), text(70), 4)
+
+
 @pytest.mark.parametrize("most", [1, 64, 65, 200, 256, 700, 1024, 8192])
 def test_sizes_reach_what_a_step_can_have(most: int) -> None:
     sizes = layer_sizes(most)
