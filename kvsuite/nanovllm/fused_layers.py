@@ -30,8 +30,8 @@ _ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen3Model"}
 # rotary embeddings whose angles depend on the position alone, so that a table can hold them
 _FIXED_ROTARY = {"default", "linear", "llama3", "yarn"}
 _FEW_ROWS = 1024
-#: sequences up to which a short step is faster; one of 64 is 3 % slower on an H200 (docs/measurements.md)
-MOST_SHORT = 16
+#: sequences up to which a short step is no slower, of models of 0.6 to 8 billion parameters on an H200 (docs/measurements.md)
+MOST_SHORT = 32
 #: where keys and values of a layer go: its pages, and the tokens' slots in them
 Destination = Callable[[int], tuple[LayerPages, LayerPages, Tensor]]
 #: products of a layer, and of the final layer
