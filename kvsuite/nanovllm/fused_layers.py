@@ -385,7 +385,7 @@ class FusedDecoder:
         """Add a product to ``residual``, or return what the next norm has to add, partial sums ``[parts, T, hidden]``."""
         if self._tiling(product, x.shape[0]) is not None:
             return self._product(product, x, weight)
-        # in the product's own sums, in place: the norm behind has half as much to read and to write
+        # in place: the norm behind has half as much to read and to write
         residual.addmm_(x, weight.t())
         return None
 
