@@ -123,7 +123,8 @@ class CapturedAttention(PooledLayers):
     def __init__(self, owner: KernelLayers, batch: StepBatch, few_programs: int) -> None:
         super().__init__(owner.pools)
         self._batch = batch
-        self._processors = owner.processors
+        #: SMs that a step may use
+        self.processors = owner.processors
         self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
         self.kinds: list[str] = []
         self._plans: list[PlannedDecode | None] = []
@@ -154,10 +155,33 @@ class CapturedAttention(PooledLayers):
         """Whether `attend_product` can attend, in every layer."""
         return not any(self._plans) and not any(pool.is_packed for pool in self.pools)
 
+    @property
+    def loads_at_once(self) -> bool:
+        """Whether no part of any sequence's keys has more than one step of `attend_product`."""
+        from .split_attention import splits_for
+        from .step_attention import STEP_KEYS
+
+        return all(
+            part.block_tables.shape[1] * pool.block_size
+            <= STEP_KEYS * splits_for(self._batch.sequences, pool.group.kv_heads, self.processors)
+            for part, pool in zip(self._batch.groups, self.pools, strict=True)
+        )
+
     def attend_product(
-        self, layer: int, qkv: Tensor, squares: Tensor, heads: Heads, scale: float, arrivals: Tensor
+        self,
+        layer: int,
+        qkv: Tensor,
+        squares: Tensor,
+        heads: Heads,
+        scale: float,
+        arrivals: Tensor,
+        *,
+        at_once: bool = False,
     ) -> Tensor:
-        """Store the step's tokens and attend, from the product for queries, keys and values on; see `step_attention`."""
+        """Store the step's tokens and attend, from the product for queries, keys and values on; see `step_attention`.
+
+        ``at_once``: no keys are loaded ahead of those that are computed with, for where `loads_at_once`.
+        """
         from .split_attention import splits_for
         from .step_attention import step_attention
 
@@ -167,8 +191,8 @@ class CapturedAttention(PooledLayers):
         return step_attention(
             qkv, squares, self._batch.positions, part.slots, heads, keys.codes, values.codes,
             part.block_tables, part.kv_lengths, scale, arrivals,
-            splits=splits_for(qkv.shape[1], group.kv_heads, self._processors),
-            dropped=part.dropped, window=group.window, sinks=group.sinks, pdl=self._pdl,
+            splits=splits_for(qkv.shape[1], group.kv_heads, self.processors),
+            dropped=part.dropped, window=group.window, sinks=group.sinks, stages=1 if at_once else 3, pdl=self._pdl,
         )  # fmt: skip
 
     def prepare(self, lengths: Sequence[Tensor]) -> None:

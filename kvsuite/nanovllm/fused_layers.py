@@ -25,6 +25,7 @@ from .side_streams import processors
 
 if TYPE_CHECKING:
     from .row_linear import Tiling
+    from .whole_rows import WholeRows
 
 _ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen3Model"}
 # rotary embeddings whose angles depend on the position alone, so that a table can hold them
@@ -234,24 +235,39 @@ class FusedDecoder:
         found = functional.embedding(batch.ids, self._embedding)
         return found if batch.images is None else batch.images.into(found)
 
-    def _own_tilings(self, rows: int, backend: AttentionBackend) -> dict[str, Tiling]:
+    def _own_tilings(self, rows: int, backend: AttentionBackend) -> dict[str, Tiling | WholeRows]:
         """Tilings of a layer's products, if all are our own and attention takes what they make; none otherwise."""
         # a residual times the weights of a norm may be more than float16 holds
         if rows > MOST_SHORT or self.dtype == torch.float16 or not getattr(backend, "takes_products", False):
             return {}
         found = {product: self._tiling(product, rows) for product in PRODUCTS if product != "final"}
         own = {product: tiling for product, tiling in found.items() if tiling is not None}
-        return own if len(own) == len(found) and own["output"].parts == own["down"].parts == 1 else {}
+        if len(own) < len(found) or own["output"].parts > 1 or own["down"].parts > 1:
+            return {}
+        return {**own, **self._whole_rows(rows, backend)}
+
+    def _whole_rows(self, rows: int, backend: Any) -> dict[str, WholeRows]:
+        """Products that one row makes with whole rows of the weight, where that is faster."""
+        from .whole_rows import PROJECTED, SUMMED
+
+        if rows > 1 or not self.pdl or not backend.loads_at_once:
+            return {}
+        found = {"qkv": PROJECTED, "output": SUMMED, "down": SUMMED}
+        features = {product: self.weights(product)[0].shape[0] for product in found}
+        filled = [found[product].fills(features[product], backend.processors) for product in found]
+        return found if all(filled) else {}
 
     @torch.inference_mode()
-    def _short_step(self, tilings: Mapping[str, Tiling], batch: StepBatch, backend: Any) -> Tensor:
+    def _short_step(self, tilings: Mapping[str, Any], batch: StepBatch, backend: Any) -> Tensor:
         """`hidden` of single tokens in five kernels a layer: norms and additions are parts of the products."""
         from .fused_kernels import open_residual
-        from .row_linear import add_linear, row_linear
+        from .row_linear import Tiling, row_linear
         from .step_attention import Heads
+        from .whole_rows import whole_rows
 
         rows, eps, layers = batch.tokens, self._eps, self.layers
         self._short.add(rows)
+        whole = not isinstance(tilings["qkv"], Tiling)
         tiles = tilings["down"].tiles(self.width)
         counters = max(tiles, tilings["output"].tiles(self.width), rows * self._kv_heads)
         pdl = self._overlapped(rows)
@@ -262,13 +278,14 @@ class FusedDecoder:
         for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             heads = Heads(self.query_heads, layer.head_norms, eps, self._table)
             # rounded when the norm's scale is known, as transformers rounds
-            qkv = row_linear(x, layer.qkv, tilings["qkv"], dtype=torch.float32, pdl=pdl)
-            mixed = backend.attend_product(index, qkv, squares, heads, self.scale, arrivals).flatten(1)
-            x, squares = add_linear(
-                mixed, layer.output, tilings["output"], residual, layer.post_norm, arrivals, pdl=pdl
-            )
+            if whole:
+                qkv = whole_rows(x, layer.qkv, tilings["qkv"], pdl=pdl)
+            else:
+                qkv = row_linear(x, layer.qkv, tilings["qkv"], dtype=torch.float32, pdl=pdl)
+            mixed = backend.attend_product(index, qkv, squares, heads, self.scale, arrivals, at_once=whole).flatten(1)
+            x, squares = _add(mixed, layer.output, tilings["output"], residual, layer.post_norm, arrivals, pdl)
             active = row_linear(x, layer.gate_up, tilings["gate_up"], squares=squares, eps=eps, gated=True, pdl=pdl)[0]
-            x, squares = add_linear(active, layer.down, tilings["down"], residual, next_norm, arrivals, pdl=pdl)
+            x, squares = _add(active, layer.down, tilings["down"], residual, next_norm, arrivals, pdl)
         return self._norm(None, residual, self._final_norm)
 
     # a method for each half of a layer: of a long prompt every tensor counts, and what a method made is gone when it ends
@@ -388,6 +405,18 @@ class FusedDecoder:
         # in place: the norm behind has half as much to read and to write
         residual.addmm_(x, weight.t())
         return None
+
+
+def _add(
+    x: Tensor, weight: Tensor, tiling: Tiling | WholeRows, residual: Tensor, norm: Tensor, arrivals: Tensor, pdl: bool
+) -> tuple[Tensor, Tensor]:
+    """Add a product to the residual and begin the next norm, see `row_linear.add_linear`."""
+    from .row_linear import Tiling, add_linear
+    from .whole_rows import add_whole_rows
+
+    if isinstance(tiling, Tiling):
+        return add_linear(x, weight, tiling, residual, norm, arrivals, pdl=pdl)
+    return add_whole_rows(x, weight, tiling, residual, norm, pdl=pdl)
 
 
 def rows_bucket(rows: int) -> int:

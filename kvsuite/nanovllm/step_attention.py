@@ -23,6 +23,8 @@ from .split_attention import LOG2_E, attend_part, key_options, merge_splits, par
 
 #: parts up to which the program that ends last merges them; more are merged by a program for each head
 MOST_MERGED = 32
+#: keys of a step
+STEP_KEYS = 64
 
 
 class Heads(NamedTuple):
@@ -235,7 +237,7 @@ def step_attention(
     dropped: Tensor | None = None,
     window: int | None = None,
     sinks: int = 0,
-    tokens: int = 64,
+    tokens: int = STEP_KEYS,
     warps: int = 4,
     stages: int = 3,
     pdl: bool = False,

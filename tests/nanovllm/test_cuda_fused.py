@@ -25,6 +25,7 @@ from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.reference_attention import ReferenceAttention  # noqa: E402
 from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
+from kvsuite.nanovllm.whole_rows import PROJECTED, SUMMED, WholeRows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -74,7 +75,7 @@ def _batch(tokens, lengths, counts, drawn=(0, 1, 2)):
     group = GroupInputs(
         slots=tables[rows, places // BLOCK].astype(np.int64) * BLOCK + places % BLOCK,
         kv_lengths=np.array(lengths),
-        block_tables=tables,
+        block_tables=tables[: len(lengths)],
         dropped=np.zeros(len(lengths), dtype=np.int64),
     )
     return BatchBuilder(torch.device(DEVICE)).build(
@@ -174,6 +175,52 @@ def test_short_steps_equal_transformers(name, splits, monkeypatch):
     decoder.tilings["down", 16] = None
     assert _error(decoder.logits(second, captured), following) < 1e-5
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_short_step_of_one_sequence_by_whole_rows(name, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
+    model = _model(name, torch.float32)
+    tokens, length = _tokens(), LENGTHS[0]
+    decoder = FusedDecoder(model, model.config, 64)
+    pool = _pool(model, torch.float32)
+    reference = ReferenceAttention([pool])
+    first = _batch(tokens, [length], [length], drawn=(0,))
+    reference.begin(first)
+    decoder.logits(first, reference)
+    whole = Tiling(block_n=32, block_k=32, prefetch=1)
+    decoder.tilings = {(product, 16): whole for product in PRODUCTS}
+    second = _batch(tokens, [length + 1], [1], drawn=(0,))
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4)
+    captured = CapturedAttention(owner, second, FEW_PROGRAMS)
+    captured.begin(second)
+    found = {"qkv": PROJECTED, "output": SUMMED, "down": SUMMED}
+    monkeypatch.setattr(decoder, "_whole_rows", lambda rows, backend: found)
+    for _ in range(2):
+        assert _error(decoder.logits(second, captured), _expected(model, tokens, 1)[:1]) < 1e-5
+    assert decoder.effective["short_steps"] == [1]
+
+
+def test_whole_rows_are_read_for_one_sequence_whose_parts_of_keys_are_one_step(monkeypatch):
+    decoder = FusedDecoder(model := _model("llama3", torch.float32), model.config, 64)
+    monkeypatch.setattr(decoder, "pdl", True)
+    near, far = (SimpleNamespace(loads_at_once=once, processors=4) for once in (True, False))
+    # programs of 512 rows of a weight overflow four SMs
+    assert decoder._whole_rows(1, near) == {}
+    monkeypatch.setattr(WholeRows, "fills", lambda tiling, features, processors: True)
+    assert set(decoder._whole_rows(1, near)) == {"qkv", "output", "down"}
+    assert decoder._whole_rows(2, near) == decoder._whole_rows(1, far) == {}
+
+
+@pytest.mark.parametrize(("blocks", "once"), [(3, True), (16, True), (17, False)])
+def test_keys_are_loaded_at_once_where_the_longest_sequence_has_a_step_a_part(blocks, once, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
+    pool = SimpleNamespace(block_size=BLOCK, group=SimpleNamespace(kv_heads=2, layers=(0,), window=3), is_packed=False)
+    # four parts fill four SMs twice
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4)
+    batch = SimpleNamespace(sequences=1, groups=[SimpleNamespace(block_tables=torch.zeros(1, blocks))])
+    assert CapturedAttention(owner, batch, FEW_PROGRAMS).loads_at_once == once
 
 
 @pytest.mark.parametrize("tiling", TILINGS[:2], ids=str)

@@ -14,7 +14,14 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from torch.nn import functional  # noqa: E402
 
-from kvsuite.nanovllm import fused_kernels, gather_tokens, row_linear, split_attention, step_attention  # noqa: E402
+from kvsuite.nanovllm import (  # noqa: E402
+    fused_kernels,
+    gather_tokens,
+    row_linear,
+    split_attention,
+    step_attention,
+    whole_rows,
+)
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.layer_pages import plain_pages  # noqa: E402
 from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
@@ -180,6 +187,33 @@ def test_a_residual_that_products_norm_and_add_to(tiling, rows, pdl):
 
 
 @pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("tiling", [whole_rows.PROJECTED, whole_rows.SUMMED], ids=str)
+# rows of the weight that fill no program, inputs that fill no step, rows of which no piece can be fetched ahead
+@pytest.mark.parametrize(("width", "made"), [(208, 512), (204, 1200), (52, 33)])
+def test_whole_rows(width, made, tiling, pdl):
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    weight, delta = _random(width, made, dtype=dtype), _random(1, made, seed=1, dtype=dtype)
+    residual, norm = _random(1, width, seed=2, dtype=dtype), 1 + 0.1 * _random(width, seed=3, dtype=dtype)
+    product = delta.double() @ weight.double().T
+    _close(whole_rows.whole_rows(delta, weight, tiling, pdl=pdl)[0], product, dtype)
+    expected = (residual.double() + product.to(dtype).double()).to(dtype)
+    x, squares = whole_rows.add_whole_rows(delta, weight, tiling, residual, norm, pdl=pdl)
+    assert squares.shape == (tiling.tiles(width), 1)
+    _close(residual, expected, dtype)
+    _close(x, residual * norm, dtype)
+    _close(squares.sum(0), residual.float().pow(2).mean(1), torch.float32)
+
+
+def test_whole_rows_are_for_devices_that_they_fill():
+    assert whole_rows.SUMMED.fills(4096, 132)
+    assert whole_rows.PROJECTED.fills(6144, 132)
+    # an SM would wait for others, or some programs for a place
+    assert not whole_rows.SUMMED.fills(2048, 132)
+    assert not whole_rows.SUMMED.fills(5120, 132)
+    assert not whole_rows.SUMMED.fills(4096, 96)
+
+
+@pytest.mark.parametrize("pdl", PDL)
 @pytest.mark.parametrize(
     ("parts", "splits", "heads", "kv_heads", "head_dim", "normed", "window", "sinks"),
     [
@@ -212,10 +246,11 @@ def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim,
     )
     expected = split_attention.split_attention(query, *pages, blocks, lengths, head_dim**-0.5, **options)
     arrivals = torch.zeros(4 * kv_heads, dtype=torch.int32, device=DEVICE)
-    for _ in range(2):
+    # loads ahead or none
+    for stages in (3, 1):
         found = step_attention.step_attention(
             qkv, squares, last, slots, step_attention.Heads(heads, norms, 1e-6, table), *own, blocks, lengths, head_dim**-0.5,
-            arrivals, **options,
+            arrivals, stages=stages, **options,
         )  # fmt: skip
         _close(found, expected, dtype)
         assert not arrivals.any()

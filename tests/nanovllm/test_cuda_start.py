@@ -25,6 +25,7 @@ from kvsuite.nanovllm import (  # noqa: E402
     row_linear,
     split_attention,
     step_attention,
+    whole_rows,
 )
 from kvsuite.nanovllm.compile_ahead import compiling_ahead  # noqa: E402
 from kvsuite.nanovllm.cuda_runner import cuda_runner  # noqa: E402
@@ -36,7 +37,7 @@ from kvsuite.nanovllm.sampling import SamplingParameters  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-KERNELS = (fused_kernels, fused_sampling, gated_linear, row_linear, split_attention, step_attention)
+KERNELS = (fused_kernels, fused_sampling, gated_linear, row_linear, split_attention, step_attention, whole_rows)
 
 
 @triton.jit
