@@ -189,6 +189,8 @@ class CudaRunner(ModelRunner):
         super().__init__(loaded, attention)
         if self.device.type == "cuda":
             BUILDS.watch_triton()
+            # what an earlier runtime held must not count as given back by the captures of this one
+            gc.collect()
         self.attention = attention
         #: row counts whose products have no tilings tried on this machine
         self._untried: list[int] = []
@@ -472,8 +474,6 @@ def _reserved_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
-    # as a capture does when it begins: what an earlier runtime held must not count as given back by this one
-    gc.collect()
     torch.cuda.empty_cache()
     return int(torch.cuda.memory_reserved(device))
 
