@@ -137,6 +137,7 @@ class FusedDecoder:
         self.gates = major == 9 and self._takes_gated_linear()
         self.tilings: dict[tuple[str, int], Tiling | None] = {}
         self._short: set[int] = set()
+        self._whole = False
 
     def _takes_gated_linear(self) -> bool:
         """Whether the kernel for gate and up with their activation is there, and multiplies with these weights."""
@@ -171,6 +172,8 @@ class FusedDecoder:
         }
         if self.gates:
             own |= {"gate_up, many rows": "with its activation"}
+        if self._whole:
+            own |= {"qkv, output, down, 1 row": "whole rows"}
         return {
             "fused": ["qkv", "gate_up", "add_norm", "head_norm_rotary_write", "silu_mul"],
             "short_steps": sorted(self._short),
@@ -268,6 +271,7 @@ class FusedDecoder:
         rows, eps, layers = batch.tokens, self._eps, self.layers
         self._short.add(rows)
         whole = not isinstance(tilings["qkv"], Tiling)
+        self._whole |= whole
         tiles = tilings["down"].tiles(self.width)
         counters = max(tiles, tilings["output"].tiles(self.width), rows * self._kv_heads)
         pdl = self._overlapped(rows)

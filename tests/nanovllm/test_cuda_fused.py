@@ -200,6 +200,7 @@ def test_a_short_step_of_one_sequence_by_whole_rows(name, monkeypatch):
     for _ in range(2):
         assert _error(decoder.logits(second, captured), _expected(model, tokens, 1)[:1]) < 1e-5
     assert decoder.effective["short_steps"] == [1]
+    assert decoder.effective["products"]["qkv, output, down, 1 row"] == "whole rows"
 
 
 def test_whole_rows_are_read_for_one_sequence_whose_parts_of_keys_are_one_step(monkeypatch):
