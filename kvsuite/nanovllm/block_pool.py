@@ -132,11 +132,13 @@ class BlockPool:
             self._fences.setdefault(after, []).extend(reversed(blocks))
             for block in blocks:
                 waits[block] = waits.get(block, 0) + 1
+        references = self._references
         for block in reversed(blocks):
-            if self._references[block] < 1:
+            left = references[block] - 1
+            if left < 0:
                 raise RuntimeError(f"block {block} is released but not in use")
-            self._references[block] -= 1
-            if self._references[block] == 0:
+            references[block] = left
+            if not left:
                 if block in waits:
                     self._held.add(block)
                 else:

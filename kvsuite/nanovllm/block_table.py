@@ -57,7 +57,8 @@ class BlockTables:
         #: rows whose blocks surely are nobody else's and cannot be found: they may be written without asking
         self.sole: NDArray[np.bool_] = np.ones(rows, dtype=np.bool_)
         # first entry that changed since `forget_changes`, and the one behind the last, by row
-        self._changed: dict[int, tuple[int, int]] = {}
+        self._first: Ints = np.full(rows, blocks_per_row, dtype=np.int64)
+        self._behind: Ints = np.zeros(rows, dtype=np.int64)
 
     def row_blocks(self, row: int) -> list[int]:
         """Blocks of a sequence in order."""
@@ -95,8 +96,7 @@ class BlockTables:
         fresh, ends = self.pool.allocate(len(rows)), self.blocks[rows]
         self.table[rows, ends] = fresh
         self.blocks[rows] = ends + 1
-        for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
-            self._note(row, end, end + 1)
+        self._note(rows, ends, ends + 1)
         return copies
 
     def reserve(self, row: int, tokens: int) -> list[Copy]:
@@ -260,8 +260,7 @@ class BlockTables:
         else:
             # the pool begins with the last
             self.pool.release(blocks[::-1])
-        for row, end in zip(rows.tolist(), ends.tolist(), strict=True):
-            self._note(row, end, end + 1)
+        self._note(rows, ends, ends + 1)
 
     def expiring(self, rows: Ints, positions: Ints) -> list[tuple[int, int]]:
         """Those of ``rows`` with something to `expire` before a token at the position given for each, and that position."""
@@ -297,22 +296,24 @@ class BlockTables:
         self._give_back(row, self.row_blocks(row))
         self._empty(row)
 
-    def changes(self) -> list[int]:
+    def changes(self) -> Ints:
         """Entries of `table` that changed since `forget_changes`: places in the flattened table."""
-        width = self.table.shape[1]
-        places: list[int] = []
-        for row, (first, stop) in self._changed.items():
-            places += range(row * width + first, row * width + stop)
+        rows = np.flatnonzero(self._behind)
+        first = self._first[rows]
+        counts = self._behind[rows] - first
+        before = counts.cumsum() - counts
+        places: Ints = np.repeat(rows * self.table.shape[1] + first - before, counts) + np.arange(counts.sum())
         return places
 
     def forget_changes(self) -> None:
         """Whoever follows the tables has seen all changes."""
-        self._changed.clear()
+        self._first.fill(self.table.shape[1])
+        self._behind.fill(0)
 
-    def _note(self, row: int, first: int, stop: int) -> None:
-        """Entries ``first .. stop - 1`` of a row have changed."""
-        known = self._changed.get(row)
-        self._changed[row] = (first, stop) if known is None else (min(known[0], first), max(known[1], stop))
+    def _note(self, row: int | Ints, first: int | Ints, stop: int | Ints) -> None:
+        """Entries ``first .. stop - 1`` of a row have changed, or of several different ones."""
+        self._first[row] = np.minimum(self._first[row], first)
+        self._behind[row] = np.maximum(self._behind[row], stop)
 
     def _clear(self, row: int, keep: int) -> None:
         """Empty a row's entries from ``keep`` on."""

@@ -42,7 +42,7 @@ class DeviceTables:
         while count < len(changed):
             count *= 2
         places, blocks = np.full(count, table.size, dtype=np.int64), np.zeros(count, dtype=np.int32)
-        if changed:
+        if len(changed):
             places[: len(changed)] = changed
             blocks[: len(changed)] = table.ravel()[places[: len(changed)]]
         return places, blocks

@@ -135,7 +135,7 @@ class Blocks(RuleBasedStateMachine):
         self.on_device.update(places, blocks)
         rows = torch.arange(ROWS)
         assert self.on_device.pick(rows, BLOCKS).tolist() == self.tables.table.tolist()
-        assert not self.tables.changes()
+        assert not len(self.tables.changes())
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
