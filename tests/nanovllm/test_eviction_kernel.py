@@ -12,6 +12,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("the kernels need a CUDA device", allow_module_level=True)
 
+from hypothesis import settings  # noqa: E402
+from test_decode_eviction import LowestNorms, OldestBehindSinks  # noqa: E402
 from test_policies_together import POLICIES, served  # noqa: E402
 
 from kvsuite.compression import get_policy  # noqa: E402
@@ -69,7 +71,8 @@ def _restored(pool, before):
     ("name", "own"),
     [
         ("fix_size_l2", {"size": 40, "keep_ratio": 0.25, "strategy": "keep_low"}),
-        ("fix_size_l2", {"size": 150, "keep_ratio": 0.5, "strategy": "keep_high"}),
+        # more than a program looks at together
+        ("fix_size_l2", {"size": 600, "keep_ratio": 0.5, "strategy": "keep_high"}),
         ("fix_size_l2", {"size": 1, "keep_ratio": 0.0, "strategy": "keep_low"}),
         ("fix_size_l2", {"size": 12, "keep_ratio": 1.0, "strategy": "keep_low"}),
         ("l2_compress", {"keep_ratio": 0.9, "prune_after": 7, "mode": "every_token"}),
@@ -167,3 +170,19 @@ def test_requests_get_the_tokens_and_store_the_keys_of_torch(name, own, position
         assert tokens == expected
         assert len(keys) == len(expected_keys)
         assert all(map(torch.equal, keys, expected_keys))
+
+
+def _by_kernel(machine):
+    """The machine whose pool, on the CPU, the interpreted kernel works on."""
+
+    class ByKernel(machine):
+        def __init__(self) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decode_eviction, "has_kernels", lambda device: True)
+                super().__init__()
+
+    ByKernel.TestCase.settings = settings(max_examples=8, stateful_step_count=12)
+    return pytest.mark.skipif(not INTERPRETED, reason="the pool is on the CPU")(ByKernel.TestCase)
+
+
+TestOldestByKernel, TestLowestNormsByKernel = _by_kernel(OldestBehindSinks), _by_kernel(LowestNorms)
