@@ -152,7 +152,7 @@ class DecodeEviction:
         """Begin the book of a sequence whose first tokens are stored and complete."""
         if self.policy is None:
             return
-        self._noted[row], self._done[row], self._unordered[row], self._full[row] = 0, False, False, -1
+        self._noted[row], self._done[row], self._unordered[row] = 0, False, False
 
     def steady(self, rows: Ints) -> Bools:
         """Of which sequences one token goes now, as after the step before; a row of -1 is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -71,12 +72,21 @@ class OldestBehindSinks(RuleBasedStateMachine):
                 while len(head) > STAYS:
                     head.remove(self.victim(head))
 
+    @property
+    def free(self) -> int:
+        return min(set(range(ROWS)) - set(self.tokens))
+
+    def a_row(self, data: st.DataObject) -> int:
+        return data.draw(st.sampled_from(sorted(self.tokens)))
+
     @precondition(lambda self: len(self.tokens) < ROWS)
     @rule(count=st.integers(1, 2 * STAYS))
     def add(self, count: int) -> None:
-        row = min(set(range(ROWS)) - set(self.tokens))
+        row = self.free
         self.tokens[row], self.seen[row] = [[] for _ in range(HEADS)], 0
-        self.write(row, count)
+        for _ in range(count):
+            self.write(row, 1)
+            assert not self.eviction.steady(np.array([row])).any(), "its prompt is not complete"
         self.eviction.enter(row)
         self.act([row], prompt=True)
 
@@ -84,7 +94,9 @@ class OldestBehindSinks(RuleBasedStateMachine):
     @rule(data=st.data(), steps=st.integers(1, 9))
     def append(self, data: st.DataObject, steps: int) -> None:
         """A token after another for several sequences at once."""
-        rows = sorted(data.draw(st.sets(st.sampled_from(sorted(self.tokens)), min_size=1)))
+        self.append_to(sorted(data.draw(st.sets(st.sampled_from(sorted(self.tokens)), min_size=1))), steps)
+
+    def append_to(self, rows: list[int], steps: int) -> None:
         for _ in range(steps):
             for row in rows:
                 self.write(row, 1)
@@ -94,15 +106,17 @@ class OldestBehindSinks(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(2, 4))
     def feed(self, data: st.DataObject, count: int) -> None:
         """Several tokens at once."""
-        row = data.draw(st.sampled_from(sorted(self.tokens)))
+        row = self.a_row(data)
         self.write(row, count)
         self.act([row])
 
     @precondition(lambda self: 0 < len(self.tokens) < ROWS)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.tokens)))
-        target = min(set(range(ROWS)) - set(self.tokens))
+        self.fork_of(self.a_row(data))
+
+    def fork_of(self, row: int) -> None:
+        target = self.free
         self.tables.fork(row, target)
         self.eviction.fork(row, target)
         self.tokens[target], self.seen[target] = [list(head) for head in self.tokens[row]], self.seen[row]
@@ -111,8 +125,10 @@ class OldestBehindSinks(RuleBasedStateMachine):
     @rule(data=st.data())
     def choose(self, data: st.DataObject) -> None:
         """By hand, the same places for all heads."""
-        row = data.draw(st.sampled_from(sorted(self.tokens)))
-        index = sorted(data.draw(st.sets(st.integers(0, len(self.tokens[row][0]) - 1), min_size=1)))
+        row = self.a_row(data)
+        self.choose_of(row, sorted(data.draw(st.sets(st.integers(0, len(self.tokens[row][0]) - 1), min_size=1))))
+
+    def choose_of(self, row: int, index: list[int]) -> None:
         stored = self.stored(row)
         self.eviction.select(row, torch.tensor(index))()
         self.tokens[row] = [[head[at] for at in index] for head in stored]
@@ -120,7 +136,7 @@ class OldestBehindSinks(RuleBasedStateMachine):
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.tokens)))
+        row = self.a_row(data)
         self.tables.release(row)
         self.eviction.leave(row)
         del self.tokens[row], self.seen[row]
@@ -132,6 +148,9 @@ class OldestBehindSinks(RuleBasedStateMachine):
 
     @invariant()
     def what_is_stored_is_what_stays(self) -> None:
+        self.check()
+
+    def check(self) -> None:
         for row, heads in self.tokens.items():
             assert [sorted(head) for head in self.stored(row)] == [sorted(head) for head in heads]
 
@@ -145,6 +164,29 @@ class LowestNorms(OldestBehindSinks):
         protected = int(STAYS * 0.34)
         newest = max(position for position, _ in head)
         return max((each for each in head if each[0] <= newest - protected), key=lambda each: each[1])
+
+
+@pytest.mark.parametrize("machine", [OldestBehindSinks, LowestNorms])
+def test_a_fork_writes_no_block_that_another_one_holds(machine: type[OldestBehindSinks]) -> None:
+    found = machine()
+    found.add(8)
+    found.append_to([0], 3)
+    found.fork_of(0)
+    found.append_to([0], 8)
+    found.check()
+    found.append_to([0, 1], 8)
+    found.check()
+
+
+@pytest.mark.parametrize("machine", [OldestBehindSinks, LowestNorms])
+def test_what_was_not_asked_for_yet_is_known_after_a_fork_and_a_choice(machine: type[OldestBehindSinks]) -> None:
+    found = machine()
+    found.add(2)
+    found.append_to([0], 2)
+    found.fork_of(0)
+    found.choose_of(1, [0, 2, 3])
+    found.append_to([0, 1], 9)
+    found.check()
 
 
 for _machine in (OldestBehindSinks, LowestNorms):
