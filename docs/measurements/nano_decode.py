@@ -29,6 +29,7 @@ import torch
 from kvsuite.meters.bandwidth import copy_bandwidth
 from kvsuite.models import resolve_model
 from kvsuite.models.load import load_model
+from kvsuite.nanovllm import fused_layers
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs, StepBatch
 from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs
@@ -381,16 +382,19 @@ def steps(bench: Bench) -> None:
     print(f"  chosen in {time.perf_counter() - started:.1f} s; copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     most = max(-(-(n + MARGIN) // BLOCK) for _, n in bench.cases)
     best, overlap = decoder.tilings, decoder.pdl
-    variants: dict[str, tuple[Any, bool, int]] = {"default": (best, overlap, bench.options.few)}
+    few, short = bench.options.few, fused_layers.MOST_SHORT
+    variants: dict[str, tuple[Any, bool, int, int]] = {"default": (best, overlap, few, short)}
     if bench.options.ablations:
         variants |= {
-            "flashinfer": (best, overlap, 0),
-            "split": (best, overlap, 1 << 20),
-            "torch products": ({}, overlap, bench.options.few),
-            "no overlap": (best, False, bench.options.few),
+            "flashinfer": (best, overlap, 0, short),
+            "split": (best, overlap, 1 << 20, short),
+            "torch products": ({}, overlap, few, short),
+            "no overlap": (best, False, few, short),
+            "five kernels a layer": (best, overlap, few, MOST_ROWS),
+            "nine kernels a layer": (best, overlap, few, 0),
         }
     arms: dict[tuple[Any, str], Steps] = {}
-    for name, (decoder.tilings, decoder.pdl, few) in variants.items():
+    for name, (decoder.tilings, decoder.pdl, few, fused_layers.MOST_SHORT) in variants.items():
         arms |= {(case, name): Steps(bench, DecodeGraphs(decoder.logits, owner, case[:1], most, few), pool, *case)
                  for case in bench.cases}  # fmt: skip
     times: dict[Any, list[float]] = {arm: [] for arm in arms}
