@@ -15,7 +15,8 @@ def add_parser(subparsers: Any) -> None:
         "bench",
         help="run the suites of the package; what follows is pytest's",
         description=f"Run the suites of the package: pytest --pyargs {PACKAGE}, from this folder, with what follows.",
-        epilog='Example: python -m kvsuite bench -k "compression and streaming" --kv-model=dummy:Llama-3-8B',
+        epilog='example:\n  python -m kvsuite bench -k "compression and streaming" --kv-model=dummy:Llama-3-8B',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import platform
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvsuite import __version__
 
@@ -91,12 +93,23 @@ def import_error(name: str) -> str | None:
     """Why a distribution's module cannot be imported, in a line; ``None`` if it can."""
     module = _MODULES.get(name, name.replace("-", "_").lower())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _unlogged():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
     except Exception as error:  # a broken package may raise anything
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Nothing is logged: what a package misses for itself (bitsandbytes a hub's kernels, say) is no finding about kvsuite."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def _optional() -> Iterator[tuple[str, str | None]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from kvsuite.doctor import diagnosis, parts
 from kvsuite.doctor.findings import Finding
 from kvsuite.doctor.gpus import gpu_facts, gpu_findings, held_down
 from kvsuite.doctor.machine import machine_findings
-from kvsuite.doctor.packages import package_findings
+from kvsuite.doctor.packages import import_error, package_findings
 from kvsuite.doctor.parts import part_findings
 
 GPU = {
@@ -115,6 +116,16 @@ def test_a_requirement_that_cannot_be_imported_breaks_the_installation(monkeypat
     found = by_part(package_findings())
     assert found["jsonschema"].state == "broken"
     assert found["torch"].state == "ok"
+
+
+def test_what_a_package_logs_when_it_is_imported_is_no_finding(monkeypatch, tmp_path, caplog):
+    (tmp_path / "noisy_part.py").write_text("import logging\nlogging.getLogger(__name__).error('look here')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_error("noisy-part") is None
+    assert "noisy_part" in sys.modules
+    assert not caplog.records
+    logging.getLogger("noisy_part").error("afterwards")
+    assert len(caplog.records) == 1
 
 
 def test_engines_and_parts_and_what_would_install_them(monkeypatch):
