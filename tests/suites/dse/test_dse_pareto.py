@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from kvsuite.suites.dse.csv_files import CsvSheet
-from kvsuite.suites.dse.figures.pareto import Point, _panel, draw_pareto, front, pareto_points
+from kvsuite.suites.dse.figures.pareto import Point, _memory, _panel, draw_pareto, front, pareto_points
 from kvsuite.suites.dse.figures.points import Sample, Spread, samples_of
 
 
@@ -83,6 +83,7 @@ def test_a_range_is_shown_and_what_is_missing_is_said() -> None:
     assert "Quality is not measured at all points" in said
     assert "Not beaten: Llama-3-8B-Instruct-q4f16_1-MLC" in said
     assert "context 4 096, prefill chunk 1 024, batch 1: 5472 MB" in said
+    assert (_memory(0.4092), _memory(13.81), _memory(5472.4)) == ("0.409 MB", "13.8 MB", "5472 MB")
     assert "Speeds whose bars overlap count as alike" in said
     rings = [line for line in axes.lines if line.get_gid() == "front"]
     # of one memory, in two conditions whose speeds overlap

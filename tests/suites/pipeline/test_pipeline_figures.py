@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,22 @@ def test_marks_in_the_names_are_explained_where_they_are(drawn: dict[str, Figure
     assert said("greenctx-only-sm0.75_0.25_free") == [
         f"In the names: {sms}; free: decode steps are not bound to theirs."
     ]
+
+
+def test_the_front_explains_the_marks_that_it_has() -> None:
+    [group] = groups_of(a_run())
+    both = [arm for arm in group.arms if arm.variant in ("baseline", "compression-only")]
+    said = texts(draw_front([replace(group, arms=tuple(both))], RUN))
+    assert not [word for word in ("joined by a line", "quares", "pale") if word in said]
+    whole = texts(draw_front([group], RUN))
+    for variant, mark in (
+        ("chunked", "quares: chunks"),
+        ("streams-only", "riangles: two"),
+        ("triad", "rosses: it chooses"),
+    ):
+        assert (mark in whole) == any(arm.variant == variant for arm in group.arms), mark
+    assert "joined by a line. Squares: chunks; " in whole
+    assert "pale: full caches." in whole
 
 
 def test_the_case_that_failed_is_named_with_its_reason(drawn: dict[str, Figure | str]) -> None:

@@ -211,7 +211,12 @@ def _words(points: Sequence[Point], best: Sequence[Point], speed: str, with_qual
         quality = "" if point.quality is None else f", perplexity {point.quality:.4g}"
         label = " ".join(point.label.split())
         fast = f"{QUANTITIES[speed].short} {point.speed.middle:.1f}"
-        lines.append(f"Not beaten: {label}: {settings}: {point.memory:.0f} MB, {fast}{quality}")
+        lines.append(f"Not beaten: {label}: {settings}: {_memory(point.memory)}, {fast}{quality}")
     if len(best) > _LISTED:
         lines.append(f"and {len(best) - _LISTED} more")
     return lines
+
+
+def _memory(mib: float) -> str:
+    """``5472 MB``, and of a small model ``0.409 MB``."""
+    return f"{mib:.0f} MB" if mib >= 100 else f"{mib:.3g} MB"

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 _MARKERS = {"chunked": "s", "streams-only": "^", "greenctx-only": "D", "auto-tune+greenctx": "P", "triad": "X"}
+_MARKS = {
+    "chunked": "squares: chunks",
+    "streams-only": "triangles: two streams",
+    "greenctx-only": "diamonds: partitions",
+    "auto-tune+greenctx": "pluses: a controller chooses the partition",
+    "triad": "crosses: it chooses between prompts and decoding too",
+}
 
 
 def draw_front(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure:
     """TTFT against gaps between tokens, at the highest percentile that all arms have: who is beaten in both by nobody."""
-    notes = [
-        "Lower left is better. The black steps join the arms that no other arm beats in both; chunk sizes and partitions of "
-        "the same kind are joined by a line. Squares: chunks; triangle: two streams; diamonds: partitions; pale: full caches."
-    ]
+    notes = [_marks_said([arm for group in groups for arm in group.arms])]
     for group in groups:
         which = highest_percentile(group.arms, "ttft_s", "itl_s")
         if which not in (None, "p99"):
@@ -32,6 +36,18 @@ def draw_front(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure:
         groups, run, title="Time to the first token against gaps between tokens", draw=_front, columns=1,
         notes=notes, heights=lambda group: 5.5,
     )  # fmt: skip
+
+
+def _marks_said(arms: Sequence[Arm]) -> str:
+    """What is marked how, of the marks that there are."""
+    said = "Lower left is better. The black steps join the arms that no other arm beats in both"
+    if any(_kind(arm) is not None for arm in arms):
+        said += "; chunk sizes and partitions of the same kind are joined by a line"
+    marks = [words for variant, words in _MARKS.items() if any(arm.variant == variant for arm in arms)]
+    if any(not arm.compresses and arm.variant != "baseline" for arm in arms):
+        marks.append("pale: full caches")
+    found = "; ".join(marks)
+    return f"{said}. {found[0].upper()}{found[1:]}." if found else f"{said}."
 
 
 def draw_quality(groups: Sequence[Group], run: Mapping[str, Any]) -> Figure | str:
