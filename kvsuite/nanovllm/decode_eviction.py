@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsuite.compression.base import CacheView, Policy
-from kvsuite.compression.ranked import NormRule, RankedPolicy
+from kvsuite.compression.ranked import NormRule
 from kvsuite.errors import UserError
 
 from .block_table import BlockTables, Ints
+from .eviction_rules import EvictionRules
 from .groups import LayerGroup
 from .known_positions import KnownPositions
 from .kv_pool import KVPool
 from .pages import has_kernels
-from .prompt_eviction import PromptEviction, scores_norms
+from .prompt_eviction import PromptEviction
 from .prompt_observer import PromptObserver
 from .stage_streams import Work
 from .token_notes import TokenNotes
@@ -125,16 +126,17 @@ class DecodeEviction:
 
             by_slot = None if self._notes is None else self._notes.by_slot
             self._kernel = EvictionKernel(pool.keys, pool.values, by_slot, rows=rows, blocks=tables.table.shape[1])
-        self._always_due = self.policy is not None and acts_on_every_token(self.policy)
+        self._rules: EvictionRules | None = None
         #: whether sequences may be `steady`
-        self.can_be_steady = self.policy is not None and self._always_due and self.policy.sequences_apart
+        self.can_be_steady = False
+        if self.policy is not None:
+            rules = {"by_age": self._known is not None, "by_norm": self._kernel is not None}
+            self._rules = EvictionRules(self.policy, **rules)
+            self.can_be_steady = self._rules.always_due and self.policy.sequences_apart
         # tokens that a sequence stores when the next goes, the same for all that are steady, -1 for others; one row more, which
         # is that of requests without one
         self._length = 0
         self._full: Ints = np.full(rows + 1, -1, dtype=np.int64)
-        # `Policy.size_after` and its rules of lengths that were met
-        self._sizes: dict[int, int] = {}
-        self._rules: dict[int, NormRule | int | None] = {}
         self._offsets = torch.arange(pool.block_size, device=self._device)
         self._evicted = 0
 
@@ -172,26 +174,26 @@ class DecodeEviction:
 
     def decide(self, rows: Ints, seen: Ints, *, prompt: bool = False) -> list[Decided]:
         """What the policy decides now that the sequences, all different, have seen so many tokens each."""
-        policy = self.policy
-        if policy is None:
+        policy, rules = self.policy, self._rules
+        if policy is None or rules is None:
             return []
         followed = self.follows(rows)
         if not followed.all():
             rows, seen = rows[followed], seen[followed]
         self._seen[rows] = seen
-        if not self._always_due:
+        if not rules.always_due:
             facts = list(zip(seen.tolist(), self._done[rows].tolist(), strict=True))
             due = {fact: policy.due(step=fact[0], done=fact[1], prompt=prompt) for fact in set(facts)}
             rows = rows[np.array([due[fact] for fact in facts], dtype=np.bool_)]
         lengths, found = self._tables.lengths[rows], []
         # those that store equally many tokens are decided for together
         for length in dict.fromkeys(lengths.tolist()):
-            size = self._size_after(length)
+            size = rules.size_after(length)
             if size == length:
                 continue
             alike, single = lengths == length, size == length - 1 and not prompt
             some = rows if alike.all() else rows[alike]
-            if single and policy.sequences_apart and (rule := self._rule(length)) is not None:
+            if single and policy.sequences_apart and (rule := rules.of(length)) is not None:
                 found.append(Decided(some, self._oldest(rule, some, length), True))
                 continue
             # all of them, or each alone
@@ -329,25 +331,10 @@ class DecodeEviction:
         blocks, steps = upload(self._device, self._blocks(rows, length).astype(np.int64), seen)
         return *self._notes.read(blocks, length), steps
 
-    def _size_after(self, length: int) -> int:
-        """`Policy.size_after` of a length."""
-        found = self._sizes.get(length)
-        if found is None:
-            assert self.policy is not None
-            found = self._sizes[length] = self.policy.size_after(length)
-        return found
-
     def _rule(self, length: int) -> NormRule | int | None:
-        """The rule by which one of ``length`` tokens goes, if it is to be found by that; ``None`` where the policy is asked."""
-        if length not in self._rules:
-            assert self.policy is not None
-            found: NormRule | int | None = None
-            if self._known is not None:
-                found = oldest_rule_of(self.policy, length)
-            elif self._kernel is not None and scores_norms(self.policy):
-                found = norm_rule_of(self.policy, length)
-            self._rules[length] = found
-        return self._rules[length]
+        """The rule by which one of ``length`` tokens goes."""
+        assert self._rules is not None
+        return self._rules.of(length)
 
     def _oldest(self, rule: NormRule | int, rows: Ints, length: int) -> Tensor | None:
         """What a rule of age evicts, which the host knows; ``None`` for one of norms, which the device finds out."""
@@ -470,25 +457,3 @@ class DecodeEviction:
             index = np.flatnonzero(which)
             chosen = chosen[torch.from_numpy(index) if chosen.device.type == "cpu" else upload(self._device, index)[0]]
         return Decided(rows[which], chosen, single)
-
-
-def acts_on_every_token(policy: Policy) -> bool:
-    """Whether a policy that acts while decoding is due after every token, whatever was seen and done."""
-    return policy.acts == "decode" and type(policy).due is Policy.due and policy.schedule.name == "every_token"
-
-
-def norm_rule_of(policy: Policy, length: int) -> NormRule | None:
-    """`RankedPolicy.norm_rule` of a policy whose priority and victim are what the rule says; ``None`` of any other."""
-    if not isinstance(policy, RankedPolicy) or type(policy).victim is not RankedPolicy.victim:
-        return None
-    return policy.norm_rule(length) if _of_one_class(policy, "priority", "norm_rule") else None
-
-
-def oldest_rule_of(policy: Policy, length: int) -> int | None:
-    """`Policy.oldest_rule` of a policy whose victim is what the rule says; ``None`` of any other."""
-    return policy.oldest_rule(length) if _of_one_class(policy, "victim", "oldest_rule") else None
-
-
-def _of_one_class(policy: Policy, *names: str) -> bool:
-    """Whether a policy has these methods from one and the same class."""
-    return len({next(each for each in type(policy).__mro__ if name in vars(each)) for name in names}) == 1
