@@ -39,7 +39,7 @@ class EvictionRules:
         return found
 
     def of(self, length: int) -> NormRule | int | None:
-        """The rule by which one of ``length`` tokens goes: by norm, or how many older ones stay; ``None`` where nobody knows."""
+        """The rule by which one of ``length`` tokens goes: by norm, or how many older ones stay; ``None``: it has none."""
         if length not in self._rules:
             found: NormRule | int | None = None
             if self._by_age:
