@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvsuite import console
@@ -15,6 +16,8 @@ MISSING = "n/a"
 #: what the spread columns of every suite mean
 SPREAD = "TPOT±: half the 95 % interval of the mean. PPL±: 1 standard error."
 _LABEL_WIDTH = 25
+# by how much a time varies, which is another number in every case
+_VARIES = re.compile(r"(?<=varies by )\d+(?=%)")
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,28 @@ def footnotes(labelled: Mapping[str, Row], columns: Sequence[MetricColumn]) -> l
     single = [name for name, row in finished.items() if value(row, "tpot") is not None and tpot_spread(row) == MISSING]
     if single:
         notes.append("TPOT±: needs at least 2 rounds" + which(single, labelled))
-    warnings: dict[str, list[str]] = {}
+    return notes + [f"warning: {text}" + which(names, labelled) for text, names in warnings_of(labelled).items()]
+
+
+def warnings_of(labelled: Mapping[str, Row]) -> dict[str, list[str]]:
+    """Warnings of rows, each with the names of those that have it; that a time varies is one, whatever by how much."""
+    alike: dict[str, list[tuple[str, str]]] = {}
     for name, row in labelled.items():
-        for warning in row["warnings"]:
-            warnings.setdefault(" ".join(str(warning).split()), []).append(name)
-    return notes + [f"warning: {text}" + which(names, labelled) for text, names in warnings.items()]
+        for warning in row.get("warnings") or []:
+            text = " ".join(str(warning).split())
+            alike.setdefault(_VARIES.sub("", text), []).append((text, name))
+    return {
+        _of_most({text for text, _ in found}): list(dict.fromkeys(name for _, name in found))
+        for found in alike.values()
+    }
+
+
+def _of_most(texts: Collection[str]) -> str:
+    """The warning that speaks for others which differ in a share alone."""
+    most = max(texts, key=lambda text: [int(share) for share in _VARIES.findall(text)])
+    if len(texts) == 1:
+        return most
+    return most.replace("varies by ", "varies by up to ", 1)
 
 
 def _without_spreads(titles: Sequence[str]) -> list[str]:

@@ -72,6 +72,8 @@ def cells(text: str) -> list[list[str]]:
         text = text.replace(before, now)
     # differences inside their noise are marked since, and a line says how
     text = "\n".join(line.replace(MARK, "") for line in text.splitlines() if line != MEANING)
+    # times that vary are one warning since, whatever by how much
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("warning: unstable: "))
     return [_WORD.findall(line) for line in text.splitlines() if line.strip() and not _RULE.fullmatch(line)]
 
 

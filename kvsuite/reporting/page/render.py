@@ -17,7 +17,7 @@ from kvsuite import __version__
 from kvsuite.metrics.registry import BUILTIN
 from kvsuite.record import STATUSES
 from kvsuite.reporting.aggregate import Row, by_name, in_space_order
-from kvsuite.reporting.table_parts import which
+from kvsuite.reporting.table_parts import warnings_of, which
 from kvsuite.store.files import utf8, write_atomic
 from kvsuite.store.records_file import RECORDS_FILE
 
@@ -198,10 +198,7 @@ def _shown(pictures: Mapping[str, bytes]) -> list[dict[str, str]]:
 
 def _warnings(rows: Sequence[Row]) -> dict[str, Any]:
     labelled = by_name(rows, str)
-    found: dict[str, list[str]] = {}
-    for name, row in labelled.items():
-        for warning in row.get("warnings") or []:
-            found.setdefault(" ".join(str(warning).split()), []).append(name)
+    found = warnings_of(labelled)
     first = list(found.items())[:_MOST_WARNINGS]
     return {"lines": [(text, _which(names, labelled)) for text, names in first], "more": len(found) - len(first)}
 
