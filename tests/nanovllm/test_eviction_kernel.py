@@ -12,13 +12,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("the kernels need a CUDA device", allow_module_level=True)
 
-from hypothesis import settings  # noqa: E402
-from test_decode_eviction import LowestNorms, OldestBehindSinks  # noqa: E402
-from test_policies_together import POLICIES, served  # noqa: E402
-
 from kvsuite.compression import get_policy  # noqa: E402
 from kvsuite.compression.base import CacheView  # noqa: E402
-from kvsuite.nanovllm import decode_eviction  # noqa: E402
 from kvsuite.nanovllm.eviction_kernel import EvictionKernel  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
@@ -148,41 +143,3 @@ def test_the_last_token_goes_where_all_heads_want_it_launch_after_launch(kv_head
         assert not torch.equal(found[0], before[0])
         pool.keys.copy_(torch.randn(pool.keys.shape, generator=generator))
     assert torch.equal(notes.by_slot, noted)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="the model is on the CPU; test_cuda_compression.py serves on CUDA")
-@pytest.mark.parametrize("caching", [False, True])
-@pytest.mark.parametrize("positions", ["original", "cache"])
-@pytest.mark.parametrize(
-    ("name", "own"),
-    [*POLICIES[::4], POLICIES[5], ("l2_compress", {"keep_ratio": 0.9, "prune_after": 9, "mode": "every_token"})],
-)
-def test_requests_get_the_tokens_and_store_the_keys_of_torch(name, own, positions, caching, monkeypatch):
-    found, launched = [], []
-    launch = EvictionKernel._launch
-    monkeypatch.setattr(EvictionKernel, "_launch", lambda *given, **named: launched.append(launch(*given, **named)))
-    for kernels in (True, False):
-        monkeypatch.setattr(decode_eviction, "has_kernels", lambda device, kernels=kernels: kernels)
-        policy = get_policy(name, positions=positions, **own)
-        found.append(served(policy, [20, 6, 12, 13], forked=7, preempted=[5, 11], caching=caching))
-        assert launched
-    for (tokens, keys), (expected, expected_keys) in zip(*found, strict=True):
-        assert tokens == expected
-        assert len(keys) == len(expected_keys)
-        assert all(map(torch.equal, keys, expected_keys))
-
-
-def _by_kernel(machine):
-    """The machine whose pool, on the CPU, the interpreted kernel works on."""
-
-    class ByKernel(machine):
-        def __init__(self) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decode_eviction, "has_kernels", lambda device: True)
-                super().__init__()
-
-    ByKernel.TestCase.settings = settings(max_examples=8, stateful_step_count=12)
-    return pytest.mark.skipif(not INTERPRETED, reason="the pool is on the CPU")(ByKernel.TestCase)
-
-
-TestOldestByKernel, TestLowestNormsByKernel = _by_kernel(OldestBehindSinks), _by_kernel(LowestNorms)
