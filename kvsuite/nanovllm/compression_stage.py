@@ -221,6 +221,11 @@ class CompressionStage:
                 f"request {request.id}: its prompt is being merged until {request.merged_after} tokens behind it are fed; "
                 "compress it then"
             )
+        if (later := max((at for at, _ in request.compressions), default=0)) > request.computed:
+            raise UserError(
+                f"request {request.id}: it was preempted and is computed again, {request.computed} of the {later} tokens "
+                "behind which it was compressed; compress it when it is there"
+            )
         groups = len(self._evictions)
         keep: list[Tensor | None] = [keep_indices] * groups if isinstance(keep_indices, Tensor) else list(keep_indices)
         if len(keep) != groups:

@@ -137,7 +137,7 @@ class FusedDecoder:
         self.gates = major == 9 and self._takes_gated_linear()
         self.tilings: dict[tuple[str, int], Tiling | None] = {}
         self._short: set[int] = set()
-        self._whole = False
+        self._whole = self._gated = False
 
     def _takes_gated_linear(self) -> bool:
         """Whether the kernel for gate and up with their activation is there, and multiplies with these weights."""
@@ -170,7 +170,7 @@ class FusedDecoder:
             f"{name} <= {rows} rows": "torch" if tiling is None else str(tiling)
             for (name, rows), tiling in sorted(self.tilings.items())
         }
-        if self.gates:
+        if self._gated:
             own |= {"gate_up, many rows": "with its activation"}
         if self._whole:
             own |= {"qkv, output, down, 1 row": "whole rows"}
@@ -372,6 +372,7 @@ class FusedDecoder:
 
             own = processors(self.device)
             if is_faster(rows, weight.shape[0] // 2, own):
+                self._gated = True
                 return gated_linear(x, weight, own)
         return silu_mul(functional.linear(x, weight)[None], x.dtype, pdl=self._overlapped(rows))
 

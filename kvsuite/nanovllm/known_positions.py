@@ -54,6 +54,9 @@ class KnownPositions:
     def in_ring(self, older: int, rows: Ints, length: int) -> NDArray[np.bool_]:
         """Which of ``rows`` store ``length`` tokens, the ``older`` oldest in front and the others in a ring behind them."""
         positions, size = self.read(rows, length), length - older
+        if size < 1:
+            # the newest one goes: there is no ring
+            return np.zeros(len(rows), dtype=np.bool_)
         front, ring = positions[:, :older], positions[:, older:]
         least = ring.min(axis=-1)
         self._turns[rows] = -ring[:, 0]

@@ -200,6 +200,28 @@ def test_a_choice_by_hand_is_done_aside_too() -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
+def test_a_request_that_is_computed_again_waits_for_the_next_choice() -> None:
+    small = Limits(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=4, num_blocks=40, prefix_caching=False)
+    runtime = Runtime(loaded("llama"), small)
+    request = runtime.add(greedy(text(10), 20))
+    while request.computed < 20:
+        runtime.step()
+    runtime.compress(request, torch.arange(0, 16, 2))
+    assert runtime.scheduler.preempt_for(Request([1], request.sampling))
+    while not 12 <= request.computed < 20:
+        runtime.step()
+    with pytest.raises(UserError, match=r"computed again, 12 of the 20 tokens .*; compress it when it is there"):
+        runtime.compress(request, torch.arange(4))
+    while request.computed < 20:
+        runtime.step()
+    assert int(runtime.tables[0].lengths[request.row]) == 8
+    runtime.compress(request, torch.arange(4))
+    runtime.run()
+    runtime.close()
+    assert request.status is Status.FINISHED
+    assert_nothing_lost(runtime)
+
+
 def test_a_choice_by_hand_between_the_steps_comes_behind_what_is_under_way_aside() -> None:
     """A controller may end the work aside while some of it is not done."""
     keep = torch.arange(0, 13, 2)

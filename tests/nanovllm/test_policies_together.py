@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_paged_compression import rotation_of
 from torch import Tensor
 
 from kvsuite.compression import get_policy
-from kvsuite.compression.base import CacheView, Policy
+from kvsuite.compression.base import CacheView, Policy, time_order
 from kvsuite.compression.fix_size_l2 import FixSizeL2
 from kvsuite.compression.streaming_llm import StreamingLLM
 from kvsuite.errors import UserError
@@ -91,6 +92,35 @@ def test_together_is_one_by_one(
         assert tokens == expected
         assert all(map(torch.equal, keys, expected_keys))
         assert len(keys) == len(expected_keys)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Oldest(Policy):
+    """The first tokens stay for good, and the newest one goes."""
+
+    name: ClassVar[str] = "oldest"
+    sequences_apart: ClassVar[bool] = True
+    says_rule: bool = True
+
+    def size_after(self, length: int) -> int:
+        return min(length, 6)
+
+    def keep(self, view: CacheView) -> Tensor:
+        return time_order(view)[..., : self.size_after(view.length)]
+
+    def victim(self, view: CacheView) -> Tensor:
+        return view.positions.argmax(-1)
+
+    def oldest_rule(self, length: int) -> int | None:
+        return length - 1 if self.says_rule else None
+
+
+def test_the_rule_may_leave_the_newest_token_alone_to_go() -> None:
+    found = [served(_Oldest(says_rule=rule), [10, 3], forked=5, preempted=[7], caching=False) for rule in (True, False)]
+    assert all(len(tokens) == 12 for tokens, _ in found[0])
+    for (tokens, keys), (expected, expected_keys) in zip(*found, strict=True):
+        assert tokens == expected
+        assert all(map(torch.equal, keys, expected_keys))
 
 
 @pytest.mark.parametrize(("length", "caching"), [(20, False), (6, False), (6, True)])

@@ -261,6 +261,16 @@ def test_the_list_is_written_after_each_case_and_a_failed_baseline_is_measured_a
     assert third.said("2 passed")
     assert set(records(third)) == {*found, f"{LONG}-chunked-c16", f"{LONG}-chunked-c16-f5"}
     assert sorted(listed(folder / "matrix.json")) == sorted(records(third))
+    # a case of that name that was served otherwise is not the one that is asked for
+    [kept] = (folder / "reports").glob("*/records.jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    for row in lines:
+        if "case" in row:
+            row["case"]["params"]["serving"]["max_num_seqs"] += 1
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fourth = run_pytest(folder, *arguments, "--kv-resume=latest")
+    assert fourth.code == pytest.ExitCode.USAGE_ERROR, fourth.out
+    assert fourth.said("params.serving.max_num_seqs: then 5, now 4"), fourth.out
 
 
 @pytest.mark.parametrize(
