@@ -98,6 +98,14 @@ def _coarse_figures():
     coarse_figures.draw_coarsely()
 
 
+@pytest.fixture(scope="session")
+def what_runs_import():
+    # before pytester keeps what is imported: else every run inside this process imports some 130 modules anew
+    from imported_by_runs import import_what_runs_import
+
+    import_what_runs_import()
+
+
 @pytest.fixture(autouse=True)
 def _shared_models_stay_as_they_are():
     yield

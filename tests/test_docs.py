@@ -225,7 +225,7 @@ def commands(prefix: str) -> list[Any]:
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> pytest.Pytester:
+def project(what_runs_import: None, pytester: pytest.Pytester) -> pytest.Pytester:
     """A folder with the benchmarks, and the model and the text that the examples name."""
     import shutil
 

@@ -10,6 +10,8 @@ from pytest_runs import TINY, Run, copy_benchmarks, run_pytest
 
 from kvsuite.models.smollm2 import MANIFEST, converted_path
 
+pytestmark = pytest.mark.usefixtures("what_runs_import")
+
 BAD = {
     "policy": ("--kv-method=nope", "unknown method; known: expected_attention, fix_size_l2, h2o, "),
     "policy of kvpress": ("--kv-method=adakv", "did you mean kvpress:AdaKV?"),
