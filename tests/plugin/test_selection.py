@@ -11,6 +11,8 @@ from kvsuite.options.resolve import default_options
 from kvsuite.suites.compression.cases import compression_cases
 from kvsuite.suites.dse.cases import dse_cases
 
+pytestmark = pytest.mark.usefixtures("what_runs_import")
+
 EVERYTHING = (
     "--kv-method=streaming_llm,recent_only,fix_size_l2,l2_compress,kvpress:SnapKV,kvpress:DMS",
     "--kv-keep-ratios=0.25,0.24,1.0",
