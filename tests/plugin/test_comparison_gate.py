@@ -17,6 +17,8 @@ import scipy.stats
 from pytest_runs import run_pytest
 from scripted_runs import ARGUMENTS, METRICS, NLL, project, script, tokens
 
+pytestmark = pytest.mark.usefixtures("what_runs_import")
+
 LOADED = (pyarrow, rich, scipy)
 RULES = "peak_vram:+2%,kv_bytes_exact:+0,perplexity:+0.5%,decode_tok_s:-5%,ttft:+10%"
 ID = "benchmarks/test_compression.py::test_compression[hf-streaming_6]"
