@@ -86,7 +86,7 @@ def prepare(model: str, device: str, dtype: str, *, say: Callable[[str], None]) 
     return {
         title: [
             Finding("attention", "ok", f"{facts['attention']}; decode steps {_decode(facts)}"),
-            Finding("products", "ok", f"tilings of {len(facts['products'])} products" if _tuned(facts) else "torch's"),
+            Finding("products", "ok", f"tilings of {tried} products" if (tried := _tried(facts)) else "torch's"),
             Finding("built now", "ok", f"{words}, in {time.perf_counter() - began:.0f} s with loading the model"),
             *([Finding("not built", "attention", missing, mend)] if missing else []),
         ]
@@ -100,5 +100,7 @@ def _decode(facts: dict[str, object]) -> str:
     return " and ".join(dict.fromkeys(str(kind) for kind in kinds.values()))
 
 
-def _tuned(facts: dict[str, object]) -> bool:
-    return isinstance(facts.get("products"), dict)
+def _tried(facts: dict[str, object]) -> int:
+    """Products at numbers of rows for which tilings were tried."""
+    products = facts.get("products")
+    return sum("<=" in name for name in products) if isinstance(products, dict) else 0

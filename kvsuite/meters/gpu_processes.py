@@ -73,6 +73,8 @@ class GpuProcesses:
     def __init__(self, device: str, engine_pids: Callable[[], Collection[int]] = tuple) -> None:
         self._device = device
         self._engine_pids = engine_pids
+        # an engine's process ends when the next one starts, and is forgotten by the time that it is asked for
+        self._engine_before = frozenset(engine_pids())
         self._before = self._look()
         self._found: Strangers | None = None
 
@@ -105,7 +107,9 @@ class GpuProcesses:
                 self._found = Strangers(None, {}, reason)
             else:
                 # asked now: what was ended since the begin is still among them
-                self._found = strangers(self._before, after, os.getpid(), self._engine_pids())
+                self._found = strangers(
+                    self._before, after, os.getpid(), self._engine_before.union(self._engine_pids())
+                )
         return self._found
 
     def _look(self) -> dict[int, int | None] | str | None:

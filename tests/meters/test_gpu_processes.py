@@ -31,6 +31,15 @@ def test_what_an_engine_has_started_for_us_is_ours() -> None:
     assert "the engine's processes" in str(hidden.reason)
 
 
+def test_an_engine_of_the_case_before_is_ours_though_it_is_long_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, started = [{OWN: 5, 7: 2**30}, {OWN: 5, 8: 2**30}], [{7}, {8}]
+    monkeypatch.setattr(os, "getpid", lambda: OWN)
+    monkeypatch.setattr(GpuProcesses, "_look", lambda self: listed.pop(0))
+    processes = GpuProcesses("cuda:0", lambda: started.pop(0))
+    assert processes.warnings() == []
+    assert processes.effective()["gpu_processes"]["foreign"] == 0
+
+
 def test_in_a_container_they_are_counted() -> None:
     found = strangers({4_000_001: 1}, {4_000_001: 1, 4_000_002: 2}, OWN)
     assert (found.count, dict(found.bytes_by_pid)) == (1, {})

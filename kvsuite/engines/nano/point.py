@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvsuite.cache_formats.chosen_format import PARAMETER
 from kvsuite.case import Case
 from kvsuite.engines.nano.memory_model import pool_blocks
 from kvsuite.engines.results import Reach
@@ -74,8 +73,6 @@ def point_reach(case: Case) -> Reach:
         "sink": limits.attention_sinks,
         "num_blocks": limits.num_blocks,
     }
-    if PARAMETER in params:
-        settings[PARAMETER] = params[PARAMETER]
     return Reach(settings, inert)
 
 

@@ -18,7 +18,7 @@ from kvsuite.meters.timing import RoundTimes
 from kvsuite.options.paths import expanded
 from kvsuite.quantization.registry import NONE, quantization
 
-from .cases import DSE, CaseVerdict, judge, point_of
+from .cases import DSE, PARAMS, CaseVerdict, judge, point_of
 from .quality import score_streams
 
 
@@ -85,9 +85,13 @@ def _skip_a_second_run(run: CaseRun, session: Session, reach: Reach, judged: Cal
 
 
 def _but_for_the_point(case: Case) -> Case | None:
+    if case.suite != DSE:
+        return None
+    # what is no axis of a point is another case's: the format of keys and values, for one
+    params = {name: value for name, value in case.params.items() if name not in PARAMS.values()}
     # prompt and batch of the workload follow from the point
     workload = {name: value for name, value in case.workload.items() if name not in ("prompt_tokens", "batch")}
-    return replace(case, name="", params={}, workload=workload) if case.suite == DSE else None
+    return replace(case, name="", params=params, workload=workload)
 
 
 def _requests(run: CaseRun, session: Session, length: int, new_tokens: int) -> list[list[ServeRequest]]:

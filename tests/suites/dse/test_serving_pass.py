@@ -186,6 +186,13 @@ def test_a_chunk_that_splits_nothing_is_named(star: dict[str, Record]) -> None:
 # points that are not measured
 
 
+def test_the_format_of_keys_and_values_is_no_axis_that_could_be_inert(run: Run) -> None:
+    found = run("ctx=48", cache_dtype="auto,int8")
+    assert [(record.status, record.reason) for record in found.values()] == 2 * [("ok", None)]
+    sizes = [value(record, "kv_bytes_exact") for record in found.values()]
+    assert sizes[1] < sizes[0]
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_of_points_that_differ_in_an_inert_axis_the_first_runs(backwards: bool, run: Run) -> None:
     found = run("ctx=48;chunk=16,24,40;window=off,48", backwards=backwards)
