@@ -20,7 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from kvsuite.errors import UserError
 from kvsuite.store.records_file import read_records
@@ -109,7 +109,9 @@ def draw(rows: list[Row]) -> Any:
             axis.set_ylim(bottom=0)
         else:
             axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter(ScalarFormatter())
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75) if high < 8 * low else (1.0,)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:.3g}"))
         axis.set_xlabel("sequences")
         if metric == "memory" and any(row["case"]["engine"] == "mlc" for row in rows):
             label += "; mlc: what the driver saw come"
