@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# vLLM and nano on one card, one after the other: the table of docs/measurements.md and docs/vllm.md. About 20 minutes on an
-# H200 with an empty cache of compiled code; run nothing beside it.
+# vLLM and nano on one card, one after the other: the table of docs/measurements.md and docs/vllm.md. Its design points were
+# run so; the rest was run part by part in other sittings, or (mixed load through vLLM) not yet. Run nothing beside it.
 # usage: beside_vllm.sh OUT VLLM_PYTHON       (the interpreter that has vLLM; from the repository's root, kvsuite importable)
 set -euo pipefail
-out=$1 vllm=$2
+out=${1:?usage: beside_vllm.sh OUT VLLM_PYTHON} vllm=${2:?usage: beside_vllm.sh OUT VLLM_PYTHON}
 mkdir -p "$out"
 points() { # ENGINE [OPTION]...
     python3 -m pytest benchmarks -q -p no:cacheprovider -p no:benchmark -k dse --kv-engine="$1" --kv-device=cuda:0 \

@@ -88,16 +88,13 @@ class DecodeEviction:
         pool: KVPool,
         observer: PromptObserver | None = None,
     ) -> None:
-        self.policy = policy if group.compressed else None
+        #: what the policy does at the end of a prompt
+        self.prompt = PromptEviction(policy, group, tables, pool, observer)
+        self.policy = self.prompt.policy
         self.group = group
         self._tables = tables
         self._pool = pool
-        #: what the policy does at the end of a prompt
-        self.prompt = PromptEviction(policy, group, tables, pool, observer)
         self._device = pool.device
-        self._per_head = self.policy is not None and not self.policy.shared_across_heads
-        self._layers = torch.tensor(group.layers, device=self._device)[:, None]
-        self._heads = torch.arange(group.kv_heads, device=self._device)
         rows = len(tables.lengths)
         # tokens that are noted of a sequence, -1 where nothing is decided; tokens that it has seen; whether any was removed,
         # and out of time's order
@@ -108,7 +105,7 @@ class DecodeEviction:
         self._notes: TokenNotes | None = None
         self._known: KnownPositions | None = None
         if self.policy is not None and self.policy.acts == "decode":
-            if self._per_head:
+            if self.prompt.per_head:
                 self._notes = pool.notes = TokenNotes(
                     layers=len(group.layers),
                     heads=group.kv_heads,
@@ -245,7 +242,7 @@ class DecodeEviction:
         length, kept = int(self._tables.lengths[row]), int(keep.shape[-1])
         if kept < 1 or bool((keep < 0).any()) or bool((keep >= length).any()):
             raise UserError(f"keep_indices of {kept} tokens: at least one of the tokens 0 to {length - 1} has to stay")
-        if self.policy is not None and keep.dim() > 1 and self._noted[row] >= 0 and not self._per_head:
+        if self.policy is not None and keep.dim() > 1 and self._noted[row] >= 0 and not self.prompt.per_head:
             raise UserError(
                 f"keep_indices by head: policy {self.policy.name} goes on deciding for all heads at once; give one list"
             )
@@ -353,7 +350,7 @@ class DecodeEviction:
             positions, steps = torch.from_numpy(self._known.read(rows, length)), torch.from_numpy(self._seen[rows])
         else:
             positions, scores, steps = self._read(rows, length)
-            layers, heads = self._layers, self._heads
+            layers, heads = self.prompt.layers, self.prompt.heads
         if len(rows) == 1:
             step = int(self._seen[rows[0]])
             own = None if scores is None else scores[0]

@@ -22,6 +22,18 @@ _NOTES = 1024
 
 
 @triton.jit
+def _noted(positions, scores, table, token, length, head, kv_heads, sign, BLOCK_SIZE: tl.constexpr):
+    """Of some tokens of every head: which have a note, that is all but the last; positions and priorities."""
+    there = token < length - 1
+    present = there[None, :] & (head < kv_heads)[:, None]
+    block = tl.load(table + token // BLOCK_SIZE, mask=there, other=0)
+    slot = (block * BLOCK_SIZE + token % BLOCK_SIZE)[None, :]
+    position = tl.load(positions + slot, mask=present, other=0)
+    priority = tl.load(scores + slot, mask=present, other=0).to(tl.float32, bitcast=True) * sign
+    return present, position, priority
+
+
+@triton.jit
 def _lowest_norms(
     notes, table, norm, length, seen, layer_slots, kv_heads, sign, protected, rounding,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
@@ -39,22 +51,18 @@ def _lowest_norms(
     least = last
     for at in range(0, length - 1, TOKENS):
         token = at + inside
-        present = (token < length - 1)[None, :] & (head < kv_heads)[:, None]
-        block = tl.load(table + token // BLOCK_SIZE, mask=token < length - 1, other=0)
-        slot = (block * BLOCK_SIZE + token % BLOCK_SIZE)[None, :]
-        position = tl.load(positions + slot, mask=present, other=0)
-        priority = tl.load(scores + slot, mask=present, other=0).to(tl.float32, bitcast=True) * sign
+        present, position, priority = _noted(
+            positions, scores, table, token, length, head, kv_heads, sign, BLOCK_SIZE
+        )  # fmt: skip
         least = tl.minimum(least, tl.min(tl.where(present & (position < safe), priority, float("inf")), axis=1))
     # of equal ones the youngest: position and place in one number
     equal = tl.abs(least) * rounding
     best = tl.where((seen - 1 < safe) & (last - least <= equal), (seen.to(tl.int64) << 32) + length - 1, 0)
     for at in range(0, length - 1, TOKENS):
         token = at + inside
-        present = (token < length - 1)[None, :] & (head < kv_heads)[:, None]
-        block = tl.load(table + token // BLOCK_SIZE, mask=token < length - 1, other=0)
-        slot = (block * BLOCK_SIZE + token % BLOCK_SIZE)[None, :]
-        position = tl.load(positions + slot, mask=present, other=0)
-        priority = tl.load(scores + slot, mask=present, other=0).to(tl.float32, bitcast=True) * sign
+        present, position, priority = _noted(
+            positions, scores, table, token, length, head, kv_heads, sign, BLOCK_SIZE
+        )  # fmt: skip
         lowest = present & (position < safe) & (priority - least[:, None] <= equal[:, None])
         found = tl.where(lowest, ((position.to(tl.int64) + 1) << 32) + token[None, :], 0)
         best = tl.maximum(best, tl.max(found, axis=1))

@@ -58,9 +58,10 @@ class PromptEviction:
         self._pool = pool
         self._observer = observer
         self._device = pool.device
-        self._per_head = self.policy is not None and not self.policy.shared_across_heads
-        self._layers = torch.tensor(group.layers, device=self._device)[:, None]
-        self._heads = torch.arange(group.kv_heads, device=self._device)
+        #: whether heads decide apart; layers ``[L, 1]`` and heads ``[kv_heads]`` of the group, to index by
+        self.per_head = self.policy is not None and not self.policy.shared_across_heads
+        self.layers = torch.tensor(group.layers, device=self._device)[:, None]
+        self.heads = torch.arange(group.kv_heads, device=self._device)
         #: tokens removed so far
         self.evicted = 0
 
@@ -83,7 +84,7 @@ class PromptEviction:
             return None
         if isinstance(policy, Merging):
             return self._merge(policy, row, size, images)
-        if not (policy.needs.prompt or self._per_head):
+        if not (policy.needs.prompt or self.per_head):
             # positions alone decide, here and now
             chosen = policy.keep(CacheView(torch.arange(length), length - 1, step=length, ordered=True))
             return self.replace(row, size)(chosen)
@@ -245,7 +246,7 @@ class PromptEviction:
         length = scores.shape[-1]
         positions = torch.arange(length, device=self._device).expand(scores.shape)
         return self.policy.keep(
-            CacheView(positions, length - 1, scores, layer=self._layers, heads=self._heads, step=length, ordered=True)
+            CacheView(positions, length - 1, scores, layer=self.layers, heads=self.heads, step=length, ordered=True)
         )
 
     def scores(self, slots: Tensor) -> Tensor | None:
