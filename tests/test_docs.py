@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import os
 import re
@@ -207,6 +208,24 @@ def test_the_figure_is_an_image_of_reasonable_size() -> None:
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(data[16:20], "big") >= 1200
     assert len(data) < 400_000
+
+
+def test_the_figure_of_mlc_is_drawn_from_the_numbers_of_its_table() -> None:
+    lines = re.findall(
+        r"^\| ([\d,]+) \| (\d+) \|(.*)\|$", text("mlc.md").split("## Beside `nano`")[1].split("![")[0], re.MULTILINE
+    )
+    table = {
+        (int(context.replace(",", "")), int(batch)): [cell.strip(" ¹") for cell in cells.split("|")]
+        for context, batch, cells in lines
+    }
+    columns = {"mlc": (0, 2, 3, 6), "nano": (1, 2, 4, 8)}
+    drawn = set()
+    for row in csv.DictReader((DOCS / "measurements/h200_mlc_nano.csv").read_text(encoding="utf-8").splitlines()):
+        point = int(row["context"]), int(row["batch"])
+        drawn.add((row["engine"], *point))
+        numbers = [row[name] for name in ("decode_step_ms", "floor_ms", "ttft_ms", "memory_mib")]
+        assert numbers == [table[point][column] for column in columns[row["engine"]]], point
+    assert drawn == {(name, *point) for point, cells in table.items() for name in columns if cells[columns[name][0]]}
 
 
 # commands
