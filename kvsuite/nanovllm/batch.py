@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .device_tables import TableRows
+from .device_tables import GatheredRows, TableRows
 
 Ints = NDArray[np.int64]
 _ALIGNED = 16
@@ -56,13 +57,24 @@ class GroupBatch:
 
     slots: Tensor
     kv_lengths: Tensor
-    block_tables: Tensor
+    #: `block_tables`, or where they are gathered from
+    tables: Tensor | GatheredRows
     dropped: Tensor
     kv_lengths_host: Tensor
     dropped_host: Tensor
     #: reads `block_tables_host`, which few steps ask for
     read_tables: Callable[[], NDArray[np.int32]]
     places: Sequence[Tensor | None] = ()
+
+    @cached_property
+    def block_tables(self) -> Tensor:
+        """Block tables, int32 ``[S, width]``. Gathered when they are first asked for; captured steps gather their own."""
+        return self.tables if isinstance(self.tables, Tensor) else self.tables.gather()
+
+    @property
+    def width(self) -> int:
+        """Entries of every sequence's block table."""
+        return int(self.tables.shape[1]) if isinstance(self.tables, Tensor) else self.tables.width
 
     @property
     def block_tables_host(self) -> Tensor:
@@ -74,7 +86,7 @@ class GroupBatch:
         return GroupBatch(
             slots=self.slots[tokens],
             kv_lengths=self.kv_lengths[sequences],
-            block_tables=self.block_tables[sequences],
+            tables=self.block_tables[sequences],
             dropped=self.dropped[sequences],
             kv_lengths_host=self.kv_lengths_host[sequences],
             dropped_host=self.dropped_host[sequences],
@@ -109,8 +121,8 @@ class StepBatch:
 
     Parameters
     ----------
-    ids
-        int64 ``[T]``.
+    fed
+        Token ids as the host knows them, int64 ``[T]``: a negative one stands for a token in flight (`TokensInFlight`).
     positions
         Position ids that the model gets, int64 ``[T]``.
     query_start
@@ -127,9 +139,11 @@ class StepBatch:
         Where rotary frequencies change with the length: what decides those of every token (`SequenceRotary`), int64 ``[T]``.
     images
         Features in the place of image tokens, ``None`` for a step of text alone.
+    in_flight
+        The tokens that negative ids stand for, int64 ``[n]``; ``None`` where there are no such ids.
     """
 
-    ids: Tensor
+    fed: Tensor
     positions: Tensor
     query_start: Tensor
     sample_rows: Tensor
@@ -138,11 +152,19 @@ class StepBatch:
     query_start_host: Tensor
     spans: Tensor | None = None
     images: ImageRows | None = None
+    in_flight: Tensor | None = None
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """Token ids, int64 ``[T]``. Tokens in flight come in when they are first asked for; captured steps fetch their own."""
+        if self.in_flight is None:
+            return self.fed
+        return torch.where(self.fed < 0, self.in_flight[(-1 - self.fed).clamp_min(0)], self.fed)
 
     @property
     def tokens(self) -> int:
         """Tokens of the step, ``T``."""
-        return int(self.ids.shape[0])
+        return int(self.fed.shape[0])
 
     @property
     def sequences(self) -> int:
@@ -153,7 +175,7 @@ class StepBatch:
         """The sequences from ``first`` to before ``last`` as a step of their own, for attention: nobody's logits are wanted."""
         at, end = (int(self.query_start_host[place]) for place in (first, last))
         return StepBatch(
-            ids=self.ids[at:end],
+            fed=self.ids[at:end],
             positions=self.positions[at:end],
             query_start=self.query_start[first : last + 1] - at,
             sample_rows=self.sample_rows[:0],
@@ -245,6 +267,7 @@ class BatchBuilder:
         host, device = self._send(wide, narrow)
         longs, ints, ints_host = (iter(part) for part in (device[own:], device[len(wide) + 1 :], host[len(wide) + 1 :]))
         parts = []
+        picked: Tensor | GatheredRows
         for group in groups:
             tables, slots = group.block_tables, next(longs)
             lengths, dropped, last = (next(ints) for _ in range(3))
@@ -257,7 +280,7 @@ class BatchBuilder:
                 picked, read = last, last_host.numpy
             parts.append(GroupBatch(slots, lengths, picked, dropped, lengths_host, dropped_host, read, group.places))
         return StepBatch(
-            ids=device[0],
+            fed=device[0],
             positions=device[1],
             sample_rows=device[2],
             query_start=device[len(wide)],

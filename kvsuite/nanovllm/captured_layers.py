@@ -23,7 +23,7 @@ from .fused_layers import Destination, FusedDecoder
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
-from .static_batch import fill, narrowed, static_batch
+from .static_batch import fill, narrowed, pad, static_batch
 
 #: tokens of a step whose layers are captured at most
 MOST_TOKENS = 1024
@@ -111,6 +111,7 @@ class CapturedLayers:
     def rehearse(self) -> None:
         """Launch all of it once, uncaptured, where what that computes means nothing."""
         with torch.inference_mode():
+            self._pad_singles()
             for pieces in (self._pieces, self._single_pieces):
                 for launches in pieces.values():
                     for launch in launches:
@@ -122,6 +123,7 @@ class CapturedLayers:
         """Replace launches by graphs that do the same, on CUDA."""
         if self._decoder.device.type != "cuda":
             return
+        self._pad_singles()
         memory = torch.cuda.graph_pool_handle()
         for pieces in (self._pieces, self._single_pieces):
             for size, launches in pieces.items():
@@ -188,7 +190,7 @@ class CapturedLayers:
     def _apart(self, batch: StepBatch) -> int:
         """Single tokens in front that attend from a graph."""
         static = self._singles
-        if static is None or batch.block_tables.shape[1] > self._max_blocks:
+        if static is None or batch.groups[0].width > self._max_blocks:
             return 0
         counts = batch.query_start_host.diff().tolist()
         singles = next((at for at, count in enumerate(counts) if count != 1), len(counts))
@@ -202,6 +204,11 @@ class CapturedLayers:
         self._places.copy_(self._rows)
         self._places[singles:size].fill_(len(self._mixed) - 1)
         return self._single_pieces[size]
+
+    def _pad_singles(self) -> None:
+        """As they are at first; for what fills them to be compiled."""
+        if self._singles is not None:
+            pad(self._singles)
 
     def _layers(self, size: int) -> list[Launch]:
         destination = self._destination(size)

@@ -101,7 +101,7 @@ class DecodeGraphs:
         """Run every size once, uncaptured."""
         for size in self.sizes:
             batch, attention = self._static_attention(size)
-            pad(batch, 0)
+            pad(batch)
             attention.begin(batch)
             with torch.inference_mode():
                 self._forward(batch, attention)
@@ -130,7 +130,7 @@ class DecodeGraphs:
         """Size of the graph that can run this batch, ``None`` if there is none."""
         if not batch.decode_only or batch.images is not None or batch.sample_rows.shape[0] != batch.sequences:
             return None
-        if batch.block_tables.shape[1] > self._static.block_tables.shape[1]:
+        if batch.groups[0].width > self._static.groups[0].width:
             return None
         return next((size for size in self.sizes if size >= batch.sequences), None)
 
@@ -158,7 +158,7 @@ class _Step:
         self.memory: Any = None
         self._forward = forward
         self._graph: Any = None
-        pad(batch, 0)
+        pad(batch)
         self.prepare([])
         with torch.inference_mode():
             if batch.ids.device.type == "cuda":

@@ -34,10 +34,12 @@ class DeviceTables:
         # one entry more than there are: what pads the changes goes there
         self._flat = torch.zeros(tables.table.size + 1, dtype=torch.int32, device=device)
         self._table = self._flat[:-1].view(shape)
+        self._any_changed = False
 
     def changes(self) -> tuple[Ints, NDArray[np.int32]]:
         """What `update` has yet to bring: places int64 ``[n]`` in the flattened table, and blocks int32 ``[n]``."""
         changed, table = self.tables.changes(), self.tables.table
+        self._any_changed = len(changed) > 0
         count = _FEWEST_CHANGES
         while count < len(changed):
             count *= 2
@@ -49,12 +51,27 @@ class DeviceTables:
 
     def update(self, places: Tensor, blocks: Tensor) -> None:
         """Apply `changes`, which are on the device by now."""
-        self._flat.index_copy_(0, places, blocks)
+        # most steps of few sequences change nothing
+        if self._any_changed:
+            self._flat.index_copy_(0, places, blocks)
         self.tables.forget_changes()
 
-    def pick(self, rows: Tensor, width: int) -> Tensor:
-        """The first ``width`` entries of some rows, int32 ``[S, width]``, for int64 ``rows`` ``[S]`` on the device."""
-        return self._table[:, :width].index_select(0, rows)
+    def pick(self, rows: Tensor, width: int) -> GatheredRows:
+        """The first ``width`` entries of int64 ``rows`` ``[S]`` on the device, to be gathered before the next `update`."""
+        return GatheredRows(self._table, rows, width)
+
+
+@dataclass(frozen=True)
+class GatheredRows:
+    """The first ``width`` entries of the rows ``rows`` ``[S]`` of ``table``, where they lie."""
+
+    table: Tensor
+    rows: Tensor
+    width: int
+
+    def gather(self) -> Tensor:
+        """The rows one behind the other, int32 ``[S, width]``."""
+        return self.table[:, : self.width].index_select(0, self.rows)
 
 
 @dataclass(frozen=True)

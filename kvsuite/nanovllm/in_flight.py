@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .batch import StepBatch
 from .request import Request
 
 
@@ -15,7 +17,7 @@ class TokensInFlight:
     """The tokens of one step on their way to the host.
 
     From `depart` until it is delivered, a token is a placeholder at the end of ``request.tokens``: a negative number that
-    says in which row of the step it is, which `fill` turns into the token on the device. A request whose output is forced
+    says in which row of the step it is; `into` gives the next step the tokens. A request whose output is forced
     gets its token at once.
 
     Parameters
@@ -57,21 +59,20 @@ class TokensInFlight:
                 last.append(request)
         return last
 
-    def fill(self, ids: Tensor, ending: Sequence[Request]) -> None:
-        """Replace the placeholders in the next step's token ids, int64 ``[T]``, on the device.
+    def into(self, batch: StepBatch, ending: Sequence[Request]) -> StepBatch:
+        """The next step with these tokens, on the device, where it has placeholders.
 
         Parameters
         ----------
-        ids
-            Changed in place.
+        batch
+            The step as the host knows it.
         ending
-            Requests of the next step that are fed up to their last token, in its order.
+            Requests of the step that are fed up to their last token, in its order.
         """
         # one that was preempted meanwhile may be fed a single token as well, and that one is an earlier token
-        if self._plain and len(ids) == len(ending) and ending == self.requests:
-            ids.copy_(self._tokens)
-        else:
-            ids.copy_(torch.where(ids < 0, self._tokens[(-1 - ids).clamp_min(0)], ids))
+        if self._plain and batch.tokens == len(ending) and ending == self.requests:
+            return replace(batch, fed=self._tokens)
+        return replace(batch, in_flight=self._tokens)
 
     @property
     def arrived(self) -> bool:

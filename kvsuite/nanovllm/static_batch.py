@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batch import GroupBatch, StepBatch
 from .kv_pool import SCRATCH_BLOCK
+from .pages import has_kernels
 
 
 def static_batch(size: int, groups: int, max_blocks: int, device: torch.device) -> StepBatch:
@@ -18,7 +19,7 @@ def static_batch(size: int, groups: int, max_blocks: int, device: torch.device) 
         return torch.zeros(shape, dtype=dtype, device=on)
 
     return StepBatch(
-        ids=zeros(size, dtype=torch.int64),
+        fed=zeros(size, dtype=torch.int64),
         positions=zeros(size, dtype=torch.int64),
         query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
         sample_rows=torch.arange(size, device=device),
@@ -26,7 +27,7 @@ def static_batch(size: int, groups: int, max_blocks: int, device: torch.device) 
             GroupBatch(
                 slots=zeros(size, dtype=torch.int64),
                 kv_lengths=torch.ones(size, dtype=torch.int32, device=device),
-                block_tables=zeros(size, max_blocks),
+                tables=zeros(size, max_blocks),
                 dropped=zeros(size),
                 # the graph reads device tensors alone
                 kv_lengths_host=zeros(0, on="cpu"),
@@ -47,7 +48,7 @@ def _nothing() -> NDArray[np.int32]:
 def narrowed(batch: StepBatch, size: int) -> StepBatch:
     """The first ``size`` rows of a static batch."""
     return StepBatch(
-        ids=batch.ids[:size],
+        fed=batch.fed[:size],
         positions=batch.positions[:size],
         query_start=batch.query_start[: size + 1],
         sample_rows=batch.sample_rows[:size],
@@ -55,7 +56,7 @@ def narrowed(batch: StepBatch, size: int) -> StepBatch:
             GroupBatch(
                 slots=part.slots[:size],
                 kv_lengths=part.kv_lengths[:size],
-                block_tables=part.block_tables[:size],
+                tables=part.block_tables[:size],
                 dropped=part.dropped[:size],
                 kv_lengths_host=part.kv_lengths_host,
                 dropped_host=part.dropped_host,
@@ -69,26 +70,32 @@ def narrowed(batch: StepBatch, size: int) -> StepBatch:
 
 
 def fill(static: StepBatch, batch: StepBatch) -> None:
-    """Put a decode step into the first rows, and padding behind it."""
-    count = batch.sequences
-    static.ids[:count].copy_(batch.ids)
-    static.positions[:count].copy_(batch.positions)
-    for own, given in zip(static.groups, batch.groups, strict=True):
-        own.slots[:count].copy_(given.slots)
-        own.kv_lengths[:count].copy_(given.kv_lengths)
-        own.dropped[:count].copy_(given.dropped)
-        own.block_tables[:count, : given.block_tables.shape[1]].copy_(given.block_tables)
-    pad(static, count)
+    """Put a decode step into the first rows, and padding behind it: what an earlier step left would be written once more."""
+    _write(static, batch, batch.sequences)
 
 
-def pad(static: StepBatch, count: int) -> None:
-    """Turn rows from ``count`` on into padding: what an earlier step left there would be written once more."""
-    if count == static.sequences:
+def pad(static: StepBatch) -> None:
+    """Turn all rows into padding."""
+    _write(static, static, 0)
+
+
+def _write(static: StepBatch, batch: StepBatch, count: int) -> None:
+    """Put the first ``count`` sequences of ``batch`` into the first rows, and padding into the others."""
+    if has_kernels(static.fed.device):
+        from .fill_kernel import fill_rows
+
+        fill_rows(static, batch, count)
         return
-    static.ids[count:].zero_()
+    static.fed[:count].copy_(batch.ids[:count])
+    static.fed[count:].zero_()
+    static.positions[:count].copy_(batch.positions[:count])
     static.positions[count:].zero_()
-    for part in static.groups:
-        part.slots[count:].fill_(SCRATCH_BLOCK)
-        part.kv_lengths[count:].fill_(1)
-        part.dropped[count:].zero_()
-        part.block_tables[count:, :1].fill_(SCRATCH_BLOCK)
+    for own, given in zip(static.groups, batch.groups, strict=True):
+        own.slots[:count].copy_(given.slots[:count])
+        own.slots[count:].fill_(SCRATCH_BLOCK)
+        own.kv_lengths[:count].copy_(given.kv_lengths[:count])
+        own.kv_lengths[count:].fill_(1)
+        own.dropped[:count].copy_(given.dropped[:count])
+        own.dropped[count:].zero_()
+        own.block_tables[:count, : given.width].copy_(given.block_tables[:count])
+        own.block_tables[count:, :1].fill_(SCRATCH_BLOCK)

@@ -97,7 +97,7 @@ class StepLauncher:
         if self._runner.observer is not None:
             self._runner.observer.begin(plan.requests)
         if before is not None:
-            before.fill(batch.ids, sampled)
+            batch = before.into(batch, sampled)
         return Prepared(batch, sampled, scored)
 
     def compute(self, step: Prepared, on_rows: OnRows | None = None) -> tuple[TokensInFlight | None, Tensor]:

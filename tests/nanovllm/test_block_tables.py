@@ -134,7 +134,7 @@ class Blocks(RuleBasedStateMachine):
         places, blocks = (torch.from_numpy(part) for part in self.on_device.changes())
         self.on_device.update(places, blocks)
         rows = torch.arange(ROWS)
-        assert self.on_device.pick(rows, BLOCKS).tolist() == self.tables.table.tolist()
+        assert self.on_device.pick(rows, BLOCKS).gather().tolist() == self.tables.table.tolist()
         assert not len(self.tables.changes())
 
     @precondition(lambda self: self.texts)

@@ -19,6 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 from kvsuite.kernel_builds import BUILDS  # noqa: E402
 from kvsuite.nanovllm import cuda_runner as module  # noqa: E402
 from kvsuite.nanovllm import (  # noqa: E402
+    fill_kernel,
     fused_kernels,
     fused_sampling,
     gated_linear,
@@ -37,7 +38,16 @@ from kvsuite.nanovllm.sampling import SamplingParameters  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda:0")
-KERNELS = (fused_kernels, fused_sampling, gated_linear, row_linear, split_attention, step_attention, whole_rows)
+KERNELS = (
+    fill_kernel,
+    fused_kernels,
+    fused_sampling,
+    gated_linear,
+    row_linear,
+    split_attention,
+    step_attention,
+    whole_rows,
+)
 
 
 @triton.jit

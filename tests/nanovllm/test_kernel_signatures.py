@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from kvsuite.nanovllm.attention_sums import _shifts_kernel, _sums_kernel
 from kvsuite.nanovllm.eviction_kernel import _evict_kernel
+from kvsuite.nanovllm.fill_kernel import _fill_rows_kernel
 from kvsuite.nanovllm.gated_linear import _gated_linear_kernel
 from kvsuite.nanovllm.gather_tokens import _gather_kernel, _gather_rows_kernel
 from kvsuite.nanovllm.paged_norms import _key_norms_kernel
@@ -20,6 +21,7 @@ from kvsuite.nanovllm.window_weights import _mean_weights_kernel
 
 def test_no_kernel_is_compiled_for_a_length_of_prompts() -> None:
     for kernel, numbers in (
+        (_fill_rows_kernel, {"count", "width", "table_stride", "own_stride"}),
         (_gated_linear_kernel, {"rows"}),
         (_gather_kernel, {"tokens"}),
         (_shifts_kernel, {"queries", "length"}),
