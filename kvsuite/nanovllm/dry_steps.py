@@ -11,7 +11,7 @@ from torch import Tensor
 from .batch import BatchBuilder, GroupInputs, StepBatch
 from .kv_pool import SCRATCH_BLOCK, KVPool
 from .limits import Limits
-from .sampling import SamplingParameters, sample
+from .sampling import SamplingParameters, greedy, sample
 
 # more than `fused_layers` launches with overlap
 _MOST_TOKENS = 2048
@@ -78,7 +78,7 @@ class DrySteps:
                 self._step([each] * prompts)
 
     def _step(self, counts: Sequence[int]) -> None:
-        """Sequences of so many new tokens each, and a draw from what comes out."""
+        """Sequences of so many new tokens each, and tokens chosen from what comes out in both ways."""
         tokens = np.array(counts)
         ids = np.zeros(tokens.sum(), dtype=np.int64)
         part = GroupInputs(
@@ -91,7 +91,5 @@ class DrySteps:
             ids=ids, positions=ids, counts=tokens, sample_rows=np.cumsum(tokens) - 1, groups=[part] * self._groups
         )
         logits = self._forward(batch)
-        chosen = [SamplingParameters(temperature=1.0)] * len(tokens)
-        if len(chosen) > 1:
-            chosen[0] = SamplingParameters()
-        sample(logits, chosen, [0] * len(chosen))
+        greedy(logits)
+        sample(logits, [SamplingParameters(temperature=1.0)] * len(tokens), [0] * len(tokens))

@@ -12,6 +12,8 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from .greedy_tokens import settle_row
+
 # programs that share a row, and tokens that one of them looks at together
 _PARTS = 16
 _TOKENS = 1024
@@ -30,8 +32,9 @@ def _race_kernel(
     rows,
     temperatures,
     keys,
-    scores,
-    winners,
+    tops,
+    arrivals,
+    tokens,
     row_stride,
     vocabulary,
     span,
@@ -63,12 +66,10 @@ def _race_kernel(
         better = inside & (score > best)
         best = tl.where(better, score, best)
         where = tl.where(better, token, where)
-    lane = tl.argmax(best, axis=0)
-    tl.store(scores + drawn * PARTS + part, tl.max(best, axis=0))
-    tl.store(winners + drawn * PARTS + part, tl.sum(tl.where(lanes == lane, where, 0), axis=0).to(tl.int64))
+    settle_row(best, where, tops, arrivals, tokens, drawn, part, PARTS, PARTS)
 
 
-def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor, arrivals: Tensor | None = None) -> Tensor:
     """Draw a token for some rows.
 
     Parameters
@@ -81,6 +82,8 @@ def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor) -> Te
         float32 ``[n]``, positive.
     keys
         int64 ``[n, 2]``: two words of 32 bits each.
+    arrivals
+        See `greedy_tokens.greedy_tokens`.
 
     Returns
     -------
@@ -88,15 +91,18 @@ def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor) -> Te
         int64 ``[n]``.
     """
     count, vocabulary = rows.shape[0], logits.shape[1]
-    scores = torch.empty(count, _PARTS, dtype=torch.float32, device=logits.device)
-    winners = torch.empty(count, _PARTS, dtype=torch.int64, device=logits.device)
+    if arrivals is None:
+        arrivals = torch.zeros(count, dtype=torch.int32, device=logits.device)
+    tops = torch.empty(count, _PARTS, dtype=torch.int64, device=logits.device)
+    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
     _race_kernel[(count, _PARTS)](
         logits,
         rows,
         temperatures,
         keys,
-        scores,
-        winners,
+        tops,
+        arrivals,
+        tokens,
         logits.stride(0),
         vocabulary,
         triton.cdiv(vocabulary, _PARTS),
@@ -104,4 +110,4 @@ def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor) -> Te
         TOKENS=_TOKENS,
         num_warps=4,
     )
-    return winners.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
+    return tokens

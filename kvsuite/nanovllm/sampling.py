@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kvsuite.errors import UserError
 
+from .pages import has_kernels
+
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
@@ -78,7 +80,24 @@ class SamplingParameters:
 _Draw = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[SamplingParameters]], Tensor]
 
 
-def sample(logits: Tensor, parameters: Sequence[SamplingParameters], drawn: Sequence[int]) -> Tensor:
+def greedy(logits: Tensor, arrivals: Tensor | None = None) -> Tensor:
+    """The most probable token of every row of ``logits`` ``[R, vocab]``, the first of equals; int64 ``[R]``.
+
+    ``arrivals`` are for the kernel on CUDA; see `greedy_tokens.greedy_tokens`.
+    """
+    if not has_kernels(logits.device):
+        return logits.argmax(dim=-1)
+    from .greedy_tokens import greedy_tokens
+
+    return greedy_tokens(logits, arrivals)
+
+
+def sample(
+    logits: Tensor,
+    parameters: Sequence[SamplingParameters],
+    drawn: Sequence[int],
+    arrivals: Tensor | None = None,
+) -> Tensor:
     """Choose the next token of every row.
 
     Draws are exponential races (the Gumbel-max trick): the token with the smallest ``E / p`` wins, where ``E`` is an
@@ -93,6 +112,8 @@ def sample(logits: Tensor, parameters: Sequence[SamplingParameters], drawn: Sequ
         Of each row.
     drawn
         Output tokens that each row's request has already.
+    arrivals
+        See `greedy`.
 
     Returns
     -------
@@ -102,8 +123,8 @@ def sample(logits: Tensor, parameters: Sequence[SamplingParameters], drawn: Sequ
     whole = [row for row, chosen in enumerate(parameters) if chosen.temperature > 0 and chosen.whole]
     cut = [row for row, chosen in enumerate(parameters) if chosen.temperature > 0 and not chosen.whole]
     # a maximum that nobody asks for would read all logits once more
-    tokens = logits.argmax(dim=-1) if len(whole) + len(cut) < len(parameters) else None
-    for rows, draw in ((whole, _one_pass(logits.device)), (cut, _draw)):
+    tokens = greedy(logits, arrivals) if len(whole) + len(cut) < len(parameters) else None
+    for rows, draw in ((whole, _one_pass(logits.device, arrivals)), (cut, _draw)):
         if not rows:
             continue
         own = [parameters[row] for row in rows]
@@ -126,15 +147,13 @@ def _sent(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
-def _one_pass(device: torch.device) -> _Draw:
+def _one_pass(device: torch.device, arrivals: Tensor | None) -> _Draw:
     """How whole distributions are drawn from: by a kernel where there is one."""
-    if device.type != "cuda":
+    if not has_kernels(device):
         return _draw
-    try:
-        from .fused_sampling import draw
-    except ImportError:
-        return _draw
-    return lambda logits, rows, temperatures, keys, own: draw(logits, rows, temperatures, keys)
+    from .fused_sampling import draw
+
+    return lambda logits, rows, temperatures, keys, own: draw(logits, rows, temperatures, keys, arrivals)
 
 
 def _draw(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .batch import StepBatch
@@ -16,7 +18,7 @@ from .in_flight import TokensInFlight
 from .kv_pool import KVPool
 from .request import Request
 from .runner import Runner
-from .sampling import sample
+from .sampling import greedy, sample
 from .scheduler import StepPlan
 from .step_inputs import ScoredRows, StepInputs
 
@@ -119,10 +121,16 @@ class StepLauncher:
         if not sampled:
             return None, logits
         if drawing:
-            chosen = sample(logits, [r.sampling for r in sampled], [r.output_length for r in sampled])
+            parameters, drawn = [r.sampling for r in sampled], [r.output_length for r in sampled]
+            chosen = sample(logits, parameters, drawn, self._arrivals)
         else:
-            chosen = logits.argmax(dim=-1)
+            chosen = greedy(logits, self._arrivals)
         return TokensInFlight(sampled, chosen), logits
+
+    @cached_property
+    def _arrivals(self) -> Tensor:
+        """Zeros for `sampling.greedy`, a row for each sequence of a step at most; made on the stream of the steps."""
+        return torch.zeros(len(self._tables[0].lengths), dtype=torch.int32, device=self._pools[0].device)
 
     def commit(self, plan: StepPlan) -> None:
         """Count a step, and the tokens whose keys it stores."""
