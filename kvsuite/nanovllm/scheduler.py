@@ -182,6 +182,9 @@ class Scheduler:
         were taken from are not admitted yet.
         """
         plan = StepPlan(copies=[[] for _ in self._tables])
+        if not self.running:
+            # whoever took the blocks has given them back
+            self._preempted = False
         while not plan.requests and (self.running or self.waiting):
             left = budget
             for request in self.running:

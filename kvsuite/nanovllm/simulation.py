@@ -273,6 +273,7 @@ class Simulator:
             now = min(times)
             for lane in [lane for lane, one in under_way.items() if one.step.end_s <= now]:
                 self.land(under_way.pop(lane), now)
+        assert not [*self.scheduler.running, *self.scheduler.waiting]
         return Simulation(list(self._books.values()), self._steps)
 
     def request(self, arrival: Arrival) -> Request:

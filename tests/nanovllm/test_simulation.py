@@ -65,6 +65,17 @@ def test_two_lanes_are_two_clocks() -> None:
     assert [step.work.lane for step in alone.steps] == ["both"] * len(alone.steps)
 
 
+def test_who_was_preempted_comes_back_when_nobody_else_is_left() -> None:
+    def costs(work: StepWork) -> float:
+        return 6.0 if work.lane == "prompt" else 1.0
+
+    few = limits(admission="optimistic", num_blocks=4, block_size=4, max_model_len=16, max_num_batched_tokens=8)
+    found = simulate([Arrival(4, 8), Arrival(8, 4, arrival_s=7.0)], few, costs, lanes=2)
+    # the first one took the second's blocks while its prompt was computed, and was over before that lane planned again
+    assert found.requests[1].preemptions == 1
+    assert [len(request.token_s) for request in found.requests] == [8, 4]
+
+
 @pytest.mark.parametrize(
     ("admission", "steps", "preemptions", "computed"), [("reserve", 211, 0, 2560), ("optimistic", 193, 2, 3284)]
 )
