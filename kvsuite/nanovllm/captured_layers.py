@@ -28,7 +28,6 @@ from .static_batch import fill, narrowed, pad, static_batch
 #: tokens of a step whose layers are captured at most
 MOST_TOKENS = 1024
 # every number of single tokens goes through our own kernel, which needs no plan
-_ALL_PROGRAMS = 1 << 30
 
 Launch = Callable[[], None]
 
@@ -233,10 +232,11 @@ class CapturedLayers:
     def _single_layers(self, size: int) -> list[Launch]:
         assert self._singles is not None
         batch = narrowed(self._singles, size)
-        attention = self._attention.captured(batch, _ALL_PROGRAMS)
-        attention.begin(batch)
+        attention = self._attention.captured(batch)
 
         def attend(index: int) -> None:
+            if not index:
+                attention.begin(batch)
             found = attention.attend(index, self._query[:size], self._decoder.scale)
             self._mixed.index_copy_(0, self._places[:size], found)
 

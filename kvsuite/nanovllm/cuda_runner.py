@@ -22,7 +22,6 @@ from kvsuite.kernel_builds import BUILDS
 from kvsuite.models.load import LoadedModel
 
 from .batch import StepBatch
-from .captured_attention import FEW_PROGRAMS
 from .captured_layers import CapturedLayers, layer_sizes
 from .compile_ahead import compiling_ahead
 from .decode_graphs import CapturableAttention, DecodeGraphs, default_sizes
@@ -66,12 +65,9 @@ class CapturableReference(ReferenceAttention):
             return "packed pages are unpacked by many small kernels, which are not captured yet"
         return "a sliding window, or keys placed in the cache, go through the reference's masks of the host"
 
-    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturableReference:
+    def captured(self, batch: StepBatch) -> CapturableReference:
         """Attention of decode steps of one size over the static tensors of ``batch``."""
         return CapturableReference(self.pools)
-
-    def prepare(self, lengths: Sequence[Tensor]) -> None:
-        """Nothing: the step reads its lengths itself."""
 
 
 def attention_for(
@@ -273,7 +269,8 @@ class CudaRunner(ModelRunner):
         """Whether all kernels are there that `build` makes, which are not, and which are not used."""
         if not isinstance(self.attention, KernelAttention):
             return f"none: {self._why_reference}"
-        missing = [f"flashinfer {name}" for name in sorted(self.attention.libraries.missing)]
+        library = self.attention.libraries.missing
+        missing = [] if library is None else [f"flashinfer {library}"]
         if self._untried:
             missing.append(f"tilings of products of {', '.join(map(str, self._untried))} rows")
         words = f"not prepared: {', '.join(missing)}" if missing else "prepared"

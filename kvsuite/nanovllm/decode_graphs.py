@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .batch import StepBatch
-from .captured_attention import FEW_PROGRAMS
 from .kv_pool import KVPool
 from .paged_attention import AttentionBackend
 from .side_streams import side_stream
@@ -23,9 +22,6 @@ class StaticAttention(AttentionBackend, Protocol):
 
     #: what attends, by layer group
     kinds: list[str]
-
-    def prepare(self, lengths: Sequence[Tensor]) -> None:
-        """Plan a step on the host: KV lengths int32 ``[B]`` of all rows, by layer group."""
 
 
 class CapturableAttention(Protocol):
@@ -43,7 +39,7 @@ class CapturableAttention(Protocol):
     def why_not_capturable(self) -> str:
         """What stands against it."""
 
-    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> StaticAttention:
+    def captured(self, batch: StepBatch) -> StaticAttention:
         """Attention of decode steps over the static tensors of ``batch``."""
 
 
@@ -70,8 +66,6 @@ class DecodeGraphs:
         Batch sizes.
     max_blocks
         Blocks of the longest sequence.
-    few_programs
-        See `KernelAttention.captured`.
     """
 
     def __init__(
@@ -80,12 +74,10 @@ class DecodeGraphs:
         attention: CapturableAttention,
         sizes: Iterable[int],
         max_blocks: int,
-        few_programs: int = FEW_PROGRAMS,
     ) -> None:
         assert attention.capturable
         self._forward = forward
         self._attention = attention
-        self._few_programs = few_programs
         self.sizes = sorted(set(sizes))
         self._static = static_batch(self.sizes[-1], len(attention.pools), max_blocks, attention.pools[0].device)
         self._attentions: dict[int, tuple[StepBatch, StaticAttention]] = {}
@@ -110,7 +102,7 @@ class DecodeGraphs:
         """The batch of a size, and the attention over it, which is made once."""
         if size not in self._attentions:
             batch = narrowed(self._static, size)
-            self._attentions[size] = (batch, self._attention.captured(batch, self._few_programs))
+            self._attentions[size] = (batch, self._attention.captured(batch))
         return self._attentions[size]
 
     def capture(self) -> None:
@@ -144,7 +136,6 @@ class DecodeGraphs:
             return None
         step = self.step(size)
         fill(step.batch, batch)
-        step.prepare([part.kv_lengths_host for part in batch.groups])
         step.replay()
         return step.logits[: batch.sequences]
 
@@ -159,7 +150,6 @@ class _Step:
         self._forward = forward
         self._graph: Any = None
         pad(batch)
-        self.prepare([])
         with torch.inference_mode():
             if batch.ids.device.type == "cuda":
                 self._capture(memory)
@@ -182,17 +172,6 @@ class _Step:
         with torch.cuda.graph(self._graph, pool=memory, stream=side):
             self.logits = self._once()
         self.memory = self._graph.pool()
-
-    def prepare(self, lengths: list[Tensor]) -> None:
-        """Plan a step of sequences that hold ``lengths[group]`` tokens each, int32 ``[S]`` on the host."""
-        size = self.batch.sequences
-        padded = []
-        for number in range(len(self.batch.groups)):
-            row = torch.ones(size, dtype=torch.int32)
-            if lengths:
-                row[: lengths[number].shape[0]] = lengths[number]
-            padded.append(row)
-        self.attention.prepare(padded)
 
     def replay(self) -> None:
         if self._graph is not None:

@@ -25,9 +25,8 @@ from .kv_pool import KVPool
 
 #: widths of heads that FlashInfer has kernels for
 HEAD_DIMS = (64, 128, 256)
-#: for decode steps of many sequences, and for prompts where there is no ``fa3``
+#: for prompts: ``fa3`` on Hopper, which alone has it, else ``fa2``
 FA2 = "fa2"
-#: for prompts on Hopper, which alone has it
 FA3 = "fa3"
 
 
@@ -48,23 +47,18 @@ def flashinfer_module() -> Any:
 
 @dataclass(frozen=True)
 class Libraries:
-    """What FlashInfer has for some pools.
+    """What FlashInfer has for the prompts of some pools.
 
     Parameters
     ----------
-    built
-        Of ``fa2`` and ``fa3`` those that can be used now.
+    prompts
+        ``fa2`` or ``fa3`` if it can be used now, ``None`` if not.
     missing
-        Those that would be used if they were.
+        The one that would be used if it could.
     """
 
-    built: frozenset[str] = frozenset()
-    missing: frozenset[str] = frozenset()
-
-    @property
-    def prompts(self) -> str | None:
-        """The one that is best for prompts, ``None`` without any."""
-        return next((name for name in (FA3, FA2) if name in self.built), None)
+    prompts: str | None = None
+    missing: str | None = None
 
 
 def libraries_for(pools: Sequence[KVPool], *, build: bool) -> Libraries:
@@ -80,29 +74,27 @@ def libraries_for(pools: Sequence[KVPool], *, build: bool) -> Libraries:
     shapes = sorted({(pool.dtype, pool.group.head_dim) for pool in pools if takes_flashinfer(pool)}, key=str)
     if not shapes:
         return Libraries()
-    names = _names(torch.cuda.get_device_capability(pools[0].device))
+    name = _name(torch.cuda.get_device_capability(pools[0].device))
     try:
         flashinfer_module()
     except CaseSkipped:
-        return Libraries(missing=frozenset(names))
-    specs = {name: [_specification(name, *shape) for shape in shapes] for name in names}
-    _watch(type(specs[FA2][0]))
-    usable = {spec.name for found in specs.values() for spec in found if is_usable(spec)}
-    waiting = [spec for found in specs.values() for spec in found if spec.name not in usable]
+        return Libraries(missing=name)
+    specs = [_specification(name, *shape) for shape in shapes]
+    _watch(type(specs[0]))
+    waiting = [spec for spec in specs if not is_usable(spec)]
     if waiting and build:
         _build(waiting)
-        usable |= {spec.name for spec in waiting if is_usable(spec)}
-    built = frozenset(name for name, found in specs.items() if all(spec.name in usable for spec in found))
-    return Libraries(built, frozenset(specs) - built)
+        waiting = [spec for spec in waiting if not is_usable(spec)]
+    return Libraries(missing=name) if waiting else Libraries(name)
 
 
-def _names(capability: tuple[int, int]) -> tuple[str, ...]:
-    """Libraries that are used on devices of a capability."""
-    return (FA2, FA3) if capability[0] == 9 else (FA2,)
+def _name(capability: tuple[int, int]) -> str:
+    """The library that is used on devices of a capability."""
+    return FA3 if capability[0] == 9 else FA2
 
 
 def built_widths(capability: tuple[int, int]) -> list[int]:
-    """Widths of heads for which all libraries of a capability are built in bfloat16. FlashInfer is installed.
+    """Widths of heads for which the library of a capability is built in bfloat16. FlashInfer is installed.
 
     Writes nothing: no source is generated.
     """
@@ -111,11 +103,11 @@ def built_widths(capability: tuple[int, int]) -> list[int]:
         get_batch_prefill_uri,
     )
 
-    def found(name: str, width: int) -> bool:
-        uri = get_batch_prefill_uri(*_parameters(name, torch.bfloat16, width))
+    def found(width: int) -> bool:
+        uri = get_batch_prefill_uri(*_parameters(_name(capability), torch.bfloat16, width))
         return is_usable(JitSpec(uri, [], None, None, None, None))
 
-    return [width for width in HEAD_DIMS if all(found(name, width) for name in _names(capability))]
+    return [width for width in HEAD_DIMS if found(width)]
 
 
 def is_usable(spec: Any) -> bool:
@@ -136,7 +128,7 @@ def takes_flashinfer(pool: KVPool) -> bool:
 
 
 def _specification(name: str, dtype: torch.dtype, head_dim: int) -> Any:
-    """What FlashInfer calls for when `KernelAttention` plans a step: prompts and, with ``fa2``, decode steps."""
+    """What FlashInfer calls for when `KernelAttention` plans the prompts of a step."""
     from flashinfer.jit import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
         gen_batch_prefill_module,
     )

@@ -432,25 +432,3 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype, *, pdl: bool = False) -> Tenso
         **launch_options(pdl),
     )
     return out
-
-
-@triton.jit
-def _flatten_tables_kernel(tables, starts, out, table_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    start = tl.load(starts + row)
-    count = tl.load(starts + row + 1) - start
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    blocks = tl.load(tables + row.to(tl.int64) * table_stride + columns, mask=columns < count, other=0)
-    tl.store(out + start + columns, blocks, mask=columns < count)
-
-
-def flatten_tables(tables: Tensor, starts: Tensor, out: Tensor) -> None:
-    """Write the used entries of block tables ``[S, max_blocks]`` one sequence behind the other.
-
-    ``starts`` int32 ``[S + 1]`` says where each begins in ``out``.
-    """
-    sequences, blocks = tables.shape
-    if blocks:
-        _flatten_tables_kernel[(sequences, triton.cdiv(blocks, 1024))](
-            tables, starts, out, tables.stride(0), BLOCK=1024
-        )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .batch import StepBatch
-from .captured_attention import FEW_PROGRAMS, CapturedAttention, KernelLayers, split
-from .flashinfer_libraries import FA2, FA3, Libraries, flashinfer_module, takes_flashinfer
+from .captured_attention import CapturedAttention, KernelLayers, order_of, split
+from .flashinfer_libraries import FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
 from .paged_attention import written_to
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
@@ -55,17 +55,17 @@ class KernelAttention(KernelLayers):
         self.libraries = libraries
         self.query_heads = query_heads
         self.device = self.pools[0].device
-        self.flashinfer = flashinfer_module() if libraries.built else None
+        self.flashinfer = flashinfer_module() if libraries.prompts else None
         # FlashInfer wants it zeroed at first use
-        size = _WORKSPACE_BYTES if libraries.built else 0
+        size = _WORKSPACE_BYTES if libraries.prompts else 0
         self.workspace = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        self.plans_decode = FA2 in libraries.built
         self._given: dict[str, Any] = {"query_heads": query_heads, "libraries": libraries, "rotation": rotation}
         self._exact = ReferenceAttention(pools, rotation)
         self._by_reference = [pool.group.places for pool in self.pools]
         self._prompts = [self._prompt_attention(pool) if takes_flashinfer(pool) else None for pool in self.pools]
         # single tokens stand in front; what follows them are prompts
         self._singles = 0
+        self._orders: list[Tensor | None] = []
 
     def _prompt_attention(self, pool: KVPool) -> PromptAttention:
         library = self.libraries.prompts
@@ -114,6 +114,7 @@ class KernelAttention(KernelLayers):
         starts = batch.query_start_host.numpy()
         longer = np.flatnonzero(np.diff(starts) != 1)
         self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
+        self._orders = [order_of(part, singles) for part in batch.groups]
         if singles == batch.sequences:
             return
         for prompts, part in zip(self._prompts, batch.groups, strict=True):
@@ -140,12 +141,13 @@ class KernelAttention(KernelLayers):
             return prompts.attend(query, keys, values, scale, out)
         mixed = []
         if singles:
-            mixed.append(split(query[:singles], pool, keys, values, self._batch.groups[number], scale, self.processors))
+            part, order = self._batch.groups[number], self._orders[number]
+            mixed.append(split(query[:singles], pool, keys, values, part, scale, self.processors, order))
         if prompts is not None and with_prompts:
             mixed.append(prompts.attend(query[singles:], keys, values, scale))
         return written_to(out, mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
-    def captured(self, batch: StepBatch, few_programs: int = FEW_PROGRAMS) -> CapturedAttention:
+    def captured(self, batch: StepBatch) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
         self._look_at_stream()
-        return CapturedAttention(self, batch, few_programs)
+        return CapturedAttention(self, batch)

@@ -30,7 +30,16 @@ from .fused_kernels import launch_options
 from .layer_pages import LayerPages
 from .packed_elements import load_numbers, scale_groups, unpack_words, words_of
 from .packed_vectors import hadamard_signs, side_options
-from .split_attention import LOG2_E, key_options, merge_splits, part_of, room_for_parts, splits_for, store_part
+from .split_attention import (
+    LOG2_E,
+    key_options,
+    merge_splits,
+    part_of,
+    room_for_parts,
+    sequence_of,
+    splits_for,
+    store_part,
+)
 
 # Keys of a step. With 4 warps and 4 stages fastest in whole steps on an H200; one warp and 32 keys are 3 % faster alone and
 # 13 % slower in a step of 64 sequences.
@@ -65,6 +74,7 @@ def _packed_split_kernel(
     tables,
     lengths,
     dropped,
+    order,
     mixed,
     maxima,
     sums,
@@ -91,11 +101,12 @@ def _packed_split_kernel(
     VALUE_ROTATED: tl.constexpr,
     MERGED: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    ORDERED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # heads first: those of a token lie side by side, and programs that read neighbours run together
     head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    sequence = sequence_of(order, ORDERED)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
     start, stop = part_of(length, split, splits, TOKENS)
@@ -256,6 +267,7 @@ def packed_split_attention(
     dropped: Tensor | None = None,
     window: int | None = None,
     sinks: int = 0,
+    order: Tensor | None = None,
     tokens: int = _TOKENS,
     warps: int = 4,
     stages: int = 4,
@@ -270,7 +282,7 @@ def packed_split_attention(
         ``[S, heads, head_dim]`` in bfloat16 or float16, contiguous.
     keys, values
         The layer's pages; a group of numbers has to divide ``head_dim``.
-    tables, lengths, scale, dropped, window, sinks, tokens, warps, stages, pdl
+    tables, lengths, scale, dropped, window, sinks, order, tokens, warps, stages, pdl
         As in `split_attention`.
     splits
         A power of two, see `packed_splits_for`.
@@ -291,6 +303,7 @@ def packed_split_attention(
         tables,
         lengths,
         lengths if dropped is None else dropped,
+        lengths if order is None else order,
         *parts,
         out,
         scale * LOG2_E,
@@ -300,6 +313,7 @@ def packed_split_attention(
         **key_options(heads, keys.codes, tokens, window, sinks),
         MERGED=splits > 1,
         ASSEMBLY=assembly,
+        ORDERED=order is not None,
         PDL=pdl,
         **side_options(keys.side, head_dim, "KEY"),
         **side_options(values.side, head_dim, "VALUE"),

@@ -19,7 +19,16 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, impor
 )
 
 from .fused_kernels import launch_options, sum_of_parts
-from .split_attention import LOG2_E, attend_part, key_options, merge_splits, part_of, room_for_parts, store_part
+from .split_attention import (
+    LOG2_E,
+    attend_part,
+    key_options,
+    merge_splits,
+    part_of,
+    room_for_parts,
+    sequence_of,
+    store_part,
+)
 
 #: parts up to which the program that ends last merges them; more are merged by a program for each head
 MOST_MERGED = 32
@@ -94,6 +103,7 @@ def _step_kernel(
     tables,
     lengths,
     dropped,
+    order,
     mixed,
     maxima,
     sums,
@@ -119,11 +129,12 @@ def _step_kernel(
     SINKS: tl.constexpr,
     HEAD: tl.constexpr,
     MERGED: tl.constexpr,
+    ORDERED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # heads lie side by side in a page
     head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    sequence = sequence_of(order, ORDERED)
     split = tl.program_id(2)
     dtype = out.dtype.element_ty
     half: tl.constexpr = HEAD_DIM // 2
@@ -237,6 +248,7 @@ def step_attention(
     dropped: Tensor | None = None,
     window: int | None = None,
     sinks: int = 0,
+    order: Tensor | None = None,
     tokens: int = STEP_KEYS,
     warps: int = 4,
     stages: int = 3,
@@ -262,7 +274,7 @@ def step_attention(
     arrivals
         int32, one for each sequence and key head at least, all 0, and 0 again at the end: how many parts are done. The
         program of the last one merges.
-    tables, scale, splits, dropped, window, sinks, tokens, warps, stages, pdl
+    tables, scale, splits, dropped, window, sinks, order, tokens, warps, stages, pdl
         See `split_attention.split_attention`.
     """
     assert window is None or dropped is not None
@@ -284,6 +296,7 @@ def step_attention(
         tables,
         lengths,
         lengths if dropped is None else dropped,
+        lengths if order is None else order,
         *shares,
         arrivals,
         out,
@@ -300,6 +313,7 @@ def step_attention(
         SPLITS=splits,
         **key_options(heads.query_heads, keys, tokens, window, sinks),
         MERGED=merged,
+        ORDERED=order is not None,
         PDL=pdl,
         num_warps=warps,
         num_stages=stages,
