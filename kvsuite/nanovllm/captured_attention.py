@@ -95,15 +95,14 @@ def split(
     return split_attention(query, keys.codes, values.codes, *common, splits=splits_for(*programs), **options)
 
 
-def order_of(part: GroupBatch, sequences: int, out: Tensor | None = None) -> Tensor | None:
+def order_of(part: GroupBatch, sequences: int) -> Tensor | None:
     """In which order a step's first sequences begin, int32 ``[sequences]``; ``None`` where there is nothing to order."""
     from .split_attention import longest_first
 
     if sequences < 2:
         return None
-    if out is None:
-        out = torch.empty(sequences, dtype=torch.int32, device=part.kv_lengths.device)
-    return longest_first(part.kv_lengths[:sequences], out)
+    order = torch.empty(sequences, dtype=torch.int32, device=part.kv_lengths.device)
+    return longest_first(part.kv_lengths[:sequences], order)
 
 
 class CapturedAttention(PooledLayers):
@@ -124,7 +123,11 @@ class CapturedAttention(PooledLayers):
         self.processors = owner.processors
         self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
         self.kinds = [f"split {pool.group.format}" if pool.is_packed else "split" for pool in self.pools]
-        self._orders: list[Tensor | None] = [None] * len(self.pools)
+        # made here and not in the step: other graphs, whose memory a step's own is, come between layers that read it
+        self._orders = [
+            None if batch.sequences < 2 else torch.arange(batch.sequences, dtype=torch.int32, device=owner.device)
+            for _ in self.pools
+        ]
         self._attend = [self._split(number, owner.processors) for number in range(len(self.pools))]
 
     def _split(self, number: int, processors: int) -> Attend:
@@ -183,4 +186,8 @@ class CapturedAttention(PooledLayers):
 
     def begin(self, batch: StepBatch) -> None:
         """Part of the captured step, and its first: what reads the orders may begin before the kernel in front of it ends."""
-        self._orders = [order_of(part, batch.sequences) for part in batch.groups]
+        from .split_attention import longest_first
+
+        for order, part in zip(self._orders, batch.groups, strict=True):
+            if order is not None:
+                longest_first(part.kv_lengths, order)

@@ -27,7 +27,6 @@ from .static_batch import fill, narrowed, pad, static_batch
 
 #: tokens of a step whose layers are captured at most
 MOST_TOKENS = 1024
-# every number of single tokens goes through our own kernel, which needs no plan
 
 Launch = Callable[[], None]
 
@@ -103,6 +102,8 @@ class CapturedLayers:
             self._singles = static_batch(self._single_sizes[-1], len(self._pools), max_blocks, device)
             self._rows = torch.arange(self._single_sizes[-1], device=device)
             self._places = self._rows.clone()
+        # a graph holds no tensor alive that it reads
+        self._single_attentions: list[AttentionBackend] = []
         # launches of each layer, by tokens and by single tokens; the largest come first, and others use their memory
         self._pieces = {size: self._layers(size) for size in reversed(self.sizes)}
         self._single_pieces = {size: self._single_layers(size) for size in reversed(self._single_sizes)}
@@ -233,6 +234,7 @@ class CapturedLayers:
         assert self._singles is not None
         batch = narrowed(self._singles, size)
         attention = self._attention.captured(batch)
+        self._single_attentions.append(attention)
 
         def attend(index: int) -> None:
             if not index:
