@@ -104,7 +104,8 @@ class CapturedLayers:
             self._places = self._rows.clone()
         # a graph holds no tensor alive that it reads
         self._single_attentions: list[AttentionBackend] = []
-        # launches of each layer, by tokens and by single tokens; the largest come first, and others use their memory
+        # launches of each layer, by tokens and by single tokens, which begin with one of no layer; the largest come first, and
+        # others use their memory
         self._pieces = {size: self._layers(size) for size in reversed(self.sizes)}
         self._single_pieces = {size: self._single_layers(size) for size in reversed(self._single_sizes)}
 
@@ -200,10 +201,11 @@ class CapturedLayers:
         assert self._singles is not None
         size = next(size for size in self._single_sizes if size >= singles)
         fill(narrowed(self._singles, size), batch.part(0, singles))
+        begin, *attend = self._single_pieces[size]
+        begin()
         # behind the single tokens stand prompts, which attend at the same time
-        self._places.copy_(self._rows)
         self._places[singles:size].fill_(len(self._mixed) - 1)
-        return self._single_pieces[size]
+        return attend
 
     def _pad_singles(self) -> None:
         """As they are at first; for what fills them to be compiled."""
@@ -231,18 +233,22 @@ class CapturedLayers:
         return destination
 
     def _single_layers(self, size: int) -> list[Launch]:
+        """What every step of a size begins with, and the attention of each layer."""
         assert self._singles is not None
         batch = narrowed(self._singles, size)
         attention = self._attention.captured(batch)
         self._single_attentions.append(attention)
 
+        def begin() -> None:
+            self._places.copy_(self._rows)
+            attention.begin(batch)
+
         def attend(index: int) -> None:
-            if not index:
-                attention.begin(batch)
             found = attention.attend(index, self._query[:size], self._decoder.scale)
             self._mixed.index_copy_(0, self._places[:size], found)
 
-        return [partial(attend, index) for index in self._indices]
+        # in a graph of its own: what reads the order may begin before a kernel in front of it in the same graph ends
+        return [begin, *(partial(attend, index) for index in self._indices)]
 
 
 class _Beside:
