@@ -1,4 +1,4 @@
-"""Captured decode steps through FlashInfer and through the split kernel give the logits of transformers."""
+"""Captured decode steps give the logits of transformers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("captured steps need a CUDA device", allow_module_level=True)
-pytest.importorskip("flashinfer")
+pytest.importorskip("triton")
 
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs, default_sizes  # noqa: E402
-from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries  # noqa: E402
+from kvsuite.nanovllm.flashinfer_libraries import Libraries  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kernel_attention import KernelAttention  # noqa: E402
@@ -74,28 +74,27 @@ def _error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# the last ones are those of short steps: with attention by our own kernel, norms and sums are inside the products
+# the last ones are those of short steps: norms and sums are inside the products
 OWN = {
     product: Tiling(block_k=64, splits=1 if product in ("gate_up", "final") else 2, prefetch=1) for product in PRODUCTS
 }
 
 
 @pytest.mark.parametrize("tuned", [False, True, OWN], ids=["torch", "tried", "own"])
-@pytest.mark.parametrize("few", [0, 1 << 20], ids=["flashinfer", "split"])
-def test_captured_steps_give_the_logits_of_transformers(few, tuned):
+def test_captured_steps_give_the_logits_of_transformers(tuned):
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
     if tuned is OWN:
         decoder.tilings = {(product, 16): tiling for product, tiling in OWN.items()}
     elif tuned:
         choose_tilings(decoder, [4])
-    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries())
     prompt = sequences.batch(LENGTHS, LENGTHS)
     attention.begin(prompt)
     found = decoder.logits(prompt, attention)
     for row, length in enumerate(LENGTHS):
         assert _error(found[row], sequences.expected(row, length)) < BOUND
-    graphs = DecodeGraphs(decoder.logits, attention, [2, 4], 4, few)
+    graphs = DecodeGraphs(decoder.logits, attention, [2, 4], 4)
     graphs.capture()
     for step in range(1, NEW + 1):
         lengths = [n + step for n in LENGTHS]
@@ -105,10 +104,31 @@ def test_captured_steps_give_the_logits_of_transformers(few, tuned):
                 assert _error(found[row], sequences.expected(row, length)) < BOUND
 
 
+@pytest.mark.parametrize("tuned", [False, True], ids=["torch", "own"])
+def test_a_replayed_step_begins_with_what_is_the_longest_sequence_now(tuned):
+    sequences = Sequences()
+    decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
+    if tuned:
+        decoder.tilings = {(product, 16): tiling for product, tiling in OWN.items()}
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries())
+    prompt = sequences.batch(LENGTHS, LENGTHS)
+    attention.begin(prompt)
+    decoder.logits(prompt, attention)
+    graphs = DecodeGraphs(decoder.logits, attention, [4], 4)
+    graphs.capture()
+    # the other rows are padding of one token
+    for which, order in (((0, 1, 2), [0, 2, 1, 3]), ((1, 0, 2), [1, 2, 0, 3]), ((2, 0), [1, 0, 2, 3])):
+        lengths = [LENGTHS[row] + 1 for row in which]
+        found = graphs.run(sequences.batch(lengths, [1] * len(which), which))
+        assert graphs.step(4).attention._orders[0].tolist() == order
+        for at, row in enumerate(which):
+            assert _error(found[at], sequences.expected(row, lengths[at])) < BOUND
+
+
 def test_single_tokens_and_prompts_in_one_step():
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries())
     # two sequences decode while the third one's prompt comes in two chunks; one of a single token stands behind
     for lengths, counts in (([40, 3, 9], [40, 3, 9]), ([41, 4, 16], [1, 1, 7]), ([42, 6, 17], [1, 2, 1])):
         batch = sequences.batch(lengths, counts)
@@ -121,7 +141,7 @@ def test_single_tokens_and_prompts_in_one_step():
 def test_padding_rows_write_to_the_scratch_block_alone():
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2})))
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries())
     prompt = sequences.batch(LENGTHS, LENGTHS)
     attention.begin(prompt)
     decoder.logits(prompt, attention)
@@ -140,12 +160,8 @@ def test_padding_rows_write_to_the_scratch_block_alone():
 def test_a_batch_that_no_graph_can_run_is_left_to_the_caller():
     sequences = Sequences()
     decoder = FusedDecoder(sequences.model, sequences.model.config, 128)
-    graphs = DecodeGraphs(
-        decoder.logits,
-        KernelAttention([sequences.pool], query_heads=8, libraries=Libraries(frozenset({FA2}))),
-        [2],
-        4,
-    )
+    attention = KernelAttention([sequences.pool], query_heads=8, libraries=Libraries())
+    graphs = DecodeGraphs(decoder.logits, attention, [2], 4)
     assert graphs.run(sequences.batch(LENGTHS, LENGTHS)) is None
     assert graphs.run(sequences.batch(LENGTHS, [1, 1, 1])) is None
     assert not graphs._steps

@@ -19,12 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from kvsuite.nanovllm import fused_layers, gated_linear  # noqa: E402
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
-from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS, CapturedAttention  # noqa: E402
+from kvsuite.nanovllm.captured_attention import CapturedAttention  # noqa: E402
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
 from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
 from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
 from kvsuite.nanovllm.reference_attention import ReferenceAttention  # noqa: E402
 from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
+from kvsuite.nanovllm.static_batch import static_batch  # noqa: E402
 from kvsuite.nanovllm.whole_rows import PROJECTED, SUMMED, WholeRows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -161,8 +162,8 @@ def test_short_steps_equal_transformers(name, splits, monkeypatch):
         decoder.tilings[product, 16] = replace(whole, splits=splits)
     second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
     # every processor of four is a reason to cut keys
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4 * splits)
-    captured = CapturedAttention(owner, second, FEW_PROGRAMS)
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4 * splits)
+    captured = CapturedAttention(owner, second)
     captured.begin(second)
     ran = []
     monkeypatch.setattr(decoder, "_short_step", lambda *given, run=decoder._short_step: ran.append(1) or run(*given))
@@ -175,6 +176,42 @@ def test_short_steps_equal_transformers(name, splits, monkeypatch):
     decoder.tilings["down", 16] = None
     assert _error(decoder.logits(second, captured), following) < 1e-5
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_a_step_begins_with_the_longest_sequence_that_stands_in_its_tensors_now(short, monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
+    model = _model("qwen3", torch.float32)
+    tokens = _tokens()
+    following = _expected(model, tokens, 1)
+    decoder = FusedDecoder(model, model.config, 64)
+    pool = _pool(model, torch.float32)
+    reference = ReferenceAttention([pool])
+    first = _batch(tokens, LENGTHS, LENGTHS)
+    reference.begin(first)
+    decoder.logits(first, reference)
+    if short:
+        decoder.tilings = {(product, 16): Tiling(block_n=32, block_k=32, prefetch=1) for product in PRODUCTS}
+    second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
+    # the fourth row is padding of one token
+    static = static_batch(4, 1, 3, torch.device(DEVICE))
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
+    captured = CapturedAttention(owner, static)
+    [order] = captured._orders
+    for rows, expected in (([0, 1, 2], [0, 2, 1, 3]), ([1, 0, 2], [1, 2, 0, 3]), ([1, 2, 0], [2, 1, 0, 3])):
+        own, given = static.groups[0], second.groups[0]
+        for stands, comes in (
+            (static.ids, second.ids), (static.positions, second.positions), (own.slots, given.slots),
+            (own.kv_lengths, given.kv_lengths), (own.block_tables, given.block_tables),
+        ):  # fmt: skip
+            stands[:3].copy_(comes[rows])
+        captured.begin(static)
+        # a graph finds it where it was
+        assert captured._orders[0] is order
+        assert order.tolist() == expected
+        assert _error(decoder.logits(static, captured)[:3], following[rows]) < 1e-5
+    assert decoder.effective["short_steps"] == [4] * short
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -192,8 +229,8 @@ def test_a_short_step_of_one_sequence_by_whole_rows(name, monkeypatch):
     whole = Tiling(block_n=32, block_k=32, prefetch=1)
     decoder.tilings = {(product, 16): whole for product in PRODUCTS}
     second = _batch(tokens, [length + 1], [1], drawn=(0,))
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4)
-    captured = CapturedAttention(owner, second, FEW_PROGRAMS)
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
+    captured = CapturedAttention(owner, second)
     captured.begin(second)
     found = {"qkv": PROJECTED, "output": SUMMED, "down": SUMMED}
     monkeypatch.setattr(decoder, "_whole_rows", lambda rows, backend: found)
@@ -219,9 +256,9 @@ def test_keys_are_loaded_at_once_where_the_longest_sequence_has_a_step_a_part(bl
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
     pool = SimpleNamespace(block_size=BLOCK, group=SimpleNamespace(kv_heads=2, layers=(0,), window=3), is_packed=False)
     # four parts fill four SMs twice
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), plans_decode=False, processors=4)
+    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
     batch = SimpleNamespace(sequences=1, groups=[SimpleNamespace(block_tables=torch.zeros(1, blocks))])
-    assert CapturedAttention(owner, batch, FEW_PROGRAMS).loads_at_once == once
+    assert CapturedAttention(owner, batch).loads_at_once == once
 
 
 @pytest.mark.parametrize("tiling", TILINGS[:2], ids=str)

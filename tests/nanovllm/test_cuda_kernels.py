@@ -12,6 +12,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("the kernels need a CUDA device", allow_module_level=True)
 
+import numpy as np  # noqa: E402
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from kvsuite.nanovllm import (  # noqa: E402
@@ -113,12 +116,14 @@ def test_silu_mul(parts, width, dtype, pdl):
     _close(fused_kernels.silu_mul(gate_up, dtype, pdl=pdl), functional.silu(gate) * up, dtype)
 
 
-def test_flatten_tables():
-    tables = torch.arange(30, dtype=torch.int32, device=DEVICE).view(3, 10)
-    starts = torch.tensor([0, 4, 5, 15], dtype=torch.int32, device=DEVICE)
-    out = torch.full((20,), -1, dtype=torch.int32, device=DEVICE)
-    fused_kernels.flatten_tables(tables, starts, out)
-    assert out.tolist() == [0, 1, 2, 3, 10, *range(20, 30), *[-1] * 5]
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("most", [3, 40_000])
+def test_the_longest_sequences_come_first_and_equal_ones_as_they_stand(count, most):
+    lengths = np.random.default_rng(count).integers(1, most, count, dtype=np.int32)
+    out = torch.full((count + 1,), -1, dtype=torch.int32, device=DEVICE)
+    order = split_attention.longest_first(torch.from_numpy(lengths).to(DEVICE), out[:count])
+    assert order.tolist() == np.argsort(-lengths, kind="stable").tolist()
+    assert out[count] == -1
 
 
 TILINGS = [
@@ -241,19 +246,24 @@ def test_attention_from_the_product_on(parts, splits, heads, kv_heads, head_dim,
     pages = [_random(60, size, kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (3, 4)]
     own = [side.clone() for side in pages]
     options = {"splits": splits, "dropped": gone, "window": window, "sinks": sinks, "pdl": pdl}
+    order = split_attention.longest_first(lengths, torch.empty_like(lengths))
+    assert order.tolist() == [3, 2, 1, 0]
     query = fused_kernels.rotate_store(
         scaled, last, slots, table, norms, 1e-6, *map(plain_pages, pages), query_heads=heads, pdl=pdl
     )
     expected = split_attention.split_attention(query, *pages, blocks, lengths, head_dim**-0.5, **options)
     arrivals = torch.zeros(4 * kv_heads, dtype=torch.int32, device=DEVICE)
-    # loads ahead or none
-    for stages in (3, 1):
+    # loads ahead or none, the longest first or as they stand
+    results = []
+    for stages, its in ((1, None), (3, None), (3, order)):
         found = step_attention.step_attention(
             qkv, squares, last, slots, step_attention.Heads(heads, norms, 1e-6, table), *own, blocks, lengths, head_dim**-0.5,
-            arrivals, stages=stages, **options,
+            arrivals, stages=stages, order=its, **options,
         )  # fmt: skip
         _close(found, expected, dtype)
         assert not arrivals.any()
+        results.append(found)
+    assert torch.equal(results[1], results[2])
     for mine, side in zip(own, pages, strict=True):
         _close(mine.flatten(0, 1)[slots], side.flatten(0, 1)[slots], dtype)
         others = sorted(set(range(60 * size)) - set(slots.tolist()))
@@ -322,6 +332,46 @@ def test_split_attention_with_a_window(window, sinks, splits, pdl):
         _close(found[row], expected[0, :, 0], dtype)
 
 
-def test_splits_fill_the_device_and_stop_there():
-    assert split_attention.splits_for(1, 8, 132) == 64
-    assert split_attention.splits_for(128, 8, 132) == 1
+@pytest.mark.parametrize("pdl", PDL)
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (33, 4)])
+def test_an_order_changes_no_result(window, sinks, splits, pdl, monkeypatch):
+    dtype, heads, kv_heads, head_dim = torch.float32 if INTERPRETED else torch.bfloat16, 8, 2, 32
+    lengths = torch.tensor([65, 200, 1, 130, 64], dtype=torch.int32, device=DEVICE)
+    blocks = torch.randperm(80, generator=torch.Generator().manual_seed(3))[: 5 * 13].view(5, 13).to(torch.int32)
+    query = _random(5, heads, head_dim, dtype=dtype)
+    pages = [_random(80, 16, kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (1, 2)]
+    order = split_attention.longest_first(lengths, torch.empty_like(lengths))
+    assert order.tolist() == [1, 3, 0, 4, 2]
+
+    def attended(places):
+        return split_attention.split_attention(
+            query, *pages, blocks.to(DEVICE), lengths, head_dim**-0.5, splits=splits, dropped=torch.zeros_like(lengths),
+            window=window, sinks=sinks, order=places, pdl=pdl,
+        )  # fmt: skip
+
+    expected = attended(None)
+    assert torch.equal(attended(order), expected)
+    # programs take the sequences that it names, and no others
+    monkeypatch.setattr(torch, "empty_like", lambda of: torch.full_like(of, float("nan")))
+    named = attended(torch.tensor([1, 3, 1, 3, 3], dtype=torch.int32, device=DEVICE))
+    assert torch.equal(named[[1, 3]], expected[[1, 3]])
+    assert splits > 1 or named[[0, 2, 4]].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "splits"), [(1, 64), (16, 4), (17, 2), (33, 2), (57, 2), (58, 1), (64, 1), (128, 1), (1000, 1)]
+)
+def test_keys_are_cut_until_the_device_is_full(sequences, splits):
+    """Of 132 processors and 8 key heads: two programs a processor, or three and a half of whole sequences."""
+    assert split_attention.splits_for(sequences, 8, 132) == splits
+
+
+@given(st.integers(1, 600), st.sampled_from([1, 2, 3, 8, 32]), st.integers(1, 200))
+def test_more_sequences_are_cut_no_finer(sequences, kv_heads, processors):
+    splits = split_attention.splits_for(sequences, kv_heads, processors)
+    assert splits & (splits - 1) == 0
+    assert splits >= split_attention.splits_for(sequences + 1, kv_heads, processors)
+    programs = sequences * kv_heads * splits
+    assert programs >= 2 * processors or splits == 64
+    assert splits > 1 or programs >= 3.5 * processors

@@ -119,13 +119,13 @@ def _chosen(temperature):
 
 
 def test_nothing_is_built_once_a_runtime_is_there(empty, monkeypatch):
-    monkeypatch.setattr(module, "libraries_for", lambda pools, build: Libraries(missing=frozenset({"fa2"})))
+    monkeypatch.setattr(module, "libraries_for", lambda pools, build: Libraries(missing="fa3"))
     before = len(BUILDS.done)
     runtime = _runtime(_model())
     facts, started = runtime.runner.facts, len(BUILDS.done)
     assert started > before
     assert facts["attention"] == "paged: torch flash, single tokens split"
-    assert facts["kernels"] == "not prepared: flashinfer fa2, tilings of products of 16 rows"
+    assert facts["kernels"] == "not prepared: flashinfer fa3, tilings of products of 16 rows"
     assert set(facts["decode_attention"].values()) == {"split"}
     _serve(runtime)
     decoder = runtime.runner.decoder

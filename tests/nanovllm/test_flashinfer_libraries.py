@@ -108,19 +108,29 @@ def built_by_us() -> list[str]:
     return sorted(one.name for one in BUILDS.done)
 
 
-BOTH = frozenset({"fa2", "fa3"})
+MISSING, THERE = Libraries(missing="fa3"), Libraries("fa3")
 
 
 def test_what_is_missing_is_built_where_that_is_asked_for_and_noted_once(jit: Jit) -> None:
-    assert libraries_for([pool()], build=False) == Libraries(missing=BOTH)
+    assert libraries_for([pool()], build=False) == MISSING
     assert built_by_us() == []
-    assert libraries_for([pool(), pool(window=9)], build=True) == Libraries(BOTH)
-    assert built_by_us() == ["fa2-float16-64", "fa3-float16-64"]
+    assert libraries_for([pool(), pool(window=9)], build=True) == THERE
+    assert built_by_us() == ["fa3-float16-64"]
     # it is there now
-    assert libraries_for([pool()], build=True) == libraries_for([pool()], build=False) == Libraries(BOTH)
-    assert len(BUILDS.done) == 2
+    assert libraries_for([pool()], build=True) == libraries_for([pool()], build=False) == THERE
+    assert len(BUILDS.done) == 1
     # a backend counts where it has every width
-    assert libraries_for([pool(), pool(128)], build=False) == Libraries(missing=BOTH)
+    assert libraries_for([pool(), pool(128)], build=False) == MISSING
+
+
+@pytest.mark.parametrize(("capability", "name"), [((8, 0), "fa2"), ((9, 0), "fa3"), ((10, 0), "fa2")])
+def test_a_device_has_one_library(
+    jit: Jit, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert libraries_for([pool()], build=False) == Libraries(missing=name)
+    assert libraries_for([pool()], build=True) == Libraries(name)
+    assert built_by_us() == [f"{name}-float16-64"]
 
 
 def test_a_library_older_than_its_source_is_not_built(jit: Jit) -> None:
@@ -128,40 +138,42 @@ def test_a_library_older_than_its_source_is_not_built(jit: Jit) -> None:
     source = jit.source("fa3-float16-64")
     source.unlink()
     source.write_text("another kernel")
-    assert libraries_for([pool()], build=False) == Libraries(frozenset({"fa2"}), frozenset({"fa3"}))
+    assert libraries_for([pool()], build=False) == MISSING
     # whoever loads it all the same has it built, and that is seen
     before = len(BUILDS.done)
     jit.kind("fa3-float16-64").build(verbose=False)
     assert built_by_us()[before:] == ["fa3-float16-64"]
-    assert libraries_for([pool()], build=False) == Libraries(BOTH)
+    assert libraries_for([pool()], build=False) == THERE
 
 
 def test_without_ninja_only_libraries_of_a_package_serve(jit: Jit, monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries_for([pool()], build=True)
-    (jit.folder / "aot" / "fa2-float16-64").mkdir(parents=True)
+    libraries_for([pool(), pool(128)], build=True)
+    (jit.folder / "aot" / "fa3-float16-128").mkdir(parents=True)
     said: list[str] = []
     monkeypatch.setenv("PATH", str(jit.folder))
     with BUILDS.telling(said.append):
-        assert libraries_for([pool()], build=False) == Libraries(frozenset({"fa2"}), frozenset({"fa3"}))
+        assert libraries_for([pool(128)], build=True) == THERE
+        assert libraries_for([pool(), pool(128)], build=False) == MISSING
         assert said == []
-        assert libraries_for([pool()], build=True) == Libraries(frozenset({"fa2"}), frozenset({"fa3"}))
+        assert libraries_for([pool(), pool(128)], build=True) == MISSING
     assert "nvcc builds 1 libraries" in said[0]
     assert "FlashInfer could not be built: [Errno 2] No such file or directory: 'ninja'" in said[1]
 
 
 def test_one_that_cannot_be_built_leaves_the_others(jit: Jit) -> None:
-    jit.failing.add("fa3-float16-64")
+    jit.failing.add("fa3-float16-128")
     said: list[str] = []
     with BUILDS.telling(said.append):
-        assert libraries_for([pool()], build=True) == Libraries(frozenset({"fa2"}), frozenset({"fa3"}))
+        assert libraries_for([pool(), pool(128)], build=True) == MISSING
     assert any(line.startswith("FlashInfer could not be built: Ninja build failed.") for line in said)
-    assert built_by_us() == ["fa2-float16-64"]
+    assert built_by_us() == ["fa3-float16-64"]
+    assert libraries_for([pool()], build=False) == THERE
 
 
 def test_libraries_that_may_not_be_looked_at_by_ninja_do_not_serve(jit: Jit, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries_for([pool()], build=True)
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
-    assert not is_usable(jit.kind("fa2-float16-64"))
+    assert not is_usable(jit.kind("fa3-float16-64"))
 
 
 def test_looking_for_widths_writes_nothing(jit: Jit) -> None:
@@ -170,13 +182,14 @@ def test_looking_for_widths_writes_nothing(jit: Jit) -> None:
     for name in ("fa2", "fa3"):
         jit.generate(name, torch.bfloat16, *(None, None, None, 128)).build(verbose=False)
     (jit.folder / "aot" / "fa2-bfloat16-64").mkdir(parents=True)
+    (jit.folder / "aot" / "fa3-bfloat16-256").mkdir(parents=True)
     before = sorted(jit.folder.rglob("*"))
-    assert (built_widths((9, 0)), built_widths((8, 0))) == ([128], [64, 128])
+    assert (built_widths((9, 0)), built_widths((8, 0))) == ([128, 256], [64, 128])
     assert sorted(jit.folder.rglob("*")) == before
 
 
 def test_without_flashinfer_all_is_missing(jit: Jit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert libraries_for([pool()], build=True) == Libraries(missing=BOTH)
+    assert libraries_for([pool()], build=True) == MISSING
     # nothing takes it
     assert libraries_for([pool(places=True)], build=True) == Libraries()

@@ -172,7 +172,14 @@ def test_a_window_and_sinks():
     _check_attention("int8", "int4", 2, 64, 4, seen=seen, window=7, sinks=2)
 
 
-def _check_attention(keys, values, splits, head_dim, group, size=1.0, seen=None, **window):
+@pytest.mark.parametrize("splits", [1, 4])
+def test_an_order_of_sequences_changes_no_result(splits):
+    order = torch.tensor([1, 2, 0], dtype=torch.int32, device=DEVICE)
+    found, ordered = (_check_attention("int8", "int4", splits, 64, 3, order=its) for its in (None, order))
+    assert torch.equal(found, ordered)
+
+
+def _check_attention(keys, values, splits, head_dim, group, size=1.0, seen=None, order=None, **window):
     generator = torch.Generator().manual_seed(1)
     lengths = [33, 5, 1]
     query = torch.randn(3, HEADS * group, head_dim, generator=generator).to(DTYPE)
@@ -198,9 +205,10 @@ def _check_attention(keys, values, splits, head_dim, group, size=1.0, seen=None,
     found = packed_split_attention.packed_split_attention(
         query.to(DEVICE), sides[0][0], sides[1][0], tables.to(DEVICE),
         torch.tensor(lengths, dtype=torch.int32, device=DEVICE), head_dim**-0.5, splits=splits, dropped=dropped,
-        tokens=16, assembly=not INTERPRETED, **window,
+        order=order, tokens=16, assembly=not INTERPRETED, **window,
     )  # fmt: skip
     everything = lambda at, length: at >= 0  # noqa: E731
     expected = _attention(query, sides[0][1], sides[1][1], tables, lengths, head_dim**-0.5, seen or everything)
     error = ((found.cpu().double() - expected).norm() / expected.norm()).item()
     assert error < (1e-3 if INTERPRETED else 4e-3)
+    return found
