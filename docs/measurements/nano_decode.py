@@ -2,8 +2,8 @@
 
     python docs/measurements/nano_decode.py check                      # fused against unfused, captured against eager
     python docs/measurements/nano_decode.py products --rows 1,16,64    # every tiling of every product against torch's
-    python docs/measurements/nano_decode.py attention                  # FlashInfer against the split kernel
-    python docs/measurements/nano_decode.py ragged                     # the same for sequences of unequal length
+    python docs/measurements/nano_decode.py attention                  # the split kernel, cut in several ways
+    python docs/measurements/nano_decode.py ragged                     # sequences of unequal length, the longest first or not
     python docs/measurements/nano_decode.py steps --cases 1x3968,64x960
     python docs/measurements/nano_decode.py prefill
     python docs/measurements/nano_decode.py profile --cases 16x3968
@@ -31,9 +31,8 @@ from kvsuite.models import resolve_model
 from kvsuite.models.load import load_model
 from kvsuite.nanovllm import fused_layers
 from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs, StepBatch
-from kvsuite.nanovllm.captured_attention import FEW_PROGRAMS
 from kvsuite.nanovllm.decode_graphs import DecodeGraphs
-from kvsuite.nanovllm.flashinfer_libraries import FA2, Libraries, libraries_for
+from kvsuite.nanovllm.flashinfer_libraries import FA2, FA3, Libraries, libraries_for
 from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable, rows_bucket
 from kvsuite.nanovllm.groups import LayerGroup
 from kvsuite.nanovllm.kernel_attention import KernelAttention
@@ -151,11 +150,10 @@ def check(bench: Bench) -> None:
     print("  fused decode:", error(decoder.logits(step, attention), last))
     if exact:
         return
-    for few in (0, 1 << 20):
-        graphs = DecodeGraphs(decoder.logits, attention, [6], tables.shape[1], few)
-        found = graphs.run(step)
-        assert found is not None
-        print(f"  captured decode, {graphs.step(6).attention.kinds}:", error(found, last))
+    graphs = DecodeGraphs(decoder.logits, attention, [6], tables.shape[1])
+    found = graphs.run(step)
+    assert found is not None
+    print(f"  captured decode, {graphs.step(6).attention.kinds}:", error(found, last))
     for tiling in CANDIDATES:
         decoder.tilings = {}
         for product, weight in ((name, decoder.weights(name)[0]) for name in PRODUCTS):
@@ -241,11 +239,10 @@ def _save(bench: Bench, name: str, value: Any) -> None:
 
 
 def attention(bench: Bench) -> None:
-    """One layer's decode attention in a graph over all layers: FlashInfer, and the split kernel cut in several ways."""
+    """One layer's decode attention in a graph over all layers, keys cut in several ways."""
     from kvsuite.nanovllm.split_attention import split_attention
 
     pool = bench.pool(max(b * (n + MARGIN) for b, n in bench.cases))
-    owner = KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     builder = BatchBuilder(bench.device)
     scale = bench.group.head_dim**-0.5
     for size, length in bench.cases:
@@ -253,10 +250,7 @@ def attention(bench: Bench) -> None:
         batch = bench.batch(builder, tables, np.full(size, length), np.ones(size, dtype=np.int64))
         query = torch.randn(size, bench.heads, bench.group.head_dim, dtype=bench.loaded.dtype, device=bench.device)
         nbytes = size * length * bench.group.token_bytes(2) / len(bench.group.layers)
-        captured = owner.captured(batch, 0)
-        captured.prepare([batch.kv_lengths_host])
-        captured.begin(batch)
-        arms: dict[str, Any] = {"flashinfer": lambda layer, c=captured, q=query: c.attend(layer, q, scale)}
+        arms: dict[str, Any] = {}
         most = 64 if size == 1 else max(1, 1024 // (size * bench.group.kv_heads))
         for splits, tokens, warps, stages in itertools.product(
             (1, 2, 4, 8, 16, 32, 64), (32, 64, 128), (2, 4), (2, 3, 4)
@@ -282,8 +276,7 @@ def attention(bench: Bench) -> None:
                     arm(layer)
             found[name] = _time(graph.replay, 5) / len(bench.group.layers)
         print(f"  {size} x {length}")
-        names = sorted(found, key=lambda name: found[name])
-        for name in dict.fromkeys([*names[:6], "flashinfer"]):
+        for name in sorted(found, key=lambda name: found[name])[:6]:
             print(f"    {1e6 * found[name]:.1f} us {nbytes / found[name] / 1e12:.2f} TB/s {name}", flush=True)
 
 
@@ -299,11 +292,10 @@ def _time(run: Any, repeats: int = 9) -> float:
 
 
 def ragged(bench: Bench) -> None:
-    """Attention of sequences of 100 to 2048 tokens, uniformly random: FlashInfer balances them, the split kernel does not."""
-    from kvsuite.nanovllm.split_attention import split_attention
+    """Attention of sequences of 100 to 2048 tokens, uniformly random, which begin as they stand or the longest first."""
+    from kvsuite.nanovllm.split_attention import longest_first, split_attention
 
     pool = bench.pool(256 * 1100)
-    owner = KernelAttention([pool], query_heads=bench.heads, libraries=libraries_for([pool], build=True))
     scale = bench.group.head_dim**-0.5
     for size in (8, 32, 64, 128, 256):
         lengths = bench.rng.integers(100, 2049, size)
@@ -314,17 +306,17 @@ def ragged(bench: Bench) -> None:
             tables[row, : starts[row + 1] - starts[row]] = blocks[starts[row] : starts[row + 1]]
         batch = bench.batch(BatchBuilder(bench.device), tables, lengths, np.ones(size, dtype=np.int64))
         query = torch.randn(size, bench.heads, bench.group.head_dim, dtype=bench.loaded.dtype, device=bench.device)
-        captured = owner.captured(batch, 0)
-        began = time.perf_counter()
-        for _ in range(20):
-            captured.prepare([batch.kv_lengths_host])
-        host = (time.perf_counter() - began) / 20
-        captured.begin(batch)
-        arms: dict[str, Any] = {"flashinfer": lambda layer, c=captured, q=query: c.attend(layer, q, scale)}
-        for splits in (1, 2, 4, 8, 16):
-            arms[f"splits {splits}"] = lambda layer, s=splits, q=query, b=batch: split_attention(
-                q, *(side.codes for side in pool.layer(layer)), b.block_tables, b.kv_lengths, scale, splits=s, pdl=True
-            )
+        order = longest_first(batch.kv_lengths, torch.empty_like(batch.kv_lengths))
+        arms: dict[str, Any] = {}
+        for splits, (words, places) in itertools.product((1, 2, 4, 8, 16), (("", None), (" longest first", order))):
+
+            def cut(layer: int, s: int = splits, o: Any = places, q: Any = query, b: Any = batch) -> Any:
+                return split_attention(
+                    q, *(side.codes for side in pool.layer(layer)), b.block_tables, b.kv_lengths, scale,
+                    splits=s, order=o, pdl=True,
+                )  # fmt: skip
+
+            arms[f"splits {splits}{words}"] = cut
         nbytes = int(lengths.sum()) * bench.group.token_bytes(2) / len(bench.group.layers)
         texts = []
         for name, arm in arms.items():
@@ -336,11 +328,11 @@ def ragged(bench: Bench) -> None:
                     arm(layer)
             seconds = _time(graph.replay, 5) / len(bench.group.layers)
             texts.append(f"{name} {1e6 * seconds:.1f} us {nbytes / seconds / 1e12:.2f} TB/s")
-        print(f"  {size} ragged: {'; '.join(texts)}; plan {1e6 * host:.0f} us of the host", flush=True)
+        print(f"  {size} ragged: {'; '.join(texts)}", flush=True)
 
 
 class Steps:
-    """Greedy decoding from a cache of random keys: tokens stay on the device, the host plans ahead."""
+    """Greedy decoding from a cache of random keys: tokens stay on the device, the host launches ahead."""
 
     def __init__(self, bench: Bench, graphs: DecodeGraphs, pool: KVPool, size: int, length: int) -> None:
         self.step = graphs.step(size)
@@ -361,7 +353,6 @@ class Steps:
         part.kv_lengths.add_(1)
         part.slots.copy_(self.slots[:, int(self.lengths[0])])
         self.lengths += 1
-        self.step.prepare([self.lengths])
         self.step.replay()
         self.host.append(time.perf_counter() - started)
 
@@ -382,20 +373,18 @@ def steps(bench: Bench) -> None:
     print(f"  chosen in {time.perf_counter() - started:.1f} s; copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     most = max(-(-(n + MARGIN) // BLOCK) for _, n in bench.cases)
     best, overlap = decoder.tilings, decoder.pdl
-    few, short = bench.options.few, fused_layers.MOST_SHORT
-    variants: dict[str, tuple[Any, bool, int, int]] = {"default": (best, overlap, few, short)}
+    short = fused_layers.MOST_SHORT
+    variants: dict[str, tuple[Any, bool, int]] = {"default": (best, overlap, short)}
     if bench.options.ablations:
         variants |= {
-            "flashinfer": (best, overlap, 0, short),
-            "split": (best, overlap, 1 << 20, short),
-            "torch products": ({}, overlap, few, short),
-            "no overlap": (best, False, few, short),
-            "five kernels a layer": (best, overlap, few, MOST_ROWS),
-            "nine kernels a layer": (best, overlap, few, 0),
+            "torch products": ({}, overlap, short),
+            "no overlap": (best, False, short),
+            "five kernels a layer": (best, overlap, MOST_ROWS),
+            "nine kernels a layer": (best, overlap, 0),
         }
     arms: dict[tuple[Any, str], Steps] = {}
-    for name, (decoder.tilings, decoder.pdl, few, fused_layers.MOST_SHORT) in variants.items():
-        arms |= {(case, name): Steps(bench, DecodeGraphs(decoder.logits, owner, case[:1], most, few), pool, *case)
+    for name, (decoder.tilings, decoder.pdl, fused_layers.MOST_SHORT) in variants.items():
+        arms |= {(case, name): Steps(bench, DecodeGraphs(decoder.logits, owner, case[:1], most), pool, *case)
                  for case in bench.cases}  # fmt: skip
     times: dict[Any, list[float]] = {arm: [] for arm in arms}
     blocking: dict[Any, list[float]] = {arm: [] for arm in arms}
@@ -435,10 +424,7 @@ def prefill(bench: Bench) -> None:
     """Tokens a second of prompts, in steps of several budgets."""
     decoder = FusedDecoder(bench.loaded.model, bench.config, 8192)
     pool = bench.pool(1 << 15)
-    owners = {
-        name: KernelAttention([pool], query_heads=bench.heads, libraries=Libraries(frozenset({FA2, name})))
-        for name in ("fa2", "fa3")
-    }
+    owners = {name: KernelAttention([pool], query_heads=bench.heads, libraries=Libraries(name)) for name in (FA2, FA3)}
     for (size, length), (name, owner) in itertools.product(((1, 3968), (4, 3968), (16, 960)), owners.items()):
         tables = bench.tables(size, length, pool)
         batch = bench.batch(BatchBuilder(bench.device), tables, np.full(size, length), np.full(size, length))
@@ -465,7 +451,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--cases", default="1x3968,16x3968,64x960,64x3968,128x3968")
     parser.add_argument("--rows", default="1,64,128")
-    parser.add_argument("--few", type=int, default=FEW_PROGRAMS)
     parser.add_argument("--ablations", action="store_true", help="steps: also without what was chosen")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out")

@@ -34,7 +34,7 @@ class Sections:
             (runtime._delivery, "take_off", "take off"),
         ]
         for step in {} if graphs is None else graphs._steps.values():
-            self._places += [(step, "prepare", "runner: plan of attention"), (step, "replay", "runner: replay")]
+            self._places.append((step, "replay", "runner: replay"))
         self.steps: list[dict[str, float]] = []
         self._now: dict[str, float] = defaultdict(float)
 
