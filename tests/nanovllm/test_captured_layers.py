@@ -5,6 +5,8 @@ On a CPU nothing is captured, and kernels are plain torch; all else is as on CUD
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +23,7 @@ from kvsuite.errors import UserError
 from kvsuite.models.load import LoadedModel
 from kvsuite.nanovllm import cuda_runner as module
 from kvsuite.nanovllm.captured_layers import MOST_TOKENS, CapturedLayers, layer_sizes
-from kvsuite.nanovllm.cuda_runner import CudaRunner, cuda_runner
+from kvsuite.nanovllm.cuda_runner import CapturableReference, CudaRunner, cuda_runner
 from kvsuite.nanovllm.limits import Limits
 from kvsuite.nanovllm.runtime import Runtime
 
@@ -118,6 +120,46 @@ def test_single_tokens_in_front_attend_apart(monkeypatch: pytest.MonkeyPatch) ->
     assert begun[:2] == [[0, 37], [0, 13]]
     for request in (*first, late):
         assert request.output == generated(of, request.tokens[: request.prompt_length], request.output_length)
+
+
+def test_attention_of_single_tokens_begins_every_step_and_stays_when_graphs_take_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of, begun, made = fresh("llama"), list[list[int]](), list[weakref.ref[Any]]()
+    captured, begin = CapturableReference.captured, CapturableReference.begin
+
+    def note(attention: CapturableReference, batch: Any) -> None:
+        if any(attention is ref() for ref in made):
+            begun.append(batch.kv_lengths.tolist())
+        begin(attention, batch)
+
+    def make(attention: CapturableReference, batch: Any) -> CapturableReference:
+        found = captured(attention, batch)
+        made.append(weakref.ref(found))
+        return found
+
+    with _running(of, monkeypatch, [40]) as runtime:
+        assert isinstance(runtime.runner, CudaRunner)
+        attention, decoder = runtime.runner.attention, runtime.runner.decoder
+        assert isinstance(attention, CapturableReference)
+        assert decoder is not None
+        monkeypatch.setattr(CapturableReference, "captured", make)
+        layers = CapturedLayers(decoder, attention, [40], max_sequences=8, max_blocks=21, singles_apart=True)
+        monkeypatch.setattr(CapturableReference, "begin", note)
+        monkeypatch.setattr(runtime.runner, "layers", layers)
+        first = [runtime.add(greedy(text(5, seed), NEW)) for seed in range(3)]
+        while any(request.output_length < 2 for request in first):
+            runtime.step()
+        begun.clear()
+        runtime.add(greedy(text(50, 9), 3))
+        runtime.run()
+        # with a row of padding, from tensors that hold this step's numbers
+        assert begun == [[7, 7, 7, 1], [8, 8, 8, 1]]
+        # a graph that replays what they launch holds none of them
+        layers._single_pieces.clear()
+        gc.collect()
+        assert len(made) == 4
+        assert all(ref() is not None for ref in made)
 
 
 class _Late:
