@@ -114,7 +114,10 @@ class KernelAttention(KernelLayers):
         starts = batch.query_start_host.numpy()
         longer = np.flatnonzero(np.diff(starts) != 1)
         self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
-        self._orders = [order_of(part, singles) for part in batch.groups]
+        self._orders = [
+            None if exact else order_of(part, singles)
+            for exact, part in zip(self._by_reference, batch.groups, strict=True)
+        ]
         if singles == batch.sequences:
             return
         for prompts, part in zip(self._prompts, batch.groups, strict=True):

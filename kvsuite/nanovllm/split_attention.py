@@ -1,7 +1,7 @@
 """Attention of single tokens over paged keys, cut along the keys. Importing this module needs triton.
 
-For small batches: every sequence and key head is shared by so many programs that the device is full (flash decoding, Dao et
-al. 2023). Grid and buffers depend on shapes alone, so a captured step needs no plan on the host.
+Where sequences are few, each one's keys are shared by so many programs that the device is full (flash decoding, Dao et al.
+2023). Grid and buffers depend on shapes alone, so a captured step needs no plan on the host.
 
 No postponed annotations here: triton reads ``tl.constexpr`` from the signatures.
 """
