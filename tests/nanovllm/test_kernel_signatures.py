@@ -17,6 +17,7 @@ from kvsuite.nanovllm.gated_linear import _gated_linear_kernel
 from kvsuite.nanovllm.gather_tokens import _gather_kernel, _gather_rows_kernel
 from kvsuite.nanovllm.greedy_tokens import _greedy_kernel
 from kvsuite.nanovllm.paged_norms import _key_norms_kernel
+from kvsuite.nanovllm.split_attention import _longest_first_kernel
 from kvsuite.nanovllm.window_weights import _mean_weights_kernel
 
 
@@ -25,6 +26,7 @@ def test_no_kernel_is_compiled_for_a_length_of_prompts() -> None:
         (_fill_rows_kernel, {"count", "width", "table_stride", "own_stride"}),
         (_gated_linear_kernel, {"rows"}),
         (_greedy_kernel, {"blocks"}),
+        (_longest_first_kernel, {"count"}),
         (_gather_kernel, {"tokens"}),
         (_shifts_kernel, {"queries", "length"}),
         (_sums_kernel, {"queries", "length"}),
