@@ -20,6 +20,7 @@ from .batch import StepBatch
 from .captured_attention import CapturedAttention, KernelLayers, order_of, split
 from .flashinfer_libraries import FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
+from .layer_pages import LayerPages
 from .paged_attention import written_to
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
@@ -138,17 +139,19 @@ class KernelAttention(KernelLayers):
         with_prompts = singles < self._batch.sequences
         if self._by_reference[number] or (prompts is None and with_prompts):
             return self._exact.attend(layer, query, scale, out)
-        keys, values = pool.layer(index)
+        pages = pool.layer(index)
         query = query.contiguous()
-        if prompts is not None and with_prompts and not singles:
-            return prompts.attend(query, keys, values, scale, out)
-        mixed = []
+        if prompts is None or not with_prompts:
+            return written_to(out, self._single(number, query, *pages, scale))
+        out = torch.empty_like(query) if out is None else out
         if singles:
-            part, order = self._batch.groups[number], self._orders[number]
-            mixed.append(split(query[:singles], pool, keys, values, part, scale, self.processors, order))
-        if prompts is not None and with_prompts:
-            mixed.append(prompts.attend(query[singles:], keys, values, scale))
-        return written_to(out, mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+            out[:singles].copy_(self._single(number, query[:singles], *pages, scale))
+        prompts.attend(query[singles:], *pages, scale, out[singles:])
+        return out
+
+    def _single(self, number: int, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
+        part, order = self._batch.groups[number], self._orders[number]
+        return split(query, self.pools[number], keys, values, part, scale, self.processors, order)
 
     def captured(self, batch: StepBatch) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""
