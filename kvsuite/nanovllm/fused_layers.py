@@ -275,8 +275,9 @@ class FusedDecoder:
         tiles = tilings["down"].tiles(self.width)
         counters = max(tiles, tilings["output"].tiles(self.width), rows * self._kv_heads)
         pdl = self._overlapped(rows)
+        # attention reads the order of several sequences before it waits: here all kernels up to that of the order are over
         residual, x, squares, arrivals = open_residual(
-            batch.ids, self._embedding, layers[0].input_norm, tiles, counters, pdl=pdl
+            batch.ids, self._embedding, layers[0].input_norm, tiles, counters, pdl=pdl and rows == 1
         )
         following = [*(layer.input_norm for layer in layers[1:]), self._final_norm]
         for index, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):

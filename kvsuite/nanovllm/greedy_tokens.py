@@ -13,7 +13,7 @@ import triton.language as tl  # type: ignore[import-not-found, import-untyped, u
 from torch import Tensor
 
 # tokens that a program looks at together, parts of a row at most, and programs that keep an H200 busy
-_TOKENS = 2048
+_TOKENS = 1024
 _PARTS = 128
 _PROGRAMS = 1056
 

@@ -285,9 +285,9 @@ def merge_splits(parts: Parts, out: Tensor, splits: int, *, rotated: bool = Fals
 def splits_for(sequences: int, kv_heads: int, processors: int) -> int:
     """Parts that a sequence's keys are cut into: a power of two that gives at least two programs a processor.
 
-    Whole sequences are read where they give three and a half: fewer leave the device half empty behind the first that end.
+    Whole sequences are read where they give 2.75: fewer leave too much of the device idle (docs/measurements.md).
     """
-    splits = 1 if sequences * kv_heads >= 3.5 * processors else 2
+    splits = 1 if sequences * kv_heads >= 2.75 * processors else 2
     while splits < 64 and sequences * kv_heads * splits < 2 * processors:
         splits *= 2
     return splits
@@ -335,8 +335,8 @@ def split_attention(
         int32 ``[S]``, in which order sequences begin (`longest_first`); as they come if left out.
     tokens, warps, stages
         Keys a step, warps of a program, steps whose loads are under way. The defaults were fastest in whole
-        steps on an H200: two stages where programs are many, of which an SM holds one more so, and three else. 2 warps and
-        2 stages are 1 % faster alone and 15 % slower in a step.
+        steps on an H200: two stages for at most two parts, three for more. 2 warps and 2 stages are 1 % faster alone and 15 %
+        slower in a step.
     pdl
         Whether neighbours in the stream may overlap.
     """
