@@ -215,7 +215,7 @@ def test_the_figure_of_mlc_is_drawn_from_the_numbers_of_its_table() -> None:
         r"^\| ([\d,]+) \| (\d+) \|(.*)\|$", text("mlc.md").split("## Beside `nano`")[1].split("![")[0], re.MULTILINE
     )
     table = {
-        (int(context.replace(",", "")), int(batch)): [cell.strip(" ¹") for cell in cells.split("|")]
+        (int(context.replace(",", "")), int(batch)): [cell.strip(" ¹²") for cell in cells.split("|")]
         for context, batch, cells in lines
     }
     columns = {"mlc": (0, 2, 3, 6), "nano": (1, 2, 4, 8)}
