@@ -340,7 +340,7 @@ class Steps:
         lengths = np.full(size, length)
         given = bench.batch(BatchBuilder(bench.device), tables, lengths, np.ones(size, dtype=np.int64))
         graphs.run(given)
-        self.lengths = given.kv_lengths_host.clone()
+        self.lengths = given.groups[0].kv_lengths_host.clone()
         blocks = torch.from_numpy(tables).to(bench.device, torch.int64)
         self.slots = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=bench.device)).flatten(1)
         self.host: list[float] = []

@@ -202,11 +202,6 @@ class StepBatch:
         return self.groups[0].block_tables
 
     @property
-    def kv_lengths_host(self) -> Tensor:
-        """KV lengths of the first group, on the host."""
-        return self.groups[0].kv_lengths_host
-
-    @property
     def block_tables_host(self) -> Tensor:
         """Block tables of the first group, on the host."""
         return self.groups[0].block_tables_host

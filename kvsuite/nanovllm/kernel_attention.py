@@ -115,11 +115,12 @@ class KernelAttention(KernelLayers):
         starts = batch.query_start_host.numpy()
         longer = np.flatnonzero(np.diff(starts) != 1)
         self._singles = singles = int(longer[0]) if len(longer) else batch.sequences
+        with_prompts = singles < batch.sequences
         self._orders = [
-            None if exact else order_of(part, singles)
-            for exact, part in zip(self._by_reference, batch.groups, strict=True)
+            None if exact or (prompts is None and with_prompts) else order_of(part, singles)
+            for exact, prompts, part in zip(self._by_reference, self._prompts, batch.groups, strict=True)
         ]
-        if singles == batch.sequences:
+        if not with_prompts:
             return
         for prompts, part in zip(self._prompts, batch.groups, strict=True):
             if prompts is not None:

@@ -129,7 +129,7 @@ def take_rows(rows: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether kernels of ours may read pages there: on CUDA, where triton is installed."""
+    """Whether kernels of ours run there: on CUDA, where triton is installed."""
     return device.type == "cuda" and _has_triton()
 
 

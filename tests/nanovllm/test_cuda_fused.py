@@ -107,6 +107,11 @@ def _error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def _unset(found):
+    """What nobody writes must not pass for a result of before."""
+    return found.fill_(3) if found.is_floating_point() else found
+
+
 TILINGS = [
     None,
     Tiling(block_n=32, block_k=32, splits=2, prefetch=1),
@@ -212,6 +217,19 @@ def test_a_step_begins_with_the_longest_sequence_that_stands_in_its_tensors_now(
         assert order.tolist() == expected
         assert _error(decoder.logits(static, captured)[:3], following[rows]) < 1e-5
     assert decoder.effective["short_steps"] == [4] * short
+    # attention is given the order, and takes the sequences that it names: nobody attends for the others. One part each, for
+    # parts are counted
+    owner.processors = 1
+    captured = CapturedAttention(owner, static)
+    captured._orders[0].zero_()
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **of: _unset(empty(*shape, **of)))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda like: _unset(empty(like.shape, dtype=like.dtype, device=like.device))
+    )
+    found = decoder.logits(static, captured)
+    assert _error(found[:1], following[rows][:1]) < 1e-5
+    assert _error(found[1:3], following[rows][1:]) > 1e-2
 
 
 @pytest.mark.parametrize("name", list(MODELS))
