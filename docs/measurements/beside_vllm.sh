@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# vLLM and nano on one card, one after the other: the table of docs/measurements.md and docs/vllm.md. Its design points were
-# run so; the rest was run part by part in other sittings, or (mixed load through vLLM) not yet. Run nothing beside it.
+# vLLM and nano on one card, one after the other: the table of docs/measurements.md and docs/vllm.md. It was run part by part in
+# three sittings (which part in which: docs/measurements.md). Run nothing beside it.
 # usage: beside_vllm.sh OUT VLLM_PYTHON       (the interpreter that has vLLM; from the repository's root, kvsuite importable)
 set -euo pipefail
 out=${1:?usage: beside_vllm.sh OUT VLLM_PYTHON} vllm=${2:?usage: beside_vllm.sh OUT VLLM_PYTHON}
