@@ -6,7 +6,7 @@ Its grids depend on shapes alone: nothing is planned on the host, and the longes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +20,14 @@ from .paged_attention import written_to
 if TYPE_CHECKING:
     from .step_attention import Heads
 
-Attend = Callable[[Tensor, LayerPages, LayerPages, float], Tensor]
-
 
 class PooledLayers:
-    """Where layers keep their tokens; what eager and captured attention have in common."""
+    """Where layers keep their tokens, and attention of single tokens: what eager and captured attention have in common."""
+
+    #: SMs that a step may use
+    processors: int
+    # whether neighbours in the stream may overlap
+    _pdl = False
 
     def __init__(self, pools: Sequence[KVPool]) -> None:
         self.pools = list(pools)
@@ -34,7 +37,8 @@ class PooledLayers:
             for index, layer in enumerate(pool.group.layers)
         }
         self._batch: StepBatch
-        self._attend: list[Attend] = []
+        # in which order the step's sequences begin, by layer group
+        self._orders: list[Tensor | None] = []
 
     def destination(self, layer: int) -> tuple[LayerPages, LayerPages, Tensor]:
         """Keys and values of a layer, and the slots of the step's tokens."""
@@ -51,48 +55,27 @@ class PooledLayers:
             else:
                 side.codes.flatten(0, 1).index_copy_(0, slots, vectors.to(side.codes.dtype))
 
-    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    def single(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of a step's first sequences, which bring a token each: ``[S, heads, head_dim]``, as the queries."""
+        from .packed_split_attention import packed_split_attention, packed_splits_for
+        from .split_attention import split_attention, splits_for
+
         number, index, pool = self._where[layer]
-        return written_to(out, self._attend[number](query.contiguous(), *pool.layer(index), scale))
-
-
-class KernelLayers(PooledLayers):
-    """What eager attention by kernels holds and captured attention uses."""
-
-    device: torch.device
-    #: SMs that a step may use
-    processors: int
-
-
-def split(
-    query: Tensor,
-    pool: KVPool,
-    keys: LayerPages,
-    values: LayerPages,
-    part: GroupBatch,
-    scale: float,
-    processors: int,
-    order: Tensor | None,
-    pdl: bool = False,
-) -> Tensor:
-    """Attention of a step's first tokens, cut into as many parts as fill a device of ``processors``, begun in ``order``."""
-    from .packed_split_attention import packed_split_attention, packed_splits_for
-    from .split_attention import split_attention, splits_for
-
-    count, group = query.shape[0], pool.group
-    common = (part.block_tables[:count], part.kv_lengths[:count], scale)
-    programs = (count, group.kv_heads, processors)
-    options: dict[str, Any] = {
-        "dropped": part.dropped[:count],
-        "window": group.window,
-        "sinks": group.sinks,
-        "order": order,
-        "pdl": pdl,
-    }
-    if pool.is_packed:
-        splits = packed_splits_for(*programs, part.block_tables.shape[1] * pool.block_size)
-        return packed_split_attention(query, keys, values, *common, splits=splits, **options)
-    return split_attention(query, keys.codes, values.codes, *common, splits=splits_for(*programs), **options)
+        part, count, group = self._batch.groups[number], query.shape[0], pool.group
+        keys, values = pool.layer(index)
+        common = (part.block_tables[:count], part.kv_lengths[:count], scale)
+        programs = (count, group.kv_heads, self.processors)
+        options: dict[str, Any] = {
+            "dropped": part.dropped[:count],
+            "window": group.window,
+            "sinks": group.sinks,
+            "order": self._orders[number],
+            "pdl": self._pdl,
+        }
+        if pool.is_packed:
+            splits = packed_splits_for(*programs, part.block_tables.shape[1] * pool.block_size)
+            return packed_split_attention(query, keys, values, *common, splits=splits, **options)
+        return split_attention(query, keys.codes, values.codes, *common, splits=splits_for(*programs), **options)
 
 
 def order_of(part: GroupBatch, sequences: int) -> Tensor | None:
@@ -116,28 +99,21 @@ class CapturedAttention(PooledLayers):
         Static tensors of a decode step.
     """
 
-    def __init__(self, owner: KernelLayers, batch: StepBatch) -> None:
+    def __init__(self, owner: PooledLayers, batch: StepBatch) -> None:
         super().__init__(owner.pools)
         self._batch = batch
-        #: SMs that a step may use
         self.processors = owner.processors
-        self._pdl = torch.cuda.get_device_capability(owner.device)[0] >= 9
+        device = self.pools[0].device
+        self._pdl = torch.cuda.get_device_capability(device)[0] >= 9
         self.kinds = [f"split {pool.group.format}" if pool.is_packed else "split" for pool in self.pools]
         # made here and not in the step: other graphs, whose memory a step's own is, come between layers that read it
         self._orders = [
-            None if batch.sequences < 2 else torch.arange(batch.sequences, dtype=torch.int32, device=owner.device)
+            None if batch.sequences < 2 else torch.arange(batch.sequences, dtype=torch.int32, device=device)
             for _ in self.pools
         ]
-        self._attend = [self._split(number, owner.processors) for number in range(len(self.pools))]
 
-    def _split(self, number: int, processors: int) -> Attend:
-        part, pool = self._batch.groups[number], self.pools[number]
-
-        def attend(query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
-            order = self._orders[number]
-            return split(query, pool, keys, values, part, scale, processors, order, self._pdl)
-
-        return attend
+    def attend(self, layer: int, query: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+        return written_to(out, self.single(layer, query.contiguous(), scale))
 
     @property
     def takes_products(self) -> bool:

@@ -34,13 +34,12 @@ class DeviceTables:
         # one entry more than there are: what pads the changes goes there
         self._flat = torch.zeros(tables.table.size + 1, dtype=torch.int32, device=device)
         self._table = self._flat[:-1].view(shape)
-        self._any_changed = False
 
     def changes(self) -> tuple[Ints, NDArray[np.int32]]:
         """What `update` has yet to bring: places int64 ``[n]`` in the flattened table, and blocks int32 ``[n]``."""
         changed, table = self.tables.changes(), self.tables.table
-        self._any_changed = len(changed) > 0
-        count = _FEWEST_CHANGES
+        # most steps of few sequences change nothing
+        count = _FEWEST_CHANGES if len(changed) else 0
         while count < len(changed):
             count *= 2
         places, blocks = np.full(count, table.size, dtype=np.int64), np.zeros(count, dtype=np.int32)
@@ -51,8 +50,7 @@ class DeviceTables:
 
     def update(self, places: Tensor, blocks: Tensor) -> None:
         """Apply `changes`, which are on the device by now."""
-        # most steps of few sequences change nothing
-        if self._any_changed:
+        if len(places):
             self._flat.index_copy_(0, places, blocks)
         self.tables.forget_changes()
 

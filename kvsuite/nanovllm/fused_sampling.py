@@ -7,12 +7,11 @@ No postponed annotations here: triton reads ``tl.constexpr`` from the signatures
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-incomplete-defs, allow-untyped-decorators
 
-import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-from .greedy_tokens import settle_row
+from .greedy_tokens import room_for_winners, settle_row
 
 # programs that share a row, and tokens that one of them looks at together
 _PARTS = 16
@@ -91,18 +90,13 @@ def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor, arriv
         int64 ``[n]``.
     """
     count, vocabulary = rows.shape[0], logits.shape[1]
-    if arrivals is None:
-        arrivals = torch.zeros(count, dtype=torch.int32, device=logits.device)
-    tops = torch.empty(count, _PARTS, dtype=torch.int64, device=logits.device)
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    room = room_for_winners(count, _PARTS, arrivals, logits.device)
     _race_kernel[(count, _PARTS)](
         logits,
         rows,
         temperatures,
         keys,
-        tops,
-        arrivals,
-        tokens,
+        *room,
         logits.stride(0),
         vocabulary,
         triton.cdiv(vocabulary, _PARTS),
@@ -110,4 +104,4 @@ def draw(logits: Tensor, rows: Tensor, temperatures: Tensor, keys: Tensor, arriv
         TOKENS=_TOKENS,
         num_warps=4,
     )
-    return tokens
+    return room[-1]

@@ -40,6 +40,16 @@ def settle_row(best, where, tops, arrivals, tokens, row, part, parts, PARTS: tl.
         tl.store(tokens + row, (0x7FFFFFFF - tl.max(found, axis=0).to(tl.int32)).to(tl.int64))
 
 
+def room_for_winners(
+    rows: int, parts: int, arrivals: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `settle_row` writes to: what ``parts`` of each row found, arrivals, made if not given, and tokens ``[rows]``."""
+    if arrivals is None:
+        arrivals = torch.zeros(rows, dtype=torch.int32, device=device)
+    tops = torch.empty(rows, parts, dtype=torch.int64, device=device)
+    return tops, arrivals, torch.empty(rows, dtype=torch.int64, device=device)
+
+
 # how many rows there are decides how they are cut, and must not cost a compilation
 @triton.jit(do_not_specialize=["blocks"])
 def _greedy_kernel(
@@ -83,15 +93,10 @@ def greedy_tokens(logits: Tensor, arrivals: Tensor | None = None) -> Tensor:
     rows, vocabulary = logits.shape
     every = triton.cdiv(vocabulary, _TOKENS)
     blocks = triton.cdiv(every, min(every, _PARTS, max(1, _PROGRAMS // rows)))
-    if arrivals is None:
-        arrivals = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    tops = torch.empty(rows, _PARTS, dtype=torch.int64, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    room = room_for_winners(rows, _PARTS, arrivals, logits.device)
     _greedy_kernel[(rows, triton.cdiv(every, blocks))](
         logits,
-        tops,
-        arrivals,
-        tokens,
+        *room,
         logits.stride(0),
         vocabulary,
         blocks,
@@ -99,4 +104,4 @@ def greedy_tokens(logits: Tensor, arrivals: Tensor | None = None) -> Tensor:
         TOKENS=_TOKENS,
         num_warps=4,
     )
-    return tokens
+    return room[-1]

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from .batch import StepBatch
-from .captured_attention import CapturedAttention, KernelLayers, order_of, split
+from .captured_attention import CapturedAttention, PooledLayers, order_of
 from .flashinfer_libraries import FA3, Libraries, flashinfer_module, takes_flashinfer
 from .kv_pool import KVPool
-from .layer_pages import LayerPages
 from .paged_attention import written_to
 from .prompt_attention import FlashInferPrompts, HopperPrompts, PromptAttention, PromptRows, TorchPrompts
 from .reference_attention import KeyRotation, ReferenceAttention
@@ -29,7 +28,7 @@ from .side_streams import processors
 _WORKSPACE_BYTES = 256 << 20
 
 
-class KernelAttention(KernelLayers):
+class KernelAttention(PooledLayers):
     """Attention of steps of any make-up; `captured` makes one for a graph.
 
     Parameters
@@ -66,7 +65,6 @@ class KernelAttention(KernelLayers):
         self._prompts = [self._prompt_attention(pool) if takes_flashinfer(pool) else None for pool in self.pools]
         # single tokens stand in front; what follows them are prompts
         self._singles = 0
-        self._orders: list[Tensor | None] = []
 
     def _prompt_attention(self, pool: KVPool) -> PromptAttention:
         library = self.libraries.prompts
@@ -140,19 +138,14 @@ class KernelAttention(KernelLayers):
         with_prompts = singles < self._batch.sequences
         if self._by_reference[number] or (prompts is None and with_prompts):
             return self._exact.attend(layer, query, scale, out)
-        pages = pool.layer(index)
         query = query.contiguous()
         if prompts is None or not with_prompts:
-            return written_to(out, self._single(number, query, *pages, scale))
+            return written_to(out, self.single(layer, query, scale))
         out = torch.empty_like(query) if out is None else out
         if singles:
-            out[:singles].copy_(self._single(number, query[:singles], *pages, scale))
-        prompts.attend(query[singles:], *pages, scale, out[singles:])
+            out[:singles].copy_(self.single(layer, query[:singles], scale))
+        prompts.attend(query[singles:], *pool.layer(index), scale, out[singles:])
         return out
-
-    def _single(self, number: int, query: Tensor, keys: LayerPages, values: LayerPages, scale: float) -> Tensor:
-        part, order = self._batch.groups[number], self._orders[number]
-        return split(query, self.pools[number], keys, values, part, scale, self.processors, order)
 
     def captured(self, batch: StepBatch) -> CapturedAttention:
         """Attention of decode steps of one size, to be captured over the static tensors of ``batch``."""

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from kernel_device import DEVICE, INTERPRETED
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
-
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-
-from kvsuite.nanovllm import fused_layers, gated_linear  # noqa: E402
-from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs  # noqa: E402
-from kvsuite.nanovllm.captured_attention import CapturedAttention  # noqa: E402
-from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable  # noqa: E402
-from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
-from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
-from kvsuite.nanovllm.reference_attention import ReferenceAttention  # noqa: E402
-from kvsuite.nanovllm.row_linear import Tiling  # noqa: E402
-from kvsuite.nanovllm.static_batch import static_batch  # noqa: E402
-from kvsuite.nanovllm.whole_rows import PROJECTED, SUMMED, WholeRows  # noqa: E402
+from kvsuite.nanovllm import fused_layers, gated_linear
+from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs
+from kvsuite.nanovllm.captured_attention import CapturedAttention
+from kvsuite.nanovllm.fused_layers import PRODUCTS, FusedDecoder, not_fusable
+from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kv_pool import KVPool
+from kvsuite.nanovllm.reference_attention import ReferenceAttention
+from kvsuite.nanovllm.row_linear import Tiling
+from kvsuite.nanovllm.static_batch import static_batch
+from kvsuite.nanovllm.whole_rows import PROJECTED, SUMMED, WholeRows
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 BLOCK, LENGTHS = 16, [33, 5, 18]
 SHAPE = {
     "vocab_size": 320,
@@ -65,7 +58,7 @@ def _model(name, dtype):
 
 def _pool(model, dtype):
     group = LayerGroup((0, 1), 2, 64)
-    return KVPool(group, num_blocks=20, block_size=BLOCK, device=torch.device(DEVICE), dtype=dtype)
+    return KVPool(group, num_blocks=20, block_size=BLOCK, device=DEVICE, dtype=dtype)
 
 
 def _batch(tokens, lengths, counts, drawn=(0, 1, 2)):
@@ -79,7 +72,7 @@ def _batch(tokens, lengths, counts, drawn=(0, 1, 2)):
         block_tables=tables[: len(lengths)],
         dropped=np.zeros(len(lengths), dtype=np.int64),
     )
-    return BatchBuilder(torch.device(DEVICE)).build(
+    return BatchBuilder(DEVICE).build(
         ids=np.array([tokens[row][place] for row, place in zip(rows, places, strict=True)]),
         positions=places.astype(np.int64),
         counts=np.array(counts),
@@ -105,6 +98,18 @@ def _expected(model, tokens, extra):
 def _error(found, expected):
     assert torch.isfinite(found).all()
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def _computed_prompts(model):
+    """A decoder, a pool that holds the prompts of `LENGTHS`, and their tokens."""
+    tokens = _tokens()
+    decoder = FusedDecoder(model, model.config, 64)
+    pool = _pool(model, torch.float32)
+    reference = ReferenceAttention([pool])
+    first = _batch(tokens, LENGTHS, LENGTHS)
+    reference.begin(first)
+    decoder.logits(first, reference)
+    return decoder, pool, tokens
 
 
 def _unset(found):
@@ -153,21 +158,15 @@ def test_short_steps_equal_transformers(name, splits, monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
     model = _model(name, torch.float32)
-    tokens = _tokens()
+    decoder, pool, tokens = _computed_prompts(model)
     following = _expected(model, tokens, 1)
-    decoder = FusedDecoder(model, model.config, 64)
-    pool = _pool(model, torch.float32)
-    reference = ReferenceAttention([pool])
-    first = _batch(tokens, LENGTHS, LENGTHS)
-    reference.begin(first)
-    decoder.logits(first, reference)
     whole = Tiling(block_n=32, block_k=32, prefetch=1)
     decoder.tilings = {(product, 16): whole for product in PRODUCTS}
     for product in ("qkv", "output", "down"):
         decoder.tilings[product, 16] = replace(whole, splits=splits)
     second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
     # every processor of four is a reason to cut keys
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4 * splits)
+    owner = SimpleNamespace(pools=[pool], processors=4 * splits)
     captured = CapturedAttention(owner, second)
     captured.begin(second)
     ran = []
@@ -188,20 +187,14 @@ def test_a_step_begins_with_the_longest_sequence_that_stands_in_its_tensors_now(
     if INTERPRETED:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
     model = _model("qwen3", torch.float32)
-    tokens = _tokens()
+    decoder, pool, tokens = _computed_prompts(model)
     following = _expected(model, tokens, 1)
-    decoder = FusedDecoder(model, model.config, 64)
-    pool = _pool(model, torch.float32)
-    reference = ReferenceAttention([pool])
-    first = _batch(tokens, LENGTHS, LENGTHS)
-    reference.begin(first)
-    decoder.logits(first, reference)
     if short:
         decoder.tilings = {(product, 16): Tiling(block_n=32, block_k=32, prefetch=1) for product in PRODUCTS}
     second = _batch(tokens, [n + 1 for n in LENGTHS], [1, 1, 1])
     # the fourth row is padding of one token
-    static = static_batch(4, 1, 3, torch.device(DEVICE))
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
+    static = static_batch(4, 1, 3, DEVICE)
+    owner = SimpleNamespace(pools=[pool], processors=4)
     captured = CapturedAttention(owner, static)
     [order] = captured._orders
     for rows, expected in (([0, 1, 2], [0, 2, 1, 3]), ([1, 0, 2], [1, 2, 0, 3]), ([1, 2, 0], [2, 1, 0, 3])):
@@ -247,7 +240,7 @@ def test_a_short_step_of_one_sequence_by_whole_rows(name, monkeypatch):
     whole = Tiling(block_n=32, block_k=32, prefetch=1)
     decoder.tilings = {(product, 16): whole for product in PRODUCTS}
     second = _batch(tokens, [length + 1], [1], drawn=(0,))
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
+    owner = SimpleNamespace(pools=[pool], processors=4)
     captured = CapturedAttention(owner, second)
     captured.begin(second)
     found = {"qkv": PROJECTED, "output": SUMMED, "down": SUMMED}
@@ -272,9 +265,14 @@ def test_whole_rows_are_read_for_one_sequence_whose_parts_of_keys_are_one_step(m
 @pytest.mark.parametrize(("blocks", "once"), [(3, True), (16, True), (17, False)])
 def test_keys_are_loaded_at_once_where_the_longest_sequence_has_a_step_a_part(blocks, once, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (0, 0))
-    pool = SimpleNamespace(block_size=BLOCK, group=SimpleNamespace(kv_heads=2, layers=(0,), window=3), is_packed=False)
+    pool = SimpleNamespace(
+        device=DEVICE,
+        block_size=BLOCK,
+        group=SimpleNamespace(kv_heads=2, layers=(0,), window=3),
+        is_packed=False,
+    )
     # four parts fill four SMs twice
-    owner = SimpleNamespace(pools=[pool], device=torch.device(DEVICE), processors=4)
+    owner = SimpleNamespace(pools=[pool], processors=4)
     batch = SimpleNamespace(sequences=1, groups=[SimpleNamespace(block_tables=torch.zeros(1, blocks))])
     assert CapturedAttention(owner, batch).loads_at_once == once
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
+import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_device import DEVICE, INTERPRETED
+from torch.nn import functional
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
-
-import numpy as np  # noqa: E402
-from hypothesis import given  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from torch.nn import functional  # noqa: E402
-
-from kvsuite.nanovllm import (  # noqa: E402
+from kvsuite.nanovllm import (
     fused_kernels,
     gather_tokens,
     row_linear,
@@ -25,12 +18,11 @@ from kvsuite.nanovllm import (  # noqa: E402
     step_attention,
     whole_rows,
 )
-from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
-from kvsuite.nanovllm.layer_pages import plain_pages  # noqa: E402
-from kvsuite.nanovllm.reference_attention import visible  # noqa: E402
+from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.layer_pages import plain_pages
+from kvsuite.nanovllm.reference_attention import visible
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # launch attributes do nothing in the interpreter
 PDL = [False] if INTERPRETED else [False, True]
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
+from kernel_device import DEVICE, INTERPRETED
+from scipy.stats import chisquare
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-chisquare = pytest.importorskip("scipy.stats").chisquare
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
-
-from kvsuite.nanovllm import sampling  # noqa: E402
-from kvsuite.nanovllm.fused_sampling import draw  # noqa: E402
-from kvsuite.nanovllm.sampling import SamplingParameters, sample  # noqa: E402
+from kvsuite.nanovllm import sampling
+from kvsuite.nanovllm.fused_sampling import draw
+from kvsuite.nanovllm.sampling import SamplingParameters, sample
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def _keys(count, drawn):

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
+from kernel_device import DEVICE
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
-
-from kvsuite.compression import get_policy  # noqa: E402
-from kvsuite.compression.base import CacheView  # noqa: E402
-from kvsuite.nanovllm.eviction_kernel import EvictionKernel  # noqa: E402
-from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
-from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
-from kvsuite.nanovllm.token_notes import TokenNotes  # noqa: E402
+from kvsuite.compression import get_policy
+from kvsuite.compression.base import CacheView
+from kvsuite.nanovllm.eviction_kernel import EvictionKernel
+from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kv_pool import KVPool
+from kvsuite.nanovllm.token_notes import TokenNotes
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 LAYERS, SIZE, SEQUENCES = 2, 4, 3
 
 

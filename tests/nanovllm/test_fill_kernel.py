@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_device import DEVICE, INTERPRETED
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernel needs a CUDA device", allow_module_level=True)
-
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from kvsuite.nanovllm import fill_kernel, static_batch  # noqa: E402
-from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs, StepBatch  # noqa: E402
-from kvsuite.nanovllm.device_tables import GatheredRows  # noqa: E402
+from kvsuite.nanovllm import fill_kernel, static_batch
+from kvsuite.nanovllm.batch import BatchBuilder, GroupInputs, StepBatch
+from kvsuite.nanovllm.device_tables import GatheredRows
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def _step(seed: int, count: int, widths: list[int], *, kept: bool, flying: int) -> StepBatch:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_device import DEVICE, INTERPRETED
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernel needs a CUDA device", allow_module_level=True)
-
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from kvsuite.nanovllm import greedy_tokens as module  # noqa: E402
-from kvsuite.nanovllm.greedy_tokens import greedy_tokens  # noqa: E402
+from kvsuite.nanovllm import greedy_tokens as module
+from kvsuite.nanovllm.greedy_tokens import greedy_tokens
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # few different ones, so that there are equals; the smallest is no zero in any of the three
 NUMBERS = [float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 6.0e-8, -6.0e-8, 60000.0]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
+from kernel_device import DEVICE, INTERPRETED
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernels need a CUDA device", allow_module_level=True)
-
-from kvsuite.cache_formats.cache_format import CacheFormat, SideFormat  # noqa: E402
-from kvsuite.cache_formats.pack import Packed, pack, unpack  # noqa: E402
-from kvsuite.nanovllm import fused_kernels, packed_split_attention, packed_vectors  # noqa: E402
-from kvsuite.nanovllm.layer_pages import LayerPages, plain_pages  # noqa: E402
+from kvsuite.cache_formats.cache_format import CacheFormat, SideFormat
+from kvsuite.cache_formats.pack import Packed, pack, unpack
+from kvsuite.nanovllm import fused_kernels, packed_split_attention, packed_vectors
+from kvsuite.nanovllm.layer_pages import LayerPages, plain_pages
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # the interpreter multiplies bfloat16 by their bits
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 SIDES = ["fp8_e4m3", "int8", "int4", "fp8_e4m3(group=16)", "int8(group=32)", "int4(group=16)+hadamard", "int8+hadamard"]

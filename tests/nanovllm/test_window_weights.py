@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
+from kernel_device import DEVICE, INTERPRETED
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if not (torch.cuda.is_available() or INTERPRETED):
-    pytest.skip("the kernel needs a CUDA device", allow_module_level=True)
-
-from kvsuite.compression import get_policy  # noqa: E402
-from kvsuite.compression.prompt_view import PromptObservation, PromptView, attention_weights  # noqa: E402
-from kvsuite.compression.prompt_view import attention_sums as exact_sums  # noqa: E402
-from kvsuite.compression.ranked import key_norms  # noqa: E402
-from kvsuite.nanovllm.attention_sums import attention_sums  # noqa: E402
-from kvsuite.nanovllm.gather_tokens import gather_rows  # noqa: E402
-from kvsuite.nanovllm.groups import LayerGroup  # noqa: E402
-from kvsuite.nanovllm.kv_pool import KVPool  # noqa: E402
-from kvsuite.nanovllm.paged_norms import paged_key_norms  # noqa: E402
-from kvsuite.nanovllm.pooled_prompt import PooledPrompt  # noqa: E402
-from kvsuite.nanovllm.window_weights import mean_weights  # noqa: E402
+from kvsuite.compression import get_policy
+from kvsuite.compression.prompt_view import PromptObservation, PromptView, attention_weights
+from kvsuite.compression.prompt_view import attention_sums as exact_sums
+from kvsuite.compression.ranked import key_norms
+from kvsuite.nanovllm.attention_sums import attention_sums
+from kvsuite.nanovllm.gather_tokens import gather_rows
+from kvsuite.nanovllm.groups import LayerGroup
+from kvsuite.nanovllm.kv_pool import KVPool
+from kvsuite.nanovllm.paged_norms import paged_key_norms
+from kvsuite.nanovllm.pooled_prompt import PooledPrompt
+from kvsuite.nanovllm.window_weights import mean_weights
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # the interpreter multiplies bfloat16 by their bits
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 
@@ -85,7 +78,7 @@ def _stored(layers, kv_heads, length, head_dim, dtype=DTYPE):
     """A pool of random keys, and the slots of a sequence in it."""
     group = LayerGroup(tuple(range(layers)), kv_heads, head_dim, compressed=True)
     size, blocks = 4, -(-length // 4)
-    pool = KVPool(group, num_blocks=blocks + 3, block_size=size, device=torch.device(DEVICE), dtype=dtype)
+    pool = KVPool(group, num_blocks=blocks + 3, block_size=size, device=DEVICE, dtype=dtype)
     generator = torch.Generator().manual_seed(length + head_dim)
     for tensor in (pool.keys, pool.values):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
